@@ -1,0 +1,53 @@
+"""The ``fusekit`` command. Commands are imported when they are called, so that ``fusekit ls`` does not wait for torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from fusekit import __version__
+from fusekit.errors import FusekitError
+
+# command -> (module, attribute, one line of help shown without importing the module)
+COMMANDS = {
+    "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
+    "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
+    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),
+    "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
+    "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands live in modules that are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in sorted(COMMANDS)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fusekit")
+def cli() -> None:
+    """Fuse the knowledge of several language models into one."""
+
+
+def main() -> None:
+    """Entry point of the ``fusekit`` script: a FusekitError becomes one message on stderr and exit status 1."""
+    try:
+        cli()
+    except FusekitError as error:
+        click.echo(f"fusekit: {error}", err=True)
+        sys.exit(1)
