@@ -1,8 +1,8 @@
 """YAML for files that somebody else may have written: ``yaml.safe_load`` with limits, and the line of every key.
 
-What ``yaml.safe_load`` lets through and this module refuses: tags (``!!float``, ``!mine``), duplicate keys (the last one
-wins silently), aliases that expand to billions of values, values that contain themselves, nesting that exhausts the
-stack, and integers that take minutes to convert. Every error is a RecipeError with the line.
+What ``yaml.safe_load`` lets through and this module refuses: tags (``!!float``, ``!mine``), duplicate keys (the last
+one wins silently), aliases that expand to billions of values, values that contain themselves, nesting that exhausts
+the stack, and integers that take minutes to convert. Every error is a RecipeError with the line.
 """
 
 from __future__ import annotations
