@@ -21,6 +21,10 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 TIMEOUT = 10.0
 
 
+class HubUnreachableError(MergeError):
+    """The hub gave no answer, so that asking it about the next model would only take another timeout."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One commit of a repository. sizes: bytes by file name. folder: where the client's cache keeps it.
@@ -134,4 +138,5 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Merg
         text += f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
     else:
         text = f"cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {error}"
-    return MergeError(f"{repository} {' '.join(text.split())}")
+    kind = HubUnreachableError if _unreachable(error) else MergeError
+    return kind(f"{repository} {' '.join(text.split())}")

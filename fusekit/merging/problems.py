@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from fusekit.errors import RecipeError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.safe_yaml import Document, KeyPath
 
 
@@ -43,14 +43,14 @@ class Problems:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def raise_if_any(self) -> None:
-        """Raise one RecipeError with every problem and its line; return if there is none."""
+    def raise_if_any(self, kind: type[FusekitError] = RecipeError) -> None:
+        """Raise one error with every problem and its line; return if there is none."""
         if not self.found:
             return
         rows = [f"line {line}: {message}" for line, message, _ in sorted(self.found, key=lambda entry: entry[:2])]
         if len(rows) == 1:
-            raise RecipeError(f"{self.document.name}, {rows[0]}")
-        raise RecipeError(f"{self.document.name}: {len(rows)} problems\n" + "\n".join(f"  {row}" for row in rows))
+            raise kind(f"{self.document.name}, {rows[0]}")
+        raise kind(f"{self.document.name}: {len(rows)} problems\n" + "\n".join(f"  {row}" for row in rows))
 
 
 def reasons(error: ValidationError) -> list[str]:

@@ -26,18 +26,18 @@ class PinnedModel(ModelReference):
     def __str__(self) -> str:
         return self.spelling
 
-    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
-        return LoaderCache().get(self)
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:  # noqa: ARG002
+        return LoaderCache.loaders[self]
 
 
-class PinnedConfiguration(MergeConfiguration):
-    """A configuration of pinned models, listed in the order of the recipe.
+class OrderedConfiguration(MergeConfiguration):
+    """A configuration that lists its models in the order of the recipe.
 
     mergekit lists them in the order of a hash set, and takes tokenizer and config from the first of them when there
     is no base model: without this, from another model on every run.
     """
 
-    def referenced_models(self) -> list[PinnedModel]:
+    def referenced_models(self) -> list[Any]:
         wanted = set(super().referenced_models())
         return [model for model in dict.fromkeys(ref for ref, _ in references(self)) if model in wanted]
 
@@ -57,8 +57,8 @@ def references(value: Any, path: KeyPath = ()) -> Iterator[tuple[Any, KeyPath]]:
             yield from references(item, (*path, index))
 
 
-def pin(config: MergeConfiguration, pinned: Mapping[Any, PinnedModel]) -> PinnedConfiguration:
-    """The same configuration with every model reference replaced by its pinned model."""
+def pin(config: MergeConfiguration, pinned: Mapping[Any, Any]) -> OrderedConfiguration:
+    """The same configuration with every model reference replaced, and its models in the order of the recipe."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, ModelReference):
@@ -71,7 +71,7 @@ def pin(config: MergeConfiguration, pinned: Mapping[Any, PinnedModel]) -> Pinned
             return type(value)(replace(item) for item in value)
         return value
 
-    return PinnedConfiguration(**{name: replace(getattr(config, name)) for name in MergeConfiguration.model_fields})
+    return OrderedConfiguration(**{name: replace(getattr(config, name)) for name in MergeConfiguration.model_fields})
 
 
 def pinned_model(reference: Any, folder: str, adapter: str | None) -> PinnedModel:
