@@ -1,4 +1,4 @@
-"""The ``fusekit`` command. Commands are imported when they are called, so that ``fusekit ls`` does not wait for torch."""
+"""The `fusekit` command. Commands are imported when they are called: `fusekit ls` does not wait for torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][2]) for name in sorted(COMMANDS)])
 
@@ -45,7 +45,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the ``fusekit`` script: a FusekitError becomes one message on stderr and exit status 1."""
+    """Entry point of the `fusekit` script: a FusekitError becomes one message on stderr and exit status 1."""
     try:
         cli()
     except FusekitError as error:

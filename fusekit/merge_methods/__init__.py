@@ -1,0 +1,42 @@
+"""SCE and VaRM: merging the fine-tunes of one model, matrix by matrix.
+
+Importing this package registers `fusechat_sce` and `varm` with mergekit. The functions below know nothing of mergekit.
+"""
+
+from fusekit.merge_methods.provenance import MergeRecord, TensorRecord, record_coefficients
+from fusekit.merge_methods.sce import SCEMerge, Variant, merge_coefficients, sce, sce_fusion_vector, select
+from fusekit.merge_methods.units import unit_of
+from fusekit.merge_methods.varm import (
+    Aggregation,
+    Granularity,
+    MatrixStatistics,
+    VaRMMerge,
+    matrix_statistics,
+    unit_coefficients,
+    varm,
+    varm_elementwise,
+)
+from fusekit.mergekit_plugin import register as _register
+
+__all__ = [
+    "Aggregation",
+    "Granularity",
+    "MatrixStatistics",
+    "MergeRecord",
+    "SCEMerge",
+    "TensorRecord",
+    "VaRMMerge",
+    "Variant",
+    "matrix_statistics",
+    "merge_coefficients",
+    "record_coefficients",
+    "sce",
+    "sce_fusion_vector",
+    "select",
+    "unit_coefficients",
+    "unit_of",
+    "varm",
+    "varm_elementwise",
+]
+
+_register()

@@ -1,0 +1,186 @@
+"""The merge methods that mergekit sees: `fusechat_sce` and `varm`. Each is one call to a function of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from mergekit.merge_methods.dtype import align_dtype
+from pydantic import Field
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods import differentiable
+from fusekit.merge_methods.fusion_vectors import NonFiniteError
+from fusekit.merge_methods.provenance import TensorRecord, active_records, by_model
+from fusekit.merge_methods.sce import Variant, check_parameters, sce
+from fusekit.merge_methods.siblings import coefficients_in_graph, coefficients_in_memory
+from fusekit.merge_methods.units import unit_of
+from fusekit.merge_methods.varm import Aggregation, Granularity, varm, varm_elementwise
+
+_CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
+_UNITS = ("module", "layer", "model")
+
+
+def _shared(name: str, value_type: Any, default: Any, description: str) -> ParameterSpec:
+    return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
+
+
+class FuseChatSCE(GroupMergeMethod):
+    """SCE of FuseChat: select the elements that vary most, weigh the targets by energy, erase minority signs.
+
+    Use it to merge several fine-tunes of one base, whose fusion vectors it weighs matrix by matrix without any tuning.
+    Inputs: a base and one or more fine-tunes of it. Key parameter: `select_topk`, the share of the elements that is
+    kept (FuseChat-7B: 0.1, FuseO1: 1.0; a share below 1 needs two or more fine-tunes). `variant` picks between the
+    paper's form and the two that its published codes run. Reference: arXiv 2408.07990, section 3.4.
+    """
+
+    spec = MergeMethodSpec(
+        name="fusechat_sce",
+        pretty_name="FuseChat SCE",
+        reference_url="https://arxiv.org/abs/2408.07990",
+        contract=_CONTRACT,
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        parameters=(
+            _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0, "share of varying elements to keep"),
+            _shared("variant", Variant, "paper", "paper, renormalized, or fuseai"),
+            _shared("int8_mask", bool, False, "accepted as in mergekit's sce; the masks here take no memory"),
+        ),
+    )
+
+    def check_parameters(self, n_targets: int, parameters: Mapping[str, Any], tensor_name: str) -> None:
+        """Raise MergeError if a tensor of `n_targets` fine-tunes cannot be merged with these parameters."""
+        try:
+            check_parameters(n_targets, parameters["select_topk"], parameters["variant"])
+        except MergeError as error:
+            raise MergeError(f"{tensor_name}: {error}") from None
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype."""
+        tensors = [entry.tensor for entry in group.non_base]
+        settings = {key: parameters[key] for key in ("select_topk", "variant")}
+        records = active_records()
+        with _named(group):
+            merged = sce(group.base.tensor, tensors, count_erased=bool(records), **settings)
+            if _needs_gradient(group):
+                return differentiable.sce(group.base.tensor, tensors, **settings)
+        ids = [entry.id for entry in group.non_base]
+        for record in records:
+            coefficients = by_model(ids, merged.coefficients)
+            erased = None if merged.erased is None else by_model(ids, merged.erased)
+            entry = TensorRecord(self.spec.name, settings, coefficients, merged.selected, erased)
+            record.add(str(group.metadata.name), str(group.base.id), entry)
+        return merged.tensor
+
+
+class VaRM(GroupMergeMethod):
+    """VaRM of FuseChat v1: weigh the targets by how far they moved from the base, unit by unit.
+
+    Use it for a weighted average of fine-tunes whose weights come from the models, with nothing to tune. Inputs: a base
+    and one or more fine-tunes of it. Key parameter: `granularity`, the unit that shares weights; `matrix` is the
+    paper's choice. `module`, `layer` and `model` need mergekit-yaml, mergekit-multi or merge_state_dicts, which know
+    the other tensors. Reference: arXiv 2402.16107, section 3.3.
+    """
+
+    spec = MergeMethodSpec(
+        name="varm",
+        pretty_name="VaRM",
+        reference_url="https://arxiv.org/abs/2402.16107",
+        contract=_CONTRACT,
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        parameters=(
+            _shared("granularity", Granularity, "matrix", "matrix, module, layer, model, or element"),
+            _shared("aggregation", Aggregation, "elements", "of a unit's matrices: elements, or matrices"),
+        ),
+    )
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        # One call with all tensors of the models: the units are in it. (One tensor: the graph is asked for the others.)
+        settings = {(each["granularity"], each["aggregation"]) for each in parameters}
+        if len(groups) > 1 and any(granularity in _UNITS for granularity, _ in settings):
+            aligned = [align_dtype(group, dtype) for group, dtype in zip(groups, input_dtypes, strict=True)]
+            weights = {
+                setting: coefficients_in_memory(aligned, *setting) for setting in settings if setting[0] in _UNITS
+            }
+            parameters = [
+                {**each, "coefficients": weights[setting][index]}
+                if (setting := (each["granularity"], each["aggregation"])) in weights
+                else each
+                for index, each in enumerate(parameters)
+            ]
+        merged: tuple[torch.Tensor, ...] = super()._execute(
+            groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
+        )
+        return merged
+
+    def merge_group(
+        self,
+        group: TensorGroup,
+        /,
+        *,
+        granularity: Granularity,
+        aggregation: Aggregation,
+        coefficients: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Merge one tensor. `coefficients`: W of its unit, [K], if they are known already."""
+        base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
+        with _named(group):
+            if granularity in _UNITS and coefficients is None:
+                coefficients = coefficients_in_graph(group, granularity, aggregation)
+            if granularity == "element":
+                merged = varm_elementwise(base, targets)
+            else:
+                merged = varm(base, targets, coefficients=coefficients)
+            if _needs_gradient(group):
+                return differentiable.varm(base, targets, granularity == "element", coefficients)
+        unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
+        settings = {"granularity": granularity, "aggregation": aggregation}
+        ids = [entry.id for entry in group.non_base]
+        for record in active_records():
+            entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.coefficients), unit=unit)
+            record.add(str(group.metadata.name), str(group.base.id), entry)
+        return merged.tensor
+
+
+@contextmanager
+def _named(group: TensorGroup) -> Iterator[None]:
+    """Puts the tensor's name, and for NaN the model's, in front of a MergeError from below."""
+    name = group.metadata.name
+    try:
+        yield
+    except NonFiniteError:
+        bad = [str(entry.id) for entry in group.entries if not torch.isfinite(entry.tensor).all()]
+        raise MergeError(
+            f"{name}: NaN or Inf in the weights of {', '.join(bad)}; that checkpoint is damaged or comes from a "
+            "diverged run: merge another one"
+        ) from None
+    except MergeError as error:
+        raise MergeError(f"{name}: {error}") from None
+
+
+def _needs_gradient(group: TensorGroup) -> bool:
+    return torch.is_grad_enabled() and any(entry.tensor.requires_grad for entry in group.entries)
+
+
+METHODS = (FuseChatSCE(), VaRM())

@@ -1,0 +1,227 @@
+"""SCE: select, calculate, erase. Merging the targets of one pivot matrix by matrix.
+
+Source: FuseChat, arXiv 2408.07990, section 3.4, Algorithm 1, equations 5-9. The variants are told apart in
+docs/merge-methods.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods.chunks import Scratch, for_each_chunk
+from fusekit.merge_methods.fusion_vectors import FusionVectors, add_to_base, check_finite, shares
+from fusekit.merge_methods.selection import Selection, select_top_variance
+
+Variant = Literal["paper", "renormalized", "fuseai"]
+
+
+@dataclass(frozen=True)
+class SCEMerge:
+    """What SCE made of one parameter matrix.
+
+    tensor: the merged matrix, shape and dtype of the inputs. coefficients: η, float64 [K], sums to 1.
+    selected: share of all elements that the Select step kept. erased: per target, share of its non-zero merged entries
+    that the Erase step dropped, float64 [K]; None unless asked for.
+    """
+
+    tensor: Tensor
+    coefficients: np.ndarray
+    selected: float
+    erased: np.ndarray | None = None
+
+
+@torch.no_grad()
+def sce(
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    select_topk: float = 1.0,
+    variant: Variant = "paper",
+    count_erased: bool = False,
+    chunk_size: int | None = None,
+) -> SCEMerge:
+    """Merge K targets into their pivot by SCE, one parameter matrix.
+
+    base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. targets: φ_1..φ_K, same shape, dtype and
+    device. select_topk: τ in (0, 1], the share of the elements with non-zero variance to keep; 1 keeps all elements.
+    variant: "paper" is equation 9 as printed; "renormalized" divides each element by the sum of the η that survived
+    there, as mergekit's `sce` means to; "fuseai" merges unselected vectors, as the authors' repository does.
+    chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
+
+    Arithmetic is float32 (float64 for float64 inputs) with float64 sums. Elements where no fusion vector survives are
+    the base's, bit for bit. Scratch memory: about one tensor of the compute dtype, independent of K. Inputs are not
+    modified; the result carries no gradient.
+
+    Raises MergeError: no targets, mismatched inputs, parameters out of range, K = 1 with select_topk < 1 (no variance
+    to rank), NaN or Inf.
+    """
+    return _merge(FusionVectors.of(base, targets), select_topk, variant, count_erased, chunk_size)
+
+
+@torch.no_grad()
+def sce_fusion_vector(
+    deltas: Sequence[Tensor],
+    *,
+    select_topk: float = 1.0,
+    variant: Variant = "paper",
+    count_erased: bool = False,
+    chunk_size: int | None = None,
+) -> SCEMerge:
+    """SCE on fusion vectors: the merged fusion vector Σ η_j δ'_j, without a pivot.
+
+    deltas: K tensors of one shape, dtype and device. Everything else as `sce`; `tensor` is the merged fusion vector.
+    """
+    return _merge(FusionVectors.of(None, deltas), select_topk, variant, count_erased, chunk_size)
+
+
+@torch.no_grad()
+def select(deltas: Sequence[Tensor], select_topk: float) -> Tensor:
+    """The Select step alone: a bool mask of the elements of highest variance, shape of the inputs.
+
+    deltas: K >= 2 tensors of one shape, dtype and device (fusion vectors or targets: the variance is the same).
+    Of equal variances the lower flat index is selected. Raises MergeError as `sce` does. arXiv 2408.07990 eq. 5.
+    """
+    vectors = FusionVectors.of(None, deltas)
+    check_parameters(len(deltas), select_topk, "paper")
+    mask = torch.zeros(vectors.numel, dtype=torch.bool, device=vectors.device)
+    selection = _select(vectors, select_topk, None)
+    if selection is None:
+        return mask.fill_(True).reshape(vectors.shape)
+    mask[selection.indices(0, vectors.numel)] = True
+    return mask.reshape(vectors.shape)
+
+
+@torch.no_grad()
+def merge_coefficients(deltas: Sequence[Tensor]) -> np.ndarray:
+    """The Calculate step alone: η_j = Σ δ_j² / Σ_j Σ δ_j². arXiv 2408.07990 eq. 6-7; also W_j of 2402.16107 eq. 7.
+
+    deltas: K tensors of one shape, dtype and device. Returns float64 [K], sums to 1; uniform only if all are zero.
+    Raises MergeError on mismatched inputs, NaN and Inf.
+    """
+    energies = FusionVectors.of(None, deltas).energies()
+    check_finite(energies)
+    return shares(energies)
+
+
+def check_parameters(targets: int, select_topk: float, variant: str) -> None:
+    """Raise MergeError if SCE cannot run on this many targets with these parameters."""
+    if not 0 < select_topk <= 1:
+        raise MergeError(f"select_topk is {select_topk}, it must lie in (0, 1]: 0.1 keeps a tenth, 1 keeps everything")
+    if variant not in get_args(Variant):
+        raise MergeError(f"variant is {variant!r}, it must be one of {', '.join(get_args(Variant))}")
+    if targets == 1 and select_topk < 1:
+        raise MergeError(
+            f"select_topk is {select_topk} with one target: a single fusion vector has no variance to rank; "
+            "use select_topk: 1, or add a target"
+        )
+
+
+def _merge(
+    vectors: FusionVectors, select_topk: float, variant: Variant, count_erased: bool, chunk_size: int | None
+) -> SCEMerge:
+    check_parameters(len(vectors.targets), select_topk, variant)
+    selection = _select(vectors, select_topk, chunk_size)
+    energies = vectors.energies(selection, chunk_size)
+    check_finite(energies)
+    coefficients = shares(energies)
+    tensor, erased = _erase_and_update(
+        vectors,
+        None if variant == "fuseai" else selection,
+        coefficients,
+        divide=variant != "paper",
+        count_erased=count_erased,
+        chunk_size=chunk_size,
+    )
+    selected = 1.0 if selection is None or not vectors.numel else selection.count / vectors.numel
+    return SCEMerge(tensor.reshape(vectors.shape), coefficients, selected, erased)
+
+
+def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) -> Selection | None:
+    """None if everything is selected."""
+    if select_topk == 1 or not vectors.numel:
+        return None
+    try:
+        return select_top_variance(vectors.targets, select_topk, chunk_size)
+    except OverflowError:
+        check_finite(vectors.energies(chunk_size=chunk_size))
+        raise MergeError(
+            f"the variance of the fusion vectors overflows {vectors.dtype}: their entries are too large for "
+            f"{vectors.targets[0].dtype} weights; check the models, or cast them to float64"
+        ) from None
+
+
+def _erase_and_update(
+    vectors: FusionVectors,
+    selection: Selection | None,
+    coefficients: np.ndarray,
+    *,
+    divide: bool,
+    count_erased: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, np.ndarray | None]:
+    """Steps 3 and 4, chunk by chunk. Returns the flat result and the erased shares."""
+    result = vectors.empty_result()
+    weights = [float(c) for c in coefficients]
+
+    def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
+        out = result[start:stop]
+        positions = None if selection is None else selection.indices(start, stop)
+        base, chunk = vectors.chunk(scratch, start, stop, positions)
+        counts = np.zeros((2, len(chunk)), dtype=np.int64)
+        merged = _merge_chunk(scratch, chunk, weights, divide, counts if count_erased else None)
+        merged = add_to_base(base, merged)
+        if positions is None:
+            out.copy_(merged)
+            return counts
+        if vectors.base is None:
+            out.zero_()
+        else:
+            out.copy_(vectors.base[start:stop])
+        out.index_copy_(0, positions, merged.to(out.dtype))
+        return counts
+
+    counts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    if not count_erased:
+        return result, None
+    nonzero, kept = np.sum(counts, axis=0) if counts else np.zeros((2, len(weights)))
+    return result, np.divide(nonzero - kept, nonzero, out=np.zeros(len(weights)), where=nonzero > 0)
+
+
+def _merge_chunk(
+    scratch: Scratch, chunk: list[Tensor], weights: list[float], divide: bool, counts: np.ndarray | None
+) -> Tensor:
+    """Σ_j η_j δ'_j of one chunk. chunk: K x [n], overwritten. counts: [2, K] to fill with non-zero and kept entries."""
+    size, dtype = chunk[0].numel(), chunk[0].dtype
+    sign = scratch.get("sign", size, dtype).copy_(chunk[0])
+    for vector in chunk[1:]:
+        sign.add_(vector)
+    sign.sign_().mul_(2).add_(1).sign_()  # -1, 0, 1 -> -1, 1, 1: a zero sum counts as plus
+    merged = scratch.get("merged", size, dtype).zero_()
+    divisor = scratch.get("divisor", size, dtype).zero_()
+    kept = scratch.get("kept", size, dtype)
+    for j, (vector, weight) in enumerate(zip(chunk, weights, strict=True)):
+        if counts is not None:
+            counts[0, j] = _count_nonzero(vector)
+        vector.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ
+        if counts is not None:
+            counts[1, j] = _count_nonzero(vector)
+        if divide:
+            divisor.add_(torch.sign(vector, out=kept).mul_(weight))
+        merged.add_(vector.mul_(weight))
+    if divide:
+        divisor.add_(torch.sign(divisor, out=kept).neg_().add_(1))  # zero -> 1
+        merged.div_(divisor)
+    return merged.mul_(sign)
+
+
+def _count_nonzero(values: Tensor) -> int:
+    if values.device.type != "cpu":
+        return int(torch.count_nonzero(values))
+    return int(np.count_nonzero(values.numpy() != 0))  # numpy's comparison: several times faster than torch's

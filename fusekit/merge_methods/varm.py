@@ -1,0 +1,151 @@
+"""VaRM: merging by the variation ratio of parameter matrices.
+
+Source: FuseChat v1, arXiv 2402.16107, section 3.3, equation 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods.chunks import Scratch, for_each_chunk
+from fusekit.merge_methods.fusion_vectors import FusionVectors, add_to_base, check_finite, shares
+
+Granularity = Literal["matrix", "module", "layer", "model", "element"]
+Aggregation = Literal["elements", "matrices"]
+
+
+@dataclass(frozen=True)
+class VaRMMerge:
+    """What VaRM made of one parameter matrix.
+
+    tensor: shape and dtype of the inputs. coefficients: W, float64 [K], sums to 1; for `varm_elementwise` their mean
+    over the elements that changed.
+    """
+
+    tensor: Tensor
+    coefficients: np.ndarray
+
+
+@torch.no_grad()
+def varm(
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    coefficients: Sequence[float] | np.ndarray | None = None,
+    chunk_size: int | None = None,
+) -> VaRMMerge:
+    """Merge K targets into their pivot by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ).
+
+    base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. targets: φ_1..φ_K, same shape, dtype and
+    device. coefficients: W, K numbers that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
+    For a larger unit (module, layer, model) pass `unit_coefficients` of its matrices.
+
+    Arithmetic is float32 (float64 for float64 inputs) with float64 sums; where every target equals the base, its bits
+    are kept. Inputs are not modified; the result carries no gradient.
+    Raises MergeError: no targets, mismatched inputs, wrong number or sum of coefficients, NaN or Inf.
+    """
+    vectors = FusionVectors.of(base, targets)
+    if coefficients is None:
+        energies = vectors.energies(chunk_size=chunk_size)
+        check_finite(energies)
+        weights = shares(energies)
+    else:
+        weights = _checked(coefficients, len(targets))
+    result = vectors.empty_result()
+
+    def update(scratch: Scratch, start: int, stop: int) -> None:
+        base_chunk, chunk = vectors.chunk(scratch, start, stop)
+        merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
+        for vector, weight in zip(chunk, weights, strict=True):
+            merged.add_(vector.mul_(float(weight)))
+        result[start:stop].copy_(add_to_base(base_chunk, merged))
+
+    for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    return VaRMMerge(result.reshape(vectors.shape), weights)
+
+
+@torch.no_grad()
+def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int | None = None) -> VaRMMerge:
+    """VaRM with every element a unit of its own: θ + Σ_j δ_j³ / Σ_j δ_j². The ablation of the paper's table 5.
+
+    Inputs, arithmetic and errors as `varm`. Elements that no target changed keep the base's bits. The weights are taken
+    on δ; weights on φ (as in the authors' script) vanish for unchanged elements and collapse the model.
+    """
+    vectors = FusionVectors.of(base, targets)
+    check_finite(vectors.energies(chunk_size=chunk_size))
+    result = vectors.empty_result()
+
+    def update(scratch: Scratch, start: int, stop: int) -> tuple[np.ndarray, int]:
+        base_chunk, chunk = vectors.chunk(scratch, start, stop)
+        largest = scratch.get("largest", stop - start, vectors.dtype).zero_()
+        for vector in chunk:
+            torch.maximum(largest, vector.abs(), out=largest)
+        largest.add_(torch.sign(largest).neg_().add_(1))  # zero -> 1
+        total = scratch.get("total", stop - start, vectors.dtype).zero_()
+        merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
+        weights = []
+        for vector in chunk:
+            weights.append((vector / largest).square_())  # relative to the largest: no under- or overflow
+            total.add_(weights[-1])
+        changed = int(torch.count_nonzero(total))
+        total.add_(torch.sign(total).neg_().add_(1))
+        sums = np.empty(len(chunk))
+        for j, (vector, weight) in enumerate(zip(chunk, weights, strict=True)):
+            sums[j] = float(weight.div_(total).sum(dtype=torch.float64))
+            merged.add_(vector.mul_(weight))
+        result[start:stop].copy_(add_to_base(base_chunk, merged))
+        return sums, changed
+
+    parts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    changed = sum(count for _, count in parts)
+    if not changed:
+        return VaRMMerge(result.reshape(vectors.shape), np.full(len(targets), 1 / len(targets)))
+    return VaRMMerge(result.reshape(vectors.shape), np.sum([sums for sums, _ in parts], axis=0) / changed)
+
+
+@dataclass(frozen=True)
+class MatrixStatistics:
+    """Σ δ_j² of one matrix, float64 [K], and its number of elements."""
+
+    energies: np.ndarray
+    numel: int
+
+
+@torch.no_grad()
+def matrix_statistics(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int | None = None) -> MatrixStatistics:
+    """What `unit_coefficients` needs to know of one matrix. Inputs and errors as `varm`."""
+    vectors = FusionVectors.of(base, targets)
+    energies = vectors.energies(chunk_size=chunk_size)
+    check_finite(energies)
+    return MatrixStatistics(energies, vectors.numel)
+
+
+def unit_coefficients(matrices: Sequence[MatrixStatistics], aggregation: Aggregation = "elements") -> np.ndarray:
+    """W_j of a unit of several matrices: float64 [K], sums to 1; uniform if nothing changed.
+
+    aggregation: "elements", the mean of δ_j² over all elements of the unit (arXiv 2402.16107 eq. 7); "matrices", the
+    sum of the matrices' means, as the authors' code does.
+    """
+    if not matrices:
+        raise MergeError("a VaRM unit without a matrix: give the statistics of at least one")
+    if aggregation == "elements":
+        return shares(np.sum([matrix.energies for matrix in matrices], axis=0))
+    if aggregation == "matrices":
+        return shares(np.sum([matrix.energies / matrix.numel for matrix in matrices if matrix.numel], axis=0))
+    raise MergeError(f"aggregation is {aggregation!r}, it must be one of elements, matrices")
+
+
+def _checked(coefficients: Sequence[float] | np.ndarray, targets: int) -> np.ndarray:
+    weights = np.asarray(coefficients, dtype=np.float64)
+    if weights.shape != (targets,):
+        raise MergeError(f"{weights.size} coefficient(s) for {targets} target(s): give one for each")
+    if not abs(weights.sum() - 1) < 1e-6:
+        raise MergeError(f"the coefficients sum to {weights.sum()}, they must sum to 1")
+    return weights

@@ -1,0 +1,37 @@
+"""Registers fusekit's merge methods with mergekit, and does nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+from fusekit.errors import MergeError
+
+
+def register() -> None:
+    """Make `fusechat_sce` and `varm` known to mergekit. Calling it again is harmless.
+
+    While `fusekit.merge_methods` is being imported (its own imports load mergekit, whose registry calls this), nothing
+    happens yet: that package calls again when it is complete. Raises MergeError if mergekit is too old, or if another
+    package has taken one of the names.
+    """
+    package = sys.modules.get("fusekit.merge_methods")
+    if package is not None and getattr(package.__spec__, "_initializing", False) and not hasattr(package, "__all__"):
+        return
+    try:
+        from mergekit.merge_methods import registry
+        from mergekit.merge_methods.base import GroupMergeMethod  # noqa: F401 - arrived with the registry of 0.1.5
+    except ImportError as error:
+        raise MergeError(f"mergekit 0.1.5 or newer is needed ({error}); pip install -U 'mergekit>=0.1.5'") from error
+    from fusekit.merge_methods.mergekit_methods import METHODS
+    from fusekit.merge_methods.provenance import record_to_environment_path
+
+    record_to_environment_path()
+    for method in METHODS:
+        known = next((m for m in registry.registered_methods() if m.spec.name == method.spec.name), None)
+        if known is None:
+            registry.register(method)
+        elif type(known).__module__ != type(method).__module__:
+            raise MergeError(
+                f"mergekit already has a merge method {method.spec.name!r}, from {type(known).__module__}; "
+                "uninstall one of the two packages"
+            )
