@@ -116,7 +116,7 @@ def under_strace(cwd: Path, inject: str, *args: str) -> tuple[Finished, str]:
     inject: as for ``strace -e inject=``. The caller skips where strace may not attach (``strace_works``).
     """
     child = Child(cwd, *args, before=stop_self)
-    _wait_until(lambda: Path(f"/proc/{child.pid}/stat").read_text().split(") ")[1][0] == "T")
+    wait_until(lambda: is_stopped(child.pid))
     trace = cwd / ".strace"
     calls = inject.split(":", maxsplit=1)[0]
     tracer = subprocess.Popen(
@@ -139,11 +139,13 @@ def strace_works() -> bool:
     )
 
 
-def _wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
-wait_until = _wait_until
+def is_stopped(pid: int) -> bool:
+    """Whether a process waits for SIGCONT."""
+    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T"
