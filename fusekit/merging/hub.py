@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
 from fusekit.errors import MergeError
@@ -18,7 +20,8 @@ from fusekit.storage.faults import disk_fault
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 """What is fetched before the weights: configuration, index, tokenizer, chat template."""
 
-TIMEOUT = 10.0
+TIMEOUT = float(constants.HF_HUB_ETAG_TIMEOUT)
+"""Seconds to wait for an answer; HF_HUB_ETAG_TIMEOUT changes it."""
 
 
 class HubUnreachableError(MergeError):
@@ -33,6 +36,7 @@ class Snapshot:
     """
 
     repository: str
+    revision: str
     commit: str
     folder: Path
     sizes: dict[str, int]
@@ -43,17 +47,28 @@ class Snapshot:
         """The files that are not in the cache yet."""
         return [name for name in files if not (self.folder / name).is_file()]
 
-    def fetch(self, patterns: list[str]) -> None:
-        """Download the files that match, unless they are cached. Raises MergeError with a hint."""
+    def fetch(self, patterns: list[str], *, bar: bool = False) -> None:
+        """Download the files that match, unless they are cached. bar: show progress. Raises MergeError with a hint."""
         if not self.online:
             return
         try:
-            huggingface_hub.snapshot_download(
-                self.repository, revision=self.commit, cache_dir=self.cache, allow_patterns=patterns
-            )
+            with _progress_bars(bar):
+                huggingface_hub.snapshot_download(
+                    self.repository, revision=self.commit, cache_dir=self.cache, allow_patterns=patterns
+                )
+            self._remember_revision()
         except Exception as error:
             needed = sum(self.sizes[name] for name in self.missing(self.sizes) if name in patterns)
             raise disk_fault(error, self.cache, needed or None) or explain(error, self.repository, None) from error
+
+    def _remember_revision(self) -> None:
+        """Note which commit the revision meant, as the client does when it looks the revision up itself."""
+        note = self.folder.parent.parent / "refs" / self.revision
+        if self.revision != self.commit and (not note.is_file() or note.read_text() != self.commit):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            temporary = note.with_name(f"{note.name}.{os.getpid()}")
+            temporary.write_text(self.commit)
+            temporary.replace(note)
 
     def headers(self, file: str) -> Headers:
         """Headers of one safetensors file, by range requests. Raises MergeError with a hint."""
@@ -91,7 +106,7 @@ def find(repository: str, revision: str | None, cache: Path | None, notices: lis
     name = str(info.id or repository)
     folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / info.sha
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    return Snapshot(name, info.sha, folder, sizes, True, cache)
+    return Snapshot(name, revision or constants.DEFAULT_REVISION, info.sha, folder, sizes, True, cache)
 
 
 def _cached(repository: str, revision: str | None, cache: Path) -> Snapshot | None:
@@ -103,7 +118,19 @@ def _cached(repository: str, revision: str | None, cache: Path) -> Snapshot | No
         return None
     folder = Path(found)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    return Snapshot(repository, folder.name, folder, sizes, False, cache)
+    return Snapshot(repository, revision or constants.DEFAULT_REVISION, folder.name, folder, sizes, False, cache)
+
+
+@contextmanager
+def _progress_bars(wanted: bool) -> Iterator[None]:
+    already_off = utils.are_progress_bars_disabled()
+    if not wanted and not already_off:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not wanted and not already_off:
+            utils.enable_progress_bars()
 
 
 def _unreachable(error: BaseException) -> bool:

@@ -157,6 +157,8 @@ def _read_weights(model: Model, access: Access) -> None:
                 f"remove the one that is left over from an earlier save (in {model.folder})"
             )
     entry = weight_entry(names)
+    if entry is None and model.snapshot and not model.snapshot.online:
+        raise MergeError(f"{model.spelling}: its weights are not in the cache, and the hub cannot be reached")
     if entry is None:
         raise MergeError(f"{model.spelling} has no weights: no model.safetensors or its index in {model.folder}")
     if is_pickle(entry) and model.spelling not in access.pickle:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _build(job: _Job, final: Path, say: Callable[[str], None]) -> Plan:
             say(str(need))
         if not job.ignore_estimates:
             refuse(needs)
-        _download(job.models, say)
+        _download(job, say)
         if not merge_adapters(job.models, job.options):
             return _write(job, plan, final, progress, needs)
     with registered(job.models, job.options.lazy_unpickle, progress.advance):
@@ -164,11 +165,11 @@ def _build(job: _Job, final: Path, say: Callable[[str], None]) -> Plan:
         return _write(job, plan, final, progress, needs)
 
 
-def _download(models: Iterable[Model], say: Callable[[str], None]) -> None:
-    for model in models:
+def _download(job: _Job, say: Callable[[str], None]) -> None:
+    for model in job.models:
         if model.snapshot and model.download:
             say(f"downloading {human(model.download_bytes)} of {model.origin}")
-            model.snapshot.fetch(model.download)
+            model.snapshot.fetch(model.download, bar=not job.quiet and sys.stderr.isatty())
 
 
 def _write(job: _Job, plan: Plan, final: Path, progress: Progress, needs: list[Need]) -> Plan:
