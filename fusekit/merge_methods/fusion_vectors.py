@@ -22,6 +22,18 @@ from fusekit.merge_methods.selection import Selection
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Some elements of base and fusion vectors, in buffers that the next chunk reuses.
+
+    base: [n] of the compute dtype, None without a base. vectors: K x [n]. vote: Σ_j δ_j, float64 [n], if asked for.
+    """
+
+    base: Tensor | None
+    vectors: list[Tensor]
+    vote: Tensor | None
+
+
+@dataclass(frozen=True)
 class FusionVectors:
     """K fusion vectors of one parameter matrix, as flat views of the models' tensors.
 
@@ -67,12 +79,9 @@ class FusionVectors:
         return compute_dtype(self.targets[0].dtype)
 
     def chunk(
-        self, scratch: Scratch, start: int, stop: int, positions: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Base and fusion vectors of the elements start:stop, or of the `positions` (relative to start) among them.
-
-        Returns ([n] or None, K x [n]) of the compute dtype, in buffers that the next call with `scratch` reuses.
-        """
+        self, scratch: Scratch, start: int, stop: int, positions: Tensor | None = None, *, vote: bool = False
+    ) -> Chunk:
+        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`."""
 
         def load(name: str, source: Tensor) -> Tensor:
             elements = source[start:stop]
@@ -82,7 +91,20 @@ class FusionVectors:
 
         base = None if self.base is None else load("base", self.base)
         vectors = [load(f"vector{j}", target) for j, target in enumerate(self.targets)]
-        return base, vectors if base is None else [vector.sub_(base) for vector in vectors]
+        total = scratch.get("vote", vectors[0].numel(), torch.float64).zero_() if vote else None
+        if total is not None and base is not None and self.dtype != torch.float64:
+            # Σφ_j - Kθ in float64, before the differences are rounded: exact for these dtypes, so that models that
+            # cancel out but for their last digits still vote with those.
+            for vector in vectors:
+                total.add_(vector)
+            total.sub_(base, alpha=len(vectors))
+        if base is not None:
+            for vector in vectors:
+                vector.sub_(base)
+        if total is not None and (base is None or self.dtype == torch.float64):
+            for vector in vectors:
+                total.add_(vector)
+        return Chunk(base, vectors, total)
 
     def energies(self, selection: Selection | None = None, chunk_size: int | None = None) -> np.ndarray:
         """Σ δ_j² over all elements, or over the selected ones: float64 [K].
@@ -95,7 +117,7 @@ class FusionVectors:
             if selection is not None:
                 positions = selection.indices(start, stop)
                 ends = np.searchsorted(positions.cpu().numpy(), ends)
-            _, vectors = self.chunk(scratch, start, stop, positions)
+            vectors = self.chunk(scratch, start, stop, positions).vectors
             squares = scratch.get("squares", vectors[0].numel(), torch.float64)
             result = np.empty((len(vectors), len(ends)))
             for j, vector in enumerate(vectors):

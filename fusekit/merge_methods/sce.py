@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusekit.errors import MergeError
 from fusekit.merge_methods.chunks import Scratch, for_each_chunk
-from fusekit.merge_methods.fusion_vectors import FusionVectors, add_to_base, check_finite, shares
+from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, add_to_base, check_finite, shares
 from fusekit.merge_methods.selection import Selection, select_top_variance
 
 Variant = Literal["paper", "renormalized", "fuseai"]
@@ -173,10 +173,10 @@ def _erase_and_update(
     def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
         out = result[start:stop]
         positions = None if selection is None else selection.indices(start, stop)
-        base, chunk = vectors.chunk(scratch, start, stop, positions)
-        counts = np.zeros((2, len(chunk)), dtype=np.int64)
+        chunk = vectors.chunk(scratch, start, stop, positions, vote=True)
+        counts = np.zeros((2, len(weights)), dtype=np.int64)
         merged = _merge_chunk(scratch, chunk, weights, divide, counts if count_erased else None)
-        merged = add_to_base(base, merged)
+        merged = add_to_base(chunk.base, merged)
         if positions is None:
             out.copy_(merged)
             return counts
@@ -195,18 +195,17 @@ def _erase_and_update(
 
 
 def _merge_chunk(
-    scratch: Scratch, chunk: list[Tensor], weights: list[float], divide: bool, counts: np.ndarray | None
+    scratch: Scratch, chunk: Chunk, weights: list[float], divide: bool, counts: np.ndarray | None
 ) -> Tensor:
-    """Σ_j η_j δ'_j of one chunk. chunk: K x [n], overwritten. counts: [2, K] to fill with non-zero and kept entries."""
-    size, dtype = chunk[0].numel(), chunk[0].dtype
-    sign = scratch.get("sign", size, dtype).copy_(chunk[0])
-    for vector in chunk[1:]:
-        sign.add_(vector)
-    sign.sign_().mul_(2).add_(1).sign_()  # -1, 0, 1 -> -1, 1, 1: a zero sum counts as plus
+    """Σ_j η_j δ'_j. The chunk is overwritten. counts: [2, K] to fill with non-zero and kept entries."""
+    assert chunk.vote is not None
+    size, dtype = chunk.vote.numel(), chunk.vectors[0].dtype
+    sign = scratch.get("sign", size, dtype).copy_(chunk.vote.sign_())
+    sign.mul_(2).add_(1).sign_()  # -1, 0, 1 -> -1, 1, 1: a zero sum counts as plus
     merged = scratch.get("merged", size, dtype).zero_()
     divisor = scratch.get("divisor", size, dtype).zero_()
     kept = scratch.get("kept", size, dtype)
-    for j, (vector, weight) in enumerate(zip(chunk, weights, strict=True)):
+    for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
         if counts is not None:
             counts[0, j] = _count_nonzero(vector)
         vector.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ

@@ -61,11 +61,11 @@ def varm(
     result = vectors.empty_result()
 
     def update(scratch: Scratch, start: int, stop: int) -> None:
-        base_chunk, chunk = vectors.chunk(scratch, start, stop)
+        chunk = vectors.chunk(scratch, start, stop)
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
-        for vector, weight in zip(chunk, weights, strict=True):
+        for vector, weight in zip(chunk.vectors, weights, strict=True):
             merged.add_(vector.mul_(float(weight)))
-        result[start:stop].copy_(add_to_base(base_chunk, merged))
+        result[start:stop].copy_(add_to_base(chunk.base, merged))
 
     for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
     return VaRMMerge(result.reshape(vectors.shape), weights)
@@ -83,24 +83,24 @@ def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int
     result = vectors.empty_result()
 
     def update(scratch: Scratch, start: int, stop: int) -> tuple[np.ndarray, int]:
-        base_chunk, chunk = vectors.chunk(scratch, start, stop)
+        chunk = vectors.chunk(scratch, start, stop)
         largest = scratch.get("largest", stop - start, vectors.dtype).zero_()
-        for vector in chunk:
+        for vector in chunk.vectors:
             torch.maximum(largest, vector.abs(), out=largest)
         largest.add_(torch.sign(largest).neg_().add_(1))  # zero -> 1
         total = scratch.get("total", stop - start, vectors.dtype).zero_()
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
         weights = []
-        for vector in chunk:
+        for vector in chunk.vectors:
             weights.append((vector / largest).square_())  # relative to the largest: no under- or overflow
             total.add_(weights[-1])
         changed = int(torch.count_nonzero(total))
         total.add_(torch.sign(total).neg_().add_(1))
-        sums = np.empty(len(chunk))
-        for j, (vector, weight) in enumerate(zip(chunk, weights, strict=True)):
+        sums = np.empty(len(targets))
+        for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
             sums[j] = float(weight.div_(total).sum(dtype=torch.float64))
             merged.add_(vector.mul_(weight))
-        result[start:stop].copy_(add_to_base(base_chunk, merged))
+        result[start:stop].copy_(add_to_base(chunk.base, merged))
         return sums, changed
 
     parts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)

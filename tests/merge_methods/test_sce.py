@@ -1,0 +1,270 @@
+"""SCE against the loops of reference.py, in every variant and dtype, and the invariances that the maths promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods import merge_coefficients, sce, sce_fusion_vector, select
+from fusekit.merge_methods.selection import kth_largest, select_top_variance
+from tests import reference
+from tests.merge_methods.cases import nasty_cases, random_case, tied_case
+
+VARIANTS = ("paper", "renormalized", "fuseai")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NASTY = nasty_cases()
+
+
+def cast(case, dtype):
+    base, targets = case
+    return base.to(dtype), [target.to(dtype) for target in targets]
+
+
+def assert_equals_reference(base, targets, tau, variant):
+    expected, eta = reference.sce(base, targets, tau, variant)
+    merged = sce(base, targets, select_topk=tau, variant=variant)
+    assert merged.tensor.dtype == base.dtype
+    assert merged.tensor.shape == base.shape
+    np.testing.assert_allclose(merged.coefficients, eta, rtol=1e-5, atol=0)
+    # Of the result's own rounding, or, in float32, of the rounding of a few operations on the fusion vectors.
+    largest = max([0.0, *(float((t - base).abs().max()) for t in targets if t.numel())])
+    tolerance = torch.finfo(base.dtype).eps
+    torch.testing.assert_close(merged.tensor.double(), expected, rtol=tolerance, atol=8 * 2**-24 * largest)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_random_tensors_equal_the_reference(k, dtype, variant):
+    for tau in (0.1, 0.5, 1.0):
+        if k > 1 or tau == 1:
+            assert_equals_reference(*cast(random_case((23, 17), k, seed=k), dtype), tau, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_tensors_equal_the_reference(name, variant):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for tau in (0.1, 0.3, 1.0):
+            assert_equals_reference(*cast(NASTY[name], dtype), tau, variant)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-3, 3), min_size=12, max_size=12), min_size=2, max_size=5),
+    st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9, 0.99]),
+    st.sampled_from(VARIANTS),
+)
+def test_small_integers_equal_the_exact_reference(rows, tau, variant):
+    """Fusion vectors from a few numbers: ties everywhere, all of them exact."""
+    deltas = [torch.tensor(row, dtype=torch.float32) / 16 for row in rows]
+    expected, eta = reference.sce_deltas([reference.flat(d) for d in deltas], tau, variant)
+    merged = sce_fusion_vector(deltas, select_topk=tau, variant=variant)
+    np.testing.assert_allclose(merged.tensor.numpy(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(merged.coefficients, eta, rtol=1e-12)
+    assert select(deltas, tau).tolist() == reference.select([reference.flat(d) for d in deltas], tau)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_ties_go_to_the_lower_index(k):
+    base, targets = cast(tied_case((40, 30), k, seed=k), torch.bfloat16)
+    for tau in (0.05, 0.37, 0.8):
+        expected = reference.select(reference.fusion_vectors(base, targets), tau)
+        assert select(targets, tau).reshape(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("chunk_size", [4096, 5 * 4096, 64 * 4096, 1024 * 4096])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_result_is_the_same_to_the_bit_for_every_chunking(variant, chunk_size, threads):
+    base, targets = cast(random_case((811, 379), 3), torch.bfloat16)
+    expected = sce(base, targets, select_topk=0.2, variant=variant, count_erased=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        merged = sce(base, targets, select_topk=0.2, variant=variant, count_erased=True, chunk_size=chunk_size)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(merged.tensor.view(torch.int16), expected.tensor.view(torch.int16))
+    assert merged.coefficients.tobytes() == expected.coefficients.tobytes()
+    assert merged.erased.tobytes() == expected.erased.tobytes()
+    assert merged.selected == expected.selected
+
+
+@pytest.mark.parametrize("exponent", [-20, -7, 3, 10])
+def test_scaling_by_a_power_of_two_changes_nothing_else(exponent):
+    """What 1e-6 in a denominator would break: ordinary fine-tunes have mean squares far below it."""
+    base, targets = cast(random_case((64, 64), 3), torch.float32)
+    deltas = [target - base for target in targets]
+    scaled = [delta * 2.0**exponent for delta in deltas]
+    for tau in (0.1, 1.0):
+        one, other = (sce_fusion_vector(d, select_topk=tau, variant="renormalized") for d in (deltas, scaled))
+        assert one.coefficients.tobytes() == other.coefficients.tobytes()
+        assert torch.equal(one.tensor * 2.0**exponent, other.tensor)
+        assert torch.equal(select(deltas, 0.1), select(scaled, 0.1))
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3])
+def test_scaling_leaves_coefficients_and_selection(factor):
+    base, targets = cast(random_case((64, 64), 3), torch.float64)
+    deltas = [target - base for target in targets]
+    scaled = [delta * factor for delta in deltas]
+    np.testing.assert_allclose(merge_coefficients(scaled), merge_coefficients(deltas), rtol=1e-12)
+    assert torch.equal(select(deltas, 0.1), select(scaled, 0.1))
+
+
+def test_bits_of_the_base_stay_where_nothing_survives():
+    base = torch.tensor([-0.0, 0.0, 1.0, -0.0, 5e-324, -1e-310], dtype=torch.float64)
+    moved = base.clone()
+    moved[2] = 2
+    for variant in VARIANTS:
+        for tau in (0.5, 1.0):
+            merged = sce(base, [moved, moved * 1.5], select_topk=tau, variant=variant).tensor
+            keep = [0, 1, 3]
+            assert torch.equal(merged[keep].view(torch.int64), base[keep].view(torch.int64))
+
+
+def test_no_movement_returns_the_base_and_uniform_coefficients():
+    base, _ = random_case((9, 9), 1)
+    for tau in (0.1, 1.0):
+        merged = sce(base, [base.clone(), base.clone()], select_topk=tau)
+        assert torch.equal(merged.tensor, base)
+        assert merged.coefficients.tolist() == [0.5, 0.5]
+
+
+def test_coefficients_of_small_deltas_are_right():
+    """Deltas of RMS 2e-4 and 6e-4: the energies are 1 : 9."""
+    delta = torch.ones(32, 32)
+    merged = sce(torch.zeros(32, 32), [2e-4 * delta, 6e-4 * delta])
+    np.testing.assert_allclose(merged.coefficients, [0.1, 0.9], rtol=1e-6)
+
+
+def test_a_conflict_down_to_the_last_digit_is_voted_with_that_digit():
+    """φ_2 = 2θ - φ_1 up to the rounding of float32: the sign of the sum is in that rounding."""
+    base, _ = cast(random_case((50, 50), 1), torch.float32)
+    conflict = base + 1 / 64
+    assert_equals_reference(base, [conflict, 2 * base - conflict], 1.0, "paper")
+
+
+def test_inputs_are_not_modified():
+    base, targets = cast(random_case((30, 30), 3), torch.float32)
+    copies = [t.clone() for t in (base, *targets)]
+    for variant in VARIANTS:
+        sce(base, targets, select_topk=0.3, variant=variant)
+    assert all(torch.equal(a, b) for a, b in zip((base, *targets), copies, strict=True))
+
+
+def test_shares_that_are_reported():
+    base = torch.zeros(8)
+    targets = [torch.tensor([2.0, 2, 2, 2, 0, 0, 0, 0]), torch.tensor([-1.0, -1, 1, 1, 0, 0, 0, 0])]
+    merged = sce(base, targets, select_topk=0.5, count_erased=True)
+    # Four elements vary; the two of highest variance (9/4) are selected, and there the second target is outvoted.
+    assert merged.selected == 2 / 8
+    assert merged.erased.tolist() == [0.0, 1.0]
+    assert merged.tensor.tolist() == pytest.approx([2 * 0.8, 2 * 0.8, 0, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"select_topk": 0.0}, r"select_topk is 0.0, it must lie in \(0, 1\]"),
+        ({"select_topk": 1.5}, "select_topk is 1.5"),
+        ({"variant": "fusai"}, "variant is 'fusai', it must be one of paper, renormalized, fuseai"),
+        ({"chunk_size": 1000}, "chunk_size 1000 is not a positive multiple of 4096"),
+    ],
+)
+def test_bad_parameters_are_named(arguments, message):
+    base, targets = random_case((4, 4), 2)
+    with pytest.raises(MergeError, match=message):
+        sce(base, targets, **arguments)
+
+
+def test_bad_inputs_are_named():
+    base, targets = random_case((4, 4), 2)
+    with pytest.raises(MergeError, match="no targets"):
+        sce(base, [])
+    with pytest.raises(MergeError, match="a single fusion vector has no variance to rank"):
+        sce(base, targets[:1], select_topk=0.5)
+    with pytest.raises(MergeError, match=r"tensor 2 has shape \(4, 3\), tensor 0 has \(4, 4\)"):
+        sce(base, [targets[0], targets[1][:, :3]])
+    with pytest.raises(MergeError, match=r"tensor 1 has dtype torch.float32, tensor 0 has torch.float64"):
+        sce(base, [targets[0].float(), targets[1]])
+    with pytest.raises(MergeError, match="only floating-point"):
+        sce(base.long(), [t.long() for t in targets])
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_are_errors_that_name_the_target(value, tau):
+    base, targets = random_case((6, 6), 3)
+    targets[1][2, 3] = value
+    with pytest.raises(MergeError, match=r"target\(s\) \[1\].*NaN or Inf"):
+        sce(base, targets, select_topk=tau)
+
+
+def test_variances_beyond_float32_are_an_error():
+    base = torch.zeros(4)
+    with pytest.raises(MergeError, match=r"overflows torch\.float32.*float64"):
+        sce(base, [torch.full((4,), 1e30), torch.full((4,), -1e30)], select_topk=0.5)
+
+
+def _order_oracle(targets, tau):
+    """Top variances of a large tensor in float64, ties to the lower index."""
+    stack = torch.stack([t.double() for t in targets])
+    shifted = stack - stack[0]
+    scores = (len(targets) * shifted.square().sum(0) - shifted.sum(0).square()).numpy().reshape(-1)
+    count = math.floor(tau * np.count_nonzero(scores > 0))
+    order = np.lexsort((np.arange(scores.size), -scores))[:count]
+    mask = np.zeros(scores.size, dtype=bool)
+    mask[order] = True
+    return mask
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["continuous", "bf16 steps", "two values", "mostly unchanged"])
+def test_large_tensors_select_what_a_sort_selects(kind, tau):
+    """Large enough for the sampled bracket; kinds where it is tight, where it meets atoms, and where it misleads."""
+    generator = torch.Generator().manual_seed(1)
+    size = 300_000
+    base = torch.randn(size, generator=generator) * 0.02
+    targets = [base + torch.randn(size, generator=generator) * 1e-3 for _ in range(3)]
+    if kind == "bf16 steps":
+        base, targets = base.bfloat16(), [t.bfloat16() for t in targets]
+    elif kind == "two values":
+        base = torch.zeros(size)
+        targets = [torch.randint(0, 2, (size,), generator=generator).float() for _ in range(2)]
+    elif kind == "mostly unchanged":
+        changed = torch.rand(size, generator=generator) < 1e-4
+        targets = [torch.where(changed, t, base) for t in targets]
+    dtype = torch.float64 if kind == "continuous" else base.dtype
+    selected = select([t.to(dtype) for t in targets], tau)
+    assert np.array_equal(selected.numpy(), _order_oracle([t.to(dtype) for t in targets], tau))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kth_largest_equals_a_sort(dtype):
+    generator = torch.Generator().manual_seed(0)
+    lists = [
+        torch.rand(1000, generator=generator),
+        torch.zeros(10),
+        torch.tensor([0.0, 1e-45, 1e-40, 1.0, 3e38]),
+        torch.randint(0, 3, (500,), generator=generator).float(),
+        torch.full((70_000,), 0.25),
+    ]
+    for values in (each.to(dtype) for each in lists):
+        ordered = values.sort(descending=True).values
+        for k in {1, 2, values.numel() // 2 + 1, values.numel()}:
+            if k <= values.numel():
+                assert kth_largest(values, k) == ordered[k - 1].item()
+
+
+def test_a_misleading_sample_still_gives_the_true_threshold(monkeypatch):
+    monkeypatch.setattr("fusekit.merge_methods.selection._sampled_bracket", lambda *_: (1e9, 2e9))
+    base, targets = random_case((50, 50), 3)
+    expected = reference.select(reference.fusion_vectors(base, targets), 0.2)
+    assert select(targets, 0.2).reshape(-1).tolist() == expected
+    assert select_top_variance([t.reshape(-1) for t in targets], 0.2).count == sum(expected)

@@ -1,0 +1,105 @@
+"""VaRM against the loops of reference.py, for every granularity and aggregation."""
+
+import numpy as np
+import pytest
+import torch
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods import matrix_statistics, unit_coefficients, varm, varm_elementwise
+from tests import reference
+from tests.merge_methods.cases import nasty_cases, random_case
+
+NASTY = nasty_cases()
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_close(actual, expected, base, targets):
+    largest = max([0.0, *(float((t - base).abs().max()) for t in targets if t.numel())])
+    assert actual.dtype == base.dtype
+    assert actual.shape == base.shape
+    tolerance = torch.finfo(base.dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=8 * 2**-24 * largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_random_tensors_equal_the_reference(k, dtype):
+    base, targets = random_case((23, 17), k, seed=k)
+    base, targets = base.to(dtype), [t.to(dtype) for t in targets]
+    merged = varm(base, targets)
+    assert_close(merged.tensor, reference.varm(base, targets), base, targets)
+    np.testing.assert_allclose(
+        merged.coefficients, reference.coefficients(reference.fusion_vectors(base, targets)), rtol=1e-5
+    )
+    assert_close(varm_elementwise(base, targets).tensor, reference.varm_element(base, targets), base, targets)
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_tensors_equal_the_reference(name):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        base, targets = NASTY[name]
+        base, targets = base.to(dtype), [t.to(dtype) for t in targets]
+        assert_close(varm(base, targets).tensor, reference.varm(base, targets), base, targets)
+        assert_close(varm_elementwise(base, targets).tensor, reference.varm_element(base, targets), base, targets)
+
+
+@pytest.mark.parametrize("aggregation", ["elements", "matrices"])
+def test_units_of_several_matrices_equal_the_reference(aggregation):
+    matrices = [random_case(shape, 3, scale=scale, seed=i) for i, (shape, scale) in
+                enumerate([((4, 6), 1e-2), ((30,), 1e-1), ((0, 3), 1.0), ((2, 2, 2), 1e-3)])]  # fmt: skip
+    statistics = [matrix_statistics(base, targets) for base, targets in matrices]
+    expected = reference.unit_coefficients(matrices, aggregation)
+    weights = unit_coefficients(statistics, aggregation)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    for base, targets in matrices:
+        merged = varm(base, targets, coefficients=weights).tensor
+        assert_close(merged, reference.varm(base, targets, expected), base, targets)
+
+
+def test_the_aggregations_differ_where_matrices_differ_in_size():
+    small = random_case((2, 2), 2, scale=1.0, seed=1)
+    large = random_case((50, 50), 2, scale=1e-2, seed=2)
+    statistics = [matrix_statistics(*small), matrix_statistics(*large)]
+    assert abs(unit_coefficients(statistics, "elements")[0] - unit_coefficients(statistics, "matrices")[0]) > 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("chunk_size", [4096, 7 * 4096, 512 * 4096])
+def test_result_is_the_same_to_the_bit_for_every_chunking(chunk_size, threads):
+    base, targets = random_case((811, 379), 3)
+    base, targets = base.bfloat16(), [t.bfloat16() for t in targets]
+    before = torch.get_num_threads()
+    for method in (varm, varm_elementwise):
+        expected = method(base, targets)
+        try:
+            torch.set_num_threads(threads)
+            merged = method(base, targets, chunk_size=chunk_size)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(merged.tensor.view(torch.int16), expected.tensor.view(torch.int16))
+        if method is varm:
+            assert merged.coefficients.tobytes() == expected.coefficients.tobytes()
+
+
+def test_no_variation_is_uniform_and_keeps_the_bits_of_the_base():
+    base = torch.tensor([[-0.0, 1.0], [0.0, -2.0]])
+    for method in (varm, varm_elementwise):
+        merged = method(base, [base.clone(), base.clone()])
+        assert torch.equal(merged.tensor.view(torch.int32), base.view(torch.int32))
+        assert merged.coefficients.tolist() == [0.5, 0.5]
+
+
+def test_bad_inputs_are_named():
+    base, targets = random_case((3, 3), 2)
+    with pytest.raises(MergeError, match=r"1 coefficient\(s\) for 2 target"):
+        varm(base, targets, coefficients=[1.0])
+    with pytest.raises(MergeError, match=r"sum to 1\.5, they must sum to 1"):
+        varm(base, targets, coefficients=[1.0, 0.5])
+    with pytest.raises(MergeError, match="aggregation is 'mean', it must be one of elements, matrices"):
+        unit_coefficients([matrix_statistics(base, targets)], "mean")
+    with pytest.raises(MergeError, match="without a matrix"):
+        unit_coefficients([])
+    targets[0][0, 0] = float("nan")
+    for method in (varm, varm_elementwise):
+        with pytest.raises(MergeError, match=r"target\(s\) \[0\].*NaN or Inf"):
+            method(base, targets)

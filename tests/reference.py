@@ -1,0 +1,107 @@
+"""The merge methods as slow, obvious loops: the truth that the fast code is compared with.
+
+Values are Python floats (float64). Variances are exact rationals, so that ties are ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+
+
+def flat(tensor: torch.Tensor) -> list[float]:
+    return [float(x) for x in tensor.detach().double().reshape(-1)]
+
+
+def fusion_vectors(base: torch.Tensor, targets: Sequence[torch.Tensor]) -> list[list[float]]:
+    theta = flat(base)
+    return [[phi - t for phi, t in zip(flat(target), theta, strict=True)] for target in targets]
+
+
+def population_variance(values: Sequence[float]) -> Fraction:
+    exact = [Fraction(v) for v in values]
+    mean = sum(exact) / len(exact)
+    return sum((v - mean) ** 2 for v in exact) / len(exact)
+
+
+def select(deltas: Sequence[Sequence[float]], tau: float) -> list[bool]:
+    """The floor(tau * number of elements that vary) elements of highest variance, ties to the lower index."""
+    n = len(deltas[0])
+    if tau == 1:
+        return [True] * n
+    variances = [population_variance([delta[i] for delta in deltas]) for i in range(n)]
+    k = math.floor(tau * sum(1 for v in variances if v > 0))
+    order = sorted(range(n), key=lambda i: (-variances[i], i))
+    chosen = set(order[:k])
+    return [i in chosen for i in range(n)]
+
+
+def shares(energies: Sequence[float]) -> list[float]:
+    total = math.fsum(energies)
+    return [e / total for e in energies] if total > 0 else [1 / len(energies)] * len(energies)
+
+
+def coefficients(deltas: Sequence[Sequence[float]]) -> list[float]:
+    return shares([math.fsum(d * d for d in delta) for delta in deltas])
+
+
+def sce_deltas(deltas: Sequence[Sequence[float]], tau: float, variant: str) -> tuple[list[float], list[float]]:
+    """(merged fusion vector, eta)."""
+    n = len(deltas[0])
+    mask = select(deltas, tau)
+    selected = [[d if m else 0.0 for d, m in zip(delta, mask, strict=True)] for delta in deltas]
+    eta = coefficients(selected)
+    vectors = deltas if variant == "fuseai" else selected
+    merged = []
+    for i in range(n):
+        column = [vector[i] for vector in vectors]
+        plus = sum(column) >= 0
+        survives = [d > 0 if plus else d < 0 for d in column]
+        value = math.fsum(e * d for e, d, s in zip(eta, column, survives, strict=True) if s)
+        if variant != "paper":
+            divisor = math.fsum(e for e, s in zip(eta, survives, strict=True) if s)
+            value = value / divisor if divisor > 0 else value
+        merged.append(value)
+    return merged, eta
+
+
+def sce(base: torch.Tensor, targets: Sequence[torch.Tensor], tau: float, variant: str) -> tuple[torch.Tensor, list]:
+    merged, eta = sce_deltas(fusion_vectors(base, targets), tau, variant)
+    result = [t + d for t, d in zip(flat(base), merged, strict=True)]
+    return torch.tensor(result, dtype=torch.float64).reshape(base.shape), eta
+
+
+def varm(base: torch.Tensor, targets: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
+    deltas = fusion_vectors(base, targets)
+    weights = coefficients(deltas) if weights is None else weights
+    result = [
+        t + math.fsum(w * delta[i] for w, delta in zip(weights, deltas, strict=True)) for i, t in enumerate(flat(base))
+    ]
+    return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
+
+
+def varm_element(base: torch.Tensor, targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    deltas = fusion_vectors(base, targets)
+    result = []
+    for i, t in enumerate(flat(base)):
+        weights = shares([delta[i] ** 2 for delta in deltas])
+        result.append(t + math.fsum(w * delta[i] for w, delta in zip(weights, deltas, strict=True)))
+    return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
+
+
+def unit_coefficients(units: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]], aggregation: str) -> list[float]:
+    """W of a unit of (base, targets) matrices."""
+    k = len(units[0][1])
+    per_matrix = [fusion_vectors(base, targets) for base, targets in units]
+    energies = []
+    for j in range(k):
+        if aggregation == "elements":
+            elements = [d for deltas in per_matrix for d in deltas[j]]
+            energies.append(math.fsum(d * d for d in elements) / len(elements))
+        else:
+            means = [math.fsum(d * d for d in deltas[j]) / len(deltas[j]) for deltas in per_matrix if deltas[j]]
+            energies.append(math.fsum(means))
+    return shares(energies)
