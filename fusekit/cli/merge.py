@@ -68,6 +68,7 @@ def merge(
     OUT appears in one step, whole, or not at all.
     """
     merge_options.apply_global_options()
+    _drop_noise()
     quiet = merge_options.quiet
 
     def say(line: str) -> None:
@@ -87,6 +88,14 @@ def merge(
         raise
     if not quiet:
         click.echo(str(merged))
+
+
+def _drop_noise() -> None:
+    """mergekit sets a config field by its former name, about which transformers warns: nothing a user could change."""
+    deprecation = "`torch_dtype` is deprecated"
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: deprecation not in record.getMessage()
+    )
 
 
 def _stopped(out: str, status: int) -> None:

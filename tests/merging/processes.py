@@ -124,11 +124,11 @@ def under_strace(cwd: Path, inject: str, *args: str) -> tuple[Finished, str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert tracer.stderr is not None
-    assert "attached" in tracer.stderr.readline()
-    os.kill(child.pid, signal.SIGCONT)
-    finished = child.wait()
-    tracer.wait(timeout=20)
+    with tracer:
+        assert tracer.stderr is not None
+        assert "attached" in tracer.stderr.readline()
+        os.kill(child.pid, signal.SIGCONT)
+        finished = child.wait()
     return finished, trace.read_text()
 
 

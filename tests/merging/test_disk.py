@@ -139,6 +139,19 @@ def test_system_calls_that_fail(recipe, workshop, inject, text):
     assert traces(workshop) == []
 
 
+@pytest.mark.skipif(not strace_works(), reason="strace is not here or may not trace")
+@pytest.mark.parametrize("code", ["ENOSYS", "EINVAL"])
+def test_a_kernel_or_file_system_that_cannot_exchange_folders(write_recipe, workshop, code):
+    merge(write_recipe(), "out", settings=QUIET)
+    before = (workshop / "out/model.safetensors").read_bytes()
+    write_recipe(parameters={"weight": 0.9})
+    done, trace = under_strace(workshop, f"renameat2:error={code}", "recipe.yml", "out", "--overwrite")
+    assert "(INJECTED)" in trace
+    assert done.exitcode == 0, done.output
+    assert (workshop / "out/model.safetensors").read_bytes() != before
+    assert traces(workshop) == []
+
+
 def test_errors_of_rust_libraries_are_understood():
     error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     fault = disk_fault(error, Path("/tmp"), needed=123_456)
