@@ -18,8 +18,12 @@ from fusekit.storage.faults import existing_parent, free_bytes, human
 SMALL_FILES_BYTES = 1 << 20
 """Config, card, provenance and the like, without the tokenizer."""
 
-WORKSPACE_COPIES = 3
-"""float32 copies of one tensor that a method works with, beside one for every input; measured in docs/merge.md."""
+WORKSPACE_COPIES = 4.5
+"""Copies of its inputs that a method of mergekit works with; the worst one (`sce`) takes 4.2, see docs/merge.md."""
+
+FRUGAL = ("fusechat_sce", "varm", "linear", "passthrough")
+FRUGAL_COPIES, FRUGAL_BYTES = 3, 64 << 20
+"""Methods that hold a few tensors of the size of the result and a fixed workspace, however many inputs there are."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _memory(plan: Plan, models: list[Model], options: MergeOptions) -> list[Need
     needs: list[Need] = []
     host = shard + working
     if on_device:
-        device = working + (shard if options.low_cpu_memory else 0)
+        device = working + largest_inputs(plan) + (shard if options.low_cpu_memory else 0)
         host = largest_inputs(plan) + (0 if options.low_cpu_memory else shard)
         free, _ = torch.cuda.mem_get_info(options.device)
         needs.append(Need("memory of the accelerator", device, free, f"free on {options.device}"))
@@ -129,10 +133,11 @@ def shard_bytes(plan: Plan, options: MergeOptions) -> int:
 
 def largest_inputs(plan: Plan) -> int:
     """Bytes of the inputs of the largest tensor, as they are loaded."""
-    return max((sum(header.nbytes for header in tensor.inputs.values()) for tensor in plan.tensors), default=0)
+    return max((tensor.loaded_bytes for tensor in plan.tensors), default=0)
 
 
 def working_bytes(plan: Plan) -> int:
-    """What the largest tensor takes while it is merged: its inputs, and float32 copies to compute with."""
-    copies = [tensor.elements * 4 * (len(tensor.inputs) + WORKSPACE_COPIES) for tensor in plan.tensors]
-    return largest_inputs(plan) + max(copies, default=0)
+    """What the largest tensor takes while it is merged; inputs that are read from the mapped file do not count."""
+    if plan.name in FRUGAL:
+        return max((t.copied_bytes + FRUGAL_COPIES * t.nbytes for t in plan.tensors), default=0) + FRUGAL_BYTES
+    return int(WORKSPACE_COPIES * largest_inputs(plan))

@@ -19,14 +19,21 @@ DTYPES = {
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
+    "C64": ("complex64", 8),
     "I64": ("int64", 8),
+    "U64": ("uint64", 8),
     "I32": ("int32", 4),
+    "U32": ("uint32", 4),
     "I16": ("int16", 2),
+    "U16": ("uint16", 2),
     "I8": ("int8", 1),
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }
 
 
@@ -112,6 +119,8 @@ def parse_header(raw: bytes, file: str, label: str) -> tuple[Headers, int]:
 
 
 def _tensor_header(entry: dict[str, Any], file: str) -> TensorHeader:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"the dtype {entry['dtype']!r} is not one that can be merged")
     name, itemsize = DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]

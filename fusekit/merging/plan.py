@@ -39,6 +39,8 @@ class PlannedTensor:
     """One tensor of the result. shape may hold ANY; None: unknown. dtype: torch name; None: unknown.
 
     inputs: header by pinned model, for the models that have it. optional: the method may leave it out.
+    loaded_bytes: of the inputs in the dtype that they are loaded in; copied_bytes: of those whose file has another one
+    (the others are read from the mapped file).
     """
 
     name: str
@@ -46,6 +48,8 @@ class PlannedTensor:
     dtype: str | None
     optional: bool
     inputs: Mapping[Any, TensorHeader]
+    loaded_bytes: int = 0
+    copied_bytes: int = 0
 
     @property
     def elements(self) -> int:
@@ -54,14 +58,15 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size() if self.dtype else 4
-        return self.elements * size
+        return self.elements * (_itemsize(self.dtype) if self.dtype else 4)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge as mergekit plans it. method: pretty name. read_bytes: of all inputs; nbytes: of the result."""
+    """A merge as mergekit plans it. name: of the method; method: its pretty name. read_bytes: of all inputs; nbytes: of
+    the result."""
 
+    name: str
     method: str
     tensors: list[PlannedTensor]
     warnings: list[str]
@@ -97,7 +102,7 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
     warnings = [*_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
-    return Plan(method.spec.pretty_name or method.spec.name, tensors, warnings)
+    return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings)
 
 
 def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list[Any]:
@@ -146,22 +151,32 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
     elif shape is not None and aligned and axis is not None:
         shape = (*shape[:axis], ANY, *shape[axis + 1 :])
     optional = save.optional and len(inputs) < len(gather.weight_info)
-    return PlannedTensor(save.tensor_name, shape, None if converted else _dtype(save, inputs), optional, inputs)
+    loaded = _loaded_dtypes(gather, inputs)
+    sizes = {pinned: header.elements * _itemsize(loaded[pinned]) for pinned, header in inputs.items()}
+    copied = sum(size for pinned, size in sizes.items() if loaded[pinned] != inputs[pinned].dtype)
+    dtype = None if converted else _result_dtype(save, loaded.values())
+    return PlannedTensor(save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied)
 
 
-def _dtype(save: Any, inputs: Mapping[Any, TensorHeader]) -> str | None:
+def _loaded_dtypes(gather: Any, inputs: Mapping[Any, TensorHeader]) -> dict[Any, str]:
+    """The dtype in which mergekit loads every input."""
+    wanted = {pinned: gather.weight_info[pinned].force_dtype or gather.dtype for pinned in inputs}
+    return {pinned: (wanted[pinned] or header.dtype).removeprefix("torch.") for pinned, header in inputs.items()}
+
+
+def _itemsize(dtype: str) -> int:
+    return torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+
+
+def _result_dtype(save: Any, loaded: Iterable[str]) -> str | None:
     """The dtype that the result is written in: out_dtype, else what mergekit promotes the loaded inputs to."""
-    if not inputs:
+    dtypes = [getattr(torch, name) for name in loaded]
+    if not dtypes:
         return None
-    gather = _gather(save)
-    loaded = [gather.weight_info[pinned].force_dtype or gather.dtype or inputs[pinned].dtype for pinned in inputs]
-    dtypes = [getattr(torch, name.removeprefix("torch.")) for name in loaded]
     result = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)
-    if save.dtype:
-        result = getattr(torch, save.dtype.removeprefix("torch."))
-    return str(result).removeprefix("torch.")
+    return str(save.dtype or result).removeprefix("torch.")
 
 
 def _reference(inputs: Mapping[Any, TensorHeader], base: Any) -> Any:
