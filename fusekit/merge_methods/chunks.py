@@ -59,12 +59,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy may work on the memory of `tensor`, which it does several times faster than torch in places."""
+    return tensor.device.type == "cpu"
+
+
 def block_sums(values: Tensor, ends: np.ndarray) -> np.ndarray:
     """Sums of consecutive runs of `values`.
 
     values: float64 [n]; ends: int64 [b], non-decreasing, last one n. Returns float64 [b]; an empty run sums to 0.
     """
-    if values.device.type != "cpu":
+    if not on_cpu(values):
         lengths = torch.from_numpy(np.diff(ends, prepend=0)).to(values.device)
         sums: np.ndarray = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True).cpu().numpy()
         return sums

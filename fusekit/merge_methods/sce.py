@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
+from fusekit.merge_methods import chunks
 from fusekit.merge_methods.chunks import Scratch, for_each_chunk
 from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, add_to_base, check_finite, shares
 from fusekit.merge_methods.selection import Selection, select_top_variance
@@ -221,6 +222,6 @@ def _merge_chunk(
 
 
 def _count_nonzero(values: Tensor) -> int:
-    if values.device.type != "cpu":
+    if not chunks.on_cpu(values):
         return int(torch.count_nonzero(values))
     return int(np.count_nonzero(values.numpy() != 0))  # numpy's comparison: several times faster than torch's

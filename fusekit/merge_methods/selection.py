@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusekit.merge_methods import chunks
 from fusekit.merge_methods.chunks import Scratch, compute_dtype, for_each_chunk
 
 _SAMPLE = 1 << 16
@@ -186,7 +187,7 @@ def kth_largest(values: Tensor, k: int) -> float:
 
 
 def _kth_largest_of_few(candidates: Tensor, k: int) -> float:
-    if candidates.device.type == "cpu":
+    if chunks.on_cpu(candidates):
         position = candidates.numel() - k
         return float(np.partition(candidates.numpy(), position)[position])
     return float(torch.topk(candidates, k).values[-1])
@@ -212,7 +213,7 @@ _TORCH_COMPARISONS: dict[object, Callable[..., Tensor]] = {
 
 def compare(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> Tensor:
     """Elementwise comparison with a number: bool, shape of `values`. numpy's is much faster than torch's on the CPU."""
-    if values.device.type != "cpu":
+    if not chunks.on_cpu(values):
         return _TORCH_COMPARISONS[comparison](values, bound)
     array = values.numpy()
     return torch.from_numpy(comparison(array, array.dtype.type(bound)))
@@ -220,10 +221,10 @@ def compare(comparison: Callable[..., np.ndarray], values: Tensor, bound: float)
 
 def nonzero(mask: Tensor) -> Tensor:
     """Positions of the true elements of a flat mask: int64 [m], ascending."""
-    if mask.device.type == "cpu":
+    if chunks.on_cpu(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
 
 
 def _count(mask: Tensor) -> int:
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+    return int(np.count_nonzero(mask.numpy())) if chunks.on_cpu(mask) else int(mask.sum())

@@ -268,3 +268,19 @@ def test_a_misleading_sample_still_gives_the_true_threshold(monkeypatch):
     expected = reference.select(reference.fusion_vectors(base, targets), 0.2)
     assert select(targets, 0.2).reshape(-1).tolist() == expected
     assert select_top_variance([t.reshape(-1) for t in targets], 0.2).count == sum(expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_operations_that_run_on_other_devices_give_the_same(variant, monkeypatch):
+    """Off the CPU numpy is replaced by torch; here torch's operations run on the CPU's tensors."""
+    cases = [(cast(case, torch.float32), 0.3) for case in NASTY.values()]
+    large = cast(random_case((400, 300), 3), torch.bfloat16)
+    cases += [(large, 0.1), (large, 1.0), (cast(tied_case((400, 300), 3), torch.bfloat16), 0.2)]
+    expected = [sce(*case, select_topk=tau, variant=variant, count_erased=True) for case, tau in cases]
+    monkeypatch.setattr("fusekit.merge_methods.chunks.on_cpu", lambda _: False)
+    for (case, tau), numpy_result in zip(cases, expected, strict=True):
+        merged = sce(*case, select_topk=tau, variant=variant, count_erased=True)
+        assert torch.equal(merged.tensor, numpy_result.tensor)
+        np.testing.assert_allclose(merged.coefficients, numpy_result.coefficients, rtol=1e-14)
+        assert merged.erased.tolist() == numpy_result.erased.tolist()
+        assert merged.selected == numpy_result.selected

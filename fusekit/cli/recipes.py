@@ -1,0 +1,45 @@
+"""`fusekit ls` and `fusekit cp`: the recipes that ship with fusekit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fusekit import shipped_recipes
+from fusekit.errors import RecipeError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and paths.")
+def ls(as_json: bool) -> None:
+    """List the shipped recipes. `fusekit cp NAME` copies one."""
+    known = shipped_recipes.recipes()
+    if as_json:
+        click.echo(json.dumps({name: str(path) for name, path in known.items()}, indent=1))
+        return
+    width = max(map(len, known))
+    for name, path in known.items():
+        click.echo(f"{name:<{width}}  {shipped_recipes.title(path)}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def cp(name: str, file: Path | None, force: bool) -> None:
+    """Copy the shipped recipe NAME to FILE, or into the folder FILE, or to NAME.yml here."""
+    source = shipped_recipes.find(name)
+    target = file or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    try:
+        # "x" refuses an existing file, also one that appears at this very moment.
+        with target.open("wb" if force else "xb") as out:
+            out.write(source.read_bytes())
+    except FileExistsError:
+        raise RecipeError(f"{target} exists already; --force replaces it") from None
+    except OSError as error:
+        raise RecipeError(f"cannot write {target}: {error.strerror}") from error
+    click.echo(f"{target}")

@@ -1,0 +1,108 @@
+"""What `fusekit doctor` finds out. Asks fresh interpreters, so that this process's imports do not hide anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusekit import __version__
+
+PACKAGES = ("mergekit", "transformers", "torch", "safetensors", "tokenizers", "numpy", "huggingface_hub")
+METHODS = ("fusechat_sce", "varm")
+_ASK = (
+    "import mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
+    f"print(*sorted(names & {set(METHODS)!r}))"
+)
+
+
+@dataclass(frozen=True)
+class Autoload:
+    """works: stock mergekit sees fusekit's methods here and now. lines: the explanation, for people."""
+
+    works: bool
+    lines: list[str]
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of fusekit and what it stands on, by name; "not installed" where something is missing."""
+    found = {"python": f"{platform.python_version()} ({sys.executable})", "fusekit": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> list[str]:
+    """CPU, memory and accelerators, a line each."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    lines = [
+        f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; "
+        f"memory: {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"CUDA {index}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    if not torch.cuda.is_available():
+        lines.append("CUDA: none")
+    return lines
+
+
+def autoload() -> Autoload:
+    """Whether a stock mergekit command started now would know fusekit's methods, and the reason."""
+    switched_off = os.environ.get("FUSEKIT_AUTOLOAD") == "0"
+    hook = _pth()
+    seen, complaint = _ask()
+    if seen == set(METHODS):
+        return Autoload(
+            True,
+            [
+                f"sees fusekit: merge_method {' and '.join(METHODS)} are known.",
+                f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
+                "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
+            ],
+        )
+    if "No module named 'mergekit'" in complaint:
+        reason = ["mergekit is not installed for this Python: pip install 'mergekit>=0.1.5,<0.2'"]
+    elif switched_off:
+        reason = ["the environment variable FUSEKIT_AUTOLOAD=0 turns it off: unset it"]
+    elif hook is None:
+        reason = [
+            "fusekit.pth is in no site-packages folder of this Python: fusekit is used from a folder, a zip file or a",
+            "`pip install --target`, where Python reads no .pth files. Install it into the environment of mergekit.",
+        ]
+    else:
+        reason = [f"{hook} is in place, but mergekit did not get the methods:", complaint or "no message was printed"]
+    return Autoload(
+        False,
+        [
+            "does not see fusekit's merge methods, because",
+            *reason,
+            "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
+            "or `import fusekit.merge_methods` in your own Python code.",
+        ],
+    )
+
+
+def _pth() -> Path | None:
+    for folder in map(Path, sys.path):
+        if (folder / "fusekit.pth").is_file() and folder.name in ("site-packages", "dist-packages"):
+            return folder / "fusekit.pth"
+    return None
+
+
+def _ask() -> tuple[set[str], str]:
+    """The methods that a fresh interpreter's mergekit knows, and the line it printed if something was wrong."""
+    # -I: neither PYTHONPATH nor the current folder may show it a fusekit that mergekit-yaml would not see.
+    done = subprocess.run([sys.executable, "-I", "-c", _ASK], capture_output=True, text=True, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "fusekit" in line or "Error" in line]
+    return set(done.stdout.split()), complaints[-1] if complaints else ""

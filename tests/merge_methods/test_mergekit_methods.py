@@ -1,0 +1,567 @@
+"""`fusechat_sce` and `varm` as mergekit sees them: its own entry points, its conventions, its graphs."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from mergekit import merge_methods
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge import run_merge
+from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, merge_state_dicts, merge_tensors
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+from safetensors.torch import load_file, save_file
+
+from fusekit.errors import MergeError
+from fusekit.merge_methods import record_coefficients, sce, unit_of, varm
+from tests import reference
+from tests.helpers import edit_tensors, family
+from tests.merge_methods.cases import random_case
+
+METHODS = ("fusechat_sce", "varm")
+UNITS = ("module", "layer", "model")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+def run(recipe, out, **options):
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, str(out), MergeOptions(quiet=True, **options))
+    return load_file(out / "model.safetensors")
+
+
+def recipe_of(base, targets, method="fusechat_sce", parameters=None, **more):
+    return {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(target)} for target in targets],
+        "parameters": parameters or {},
+        "dtype": "float32",
+        **more,
+    }
+
+
+def tensors_of(*paths):
+    return [load_file(path / "model.safetensors") for path in paths]
+
+
+# ---------------------------------------------------------------- in memory
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_merge_tensors_is_the_pure_function(dtype, device):
+    base, targets = random_case((9, 7), 3)
+    tensors = [t.to(device, dtype) for t in (base, *targets)]
+    parameters = {"select_topk": 0.3, "variant": "renormalized", "int8_mask": True}
+    merged = merge_tensors(tensors, "fusechat_sce", base_index=0, parameters=parameters)
+    assert merged.device.type == device
+    assert torch.equal(merged, sce(tensors[0], tensors[1:], select_topk=0.3, variant="renormalized").tensor)
+    assert torch.equal(merge_tensors(tensors, "varm", base_index=0), varm(tensors[0], tensors[1:]).tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", ["paper", "renormalized", "fuseai"])
+def test_cuda_selects_and_merges_as_the_cpu_does(variant):
+    base, targets = random_case((700, 300), 3)
+    tensors = [t.bfloat16() for t in (base, *targets)]
+    cpu = sce(tensors[0], tensors[1:], select_topk=0.2, variant=variant, count_erased=True)
+    gpu = sce(tensors[0].cuda(), [t.cuda() for t in tensors[1:]], select_topk=0.2, variant=variant, count_erased=True)
+    np.testing.assert_allclose(gpu.coefficients, cpu.coefficients, rtol=1e-12)
+    torch.testing.assert_close(gpu.tensor.cpu(), cpu.tensor, rtol=2**-8, atol=0)
+    assert gpu.selected == cpu.selected
+    assert gpu.erased.tolist() == cpu.erased.tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strided_weights_are_accepted_and_left_alone(method):
+    base, targets = random_case((4, 6), 2)
+    tensors = [t.float().T for t in (base, *targets)]
+    copies = [t.clone() for t in tensors]
+    expected = merge_state_dicts([{"w": t.contiguous()} for t in tensors], method, base=0)["w"]
+    actual = merge_state_dicts([{"w": t} for t in tensors], method, base=0)["w"]
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
+
+
+def mixed_models():
+    generator = torch.Generator().manual_seed(0)
+    dtypes = {
+        "low": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        "mixed": (torch.bfloat16, torch.float16, torch.bfloat16),
+        "norm": (torch.float32, torch.float32, torch.float32),
+        "double": (torch.float64, torch.float32, torch.float64),
+    }
+    models = [
+        {name: torch.randn(5, generator=generator).to(each[i]) for name, each in dtypes.items()} for i in range(3)
+    ]
+    for model in models:
+        model["counter"] = torch.tensor(7)
+    return models
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_weight_is_promoted_by_itself_and_buffers_are_copied(method):
+    models = mixed_models()
+    merged = merge_state_dicts(models, method, base=0)
+    expected = {
+        "low": torch.bfloat16,
+        "mixed": torch.float32,
+        "norm": torch.float32,
+        "double": torch.float64,
+        "counter": torch.int64,
+    }
+    assert {name: t.dtype for name, t in merged.items()} == expected
+    assert merged["counter"] == 7
+    assert models[0]["mixed"].dtype == torch.bfloat16
+    promoted = [model["mixed"].float() for model in models]
+    assert torch.equal(merged["mixed"], merge_tensors(promoted, method, base_index=0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_input_and_output_casts_are_told_apart(method):
+    models = mixed_models()
+    for dtype, out_dtype in ((torch.bfloat16, None), (None, torch.bfloat16), (torch.float64, torch.float32)):
+        merged = merge_state_dicts(models, method, base=0, dtype=dtype, out_dtype=out_dtype)["norm"]
+        expected = merge_tensors([m["norm"].to(dtype or torch.float32) for m in models], method, base_index=0)
+        assert torch.equal(merged, expected.to(out_dtype or expected.dtype))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ambient_autocast_is_ignored(method):
+    base, targets = random_case((6, 6), 2)
+    tensors = [t.float() for t in (base, *targets)]
+    expected = merge_tensors(tensors, method, base_index=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(merge_tensors(tensors, method, base_index=0), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3)])
+@pytest.mark.parametrize("method", METHODS)
+def test_mismatched_embeddings_get_mergekits_advice(method, shape):
+    entries = tuple(TensorEntry(i, torch.ones((2, 2) if i == 0 else shape), is_base=i == 0) for i in range(2))
+    group = TensorGroup(entries, TensorMetadata(name="embed_tokens.weight", vocabulary_axis=0))
+    with pytest.raises(ValueError, match=r"Tensor size mismatch.*tokenizer"):
+        merge_methods.get(method)((group,))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_no_variance_preserves_shape(shape, density):
+    base, other = torch.ones(shape), torch.full(shape, 3.0)
+    group = TensorGroup.from_tensors([base, other, other], base_index=0)
+    (merged,) = merge_methods.get("fusechat_sce")(
+        [group], parameters={"select_topk": density, "variant": "renormalized"}
+    )
+    torch.testing.assert_close(merged, other if density == 1 else base)
+
+
+@pytest.mark.parametrize("parameters", [{"select_topk": 0}, {"select_topk": 1.01}, {"variant": "fusai"}])
+def test_values_out_of_range_are_refused(parameters):
+    with pytest.raises(ValueError, match=f"(?s){next(iter(parameters.values()))}"):
+        merge_tensors([torch.zeros(2), torch.ones(2)], "fusechat_sce", base_index=0, parameters=parameters)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_and_a_target_are_required(method):
+    with pytest.raises(ValueError, match="requires a base"):
+        merge_tensors([torch.zeros(2), torch.ones(2)], method)
+    with pytest.raises(ValueError, match="at least 1 non-base"):
+        merge_tensors([torch.zeros(2)], method, base_index=0)
+
+
+GRADIENT_CASES = [
+    ("fusechat_sce", {"select_topk": 1.0, "variant": "paper"}),
+    ("fusechat_sce", {"select_topk": 0.4, "variant": "renormalized"}),
+    ("fusechat_sce", {"select_topk": 0.4, "variant": "fuseai"}),
+    ("varm", {}),
+    ("varm", {"granularity": "element"}),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters"), GRADIENT_CASES)
+def test_gradients_of_module_parameters_are_kept(method, parameters):
+    base, targets = random_case((4, 3), 3, scale=0.5)
+    tensors = [t.requires_grad_() for t in (base, *targets)]
+
+    def merge(*inputs):
+        return merge_state_dicts([{"w": t} for t in inputs], method, base=0, parameters=parameters)["w"]
+
+    assert torch.autograd.gradcheck(merge, tensors)
+    with torch.no_grad():
+        plain = merge(*tensors)
+    assert not plain.requires_grad
+    torch.testing.assert_close(merge(*tensors), plain)
+
+
+# ---------------------------------------------------------------- units in memory
+
+
+def state_dicts():
+    names = {
+        "model.embed_tokens.weight": (8, 4),
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.self_attn.o_proj.weight": (4, 4),
+        "model.layers.0.mlp.up_proj.weight": (8, 4),
+        "model.layers.1.mlp.up_proj.weight": (8, 4),
+        "model.norm.weight": (4,),
+    }
+    cases = {name: random_case(shape, 2, scale=10.0**-i, seed=i) for i, (name, shape) in enumerate(names.items())}
+    base = {name: case[0] for name, case in cases.items()}
+    return [base, *({name: case[1][j] for name, case in cases.items()} for j in range(2))]
+
+
+@pytest.mark.parametrize("aggregation", ["elements", "matrices"])
+@pytest.mark.parametrize("granularity", UNITS)
+def test_units_of_state_dicts(granularity, aggregation):
+    models = state_dicts()
+    with record_coefficients() as record:
+        merged = merge_state_dicts(
+            models, "varm", base=0, parameters={"granularity": granularity, "aggregation": aggregation}
+        )
+    for name, tensor in merged.items():
+        unit = unit_of(name, granularity)
+        members = [n for n in models[0] if unit_of(n, granularity) == unit]
+        matrices = [(models[0][n], [m[n] for m in models[1:]]) for n in members]
+        weights = reference.unit_coefficients(matrices, aggregation)
+        torch.testing.assert_close(tensor, reference.varm(models[0][name], [m[name] for m in models[1:]], weights))
+        assert record.tensors[name].unit == unit
+        np.testing.assert_allclose(list(record.tensors[name].coefficients.values()), weights)
+
+
+@pytest.mark.parametrize("granularity", UNITS)
+def test_one_tensor_alone_has_no_unit(granularity):
+    tensors = [torch.zeros(3), torch.ones(3)]
+    with pytest.raises(MergeError, match=r"passes one tensor alone.*granularity: matrix"):
+        merge_tensors(
+            tensors, "varm", base_index=0, name="model.layers.0.mlp.w", parameters={"granularity": granularity}
+        )
+
+
+def test_a_module_that_the_name_does_not_tell_is_named():
+    models = [{"a.0.frobnicator.weight": torch.zeros(2), "a.0.mlp.weight": torch.zeros(2)} for _ in range(2)]
+    with pytest.raises(MergeError, match=r"a\.0\.frobnicator\.weight.*granularity: matrix or layer"):
+        merge_state_dicts(models, "varm", base=0, parameters={"granularity": "module"})
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_graph_and_state_dict_agree(tmp_path, method):
+    base, targets = family(tmp_path, 3)
+    parameters = {"select_topk": 0.3} if method == "fusechat_sce" else {}
+    merged = run(recipe_of(base, targets, method, parameters), tmp_path / "out")
+    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0, parameters=parameters)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_listed_among_the_models_changes_nothing(tmp_path, method):
+    base, targets = family(tmp_path, 2)
+    one = run(recipe_of(base, targets, method), tmp_path / "one")
+    other = run(recipe_of(base, [base, *targets], method), tmp_path / "other")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("method", METHODS)
+def test_dtype_of_the_recipe_is_that_of_the_result(tmp_path, method, dtype):
+    base, targets = family(tmp_path, 2)
+    merged = run(recipe_of(base, targets, method, dtype=dtype), tmp_path / "out")
+    assert {t.dtype for t in merged.values()} == {getattr(torch, dtype)}
+    models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
+    expected = merge_state_dicts(models, method, base=0)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tied_weights(tmp_path, method):
+    base, targets = family(tmp_path, 2, tie=True)
+    merged = run(recipe_of(base, targets, method), tmp_path / "out")
+    assert "lm_head.weight" not in merged
+    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("granularity", UNITS)
+def test_units_in_a_graph_are_those_in_memory(tmp_path, granularity):
+    """With a cast on the way: the siblings' statistics are taken in the planned dtype, as the merge is."""
+    base, targets = family(tmp_path, 3, tie=True)
+    parameters = {"granularity": granularity}
+    merged = run(recipe_of(base, targets, "varm", parameters, dtype="bfloat16"), tmp_path / "out")
+    models = [{name: t.bfloat16() for name, t in model.items()} for model in tensors_of(base, *targets)]
+    expected = merge_state_dicts(models, "varm", base=0, parameters=parameters)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_units_by_filter(tmp_path):
+    base, targets = family(tmp_path, 2)
+    granularity = [{"filter": "mlp", "value": "layer"}, {"value": "matrix"}]
+    with record_coefficients() as record:
+        run(recipe_of(base, targets, "varm", {"granularity": granularity}), tmp_path / "out")
+    assert record.tensors["model.layers.1.mlp.up_proj.weight"].unit == "model.layers.1"
+    assert record.tensors["model.layers.1.self_attn.q_proj.weight"].unit is None
+
+
+def test_select_topk_by_filter_and_gradient(tmp_path):
+    base, targets = family(tmp_path, 2)
+    topk = [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 1.0}]
+    with record_coefficients() as record:
+        run(recipe_of(base, targets, parameters={"select_topk": topk}), tmp_path / "out")
+    selected = {name: each.parameters["select_topk"] for name, each in record.tensors.items()}
+    assert selected["model.layers.0.mlp.up_proj.weight"] == pytest.approx(0.2)
+    assert selected["model.layers.1.mlp.up_proj.weight"] == pytest.approx(0.6)
+    assert selected["model.layers.1.self_attn.q_proj.weight"] == 1
+    assert record.tensors["model.layers.1.mlp.up_proj.weight"].selected == pytest.approx(0.6, abs=0.01)
+
+
+def with_tokenizer(base, targets, method, parameters, tmp_path):
+    return run(recipe_of(base, targets, method, parameters, tokenizer={"source": "base"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("fusechat_sce", {"select_topk": 0.5}), ("varm", {}), ("varm", {"granularity": "layer"})],
+)
+def test_with_a_tokenizer_configured(tmp_path, method, parameters):
+    base, targets = family(tmp_path, 2, vocab_size=32)
+    merged = with_tokenizer(base, targets, method, parameters, tmp_path)
+    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0, parameters=parameters)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path):
+    base, targets = family(tmp_path, 2, vocab_size=32)
+    with pytest.raises(MergeError, match=r"tokenizer permutes 'model.embed_tokens.weight'.*granularity: matrix"):
+        with_tokenizer(base, targets, "varm", {"granularity": "model"}, tmp_path)
+
+
+def sliced(base, targets, ranges, **more):
+    models = [base, *targets]
+    slices = [
+        {"sources": [{"model": str(m), "layer_range": list(r)} for m, r in zip(models, each, strict=True)]}
+        for each in ranges
+    ]
+    return {"merge_method": "varm", "base_model": str(base), "slices": slices, "dtype": "float32", **more}
+
+
+def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path):
+    base, targets = family(tmp_path, 2)
+    shifted = sliced(base, targets, [[(1, 2)] * 3, [(0, 1)] * 3])
+    assert len(run(shifted, tmp_path / "matrix")) == 21
+    for granularity in UNITS:
+        recipe = {**shifted, "parameters": {"granularity": granularity}}
+        with pytest.raises(MergeError, match=r"not possible with these `slices:`.*layers\.[01]\..*is.*layers\.[01]\."):
+            run(recipe, tmp_path / granularity)
+
+
+def test_slices_that_keep_names_are_fine(tmp_path):
+    base, targets = family(tmp_path, 2)
+    parameters = {"granularity": "layer"}
+    merged = run(sliced(base, targets, [[(0, 1)] * 3, [(1, 2)] * 3], parameters=parameters), tmp_path / "sliced")
+    expected = run(recipe_of(base, targets, "varm", parameters), tmp_path / "whole")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_mergekit_pytorch(tmp_path, method, dtype):
+    models = mixed_models()
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for path, model in zip(paths, models, strict=True):
+        save_file(model, path)
+    config = RawPyTorchMergeConfig(
+        merge_method=method, models=[{"model": p} for p in paths[1:]], base_model=paths[0], dtype=dtype
+    )
+    Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = merge_state_dicts(models, method, base=0, dtype=dtype and getattr(torch, dtype))
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_mergekit_pytorch_knows_no_units(tmp_path):
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for path, model in zip(paths, state_dicts(), strict=False):
+        save_file(model, path)
+    config = RawPyTorchMergeConfig(
+        merge_method="varm",
+        models=[{"model": paths[1]}],
+        base_model=paths[0],
+        parameters={"granularity": "model"},
+    )
+    with pytest.raises(MergeError, match=r"mergekit-pytorch gives no architecture.*granularity: matrix"):
+        Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
+
+
+def test_mergekit_multi(tmp_path):
+    from click.testing import CliRunner
+    from mergekit.scripts.multimerge import main
+
+    base, targets = family(tmp_path, 2)
+    first = {"name": "first", **recipe_of(base, targets, "varm", {"granularity": "module"})}
+    final = recipe_of(base, ["first", targets[0]], "fusechat_sce", {"select_topk": 0.5})
+    (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([first, final]))
+    arguments = [str(tmp_path / "multi.yml"), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "steps")]
+    result = CliRunner().invoke(main, [*arguments, "--quiet"], catch_exceptions=False)
+    assert result.exit_code == 0
+    step = merge_state_dicts(tensors_of(base, *targets), "varm", base=0, parameters={"granularity": "module"})
+    models = [tensors_of(base)[0], step, tensors_of(targets[0])[0]]
+    expected = merge_state_dicts(models, "fusechat_sce", base=0, parameters={"select_topk": 0.5})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def optional_task(method, refs, parameters):
+    weight = WeightInfo(name="model.layers.0.self_attn.q_proj.bias", optional=True)
+    return ExecuteMergeMethodTask(
+        method_name=method,
+        gather_tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(refs, weight))),
+        model_order=refs,
+        base_model=refs[0],
+        output_weight=weight,
+        parameters=ImmutableMap(parameters),
+        input_parameters=ImmutableMap({ref: ImmutableMap({}) for ref in refs}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("fusechat_sce", {"select_topk": 1.0, "variant": "paper", "int8_mask": False}),
+        ("varm", {"granularity": "matrix", "aggregation": "elements"}),
+    ],
+)
+def test_optional_weights(method, parameters):
+    refs = tuple(ModelReference.model_validate(name) for name in ("base", "a", "b"))
+    task = optional_task(method, refs, parameters)
+    base, first, second = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0]), torch.tensor([1.0, 3.0])
+    both = task.execute({refs[0]: base, refs[1]: first, refs[2]: second})
+    torch.testing.assert_close(both, merge_tensors([base, first, second], method, base_index=0))
+    # One target lacks it: the others decide. None has it: the base's. The base lacks it: nothing to measure against.
+    torch.testing.assert_close(task.execute({refs[0]: base, refs[2]: second}), second)
+    torch.testing.assert_close(task.execute({refs[0]: base}), base)
+    with pytest.raises(ValueError, match=r"Base input is not present.*q_proj\.bias"):
+        task.execute({refs[1]: first, refs[2]: second})
+
+
+def test_one_target_below_one_is_named_with_its_tensor(tmp_path):
+    base, targets = family(tmp_path, 1)
+    with pytest.raises(MergeError, match=r"^\S+: select_topk is 0.5 with one target"):
+        run(recipe_of(base, targets, parameters={"select_topk": 0.5}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_is_named_with_tensor_and_model(tmp_path, method):
+    base, targets = family(tmp_path, 2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(targets[1], lambda tensors: tensors[name][0].fill_(float("nan")))
+    with pytest.raises(MergeError, match=rf"{name}: NaN or Inf in the weights of \S*target2;"):
+        run(recipe_of(base, targets, method), tmp_path / "out")
+
+
+# ---------------------------------------------------------------- against mergekit's own sce
+
+
+@pytest.mark.parametrize("select_topk", [0.2, 1.0])
+def test_renormalized_is_mergekits_sce_where_that_is_right(select_topk):
+    """Large deltas in float32, where mergekit's thresholds of 1e-6 do not bite."""
+    base, targets = random_case((64, 48), 3, scale=1.0)
+    tensors = [t.float() for t in (base, *targets)]
+    theirs = merge_tensors(tensors, "sce", base_index=0, parameters={"select_topk": select_topk})
+    ours = merge_tensors(
+        tensors, "fusechat_sce", base_index=0, parameters={"select_topk": select_topk, "variant": "renormalized"}
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_mergekits_sce_weighs_small_deltas_uniformly_and_ours_does_not():
+    """Deltas of RMS 2e-4 and 6e-4, as ordinary fine-tunes have: η is 0.1 and 0.9, mergekit's `sce` takes 0.5 and 0.5.
+
+    The day this fails mergekit has mended it, and the docs may say so.
+    """
+    base = torch.zeros(32, 32)
+    tensors = [base, base + 2e-4, base + 6e-4]
+    theirs = merge_tensors(tensors, "sce", base_index=0)
+    ours = merge_tensors(tensors, "fusechat_sce", base_index=0, parameters={"variant": "renormalized"})
+    torch.testing.assert_close(ours, torch.full_like(base, 0.1 * 2e-4 + 0.9 * 6e-4))
+    torch.testing.assert_close(theirs, torch.full_like(base, 0.5 * 2e-4 + 0.5 * 6e-4))
+
+
+# ---------------------------------------------------------------- names
+
+
+def every_architecture():
+    from mergekit.architecture.json_definitions import JSON_ARCHITECTURES
+
+    for architecture in JSON_ARCHITECTURES:
+        for module in architecture.modules.values():
+            definition = module.architecture.definition
+            templates = [w.name for w in definition.layer_templates.weights if "${layer_index}" in w.name]
+            names = [name.replace("${layer_index}", "3") for name in templates]
+            yield architecture.expected_model_type, [(module.weight_prefix or "") + name for name in names]
+
+
+def test_units_of_every_architecture_that_mergekit_defines():
+    """Every numbered tensor of every definition has a layer and a module."""
+    seen = 0
+    for model_type, names in every_architecture():
+        for name in names:
+            layer = unit_of(name, "layer")
+            assert name.startswith(layer + "."), (model_type, name)
+            assert layer.endswith(".3") or layer == "3", (model_type, name)
+            assert unit_of(name, "module").startswith(layer + "."), (model_type, name)
+            seen += 1
+    assert seen > 400
+
+
+def test_modules_of_known_layers():
+    expected = {
+        "model.layers.3.self_attn.q_proj.weight": "model.layers.3.self_attn",
+        "model.layers.3.self_attn.q_norm.weight": "model.layers.3.self_attn",
+        "model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp",
+        "model.layers.3.mlp.experts.7.up_proj.weight": "model.layers.3.mlp",
+        "model.layers.3.block_sparse_moe.gate.weight": "model.layers.3.mlp",
+        "model.layers.3.input_layernorm.weight": "model.layers.3.input_layernorm",
+        "gpt_neox.layers.3.input_layernorm.bias": "gpt_neox.layers.3.input_layernorm",
+        "gpt_neox.layers.3.attention.query_key_value.bias": "gpt_neox.layers.3.attention",
+        "transformer.h.3.ln_1.weight": "transformer.h.3.ln_1",
+        "transformer.h.3.attn.c_attn.weight": "transformer.h.3.attn",
+        "encoder.block.3.layer.1.DenseReluDense.wo.weight": "encoder.block.3.layer.1.mlp",
+        "encoder.block.3.layer.0.layer_norm.weight": "encoder.block.3.layer.0.layer_norm",
+        "bert.encoder.layer.3.attention.output.LayerNorm.bias": "bert.encoder.layer.3.attention.output.LayerNorm",
+        "bert.encoder.layer.3.output.dense.weight": "bert.encoder.layer.3.mlp",
+        "model.decoder.layers.3.encoder_attn.k_proj.weight": "model.decoder.layers.3.encoder_attn",
+        "model.decoder.layers.3.encoder_attn_layer_norm.bias": "model.decoder.layers.3.encoder_attn_layer_norm",
+        "model.decoder.layers.3.fc1.weight": "model.decoder.layers.3.mlp",
+        "model.embed_tokens.weight": "model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    assert {name: unit_of(name, "module") for name in expected} == expected
+    assert unit_of("model.norm.weight", "layer") == "model.norm.weight"
+    assert unit_of("model.norm.weight", "model") == "model"
+    with pytest.raises(MergeError, match="granularity is 'layers', it must be one of"):
+        unit_of("model.layers.0.mlp.w", "layers")
+
+
+def test_card_names_the_method_with_its_link(tmp_path):
+    base, targets = family(tmp_path, 2)
+    run(recipe_of(base, targets), tmp_path / "out")
+    assert "[FuseChat SCE](https://arxiv.org/abs/2408.07990)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_merged_model_loads(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base, targets = family(tmp_path, 2)
+    merged = run(recipe_of(base, targets, parameters={"select_topk": 0.4}), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, merged["lm_head.weight"])
