@@ -1,0 +1,31 @@
+"""Exact alignment of any two tokenizers, and maps between their vocabularies.
+
+>>> from fusekit.alignment import align, build_vocabulary_map
+>>> alignment = align("Hello world", pivot_tokenizer, source_tokenizer)
+>>> alignment.source_at             # per pivot position the source position with the same text consumed, or -1
+>>> vocabulary_map = build_vocabulary_map(pivot_tokenizer, source_tokenizer, method="prefix")
+>>> vocabulary_map.project(ids, logprobs, tail)         # top-k rows of the source in the pivot's vocabulary
+
+Needs numpy, scipy, rapidfuzz and tokenizers; imports neither torch nor transformers.
+"""
+
+from fusekit.alignment.alignment import TokenAlignment, align
+from fusekit.alignment.ends import TokenizedText, tokenize
+from fusekit.alignment.projection import Rows
+from fusekit.alignment.statistics import MappingStatistics, count_mappings
+from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
+
+__all__ = [
+    "MappingStatistics",
+    "Rows",
+    "Surfaces",
+    "TokenAlignment",
+    "TokenizedText",
+    "VocabularyMap",
+    "align",
+    "build_vocabulary_map",
+    "count_mappings",
+    "tokenize",
+    "vocabulary_surfaces",
+]
