@@ -9,14 +9,19 @@
 Needs numpy, scipy, rapidfuzz and tokenizers; imports neither torch nor transformers.
 """
 
-from fusekit.alignment.alignment import TokenAlignment, align
+from fusekit.alignment.alignment import TokenAlignment, align, align_tokens
 from fusekit.alignment.ends import TokenizedText, tokenize
+from fusekit.alignment.policies import source_positions
 from fusekit.alignment.projection import Rows
+from fusekit.alignment.row_cases import Case, plan_rows
+from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
 from fusekit.alignment.statistics import MappingStatistics, count_mappings
 from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 
 __all__ = [
+    "AlignedRows",
+    "Case",
     "MappingStatistics",
     "Rows",
     "Surfaces",
@@ -24,8 +29,13 @@ __all__ = [
     "TokenizedText",
     "VocabularyMap",
     "align",
+    "align_tokens",
     "build_vocabulary_map",
     "count_mappings",
+    "plan_rows",
+    "project_rows",
+    "project_rows_by_rule",
+    "source_positions",
     "tokenize",
     "vocabulary_surfaces",
 ]

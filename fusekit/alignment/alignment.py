@@ -106,10 +106,20 @@ def align(text: str, pivot_tokenizer: Any, source_tokenizer: Any, method: str = 
     return TokenAlignment(text, pivot, source, source_at, method, matched)
 
 
+def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> TokenAlignment:
+    """Align tokens whose ends are known, by equal ends: the exact method of :func:`align`.
+
+    For tokens with special ones around the text: ``tokenize(text, tokenizer).opened(bos_id).closed(end_of_turn_id)``.
+    They pair by their place, not by their strings.
+    """
+    source_at, matched = _by_spans(pivot, source)
+    return TokenAlignment(text, pivot, source, source_at, "span", matched)
+
+
 _Found = tuple[IntArray, tuple[IntArray, IntArray]]
 
 
-def _by_spans(pivot: TokenizedText, source: TokenizedText, _p: Surfaces, _s: Surfaces) -> _Found:
+def _by_spans(pivot: TokenizedText, source: TokenizedText, *_: Surfaces) -> _Found:
     source_at = spans.link(pivot, source)
     return source_at, spans.overlaps(pivot, source, source_at)
 
@@ -129,7 +139,7 @@ def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Sur
     return dtw.links_of_path(*matched), matched
 
 
-METHODS: dict[str, Callable[[TokenizedText, TokenizedText, Surfaces, Surfaces], _Found]] = {
+METHODS: dict[str, Callable[..., _Found]] = {
     "span": _by_spans,
     "dtw": _by_warping,
 }

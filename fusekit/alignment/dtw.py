@@ -94,8 +94,8 @@ def warp(costs: IntArray) -> tuple[IntArray, IntArray]:
 def _table(costs: IntArray) -> IntArray:
     """D, row by row.
 
-    Within a row D[j] = c[j] + min(m[j], D[j-1]), where m is the better of the two from the row above. With C the running
-    sum of c this is C[j] + min over k <= j of (m[k] - C[k-1]): one cumulative sum and one cumulative minimum.
+    Within a row D[j] = c[j] + min(m[j], D[j-1]), where m is the better of the two from the row above. With C the
+    running sum of c this is C[j] + min over k <= j of (m[k] - C[k-1]): one cumulative sum and one cumulative minimum.
     """
     n, m = costs.shape
     table = np.empty((n, m), np.int64)

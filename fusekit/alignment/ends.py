@@ -17,6 +17,7 @@ matches anywhere in the gap. ``low > high`` marks an end that is at no place of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,24 @@ class TokenizedText:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def opened(self, id_: int) -> TokenizedText:
+        """With a token before the text that stands for none of it (bos): it ends at 0."""
+        return self._joined([id_], self.ids, np.concatenate([[0], self.ends]), np.concatenate([[0], self.lows]))
+
+    def closed(self, id_: int) -> TokenizedText:
+        """With a token after the text that stands for its end (eos, end of turn).
+
+        It ends one past the text, so it links to the other side's end of the text, whatever that is written like, and
+        leaves the link of the last token of text alone.
+        """
+        end = (int(self.ends[-1]) if len(self) else 0) + 1
+        return self._joined(self.ids, [id_], np.append(self.ends, end), np.append(self.lows, end))
+
+    def _joined(self, first: Any, last: Any, ends: IntArray, lows: IntArray) -> TokenizedText:
+        ids = np.concatenate([first, last]).astype(np.int64)
+        ends = ends.astype(np.int64)
+        return TokenizedText(ids, ends, ends if self.exact else lows.astype(np.int64))
 
 
 def tokenize(text: str, tokenizer: Any) -> TokenizedText:
@@ -218,16 +237,24 @@ def _by_offsets(text: str, data: bytes, surfaces: Surfaces) -> TokenizedText:
     stops = reached[last]
     resumes = np.append(np.maximum(spans[first[1:], 0], stops[:-1]), len(text))
     lows, highs = place[stops].copy(), place[resumes].copy()
-    if surfaces.view.normalize is not None and not text.isascii():
-        _guard_composition(text, stops, resumes, place, lows, highs, surfaces)
+    normalize = surfaces.view.normalize
+    if normalize is not None and not text.isascii():
+        for i, stop in enumerate(stops.tolist()):
+            end = _composed_until(text, stop, normalize)
+            if end > stop:  # what the boundary falls before is part of this token
+                highs[i] = max(highs[i], place[end])
+                lows[i] = place[end] if end <= resumes[i] else highs[i] + 1
     counts = last - first + 1
     all_lows, all_highs = np.repeat(lows, counts), np.repeat(highs, counts)
     for group in np.flatnonzero(counts > 1).tolist():
         begin, end = int(first[group]), int(last[group]) + 1
-        span = (int(spans[begin:end, 0].min()), int(stops[group]))
-        _split_shared(
-            text[span[0] : span[1]], ids[begin:end], int(place[span[0]]), surfaces, all_lows, all_highs, begin
-        )
+        start = int(spans[begin:end, 0].min())
+        inner = slice(begin, end - 1)
+        shared = _split_shared(text[start : int(stops[group])], ids[begin:end], surfaces)
+        if shared is None:  # certain for the last token only
+            all_lows[inner] = all_highs[inner] + 1
+        else:
+            all_lows[inner], all_highs[inner] = shared[0] + place[start], shared[1] + place[start]
     all_highs = np.maximum.accumulate(all_highs)
     all_highs[-1] = len(data)
     same = np.array_equal(all_lows, all_highs)
@@ -241,54 +268,34 @@ def _byte_positions(text: str) -> IntArray:
     return np.concatenate([[0], np.cumsum(widths)])
 
 
-def _guard_composition(
-    text: str,
-    stops: IntArray,
-    resumes: IntArray,
-    place: IntArray,
-    lows: IntArray,
-    highs: IntArray,
-    surfaces: Surfaces,
-) -> None:
-    """Correct boundaries that fall before a combining character which the normaliser merged into the token."""
-    normalize = surfaces.view.normalize
-    assert normalize is not None
-    for i, stop in enumerate(stops.tolist()):
-        if stop >= len(text) or not joins_previous(text[stop]):
-            continue
-        begin, end = max(stop - 1, 0), stop + 1
-        while begin > 0 and joins_previous(text[begin]):
-            begin -= 1
-        while end < len(text) and joins_previous(text[end]):
-            end += 1
-        if normalize(text[begin:end]) == normalize(text[begin:stop]) + normalize(text[stop:end]):
-            continue
-        if end <= resumes[i]:
-            lows[i] = place[end]
-        else:
-            highs[i] = place[end]
-            lows[i] = highs[i] + 1
+def _composed_until(text: str, stop: int, normalize: Callable[[str], str]) -> int:
+    """Where combining characters at ``stop`` end if the normaliser merges them with what is before, else ``stop``."""
+    if stop >= len(text) or not joins_previous(text[stop]):
+        return stop
+    begin, end = max(stop - 1, 0), stop + 1
+    while begin > 0 and joins_previous(text[begin]):
+        begin -= 1
+    while end < len(text) and joins_previous(text[end]):
+        end += 1
+    apart = normalize(text[begin:stop]) + normalize(text[stop:end])
+    return stop if normalize(text[begin:end]) == apart else end
 
 
-def _split_shared(
-    shared: str, ids: list[int], offset: int, surfaces: Surfaces, lows: IntArray, highs: IntArray, begin: int
-) -> None:
-    """Ends of tokens that share a span: by their surfaces where those spell it, else certain for the last only."""
+def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> tuple[IntArray, IntArray] | None:
+    """Lowest and highest ends, counted from the span's start, of all but the last of the tokens that share a span.
+
+    By their surfaces, where those spell the span or its normalised form; None where they do not.
+    """
     if surfaces.of[ids[0]] == _SPACE and not shared.startswith((" ", METASPACE)) and len(ids) > 1:
-        lows[begin] = highs[begin] = offset  # a dummy space by itself has no width
-        ids, begin = ids[1:], begin + 1
-    known = all(surfaces.kinds[id_] not in (Kind.UNKNOWN, Kind.HOLE) for id_ in ids)
-    inner = slice(begin, begin + len(ids) - 1)
-    ends = _spelled_ends(ids, shared.encode(), surfaces) if known else None
+        # A dummy space by itself has no width.
+        rest = _split_shared(shared, ids[1:], surfaces) if len(ids) > 2 else (np.zeros(0, np.int64),) * 2
+        return None if rest is None else (np.append(0, rest[0]), np.append(0, rest[1]))
+    if any(surfaces.kinds[id_] in (Kind.UNKNOWN, Kind.HOLE) for id_ in ids):
+        return None
+    ends = _spelled_ends(ids, shared.encode(), surfaces)
     if ends is not None:
-        lows[inner] = highs[inner] = offset + ends[:-1]
-        return
+        return ends[:-1], ends[:-1]
     normalize = surfaces.view.normalize
-    image = normalize_with_ends(shared, normalize) if known and normalize is not None else None
+    image = normalize_with_ends(shared, normalize) if normalize is not None else None
     ends = _spelled_ends(ids, image.normalized, surfaces) if image is not None else None
-    if image is None or ends is None:
-        highs[inner] = highs[begin + len(ids) - 1]
-        lows[inner] = highs[inner] + 1
-        return
-    low, high = image.back(ends[:-1])
-    lows[inner], highs[inner] = low + offset, high + offset
+    return None if image is None or ends is None else image.back(ends[:-1])

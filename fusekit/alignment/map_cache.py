@@ -35,6 +35,7 @@ def remembered(
     method: str,
     pivot: Surfaces,
     source: Surfaces,
+    *,
     statistics: str,
     make: Callable[[], IntArray],
 ) -> IntArray:
@@ -64,7 +65,7 @@ def _digest(targets: IntArray) -> str:
 def _read(path: Path, key: str, rows: int, columns: int) -> IntArray | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            targets = stored["targets"].astype(np.int64)
+            targets: IntArray = stored["targets"].astype(np.int64)
             whole = str(stored["key"]) == key and str(stored["digest"]) == _digest(targets)
     except FileNotFoundError:
         return None

@@ -1,7 +1,7 @@
 """The vocabulary entry of least edit distance, over whole vocabularies: the true and the first minimum.
 
-Two strings are at least as far apart as their lengths, so a query only meets the entries whose length is within its best
-distance so far, nearest lengths first. ``rapidfuzz`` does the distances, in blocks that keep memory bounded.
+Two strings are at least as far apart as their lengths, so a query only meets the entries whose length is within its
+best distance so far, nearest lengths first. ``rapidfuzz`` does the distances, in blocks that keep memory bounded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def nearest(queries: Sequence[str], candidates: Sequence[str], workers: int = -1
                 # An equal distance matters too: its candidate may come earlier.
                 active = rows[distance[rows] >= gap]
                 if len(active):
-                    _improve(active, candidate_buckets[other], queries, candidates, index, distance, workers=workers)
+                    _improve(active, candidate_buckets[other], (queries, candidates), (index, distance), workers)
             if not (distance[rows] > gap).any():
                 break
     return index, distance
@@ -55,14 +55,12 @@ def _by_length(strings: Sequence[str]) -> dict[int, IntArray]:
 def _improve(
     rows: IntArray,
     columns: IntArray,
-    queries: Sequence[str],
-    candidates: Sequence[str],
-    index: IntArray,
-    distance: IntArray,
-    *,
+    strings: tuple[Sequence[str], Sequence[str]],
+    best: tuple[IntArray, IntArray],
     workers: int,
 ) -> None:
-    """Compare the queries at ``rows`` with the candidates at ``columns`` and keep what is nearer, or as near and first."""
+    """Compare the queries at ``rows`` with the candidates at ``columns``; keep what is nearer, or as near and first."""
+    (queries, candidates), (index, distance) = strings, best
     options = [candidates[j] for j in columns.tolist()]
     longest = max(len(options[0]), len(queries[int(rows[0])]))
     block = max(1, BLOCK_CELLS // len(options))

@@ -28,8 +28,8 @@ def longest_prefix(strings: list[bytes], surfaces: Surfaces) -> IntArray:
 def first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
     """Ids of the first token of the vocabulary's own tokenisation of each string, -1 for none: int64.
 
-    The tokenisation is that within a text, without a dummy space. A string that is no UTF-8 cannot be tokenised and takes
-    its longest prefix, as does one whose tokenisation does not begin with its own bytes (a normaliser changed it).
+    The tokenisation is that within a text, without a dummy space. A string that is no UTF-8 cannot be tokenised and
+    takes its longest prefix, as does one whose tokenisation does not begin with its bytes (a normaliser changed it).
     """
     found = np.full(len(strings), -1, np.int64)
     readable, texts = [], []

@@ -30,7 +30,11 @@ class Rows(NamedTuple):
 
 
 def checked_rows(ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, vocabulary: int) -> Rows:
-    """The three arrays of :class:`Rows` as int64 and float64, refused unless they are distributions over ``vocabulary``.
+    """The three arrays of :class:`Rows` as int64 and float64, refused unless they are distributions.
+
+    Args:
+        ids, logprobs, tail: see :class:`Rows`.
+        vocabulary: ids are below it.
 
     Raises:
         AlignmentError: shapes that do not fit, ids outside the vocabulary, values that are no probabilities; names the

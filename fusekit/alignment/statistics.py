@@ -63,7 +63,8 @@ def count_mappings(
     counts = sparse.csr_matrix(shape, dtype=np.int64)
     number = 0
     batch: list[tuple[IntArray, IntArray]] = []
-    for number, text in enumerate(texts, 1):
+    for text in texts:
+        number += 1
         batch.append(pairs_of(align(text, pivot_tokenizer, source_tokenizer, method)))
         if len(batch) == 4096:  # bounded memory over a corpus of any size
             counts, batch = counts + _counted(batch, shape), []
@@ -124,8 +125,8 @@ def _choose(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, al
     counts = statistics.counts
     if counts.shape != (len(source), len(pivot)):
         raise AlignmentError(
-            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} has "
-            f"{len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
+            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
+            f"has {len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
         )
     chosen = np.full(len(source), -1, np.int64)
     for a in np.flatnonzero(np.diff(counts.indptr)).tolist():

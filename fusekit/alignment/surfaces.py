@@ -1,7 +1,7 @@
 """The bytes that every vocabulary entry stands for.
 
-Strings of a vocabulary cannot be compared across tokenizers: ``Ġfoo``, ``▁foo`` and the bytes of a tiktoken rank are one
-and the same token. Their *surface* can: the bytes that the entry contributes to a decoded text.
+Strings of a vocabulary cannot be compared across tokenizers: ``Ġfoo``, ``▁foo`` and the bytes of a tiktoken rank are
+one and the same token. Their *surface* can: the bytes that the entry contributes to a decoded text.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class Surfaces:
     def name(self) -> str:
         """How errors call the tokenizer."""
         return self.view.name
+
+    @cached_property
+    def flat(self) -> tuple[npt.NDArray[np.uint8], IntArray, IntArray]:
+        """All surfaces in one array of bytes, with the start and the length of each: uint8 [sum], int64 [V] twice."""
+        return np.frombuffer(b"".join(self.of), np.uint8), np.cumsum(self.lengths) - self.lengths, self.lengths
 
     @cached_property
     def id_of(self) -> dict[bytes, int]:

@@ -155,7 +155,7 @@ def _flatten(component: Any) -> list[dict[str, Any]]:
         state = json.loads(component.__getstate__())
     except Exception as error:  # a component written in Python (`PreTokenizer.custom`) has no serialised form
         raise AlignmentError(
-            f"a component of the tokenizer ({type(component).__name__}) is custom Python code that cannot be read: {error}"
+            f"the {type(component).__name__} of the tokenizer is custom Python code and cannot be read: {error}"
         ) from error
     return leaves(state)
 

@@ -248,10 +248,9 @@ def build_vocabulary_map(
         return _targets(pivot, source, method, counted, workers)
 
     counts_key = counted.fingerprint if counted else ""
-    if method == "em":  # quicker to make than to look up
-        targets = make()
-    else:
-        targets = map_cache.remembered(cache, method, pivot, source, counts_key, make)
+    if method == "em":
+        cache = False  # quicker to make than to look up
+    targets = map_cache.remembered(cache, method, pivot, source, statistics=counts_key, make=make)
     for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
         targets[source_id] = pivot_id
     rows = np.flatnonzero(targets >= 0)
@@ -301,6 +300,6 @@ def _size(surfaces: Surfaces, size: int | None, side: str) -> int:
         return len(surfaces)
     if size < len(surfaces):
         raise AlignmentError(
-            f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: is this another model's tokenizer?"
+            f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: another model's tokenizer?"
         )
     return size

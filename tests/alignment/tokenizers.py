@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-QWEN_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # fmt: skip
+QWEN_PATTERN += r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 TIKTOKEN_FILES = {
     "cl100k": "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
     "o200k": "fb374d419588a4632f3f557e76b4b70aebbca790",
@@ -96,7 +97,7 @@ def llama3() -> Any:
 
 
 def qwen() -> Any:
-    """tiktoken-converted, 151,643 entries and the special tokens of ChatML; single digits; NFC, as Qwen's own has it."""
+    """tiktoken-converted, 151,643 entries and the ChatML; single digits; NFC as Qwen's own."""
     file = package_file("dashscope", "resources/qwen.tiktoken")
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = _tiktoken(file, "qwen", specials, QWEN_PATTERN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
