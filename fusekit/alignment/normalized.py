@@ -45,6 +45,19 @@ def independent_pieces(text: str) -> list[str]:
     return pieces
 
 
+def _cut_further(piece: str, normalize: Callable[[str], str]) -> list[str]:
+    """A piece that changes, cut where both parts normalise by themselves: the smaller it is, the less it blurs."""
+    if piece.isascii():
+        return list(piece)
+    parts = []
+    start = 0
+    for stop in range(1, len(piece)):
+        if normalize(piece[start:stop]) + normalize(piece[stop:]) == normalize(piece[start:]):
+            parts.append(piece[start:stop])
+            start = stop
+    return [*parts, piece[start:]]
+
+
 @dataclass(frozen=True, eq=False)
 class NormalizedText:
     """A normalised text with the way back.
@@ -91,8 +104,7 @@ def normalize_with_ends(text: str, normalize: Callable[[str], str]) -> Normalize
     normalized = normalize(text)
     pieces: list[str] = []
     for piece in independent_pieces(text):
-        # A run that changes (lower case) is cut further, so that a changed letter blurs its own end only.
-        pieces.extend(piece if piece.isascii() and normalize(piece) != piece else [piece])
+        pieces.extend([piece] if normalize(piece) == piece else _cut_further(piece, normalize))
     image_of = {piece: normalize(piece) for piece in set(pieces)}
     images = [image_of[piece] for piece in pieces]
     if "".join(images) != normalized:
