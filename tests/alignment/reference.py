@@ -6,6 +6,7 @@ decodes cleanly it is checked against the tokenizer's ``decode``.
 
 from __future__ import annotations
 
+import functools
 import math
 import unicodedata
 from typing import Any
@@ -26,13 +27,19 @@ def gpt2_bytes() -> dict[str, int]:
 ALPHABET = gpt2_bytes()
 
 
+@functools.cache
+def _kind(tokenizer: Any) -> tuple[dict[int, bytes], bool]:
+    added = {id_: token.content.encode() for id_, token in tokenizer.added_tokens_decoder.items()}
+    return added, "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+
+
 def token_bytes(tokenizer: Any, id_: int) -> bytes:
     """The bytes of one token, from its string."""
-    added = tokenizer.added_tokens_decoder
+    added, byte_level = _kind(tokenizer)
     string = tokenizer.convert_ids_to_tokens(id_)
     if id_ in added:
-        return added[id_].content.encode()
-    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder):
+        return added[id_]
+    if byte_level:
         return bytes(ALPHABET[c] for c in string)
     if len(string) == 6 and string.startswith("<0x") and string.endswith(">"):
         return bytes([int(string[3:5], 16)])

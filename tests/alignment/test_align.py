@@ -181,10 +181,6 @@ def test_a_dummy_prefix_has_no_width_and_is_not_assumed():
     tokens = tokenize("日本", load("mistral"))
     assert tokens.ends.tolist() == [0, 3, 6]
     assert tokenize(" 日本", load("mistral")).ends.tolist() == [1, 4, 7]
-    assert (
-        tokenize(" fox", load("legacy_llama")).ends.tolist() == tokenize(" fox", load("mistral")).ends.tolist()[-1:]
-        or True
-    )
     text = " fox"
     legacy = tokenize(text, load("legacy_llama"))
     strings = load("legacy_llama").convert_ids_to_tokens(legacy.ids.tolist())
