@@ -97,7 +97,7 @@ LEGEND = (
     '<span class="key" style="border-right:3px solid var(--link)">link</span> both models have read the same text '
     '<span class="key" style="border-right:2px dashed #c9791a">no link</span> a token ends where the other side has no '
     'end <span class="key" style="background:var(--miss)">nothing is taught</span></p>'
-    '<p class="dim">␣ space, ⏎ line break, ⇥ tab, \\xNN a byte inside a character, ∅ a token without text. Point at a '
+    '<p class="dim">␣ space, ⏎ line break, ⇥ tab, \\xNN a byte inside a character (⋯ in the text), ∅ a token without text. Point at a '
     "token for its id, where it ends and what the source teaches there.</p>"
 )
 
@@ -209,7 +209,9 @@ def _sample(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], rows
 
 
 def _readable(text: bytes) -> str:
-    return text.decode(errors="replace").replace("\n", "⏎").replace("\t", "⇥") or " "
+    """The text of a group; ``⋯`` where it ends inside a character."""
+    shown = text.decode(errors="ignore").replace("\n", "⏎").replace("\t", "⇥")
+    return shown if shown.strip() or shown.encode() == text else "⋯"
 
 
 def _token(shown: str, size: int, tooltip: str, *, inner: bool, lost: bool) -> str:

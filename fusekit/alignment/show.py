@@ -28,10 +28,18 @@ def visible(piece: bytes) -> str:
     """``piece`` with spaces and controls made visible and bytes that are no UTF-8 as ``\\xNN``; ``∅`` if empty."""
     if not piece:
         return "∅"
-    text = piece.decode(errors="backslashreplace")
-    return "".join(
-        _VISIBLE.get(c) or (f"\\x{ord(c):02x}" if unicodedata.category(c) in ("Cc", "Cs") else c) for c in text
-    )
+    return "".join(map(_shown, piece.decode(errors="backslashreplace")))
+
+
+def _shown(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return f"\\x{ord(character):02x}"
+    # Joiners and other spaces cannot be seen either; variation selectors could only be seen on what is before them.
+    hidden = category in ("Cf", "Zs", "Zl", "Zp", "Cn", "Co") or "\ufe00" <= character <= "\ufe0f"
+    return f"\\u{ord(character):04x}" if hidden else character
 
 
 def pieces(tokens: TokenizedText, data: bytes) -> list[bytes]:
