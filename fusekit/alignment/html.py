@@ -97,8 +97,9 @@ LEGEND = (
     '<span class="key" style="border-right:3px solid var(--link)">link</span> both models have read the same text '
     '<span class="key" style="border-right:2px dashed #c9791a">no link</span> a token ends where the other side has no '
     'end <span class="key" style="background:var(--miss)">nothing is taught</span></p>'
-    '<p class="dim">␣ space, ⏎ line break, ⇥ tab, \\xNN a byte inside a character (⋯ in the text), ∅ a token without text. Point at a '
-    "token for its id, where it ends and what the source teaches there.</p>"
+    '<p class="dim">␣ space, ⏎ line break, ⇥ tab, '
+    "\\xNN a byte inside a character (⋯ in the text), ∅ a token without text."
+    " Point at a token for its id, where it ends and what the source teaches there.</p>"
 )
 
 

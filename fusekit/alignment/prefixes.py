@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusekit.alignment.arrays import IntArray
-from fusekit.alignment.surfaces import Surfaces
+from fusekit.alignment.surfaces import Form, Surfaces
 
 # Before a string this keeps a dummy space away from it; no vocabulary merges across it unless the string begins with
 # white space, and then the check below falls back to the longest prefix.
@@ -39,7 +39,8 @@ def first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
         except UnicodeDecodeError:
             continue
         readable.append(i)
-    plain = surfaces.view.encode_many(texts)
+    # With a dummy space in front no string would come back as it is, so none is tried.
+    plain = surfaces.view.encode_many(texts) if surfaces.form is not Form.METASPACE else [[] for _ in texts]
     guarded: list[int] = []
     for i, ids in zip(readable, plain, strict=True):
         if b"".join(surfaces.of[id_] for id_ in ids) == strings[i]:
