@@ -27,8 +27,7 @@ class TokenAlignment:
         source_at: int64 [n], the source position that has consumed the same text as each pivot position, or -1. The
             last such source token; of several pivot tokens with one end only the last has one.
         method: ``span`` (exact) or ``dtw`` (the papers').
-        matched: int64 [n] twice, the range of source positions ``[first, stop)`` that belong to each pivot position:
-            A(i) of the papers. For ``span`` the source tokens that share bytes with the pivot token.
+        path: for ``dtw`` the source positions ``[first, stop)`` that the path matches with each pivot position.
     """
 
     text: str
@@ -36,7 +35,7 @@ class TokenAlignment:
     source: TokenizedText
     source_at: IntArray
     method: str
-    matched: tuple[IntArray, IntArray] = field(repr=False)
+    path: tuple[IntArray, IntArray] | None = field(default=None, repr=False)
 
     @property
     def pivot_ids(self) -> IntArray:
@@ -57,6 +56,14 @@ class TokenAlignment:
     def source_ends(self) -> IntArray:
         """int64 [m], as ``pivot_ends``."""
         return self.source.ends
+
+    @cached_property
+    def matched(self) -> tuple[IntArray, IntArray]:
+        """A(i) of the papers: the source positions ``[first, stop)`` of each pivot position, int64 [n] twice.
+
+        For ``span`` the source tokens that share bytes with the pivot token.
+        """
+        return self.path if self.path is not None else spans.overlaps(self.pivot, self.source, self.source_at)
 
     @cached_property
     def groups(self) -> list[tuple[slice, slice]]:
@@ -102,8 +109,8 @@ def align(text: str, pivot_tokenizer: Any, source_tokenizer: Any, method: str = 
         raise AlignmentError(f"unknown alignment method {method!r}: there are {', '.join(sorted(METHODS))}")
     pivot_surfaces, source_surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     pivot, source = tokenize_with(text, pivot_surfaces), tokenize_with(text, source_surfaces)
-    source_at, matched = METHODS[method](pivot, source, pivot_surfaces, source_surfaces)
-    return TokenAlignment(text, pivot, source, source_at, method, matched)
+    source_at, path = METHODS[method](pivot, source, pivot_surfaces, source_surfaces)
+    return TokenAlignment(text, pivot, source, source_at, method, path)
 
 
 def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> TokenAlignment:
@@ -112,16 +119,14 @@ def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> Toke
     For tokens with special ones around the text: ``tokenize(text, tokenizer).opened(bos_id).closed(end_of_turn_id)``.
     They pair by their place, not by their strings.
     """
-    source_at, matched = _by_spans(pivot, source)
-    return TokenAlignment(text, pivot, source, source_at, "span", matched)
+    return TokenAlignment(text, pivot, source, spans.link(pivot, source), "span")
 
 
-_Found = tuple[IntArray, tuple[IntArray, IntArray]]
+_Found = tuple[IntArray, tuple[IntArray, IntArray] | None]
 
 
 def _by_spans(pivot: TokenizedText, source: TokenizedText, *_: Surfaces) -> _Found:
-    source_at = spans.link(pivot, source)
-    return source_at, spans.overlaps(pivot, source, source_at)
+    return spans.link(pivot, source), None
 
 
 def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Surfaces) -> _Found:
