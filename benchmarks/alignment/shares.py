@@ -5,13 +5,29 @@ python -m benchmarks.alignment.shares
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.alignment.texts import texts
 from benchmarks.alignment.timing import write
 from fusekit.alignment import align, plan_rows
 from fusekit.alignment.row_cases import HAS_ROW, Case
 from tests.alignment.tokenizers import REAL, load
 
+COLUMNS = ("linked", "same", "rows_without_conditioning", "rows")
 PAIRS = [(p, s) for p in REAL for s in REAL if p != s]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The shares as Markdown: a line per pair, English / code / Chinese / emoji mix in each cell."""
+    lines = [
+        "| pivot <- source | linked | same bytes next | rows without conditioning | rows |",
+        "|---|---|---|---|---|",
+    ]
+    for pivot, source in PAIRS:
+        of_pair = [row for row in rows if (row["pivot"], row["source"]) == (pivot, source)]
+        cells = ["/".join(f"{row[key]:.3f}"[1:] if row[key] < 0.9995 else "1" for row in of_pair) for key in COLUMNS]
+        lines.append(f"| {pivot} <- {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -36,6 +52,7 @@ def main() -> None:
                 }
             )
     write("alignment-shares", rows)
+    print(table(rows))
     worst = min(rows, key=lambda row: row["rows"])
     print(f"fewest rows: {worst['rows']} ({worst['pivot']} <- {worst['source']}, {worst['text']})")
 
