@@ -47,13 +47,13 @@ def trl(checkout: Path) -> SimpleNamespace:
     source = ast.parse(utils.read_text(encoding="utf-8"))
     calls = {"encode_with_byte_offsets", "_normalize_byte_offsets", "is_byte_level_tokenizer"}
     helpers = {n.name for n in source.body if isinstance(n, ast.FunctionDef) and ("byte" in n.name)} | calls
+    found = functions_of(utils, helpers, environment)
     for node in source.body:  # constants that the helpers read
         if isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets):
             try:
                 exec(compile(ast.Module(body=[node], type_ignores=[]), str(utils), "exec"), environment)
             except NameError:
                 continue
-    found = functions_of(utils, helpers, environment)
     walk = checkout / "trl" / "experimental" / "gold" / "gold_trainer.py"
     found._align_by_byte_offsets = functions_of(walk, {"_align_by_byte_offsets"}, {})._align_by_byte_offsets
     return found

@@ -15,7 +15,7 @@ import psutil
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-def median_ms(call: Callable[[], Any], runs: int = 15, seconds: float = 2.0) -> float:
+def median_ms(call: Callable[[], Any], runs: int = 15, seconds: float = 1.0) -> float:
     """Median milliseconds of ``call`` over up to ``runs`` runs, after one that is not counted, within ``seconds``."""
     call()
     times: list[float] = []

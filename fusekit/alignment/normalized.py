@@ -102,10 +102,14 @@ class NormalizedText:
 def normalize_with_ends(text: str, normalize: Callable[[str], str]) -> NormalizedText | None:
     """Normalise ``text`` and keep the way back, or None where its pieces do not normalise independently."""
     normalized = normalize(text)
+    image_of: dict[str, str] = {}
     pieces: list[str] = []
     for piece in independent_pieces(text):
-        pieces.extend([piece] if normalize(piece) == piece else _cut_further(piece, normalize))
-    image_of = {piece: normalize(piece) for piece in set(pieces)}
+        if piece not in image_of:
+            image_of[piece] = normalize(piece)
+        pieces.extend([piece] if image_of[piece] == piece else _cut_further(piece, normalize))
+    for piece in set(pieces) - image_of.keys():
+        image_of[piece] = normalize(piece)
     images = [image_of[piece] for piece in pieces]
     if "".join(images) != normalized:
         return None
