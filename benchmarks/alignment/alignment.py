@@ -91,8 +91,16 @@ def main() -> None:
     marks = {type(load("mistral")): "▁", type(load("qwen")): "Ġ"}
     fuseai = peers.fuseai(options.fuseai, marks) if options.fuseai else None
     trl = peers.trl(options.trl) if options.trl else None
-    rows = []
-    for tokens in options.tokens:
+    rows: list[dict[str, Any]] = []
+    try:
+        measure_all(options.tokens, fuseai, trl, rows)
+    finally:  # what was measured before an interruption is worth keeping
+        write("alignment-alignment", rows)
+
+
+def measure_all(sizes: list[int], fuseai: Any, trl: Any, rows: list[dict[str, Any]]) -> None:
+    """Fill ``rows``; above 512 tokens one kind of text per pair, for the growth."""
+    for tokens in sizes:
         for pivot, source in PAIRS:
             for kind, text in texts().items():
                 cut = piece(text, load(pivot), tokens)
@@ -101,8 +109,7 @@ def main() -> None:
                     rows.append({**head, **row})
                     print(*rows[-1].values(), flush=True)
                 if tokens > 512:
-                    break  # longer rows: growth on one kind of text
-    write("alignment-alignment", rows)
+                    break
 
 
 if __name__ == "__main__":
