@@ -7,7 +7,9 @@ multiply-add, whose use varies with the position in a vector register), so it gi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import Tensor
 from fusekit.errors import MergeError
 
 BLOCK = 4096
-CPU_CHUNK = 64 * BLOCK  # measured: a chunk's fusion vectors stay in cache, and operations are worth two threads
+CPU_CHUNK = 64 * BLOCK  # measured: a chunk's fusion vectors stay in cache, its operations outlast the interpreter's
+MAX_THREADS = 4  # every thread has buffers of its own; more would wait for the interpreter's lock
 ACCELERATOR_CHUNK = 4096 * BLOCK  # large enough to fill a GPU, small against its memory
 
 Result = TypeVar("Result")
@@ -44,14 +47,49 @@ def for_each_chunk(
 ) -> list[Result]:
     """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
 
-    The chunks run one after another, each operation on as many threads as torch is set to use: measured as fast as a
-    chunk per thread, where the interpreter's lock is in the way, and it leaves torch's settings alone.
+    On the CPU chunks run side by side on as many threads as torch is set to use, up to four, each with one torch
+    thread. Measured: as fast as splitting every operation on an idle machine, and several times faster on a busy one,
+    where each of those splits waits for the slower half.
     """
     size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
     if size <= 0 or size % BLOCK:
         raise MergeError(f"chunk_size {size} is not a positive multiple of {BLOCK}, the block in which sums are taken")
-    scratch = Scratch(device)
-    return [work(scratch, start, min(start + size, numel)) for start in range(0, numel, size)]
+    bounds = [(start, min(start + size, numel)) for start in range(0, numel, size)]
+    threads = min(torch.get_num_threads(), len(bounds), MAX_THREADS) if device.type == "cpu" else 1
+    if threads <= 1:
+        scratch = Scratch(device)
+        return [work(scratch, start, stop) for start, stop in bounds]
+    return _side_by_side(work, bounds, device, threads)
+
+
+def _side_by_side(
+    work: Callable[[Scratch, int, int], Result], bounds: list[tuple[int, int]], device: torch.device, threads: int
+) -> list[Result]:
+    results: dict[int, Result] = {}
+    queue = iter(range(len(bounds)))  # next() on it is atomic
+    failed = threading.Event()
+
+    def worker() -> None:
+        scratch = Scratch(device)
+        with torch.no_grad():  # grad mode is per thread
+            for index in queue:
+                if failed.is_set():
+                    return
+                try:
+                    results[index] = work(scratch, *bounds[index])
+                except BaseException:
+                    failed.set()
+                    raise
+
+    configured = torch.get_num_threads()
+    try:
+        # In a worker this sets that thread's own limit, and with it the value that new threads start from ...
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for future in [pool.submit(worker) for _ in range(threads)]:
+                future.result()
+    finally:
+        torch.set_num_threads(configured)  # ... which is put back here
+    return [results[index] for index in range(len(bounds))]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,12 +97,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy may work on the memory of `tensor`, which it does several times faster than torch in places."""
+    return tensor.device.type == "cpu"
+
+
 def block_sums(values: Tensor, ends: np.ndarray) -> np.ndarray:
     """Sums of consecutive runs of `values`.
 
     values: float64 [n]; ends: int64 [b], non-decreasing, last one n. Returns float64 [b]; an empty run sums to 0.
     """
-    if values.device.type != "cpu":
+    if not on_cpu(values):
         lengths = torch.from_numpy(np.diff(ends, prepend=0)).to(values.device)
         sums: np.ndarray = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True).cpu().numpy()
         return sums

@@ -115,7 +115,7 @@ class FusionVectors:
         def sums(scratch: Scratch, start: int, stop: int) -> np.ndarray:
             positions, ends = None, whole_blocks(stop - start)
             if selection is not None:
-                positions = selection.indices(start, stop)
+                positions = selection.indices(start)
                 ends = np.searchsorted(positions.cpu().numpy(), ends)
             vectors = self.chunk(scratch, start, stop, positions).vectors
             squares = scratch.get("squares", vectors[0].numel(), torch.float64)

@@ -19,7 +19,6 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from mergekit.merge_methods.dtype import align_dtype
 from pydantic import Field
 
 from fusekit.errors import MergeError
@@ -119,9 +118,10 @@ class VaRM(GroupMergeMethod):
         # One call with all tensors of the models: the units are in it. (One tensor: the graph is asked for the others.)
         settings = {(each["granularity"], each["aggregation"]) for each in parameters}
         if len(groups) > 1 and any(granularity in _UNITS for granularity, _ in settings):
-            aligned = [align_dtype(group, dtype) for group, dtype in zip(groups, input_dtypes, strict=True)]
             weights = {
-                setting: coefficients_in_memory(aligned, *setting) for setting in settings if setting[0] in _UNITS
+                setting: coefficients_in_memory(groups, input_dtypes, *setting)
+                for setting in settings
+                if setting[0] in _UNITS
             }
             parameters = [
                 {**each, "coefficients": weights[setting][index]}

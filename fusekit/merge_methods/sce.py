@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
+from fusekit.merge_methods import chunks
 from fusekit.merge_methods.chunks import Scratch, for_each_chunk
 from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, add_to_base, check_finite, shares
 from fusekit.merge_methods.selection import Selection, select_top_variance
@@ -56,8 +57,8 @@ def sce(
     chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
     Arithmetic is float32 (float64 for float64 inputs) with float64 sums. Elements where no fusion vector survives are
-    the base's, bit for bit. Scratch memory: about one tensor of the compute dtype, independent of K. Inputs are not
-    modified; the result carries no gradient.
+    the base's, bit for bit. Scratch memory: at most about one tensor of the compute dtype, whatever K is. Inputs
+    are not modified; the result carries no gradient.
 
     Raises MergeError: no targets, mismatched inputs, parameters out of range, K = 1 with select_topk < 1 (no variance
     to rank), NaN or Inf.
@@ -94,7 +95,8 @@ def select(deltas: Sequence[Tensor], select_topk: float) -> Tensor:
     selection = _select(vectors, select_topk, None)
     if selection is None:
         return mask.fill_(True).reshape(vectors.shape)
-    mask[selection.indices(0, vectors.numel)] = True
+    for start in selection.chunks:
+        mask[start + selection.indices(start)] = True
     return mask.reshape(vectors.shape)
 
 
@@ -172,7 +174,7 @@ def _erase_and_update(
 
     def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
         out = result[start:stop]
-        positions = None if selection is None else selection.indices(start, stop)
+        positions = None if selection is None else selection.indices(start)
         chunk = vectors.chunk(scratch, start, stop, positions, vote=True)
         counts = np.zeros((2, len(weights)), dtype=np.int64)
         merged = _merge_chunk(scratch, chunk, weights, divide, counts if count_erased else None)
@@ -221,6 +223,6 @@ def _merge_chunk(
 
 
 def _count_nonzero(values: Tensor) -> int:
-    if values.device.type != "cpu":
+    if not chunks.on_cpu(values):
         return int(torch.count_nonzero(values))
     return int(np.count_nonzero(values.numpy() != 0))  # numpy's comparison: several times faster than torch's

@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.dtype import align_dtype
 
 from fusekit.errors import MergeError
 from fusekit.merge_methods.units import unit_of
@@ -26,8 +28,18 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 _EVERYWHERE = "use granularity: matrix, which works everywhere"
-_statistics: WeakKeyDictionary[TaskUniverse, dict[str, MatrixStatistics | None]] = WeakKeyDictionary()
 _lock = threading.RLock()  # under mergekit's multi-GPU executor several threads merge at once
+
+
+@dataclass
+class _Run:
+    """What is known of a running graph: the tasks of every unit, and the statistics of the tensors met so far."""
+
+    units: dict[tuple[str, Any], dict[str, list[ExecuteMergeMethodTask]]] = field(default_factory=dict)
+    statistics: dict[tuple[str, Any], MatrixStatistics | None] = field(default_factory=dict)
+
+
+_runs: WeakKeyDictionary[TaskUniverse, _Run] = WeakKeyDictionary()
 
 
 def coefficients_in_graph(group: TensorGroup, granularity: Granularity, aggregation: Aggregation) -> np.ndarray:
@@ -37,26 +49,42 @@ def coefficients_in_graph(group: TensorGroup, granularity: Granularity, aggregat
     mergekit graph, in `mergekit-pytorch`, where `slices:` renames tensors, and where a tokenizer changes a sibling.
     """
     task, universe = _running(group, granularity)
-    unit = unit_of(task.output_weight.name, granularity)
-    siblings = [
-        other
-        for other in universe.tasks
-        if isinstance(other, type(task))
-        and (other.method_name, other.base_model) == (task.method_name, task.base_model)
-        and set(other.model_order) == set(task.model_order)
-        and unit_of(other.output_weight.name, granularity) == unit
-    ]
     with _lock:
-        cache = _statistics.setdefault(universe, {})
-        matrices = [_sibling_statistics(other, task, group, granularity, cache) for other in siblings]
+        run = _runs.setdefault(universe, _Run())
+        siblings = _units(run, universe, task, granularity)[unit_of(task.output_weight.name, granularity)]
+        matrices = [_sibling_statistics(run, sibling, task, group, granularity) for sibling in siblings]
     weights = unit_coefficients([matrix for matrix in matrices if matrix is not None], aggregation)
     return _of_group(weights, _targets(task), group)
 
 
+def _merge_of(task: ExecuteMergeMethodTask) -> Any:
+    """What the tasks of one merge have in common."""
+    return task.method_name, task.base_model, frozenset(task.model_order)
+
+
+def _units(
+    run: _Run, universe: TaskUniverse, task: ExecuteMergeMethodTask, granularity: Granularity
+) -> dict[str, list[ExecuteMergeMethodTask]]:
+    key = granularity, _merge_of(task)
+    if key not in run.units:
+        units: dict[str, list[ExecuteMergeMethodTask]] = {}
+        for other in universe.tasks:
+            if isinstance(other, type(task)) and _merge_of(other) == _merge_of(task):
+                units.setdefault(unit_of(other.output_weight.name, granularity), []).append(other)
+        run.units[key] = units
+    return run.units[key]
+
+
 def coefficients_in_memory(
-    groups: Sequence[TensorGroup], granularity: Granularity, aggregation: Aggregation
+    groups: Sequence[TensorGroup],
+    dtypes: Sequence[torch.dtype | None],
+    granularity: Granularity,
+    aggregation: Aggregation,
 ) -> list[np.ndarray]:
-    """W for every group of one in-memory call (`merge_state_dicts`), each over the groups of its unit."""
+    """W for every group of one in-memory call (`merge_state_dicts`), each over the groups of its unit.
+
+    dtypes: what each group is cast to before it is merged.
+    """
     units: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         name = group.metadata.name
@@ -65,14 +93,14 @@ def coefficients_in_memory(
         units.setdefault(unit_of(name, granularity), []).append(index)
     result: list[np.ndarray] = [np.empty(0)] * len(groups)
     for members in units.values():
-        weights = unit_coefficients([group_statistics(groups[index]) for index in members], aggregation)
+        matrices = [_group_statistics(align_dtype(groups[index], dtypes[index])) for index in members]
+        weights = unit_coefficients(matrices, aggregation)
         for index in members:
             result[index] = weights
     return result
 
 
-def group_statistics(group: TensorGroup) -> MatrixStatistics:
-    """Statistics of a group of floating-point tensors of one dtype with a base among them."""
+def _group_statistics(group: TensorGroup) -> MatrixStatistics:
     return matrix_statistics(group.base.tensor, [entry.tensor for entry in group.non_base])
 
 
@@ -96,7 +124,8 @@ def _running(group: TensorGroup, granularity: str) -> tuple[ExecuteMergeMethodTa
 
 
 def _targets(task: ExecuteMergeMethodTask) -> list[Any]:
-    return [model for model in task.model_order if model != task.base_model]
+    """The targets in an order that all tasks of one merge share."""
+    return sorted((model for model in set(task.model_order) if model != task.base_model), key=str)
 
 
 def _of_group(weights: np.ndarray, targets: list[Any], group: TensorGroup) -> np.ndarray:
@@ -107,21 +136,21 @@ def _of_group(weights: np.ndarray, targets: list[Any], group: TensorGroup) -> np
 
 
 def _sibling_statistics(
+    run: _Run,
     sibling: ExecuteMergeMethodTask,
     task: ExecuteMergeMethodTask,
     group: TensorGroup,
     granularity: str,
-    cache: dict[str, MatrixStatistics | None],
 ) -> MatrixStatistics | None:
     """None for a tensor that has no say: not floating-point, or missing from the base."""
-    name = sibling.output_weight.name
-    if name not in cache:
+    key = sibling.output_weight.name, _merge_of(task)
+    if key not in run.statistics:
         if sibling is task:
             tensors = {entry.id: entry.tensor for entry in group.entries}
         else:
             tensors = _load(sibling, granularity, group.base.tensor.device)
-        cache[name] = _statistics_of(tensors, _targets(task), task.base_model)
-    return cache[name]
+        run.statistics[key] = _statistics_of(tensors, _targets(task), task.base_model)
+    return run.statistics[key]
 
 
 def _statistics_of(tensors: dict[Any, torch.Tensor], targets: list[Any], base: Any) -> MatrixStatistics | None:

@@ -259,12 +259,29 @@ def test_kth_largest_equals_a_sort(dtype):
         ordered = values.sort(descending=True).values
         for k in {1, 2, values.numel() // 2 + 1, values.numel()}:
             if k <= values.numel():
-                assert kth_largest(values, k) == ordered[k - 1].item()
+                parts = [values[: values.numel() // 3], values[values.numel() // 3 :]]
+                assert kth_largest(parts, k) == ordered[k - 1].item()
 
 
 def test_a_misleading_sample_still_gives_the_true_threshold(monkeypatch):
-    monkeypatch.setattr("fusekit.merge_methods.selection._sampled_bracket", lambda *_: (1e9, 2e9))
+    monkeypatch.setattr("fusekit.merge_methods.selection._sampled_bound", lambda *_: 1e9)
     base, targets = random_case((50, 50), 3)
     expected = reference.select(reference.fusion_vectors(base, targets), 0.2)
     assert select(targets, 0.2).reshape(-1).tolist() == expected
     assert select_top_variance([t.reshape(-1) for t in targets], 0.2).count == sum(expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_operations_that_run_on_other_devices_give_the_same(variant, monkeypatch):
+    """Off the CPU numpy is replaced by torch; here torch's operations run on the CPU's tensors."""
+    cases = [(cast(case, torch.float32), 0.3) for case in NASTY.values()]
+    large = cast(random_case((400, 300), 3), torch.bfloat16)
+    cases += [(large, 0.1), (large, 1.0), (cast(tied_case((400, 300), 3), torch.bfloat16), 0.2)]
+    expected = [sce(*case, select_topk=tau, variant=variant, count_erased=True) for case, tau in cases]
+    monkeypatch.setattr("fusekit.merge_methods.chunks.on_cpu", lambda _: False)
+    for (case, tau), numpy_result in zip(cases, expected, strict=True):
+        merged = sce(*case, select_topk=tau, variant=variant, count_erased=True)
+        assert torch.equal(merged.tensor, numpy_result.tensor)
+        np.testing.assert_allclose(merged.coefficients, numpy_result.coefficients, rtol=1e-14)
+        assert merged.erased.tolist() == numpy_result.erased.tolist()
+        assert merged.selected == numpy_result.selected

@@ -1,0 +1,54 @@
+"""Growth of a whole merge with the number of parameters and of targets.
+
+    python benchmarks/merge/growth.py --work /tmp/bench --runs 3
+
+Time should be linear in both; peak memory beyond what `linear` takes on the same models should not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from measure import checkpoints, median, mergekit_yaml, recipe, run, write_csv
+
+SIZES = [(2, 5), (5, 5), (10, 5), (10, 1), (10, 3)]  # (layers, targets); 10 layers have 492 M parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-growth.csv")
+    arguments = parser.parse_args()
+    rows = []
+    for layers, targets in SIZES:
+        folders = checkpoints(arguments.work, layers, targets)
+        parameters = (folders[0] / "model.safetensors").stat().st_size // 2
+        for method, options in (("linear", {}), ("fusechat_sce", {"select_topk": 1.0 if targets == 1 else 0.1})):
+            results = []
+            for turn in range(arguments.runs + 1):
+                config = recipe(arguments.work / "recipe.yml", method, folders, options)
+                shutil.rmtree(arguments.work / "out", ignore_errors=True)
+                result = run(mergekit_yaml(config, arguments.work / "out"))
+                if turn:
+                    results.append(result)
+            rows.append(
+                {
+                    "method": method,
+                    "million_parameters": round(parameters / 1e6),
+                    "targets": targets,
+                    "runs": arguments.runs,
+                    "wall_median_s": round(median(r.wall for r in results), 2),
+                    "cpu_median_s": round(median(r.cpu for r in results), 2),
+                    "peak_median_mib": round(median(r.peak for r in results) / 2**20),
+                }
+            )
+            print(rows[-1])
+    shutil.rmtree(arguments.work / "out", ignore_errors=True)
+    write_csv(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

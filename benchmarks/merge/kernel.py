@@ -1,0 +1,110 @@
+"""The merge functions alone on one 5632 x 2048 bfloat16 tensor and five targets: time, and memory beyond the inputs.
+
+    python benchmarks/merge/kernel.py --runs 7
+
+Scratch is the rise of the process's peak resident memory over its level before the call, less the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import median, write_csv
+from mergekit.merge_methods import merge_tensors
+
+from fusekit.merge_methods import sce, varm
+
+SHAPE, TARGETS = (5632, 2048), 5
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def scratch_of(call: Callable[[], torch.Tensor]) -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed before must not count as there already
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    result = call()
+    rise = resident("VmHWM") - before
+    return rise - result.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-kernel.csv")
+    arguments = parser.parse_args()
+
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(SHAPE, generator=generator) * 0.02
+    targets = [base + torch.randn(SHAPE, generator=generator) * rms for rms in (1e-3, 2e-3, 5e-4, 1e-3, 3e-3)]
+    tensors = [t.bfloat16().to(arguments.device) for t in (base, *targets)]
+    del base, targets
+    base, targets = tensors[0], tensors[1:]
+
+    def mergekit(method: str, **parameters: float) -> torch.Tensor:
+        return merge_tensors(tensors, method, base_index=None if method == "linear" else 0, parameters=parameters)
+
+    contestants: dict[str, Callable[[], torch.Tensor]] = {
+        "mergekit sce 0.1": lambda: mergekit("sce", select_topk=0.1),
+        "mergekit sce 1.0": lambda: mergekit("sce", select_topk=1.0),
+        "mergekit linear": lambda: mergekit("linear", weight=1.0),
+        "sce paper 0.1": lambda: sce(base, targets, select_topk=0.1).tensor,
+        "sce paper 0.5": lambda: sce(base, targets, select_topk=0.5).tensor,
+        "sce paper 1.0": lambda: sce(base, targets).tensor,
+        "sce renormalized 0.1": lambda: sce(base, targets, select_topk=0.1, variant="renormalized").tensor,
+        "sce fuseai 0.1": lambda: sce(base, targets, select_topk=0.1, variant="fuseai").tensor,
+        "varm": lambda: varm(base, targets).tensor,
+    }
+
+    def timed(call: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        call()
+        if arguments.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        for call in contestants.values():
+            call()  # warm up
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(arguments.runs):
+            for name, call in contestants.items():
+                times[name].append(timed(call))
+        on_cpu = arguments.device == "cpu"
+        scratch = {name: scratch_of(call) if on_cpu else 0 for name, call in contestants.items()}
+    peer = median(times["mergekit sce 0.1"])
+    one_float32 = 4 * tensors[0].numel()
+    rows = []
+    for name, values in times.items():
+        rows.append(
+            {
+                "contestant": name,
+                "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
+                "runs": arguments.runs,
+                "median_s": round(median(values), 4),
+                "min_s": round(min(values), 4),
+                "max_s": round(max(values), 4),
+                "faster_than_mergekit_sce_0.1": round(peer / median(values), 2),
+                "scratch_in_float32_tensors": round(scratch[name] / one_float32, 2) if on_cpu else "",
+            }
+        )
+        print(rows[-1])
+    write_csv(arguments.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

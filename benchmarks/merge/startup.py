@@ -1,0 +1,47 @@
+"""What the autoload adds to the start of an interpreter that has nothing to do with merging.
+
+    python benchmarks/merge/startup.py --runs 200
+
+The time to import the autoload module and call its install(), taken inside fresh interpreters, and what is loaded
+after a start. Needs fusekit installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import median, write_csv
+
+TIMED = (
+    "import sys, time; sys.modules.pop('_fusekit_autoload', None); "
+    "start = time.perf_counter(); import _fusekit_autoload; _fusekit_autoload.install(); "
+    "print(time.perf_counter() - start)"
+)
+LOADED = "import sys; print(sorted(m for m in ('torch', 'numpy', 'mergekit', 'fusekit') if m in sys.modules))"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-startup.csv")
+    arguments = parser.parse_args()
+    seconds = []
+    for _ in range(arguments.runs):
+        done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+    loaded = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True).stdout.strip()
+    row = {
+        "runs": arguments.runs,
+        "autoload_median_ms": round(1e3 * median(seconds), 3),
+        "autoload_max_ms": round(1e3 * max(seconds), 3),
+        "heavy_modules_loaded_at_start": loaded,
+    }
+    print(row)
+    write_csv(arguments.csv, [row])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Dynamic time warping over token strings, as FuseLLM and FuseChat align: for studies of fidelity to the papers.
+
+Cost: Levenshtein distance of two token strings without their word-start mark (arXiv 2401.10491, section 3.2; the
+released code of arXiv 2408.07990 for the order of the backtrace). The distances are computed once per pair of different
+strings; each row of the table is one vectorised scan, exact because all costs are integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
+
+from fusekit.alignment.arrays import IntArray
+
+# A table of int32 for two rows of this many cells is 400 MB; beyond it the method is not worth waiting for.
+MAX_CELLS = 100_000_000
+
+
+def _comparable(surface: bytes) -> tuple[str | None, bytes]:
+    """A token's string without the word-start mark (kept where nothing else is left), None where it is no UTF-8."""
+    stripped = surface.removeprefix(b" ") or surface
+    try:
+        return stripped.decode(), stripped
+    except UnicodeDecodeError:
+        return None, stripped
+
+
+def cost_matrix(pivot: Sequence[bytes], source: Sequence[bytes]) -> IntArray:
+    """Levenshtein distances of token surfaces without word-start marks: int64 [n, m].
+
+    Over characters; over bytes where one of the two is no UTF-8. Where one of the two is nothing but the mark, neither
+    loses it.
+    """
+    pivot_kinds, pivot_at = _unique(pivot)
+    source_kinds, source_at = _unique(source)
+    costs = _distances(pivot_kinds, source_kinds)
+    return costs[np.ix_(pivot_at, source_at)]
+
+
+def _unique(surfaces: Sequence[bytes]) -> tuple[list[bytes], IntArray]:
+    index: dict[bytes, int] = {}
+    at = np.fromiter((index.setdefault(surface, len(index)) for surface in surfaces), np.int64, len(surfaces))
+    return list(index), at
+
+
+def _distances(pivot: list[bytes], source: list[bytes]) -> IntArray:
+    left, right = [_comparable(s) for s in pivot], [_comparable(s) for s in source]
+    # Undecodable surfaces compare as bytes; latin-1 gives every byte a character of its own.
+    text = [a if a is not None else b.decode("latin-1") for a, b in left]
+    other = [a if a is not None else b.decode("latin-1") for a, b in right]
+    costs: IntArray = cdist(text, other, scorer=Levenshtein.distance, dtype=np.int32).astype(np.int64)
+    for rows, columns in (
+        ([i for i, (a, _) in enumerate(left) if a is None], list(range(len(right)))),
+        (list(range(len(left))), [j for j, (a, _) in enumerate(right) if a is None]),
+    ):
+        if rows and columns:
+            a = [left[i][1].decode("latin-1") for i in rows]
+            b = [right[j][1].decode("latin-1") for j in columns]
+            costs[np.ix_(rows, columns)] = cdist(a, b, scorer=Levenshtein.distance, dtype=np.int32)
+    marks_left = [i for i, s in enumerate(pivot) if s == b" "]
+    marks_right = [j for j, s in enumerate(source) if s == b" "]
+    for i in marks_left:
+        costs[i] = [Levenshtein.distance(" ", _with_mark(s)) for s in source]
+    for j in marks_right:
+        costs[:, j] = [Levenshtein.distance(_with_mark(s), " ") for s in pivot]
+    return costs
+
+
+def _with_mark(surface: bytes) -> str:
+    try:
+        return surface.decode()
+    except UnicodeDecodeError:
+        return surface.decode("latin-1")
+
+
+def warp(costs: IntArray) -> tuple[IntArray, IntArray]:
+    """The cheapest warping path through a table of integer costs.
+
+    D[i, j] = costs[i, j] + min(D[i-1, j], D[i, j-1], D[i-1, j-1]). Going back, of equal predecessors the diagonal one
+    comes first, then (i-1, j), the earlier pivot token, then (i, j-1).
+
+    Args:
+        costs: int64 [n, m], n pivot tokens by m source tokens, both at least 1.
+
+    Returns:
+        The path from (0, 0) to (n-1, m-1) as two int64 arrays of one length, pivot and source positions.
+    """
+    return _backtrace(_table(costs))
+
+
+def _table(costs: IntArray) -> IntArray:
+    """D, row by row.
+
+    Within a row D[j] = c[j] + min(m[j], D[j-1]), where m is the better of the two from the row above. With C the
+    running sum of c this is C[j] + min over k <= j of (m[k] - C[k-1]): one cumulative sum and one cumulative minimum.
+    """
+    n, m = costs.shape
+    table = np.empty((n, m), np.int64)
+    np.cumsum(costs[0], out=table[0])
+    running = np.cumsum(costs, axis=1)
+    above = np.empty(m, np.int64)
+    for i in range(1, n):
+        previous = table[i - 1]
+        above[0] = previous[0]
+        np.minimum(previous[1:], previous[:-1], out=above[1:])
+        above[1:] -= running[i, :-1]
+        np.minimum.accumulate(above, out=above)
+        np.add(above, running[i], out=table[i])
+    return table
+
+
+def _backtrace(table: IntArray) -> tuple[IntArray, IntArray]:
+    i, j = table.shape[0] - 1, table.shape[1] - 1
+    rows: list[int] = [i]
+    columns: list[int] = [j]
+    get = table.item
+    while i and j:
+        diagonal, up, left = get(i - 1, j - 1), get(i - 1, j), get(i, j - 1)
+        if diagonal <= up and diagonal <= left:
+            i, j = i - 1, j - 1
+        elif up <= left:
+            i -= 1
+        else:
+            j -= 1
+        rows.append(i)
+        columns.append(j)
+    rows.extend(range(i - 1, -1, -1))
+    columns.extend([0] * i)
+    columns.extend(range(j - 1, -1, -1))
+    rows.extend([0] * j)
+    return np.array(rows[::-1], np.int64), np.array(columns[::-1], np.int64)
+
+
+def matches_of_path(rows: IntArray, columns: IntArray, n: int) -> tuple[IntArray, IntArray]:
+    """A(i) of the papers: per pivot token the source tokens on the path, always a contiguous range [first, stop)."""
+    first = np.searchsorted(rows, np.arange(n), side="left")
+    last = np.searchsorted(rows, np.arange(n), side="right") - 1
+    return columns[first], columns[last] + 1
+
+
+def links_of_path(first: IntArray, stop: IntArray) -> IntArray:
+    """The common ends that a path claims: where the next pivot token shares no source token with this one.
+
+    Returns int64 [n]: the last source position of a group at the group's last pivot position, -1 elsewhere.
+    """
+    linked = np.full(len(first), -1, np.int64)
+    closes = np.ones(len(first), bool)
+    closes[:-1] = first[1:] >= stop[:-1]
+    linked[closes] = stop[closes] - 1
+    return linked

@@ -1,0 +1,247 @@
+"""From links to rows: what a source's predictions teach at the pivot's positions (row_cases.py says where and how)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fusekit.alignment.alignment import TokenAlignment
+from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
+from fusekit.alignment.beginnings import beginning_in_text, begins_with
+from fusekit.alignment.policies import source_positions
+from fusekit.alignment.projection import Rows, checked_rows, merge_entries
+from fusekit.alignment.row_cases import HAS_ROW, Case, Steps, plan_rows
+from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.errors import AlignmentError
+
+LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedRows:
+    """Targets at the pivot's positions.
+
+    Attributes:
+        rows: top-k rows over the pivot's vocabulary, [n, k]; empty with tail 1 where there is none.
+        cases: int64 [n], a :class:`Case` each.
+        source_at: int64 [n], the source position whose row was used, or -1.
+    """
+
+    rows: Rows
+    cases: IntArray
+    source_at: IntArray
+
+    @property
+    def taught(self) -> BoolArray:
+        """bool [n]: whether the position has a row."""
+        return np.isin(self.cases, list(HAS_ROW))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many positions are of each case, by its lower-case name."""
+        number = np.bincount(self.cases, minlength=len(Case))
+        return {case.name.lower(): int(number[case]) for case in Case}
+
+
+def project_rows(
+    alignment: TokenAlignment,
+    vocabulary_map: VocabularyMap,
+    source_rows: Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    actual_logprobs: npt.ArrayLike,
+    *,
+    conditioning: bool = True,
+    one_hot: bool = False,
+    collisions: str = "add",
+) -> AlignedRows:
+    """Targets at the pivot's positions from a source's rows over the same text.
+
+    Args:
+        alignment: of method ``span`` over the text.
+        vocabulary_map: made with the same two tokenizers.
+        source_rows: ``(ids [m, k], logprobs [m, k], tail [m])``: row j is the source's prediction after its token j.
+        actual_logprobs: float [m], the log-probability that row j gives to source token j + 1; the last is not used.
+        conditioning: condition rows on the first bytes of a token: at positions inside a source token on the bytes
+            read since, at the end of a label inside a source token on the bytes that are left of it.
+        one_hot: put a one-hot on the next label where there is no row, as the papers do.
+        collisions: see :meth:`VocabularyMap.project`.
+
+    Returns:
+        :class:`AlignedRows`. Where a source is certain of the text, its row is certain of the pivot's label.
+
+    Raises:
+        AlignmentError: rows that do not fit the alignment or are no distributions.
+    """
+    if alignment.method != "span":
+        raise AlignmentError(f"rows need an alignment of method 'span', not {alignment.method!r}: see source_positions")
+    ids, logprobs, tail = source_rows
+    rows = checked_rows(ids, logprobs, tail, vocabulary_map.matrix.shape[0])
+    actual = _checked_actual(actual_logprobs, rows, len(alignment.source))
+    steps = _readable(plan_rows(alignment, conditioning), alignment, vocabulary_map)
+    at = np.flatnonzero(steps.base >= 0)
+    base = steps.base[at]
+    entries = _entries(alignment, rows, actual, base)
+    label = entries.actual * _completing(steps, at, actual)
+    crossing = np.flatnonzero(steps.overhang[at] > 0)
+    before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
+    begun = _entries(alignment, rows, actual, before)
+    label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
+    targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries)
+    rest = rest + (entries.actual - label)
+    targets = np.concatenate([alignment.pivot_ids[at + 1][:, None], targets], axis=1)
+    mass = np.concatenate([label[:, None], np.where(targets[:, 1:] >= 0, mass, 0.0)], axis=1)
+    # A conditioned row has lost the entries that the text has ruled out since.
+    total = np.where(steps.consumed[at] > 0, mass.sum(axis=1) + rest, 1.0)
+    scale = 1.0 / np.where(total > 0, total, 1.0)
+    rest = np.where(total > 0, rest * scale, 1.0)
+    merged = merge_entries(targets, mass * scale[:, None], rest, collisions)
+    return _placed(alignment, steps, at, merged, one_hot)
+
+
+def _checked_actual(actual_logprobs: npt.ArrayLike, rows: Rows, m: int) -> FloatArray:
+    actual = np.asarray(actual_logprobs, np.float64)
+    if len(rows.tail) != m or actual.shape != (m,):
+        raise AlignmentError(
+            f"the text has {m} source tokens, but there are {len(rows.tail)} rows and actual_logprobs is {actual.shape}"
+        )
+    wrong = np.flatnonzero(~(actual[:-1] <= LOGPROB_TOLERANCE))
+    if len(wrong):
+        raise AlignmentError(f"actual_logprobs[{wrong[0]}] is {actual[wrong[0]]}, not a log-probability")
+    # exp(-1000) is 0; an infinity would make the differences of running sums undefined.
+    return np.clip(actual, -1000.0, 0.0)
+
+
+def _readable(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Steps:
+    """Count ``consumed`` and ``overhang`` in bytes of surfaces, and leave out positions where they are not the text."""
+    consumed, overhang = steps.consumed.copy(), steps.overhang.copy()
+    for bytes_read, before in ((consumed, steps.base), (overhang, steps.spelled)):
+        inside = np.flatnonzero(bytes_read > 0)
+        bytes_read[inside] = beginning_in_text(alignment, vocabulary_map.source, before[inside], bytes_read[inside])
+    unclear = np.flatnonzero((consumed < 0) | (overhang < 0))
+    cases, base = steps.cases.copy(), steps.base.copy()
+    cases[unclear] = np.where(alignment.source_at[unclear] >= 0, Case.NO_ROW, Case.UNLINKED)
+    base[unclear] = -1
+    return Steps(cases, base, steps.spelled, consumed, overhang)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Rows taken apart: all entries but the actual next token, that token's probability, and the tail without it."""
+
+    ids: IntArray  # [a, k], -1 for none
+    mass: FloatArray  # [a, k]
+    actual: FloatArray  # [a]
+    tail: FloatArray  # [a]
+
+
+def _entries(alignment: TokenAlignment, rows: Rows, actual: FloatArray, base: IntArray) -> _Entries:
+    ids, mass = rows.ids[base], np.exp(rows.logprobs[base])
+    listed = (ids >= 0) & (ids == alignment.source_ids[base + 1][:, None])
+    in_list = listed.any(axis=1)
+    # A token outside the top k is in the tail; its probability is known, so it becomes an entry of its own.
+    outside = np.minimum(np.exp(actual[base]), rows.tail[base])
+    probability = np.where(in_list, np.where(listed, mass, 0.0).sum(axis=1), outside)
+    tail = np.where(in_list, rows.tail[base], rows.tail[base] - outside)
+    return _Entries(np.where(listed, -1, ids), np.where((ids < 0) | listed, 0.0, mass), probability, tail)
+
+
+def _carry(
+    alignment: TokenAlignment, vocabulary_map: VocabularyMap, steps: Steps, at: IntArray, entries: _Entries
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """All entries but s in the pivot's vocabulary: projected at links, conditioned and projected within tokens."""
+    targets, mass, lost = vocabulary_map.spread(entries.ids, entries.mass)
+    rest = entries.tail + lost
+    within = np.flatnonzero(steps.consumed[at] > 0)
+    if not len(within):
+        return targets, mass, rest
+    consumed, ids = steps.consumed[at[within]], entries.ids[within]
+    keep = begins_with(vocabulary_map.source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
+    left = _remainders(vocabulary_map, ids, consumed, keep)
+    left_mass = np.where(keep, entries.mass[within], 0.0)
+    targets[within], mass[within] = -1, 0.0
+    targets[within, : left.shape[1]], mass[within, : left.shape[1]] = left, left_mass
+    rest[within] = entries.tail[within] + np.where(left < 0, left_mass, 0.0).sum(axis=1)
+    return targets, mass, rest
+
+
+def _remainders(vocabulary_map: VocabularyMap, ids: IntArray, consumed: IntArray, keep: BoolArray) -> IntArray:
+    """Pivot ids of what is left of the kept entries' surfaces, -1 for nothing."""
+    found = np.full(ids.shape, -1, np.int64)
+    rows, columns = np.nonzero(keep)
+    if len(rows):
+        pairs = np.stack([ids[rows, columns], consumed[rows]])
+        unique, inverse = np.unique(pairs, axis=1, return_inverse=True)
+        of = vocabulary_map.source.of
+        remains = [of[id_][length:] for id_, length in unique.T.tolist()]
+        found[rows, columns] = vocabulary_map.remainders(remains)[inverse.ravel()]
+    return found
+
+
+def _completing(steps: Steps, at: IntArray, actual: FloatArray) -> FloatArray:
+    """The probability of the source tokens after s that complete t: 1 where s alone reaches its end."""
+    running = np.concatenate([[0.0], np.cumsum(actual[:-1])])
+    product: FloatArray = np.exp(np.minimum(running[steps.spelled[at]] - running[steps.base[at] + 1], 0.0))
+    return product
+
+
+def _begun(
+    alignment: TokenAlignment,
+    vocabulary_map: VocabularyMap,
+    before: IntArray,
+    length: IntArray,
+    entries: _Entries,
+) -> FloatArray:
+    """The probability, in the rows after positions ``before``, of the entries that begin with what is left of t."""
+    begun = begins_with(vocabulary_map.source, alignment.source_ids[before + 1], length, entries.ids)
+    total: FloatArray = entries.actual + entries.mass.sum(axis=1, where=begun)
+    return np.minimum(total, 1.0)
+
+
+def _placed(alignment: TokenAlignment, steps: Steps, at: IntArray, merged: Rows, one_hot: bool) -> AlignedRows:
+    """Rows at their positions, with one-hots where asked for."""
+    n, width = len(alignment.pivot), max(merged.ids.shape[1], 1 if one_hot else 0)
+    ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
+    ids[at, : merged.ids.shape[1]], logprobs[at, : merged.ids.shape[1]], tail[at] = merged
+    cases = steps.cases.copy()
+    if one_hot:
+        bare = np.flatnonzero(np.isin(cases, [Case.NO_ROW, Case.UNLINKED]))
+        ids[bare, 0], logprobs[bare, 0], tail[bare] = alignment.pivot_ids[bare + 1], 0.0, 0.0
+        cases[bare] = Case.ONE_HOT
+    return AlignedRows(Rows(ids, logprobs, tail), cases, steps.base)
+
+
+def project_rows_by_rule(
+    alignment: TokenAlignment,
+    vocabulary_map: VocabularyMap,
+    source_rows: Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    rule: str,
+    *,
+    collisions: str = "max",
+) -> AlignedRows:
+    """Targets by one of the papers' position rules: the aligned row projected as it is, else a one-hot on the label.
+
+    Args:
+        alignment: of method ``dtw`` for the papers' own.
+        vocabulary_map, source_rows: as in :func:`project_rows`.
+        rule: see :func:`fusekit.alignment.policies.source_positions`.
+        collisions: ``max`` is the papers'.
+
+    Raises:
+        AlignmentError: as :func:`project_rows`; unknown rule.
+    """
+    ids, logprobs, tail = source_rows
+    rows = checked_rows(ids, logprobs, tail, vocabulary_map.matrix.shape[0])
+    if len(rows.tail) != len(alignment.source):
+        raise AlignmentError(f"the text has {len(alignment.source)} source tokens, but there are {len(rows.tail)} rows")
+    base = source_positions(alignment, vocabulary_map, rule)
+    n = len(base)
+    if n:
+        base[-1] = -1
+    cases = np.where(base >= 0, Case.RULE, Case.UNLINKED).astype(np.int64)
+    if n:
+        cases[-1] = Case.LAST
+    at = np.flatnonzero(base >= 0)
+    merged = vocabulary_map.project(rows.ids[base[at]], rows.logprobs[base[at]], rows.tail[base[at]], collisions)
+    zeros = np.zeros(n, np.int64)
+    return _placed(alignment, Steps(cases, base, zeros, zeros, zeros), at, merged, one_hot=True)

@@ -1,0 +1,263 @@
+"""One view of every kind of tokenizer: encode without special tokens, and say how token strings are written.
+
+``transformers`` is never imported here: its tokenizers are recognised by what they carry. The view calls the Rust
+backend directly, as transformers does for a plain ``tokenizer(text, add_special_tokens=False)``; a tokenizer class
+that overrides the encoding itself is called through its own ``__call__``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from fusekit.alignment.arrays import IntArray
+from fusekit.errors import AlignmentError
+
+# The roles by which special tokens correspond across tokenizers. Padding is deliberately absent: nothing maps to it.
+ROLES = ("bos", "eos", "end_of_turn")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerView:
+    """What the alignment needs to know of a tokenizer.
+
+    Attributes:
+        name: how errors call the tokenizer.
+        original: the object that the user passed.
+        backend: the ``tokenizers.Tokenizer`` behind it, or None for a slow tokenizer.
+        direct: whether the backend alone gives the ids that the user's object gives.
+    """
+
+    name: str
+    original: Any
+    backend: Tokenizer | None
+    direct: bool
+    _parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def parts(self, component: str) -> list[dict[str, Any]]:
+        """The flattened JSON of ``normalizer``, ``pre_tokenizer`` or ``decoder``: a list of ``{"type": ...}``."""
+        if component not in self._parts:
+            self._parts[component] = _flatten(getattr(self.backend, component, None))
+        return self._parts[component]
+
+    def types(self, component: str) -> set[str]:
+        """The names of the steps of ``component``, for example ``{"NFKC"}``."""
+        return {part["type"] for part in self.parts(component)}
+
+    @cached_property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """Added and special tokens by id."""
+        if self.backend is not None:
+            return dict(self.backend.get_added_tokens_decoder())
+        return dict(getattr(self.original, "added_tokens_decoder", {}))
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token string -> id, added tokens included."""
+        if self.backend is not None:
+            return dict(self.backend.get_vocab(with_added_tokens=True))
+        return dict(self.original.get_vocab())
+
+    @cached_property
+    def normalize(self) -> Callable[[str], str] | None:
+        """The tokenizer's own normaliser, or None when there is none that can change a text."""
+        if self.backend is None or not self.parts("normalizer"):
+            return None
+        normalizer = self.backend.normalizer
+        return lambda text: str(normalizer.normalize_str(text))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, no special tokens added."""
+        if not self.direct:
+            return list(self.original(text, add_special_tokens=False)["input_ids"])
+        with _unlimited(self):
+            encoding = self.backend.encode_batch_fast([text], add_special_tokens=False)[0]  # type: ignore[union-attr]
+        return list(encoding.ids)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """:meth:`encode` of many short texts at once."""
+        if not self.direct or self.backend is None:
+            return [self.encode(text) for text in texts]
+        with _unlimited(self):
+            return [list(e.ids) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], IntArray]:
+        """Token ids and their character spans ``[n, 2]`` in ``text``."""
+        if self.backend is None:
+            raise AlignmentError(f"{self.name} is a slow tokenizer and gives no offsets")
+        if not self.direct:
+            encoded = self.original(text, add_special_tokens=False, return_offsets_mapping=True)
+            return list(encoded["input_ids"]), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        with _unlimited(self):
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def roles(self) -> dict[str, int]:
+        """Ids of the special tokens by role (see :data:`ROLES`), as far as the tokenizer tells them."""
+        return _roles(self)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token, or None."""
+        value = getattr(self.original, "pad_token_id", None)
+        return None if value is None else int(value)
+
+
+class _unlimited:  # noqa: N801  # reads as a statement
+    """Within it the backend neither truncates nor pads; its settings are put back afterwards."""
+
+    def __init__(self, view: TokenizerView) -> None:
+        self.view = view
+
+    def __enter__(self) -> None:
+        backend = self.view.backend
+        assert backend is not None
+        self.truncation, self.padding = backend.truncation, backend.padding
+        if self.truncation is not None:
+            backend.no_truncation()
+        if self.padding is not None:
+            backend.no_padding()
+        split_special = getattr(self.view.original, "split_special_tokens", None)
+        if split_special is not None and backend.encode_special_tokens != split_special:
+            backend.encode_special_tokens = split_special
+
+    def __exit__(self, *_: object) -> None:
+        backend = self.view.backend
+        assert backend is not None
+        if self.truncation is not None:
+            backend.enable_truncation(**self.truncation)
+        if self.padding is not None:
+            backend.enable_padding(**self.padding)
+
+
+def _flatten(component: Any) -> list[dict[str, Any]]:
+    """The leaves of a (nested) ``Sequence`` of a tokenizer component, in order."""
+    if component is None:
+        return []
+
+    def leaves(part: dict[str, Any]) -> list[dict[str, Any]]:
+        if part.get("type") != "Sequence":
+            return [part]
+        children: list[dict[str, Any]] = next(
+            (part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), []
+        )
+        return [leaf for child in children for leaf in leaves(child)]
+
+    try:
+        state = json.loads(component.__getstate__())
+    except Exception as error:  # a component written in Python (`PreTokenizer.custom`) has no serialised form
+        raise AlignmentError(
+            f"the {type(component).__name__} of the tokenizer is custom Python code and cannot be read: {error}"
+        ) from error
+    return leaves(state)
+
+
+def _name(tokenizer: Any) -> str:
+    kind = type(tokenizer).__name__
+    path = getattr(tokenizer, "name_or_path", "")
+    if path:
+        return f"{path} ({kind})"
+    if isinstance(tokenizer, Tokenizer):
+        return f"{kind}({type(tokenizer.model).__name__}, {tokenizer.get_vocab_size()} entries)"
+    return kind
+
+
+def _encodes_plainly(tokenizer: Any) -> bool:
+    """Whether the class leaves encoding to transformers' own code, which passes the text to the backend as it is."""
+    return all(
+        getattr(getattr(type(tokenizer), method, None), "__module__", "").startswith("transformers.tokenization_utils")
+        for method in ("__call__", "_encode_plus")
+    )
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an assistant's content, or None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    marker = "fusekit marks this"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        after = tokenizer(rendered.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
+    except Exception:  # templates are user code and may raise anything; without one there is simply no role
+        return None
+    special = set(getattr(tokenizer, "all_special_ids", []))
+    special |= {id_ for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    return next((int(id_) for id_ in after if id_ in special), None)
+
+
+def _roles(view: TokenizerView) -> dict[str, int]:
+    roles = {}
+    for role in ("bos", "eos"):
+        value = getattr(view.original, f"{role}_token_id", None)
+        if value is not None:
+            roles[role] = int(value)
+    value = _end_of_turn(view.original)
+    if value is None:
+        value = roles.get("eos")
+    if value is not None:
+        roles["end_of_turn"] = int(value)
+    return roles
+
+
+def _make_view(tokenizer: Any) -> TokenizerView:
+    if isinstance(tokenizer, Tokenizer):
+        return TokenizerView(_name(tokenizer), tokenizer, tokenizer, direct=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        return TokenizerView(_name(tokenizer), tokenizer, backend, direct=_encodes_plainly(tokenizer))
+    if callable(tokenizer) and hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "convert_ids_to_tokens"):
+        return TokenizerView(_name(tokenizer), tokenizer, None, direct=False)
+    raise AlignmentError(
+        f"{_name(tokenizer)} is not a tokenizer of transformers or tokenizers: load it with "
+        "transformers.AutoTokenizer, or wrap it in transformers.PreTrainedTokenizerFast"
+    )
+
+
+def fingerprint_of_settings(tokenizer: Any) -> tuple[Any, ...]:
+    """Cheap signs that a tokenizer object was changed after a view of it was made."""
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    size = backend.get_vocab_size(with_added_tokens=True) if isinstance(backend, Tokenizer) else len(tokenizer)
+    if not isinstance(backend, Tokenizer):
+        return (size,)
+    components = ("normalizer", "pre_tokenizer", "decoder")
+    states = tuple(
+        component.__getstate__() if (component := getattr(backend, name)) is not None else None for name in components
+    )
+    return (size, *states, getattr(tokenizer, "chat_template", None))
+
+
+class PerTokenizer:
+    """The last few tokenizer objects and what was derived from each.
+
+    An entry is made anew when :func:`fingerprint_of_settings` says that the tokenizer was changed.
+    """
+
+    SIZE = 8  # what is derived holds the tokenizer, so weak references would never be dropped
+
+    def __init__(self, make: Callable[[TokenizerView], Any]) -> None:
+        self._make = make
+        self._entries: OrderedDict[int, tuple[Any, tuple[Any, ...], Any]] = OrderedDict()
+
+    def __call__(self, tokenizer: Any) -> Any:
+        try:
+            sign = fingerprint_of_settings(tokenizer)
+        except Exception:  # not a tokenizer, or one with custom Python parts: the view says so, with the name
+            return self._make(_make_view(tokenizer))
+        entry = self._entries.get(id(tokenizer))
+        if entry is not None and entry[0] is tokenizer and entry[1] == sign:
+            return entry[2]
+        value = self._make(_make_view(tokenizer))
+        self._entries[id(tokenizer)] = (tokenizer, sign, value)
+        self._entries.move_to_end(id(tokenizer))
+        if len(self._entries) > self.SIZE:
+            self._entries.popitem(last=False)
+        return value

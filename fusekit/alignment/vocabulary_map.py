@@ -1,0 +1,305 @@
+"""Maps from a source vocabulary into the pivot's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from fusekit.alignment import map_cache
+from fusekit.alignment.arrays import FloatArray, IntArray
+from fusekit.alignment.nearest import nearest
+from fusekit.alignment.prefixes import first_pieces, longest_prefix
+from fusekit.alignment.projection import Rows, checked_rows, merge_entries
+from fusekit.alignment.statistics import MappingStatistics, count_mappings, most_frequent, released
+from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
+from fusekit.alignment.tokenizer_view import ROLES
+from fusekit.errors import AlignmentError
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyMap:
+    """Where the probability of every source token goes in the pivot's vocabulary.
+
+    Attributes:
+        matrix: scipy.sparse CSR float64 [V_source, V_pivot]; rows sum to at most 1, what is missing goes to the tail.
+        method: how it was made.
+        pivot, source: the surfaces of the two vocabularies.
+    """
+
+    matrix: sparse.csr_matrix
+    method: str
+    pivot: Surfaces
+    source: Surfaces
+
+    def __post_init__(self) -> None:
+        sums = np.asarray(self.matrix.sum(axis=1)).ravel()
+        negative = self.matrix.data.min(initial=0.0) < 0
+        if negative or sums.max(initial=0.0) > 1 + 1e-9:
+            worst = int(sums.argmax())
+            raise AlignmentError(
+                f"rows of a vocabulary map are shares of 1: row {worst} sums to {sums[worst]:.6g}"
+                + (", and some are negative" if negative else "")
+            )
+
+    @cached_property
+    def entries(self) -> tuple[IntArray, FloatArray]:
+        """The matrix as padded arrays: targets int64 [V_source, r] (-1 for none) and shares float64 [V_source, r]."""
+        counts = np.diff(self.matrix.indptr)
+        width = max(int(counts.max(initial=0)), 1)
+        targets = np.full((len(counts), width), -1, np.int64)
+        shares = np.zeros((len(counts), width))
+        column = np.arange(self.matrix.nnz) - np.repeat(self.matrix.indptr[:-1], counts)
+        row = np.repeat(np.arange(len(counts)), counts)
+        targets[row, column], shares[row, column] = self.matrix.indices, self.matrix.data
+        return targets, shares
+
+    def spread(self, ids: IntArray, mass: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Entries ``[T, k]`` carried over: targets and mass ``[T, k * r]``, and the mass ``[T]`` that maps nowhere."""
+        targets, shares = self.entries
+        used = ids >= 0
+        at = np.where(used, ids, 0)
+        mass = np.where(used, mass, 0.0)
+        mapped = np.where(used[..., None], targets[at], -1)
+        carried = mass[..., None] * shares[at]
+        lost = (mass - carried.sum(axis=2)).sum(axis=1)
+        shape = (len(ids), ids.shape[1] * targets.shape[1])
+        return mapped.reshape(shape), carried.reshape(shape), np.maximum(lost, 0.0)
+
+    def project(
+        self, ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, collisions: str = "add"
+    ) -> Rows:
+        """Carry top-k rows of the source into the pivot's vocabulary. Mass is conserved.
+
+        Args:
+            ids: int [T, k] source token ids, -1 where a row has fewer entries.
+            logprobs: float [T, k], natural logarithms.
+            tail: float [T], the probability that each row leaves out.
+            collisions: where several source ids land on one pivot id: ``add`` their probabilities, or keep the
+                largest (``max``, as the papers do; the rest goes to the tail).
+
+        Returns:
+            :class:`~fusekit.alignment.projection.Rows` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
+
+        Raises:
+            AlignmentError: an id outside the map, a row that is no distribution, unknown ``collisions``.
+        """
+        rows = checked_rows(ids, logprobs, tail, self.matrix.shape[0])
+        targets, mass, lost = self.spread(rows.ids, np.exp(rows.logprobs))
+        return merge_entries(targets, mass, rows.tail + lost, collisions)
+
+    def remainders(self, remains: list[bytes]) -> IntArray:
+        """Pivot ids for what is left of surfaces once their beginning is known, -1 for none: int64 [len(remains)].
+
+        The pivot's own token where there is one; otherwise, for every method but ``em``, the first piece of the pivot's
+        tokenisation, which is what the pivot has to predict next.
+        """
+        id_of = self.pivot.id_of
+        found = np.fromiter((id_of.get(rest, -1) for rest in remains), np.int64, len(remains))
+        if self.method != "em":
+            missing = [i for i in np.flatnonzero(found < 0).tolist() if remains[i]]
+            found[missing] = first_pieces([remains[i] for i in missing], self.pivot)
+        return found
+
+    @property
+    def mapped_share(self) -> float:
+        """Share of the source's ordinary entries that map somewhere."""
+        ordinary = np.flatnonzero(np.isin(self.source.kinds, [Kind.ORDINARY, Kind.BYTE, Kind.ADDED]))
+        return float(np.mean(np.diff(self.matrix.indptr)[ordinary] > 0)) if len(ordinary) else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What a method makes its map of: queries are the source ids that stand for text and are not the pivot's own."""
+
+    pivot: Surfaces
+    source: Surfaces
+    queries: list[int]
+    statistics: MappingStatistics | None
+    workers: int
+
+
+def _em(request: _Request) -> IntArray:
+    return np.full(len(request.queries), -1, np.int64)
+
+
+def _prefix(request: _Request) -> IntArray:
+    return first_pieces([request.source.of[i] for i in request.queries], request.pivot)
+
+
+def _mined(request: _Request) -> IntArray:
+    """MinED over characters; entries that are no UTF-8 by their longest prefix in the pivot's vocabulary."""
+    surfaces = [request.source.of[i] for i in request.queries]
+    decoded = [_decoded(surface) for surface in surfaces]
+    found = np.full(len(surfaces), -1, np.int64)
+    options = sorted((id_, surface) for surface, id_ in request.pivot.id_of.items())
+    texts = [(id_, text) for id_, surface in options if (text := _decoded(surface)) is not None]
+    broken = [(id_, surface.decode("latin-1")) for id_, surface in options if _decoded(surface) is None]
+
+    readable = [i for i, text in enumerate(decoded) if text is not None]
+    by_text = _nearest_ids([decoded[i] or "" for i in readable], texts, request.workers)
+    by_byte = _nearest_ids([surfaces[i].decode("latin-1") for i in readable], broken, request.workers)
+    found[readable] = _nearer(by_text, by_byte)
+    unreadable = [i for i, text in enumerate(decoded) if text is None]
+    found[unreadable] = longest_prefix([surfaces[i] for i in unreadable], request.pivot)
+    lone = [i for i in unreadable if found[i] < 0]
+    all_bytes = [(id_, surface.decode("latin-1")) for id_, surface in options] if lone else []
+    found[lone] = _nearest_ids([surfaces[i].decode("latin-1") for i in lone], all_bytes, request.workers)[0]
+    return found
+
+
+def _nearest_ids(queries: list[str], options: list[tuple[int, str]], workers: int) -> tuple[IntArray, IntArray]:
+    """Pivot ids (-1 for none) and distances of the nearest options, which are ``(pivot id, string)`` in order."""
+    index, distance = nearest(queries, [text for _, text in options], workers)
+    ids = np.array([id_ for id_, _ in options] or [-1], np.int64)
+    return np.where(index >= 0, ids[index], -1), distance
+
+
+def _nearer(a: tuple[IntArray, IntArray], b: tuple[IntArray, IntArray]) -> IntArray:
+    """Of two candidates each, the nearer one; of equally near ones the lower id."""
+    first = (a[1] < b[1]) | ((a[1] == b[1]) & ((a[0] < b[0]) | (b[0] < 0)))
+    return np.where(first, a[0], b[0])
+
+
+def _decoded(surface: bytes) -> str | None:
+    try:
+        return surface.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _by_statistics(choose: Callable[..., IntArray]) -> Callable[[_Request], IntArray]:
+    def method(request: _Request) -> IntArray:
+        if request.statistics is None:
+            raise AlignmentError(
+                "method 'ms' counts aligned tokens over a corpus: pass statistics=<texts>, or "
+                "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
+            )
+        allowed = set(request.pivot.id_of.values())
+        return choose(request.statistics, request.source, request.pivot, allowed)[request.queries]
+
+    return method
+
+
+METHODS: dict[str, Callable[[_Request], IntArray]] = {
+    "em": _em,
+    "mined": _mined,
+    "prefix": _prefix,
+    "ms": _by_statistics(most_frequent),
+    "ms_released": _by_statistics(released),
+}
+_COUNTING = {"ms", "ms_released"}
+
+
+def build_vocabulary_map(
+    pivot_tokenizer: Any,
+    source_tokenizer: Any,
+    method: str = "prefix",
+    *,
+    statistics: MappingStatistics | Iterable[str] | None = None,
+    pivot_roles: Mapping[str, int] | None = None,
+    source_roles: Mapping[str, int] | None = None,
+    pivot_size: int | None = None,
+    source_size: int | None = None,
+    cache: bool | str | Path = True,
+    workers: int = -1,
+) -> VocabularyMap:
+    """Map every token of the source's vocabulary into the pivot's.
+
+    Strings are compared as the bytes they stand for, so ``Ġfoo`` and ``▁foo`` are the same token. Special tokens map by
+    role (bos, eos, end of turn), never by string; padding and unknown tokens map nowhere.
+
+    Args:
+        pivot_tokenizer, source_tokenizer: see :func:`fusekit.alignment.align`.
+        method: for tokens that the pivot does not have:
+            ``em``: nowhere. ``mined``: the token of least Levenshtein distance over characters, the first of several;
+            entries that are no UTF-8 by their longest byte prefix (FuseLLM, arXiv 2401.10491, MinED).
+            ``prefix``: the first token of the pivot's own tokenisation, which is what it would have to predict next.
+            ``ms``: for all tokens seen in a corpus, the pivot token most often aligned with it, the nearest of equally
+            frequent ones (FuseChat, arXiv 2408.07990, MS); unseen ones as ``em``. ``ms_released``: with the released
+            code's formula in place of the frequency.
+        statistics: for ``ms``: texts, or the result of :func:`fusekit.alignment.count_mappings`.
+        pivot_roles, source_roles: ids by role, over what the tokenizers tell; roles are bos, eos, end_of_turn.
+        pivot_size, source_size: rows and columns of the map where a model's output is larger than its tokenizer; the
+            padding ids get no mass.
+        cache: keep the map on disk under the hashes of both vocabularies: True for the user's cache folder
+            (``FUSEKIT_CACHE`` or the platform's), a folder, or False.
+        workers: threads for ``mined``, -1 for all cores.
+
+    Raises:
+        AlignmentError: unknown method, missing statistics, a size below the tokenizer's, a tokenizer that cannot be
+            handled exactly.
+    """
+    if method not in METHODS:
+        raise AlignmentError(f"unknown vocabulary map {method!r}: there are {', '.join(sorted(METHODS))}")
+    pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
+    shape = (_size(source, source_size, "source"), _size(pivot, pivot_size, "pivot"))
+    if method in _COUNTING and statistics is not None and not isinstance(statistics, MappingStatistics):
+        statistics = count_mappings(statistics, pivot_tokenizer, source_tokenizer)
+    counted = statistics if method in _COUNTING and isinstance(statistics, MappingStatistics) else None
+
+    def make() -> IntArray:
+        return _targets(pivot, source, method, counted, workers)
+
+    counts_key = counted.fingerprint if counted else ""
+    if method == "em":
+        cache = False  # quicker to make than to look up
+    targets = map_cache.remembered(cache, method, pivot, source, statistics=counts_key, make=make)
+    for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
+        targets[source_id] = pivot_id
+    rows = np.flatnonzero(targets >= 0)
+    matrix = sparse.csr_matrix((np.ones(len(rows)), (rows, targets[rows])), shape=shape)
+    return VocabularyMap(matrix, method, pivot, source)
+
+
+def _targets(
+    pivot: Surfaces, source: Surfaces, method: str, statistics: MappingStatistics | None, workers: int
+) -> IntArray:
+    """The pivot id of every source id that stands for text, -1 for none and for special tokens: int64 [V_source]."""
+    targets = np.full(len(source), -1, np.int64)
+    text = np.flatnonzero(np.isin(source.kinds, [Kind.ORDINARY, Kind.BYTE, Kind.ADDED]) & (source.lengths > 0))
+    id_of = pivot.id_of
+    targets[text] = [id_of.get(source.of[i], -1) for i in text.tolist()]
+    asked = text if method in _COUNTING else text[targets[text] < 0]
+    found = METHODS[method](_Request(pivot, source, asked.tolist(), statistics, workers))
+    targets[asked] = np.where(found >= 0, found, targets[asked])
+    return targets
+
+
+def _by_role(
+    pivot: Surfaces,
+    source: Surfaces,
+    pivot_roles: Mapping[str, int] | None,
+    source_roles: Mapping[str, int] | None,
+) -> dict[int, int]:
+    """Source special id -> pivot special id. A token with several roles maps by the last of ``ROLES``."""
+    found = {}
+    ours = {**source.view.roles, **(source_roles or {})}
+    theirs = {**pivot.view.roles, **(pivot_roles or {})}
+    for name, roles, surfaces in (("source_roles", ours, source), ("pivot_roles", theirs, pivot)):
+        for role, id_ in roles.items():
+            if role not in ROLES or not 0 <= id_ < len(surfaces):
+                raise AlignmentError(
+                    f"{name}: {role}={id_} is no role of {surfaces.name}: roles are {', '.join(ROLES)}, ids are below "
+                    f"{len(surfaces)}"
+                )
+    for role in ROLES:
+        if role in ours and role in theirs:
+            found[ours[role]] = theirs[role]
+    return found
+
+
+def _size(surfaces: Surfaces, size: int | None, side: str) -> int:
+    if size is None:
+        return len(surfaces)
+    if size < len(surfaces):
+        raise AlignmentError(
+            f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: another model's tokenizer?"
+        )
+    return size

@@ -1,0 +1,103 @@
+"""``fusekit merge``: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from fusekit.errors import FusekitError
+from fusekit.merging.run import Settings
+from fusekit.merging.run import merge as run
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that the staging folder is removed and locks are released."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@click.command("merge", cls=PrettyPrintHelp)
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--overwrite", is_flag=True, help="Replace the model at OUT, in one step, once the new one is whole")
+@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice")
+@click.option(
+    "--allow-pickle",
+    multiple=True,
+    metavar="MODEL",
+    help="Read pickled weights of this model (repeatable)",
+)
+@click.option(
+    "--allow-remote-code",
+    multiple=True,
+    metavar="MODEL",
+    help="Run Python code of this model (repeatable)",
+)
+@add_merge_options
+def merge(
+    *,
+    recipe: str,
+    out: str,
+    overwrite: bool,
+    ignore_estimates: bool,
+    allow_pickle: tuple[str, ...],
+    allow_remote_code: tuple[str, ...],
+    merge_options: MergeOptions,
+) -> None:
+    """Merge the models of a mergekit RECIPE into the folder OUT.
+
+    The recipe, its models, disk and memory are checked before anything is read, the result before it is published;
+    OUT appears in one step, whole, or not at all.
+    """
+    merge_options.apply_global_options()
+    _drop_noise()
+    quiet = merge_options.quiet
+
+    def say(line: str) -> None:
+        if not quiet or line.startswith("warning"):
+            click.echo(line, err=True)
+
+    settings = Settings(overwrite, ignore_estimates, frozenset(allow_pickle), frozenset(allow_remote_code), say)
+    try:
+        with _sigterm_unwinds():
+            merged: Any = run(recipe, out, merge_options, settings)
+    except KeyboardInterrupt:
+        _stopped(out, 128 + signal.SIGINT)
+    except _TerminatedError:
+        _stopped(out, 128 + signal.SIGTERM)
+    except FusekitError:
+        logging.info("the merge failed", exc_info=True)
+        raise
+    if not quiet:
+        click.echo(str(merged))
+
+
+def _drop_noise() -> None:
+    """mergekit sets a config field by its former name, about which transformers warns: nothing a user could change."""
+    deprecation = "`torch_dtype` is deprecated"
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: deprecation not in record.getMessage()
+    )
+
+
+def _stopped(out: str, status: int) -> None:
+    click.echo(f"fusekit: stopped; nothing was published to {out}. Run the same command to start again.", err=True)
+    sys.exit(status)

@@ -1,0 +1,22 @@
+"""A safe merge: lint, estimate, run mergekit, check the result, publish it in one step.
+
+``merge(recipe, out)`` does all of it; ``fusekit merge`` is that on the command line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusekit.merging.run import Merged, Settings, merge
+
+__all__ = ["Merged", "Settings", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    # mergekit takes seconds to import: only when something is merged.
+    if name in __all__:
+        from fusekit.merging import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,263 @@
+"""What a merge will read and write, tensor by tensor, from headers and mergekit's own planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit import merge_methods
+from mergekit.architecture import get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.config import ConditionalParameter
+from mergekit.io.tasks import SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from pydantic import BaseModel
+
+from fusekit.errors import FusekitError, MergeError
+from fusekit.merging.compatibility import (
+    check_architectures,
+    check_layer_ranges,
+    check_tied_heads,
+    load_configs,
+)
+from fusekit.merging.headers import TensorHeader
+from fusekit.merging.models import Model
+from fusekit.merging.problems import Problems, nearest
+from fusekit.merging.references import OrderedConfiguration
+
+MAX_REPORTED = 8
+ANY = -1
+"""A dimension that is not known before the tokenizer is built."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the result. shape may hold ANY; None: unknown. dtype: torch name; None: unknown.
+
+    inputs: header by pinned model, for the models that have it. optional: the method may leave it out.
+    loaded_bytes: of the inputs in the dtype that they are loaded in; copied_bytes: of those whose file has another one
+    (the others are read from the mapped file).
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    optional: bool
+    inputs: Mapping[Any, TensorHeader]
+    loaded_bytes: int = 0
+    copied_bytes: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of the result, or of the largest input where the shape is not known."""
+        return max((header.elements for header in self.inputs.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * (_itemsize(self.dtype) if self.dtype else 4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge as mergekit plans it. name: of the method; method: its pretty name. read_bytes: of all inputs; nbytes: of
+    the result."""
+
+    name: str
+    method: str
+    tensors: list[PlannedTensor]
+    warnings: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(header.nbytes for tensor in self.tensors for header in tensor.inputs.values())
+
+
+def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: MergeOptions, problems: Problems) -> Plan:
+    """Plan a merge with mergekit's planner and check every planned tensor against the headers.
+
+    The loaders of the models are registered with mergekit already. Raises MergeError with all problems: other
+    architectures, layers that do not exist, missing tensors, shapes that differ, parameters that the method refuses.
+    """
+    by_pin = {model.pinned: model for model in models}
+    configs = load_configs(by_pin.values(), problems, options.trust_remote_code)
+    if not options.allow_crimes:
+        check_architectures(config, by_pin, configs, problems)
+    check_tied_heads(config, by_pin, configs, problems)
+    check_layer_ranges(config, configs, problems)
+    problems.raise_if_any(MergeError)
+    saves = [task for task in _mergekit_tasks(config, options) if isinstance(task, SaveTensor)]
+    tensors = [_planned_tensor(save, by_pin, configs, problems) for save in saves]
+    if len(problems.found) > MAX_REPORTED:
+        rest = len(problems.found) - MAX_REPORTED
+        problems.found[MAX_REPORTED:] = [(10**9, f"and {rest} more of the same kind", ())]
+    problems.raise_if_any(MergeError)
+    _check_method_parameters(saves, tensors)
+    method = merge_methods.get(config.merge_method)
+    warnings = [*_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
+    return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings)
+
+
+def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list[Any]:
+    try:
+        architecture = get_architecture_info(config, options)
+        out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        # The planner rewrites the configuration that it is given.
+        planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
+        return list(planner.plan_to_disk(out_path="(planned only)"))
+    except FusekitError:
+        raise
+    except Exception as error:
+        raise MergeError(f"mergekit cannot plan this merge: {error}") from error
+
+
+def _gather(save: Any) -> Any:
+    """The task that loads the inputs of a tensor, below what aligns or truncates vocabularies."""
+    task = save.tensor_task.gather_tensors
+    return getattr(task, "gather_tensors", task)
+
+
+def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any], problems: Problems) -> PlannedTensor:
+    gather, task = _gather(save), save.tensor_task
+    inputs: dict[Any, TensorHeader] = {}
+    converted = False
+    for pinned, weight in gather.weight_info.items():
+        model = by_pin[pinned]
+        names = [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
+        header = next((model.headers[name] for name in names if name in model.headers), None)
+        if header is not None:
+            inputs[pinned] = header
+        elif can_convert_checkpoint_keys(configs[pinned].model_type, set(model.headers), weight.name):
+            converted = True
+        elif not weight.optional:
+            problems.add(
+                model.place,
+                f"{model.spelling} lacks the tensor {weight.name}: is a shard missing, or is it another architecture?",
+            )
+    aligned = gather is not task.gather_tensors
+    axis = task.output_weight.vocabulary_axis
+    _check_shapes(save, inputs, axis if aligned else None, by_pin, problems)
+    reference = _reference(inputs, task.base_model)
+    shape = inputs[reference].shape if inputs else None
+    if converted:
+        shape = None
+    elif shape is not None and aligned and axis is not None:
+        shape = (*shape[:axis], ANY, *shape[axis + 1 :])
+    optional = save.optional and len(inputs) < len(gather.weight_info)
+    loaded = _loaded_dtypes(gather, inputs)
+    sizes = {pinned: header.elements * _itemsize(loaded[pinned]) for pinned, header in inputs.items()}
+    copied = sum(size for pinned, size in sizes.items() if loaded[pinned] != inputs[pinned].dtype)
+    dtype = None if converted else _result_dtype(save, loaded.values())
+    return PlannedTensor(save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied)
+
+
+def _loaded_dtypes(gather: Any, inputs: Mapping[Any, TensorHeader]) -> dict[Any, str]:
+    """The dtype in which mergekit loads every input."""
+    wanted = {pinned: gather.weight_info[pinned].force_dtype or gather.dtype for pinned in inputs}
+    return {pinned: (wanted[pinned] or header.dtype).removeprefix("torch.") for pinned, header in inputs.items()}
+
+
+def _itemsize(dtype: str) -> int:
+    return torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+
+
+def _result_dtype(save: Any, loaded: Iterable[str]) -> str | None:
+    """The dtype that the result is written in: out_dtype, else what mergekit promotes the loaded inputs to."""
+    dtypes = [getattr(torch, name) for name in loaded]
+    if not dtypes:
+        return None
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return str(save.dtype or result).removeprefix("torch.")
+
+
+def _reference(inputs: Mapping[Any, TensorHeader], base: Any) -> Any:
+    return base if base in inputs else next(iter(inputs), None)
+
+
+def _check_shapes(
+    save: Any, inputs: Mapping[Any, TensorHeader], free_axis: int | None, by_pin: dict[Any, Model], problems: Problems
+) -> None:
+    """Report every model whose tensor differs from the base's (else the first model's), apart from ``free_axis``."""
+    reference = _reference(inputs, save.tensor_task.base_model)
+    for pinned, header in inputs.items():
+        expected = inputs[reference].shape
+        if _without(header.shape, free_axis) == _without(expected, free_axis):
+            continue
+        model, other = by_pin[pinned], by_pin[reference]
+        advice = f"{model.spelling} is not a fine-tune of {other.spelling}, or one of the two is the wrong model"
+        if save.tensor_task.output_weight.vocabulary_axis == 0 and header.shape[1:] == expected[1:]:
+            advice = "if only the vocabularies differ, add `tokenizer: {source: base}` (or union) to the recipe"
+        problems.add(
+            model.place,
+            f"{save.tensor_name}: {other.spelling} has shape {list(expected)}, {model.spelling} has "
+            f"{list(header.shape)}: {advice}",
+        )
+
+
+def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
+def _check_method_parameters(saves: list[Any], tensors: list[PlannedTensor]) -> None:
+    """What only the method knows about its parameters together with the number of models, for every tensor."""
+    for save, tensor in zip(saves, tensors, strict=True):
+        task = save.tensor_task
+        check = getattr(merge_methods.get(task.method_name), "check_parameters", None)
+        if check is not None and tensor.inputs:
+            targets = sum(pinned != task.base_model for pinned in tensor.inputs)
+            check(targets, dict(task.parameters.items()), tensor.name)
+
+
+def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[str]:
+    names = {save.tensor_name for save in saves}
+    names |= {weight.name for save in saves for weight in _gather(save).weight_info.values()}
+    warnings = []
+    for text in dict.fromkeys(_filters(config)):
+        if text != "*" and not any(text in name for name in names):
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            warnings.append(f"the filter {text!r} matches no tensor{nearest(text, parts)}")
+    return warnings
+
+
+def _filters(value: Any) -> Iterator[str]:
+    if isinstance(value, ConditionalParameter):
+        if value.filter:
+            yield value.filter
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _filters(getattr(value, name))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _filters(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _filters(item)
+
+
+def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> list[str]:
+    """mergekit writes what its definition of the architecture lists, and drops the rest without a word."""
+    if any(tensor.shape is None for tensor in tensors):
+        return []
+    read = {(pinned, id(header)) for tensor in tensors for pinned, header in tensor.inputs.items()}
+    warnings = []
+    for pinned, model in by_pin.items():
+        dropped = [
+            name
+            for name, header in model.headers.items()
+            if (pinned, id(header)) not in read and not name.endswith("inv_freq")
+        ]
+        if dropped and model.weights:
+            more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+            warnings.append(
+                f"{model.spelling}: {dropped[0]}{more} will not be in the result: mergekit does not merge it"
+            )
+    return warnings

@@ -1,0 +1,169 @@
+"""The quality report, its page and the command."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fusekit.alignment import align, build_vocabulary_map, plan_rows, project_rows, vocabulary_surfaces
+from fusekit.alignment.html import page
+from fusekit.alignment.quality import AlignmentQuality, script_of
+from fusekit.alignment.row_cases import HAS_ROW
+from fusekit.cli import cli
+from fusekit.errors import AlignmentError
+from tests.alignment.texts import EDGE_CASES
+from tests.alignment.tokenizers import load
+
+
+def quality_of(texts: list[str]) -> AlignmentQuality:
+    quality = AlignmentQuality("mistral", "qwen")
+    for n, text in enumerate(texts):
+        quality.add(align(text, load("mistral"), load("qwen")), f"set {n % 2}")
+    return quality
+
+
+def test_figures_equal_a_loop():
+    texts = list(EDGE_CASES.values())
+    found = json.loads(quality_of(texts).to_json())
+    alignments = [align(text, load("mistral"), load("qwen")) for text in texts]
+    positions = sum(len(a.pivot_ids) for a in alignments)
+    assert found["positions"] == found["pivot_tokens"] == positions
+    assert found["linked_share"] == sum(i >= 0 for a in alignments for i in a.source_at) / positions
+    assert found["rows"] == sum(c in HAS_ROW for a in alignments for c in plan_rows(a).cases)
+    sizes = [(p.stop - p.start, s.stop - s.start) for a in alignments for p, s in a.groups]
+    assert found["groups"]["1-1"] == sizes.count((1, 1))
+    assert found["groups"]["n-1"] == sum(n > 1 and m == 1 for n, m in sizes)
+    assert found["groups"]["1-n"] == sum(n == 1 and m > 1 for n, m in sizes)
+    assert sum(found["group_sizes"].values()) == sum(found["groups"].values()) == len(sizes)
+    assert sum(share["positions"] for share in found["scripts"].values()) == positions
+    assert found["data"]["set 0"]["positions"] + found["data"]["set 1"]["positions"] == positions
+    assert sum(found["cases"].values()) == positions
+    shares = [item["row_share"] for item in found["worst"]]
+    assert shares == sorted(shares)
+    assert found["mass_survived"]["rows"] == 0
+
+
+def test_surviving_mass():
+    quality = AlignmentQuality("a", "b")
+    alignment = align("ab cd", load("mistral"), load("qwen"))
+    quality.add(alignment, survived=np.array([1.0, 0.5, 0.5, 0.0]))
+    found = quality.to_dict()["mass_survived"]
+    assert (found["rows"], found["mean"], found["p50"], found["p90"]) == (4, 0.5, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("character", "script"),
+    [
+        ("a", "latin"),
+        ("я", "cyrillic"),
+        ("日", "cjk"),
+        ("7", "digits"),
+        (" ", "space"),
+        ("🤖", "emoji"),
+        (",", "punctuation"),
+    ],
+)
+def test_scripts(character, script):
+    assert script_of(character) == script
+
+
+class Outline(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.titles: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.titles += [value for name, value in attrs if name == "title"]
+        assert not any(name in ("src", "href") or name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_escapes_everything_and_loads_nothing():
+    text = "<script>alert(1)</script> & \"quotes\" 'x' </title><img src=x onerror=y>"
+    alignment = align(text, load("mistral"), load("qwen"))
+    quality = AlignmentQuality("<b>pivot</b>", "source&")
+    quality.add(alignment, "<i>data</i>")
+    quality.add(align("ok", load("mistral"), load("qwen")), "other")
+    surfaces = vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))
+    m = len(alignment.source_ids)
+    rows = (alignment.source_ids[:, None], np.full((m, 1), np.log(0.25)), np.full(m, 0.75))
+    mapping = build_vocabulary_map(load("mistral"), load("qwen"), "em")
+    taught = project_rows(alignment, mapping, rows, np.full(m, np.log(0.1)))
+    outline = Outline()
+    source_rows = mapping.project(*rows)
+    html = page(quality, [alignment], surfaces, rows=[(source_rows._replace(ids=rows[0]), taught.rows)])
+    outline.feed(html)
+    assert not {"script", "img", "b", "i", "link", "iframe"} - {"b"} & set(outline.tags)
+    assert "<script" not in html
+    assert "<b>pivot" not in html
+    assert "<b>pivot</b>" in "".join(outline.words)
+    assert any("25.0 %" in title and "taught" in title for title in outline.titles)
+    tokens = [title for title in outline.titles if "ends at byte" in title]
+    assert len(tokens) == len(alignment.pivot_ids) + m
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    for name in ("mistral", "bert"):
+        load(name).save_pretrained(root / name)
+    return root
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli, ["inspect", "alignment", *map(str, arguments)])
+
+
+def test_inspect_alignment(folders, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = [
+        {"text": "The quick fox"},
+        {"messages": [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "Café 日本"}]},
+        {"conversations": [{"from": "human", "value": "over"}]},
+    ]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    result = run(
+        folders / "mistral",
+        folders / "bert" / "tokenizer.json",
+        *("--data", data, "--text", "given", "--json", tmp_path / "q.json", "--html", tmp_path / "p.html"),
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "q.json").read_text())
+    assert figures["texts"] == 5
+    assert set(figures["data"]) == {"--text", "rows.jsonl"}
+    assert "linked" in result.output
+    assert "pivot  │" in result.output
+    assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        ('{"text": "a"}\n{"text": ', "x.jsonl", ["line 2", "not JSON"]),
+        ('{"other": 1}', "x.json", ["'messages'"]),
+        ("a,b", "x.csv", [".csv", ".jsonl"]),
+        ("", "x.txt", ["no text"]),
+    ],
+)
+def test_data_that_cannot_be_read(folders, tmp_path, content, name, words):
+    file = tmp_path / name
+    file.write_text(content)
+    result = run(folders / "bert", folders / "bert", "--data", file)
+    assert isinstance(result.exception, AlignmentError)
+    assert all(word in str(result.exception) for word in words)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    result = run(tmp_path / "missing", tmp_path / "missing", "--text", "a")
+    assert isinstance(result.exception, AlignmentError)
+    assert "cannot be loaded" in str(result.exception)
+    assert run(tmp_path, tmp_path).exit_code == 2

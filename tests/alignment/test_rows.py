@@ -1,0 +1,308 @@
+"""Rows at the pivot's positions: certainty, conservation, and a plain loop over every position."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from fusekit.alignment import (
+    Case,
+    align,
+    align_tokens,
+    plan_rows,
+    project_rows,
+    project_rows_by_rule,
+    source_positions,
+    tokenize,
+    vocabulary_surfaces,
+)
+from fusekit.errors import AlignmentError
+from tests.alignment import reference
+from tests.alignment.maps import target, vocabulary_map
+from tests.alignment.texts import EDGE_CASES
+from tests.alignment.tokenizers import load
+
+PAIRS = [
+    ("mistral", "qwen"),
+    ("qwen", "mistral"),
+    ("qwen", "deepseek"),
+    ("deepseek", "cl100k"),
+    ("anthropic", "mistral"),
+    ("tekken", "anthropic"),
+    ("llama3", "bert"),
+    ("bert", "qwen"),
+    ("unigram", "llama3"),
+]
+
+
+def certain_rows(alignment):
+    """A source that is certain of the text: all of each row on the actual next token."""
+    m = len(alignment.source_ids)
+    ids, logprobs, tail = np.full((m, 2), -1), np.full((m, 2), -np.inf), np.zeros(m)
+    ids[:-1, 0], logprobs[:-1, 0], tail[-1:] = alignment.source_ids[1:], 0.0, 1.0
+    return (ids, logprobs, tail), np.zeros(m)
+
+
+def random_source(alignment, vocabulary: int, seed: int, k: int = 6):
+    """Random rows, the actual token among them in half of the cases, near misses of it in most."""
+    generator = np.random.default_rng(seed)
+    m = len(alignment.source_ids)
+    # Different residues, so that no row names an id twice.
+    ids = generator.integers(0, vocabulary // k, (m, k)) * k + np.arange(k)
+    mass = generator.dirichlet(np.full(k + 1, 0.5), m)
+    actual = np.log(mass[:, -1] * generator.random(m) + 1e-12)
+    listed = generator.random(m) < 0.5
+    for j in range(m - 1):
+        following = alignment.source_ids[j + 1]
+        clash = ids[j] == following
+        ids[j, clash] = -1
+        if listed[j]:
+            ids[j, 2] = following
+            actual[j] = np.log(mass[j, 2])
+    logprobs = np.where(ids >= 0, np.log(np.maximum(mass[:, :k], 1e-300)), -np.inf)
+    tail = 1 - np.where(ids >= 0, mass[:, :k], 0).sum(axis=1)
+    return (ids, logprobs, tail), actual
+
+
+@pytest.mark.parametrize(("pivot", "source"), PAIRS)
+def test_a_certain_source_is_certain_of_the_label_wherever_it_teaches(pivot, source):
+    for text in EDGE_CASES.values():
+        alignment = align(text, load(pivot), load(source))
+        rows, actual = certain_rows(alignment)
+        found = project_rows(alignment, vocabulary_map(pivot, source), rows, actual)
+        taught = np.flatnonzero(found.taught)
+        if len(taught):
+            assert (found.rows.ids[taught, 0] == alignment.pivot_ids[taught + 1]).all()
+            np.testing.assert_allclose(np.exp(found.rows.logprobs[taught, 0]), 1.0, atol=1e-9)
+            np.testing.assert_allclose(found.rows.tail[taught], 0.0, atol=1e-9)
+        assert sum(found.counts.values()) == len(alignment.pivot_ids)
+
+
+@pytest.mark.parametrize(("pivot", "source"), PAIRS)
+@pytest.mark.parametrize("method", ["em", "prefix"])
+def test_rows_are_distributions(pivot, source, method):
+    mapping = vocabulary_map(pivot, source, method)
+    for seed, text in enumerate(EDGE_CASES.values()):
+        alignment = align(text, load(pivot), load(source))
+        rows, actual = random_source(alignment, len(mapping.source), seed)
+        for conditioning in (True, False):
+            found = project_rows(alignment, mapping, rows, actual, conditioning=conditioning)
+            total = np.exp(found.rows.logprobs).sum(axis=1) + found.rows.tail
+            np.testing.assert_allclose(total, 1.0, atol=1e-6)
+            assert (found.rows.tail >= -1e-12).all()
+
+
+@pytest.mark.parametrize(("pivot", "source"), [("mistral", "qwen"), ("qwen", "mistral"), ("deepseek", "cl100k")])
+def test_rows_equal_a_loop_over_every_position(pivot, source):
+    mapping = vocabulary_map(pivot, source)
+    of = vocabulary_surfaces(load(source)).of
+    taught = 0
+    for seed, text in enumerate(EDGE_CASES.values()):
+        if reference.normalized(load(pivot), text) != text or reference.normalized(load(source), text) != text:
+            continue
+        if "▁" in text or "<" in text:
+            continue
+        alignment = align(text, load(pivot), load(source))
+        rows, actual = random_source(alignment, len(mapping.source), seed, k=40)
+        ids, logprobs, tail = rows
+        # Entries that share their beginning with the actual token are what conditioning is about.
+        for j in range(len(ids) - 1):
+            ids[j, 5:20] = near(of, source, alignment.source_ids[j + 1], set(ids[j].tolist()))
+        logprobs = np.where(ids >= 0, np.where(np.isfinite(logprobs), logprobs, np.log(1e-6)), -np.inf)
+        scale = np.exp(logprobs).sum(axis=1) + tail
+        rows = (ids, logprobs - np.log(scale)[:, None], tail / scale)
+        plain = [
+            ({int(i): float(np.exp(p)) for i, p in zip(a, b, strict=True) if i >= 0}, float(c))
+            for a, b, c in zip(*rows, strict=True)
+        ]
+        known = [
+            row.get(int(following), float(np.exp(a)))
+            for (row, _), a, following in zip(plain, actual, [*alignment.source_ids[1:], -1], strict=True)
+        ]
+        slow = reference.RowReference(
+            text.encode(),
+            alignment,
+            of,
+            lambda i, mapping=mapping: target(mapping, i),
+            lambda rest, mapping=mapping: int(mapping.remainders([rest])[0]),
+        )
+        actual_known = np.log(np.maximum(known, 1e-300))
+        found = project_rows(alignment, mapping, rows, actual_known)
+        for i in np.flatnonzero(found.taught).tolist():
+            expected = slow.row(i, plain, known)
+            listed = {int(t): float(np.exp(p)) for t, p in zip(found.rows.ids[i], found.rows.logprobs[i], strict=True)}
+            listed.pop(-1, None)
+            listed[-1] = float(found.rows.tail[i])
+            expected = {t: p for t, p in expected.items() if p > 0 or t == -1}
+            assert listed == pytest.approx(expected, abs=1e-8), (text, i, Case(int(found.cases[i])))
+            taught += 1
+    assert taught > 250
+
+
+@functools.cache
+def by_first_byte(source: str):
+    found: dict[int, list[int]] = {}
+    for surface, id_ in vocabulary_surfaces(load(source)).id_of.items():
+        found.setdefault(surface[0], []).append(id_)
+    return found
+
+
+def near(of, source: str, id_: int, taken: set[int]) -> list[int]:
+    """Fifteen other entries that begin as an entry does, as far as there are so many."""
+    ids = [i for i in by_first_byte(source).get(of[id_][0], [])[:200] if i not in taken and i != id_]
+    ids.sort(key=lambda i: -len(common(of[i], of[id_])))
+    return [*ids[:15], *[-1] * (15 - len(ids[:15]))]
+
+
+def common(a: bytes, b: bytes) -> bytes:
+    length = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:length]
+
+
+def test_each_case_by_hand():
+    """Text ``␣1234␣unbelievable``-like: digits split singly by one side and by threes by the other."""
+    alignment = align("a 1234", load("qwen"), load("cl100k"))
+    pivot = load("qwen").convert_ids_to_tokens(alignment.pivot_ids.tolist())
+    source = load("cl100k").convert_ids_to_tokens(alignment.source_ids.tolist())
+    assert pivot == ["a", "Ġ", "1", "2", "3", "4"]
+    assert source == ["a", "Ġ", "123", "4"]
+    names = [Case(c).name for c in plan_rows(alignment).cases]
+    assert names == ["SAME", "LONGER", "WITHIN_LONGER", "WITHIN_SAME", "SAME", "LAST"]
+    back = align("a 1234", load("cl100k"), load("qwen"))
+    assert [Case(c).name for c in plan_rows(back).cases] == ["SAME", "CLOSES", "SAME", "LAST"]
+    off = plan_rows(alignment, conditioning=False)
+    assert [Case(c).name for c in off.cases] == ["SAME", "LONGER", "UNLINKED", "UNLINKED", "SAME", "LAST"]
+
+
+def test_closing_multiplies_and_conditioning_renormalises():
+    mapping = vocabulary_map("cl100k", "qwen")
+    alignment = align("a 1234", load("cl100k"), load("qwen"))
+    one, two, three = (load("qwen").convert_tokens_to_ids(d) for d in "123")
+    rows = (np.array([[-1], [one], [two], [three], [-1], [-1]]), np.log([[1], [0.5], [0.4], [0.25], [1], [1]]), None)
+    rows = (rows[0], np.where(rows[0] >= 0, rows[1], -np.inf), np.array([1.0, 0.5, 0.6, 0.75, 1.0, 1.0]))
+    actual = np.log([0.9, 0.5, 0.4, 0.25, 0.1, 1.0])
+    found = project_rows(alignment, mapping, rows, actual)
+    assert found.rows.ids[1, 0] == alignment.pivot_ids[2]
+    assert np.exp(found.rows.logprobs[1, 0]) == pytest.approx(0.5 * 0.4 * 0.25)
+    assert found.rows.tail[1] == pytest.approx(1 - 0.05)
+    assert np.exp(found.rows.logprobs[0, 0]) == pytest.approx(0.9)  # outside the top k, taken from the tail
+    assert found.rows.tail[0] == pytest.approx(0.1)
+
+    alignment = align("a 1234", load("qwen"), load("cl100k"))
+    mapping = vocabulary_map("qwen", "cl100k")
+    t123, t12, t1, t4 = (load("cl100k").convert_tokens_to_ids(d) for d in ("123", "12", "1", "4"))
+    other = load("cl100k").convert_tokens_to_ids("9")
+    ids = np.array([[other, -1, -1, -1], [t123, t12, t1, other], [t4, -1, -1, -1], [-1, -1, -1, -1]])
+    mass = np.array([[0.5, 0, 0, 0], [0.4, 0.2, 0.1, 0.2], [1, 0, 0, 0], [0, 0, 0, 0]])
+    tail = np.array([0.5, 0.1, 0.0, 1.0])
+    with np.errstate(divide="ignore"):
+        found = project_rows(alignment, mapping, (ids, np.log(mass), tail), np.log([0.3, 0.4, 1.0, 1.0]))
+    q1, q2 = alignment.pivot_ids[2], alignment.pivot_ids[3]
+    # After "a ": 123, 12 and 1 all begin with 1.
+    assert dict(entries(found, 1)) == pytest.approx({q1: 0.7, load("qwen").convert_tokens_to_ids("9"): 0.2})
+    # Within 123 after 1: 9 is ruled out; of 1 itself nothing is left, so what follows is unknown: the tail.
+    assert dict(entries(found, 2)) == pytest.approx({q2: 0.6 / 0.8})
+    assert found.rows.tail[2] == pytest.approx(0.2 / 0.8)
+
+
+def entries(found, i):
+    return [
+        (int(t), float(np.exp(p))) for t, p in zip(found.rows.ids[i], found.rows.logprobs[i], strict=True) if t >= 0
+    ]
+
+
+def test_the_end_of_the_turn_is_taught_by_role():
+    text = "Hello 世界"
+    pivot_end, source_end = load("mistral").eos_token_id, load("qwen").eos_token_id
+    alignment = align_tokens(
+        text, tokenize(text, load("mistral")).closed(pivot_end), tokenize(text, load("qwen")).closed(source_end)
+    )
+    rows, actual = certain_rows(alignment)
+    found = project_rows(alignment, vocabulary_map("mistral", "qwen"), rows, actual)
+    assert found.rows.ids[-2, 0] == pivot_end
+    assert Case(found.cases[-2]) is Case.SAME
+
+
+def test_one_hot_by_request():
+    alignment = align("a 1234", load("qwen"), load("cl100k"))
+    rows, actual = certain_rows(alignment)
+    found = project_rows(alignment, vocabulary_map("qwen", "cl100k"), rows, actual, conditioning=False, one_hot=True)
+    assert found.counts["one_hot"] == 2
+    assert found.taught.tolist() == [True] * 5 + [False]
+    assert found.rows.ids[:5, 0].tolist() == alignment.pivot_ids[1:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r, a: ((r[0][:-1], r[1][:-1], r[2][:-1]), a), ["4 source tokens", "3 rows"]),
+        (lambda r, a: (r, a[:-1]), ["(3,)"]),
+        (lambda r, a: (r, np.array([0.0, np.nan, 0, 0])), ["actual_logprobs[1]", "nan"]),
+        (lambda r, a: (r, np.array([0.0, 2.0, 0, 0])), ["actual_logprobs[1]", "2.0"]),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(change, words):
+    alignment = align("a 1234", load("qwen"), load("cl100k"))
+    rows, actual = change(*certain_rows(alignment))
+    with pytest.raises(AlignmentError) as error:
+        project_rows(alignment, vocabulary_map("qwen", "cl100k"), rows, actual)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_warped_alignment_gives_no_exact_rows():
+    alignment = align("a 1234", load("qwen"), load("cl100k"), method="dtw")
+    rows, actual = certain_rows(alignment)
+    with pytest.raises(AlignmentError, match="'dtw'"):
+        project_rows(alignment, vocabulary_map("qwen", "cl100k"), rows, actual)
+
+
+@pytest.mark.parametrize("rule", ["em", "mined", "ms"])
+def test_the_papers_rules_equal_a_loop(rule):
+    pivot, source = "mistral", "qwen"
+    mapping = vocabulary_map(pivot, source)
+    ours, theirs = vocabulary_surfaces(load(pivot)).of, vocabulary_surfaces(load(source)).of
+    some = 0
+    for text in EDGE_CASES.values():
+        alignment = align(text, load(pivot), load(source), method="dtw")
+        found = source_positions(alignment, mapping, rule)
+        p = [ours[i] for i in alignment.pivot_ids.tolist()]
+        s = [theirs[i] for i in alignment.source_ids.tolist()]
+        path = reference.warp([[reference.token_cost(a, b) for b in s] for a in p])
+        for i in range(len(p)):
+            matched = [j for k, j in path if k == i]
+            expected = -1
+            if len(matched) == 1:
+                j = matched[0]
+                maps = target(mapping, alignment.source_ids[j]) == alignment.pivot_ids[i]
+                fits = {
+                    "em": p[i] == s[j],
+                    "mined": p[i] == s[j] or maps,
+                    "ms": p[i].endswith(s[j]) or s[j].endswith(p[i]),
+                }
+                expected = j if fits[rule] else -1
+            elif rule == "ms" and b"".join(s[j] for j in matched).removeprefix(b" ") == p[i].removeprefix(b" "):
+                expected = matched[-1]
+            assert found[i] == expected
+            some += expected >= 0
+    assert some > 100
+
+
+def test_rows_by_rule_put_a_one_hot_elsewhere():
+    mapping = vocabulary_map("mistral", "qwen")
+    alignment = align(EDGE_CASES["mixed"], load("mistral"), load("qwen"), method="dtw")
+    rows, _ = random_source(alignment, len(mapping.source), 0)
+    found = project_rows_by_rule(alignment, mapping, rows, "em")
+    at = source_positions(alignment, mapping, "em")
+    assert found.counts["rule"] == (at[:-1] >= 0).sum()
+    bare = np.flatnonzero(at[:-1] < 0)
+    assert found.rows.ids[bare, 0].tolist() == alignment.pivot_ids[bare + 1].tolist()
+    one = int(np.flatnonzero(at[:-1] >= 0)[0])
+    ids, logprobs, tail = (array[at[one] : at[one] + 1] for array in rows)
+    single = mapping.project(ids, logprobs, tail, "max")
+    assert entries(found, one) == entries(type(found)(single, found.cases, at), 0)
+    with pytest.raises(AlignmentError, match="'emm'"):
+        source_positions(alignment, mapping, "emm")
+    exact = source_positions(align("ab", load("qwen"), load("qwen")), vocabulary_map("qwen", "qwen", "em"), "exact")
+    assert exact.tolist() == [0]

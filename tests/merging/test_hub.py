@@ -1,0 +1,215 @@
+"""Fault 25, and hub ids: the real client against a hub on loopback, offline and online."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.helpers import family, tiny_llama
+from tests.merging.hub_server import Hub, Repository
+from tests.merging.processes import ENVIRONMENT
+
+DRIVER = """
+import contextlib, io, json, os, sys, time
+from fusekit.cli import main
+results = []
+for args in json.load(sys.stdin):
+    text, started, status = io.StringIO(), time.monotonic(), 0
+    sys.argv = ["fusekit", "merge", *args]
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    results.append([status, text.getvalue(), time.monotonic() - started])
+json.dump(results, sys.__stdout__)
+"""
+
+
+@dataclass
+class Result:
+    status: int
+    output: str
+    seconds: float
+
+
+def run(cwd: Path, commands: list[list[str]], **environment: str) -> list[Result]:
+    """Run several merges one after the other in one fresh process with this environment."""
+    inherited = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=cwd,
+        env={**inherited, "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment},
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Result(*result) for result in json.loads(done.stdout)]
+
+
+def recipe(folder: Path, name: str, base: str, targets: list[str]) -> str:
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "models": [{"model": target} for target in targets],
+        "parameters": {"weight": 0.5},
+        "dtype": "float32",
+    }
+    (folder / name).write_text(yaml.safe_dump(content))
+    return name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A hub with a family of models, some of them troublesome, and an empty client cache."""
+    root = tmp_path_factory.mktemp("hub")
+    base, targets = family(root / "served", targets=2, dtype=torch.float32)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    other = tiny_llama(root / "served/other", seed=7, intermediate_size=40)
+    pickled = tiny_llama(root / "served/pickled", seed=8)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with Hub() as hub:
+        hub.repositories = {
+            "org/base": Repository(base),
+            "org/one": Repository(targets[0]),
+            "org/two": Repository(targets[1]),
+            "org/other": Repository(other),
+            "org/pickled": Repository(pickled),
+            "org/gated": Repository(targets[1], gated=True),
+            "org/slow": Repository(targets[1], delay=6.0),
+        }
+        yield root, hub
+
+
+@pytest.fixture(scope="module")
+def online(world):
+    """Every online case, in one process: (results by name, requests by name)."""
+    root, hub = world
+    commit = hub.repositories["org/one"].commit()
+    targets = {
+        "other": ["org/one", "org/other"],
+        "gated": ["org/one", "org/gated"],
+        "missing": ["org/one", "org/nothing"],
+        "revision": ["org/one@no-such-branch"],
+        "pickled": ["org/pickled"],
+        "nonsense": ["no model"],
+        "good": ["org/one", f"org/two@{hub.repositories['org/two'].commit()}"],
+        "again": ["org/one", "org/two"],
+        "slow": ["org/slow"],
+    }
+    commands = [[recipe(root, f"{name}.yml", "org/base", models), name] for name, models in targets.items()]
+    results = run(root, commands, HF_ENDPOINT=hub.url, HF_HOME=str(root / "cache"))
+    return dict(zip(targets, results, strict=True)), commit
+
+
+def test_a_merge_from_the_hub(world, online):
+    root, hub = world
+    results, commit = online
+    good = results["good"]
+    assert good.status == 0, good.output
+    assert "downloading" in good.output
+    assert "\r" not in good.output, "a progress bar where there is no terminal"
+    assert "the download of org/one" in good.output
+    reference = run_local(root)
+    found = load_file(root / "good/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in reference.items())
+    card = (root / "good/README.md").read_text()
+    assert "[org/base](https://huggingface.co/org/base)" in card
+    assert "- org/one" in card
+    assert f"org/one (commit {commit})" in card
+    assert str(root) not in card, "a path of this machine in a public card"
+    assert (root / "good/chat_template.jinja").is_file(), "mergekit itself does not fetch it"
+    # Each weight file came once in full, after a look at its header.
+    sent = hub.bytes_sent_of("org/one/resolve")
+    weights = [request for request in sent if "model.safetensors" in request]
+    assert sum("bytes=0-100000" in request for request in weights) >= 1
+    assert sum("bytes=" not in request for request in weights) == 1
+
+
+def run_local(root: Path) -> dict[str, torch.Tensor]:
+    from fusekit.merging import Settings, merge
+
+    path = root / recipe(root, "local.yml", "served/base", ["served/target1", "served/target2"])
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        merge(path, root / "local", settings=Settings(overwrite=True, say=lambda _: None))
+    finally:
+        os.chdir(before)
+    return load_file(root / "local/model.safetensors")
+
+
+def test_what_is_cached_is_not_downloaded_again(online):
+    again = online[0]["again"]
+    assert again.status == 0, again.output
+    assert "download" not in again.output
+
+
+def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(world, online):
+    _, hub = world
+    other = online[0]["other"]
+    assert other.status == 1
+    assert "org/other" in other.output
+    assert "[40, 16]" in other.output
+    full = [request for request in hub.bytes_sent_of("org/other/resolve") if "safetensors" in request]
+    assert full
+    assert all("bytes=" in request for request in full)
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("gated", ["org/gated is gated", "accept its licence at http", "hf auth login", "no token is set", "line 6"]),
+        ("missing", ["org/nothing is not a local folder and not a model", "check the spelling", "HF_TOKEN"]),
+        ("revision", ["org/one has no revision 'no-such-branch'"]),
+        ("pickled", ["org/pickled has only pickled weights", "--allow-pickle 'org/pickled'"]),
+        ("nonsense", ["no model is neither a local folder nor a hub id"]),
+        ("slow", ["org/slow is not in the cache", "does not answer", "check the network"]),
+    ],
+)
+def test_named_errors_with_a_hint(world, online, case, parts):
+    root, _ = world
+    result = online[0][case]
+    assert result.status == 1
+    for part in parts:
+        assert part in result.output, result.output
+    assert "Traceback" not in result.output
+    assert not (root / case).exists()
+    assert result.seconds < 10
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "unreachable"])
+def test_without_a_network_the_cache_is_used_and_the_rest_fails_fast(world, online, how):
+    root, hub = world
+    environment = {"HF_HOME": str(root / "cache"), "HF_ENDPOINT": hub.url}
+    if how == "HF_HUB_OFFLINE":
+        environment["HF_HUB_OFFLINE"] = "1"
+    else:
+        environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
+    asked = len(hub.requests)
+    cached = [recipe(root, "cached.yml", "org/base", ["org/one"]), f"cached-{how}"]
+    partly = [recipe(root, "partly.yml", "org/base", ["org/one", "org/other"]), f"partly-{how}"]
+    absent = [recipe(root, "absent.yml", "org/base", ["org/absent"]), f"absent-{how}"]
+    started = time.monotonic()
+    good, half, none = run(root, [cached, partly, absent], **environment)
+    assert time.monotonic() - started < 120
+    assert good.status == 0, good.output
+    assert "the hub cannot be reached, the cached commit" in good.output
+    assert len(hub.requests) == asked
+    assert half.status == none.status == 1
+    assert "org/other: its weights are not in the cache, and the hub cannot be reached" in half.output
+    assert "org/absent is not in the cache" in none.output
+    assert ("HF_HUB_OFFLINE is set" if how == "HF_HUB_OFFLINE" else "check the network") in none.output
+    assert max(half.seconds, none.seconds) < 10

@@ -1,0 +1,173 @@
+"""Publishing a folder in one step, also where the kernel cannot exchange two folders."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusekit.errors import StorageError
+from fusekit.storage import disk_fault, output_lock, publish, recover, staging
+from fusekit.storage.faults import existing_parent, free_bytes, human
+from tests.merging.processes import ENVIRONMENT
+
+
+def put(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub/file").write_text(text)
+
+
+def read(folder):
+    return (folder / "sub/file").read_text()
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def kernel(request, monkeypatch):
+    """The kernel as it is, and one without RENAME_EXCHANGE."""
+    if request.param == "two renames":
+        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("before", ["nothing", "empty", "a folder"])
+def test_publish(tmp_path, before):
+    final = tmp_path / "a[b]*"
+    if before != "nothing":
+        final.mkdir()
+    if before == "a folder":
+        put(final, "old")
+    with staging(final) as stage:
+        put(stage.path, "new")
+        stage.publish()
+    assert read(final) == "new"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_is_not_published_leaves_no_trace(tmp_path):
+    final = tmp_path / "out"
+    put(final, "old")
+
+    def build():
+        with staging(final) as stage:
+            put(stage.path, "new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        build()
+    assert read(final) == "old"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_the_exchange_is_one_step(tmp_path):
+    """The path is never missing while two folders take turns there."""
+    final, other = tmp_path / "final", tmp_path / "other"
+    put(final, "1")
+    put(other, "2")
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", "import os,sys\nwhile os.path.exists(sys.argv[1]): pass", str(final)]
+    )
+    try:
+        for _ in range(2000):
+            assert publish._exchange(other, final)
+        assert watcher.poll() is None
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def test_death_between_the_two_renames_is_repaired(tmp_path):
+    final = tmp_path / "out"
+    put(final, "old")
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from fusekit.storage import publish, staging\n"
+        "publish._exchange = lambda one, other: False\n"
+        "seen = 0\n"
+        "def hook(event, args):\n"
+        "    global seen\n"
+        "    seen += event == 'os.rename'\n"
+        "    if seen == 2 and event == 'os.rename': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(hook)\n"
+        "with staging(Path(sys.argv[1])) as stage:\n"
+        "    (stage.path / 'sub').mkdir()\n"
+        "    (stage.path / 'sub/file').write_text('new')\n"
+        "    stage.publish()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(final)], env=ENVIRONMENT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not final.exists()
+    swept = recover(final)
+    assert read(final) == "old"
+    assert len(swept) == 1
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_recover_touches_only_its_own_output(tmp_path):
+    final = tmp_path / "out"
+    put(final, "kept")
+    for name in (".out.staging-1", ".out.previous-1", ".out2.staging-1", ".outx.previous-1", "out.staging-1"):
+        put(tmp_path / name, name)
+    assert recover(final) == [tmp_path / ".out.staging-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out2.staging-1", ".outx.previous-1", "out", "out.staging-1"]
+    assert read(final) == "kept"
+
+
+def test_everything_is_synced_before_the_rename_and_the_parent_after(tmp_path):
+    final = tmp_path / "out"
+    events = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def sync(descriptor):
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real_sync(descriptor)
+
+    def rename(one, other, **kwargs):
+        events.append("rename")
+        real_rename(one, other, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, staging(final) as stage:
+        put(stage.path, "new")
+        patch.setattr(os, "fsync", sync)
+        patch.setattr(os, "rename", rename)
+        path = str(stage.path)
+        stage.publish()
+    assert events == [f"{path}/sub", f"{path}/sub/file", path, "rename", str(tmp_path)]
+
+
+def test_lock_is_free_again_after_its_holder_died(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom fusekit.storage import output_lock\n"
+        "with output_lock(Path(sys.argv[1])): os._exit(9)\n"
+    )
+    out = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", code, str(out)], env=ENVIRONMENT, check=False).returncode == 9
+    assert (tmp_path / ".out.fusekit.holder").exists()
+    with output_lock(out):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".out.fusekit.lock"]
+
+
+def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
+    with output_lock(tmp_path / "a"), output_lock(tmp_path / "b"):
+        pass
+    first, second = output_lock(tmp_path / "a"), output_lock(tmp_path / "a")
+    with first, pytest.raises(StorageError, match="already being written by process"), second:
+        pass
+
+
+def test_sizes_as_people_read_them(tmp_path):
+    assert [human(n) for n in (0, 9999, 12_345, 999_949, 1_500_000, 14_500_000_000, 2_340_000_000_000)] == [
+        "0 bytes", "9999 bytes", "12.3 kB", "999.9 kB", "1.5 MB", "14.5 GB", "2.34 TB",
+    ]  # fmt: skip
+    assert existing_parent(tmp_path / "no/such/folder") == tmp_path
+    assert free_bytes(tmp_path / "no/such/folder") > 0
+
+
+def test_an_error_that_names_its_file_wins(tmp_path):
+    error = OSError(28, "No space left on device", str(tmp_path / "shard"))
+    assert str(tmp_path / "shard") in str(disk_fault(error, tmp_path))
