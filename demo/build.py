@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 MODELS = Path(__file__).parent / "models"
 VOCABULARY = 768
 TOKENIZER_ROWS = 3000  # of each skill, beside the text
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 # Words, single digits, runs of other signs, white space.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,6 +42,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 REPORT_EVERY = 100  # steps
+STAGE_STRIDE = 7  # between the seeds of the pivot's stages, so that each reads rows of its own
 IGNORED = -100  # label of a position that is not learnt
 
 
@@ -55,16 +58,17 @@ class Stage:
     final_share: float = 0.05  # of the learning rate, at the last step
 
 
+# Stopped while the skills are half learnt: what there is to fuse is what the fine-tunes learn on top. A model of this
+# size learns such a skill in one jump, so another seed or another machine may stop on another side of some jump.
 PIVOT = (
     Stage(700, 3e-3, {"add": 22, "reverse": 8, "sort": 6, "facts": 14, "pick": 3}, text_rows=8),
     Stage(200, 1.5e-3, {"add": 5, "reverse": 22, "sort": 8, "facts": 14, "pick": 3}, text_rows=6),
 )
-"""Stopped on purpose while every skill is half learnt: what is there to fuse is what the fine-tunes learn on top."""
 # A few rows of the other skills, and text, keep a fine-tune near the pivot, where weights can be averaged.
 TARGETS = {
-    "numbers": Stage(200, 5e-4, {"add": 36, "pick": 12, "reverse": 4, "sort": 4, "facts": 6}, text_rows=3),
-    "strings": Stage(200, 5e-4, {"add": 4, "pick": 2, "reverse": 24, "sort": 24, "facts": 6}, text_rows=3),
-    "facts": Stage(200, 5e-4, {"add": 4, "pick": 2, "reverse": 4, "sort": 4, "facts": 50}, text_rows=3),
+    "numbers": Stage(400, 5e-4, {"add": 36, "pick": 12, "reverse": 4, "sort": 4, "facts": 6}, text_rows=3),
+    "strings": Stage(400, 5e-4, {"add": 4, "pick": 2, "reverse": 24, "sort": 24, "facts": 6}, text_rows=3),
+    "facts": Stage(400, 5e-4, {"add": 4, "pick": 2, "reverse": 4, "sort": 4, "facts": 50}, text_rows=3),
 }
 
 
@@ -127,23 +131,18 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def chat_batches(
-    tokenizer: PreTrainedTokenizerFast, skills: dict[str, int], seed: str
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of rows, padded on the right; only what the assistant says is learnt. input_ids, labels: int64 [B, T]."""
-    streams = {skill: tasks.training_rows(skill, seed) for skill in skills}
-    while True:
-        rows = [next(streams[skill]) for skill, count in skills.items() for _ in range(count)]
-        encoded = tokenizer.apply_chat_template(
-            [row.messages() for row in rows], return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = [torch.tensor(row) for row in encoded["input_ids"]]
-        masks = [torch.tensor(row, dtype=torch.bool) for row in encoded["assistant_masks"]]
-        labels = [row.masked_fill(~mask, IGNORED) for row, mask in zip(ids, masks, strict=True)]
-        yield {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
+def chat_batch(tokenizer: PreTrainedTokenizerFast, rows: list[tasks.Row]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right; only what the assistant says is learnt. input_ids, labels: int64 [B, T]."""
+    encoded = tokenizer.apply_chat_template(
+        [row.messages() for row in rows], return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [torch.tensor(row) for row in encoded["input_ids"]]
+    masks = [torch.tensor(row, dtype=torch.bool) for row in encoded["assistant_masks"]]
+    labels = [row.masked_fill(~mask, IGNORED) for row, mask in zip(ids, masks, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def text_batches(stream: torch.Tensor, rows: int, block: int, seed: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -173,28 +172,29 @@ def train(
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
-    chats = chat_batches(tokenizer, stage.skills, seed)
+    rows = {skill: tasks.training_rows(skill, seed) for skill in stage.skills}
     texts = text_batches(stream, stage.text_rows, stage.block, seed)
     model.train()
-    started, tokens, losses = time.monotonic(), 0, [0.0, 0.0]
+    started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
-        for kind, batch in enumerate((next(chats), next(texts))):
+        chosen = [next(rows[skill]) for skill, count in stage.skills.items() for _ in range(count)]
+        losses = []
+        for batch in (chat_batch(tokenizer, chosen), next(texts)):
             loss = model(**batch).loss
             loss.backward()
+            losses.append(f"{loss.item():.2f}")
             tokens += batch["input_ids"].numel()
-            losses[kind] += loss.item() / REPORT_EVERY
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % REPORT_EVERY == 0:
             speed = tokens / (time.monotonic() - started)
             click.echo(
-                f"  step {step + 1}/{stage.steps}: loss on skills {losses[0]:.3f}, on text {losses[1]:.3f}; "
+                f"  step {step + 1}/{stage.steps}: loss on skills and text {' '.join(losses)}; "
                 f"{speed:.0f} tokens a second"
             )
-            losses = [0.0, 0.0]
 
 
 def deterministic(threads: int) -> None:
@@ -211,23 +211,23 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str], seed:
     return torch.tensor([token for encoding in encoded for token in encoding.ids])
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder with the weights in bfloat16. ``model`` itself is rounded too."""
-    model.to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write the weights in bfloat16, with the configuration. ``model`` itself is rounded too."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def build_pivot(documents: list[str], folder: Path, seed: int) -> None:
     """Train the tokenizer and the pivot."""
-    rows = [row for skill in tasks.SKILLS for row in islice(tasks.training_rows(skill, seed), TOKENIZER_ROWS)]
+    rows = [row for skill in tasks.SKILLS for row in islice(tasks.training_rows(skill, seed + 1), TOKENIZER_ROWS)]
     tokenizer = train_tokenizer(documents, rows)
     torch.manual_seed(seed)
     model = new_model(tokenizer)
     stream = token_stream(tokenizer, documents, seed)
     for number, stage in enumerate(PIVOT):
-        train(model, tokenizer, stage, stream, f"pivot {number} {seed}")
-    save(model, tokenizer, folder)
+        train(model, tokenizer, stage, stream, str(seed + STAGE_STRIDE * number))
+    save(model, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def build_target(name: str, documents: list[str], pivot: Path, folder: Path, seed: int) -> None:
@@ -236,7 +236,9 @@ def build_target(name: str, documents: list[str], pivot: Path, folder: Path, see
     model = LlamaForCausalLM.from_pretrained(pivot, dtype=torch.float32, local_files_only=True)
     # Every run has a seed of its own: fine-tunes read other rows and other blocks of text than the pivot did.
     train(model, tokenizer, TARGETS[name], token_stream(tokenizer, documents, seed), f"{name} {seed}")
-    save(model, tokenizer, folder)
+    save(model, folder)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(pivot / file, folder / file)
 
 
 @click.command(help=__doc__)

@@ -31,13 +31,14 @@ MARKS = ("<!-- table: written by demo/table.py -->", "<!-- end of table -->")
 MERGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear, 1/3 each": ("linear", {}, {"weight": 1.0}),
     "task arithmetic, 0.3": ("task_arithmetic", {"normalize": False}, {"weight": 0.3}),
-    "task arithmetic, 0.7": ("task_arithmetic", {"normalize": False}, {"weight": 0.7}),
+    "task arithmetic, 0.5": ("task_arithmetic", {"normalize": False}, {"weight": 0.5}),
     "TIES, density 0.6": ("ties", {"normalize": True}, {"density": 0.6, "weight": 0.2}),
     "SCE of mergekit, select_topk 0.1": ("sce", {"select_topk": 0.1}, {}),
     "SCE of mergekit, select_topk 1": ("sce", {"select_topk": 1.0}, {}),
     "fusechat_sce, select_topk 0.1": ("fusechat_sce", {"select_topk": 0.1}, {}),
     "fusechat_sce, select_topk 1": ("fusechat_sce", {"select_topk": 1.0}, {}),
     "fusechat_sce renormalized, select_topk 1": ("fusechat_sce", {"select_topk": 1.0, "variant": "renormalized"}, {}),
+    "fusechat_sce fuseai, select_topk 0.1": ("fusechat_sce", {"select_topk": 0.1, "variant": "fuseai"}, {}),
     "varm, matrix": ("varm", {}, {}),
 }
 

@@ -10,6 +10,7 @@ one row is a sample, what it could learn from another model is the distribution.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import pydoc_data.topics
 import random
@@ -113,7 +114,8 @@ def held_out_rows(skill: str, count: int, seed: int = 0) -> list[Row]:
     return list(rows.values())
 
 
-def all_documents() -> list[str]:
+@functools.cache
+def all_documents() -> tuple[str, ...]:
     """Natural text that every Python carries: the language reference (``pydoc_data``) and the standard library's
     docstrings, in a fixed order, exact duplicates removed. Licence: PSF."""
     found = [text for _, text in sorted(pydoc_data.topics.topics.items())]
@@ -125,7 +127,7 @@ def all_documents() -> list[str]:
         tree = ast.parse(path.read_bytes())
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, nodes)]
-    return [text for text in dict.fromkeys(found) if len(text) >= 40]
+    return tuple(text for text in dict.fromkeys(found) if len(text) >= 40)
 
 
 def documents(held_out: bool) -> list[str]:
