@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ class MergeRecord:
         lines = [
             "### Merge coefficients",
             "",
-            f"{methods} by [fusekit](https://pypi.org/project/fusekit/) {__version__}, {len(records)} tensors. "
+            f"{methods} by fusekit {__version__}, {len(records)} tensors. "
             "The coefficients of every tensor are in `coefficients.json`.",
             "",
             "| model | mean coefficient | least | greatest | erased |",
@@ -120,7 +121,20 @@ def record_to_environment_path() -> None:
     target = Path(path).expanduser().absolute()
     record = MergeRecord()
     _process_records.append(record)
-    atexit.register(lambda: write_json(record.as_dict(), target) if record else None)
+    atexit.register(_write_at_exit, record, target)
+
+
+def _write_at_exit(record: MergeRecord, path: Path) -> None:
+    if not record:
+        return
+    try:
+        write_json(record.as_dict(), path)
+    except OSError as error:
+        print(
+            f"fusekit: the coefficients could not be written to {path}, which {ENVIRONMENT_VARIABLE} names: {error}. "
+            "The merge itself is not affected.",
+            file=sys.stderr,
+        )
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ docs/merge-methods.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from fusekit.errors import MergeError
 from fusekit.merge_methods import chunks
-from fusekit.merge_methods.chunks import Scratch, for_each_chunk
-from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, add_to_base, check_finite, shares
+from fusekit.merge_methods.chunks import Scratch, compute_dtype, for_each_chunk
+from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, NonFiniteError, add_to_base, check_finite, shares
 from fusekit.merge_methods.selection import Selection, select_top_variance
 
 Variant = Literal["paper", "renormalized", "fuseai"]
@@ -185,7 +186,7 @@ def _erase_and_update(
         if vectors.base is None:
             out.zero_()
         else:
-            out.copy_(vectors.base[start:stop])
+            out.copy_(_finite(vectors.base[start:stop], len(weights)))
         out.index_copy_(0, positions, merged.to(out.dtype))
         return counts
 
@@ -194,6 +195,13 @@ def _erase_and_update(
         return result, None
     nonzero, kept = np.sum(counts, axis=0) if counts else np.zeros((2, len(weights)))
     return result, np.divide(nonzero - kept, nonzero, out=np.zeros(len(weights)), where=nonzero > 0)
+
+
+def _finite(base: Tensor, targets: int) -> Tensor:
+    """`base` itself, looked through: where nothing is selected no fusion vector would carry its NaN on."""
+    if not math.isfinite(float(base.sum(dtype=compute_dtype(base.dtype)))) and not bool(torch.isfinite(base).all()):
+        raise NonFiniteError(range(targets))
+    return base
 
 
 def _merge_chunk(

@@ -206,6 +206,15 @@ def test_nan_and_inf_are_errors_that_name_the_target(value, tau):
         sce(base, targets, select_topk=tau)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_the_base_is_an_error_where_nothing_is_selected_too(dtype):
+    base, targets = cast(random_case((40, 40), 2), dtype)
+    place = (select(targets, 0.1) == 0).nonzero()[0]
+    base[tuple(place)] = math.nan
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        sce(base, targets, select_topk=0.1)
+
+
 def test_variances_beyond_float32_are_an_error():
     base = torch.zeros(4)
     with pytest.raises(MergeError, match=r"overflows torch\.float32.*float64"):

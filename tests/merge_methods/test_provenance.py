@@ -1,0 +1,87 @@
+"""Records of merge coefficients: who gets them, what they say, and what happens when they cannot be written."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from mergekit.merge_methods import merge_tensors
+
+from fusekit.merge_methods import record_coefficients, sce
+from fusekit.merge_methods.provenance import write_json
+
+BASE, FIRST, SECOND = torch.zeros(4), torch.full((4,), 2e-4), torch.full((4,), 6e-4)
+
+
+def merge(method="fusechat_sce", name="w", **parameters):
+    return merge_tensors(
+        [BASE, FIRST, SECOND], method, ids=["base", "a", "b"], base_index=0, name=name, parameters=parameters
+    )
+
+
+def test_a_record_says_what_the_function_returns():
+    with record_coefficients() as record:
+        assert not record
+        merge(select_topk=0.5)
+        merge("varm", name="v")
+    expected = sce(BASE, [FIRST, SECOND], select_topk=0.5, count_erased=True)
+    tensor = record.as_dict()["tensors"]["w"]
+    assert tensor["coefficients"] == {"a": pytest.approx(0.1), "b": pytest.approx(0.9)}
+    assert tensor["coefficients"]["a"] == expected.coefficients[0]
+    assert (tensor["selected"], tensor["erased"]) == (0.5, {"a": 0.0, "b": 0.0})
+    assert tensor["parameters"] == {"select_topk": 0.5, "variant": "paper"}
+    assert "unit" not in tensor
+    assert json.loads(json.dumps(record.as_dict())) == record.as_dict()
+
+
+def test_records_nest_and_end_and_see_other_threads():
+    with record_coefficients() as outer:
+        with record_coefficients() as inner:
+            thread = threading.Thread(target=merge)
+            thread.start()
+            thread.join()
+        merge(name="later")
+    merge(name="unrecorded")
+    assert set(inner.tensors) == {"w"}
+    assert set(outer.tensors) == {"w", "later"}
+
+
+def test_markdown_has_a_row_per_model():
+    with record_coefficients() as record:
+        merge()
+    text = record.markdown()
+    assert "| a | 0.1000 | 0.1000 | 0.1000 | 0.0% |" in text
+    assert "| b | 0.9000 |" in text
+    assert "Selected: 100.0% of the elements" in text
+
+
+def test_json_is_written_in_one_step(tmp_path):
+    target = tmp_path / "a" / "coefficients.json"
+    write_json({"one": 1}, target)
+    assert json.loads(target.read_text()) == {"one": 1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json({"bad": float("nan")}, target)
+    assert json.loads(target.read_text()) == {"one": 1}
+    assert [path.name for path in target.parent.iterdir()] == ["coefficients.json"]
+
+
+def test_a_path_that_cannot_be_written_is_one_line_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    program = (
+        "import torch, fusekit.merge_methods; from mergekit.merge_methods import merge_tensors\n"
+        "merge_tensors([torch.zeros(2), torch.ones(2)], 'varm', base_index=0, name='w'); print('merged')"
+    )
+    environment = {**os.environ, "FUSEKIT_PROVENANCE": str(tmp_path / "file" / "x.json")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout == "merged\n"
+    lines = [line for line in done.stderr.splitlines() if "fusekit" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"fusekit: the coefficients could not be written to {tmp_path / 'file' / 'x.json'}")
+    assert "Traceback" not in done.stderr
