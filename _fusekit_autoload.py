@@ -5,8 +5,6 @@ waits for `mergekit.merge_methods.registry`, lets that import finish, registers 
 else is imported before then. FUSEKIT_AUTOLOAD=0 turns it off. It never raises.
 """
 
-from __future__ import annotations
-
 import sys
 
 TYPE_CHECKING = False  # not imported from typing: this runs at every interpreter start
@@ -20,7 +18,7 @@ class _Finder:
     """Waits for one module."""
 
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(cls, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
         if name != TARGET:
             return None
         if cls in sys.meta_path:
@@ -34,10 +32,10 @@ class _Finder:
         return None
 
 
-def _register_after(loader: Any) -> None:
+def _register_after(loader: "Any") -> None:
     execute = loader.exec_module
 
-    def exec_module(module: Any) -> None:
+    def exec_module(module: "Any") -> None:
         del loader.exec_module  # the class's own again
         execute(module)
         try:

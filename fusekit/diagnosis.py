@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,11 @@ def _pth() -> Path | None:
 
 def _ask() -> tuple[set[str], str]:
     """The methods that a fresh interpreter's mergekit knows, and the line it printed if something was wrong."""
-    # -I: neither PYTHONPATH nor the current folder may show it a fusekit that mergekit-yaml would not see.
-    done = subprocess.run([sys.executable, "-I", "-c", _ASK], capture_output=True, text=True, check=False)
+    # Neither PYTHONPATH nor the current folder may show it a fusekit that mergekit-yaml would not see.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False, env=environment, cwd=empty
+        )
     complaints = [line for line in done.stderr.splitlines() if "fusekit" in line or "Error" in line]
     return set(done.stdout.split()), complaints[-1] if complaints else ""

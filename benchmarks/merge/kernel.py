@@ -2,7 +2,7 @@
 
     python benchmarks/merge/kernel.py --runs 7
 
-Scratch is the rise of the process's peak resident memory over its level before the call, less the output.
+Scratch is the rise of a fresh process's peak resident memory over its level before the call, less the output.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from mergekit.merge_methods import merge_tensors
 
 from fusekit.merge_methods import sce, varm
 
-SHAPE, TARGETS = (5632, 2048), 5
+SHAPE = (5632, 2048)
 
 
 def resident(field: str) -> int:
@@ -31,34 +33,18 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def scratch_of(call: Callable[[], torch.Tensor]) -> int:
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed before must not count as there already
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    result = call()
-    rise = resident("VmHWM") - before
-    return rise - result.nbytes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-kernel.csv")
-    arguments = parser.parse_args()
-
+def contestants(shape: tuple[int, int], device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """What is compared, on one base and its targets of this shape."""
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(SHAPE, generator=generator) * 0.02
-    targets = [base + torch.randn(SHAPE, generator=generator) * rms for rms in (1e-3, 2e-3, 5e-4, 1e-3, 3e-3)]
-    tensors = [t.bfloat16().to(arguments.device) for t in (base, *targets)]
-    del base, targets
+    base = torch.randn(shape, generator=generator) * 0.02
+    deltas = [torch.randn(shape, generator=generator) * rms for rms in (1e-3, 2e-3, 5e-4, 1e-3, 3e-3)]
+    tensors = [t.bfloat16().to(device) for t in (base, *(base + delta for delta in deltas))]
     base, targets = tensors[0], tensors[1:]
 
     def mergekit(method: str, **parameters: float) -> torch.Tensor:
         return merge_tensors(tensors, method, base_index=None if method == "linear" else 0, parameters=parameters)
 
-    contestants: dict[str, Callable[[], torch.Tensor]] = {
+    return {
         "mergekit sce 0.1": lambda: mergekit("sce", select_topk=0.1),
         "mergekit sce 1.0": lambda: mergekit("sce", select_topk=1.0),
         "mergekit linear": lambda: mergekit("linear", weight=1.0),
@@ -70,6 +56,37 @@ def main() -> None:
         "varm": lambda: varm(base, targets).tensor,
     }
 
+
+def print_scratch(name: str) -> None:
+    """Print the bytes of scratch of one contestant; to be run in a process of its own."""
+    with torch.no_grad():
+        contestants((700, 700), "cpu")[name]()  # loads code and libraries
+        call = contestants(SHAPE, "cpu")[name]
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed before must not count as there already
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resident("VmRSS")
+        result = call()
+        print(resident("VmHWM") - before - result.nbytes)
+
+
+def scratch_of(name: str) -> int:
+    command = [sys.executable, __file__, "--scratch", name]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-kernel.csv")
+    arguments = parser.parse_args()
+    if arguments.scratch:
+        print_scratch(arguments.scratch)
+        return
+    calls = contestants(SHAPE, arguments.device)
+
     def timed(call: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()
         call()
@@ -78,16 +95,16 @@ def main() -> None:
         return time.perf_counter() - start
 
     with torch.no_grad():
-        for call in contestants.values():
+        for call in calls.values():
             call()  # warm up
-        times: dict[str, list[float]] = {name: [] for name in contestants}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(arguments.runs):
-            for name, call in contestants.items():
+            for name, call in calls.items():
                 times[name].append(timed(call))
-        on_cpu = arguments.device == "cpu"
-        scratch = {name: scratch_of(call) if on_cpu else 0 for name, call in contestants.items()}
+    on_cpu = arguments.device == "cpu"
+    scratch = {name: scratch_of(name) if on_cpu else 0 for name in calls}
     peer = median(times["mergekit sce 0.1"])
-    one_float32 = 4 * tensors[0].numel()
+    one_float32 = 4 * SHAPE[0] * SHAPE[1]
     rows = []
     for name, values in times.items():
         rows.append(

@@ -75,14 +75,22 @@ def merge(
         if not quiet or line.startswith("warning"):
             click.echo(line, err=True)
 
-    settings = Settings(overwrite, ignore_estimates, frozenset(allow_pickle), frozenset(allow_remote_code), say)
+    published: list[bool] = []
+    settings = Settings(
+        overwrite,
+        ignore_estimates,
+        frozenset(allow_pickle),
+        frozenset(allow_remote_code),
+        say,
+        on_published=lambda: published.append(True),
+    )
     try:
         with _sigterm_unwinds():
             merged: Any = run(recipe, out, merge_options, settings)
     except KeyboardInterrupt:
-        _stopped(out, 128 + signal.SIGINT)
+        _stopped(out, 128 + signal.SIGINT, bool(published))
     except _TerminatedError:
-        _stopped(out, 128 + signal.SIGTERM)
+        _stopped(out, 128 + signal.SIGTERM, bool(published))
     except FusekitError:
         logging.info("the merge failed", exc_info=True)
         raise
@@ -98,6 +106,10 @@ def _drop_noise() -> None:
     )
 
 
-def _stopped(out: str, status: int) -> None:
-    click.echo(f"fusekit: stopped; nothing was published to {out}. Run the same command to start again.", err=True)
+def _stopped(out: str, status: int, published: bool) -> None:
+    if published:
+        message = f"stopped while tidying up; the merged model is published to {out}, whole."
+    else:
+        message = f"stopped; nothing was published to {out}. Run the same command to start again."
+    click.echo(f"fusekit: {message}", err=True)
     sys.exit(status)

@@ -21,10 +21,9 @@ def sce(base: Tensor, targets: Sequence[Tensor], *, select_topk: float, variant:
     deltas = _fusion_vectors(base, targets)
     mask = torch.ones_like(base, dtype=torch.bool) if select_topk == 1 else select(targets, select_topk)
     selected = deltas * mask
-    coefficients = _shares(selected.double().square().flatten(1).sum(1)).to(deltas.dtype)
-    coefficients = coefficients.reshape(-1, *[1] * base.ndim)
+    coefficients = _shares(selected).reshape(-1, *[1] * base.ndim)
     merged = deltas if variant == "fuseai" else selected
-    kept = torch.where(merged.sum(0) >= 0, merged > 0, merged < 0)
+    kept = torch.where(_vote(base, targets) >= 0, merged > 0, merged < 0)
     update = (coefficients * merged * kept).sum(0)
     if variant != "paper":
         divisor = (coefficients * kept).sum(0)
@@ -36,13 +35,14 @@ def varm(base: Tensor, targets: Sequence[Tensor], elementwise: bool, coefficient
     """As `varm` and `varm_elementwise`, with gradients; `coefficients` that are given are constants."""
     deltas = _fusion_vectors(base, targets)
     if elementwise:
-        squares = deltas.square()
+        largest = deltas.detach().abs().amax(0)
+        squares = (deltas / torch.where(largest == 0, 1, largest)).square()  # relative: no under- or overflow
         total = squares.sum(0)
         weights = squares / torch.where(total == 0, 1, total)
     elif coefficients is not None:
         weights = torch.as_tensor(coefficients, dtype=deltas.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
     else:
-        weights = _shares(deltas.double().square().flatten(1).sum(1)).to(deltas.dtype).reshape(-1, *[1] * base.ndim)
+        weights = _shares(deltas).reshape(-1, *[1] * base.ndim)
     return (base.to(deltas.dtype) + (weights * deltas).sum(0)).to(base.dtype)
 
 
@@ -51,6 +51,15 @@ def _fusion_vectors(base: Tensor, targets: Sequence[Tensor]) -> Tensor:
     return torch.stack([target.to(dtype) - base.to(dtype) for target in targets])
 
 
-def _shares(energies: Tensor) -> Tensor:
+def _vote(base: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Σ_j δ_j as the chunked form has it: before the differences are rounded, where float64 allows it."""
+    if base.dtype == torch.float64:
+        return torch.stack([(target - base).detach() for target in targets]).sum(0)
+    return torch.stack([target.detach().double() for target in targets]).sum(0) - len(targets) * base.detach().double()
+
+
+def _shares(deltas: Tensor) -> Tensor:
+    energies = deltas.double().reshape(len(deltas), -1).square().sum(1)
     total = energies.sum()
-    return energies / total if total > 0 else torch.full_like(energies, 1 / len(energies))
+    shares = energies / total if total > 0 else torch.full_like(energies, 1 / len(energies))
+    return shares.to(deltas.dtype)

@@ -74,15 +74,16 @@ class FuseChatSCE(GroupMergeMethod):
         records = active_records()
         with _named(group):
             merged = sce(group.base.tensor, tensors, count_erased=bool(records), **settings)
+            result = merged.tensor
             if _needs_gradient(group):
-                return differentiable.sce(group.base.tensor, tensors, **settings)
+                result = differentiable.sce(group.base.tensor, tensors, **settings)
         ids = [entry.id for entry in group.non_base]
         for record in records:
             coefficients = by_model(ids, merged.coefficients)
             erased = None if merged.erased is None else by_model(ids, merged.erased)
             entry = TensorRecord(self.spec.name, settings, coefficients, merged.selected, erased)
             record.add(str(group.metadata.name), str(group.base.id), entry)
-        return merged.tensor
+        return result
 
 
 class VaRM(GroupMergeMethod):
@@ -116,19 +117,14 @@ class VaRM(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         # One call with all tensors of the models: the units are in it. (One tensor: the graph is asked for the others.)
-        settings = {(each["granularity"], each["aggregation"]) for each in parameters}
-        if len(groups) > 1 and any(granularity in _UNITS for granularity, _ in settings):
-            weights = {
-                setting: coefficients_in_memory(groups, input_dtypes, *setting)
-                for setting in settings
-                if setting[0] in _UNITS
-            }
-            parameters = [
-                {**each, "coefficients": weights[setting][index]}
-                if (setting := (each["granularity"], each["aggregation"])) in weights
-                else each
-                for index, each in enumerate(parameters)
-            ]
+        settings = [(each["granularity"], each["aggregation"]) for each in parameters]
+        if len(groups) > 1:
+            parameters = [dict(each) for each in parameters]
+            for setting in {each for each in settings if each[0] in _UNITS}:
+                asking = {index for index, each in enumerate(settings) if each == setting}
+                weights = coefficients_in_memory(groups, input_dtypes, *setting, asking)
+                for index in asking:
+                    parameters[index]["coefficients"] = weights[index]
         merged: tuple[torch.Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
@@ -152,31 +148,37 @@ class VaRM(GroupMergeMethod):
                 merged = varm_elementwise(base, targets)
             else:
                 merged = varm(base, targets, coefficients=coefficients)
+            result = merged.tensor
             if _needs_gradient(group):
-                return differentiable.varm(base, targets, granularity == "element", coefficients)
+                result = differentiable.varm(base, targets, granularity == "element", coefficients)
         unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
         settings = {"granularity": granularity, "aggregation": aggregation}
         ids = [entry.id for entry in group.non_base]
         for record in active_records():
             entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.coefficients), unit=unit)
             record.add(str(group.metadata.name), str(group.base.id), entry)
-        return merged.tensor
+        return result
 
 
 @contextmanager
 def _named(group: TensorGroup) -> Iterator[None]:
     """Puts the tensor's name, and for NaN the model's, in front of a MergeError from below."""
-    name = group.metadata.name
+    prefix = f"{group.metadata.name}: " if group.metadata.name else ""
     try:
         yield
     except NonFiniteError:
         bad = [str(entry.id) for entry in group.entries if not torch.isfinite(entry.tensor).all()]
+        if not bad:
+            raise MergeError(
+                f"{prefix}the difference of a model to the base overflows {group.entries[0].tensor.dtype}; use dtype: "
+                "float64, or check the models"
+            ) from None
         raise MergeError(
-            f"{name}: NaN or Inf in the weights of {', '.join(bad)}; that checkpoint is damaged or comes from a "
+            f"{prefix}NaN or Inf in the weights of {', '.join(bad)}; that checkpoint is damaged or comes from a "
             "diverged run: merge another one"
         ) from None
     except MergeError as error:
-        raise MergeError(f"{name}: {error}") from None
+        raise MergeError(f"{prefix}{error}") from None
 
 
 def _needs_gradient(group: TensorGroup) -> bool:

@@ -138,6 +138,8 @@ def _merge(
         vectors,
         None if variant == "fuseai" else selection,
         coefficients,
+        # Energies were taken of all elements only if all are selected: elsewhere nothing has looked at the base yet.
+        check_base=selection is not None,
         divide=variant != "paper",
         count_erased=count_erased,
         chunk_size=chunk_size,
@@ -165,6 +167,7 @@ def _erase_and_update(
     selection: Selection | None,
     coefficients: np.ndarray,
     *,
+    check_base: bool,
     divide: bool,
     count_erased: bool,
     chunk_size: int | None,
@@ -175,6 +178,8 @@ def _erase_and_update(
 
     def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
         out = result[start:stop]
+        if check_base and vectors.base is not None:
+            _check_base(vectors.base[start:stop], len(weights))
         positions = None if selection is None else selection.indices(start)
         chunk = vectors.chunk(scratch, start, stop, positions, vote=True)
         counts = np.zeros((2, len(weights)), dtype=np.int64)
@@ -186,7 +191,7 @@ def _erase_and_update(
         if vectors.base is None:
             out.zero_()
         else:
-            out.copy_(_finite(vectors.base[start:stop], len(weights)))
+            out.copy_(vectors.base[start:stop])
         out.index_copy_(0, positions, merged.to(out.dtype))
         return counts
 
@@ -197,11 +202,9 @@ def _erase_and_update(
     return result, np.divide(nonzero - kept, nonzero, out=np.zeros(len(weights)), where=nonzero > 0)
 
 
-def _finite(base: Tensor, targets: int) -> Tensor:
-    """`base` itself, looked through: where nothing is selected no fusion vector would carry its NaN on."""
+def _check_base(base: Tensor, targets: int) -> None:
     if not math.isfinite(float(base.sum(dtype=compute_dtype(base.dtype)))) and not bool(torch.isfinite(base).all()):
         raise NonFiniteError(range(targets))
-    return base
 
 
 def _merge_chunk(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -51,7 +52,8 @@ def coefficients_in_graph(group: TensorGroup, granularity: Granularity, aggregat
     task, universe = _running(group, granularity)
     with _lock:
         run = _runs.setdefault(universe, _Run())
-        siblings = _units(run, universe, task, granularity)[unit_of(task.output_weight.name, granularity)]
+        unit = unit_of(task.output_weight.name, granularity)
+        siblings = _units(run, universe, task, granularity)[unit]
         matrices = [_sibling_statistics(run, sibling, task, group, granularity) for sibling in siblings]
     weights = unit_coefficients([matrix for matrix in matrices if matrix is not None], aggregation)
     return _of_group(weights, _targets(task), group)
@@ -70,7 +72,9 @@ def _units(
         units: dict[str, list[ExecuteMergeMethodTask]] = {}
         for other in universe.tasks:
             if isinstance(other, type(task)) and _merge_of(other) == _merge_of(task):
-                units.setdefault(unit_of(other.output_weight.name, granularity), []).append(other)
+                # A tensor whose unit its name does not tell is in none; if it asks for one itself, that is an error.
+                with suppress(MergeError):
+                    units.setdefault(unit_of(other.output_weight.name, granularity), []).append(other)
         run.units[key] = units
     return run.units[key]
 
@@ -80,19 +84,27 @@ def coefficients_in_memory(
     dtypes: Sequence[torch.dtype | None],
     granularity: Granularity,
     aggregation: Aggregation,
-) -> list[np.ndarray]:
-    """W for every group of one in-memory call (`merge_state_dicts`), each over the groups of its unit.
+    asking: Collection[int],
+) -> dict[int, np.ndarray]:
+    """W for the groups of one in-memory call (`merge_state_dicts`), by index, each over the groups of its unit.
 
-    dtypes: what each group is cast to before it is merged.
+    dtypes: what each group is cast to before it is merged. asking: the groups that are merged at this granularity; a
+    name that does not tell its unit is an error for them only.
     """
     units: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         name = group.metadata.name
         if name is None:
             raise MergeError(f"tensor {index} has no name: granularity {granularity!r} needs names; {_EVERYWHERE}")
-        units.setdefault(unit_of(name, granularity), []).append(index)
-    result: list[np.ndarray] = [np.empty(0)] * len(groups)
+        try:
+            units.setdefault(unit_of(name, granularity), []).append(index)
+        except MergeError:
+            if index in asking:
+                raise
+    result: dict[int, np.ndarray] = {}
     for members in units.values():
+        if not any(index in asking for index in members):
+            continue
         matrices = [_group_statistics(align_dtype(groups[index], dtypes[index])) for index in members]
         weights = unit_coefficients(matrices, aggregation)
         for index in members:

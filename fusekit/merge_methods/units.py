@@ -49,8 +49,8 @@ def _module(name: str, rest: str) -> str:
     if inner := _INNER_NORM.search(rest):
         return rest[: inner.end() - 1]
     component = rest.split(".", 1)[0]
-    if component in ("weight", "bias"):
-        return "module"  # the layer is one linear map, as in a Sequential
+    if component in ("weight", "bias", "linear", "wte"):
+        return "module"  # the layer is one linear map or embedding, as in a Sequential
     if _NORM.search(component) or _ATTENTION.search(component) or _MIXER.search(component):
         return component
     if _MLP.search(component):

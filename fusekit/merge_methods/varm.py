@@ -5,6 +5,7 @@ Source: FuseChat v1, arXiv 2402.16107, section 3.3, equation 7.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods.chunks import Scratch, for_each_chunk
-from fusekit.merge_methods.fusion_vectors import FusionVectors, add_to_base, check_finite, shares
+from fusekit.merge_methods.chunks import Scratch, add_in_order, block_sums, for_each_chunk, whole_blocks
+from fusekit.merge_methods.fusion_vectors import FusionVectors, NonFiniteError, add_to_base, check_finite, shares
 
 Granularity = Literal["matrix", "module", "layer", "model", "element"]
 Aggregation = Literal["elements", "matrices"]
@@ -44,7 +45,7 @@ def varm(
     """Merge K targets into their pivot by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ).
 
     base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. targets: φ_1..φ_K, same shape, dtype and
-    device. coefficients: W, K numbers that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
+    device. coefficients: W, K shares that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
     For a larger unit (module, layer, model) pass `unit_coefficients` of its matrices.
 
     Arithmetic is float32 (float64 for float64 inputs) with float64 sums; where every target equals the base, its bits
@@ -65,6 +66,8 @@ def varm(
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
         for vector, weight in zip(chunk.vectors, weights, strict=True):
             merged.add_(vector.mul_(float(weight)))
+        if coefficients is not None and not math.isfinite(float(merged.sum(dtype=torch.float64))):
+            raise NonFiniteError(range(len(weights)))
         result[start:stop].copy_(add_to_base(chunk.base, merged))
 
     for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
@@ -96,9 +99,10 @@ def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int
             total.add_(weights[-1])
         changed = int(torch.count_nonzero(total))
         total.add_(torch.sign(total).neg_().add_(1))
-        sums = np.empty(len(targets))
+        ends = whole_blocks(stop - start)
+        sums = np.empty((len(targets), len(ends)))
         for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
-            sums[j] = float(weight.div_(total).sum(dtype=torch.float64))
+            sums[j] = block_sums(weight.div_(total).double(), ends)
             merged.add_(vector.mul_(weight))
         result[start:stop].copy_(add_to_base(chunk.base, merged))
         return sums, changed
@@ -107,7 +111,7 @@ def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int
     changed = sum(count for _, count in parts)
     if not changed:
         return VaRMMerge(result.reshape(vectors.shape), np.full(len(targets), 1 / len(targets)))
-    return VaRMMerge(result.reshape(vectors.shape), np.sum([sums for sums, _ in parts], axis=0) / changed)
+    return VaRMMerge(result.reshape(vectors.shape), add_in_order([sums for sums, _ in parts]) / changed)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def _checked(coefficients: Sequence[float] | np.ndarray, targets: int) -> np.nda
     weights = np.asarray(coefficients, dtype=np.float64)
     if weights.shape != (targets,):
         raise MergeError(f"{weights.size} coefficient(s) for {targets} target(s): give one for each")
+    if not (weights >= 0).all():
+        raise MergeError(f"the coefficients {weights.tolist()} are not all >= 0: they are shares")
     if not abs(weights.sum() - 1) < 1e-6:
         raise MergeError(f"the coefficients sum to {weights.sum()}, they must sum to 1")
     return weights

@@ -39,7 +39,8 @@ class Settings:
 
     overwrite: replace a finished model at the output. ignore_estimates: start although it does not seem to fit.
     allow_pickle, allow_remote_code: models, as the recipe spells them, whose weights may be torch pickles, and whose
-    own Python code may run. say: gets a line of plain text for the user.
+    own Python code may run. say: gets a line of plain text for the user. on_published: called as soon as the merged
+    model stands at its final path; what follows is tidying up.
     """
 
     overwrite: bool = False
@@ -47,6 +48,7 @@ class Settings:
     allow_pickle: frozenset[str] = frozenset()
     allow_remote_code: frozenset[str] = frozenset()
     say: Callable[[str], None] = print
+    on_published: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Job:
     ignore_estimates: bool
     card: bool
     quiet: bool
+    on_published: Callable[[], None]
 
 
 def _prepare(document: Document, config: Any, options: MergeOptions, settings: Settings, final: Path) -> _Job:
@@ -140,7 +143,7 @@ def _prepare(document: Document, config: Any, options: MergeOptions, settings: S
     )
     written = pin(config, {reference: reference for reference in models})
     pinned = pin(config, {reference: model.pinned for reference, model in models.items()})
-    return _Job(document, written, pinned, used, options, settings.ignore_estimates, card, quiet)
+    return _Job(document, written, pinned, used, options, settings.ignore_estimates, card, quiet, settings.on_published)
 
 
 def _build(job: _Job, final: Path, say: Callable[[str], None]) -> Plan:
@@ -174,7 +177,7 @@ def _download(job: _Job, say: Callable[[str], None]) -> None:
 
 def _write(job: _Job, plan: Plan, final: Path, progress: Progress, needs: list[Need]) -> Plan:
     progress.total = max(plan.read_bytes, 1)
-    with staging(final) as stage, record_coefficients() as record:
+    with staging(final, job.on_published) as stage, record_coefficients() as record:
         try:
             with progress:
                 run_merge(

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,16 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staging:
-    """A folder that is being built. path: where to write. final: where ``publish`` moves it."""
+    """A folder that is being built.
+
+    path: where to write. final: where ``publish`` moves it. on_published: called as soon as it stands there.
+    """
 
     path: Path
     final: Path
+    on_published: Callable[[], None] = lambda: None
 
     def publish(self) -> None:
         """Make everything durable and move it to the final path in one step, replacing what is there.
@@ -45,15 +49,17 @@ class Staging:
         """
         try:
             sync_tree(self.path)
-            _replace_folder(self.path, self.final)
+            _replace_folder(self.path, self.final, self.on_published)
             sync_folder(self.final.parent)
         except OSError as error:
             raise disk_fault(error, self.final) or StorageError(f"{self.final}: cannot publish: {error}") from error
 
 
 @contextmanager
-def staging(final: Path) -> Iterator[Staging]:
+def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Iterator[Staging]:
     """A new, empty staging folder beside ``final``; removed at the end, whether it was published or not.
+
+    on_published: called as soon as the folder stands at its final path, before anything is tidied up.
 
     The caller holds ``output_lock(final)``. Raises StorageError when the folder cannot be made.
     """
@@ -63,7 +69,7 @@ def staging(final: Path) -> Iterator[Staging]:
     except OSError as error:
         raise disk_fault(error, final.parent) or StorageError(f"{path}: cannot be made: {error}") from error
     try:
-        yield Staging(path, final)
+        yield Staging(path, final, on_published)
     finally:
         # After an exchange the former output is here.
         shutil.rmtree(path, ignore_errors=True)
@@ -115,13 +121,17 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(new: Path, final: Path) -> None:
+def _replace_folder(new: Path, final: Path, on_published: Callable[[], None]) -> None:
     if not final.exists():
         new.rename(final)
-    elif not _exchange(new, final):
+        on_published()
+    elif _exchange(new, final):
+        on_published()
+    else:
         aside = final.parent / f".{final.name}.previous-{uuid.uuid4().hex[:8]}"
         final.rename(aside)
         new.rename(final)
+        on_published()
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -201,6 +201,30 @@ def test_gradients_of_module_parameters_are_kept(method, parameters):
     torch.testing.assert_close(merge(*tensors), plain)
 
 
+@pytest.mark.parametrize(("method", "parameters"), GRADIENT_CASES)
+def test_with_gradients_the_numbers_and_the_record_are_the_same(method, parameters):
+    cases = [
+        [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0)],  # scalars
+        [torch.zeros(3), torch.tensor([1e8, 1.0, 0]), torch.tensor([-1.0, 0, 2]), torch.tensor([-1e8, 0, -2])],
+        [torch.zeros(2), torch.full((2,), 1e-24), torch.full((2,), 3e-24)],
+    ]
+    for tensors in cases:
+        models = [{"w": t} for t in tensors]
+        with record_coefficients() as record:
+            expected = merge_state_dicts(models, method, base=0, parameters=parameters)["w"]
+        with record_coefficients() as with_gradient:
+            models = [{"w": t.clone().requires_grad_()} for t in tensors]
+            merged = merge_state_dicts(models, method, base=0, parameters=parameters)["w"]
+        torch.testing.assert_close(merged.detach(), expected, atol=0, rtol=1e-5)
+        assert with_gradient.as_dict() == record.as_dict()
+        assert record
+
+
+def test_a_difference_that_overflows_is_said_to():
+    with pytest.raises(MergeError, match=r"^the difference of a model to the base overflows torch.float32; use dtype"):
+        merge_tensors([torch.tensor([-3e38]), torch.tensor([3e38])], "fusechat_sce", base_index=0)
+
+
 # ---------------------------------------------------------------- units in memory
 
 
@@ -249,6 +273,16 @@ def test_a_module_that_the_name_does_not_tell_is_named():
     models = [{"a.0.frobnicator.weight": torch.zeros(2), "a.0.mlp.weight": torch.zeros(2)} for _ in range(2)]
     with pytest.raises(MergeError, match=r"a\.0\.frobnicator\.weight.*granularity: matrix or layer"):
         merge_state_dicts(models, "varm", base=0, parameters={"granularity": "module"})
+
+
+def test_a_name_that_tells_nothing_is_no_matter_to_the_others():
+    from mergekit.merge_methods.base import PerGroupValues
+
+    models = [{"a.0.mlp.weight": torch.randn(4), "a.0.frobnicator.weight": torch.randn(4)} for _ in range(3)]
+    granularity = PerGroupValues(["module", "matrix"])
+    merged = merge_state_dicts(models, "varm", base=0, parameters={"granularity": granularity})
+    expected = merge_state_dicts(models, "varm", base=0)  # each tensor is a unit of its own either way
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------- graphs
@@ -507,6 +541,8 @@ def every_architecture():
             definition = module.architecture.definition
             templates = [w.name for w in definition.layer_templates.weights if "${layer_index}" in w.name]
             names = [name.replace("${layer_index}", "3") for name in templates]
+            for weight in (*definition.pre_weights, *definition.post_weights):
+                unit_of((module.weight_prefix or "") + weight.name.replace("${num_layers+1}", "5"), "module")
             yield architecture.expected_model_type, [(module.weight_prefix or "") + name for name in names]
 
 

@@ -206,13 +206,14 @@ def test_nan_and_inf_are_errors_that_name_the_target(value, tau):
         sce(base, targets, select_topk=tau)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_in_the_base_is_an_error_where_nothing_is_selected_too(dtype):
+def test_nan_in_the_base_is_an_error_where_nothing_is_selected_too(dtype, variant):
     base, targets = cast(random_case((40, 40), 2), dtype)
     place = (select(targets, 0.1) == 0).nonzero()[0]
     base[tuple(place)] = math.nan
     with pytest.raises(MergeError, match="NaN or Inf"):
-        sce(base, targets, select_topk=0.1)
+        sce(base, targets, select_topk=0.1, variant=variant)
 
 
 def test_variances_beyond_float32_are_an_error():

@@ -77,8 +77,7 @@ def test_result_is_the_same_to_the_bit_for_every_chunking(chunk_size, threads):
         finally:
             torch.set_num_threads(before)
         assert torch.equal(merged.tensor.view(torch.int16), expected.tensor.view(torch.int16))
-        if method is varm:
-            assert merged.coefficients.tobytes() == expected.coefficients.tobytes()
+        assert merged.coefficients.tobytes() == expected.coefficients.tobytes()
 
 
 def test_no_variation_is_uniform_and_keeps_the_bits_of_the_base():
@@ -95,6 +94,8 @@ def test_bad_inputs_are_named():
         varm(base, targets, coefficients=[1.0])
     with pytest.raises(MergeError, match=r"sum to 1\.5, they must sum to 1"):
         varm(base, targets, coefficients=[1.0, 0.5])
+    with pytest.raises(MergeError, match=r"\[3.0, -2.0\] are not all >= 0"):
+        varm(base, targets, coefficients=[3.0, -2.0])
     with pytest.raises(MergeError, match="aggregation is 'mean', it must be one of elements, matrices"):
         unit_coefficients([matrix_statistics(base, targets)], "mean")
     with pytest.raises(MergeError, match="without a matrix"):
@@ -103,3 +104,5 @@ def test_bad_inputs_are_named():
     for method in (varm, varm_elementwise):
         with pytest.raises(MergeError, match=r"target\(s\) \[0\].*NaN or Inf"):
             method(base, targets)
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        varm(base, targets, coefficients=[0.5, 0.5])

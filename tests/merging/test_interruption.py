@@ -142,3 +142,29 @@ def test_children_can_be_stopped(workshop, recipe):
     assert "out" not in listing(workshop)
     os.kill(child.pid, signal.SIGCONT)
     assert child.wait().exitcode == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_ctrl_c_after_the_publication_does_not_deny_it(recipe, workshop, monkeypatch, overwrite):
+    from click.testing import CliRunner
+
+    from fusekit.cli.merge import merge
+    from fusekit.storage import publish
+
+    monkeypatch.chdir(workshop)
+    arguments = ["recipe.yml", "out", "--quiet"]
+    if overwrite:
+        assert CliRunner().invoke(merge, arguments).exit_code == 0
+        arguments.append("--overwrite")
+    sync_folder = publish.sync_folder
+
+    def interrupted(folder):
+        sync_folder(folder)
+        if folder == workshop.resolve():  # the last thing before the former model is deleted
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "sync_folder", interrupted)
+    done = CliRunner().invoke(merge, arguments)
+    assert done.exit_code == 130
+    assert "the merged model is published to out, whole" in done.output
+    assert weights(workshop)
