@@ -27,17 +27,18 @@ Result = TypeVar("Result")
 
 
 class Scratch:
-    """Named buffers that are reused from chunk to chunk."""
+    """Named buffers that are reused from chunk to chunk. capacity: elements of a whole chunk."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capacity: int = 0) -> None:
         self._device = device
+        self._capacity = capacity  # from the start: buffers that grow with each selection fragment the heap
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised 1-D buffer of `size` elements; the same memory at every call with this name and dtype."""
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=dtype, device=self._device)
+            buffer = torch.empty(max(size, self._capacity), dtype=dtype, device=self._device)
             self._buffers[name, dtype] = buffer
         return buffer[:size]
 
@@ -57,20 +58,23 @@ def for_each_chunk(
     bounds = [(start, min(start + size, numel)) for start in range(0, numel, size)]
     threads = min(torch.get_num_threads(), len(bounds), MAX_THREADS) if device.type == "cpu" else 1
     if threads <= 1:
-        scratch = Scratch(device)
+        scratch = Scratch(device, min(size, numel))
         return [work(scratch, start, stop) for start, stop in bounds]
-    return _side_by_side(work, bounds, device, threads)
+    return _side_by_side(work, bounds, lambda: Scratch(device, size), threads)
 
 
 def _side_by_side(
-    work: Callable[[Scratch, int, int], Result], bounds: list[tuple[int, int]], device: torch.device, threads: int
+    work: Callable[[Scratch, int, int], Result],
+    bounds: list[tuple[int, int]],
+    new_scratch: Callable[[], Scratch],
+    threads: int,
 ) -> list[Result]:
     results: dict[int, Result] = {}
     queue = iter(range(len(bounds)))  # next() on it is atomic
     failed = threading.Event()
 
     def worker() -> None:
-        scratch = Scratch(device)
+        scratch = new_scratch()
         with torch.no_grad():  # grad mode is per thread
             for index in queue:
                 if failed.is_set():

@@ -117,9 +117,10 @@ def _score(targets: Sequence[Tensor], low: float, chunk_size: int | None) -> dic
     numel, device = targets[0].numel(), targets[0].device
     dtype = compute_dtype(targets[0].dtype)
 
+    everything = torch.empty(0 if low > 0 else numel, dtype=dtype, device=device)
+
     def score(scratch: Scratch, start: int, stop: int) -> tuple[int, ChunkScores]:
-        size = stop - start
-        out = scratch.get("scores", size, dtype) if low > 0 else torch.empty(size, dtype=dtype, device=device)
+        out = scratch.get("scores", stop - start, dtype) if low > 0 else everything[start:stop]
         scores = variance_scores([target[start:stop] for target in targets], scratch, out)
         varying, largest = _count(compare(np.greater, scores, 0.0)), float(scores.max())
         if low <= 0:
