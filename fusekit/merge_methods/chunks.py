@@ -19,7 +19,7 @@ from torch import Tensor
 from fusekit.errors import MergeError
 
 BLOCK = 4096
-CPU_CHUNK = 64 * BLOCK  # measured: a chunk's fusion vectors stay in cache, its operations outlast the interpreter's
+CPU_CHUNK = 64 * BLOCK  # a chunk's fusion vectors fit the cache, its operations outlast the interpreter's
 MAX_THREADS = 4  # every thread has buffers of its own; more would wait for the interpreter's lock
 ACCELERATOR_CHUNK = 4096 * BLOCK  # large enough to fill a GPU, small against its memory
 
@@ -49,8 +49,7 @@ def for_each_chunk(
     """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
 
     On the CPU chunks run side by side on as many threads as torch is set to use, up to four, each with one torch
-    thread. Measured: as fast as splitting every operation on an idle machine, and several times faster on a busy one,
-    where each of those splits waits for the slower half.
+    thread. Splitting every operation instead would make each wait for its slower half, long on a busy machine.
     """
     size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
     if size <= 0 or size % BLOCK:
