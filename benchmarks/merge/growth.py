@@ -13,17 +13,18 @@ from pathlib import Path
 
 from measure import checkpoints, median, mergekit_yaml, recipe, run, write_csv
 
-SIZES = [(2, 5), (5, 5), (10, 5), (10, 1), (10, 3)]  # (layers, targets); 10 layers have 492 M parameters
+SIZES = ["2:5", "5:5", "10:5", "10:3", "10:1"]  # layers:targets; 10 layers have 492 M parameters
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="LAYERS:TARGETS")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-growth.csv")
     arguments = parser.parse_args()
     rows = []
-    for layers, targets in SIZES:
+    for layers, targets in (map(int, size.split(":")) for size in arguments.sizes):
         folders = checkpoints(arguments.work, layers, targets)
         parameters = (folders[0] / "model.safetensors").stat().st_size // 2
         for method, options in (("linear", {}), ("fusechat_sce", {"select_topk": 1.0 if targets == 1 else 0.1})):
