@@ -142,7 +142,7 @@ def unit_coefficients(matrices: Sequence[MatrixStatistics], aggregation: Aggrega
     if aggregation == "elements":
         return shares(np.sum([matrix.energies for matrix in matrices], axis=0))
     if aggregation == "matrices":
-        return shares(np.sum([matrix.energies / matrix.numel for matrix in matrices if matrix.numel], axis=0))
+        return shares(np.sum([matrix.energies / max(matrix.numel, 1) for matrix in matrices], axis=0))
     raise MergeError(f"aggregation is {aggregation!r}, it must be one of elements, matrices")
 
 

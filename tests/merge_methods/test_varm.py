@@ -63,6 +63,12 @@ def test_the_aggregations_differ_where_matrices_differ_in_size():
     assert abs(unit_coefficients(statistics, "elements")[0] - unit_coefficients(statistics, "matrices")[0]) > 1e-3
 
 
+@pytest.mark.parametrize("aggregation", ["elements", "matrices"])
+def test_a_unit_of_empty_matrices_is_uniform(aggregation):
+    empty = matrix_statistics(*random_case((0, 3), 2))
+    assert unit_coefficients([empty, empty], aggregation).tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("chunk_size", [4096, 7 * 4096, 512 * 4096])
 def test_result_is_the_same_to_the_bit_for_every_chunking(chunk_size, threads):
