@@ -19,3 +19,15 @@ class AlignmentError(FusekitError):
 
 class StorageError(FusekitError):
     """An artifact on disk cannot be read, written or published."""
+
+
+class DataError(FusekitError):
+    """Rows of data, a chat template, or what they render to cannot be used as asked."""
+
+
+class CaptureError(FusekitError):
+    """What a model knows about rows of data cannot be captured."""
+
+
+class DistillationError(FusekitError):
+    """Targets, losses or a training run are not what they have to be."""
