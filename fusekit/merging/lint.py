@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from mergekit._data import chat_templates
@@ -12,7 +11,7 @@ from mergekit.merge_methods import registered_methods
 from pydantic import BaseModel, ValidationError
 
 from fusekit.merging.parameters import check_parameters, mappings
-from fusekit.merging.problems import Problems, nearest
+from fusekit.problems import Problems, by_place, nearest
 from fusekit.safe_yaml import Document, KeyPath
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -131,29 +130,10 @@ def _validate(data: dict[str, Any], problems: Problems) -> MergeConfiguration | 
     try:
         return MergeConfiguration.model_validate(data)
     except ValidationError as error:
-        for path, messages in _by_place(error, data).items():
+        for path, messages in by_place(error, data).items():
             label = ".".join(str(part) for part in path) or "recipe"
             if not problems.near(path):
                 problems.add(path, f"{label}: {'; or '.join(messages)}")
     except Exception as error:
         problems.add((), f"mergekit refuses the recipe: {error}")
     return None
-
-
-def _by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
-    """Messages of a pydantic error by the path in the recipe: the names of union members are not part of it."""
-    places: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False, include_context=False):
-        value: Any = data
-        path: KeyPath = ()
-        missing = detail["type"] == "missing"
-        parts: Sequence[int | str] = detail["loc"][:-1] if missing else detail["loc"]
-        for part in parts:
-            if isinstance(value, Mapping) and part in value:
-                value, path = value[part], (*path, str(part))
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-                value, path = value[part], (*path, part)
-        message = f"`{detail['loc'][-1]}` is missing" if missing else " ".join(str(detail["msg"]).split())
-        if message not in places.setdefault(path, []):
-            places[path].append(message)
-    return places

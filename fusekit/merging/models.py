@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 from fusekit.errors import MergeError, RecipeError
 from fusekit.merging import hub
 from fusekit.merging.headers import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
-from fusekit.merging.problems import Problems, nearest
 from fusekit.merging.references import PinnedModel, pinned_model, references
+from fusekit.problems import Problems, nearest
 from fusekit.safe_yaml import KeyPath
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
-from fusekit.merging.problems import Problems, nearest, reasons
+from fusekit.problems import Problems, nearest, reasons
 from fusekit.safe_yaml import KeyPath
 
 

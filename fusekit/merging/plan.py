@@ -26,8 +26,8 @@ from fusekit.merging.compatibility import (
 )
 from fusekit.merging.headers import TensorHeader
 from fusekit.merging.models import Model
-from fusekit.merging.problems import Problems, nearest
 from fusekit.merging.references import OrderedConfiguration
+from fusekit.problems import Problems, nearest
 
 MAX_REPORTED = 8
 ANY = -1

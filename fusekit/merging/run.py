@@ -24,10 +24,10 @@ from fusekit.merging.loading import registered
 from fusekit.merging.models import Access, Model, resolve
 from fusekit.merging.outputs import check_apart, final_path
 from fusekit.merging.plan import Plan, make_plan
-from fusekit.merging.problems import Problems
 from fusekit.merging.progress import Progress
 from fusekit.merging.references import OrderedConfiguration, pin
 from fusekit.merging.verify import TOKENIZER_FILES, verify
+from fusekit.problems import Problems
 from fusekit.safe_yaml import Document
 from fusekit.storage import disk_fault, output_lock, recover, staging
 from fusekit.storage.faults import human

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -56,3 +57,22 @@ class Problems:
 def reasons(error: ValidationError) -> list[str]:
     """What a pydantic error says, one line each, without its links and input dumps."""
     return [" ".join(str(detail["msg"]).split()) for detail in error.errors(include_url=False, include_context=False)]
+
+
+def by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
+    """Messages of a pydantic error by the path in the recipe: the names of union members are not part of it."""
+    places: dict[KeyPath, list[str]] = {}
+    for detail in error.errors(include_url=False, include_context=False):
+        value: Any = data
+        path: KeyPath = ()
+        missing = detail["type"] == "missing"
+        parts: Sequence[int | str] = detail["loc"][:-1] if missing else detail["loc"]
+        for part in parts:
+            if isinstance(value, Mapping) and part in value:
+                value, path = value[part], (*path, str(part))
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value, path = value[part], (*path, part)
+        message = f"`{detail['loc'][-1]}` is missing" if missing else " ".join(str(detail["msg"]).split())
+        if message not in places.setdefault(path, []):
+            places[path].append(message)
+    return places
