@@ -17,6 +17,8 @@ COMMANDS = {
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
+    "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
+    "validate": ("fusekit.cli.recipe", "validate", "Check a fusion recipe: every mistake at once."),
 }
 
 

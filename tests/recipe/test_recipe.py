@@ -1,0 +1,193 @@
+"""Reading fusion recipes: presets, includes, overrides, and every mistake with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusekit.cli import cli
+from fusekit.errors import FusekitError, RecipeError
+from fusekit.recipe import PRESETS, load_recipe
+
+SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "recipe.yml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def test_defaults_are_the_preset_fusekit(write):
+    recipe = load_recipe(write(SMALL))
+    assert recipe.preset == "fusekit"
+    assert [source.label for source in recipe.sources] == ["first", "second"]
+    assert (recipe.alignment.tokens, recipe.alignment.vocabulary) == ("span", "prefix")
+    assert recipe.distill.truncation == "tail"
+    assert recipe.merge == PRESETS["fusekit"]["merge"]
+
+
+def test_a_preset_lies_below_the_recipe(write):
+    recipe = load_recipe(write(SMALL + "preset: fusechat\ndistill: {epochs: 1, trainer: {weight_decay: 0.1}}\n"))
+    assert (recipe.distill.epochs, recipe.distill.loss, recipe.distill.lm_weight) == (1, "ce", 0.9)
+    assert recipe.distill.trainer["weight_decay"] == 0.1
+    assert recipe.distill.trainer["lr_scheduler_type"] == "cosine"
+    assert [source.chat_template for source in recipe.sources] == ["pivot", "pivot"]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_resolved_recipe_loads_to_itself(write, preset):
+    recipe = load_recipe(write(SMALL + f"preset: {preset}\n"))
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    assert load_recipe(write(text, "resolved.yml")) == recipe
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_name_real_training_arguments(preset):
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    named = set(PRESETS[preset].get("distill", {}).get("trainer", {}))
+    assert named
+    assert named <= known
+
+
+def test_another_merge_method_does_not_inherit_parameters(write):
+    recipe = load_recipe(write(SMALL + "merge: {merge_method: ties, parameters: {density: 0.5}}\n"))
+    assert recipe.merge == {"merge_method": "ties", "parameters": {"density": 0.5}}
+    recipe = load_recipe(write(SMALL + "merge: {parameters: {select_topk: 0.5}}\n"))
+    assert recipe.merge["merge_method"] == "fusechat_sce"
+    assert recipe.merge["parameters"] == {"select_topk": 0.5}
+
+
+def test_every_mistake_at_once_with_line_and_nearest_name(write):
+    path = write(
+        "preset: fusechat\n"
+        "pivot: {model: a, lod: {}}\n"
+        "sources:\n"
+        "  - {model: b, chat_templat: own}\n"
+        "  - {name: c}\n"
+        "data: {path: x, max_length: 1}\n"
+        "distil: {}\n"
+        "represent: {top_k: -3}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["data.overlong=cat"])
+    assert str(caught.value).splitlines() == [
+        f"{path}: 7 problems",
+        "  --set data.overlong=cat: data.overlong: Input should be 'cut' or 'drop', not 'cat'",
+        f"  {path}, line 2: unknown key 'lod'; did you mean 'load'?",
+        f"  {path}, line 4: unknown key 'chat_templat'; did you mean 'chat_template'?",
+        f"  {path}, line 5: `model` is missing in sources.1",
+        f"  {path}, line 6: data.max_length: Input should be greater than or equal to 2, not 1",
+        f"  {path}, line 7: unknown key 'distil'; did you mean 'distill'?",
+        f"  {path}, line 8: represent.top_k: Input should be greater than 0, not -3",
+    ]
+
+
+def test_unknown_preset(write):
+    with pytest.raises(RecipeError, match=r"line 4: unknown preset 'fusechatt'; did you mean 'fusechat'"):
+        load_recipe(write(SMALL + "preset: fusechatt\n"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{model: a/x}, {model: b/x}]", "two sources are called 'x'"),
+        ("[{model: a/pivot}]", "no source may be called 'pivot'"),
+        ("[]", "at least 1 item"),
+        ("[{model: a, name: ../up}]", "sources.0.name: String should match pattern"),
+    ],
+)
+def test_sources_have_names_of_their_own(write, sources, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(f"pivot: {{model: p}}\nsources: {sources}\ndata: {{path: x}}\n"))
+
+
+def test_overrides_reach_into_lists_and_are_yaml(write):
+    recipe = load_recipe(write(SMALL), ["sources.1.name=other", "represent.top_k=3", "distill.lora={r: 8}"])
+    assert recipe.sources[1].label == "other"
+    assert recipe.represent.top_k == 3
+    assert recipe.distill.lora == {"r": 8}
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "sources.7.name=x", "sources.x.name=y", "data.path.deep=1"])
+def test_overrides_that_name_nothing(write, override):
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe(write(SMALL), [override])
+
+
+def test_includes_lie_below_and_keep_their_lines(write):
+    write("represent: {top_k: 4}\ndata:\n  path: rows.jsonl\n  max_length: 0\n", "parts/base.yml")
+    path = write("include: parts/base.yml\npivot: {model: p}\nsources: [{model: a}]\ndata: {max_length: 64}\n")
+    recipe = load_recipe(path)
+    assert (recipe.represent.top_k, recipe.data.path, recipe.data.max_length) == (4, "rows.jsonl", 64)
+    path.write_text("include: parts/base.yml\npivot: {model: p}\nsources: [{model: a}]\n")
+    with pytest.raises(RecipeError, match=r"base\.yml, line 4: data\.max_length"):
+        load_recipe(path)
+
+
+def test_includes_stay_in_the_folder_and_do_not_turn_in_circles(write, tmp_path):
+    (tmp_path / "outside.yml").write_text("seed: 1\n")
+    path = write("include: [../outside.yml]\n", "inner/recipe.yml")
+    with pytest.raises(RecipeError, match=r"line 1: \.\./outside\.yml is outside the recipe's folder"):
+        load_recipe(path)
+    (tmp_path / "inner" / "link.yml").symlink_to(tmp_path / "outside.yml")
+    path.write_text("include: link.yml\n")
+    with pytest.raises(RecipeError, match="outside the recipe's folder"):
+        load_recipe(path)
+    write("include: b.yml\n", "a.yml")
+    with pytest.raises(RecipeError, match="includes itself"):
+        load_recipe(write("include: a.yml\n", "b.yml"))
+    for depth in range(20):
+        write(f"include: c{depth + 1}.yml\n", f"c{depth}.yml")
+    with pytest.raises(RecipeError, match="nested more than 16 deep"):
+        load_recipe(tmp_path / "c0.yml")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@given(st.data())
+def test_fuzzed_recipes_raise_only_our_errors(tmp_path, data):
+    value = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=8), child, max_size=3),
+        max_leaves=8,
+    )
+    recipe = yaml.safe_load(SMALL + "preset: fusechat\nrepresent: {top_k: 3}\ninclude: []\n")
+    key = data.draw(st.sampled_from(sorted(recipe)))
+    if isinstance(recipe[key], dict) and data.draw(st.booleans()):
+        recipe[key][data.draw(st.sampled_from([*recipe[key], "other"]))] = data.draw(value)
+    else:
+        recipe[key] = data.draw(value)
+    path = tmp_path / "fuzzed.yml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    try:
+        said = f"{path}: {len(load_recipe(path).sources)} sources"
+    except FusekitError as error:
+        said = str(error)
+    assert str(path) in said
+
+
+def test_commands(write):
+    path = write(SMALL)
+    run = CliRunner()
+    result = run.invoke(cli, ["validate", str(path)])
+    assert result.output == f"{path}: valid; pivot org/pivot, 2 source(s): first, second\n"
+    result = run.invoke(cli, ["validate", str(path), "--resolved", "--set", "seed=7"])
+    assert yaml.safe_load(result.output)["seed"] == 7
+    schema = json.loads(run.invoke(cli, ["schema"]).output)
+    assert {"pivot", "sources", "include", "preset"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
