@@ -1,20 +1,7 @@
 """Named sets of values. A recipe's own values come on top of its preset's; ``source`` goes into every source.
 
-``fusekit`` is the sections' own defaults. The papers' values are those of their training scripts and texts:
-
-| value | fusellm (arXiv 2401.10491) | fusechat (arXiv 2408.07990) | fusekit |
-|---|---|---|---|
-| tokens, vocabulary | dtw, mined | dtw, ms | span, prefix |
-| where no row is | one-hot on the label | one-hot on the label | no distillation term |
-| entries kept | 10 | 10 | 10 |
-| templates of sources | plain text | the pivot's | their own |
-| targets | one (joint) | one per source (pairwise) | one per source |
-| function, metric | min_ce over token_ce | min_ce over token_ce | min_ce over bits_per_byte |
-| λ, loss, truncation | 0.9, ce, renormalize | 0.9, ce, renormalize | 0.9, kl, tail |
-| epochs, learning rate | 1, 1e-5 | 3, 5e-6 | 3, 5e-6 |
-| batch, schedule, warmup | 128, cosine, 0.008 | 128, cosine, 0.03 | 128, cosine, 0.03 |
-| AdamW betas, weight decay | 0.9/0.95, 0.1 | 0.9/0.999, 0 | 0.9/0.999, 0 |
-| merge | - | SCE, select_topk 0.1 | SCE, select_topk 0.1 |
+``fusekit`` is the sections' own defaults; the papers' values are those of their texts and training scripts. The table
+of all three is in docs/recipe.md.
 """
 
 from __future__ import annotations
