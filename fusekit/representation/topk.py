@@ -1,4 +1,4 @@
-"""Logits to top-k rows: exact, in float32, with the mass that the row leaves out and the label's own log-probability."""
+"""Logits to top-k rows: exact, in float32, with the mass that a row leaves out and the label's log-probability."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def top_entries(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if whole < 2 * k:
         everything = torch.arange(vocabulary, device=x.device).expand(n, vocabulary)
         return _first(x, everything, k)
-    maxima = x[:, : whole * GROUP].unflatten(1, (whole, GROUP)).amax(2)
+    maxima = x[:, : whole * GROUP].view(n, whole, GROUP).amax(2)
     if whole * GROUP < vocabulary:
         maxima = torch.cat([maxima, x[:, whole * GROUP :].amax(1, keepdim=True)], 1)
     groups = torch.arange(maxima.shape[1], device=x.device).expand(n, maxima.shape[1])
