@@ -22,7 +22,7 @@ _CONSTANT = 255
 
 
 def pack(values: IntArray, widths: int | IntArray) -> bytes:
-    """The low ``widths`` bits of each value, one after the other. values: int64 [n], not negative; widths: [n] or one."""
+    """The low ``widths`` bits of each value on end. values: int64 [n], none negative; widths: int64 [n] or one."""
     if not len(values):
         return b""
     widest = int(np.max(widths))
@@ -164,9 +164,7 @@ class Reader:
         ones = np.flatnonzero(np.unpackbits(octets, bitorder="little"))
         if len(ones) != count:
             raise StorageError(f"{len(ones)} numbers stand where {count} should")
-        rest = np.diff(ones, prepend=-1)
-        rest -= 1
-        return rest
+        return np.asarray(np.diff(ones, prepend=-1) - 1)
 
     def fixed(self, count: int, widths: int | IntArray) -> IntArray:
         """``count`` numbers of given widths."""

@@ -40,10 +40,10 @@ class Codec:
 
     What comes back: keys, ids, coordinates and cross-entropies exactly; log-probabilities ``l`` and log of the tail
     within :meth:`error_bound` of what was given, which is at most ``max_error`` nats. Half of that is rounding (finer
-    for probable entries), the other half at most is normalisation: decoded entries and tail sum to 1, and what rounding
-    made of the sum, which is divided out, lies between the errors of the entries. A tail of 0 stays 0. The KL divergence
-    of a decoded row from the one given is at most ``max_error ** 2 / 8`` nats (Hoeffding's lemma, for errors of
-    ``max_error / 2``). Entries come back by falling decoded probability, equal ones by rising id.
+    for probable entries). The other half at most is normalisation: decoded entries and tail sum to 1, and what rounding
+    made of the sum, which is divided out, lies between the errors of the entries. A tail of 0 stays 0. The KL
+    divergence of a decoded row from the one given is at most ``max_error ** 2 / 8`` nats (Hoeffding's lemma, for
+    errors within ``max_error / 2``). Entries come back by falling decoded probability, equal ones by rising id.
 
     ``max_error=0``: log-probabilities and tails as float32, neither rounded further nor normalised.
 
@@ -140,13 +140,13 @@ class Codec:
         ids = np.take_along_axis(ids, order, 1)[:, : int(counts.max(initial=0))]
         logprobs = np.take_along_axis(logprobs, order, 1)[:, : ids.shape[1]]
         used = np.arange(ids.shape[1]) < counts[:, None]
-        self._check(row, ids, np.where(used, logprobs, -np.inf), used, tail, counts)
         depths = self._grid.depths(np.where(used, logprobs, 0.0))
-        return _Entries(ids, depths, used, counts, tail)
+        entries = _Entries(ids, depths, used, counts, tail)
+        self._check(row, entries, np.where(used, logprobs, -np.inf))
+        return entries
 
-    def _check(
-        self, row: CapturedRow, ids: IntArray, logprobs: FloatArray, used: BoolArray, tail: FloatArray, counts: IntArray
-    ) -> None:
+    def _check(self, row: CapturedRow, entries: _Entries, logprobs: FloatArray) -> None:
+        ids, _, used, counts, tail = entries
         highest = max(int(row.tokens.ids.max(initial=0)), int(np.max(ids, where=used, initial=0)))
         if highest >= self.vocabulary or row.tokens.ids.min(initial=0) < 0:
             wrong = highest if highest >= self.vocabulary else int(row.tokens.ids.min())
@@ -282,7 +282,7 @@ class Codec:
         actual = self._grid.depths(np.asarray(row.actual, np.float64))
         keys = np.where(used, (depths << 32) | ids, np.iinfo(np.int64).max)
         own = (actual << 32) | labels
-        in_list = (keys == own[:, None]).any(axis=1)
+        in_list = np.asarray((keys == own[:, None]).any(axis=1))
         writer.rice(np.where(in_list, (keys < own[:, None]).sum(axis=1), counts))
         others = ~in_list
         if self._exact:
