@@ -114,7 +114,18 @@ def under_strace(folder: Path, inject: str, *arguments: Any) -> tuple[int, str, 
     child = Child(log, arguments, stop_self)
     wait_until(lambda: is_stopped(child.process.pid))
     calls = inject.split(":", maxsplit=1)[0]
-    command = ["strace", "-f", "-o", trace, "-e", f"trace={calls}", "-e", f"inject={inject}", "-p", str(child.process.pid)]
+    command = [
+        "strace",
+        "-f",
+        "-o",
+        trace,
+        "-e",
+        f"trace={calls}",
+        "-e",
+        f"inject={inject}",
+        "-p",
+        str(child.process.pid),
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         assert tracer.stderr is not None
         assert "attached" in tracer.stderr.readline()

@@ -97,7 +97,9 @@ def test_a_living_neighbours_temporary_file_is_not_swept(tmp_path):
 
 
 @pytest.mark.skipif(not strace_works(), reason="strace is not here or may not trace")
-@pytest.mark.parametrize("inject", [f"rename:signal=KILL:when={when}" for when in (1, 2, 3, 9, 10)] + ["fsync:signal=KILL:when=5"])
+@pytest.mark.parametrize(
+    "inject", [f"rename:signal=KILL:when={when}" for when in (1, 2, 3, 9, 10)] + ["fsync:signal=KILL:when=5"]
+)
 def test_sigkill_inside_the_system_call(tmp_path, whole, inject):
     path = tmp_path / "out"
     code, _, trace = under_strace(tmp_path, inject, path)
