@@ -72,8 +72,11 @@ def captured(
 
 @st.composite
 def awkward_rows(draw: st.DrawFn) -> tuple[CapturedRow, int, int]:
-    """A row, its vocabulary and its top k: small and large vocabularies, k from 1 to all of it, empty rows, ragged rows,
-    flat and very peaked ones, with and without a tail, ordered and wild coordinates."""
+    """A row, its vocabulary and its top k.
+
+    Small and large vocabularies, k from 1 to all of it, empty rows, ragged rows, flat and very peaked ones, with and
+    without a tail, ordered and wild coordinates.
+    """
     vocabulary = draw(st.sampled_from([1, 2, 3, 17, 256, 257, 5000, 151_936]))
     k = draw(st.sampled_from(sorted({1, 2, 10, vocabulary} & set(range(1, min(vocabulary, 300) + 1)))))
     row = captured(

@@ -141,10 +141,8 @@ def test_damage_is_noticed(awkward, max_error, data):
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_garbage_is_no_row(data):
-    try:
+    with pytest.raises(FusekitError):
         Codec(1000, 10).decode(b"\x01" + data + checksum(b"\x01" + data))
-    except FusekitError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize(

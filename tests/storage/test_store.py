@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_an_unfinished_store_says_so_and_shows_what_is_there(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("two years")
     for act in (lambda: StoreWriter(tmp_path, SPEC, KEYS), lambda: remove_store(tmp_path)):
-        with pytest.raises(StorageError, match="is no store, but holds thesis.txt"):
+        with pytest.raises(StorageError, match=r"is no store, but holds thesis\.txt"):
             act()
     with pytest.raises(StorageError, match=r"is no store of captured rows: it has no manifest.json"):
         Store.open(tmp_path)
@@ -257,15 +258,11 @@ def test_any_changed_byte_of_a_shard_is_detected(damaged, path, data):
     changed = bytearray(whole)
     changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     (damaged / name).write_bytes(changed)
-    try:
-        store = Store.open(damaged)
-        assert any(problem.file == name for problem in store.verify())
-        with pytest.raises(StorageError, match=name):
-            list(store)
-    except StorageError as error:
-        assert name in str(error)
-    finally:
-        (damaged / name).write_bytes(whole)
+    with pytest.raises(StorageError, match=name):
+        Store.open(damaged, verify=True)
+    with pytest.raises(StorageError, match=name):
+        list(Store.open(damaged))
+    (damaged / name).write_bytes(whole)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,15 +273,12 @@ def test_fuzzed_manifests_and_shards_raise_fusekit_errors_only(damaged, path, da
     start = data.draw(st.integers(0, min(len(whole), 900)))
     stop = data.draw(st.integers(start, min(start + 40, len(whole))))
     (damaged / name).write_bytes(whole[:start] + data.draw(st.binary(max_size=40)) + whole[stop:])
-    try:
+    with suppress(FusekitError):
         store = Store.open(damaged)
         store.verify()
         for row in store:
             assert row.tokens.key in store
-    except FusekitError as error:
-        assert str(error)
-    finally:
-        (damaged / name).write_bytes(whole)
+    (damaged / name).write_bytes(whole)
 
 
 def edited(folder, change):
