@@ -76,9 +76,14 @@ def marked_ends(
             highs[first - 1] = consumed + skipped
         consumed += skipped
         stretch, begin, end = text[before:after], before, after
-        inside = _stretch(ids[first:position], stretch, surfaces, lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
-            _within(offsets_once()[f:p], b, e)
-        ))
+        inside = _stretch(
+            ids[first:position],
+            stretch,
+            surfaces,
+            lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
+                _within(offsets_once()[f:p], b, e)
+            ),
+        )
         size = len(stretch.encode())
         lows[first:position], highs[first:position] = inside.lows + consumed, inside.ends + consumed
         if size and not len(inside) and first:  # all of it is in no token
@@ -104,9 +109,7 @@ def _within(spans: IntArray, begin: int, end: int) -> IntArray:
     return np.clip(spans, begin, end) - begin
 
 
-def _stretch(
-    ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]
-) -> TokenizedText:
+def _stretch(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
     if not ids or not text:  # a dummy space before nothing has no width
         nothing = np.zeros(len(ids), np.int64)
         return TokenizedText(np.array(ids, np.int64), nothing, nothing)

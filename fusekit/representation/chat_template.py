@@ -70,7 +70,9 @@ class ChatTemplate:
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits over the source and the control strings."""
-        whole = "\0".join(["fusekit template 1", self.source, *(repr(s) for s in (self.bos, self.eos, self.end_of_turn))])
+        whole = "\0".join(
+            ["fusekit template 1", self.source, *(repr(s) for s in (self.bos, self.eos, self.end_of_turn))]
+        )
         return xxhash.xxh3_128_hexdigest(whole.encode())
 
     @classmethod

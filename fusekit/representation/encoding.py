@@ -124,7 +124,9 @@ class Encoder:
         """The copy of the tokenizer whose names for control tokens are nowhere in ``text``."""
         nonce = next((nonce for nonce in _NONCES if nonce not in text), None)
         if nonce is None:
-            raise DataError(f"the row holds every one of the {len(_NONCES)} private characters that fusekit needs one of")
+            raise DataError(
+                f"the row holds every one of the {len(_NONCES)} private characters that fusekit needs one of"
+            )
         if nonce not in self._copies:
             self._copies[nonce] = self._make_copy(nonce)
         return self._copies[nonce]

@@ -103,7 +103,9 @@ class Renderer:
             text, spans = self._jinja(messages, key, generation=True)
         regions = self._regions(messages, text, key)
         generated = tuple(spans) if self.marks_generation else None
-        return Rendered(text, regions, generated, {} if generated is not None else self._answers(messages, text, regions))
+        return Rendered(
+            text, regions, generated, {} if generated is not None else self._answers(messages, text, regions)
+        )
 
     def render_roles(self, roles: Sequence[str]) -> Rendered:
         """A conversation of stand-ins, to learn how the template ends a turn. Raises DataError."""

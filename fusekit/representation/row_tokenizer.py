@@ -180,7 +180,9 @@ class RowTokenizer:
         """The encoder that also knows the added tokens that the template writes, marked special or not."""
         view = self.encoder.surfaces.view
         by_length = sorted(view.added_tokens.items(), key=lambda entry: -len(entry[1].content))
-        rendered = "".join(self._around_stand_ins(roles) for roles in (*_ROLE_SEQUENCES, ("system", "user", "assistant")))
+        rendered = "".join(
+            self._around_stand_ins(roles) for roles in (*_ROLE_SEQUENCES, ("system", "user", "assistant"))
+        )
         used = [id_ for id_, token in by_length if token.content.strip() and token.content in rendered]
         return Encoder(self.tokenizer, used) if set(used) - self.encoder.strings.keys() else self.encoder
 
@@ -287,7 +289,9 @@ class RowTokenizer:
                 number = before if b <= border else numbers[n]
                 learnt = any(x <= a < y for x, y in labels)
                 ends = closing >= 0 and entry is control[closing]
-                piece.append(Stretch(entry[3] if entry else text[a:b], entry[2] if entry else -1, False, number, ends, learnt))
+                piece.append(
+                    Stretch(entry[3] if entry else text[a:b], entry[2] if entry else -1, False, number, ends, learnt)
+                )
             pieces.append(piece)
         return pieces
 
