@@ -14,6 +14,7 @@ from fusekit.errors import FusekitError
 COMMANDS = {
     "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
+    "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),

@@ -109,6 +109,21 @@ class ChatTemplate:
             raise DataError(f"the chat template {path} cannot be read: {error}") from error
 
     @classmethod
+    def chosen(cls, name: str) -> ChatTemplate | None:
+        """What a user names: ``own`` (None, for :meth:`of` the tokenizer), one that ships, or a jinja file.
+
+        Raises DataError for a name that is neither.
+        """
+        if name == "own":
+            return None
+        if name not in SHIPPED and not Path(name).is_file():
+            raise DataError(
+                f"no chat template is called {name!r}: there are own, {', '.join(template_names())}; "
+                "or give a jinja file"
+            )
+        return cls.named(name) if name in SHIPPED else cls.from_file(name)
+
+    @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
         """A tokenizer's own template, or where it has none the one shipped template whose markers it alone has.
 

@@ -1,0 +1,37 @@
+"""Scores of several models as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusekit.evaluation.metrics import Score
+
+_TITLES = {"bits_per_byte": "bits per byte (lower is better)", "exact_match": "exact match in per cent"}
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:
+    """Markdown, one table per metric: a row per model, a column per source of data, and their plain mean.
+
+    results: model -> metric -> source of data -> score.
+    """
+    metrics = list(dict.fromkeys(metric for found in results.values() for metric in found))
+    return "\n\n".join(
+        _one(metric, {model: found.get(metric, {}) for model, found in results.items()}) for metric in metrics
+    )
+
+
+def _one(metric: str, scores: Mapping[str, Mapping[str, Score]]) -> str:
+    columns = sorted({name for found in scores.values() for name in found})
+    mean = ["mean"] if len(columns) > 1 else []
+    lines = [f"| {_TITLES.get(metric, metric)} | {' | '.join([*columns, *mean])} |"]
+    lines.append(f"|---|{'---:|' * (len(columns) + len(mean))}")
+    for model, found in scores.items():
+        values = [found[name].value for name in columns if name in found]
+        cells = [_shown(metric, found[name].value) if name in found else "-" for name in columns]
+        cells += [_shown(metric, sum(values) / len(values)) if len(values) == len(columns) else "-"] if mean else []
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric == "exact_match" else f"{value:.3f}"

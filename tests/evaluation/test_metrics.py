@@ -1,0 +1,105 @@
+"""Scores of models against the plain way to compute them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusekit.errors import DataError
+from fusekit.evaluation import bits_per_byte, exact_match
+from fusekit.representation import Message, Row, RowTokenizer
+
+DEMO = Path(__file__).parents[2] / "demo" / "models"
+
+
+@pytest.fixture(scope="module")
+def pivot():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = DEMO / "numbers"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, RowTokenizer(AutoTokenizer.from_pretrained(folder))
+
+
+def row(question: str, answer: str, dataset: str = "add") -> Row:
+    return Row((Message("user", question), Message("assistant", answer)), dataset)
+
+
+def test_bits_per_byte_equals_a_plain_forward(pivot):
+    model, tokenizer = pivot
+    rows = [row("57+68=", "125"), row("Capital of Peru?", "Lima", "facts"), row("11+12=", "23")]
+    scores = bits_per_byte(model, tokenizer, rows)
+    expected = {"add": [0.0, 0, 0], "facts": [0.0, 0, 0]}
+    for one in rows:
+        tokens = tokenizer.tokenize(one)
+        logprobs = model(torch.tensor(tokens.ids)[None]).logits[0].detach().double().log_softmax(-1)
+        for at in tokens.label_positions.tolist():
+            expected[one.dataset][0] -= float(logprobs[at - 1, tokens.ids[at]])
+        expected[one.dataset][1] += len(one.messages[1].content.encode())
+        expected[one.dataset][2] += 1
+    for name, (nats, size, count) in expected.items():
+        assert scores[name].rows == count
+        assert scores[name].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_exact_match_equals_row_by_row_generation(pivot):
+    model, tokenizer = pivot
+    questions = ["57+68=", "11+12=", "90+9=", "25+25=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?"]
+    plain = []
+    for question in questions:
+        ids = tokenizer.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**ids, do_sample=False, max_new_tokens=40)[0, ids["input_ids"].shape[1] :]
+        plain.append(tokenizer.tokenizer.decode(out, skip_special_tokens=True).strip())
+    # Every reply is right when it is taken for the answer, in one batch and in many.
+    rows = [row(question, reply) for question, reply in zip(questions, plain, strict=True)]
+    for batch_tokens in (16384, 40):
+        assert exact_match(model, tokenizer, rows, batch_tokens=batch_tokens)["add"] == (1.0, len(rows))
+    wrong = [row(question, reply + "0") for question, reply in zip(questions, plain, strict=True)]
+    assert exact_match(model, tokenizer, wrong)["add"].value == 0.0
+    # A prefix of the reply is not the reply.
+    shorter = [row(question, reply[:-1]) for question, reply in zip(questions, plain, strict=True) if len(reply) > 1]
+    assert exact_match(model, tokenizer, shorter)["add"].value == 0.0
+
+
+def test_scores_are_by_source_of_data(pivot):
+    model, tokenizer = pivot
+    rows = [row("57+68=", "125"), row("11+12=", "24", "wrong"), row("25+25=", "50")]
+    assert exact_match(model, tokenizer, rows) == {"add": (1.0, 2), "wrong": (0.0, 1)}
+
+
+def test_rows_without_an_answer_are_refused(pivot):
+    model, tokenizer = pivot
+    with pytest.raises(DataError, match="ends with a message of 'user'"):
+        exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
+
+
+def test_command(tmp_path):
+    import json
+
+    from click.testing import CliRunner
+
+    from fusekit.cli import cli
+
+    data = tmp_path / "held_out.jsonl"
+    records = [
+        {"dataset": name, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for name, q, a in [("add", "57+68=", "125"), ("add", "25+25=", "50"), ("wrong", "11+12=", "24")]
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = tmp_path / "scores.json"
+    result = CliRunner().invoke(
+        cli, ["evaluate", str(DEMO / "numbers"), str(DEMO / "pivot"), "--data", str(data), "--json", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    scores = json.loads(out.read_text())["models"]
+    assert scores[str(DEMO / "numbers")]["exact_match"] == {"add": 1.0, "wrong": 0.0}
+    assert scores[str(DEMO / "numbers")]["bits_per_byte"]["add"] < scores[str(DEMO / "pivot")]["bits_per_byte"]["add"]
+    assert "| exact match in per cent | add | wrong | mean |" in result.output
+    assert f"| {DEMO / 'numbers'} | 100.0 | 0.0 | 50.0 |" in result.output
+    result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
+    assert result.exit_code != 0
