@@ -1,0 +1,157 @@
+"""What a stage makes: a folder, published in one step, with a manifest of its files and of what it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fusekit.errors import StorageError
+from fusekit.storage.faults import disk_fault
+from fusekit.storage.publish import recover, staging
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_AT_A_TIME = 16 << 20
+
+Inputs = dict[str, Any]
+"""What an artifact was made from: plain JSON values by name."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Model):
+    """A file of an artifact. size: bytes. xxh3: xxh3-128 of its content."""
+
+    size: int = Field(ge=0)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class Artifact(_Model):
+    """``manifest.json`` of an artifact.
+
+    Attributes:
+        stage: what made it.
+        inputs: what it was made from.
+        files: by path within the folder, in order.
+        made: what may differ between equal artifacts (time, versions).
+    """
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    stage: str
+    inputs: Inputs
+    files: dict[str, File]
+    made: Inputs = Field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the content: equal for artifacts whose files are equal."""
+        lines = "\n".join(f"{name} {file.xxh3}" for name, file in self.files.items())
+        return xxhash.xxh3_128_hexdigest(lines.encode())
+
+
+def publish(
+    final: Path, stage: str, inputs: Inputs, write: Callable[[Path], object], made: Inputs | None = None
+) -> Artifact:
+    """Make an artifact: ``write`` fills a folder beside ``final``, which is moved there in one step.
+
+    The caller holds the lock of the run. What a process that died left behind is removed first.
+
+    Raises:
+        StorageError: the disk failed. Whatever ``write`` raises. ``final`` is then as it was.
+    """
+    recover(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with staging(final) as folder:
+        try:
+            write(folder.path)
+            artifact = seal(folder.path, stage, inputs, made)
+        except OSError as error:
+            raise disk_fault(error, final) or error from error
+        folder.publish()
+    return artifact
+
+
+def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
+    """Write the manifest of a folder that is complete but for it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    artifact = Artifact(stage=stage, inputs=plain(inputs), files=_files(folder), made=made or {})
+    text = json.dumps(artifact.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return artifact
+
+
+def read(folder: Path) -> Artifact | None:
+    """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
+    try:
+        return Artifact.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged: {str(error).splitlines()[0]}; remove {folder}") from error
+    except OSError as error:
+        raise disk_fault(error, folder) or StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
+
+
+def problems(folder: Path) -> list[str]:
+    """What is not as the manifest says, one line per file: missing, changed, or not its own."""
+    artifact = read(folder)
+    if artifact is None:
+        return [f"{folder / MANIFEST}: missing"]
+    found = []
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    for name, file in artifact.files.items():
+        path = folder / name
+        if name not in there:
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != file.size:
+            found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
+        elif file_hash(path) != file.xxh3:
+            found.append(f"{path}: its content is not what was written")
+    return found + [f"{folder / name}: is not of this artifact" for name in sorted(there - artifact.files.keys())]
+
+
+def differences(before: Inputs, now: Inputs) -> list[str]:
+    """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
+    ours, theirs = dict(_flat("", plain(before))), dict(_flat("", plain(now)))
+    return [
+        f"{name}: {_shown(ours, name)}, now {_shown(theirs, name)}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if (name in ours) != (name in theirs) or ours[name] != theirs[name]
+    ]
+
+
+def plain(inputs: Inputs) -> Inputs:
+    """As they come back from JSON."""
+    found: Inputs = json.loads(json.dumps(inputs, default=str))
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_AT_A_TIME):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> dict[str, File]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): File(size=p.stat().st_size, xxh3=file_hash(p)) for p in paths}
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping) or not value:
+        return [(prefix, value)]
+    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]
+
+
+def _shown(values: Inputs, name: str) -> str:
+    return repr(values[name]) if name in values else "not given"
