@@ -14,12 +14,17 @@ SHOWN = 5  # keys in a message
 
 
 class Captures(Protocol):
-    """What a model said about rows, by their keys: a store, or a dict. ``keys`` may be an attribute or a method."""
+    """What a model said about rows, by their keys: a :class:`fusekit.storage.Store`, or a dict.
+
+    ``keys`` may be an attribute or a method.
+    """
 
     keys: Any
 
+    def __contains__(self, key: str, /) -> bool: ...
+
     def get(self, key: str, /) -> CapturedRow | None:
-        """The row, or None."""
+        """The row of a key that it contains."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -55,7 +55,7 @@ class FusionSettings(_Section):
         from fusekit.distillation.fusion import FUSION_FUNCTIONS
 
         if name not in FUSION_FUNCTIONS:
-            raise ValueError(f"unknown fusion function {name!r}{_nearest(name, FUSION_FUNCTIONS)}")
+            raise ValueError(f"unknown fusion function {name!r}{nearest(name, FUSION_FUNCTIONS)}")
         return name
 
 
@@ -122,7 +122,7 @@ class DistillSettings(_Section):
             DistillationError: unknown preset, section or field, with the nearest name; a value that cannot be.
         """
         if preset not in PRESETS:
-            raise DistillationError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}")
+            raise DistillationError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
         sections: dict[str, Any] = {name: dict(values) for name, values in PRESETS[preset].items()}
         for section, values in (changes or {}).items():
             merged = sections.setdefault(section, {})
@@ -152,13 +152,13 @@ def _explained(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             section = _SECTIONS.get(parents[0]) if parents else DistillSettings
             known = section.model_fields if section is not None else {}
-            lines.append(f"unknown setting {where}{_nearest(key, known)}")
+            lines.append(f"unknown setting {where}{nearest(key, known)}")
         else:
             lines.append(f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    """`: did you mean ...` or the names there are."""
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all there are."""
     near = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {near[0]!r}?" if near else f": there are {', '.join(sorted(known))}"
