@@ -105,3 +105,31 @@ def unit_coefficients(units: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]
             means = [math.fsum(d * d for d in deltas[j]) / len(deltas[j]) for deltas in per_matrix if deltas[j]]
             energies.append(math.fsum(means))
     return shares(energies)
+
+
+def teacher_row(
+    model: torch.nn.Module,
+    ids: Sequence[int],
+    label: int,
+    k: int,
+    temperature: float = 1.0,
+    valid: set[int] | None = None,
+) -> tuple[list[int], list[float], float, float, float]:
+    """(ids, log-probabilities, remaining mass, log-probability of the label, the same at temperature 1) at ``label``.
+
+    One row, one plain forward in the model's own dtype, the softmax over the whole vocabulary in float64.
+    """
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([list(ids)])).logits[0, label - 1].float().double()
+    scores = [float(x) if valid is None or i in valid else -math.inf for i, x in enumerate(logits)]
+    logprobs, at_one = log_softmax([x / temperature for x in scores]), log_softmax(scores)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    kept = [i for i in order[:k] if scores[i] > -math.inf]
+    tail = math.fsum(math.exp(logprobs[i]) for i in range(len(scores)) if i not in set(kept))
+    return kept, [logprobs[i] for i in kept], tail, logprobs[ids[label]], at_one[ids[label]]
+
+
+def log_softmax(scores: Sequence[float]) -> list[float]:
+    best = max(scores)
+    total = math.log(math.fsum(math.exp(x - best) for x in scores))
+    return [x - best - total for x in scores]

@@ -1,0 +1,249 @@
+"""What a causal language model says about the labels of rows: its forward, in batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fusekit.alignment.arrays import IntArray
+from fusekit.alignment.projection import Rows
+from fusekit.errors import CaptureError
+from fusekit.representation.batches import plan_batches
+from fusekit.representation.forward import plain_logits, split_forward
+from fusekit.representation.memory import is_out_of_memory, release
+from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+from fusekit.representation.topk import Scores, Selection, score_logits
+
+DEFAULT_BATCH_TOKENS = 16384
+
+CHUNK_BYTES = 256 << 20
+"""Of float32 logits at a time: enough positions that reading the head's weights is not what takes the time."""
+
+NOT_FINITE = "NaN or infinite logits"
+
+
+class Scored(NamedTuple):
+    """What came of some rows, in their order.
+
+    Attributes:
+        rows: captured.
+        quarantined: reason by key, of rows for which the model gives no distribution.
+    """
+
+    rows: list[CapturedRow]
+    quarantined: dict[str, str]
+
+
+class Teacher:
+    """A model that scores rows.
+
+    Args:
+        model: a transformers causal language model on its device(s), in any dtype.
+        valid_ids: ids that are tokens; logits of all others, which only pad the matrix, get no mass. None: all are.
+        selection: what is kept of each distribution.
+        batch_tokens: most tokens per batch, padding included.
+        name: of the model, for messages.
+        notify: called with a line when something is done in another way than planned.
+        chunk_bytes: most bytes of float32 logits at a time.
+
+    Raises:
+        CaptureError: a model that has no logits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        valid_ids: IntArray | None = None,
+        selection: Selection | None = None,
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        name: str = "the model",
+        notify: Callable[[str], None] = lambda _line: None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.model = model.eval()
+        self.selection = selection or Selection()
+        self.batch_tokens, self.name, self.notify = batch_tokens, name, notify
+        self._chunk_bytes = chunk_bytes
+        # With layers offloaded some parameters are on no device: the first that is on one takes the input.
+        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.input_rows: int = model.get_input_embeddings().weight.shape[0]
+        sample = np.arange(self.input_rows) if valid_ids is None else valid_ids[valid_ids < self.input_rows]
+        ids = torch.from_numpy(sample[np.linspace(0, len(sample) - 1, 8).astype(np.int64)].reshape(2, 4))
+        with torch.inference_mode():
+            ids = ids.to(self.device)
+            self.vocabulary: int = plain_logits(model, ids, torch.ones_like(ids)).shape[-1]
+            self._split, why = split_forward(model, ids)
+        if self._split is None:
+            notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
+        padding = np.setdiff1d(np.arange(self.vocabulary), sample)
+        self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
+
+    def score(
+        self,
+        rows: Sequence[TokenizedRow],
+        datasets: Sequence[str] | None = None,
+        on_batch: Callable[[int, int], None] = lambda _rows, _tokens: None,
+    ) -> Scored:
+        """What the model says about the labels of rows.
+
+        Args:
+            rows: read by this model's tokenizer.
+            datasets: the source of data of each row.
+            on_batch: called after each batch with its numbers of rows and tokens (without padding).
+
+        Returns:
+            :class:`Scored`. The same rows give the same bits on one machine, unless memory ran out in one of the runs:
+            smaller batches round otherwise.
+
+        Raises:
+            CaptureError: one row does not fit into memory alone; ids that the model does not have.
+        """
+        self._check(rows)
+        # No label is predicted by what comes after the last but one token of a causal model's input.
+        lengths = [int(row.label_positions[-1]) if row.labels.any() else 0 for row in rows]
+        found: dict[int, CapturedRow] = {}
+        quarantined: dict[str, str] = {}
+        with torch.inference_mode():
+            for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+                scores = self._score_batch([rows[i] for i in batch])
+                for i, one in zip(batch, scores, strict=True):
+                    if one.finite.all():
+                        found[i] = _captured(rows[i], datasets[i] if datasets else "", one)
+                    else:
+                        bad = int(np.flatnonzero(~one.finite)[0])
+                        quarantined[rows[i].key] = f"{NOT_FINITE} at label {bad}, token {rows[i].label_positions[bad]}"
+                on_batch(len(batch), sum(lengths[i] for i in batch))
+        for i in (i for i, length in enumerate(lengths) if not length):
+            nothing = np.zeros(0)
+            empty = Rows(np.full((0, self.selection.k), -1, np.int64), np.zeros((0, self.selection.k)), nothing)
+            found[i] = CapturedRow(rows[i], datasets[i] if datasets else "", empty, nothing, 0.0)
+        order = {row.key: reason for row in rows if (reason := quarantined.get(row.key))}
+        return Scored([found[i] for i in sorted(found)], order)
+
+    def _check(self, rows: Sequence[TokenizedRow]) -> None:
+        for row in rows:
+            highest, label = int(row.ids.max(initial=0)), int(row.ids[row.labels].max(initial=0))
+            if highest >= self.input_rows or label >= self.vocabulary:
+                raise CaptureError(
+                    f"row {row.key} has the token id {highest}, but {self.name} has {self.input_rows} embeddings and "
+                    f"{self.vocabulary} logits: is the tokenizer that of another model?"
+                )
+
+    def _fitting(self, batches: list[list[int]], lengths: list[int]) -> Any:
+        """The batches, halved until they are within what has fitted so far."""
+        waiting = batches[::-1]
+        while waiting:
+            batch = waiting.pop()
+            if len(batch) > 1 and lengths[batch[0]] * len(batch) > self.batch_tokens:
+                waiting += [batch[(len(batch) + 1) // 2 :], batch[: (len(batch) + 1) // 2]]
+            else:
+                yield batch
+
+    def _score_batch(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+        """Scores of a batch; in halves when memory runs out, and from then on no larger batch is tried."""
+        failure = ""
+        try:
+            return self._forward(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+        release(self.device)
+        longest = max(int(row.label_positions[-1]) for row in rows)
+        least = 4 * self.vocabulary * (1 if self._split else longest)
+        if len(rows) == 1 and self._chunk_bytes <= least:
+            raise CaptureError(self._too_large(rows[0], failure))
+        self._chunk_bytes = max(self._chunk_bytes // 2, least)
+        if len(rows) == 1:
+            return self._score_batch(rows)
+        half = (len(rows) + 1) // 2
+        self.batch_tokens = min(self.batch_tokens, half * longest)
+        self.notify(f"{self.name}: memory ran out at {len(rows)} rows of {longest} tokens, {half} are tried")
+        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
+
+    def _too_large(self, row: TokenizedRow, failure: str) -> str:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return (
+            f"row {row.key} of {len(row)} tokens does not fit into memory even alone, and {self.name} itself takes "
+            f"{weights / 1e9:.2f} GB ({failure}). Shorten the rows (--max-length), load the model smaller (--dtype "
+            "bfloat16, --quantization) or spread it over several devices (--device-map auto)"
+        )
+
+    def _forward(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+        ids, mask = _padded(rows)
+        positions = [row.label_positions for row in rows]
+        labels = torch.from_numpy(np.concatenate([row.ids[at] for row, at in zip(rows, positions, strict=True)]))
+        scores = (self._scores_split if self._split else self._scores_plain)(
+            ids.to(self.device), mask.to(self.device), positions, labels.to(self.device)
+        )
+        whole = [part.cpu().numpy() for part in scores]
+        stops = np.cumsum([len(at) for at in positions])[:-1]
+        return [_RowScores(*parts) for parts in zip(*(np.split(part, stops) for part in whole), strict=True)]
+
+    def _scores_split(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
+    ) -> Scores:
+        assert self._split is not None
+        hidden = self._split.hidden(ids, mask)
+        width = ids.shape[1]
+        at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(positions)])).to(hidden.device)
+        hidden = hidden.flatten(0, 1)[at]
+        rows = max(1, self._chunk_bytes // (4 * self.vocabulary))
+        # Chunks of equal size, so that none is much smaller than what the head is fast at.
+        rows = -(-len(hidden) // -(-len(hidden) // rows))
+        pieces = [
+            self._score(self._split.logits(hidden[start : start + rows]), labels[start : start + rows])
+            for start in range(0, len(hidden), rows)
+        ]
+        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def _scores_plain(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
+    ) -> Scores:
+        step = max(1, self._chunk_bytes // (4 * self.vocabulary * ids.shape[1]))
+        pieces, first, width = [], 0, ids.shape[1]
+        for start in range(0, len(ids), step):
+            logits = plain_logits(self.model, ids[start : start + step], mask[start : start + step])
+            here = positions[start : start + step]
+            at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(here)]))
+            chosen = logits.flatten(0, 1)[at.to(logits.device)]
+            pieces.append(self._score(chosen, labels[first : first + len(chosen)]))
+            first += len(chosen)
+        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+        invalid = self._invalid.to(logits.device) if self._invalid is not None else None
+        return score_logits(logits, labels.to(logits.device), self.selection, invalid)
+
+
+class _RowScores(NamedTuple):
+    """:class:`Scores` of one row, as numpy arrays."""
+
+    ids: IntArray
+    logprobs: Any
+    tail: Any
+    actual: Any
+    nll: Any
+    finite: Any
+
+
+def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRow:
+    rows = Rows(scores.ids, scores.logprobs, scores.tail)
+    return CapturedRow(row, dataset, rows, scores.actual, float(np.sum(scores.nll)))
+
+
+def _padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask, int64 [B, T], of the rows' tokens up to the last that predicts a label."""
+    lengths = [int(row.label_positions[-1]) for row in rows]
+    ids = np.empty((len(rows), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[i, :length] = row.ids[:length]
+        # A token of the row's own: one with a broken embedding would spread NaN even to where it is masked.
+        ids[i, length:] = row.ids[length - 1]
+        mask[i, :length] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
