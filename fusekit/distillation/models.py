@@ -58,32 +58,35 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def write_result(
-    model: Any, state: dict[str, torch.Tensor] | None, tokenizer: Any, folder: Path, dtype: torch.dtype
+    model: Any,
+    state: dict[str, torch.Tensor] | None,
+    checkpoint: Checkpoint,
+    settings: TrainingSettings,
+    folder: Path,
 ) -> None:
-    """Write a trained model and its tokenizer into a folder.
+    """Write a trained model into a folder, in the dtype of the checkpoint that it began as.
 
     An adapter is written to ``adapter/`` and then merged into the weights; the model is changed by that.
 
     Args:
         model: not wrapped.
         state: its tensors, gathered, where the model itself holds only a part of them; else None.
-        dtype: of the weights on disk.
+        checkpoint, settings: what it was made from.
     """
-    if hasattr(model, "merge_and_unload"):
+    dtype = stored_dtype(checkpoint)
+    if settings.lora is not None:
         model.save_pretrained(folder / ADAPTER, state_dict=state)
         if state is not None:
-            raise DistillationError(
-                f"the adapter is trained, but cannot be merged while the model is sharded: merge {folder / ADAPTER} "
-                "in one process"
-            )
+            from peft import PeftModel
+
+            whole = load_pivot(checkpoint, settings.model_copy(update={"lora": None}))
+            model, state = PeftModel.from_pretrained(whole, folder / ADAPTER), None
         model = model.merge_and_unload()
     if state is None:
         model.to(dtype).save_pretrained(folder)
-    else:
-        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-        model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
+        return
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict={n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
