@@ -55,7 +55,7 @@ class RunningSums:
         """Add a micro-batch, without waiting for its device."""
         self.losses.append(torch.stack([lm.detach().float(), fusion.detach().float()]))
         self.labels += labels
-        if counts is not None:
+        if counts is not None and self.names:
             self.counts = counts if self.counts is None else self.counts + counts
 
     def drain(self) -> torch.Tensor:
