@@ -60,7 +60,8 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != LISTING
     }
-    data = json.dumps({"facts": facts, "files": files}, indent=1, sort_keys=True).encode() + b"\n"
+    content = {"facts": facts, "files": files}
+    data = json.dumps({**content, "xxh3": _digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
     commit_file(checkpoint / LISTING, lambda file: file.write(data))
 
 
@@ -98,10 +99,14 @@ def _listing(checkpoint: Path) -> dict[str, Any]:
         raise StorageError(f"{LISTING} is missing: the checkpoint was not finished") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{LISTING} cannot be read: {error}") from error
-    ok = isinstance(found, dict) and isinstance(found.get("facts"), dict) and isinstance(found.get("files"), dict)
-    if not ok or not all(isinstance(said, dict) and {"size", "xxh3"} <= said.keys() for said in found["files"].values()):
-        raise StorageError(f"{LISTING} is damaged: it is no list of files")
-    return found
+    digest = found.pop("xxh3", None) if isinstance(found, dict) else None
+    if digest is None or digest != _digest(found):
+        raise StorageError(f"{LISTING} has been damaged: its hash is not the one that was written")
+    return dict(found)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def last_good(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
