@@ -98,11 +98,29 @@ def tokenize_with(text: str, surfaces: Surfaces) -> TokenizedText:
             f"the text has a lone surrogate at character {error.start} ({text[error.start]!r}): "
             "no tokenizer can encode it; replace it first"
         ) from error
-    view = surfaces.view
     if not text:
         return _exact([], np.zeros(0, np.int64))
+    if surfaces.drops_space:
+        return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
+    return ends_of(surfaces.view.encode(text), text, surfaces, lambda: surfaces.view.encode_with_offsets(text))
+
+
+def ends_of(
+    ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], tuple[list[int], IntArray]]
+) -> TokenizedText:
+    """The ends of the tokens of a text that is encoded already.
+
+    Args:
+        ids: the tokens, no special ones around them.
+        text: what they are tokens of.
+        surfaces: of the tokenizer.
+        offsets: gives the same ids with their character spans ``[n, 2]`` in ``text``; called only where spelling fails.
+
+    Raises:
+        AlignmentError: the ends cannot be known; names the tokenizer and the reason.
+    """
+    data, view = text.encode(), surfaces.view
     if not surfaces.drops_space:
-        ids = view.encode(text)
         found = _spell(ids, data, surfaces)
         if found is not None:
             return found
@@ -120,7 +138,7 @@ def tokenize_with(text: str, surfaces: Surfaces) -> TokenizedText:
             f"{view.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
             f"({', '.join(sorted(view.types('normalizer'))) or 'none'}) changes the text in a way that cannot be undone"
         )
-    return _by_offsets(text, data, surfaces)
+    return _by_offsets(text, data, *offsets(), surfaces)
 
 
 def _exact(ids: list[int], ends: IntArray) -> TokenizedText:
@@ -221,8 +239,7 @@ def _skip_space(data: bytes, position: int) -> int:
     return position + len(rest[: len(rest) - len(rest.lstrip())].encode())
 
 
-def _by_offsets(text: str, data: bytes, surfaces: Surfaces) -> TokenizedText:
-    ids, spans = surfaces.view.encode_with_offsets(text)
+def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surfaces: Surfaces) -> TokenizedText:
     if not ids:
         return _exact(ids, np.zeros(0, np.int64))
     if len(spans) != len(ids) or spans.min() < 0 or spans.max() > len(text):

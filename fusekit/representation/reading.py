@@ -1,0 +1,180 @@
+"""Rows from files and from the Hugging Face hub, one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fusekit.errors import DataError
+from fusekit.representation.forms import form_of, parse_record
+from fusekit.representation.hub_data import hub_records
+from fusekit.representation.rows import TEXT, Message, Row
+
+Record = tuple[str, Any]
+"""Where it is, for errors, and what it is."""
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    limit: int | None = None,
+    name: str | None = None,
+) -> Iterator[Row]:
+    """Read conversations or plain text, lazily: a large JSONL or Parquet file is never in memory as a whole.
+
+    Args:
+        path: a ``.jsonl``, ``.json`` (a list of rows, or JSON lines), ``.parquet`` or ``.txt`` file (one document), a
+            folder of such files (in order of their names), or the id of a data set on the hub.
+        split, revision, name, streaming: of the data set on the hub; ``name`` is its configuration.
+        limit: read at most so many rows; None for all.
+
+    Returns:
+        The rows in order. ``Row.dataset`` is the record's ``dataset`` field, or else the file's name without its
+        ending, or the id on the hub. The form is found once per file, by the keys of its first row.
+
+    Raises:
+        DataError: while iterating (for a missing file at once): names file and line, what was found, and the way out.
+    """
+    if limit is not None and limit < 0:
+        raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
+        if not files:
+            raise DataError(f"{local} is a folder without a file that ends in {', '.join(READERS)}")
+        rows: Iterator[Row] = (row for file in files for row in _rows_of_file(file))
+    elif local.exists():
+        rows = _rows_of_file(local)
+    elif isinstance(path, Path) or local.suffix.lower() in READERS or str(path).startswith((".", "/", "~")):
+        raise DataError(f"{path} does not exist")
+    else:
+        records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
+        rows = _rows_of_records(records, str(path))
+    return rows if limit is None else islice(rows, limit)
+
+
+def _rows_of_file(file: Path) -> Iterator[Row]:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise DataError(f"{file} ends in {file.suffix!r}: files of rows end in {', '.join(READERS)}")
+    if reader is _text_records:
+        return (Row((Message(TEXT, text),), file.stem) for _, text in _guarded(reader, file))
+    return _rows_of_records(_guarded(reader, file), file.stem)
+
+
+def _guarded(reader: Callable[[Path], Iterable[Record]], file: Path) -> Iterator[Record]:
+    try:
+        yield from reader(file)
+    except (OSError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{file} cannot be read: {reason}") from error
+
+
+def _rows_of_records(records: Iterable[Record], dataset: str) -> Iterator[Row]:
+    parse = None
+    for where, record in records:
+        if parse is None:
+            parse = form_of(record, where)
+        yield parse_record(record, parse, where, dataset)
+
+
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}, line {number}: no UTF-8 at byte {error.start} of the line: convert the file"
+        ) from error
+
+
+def _loaded(text: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # JSONDecodeError, and numbers of too many digits
+        if isinstance(error, json.JSONDecodeError):
+            raise DataError(
+                f"{file}, line {number + error.lineno - 1}: no JSON: {error.msg} (column {error.colno})"
+            ) from error
+        raise DataError(f"{file}, line {number}: no JSON: {error}") from error
+
+
+def _json_lines(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            text = _decoded(line, file, number)
+            if text.strip():
+                yield f"{file}, line {number}", _loaded(text, file, number)
+
+
+def _json(file: Path) -> Iterator[Record]:
+    """A list of rows; JSON lines with the ending ``.json`` too, as data sets often have it."""
+    with file.open("rb") as opened:
+        start = opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] == b"{":
+        yield from _json_lines_or_object(file)
+        return
+    rows = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
+    if not isinstance(rows, list):
+        raise DataError(f"{file} holds a {type(rows).__name__}, not a list of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"{file}, row {number}", row
+
+
+def _json_lines_or_object(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    try:
+        json.loads(first.decode("utf-8-sig"))
+    except ValueError:  # an object over several lines
+        whole = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
+        rows = whole.get("data") if isinstance(whole, dict) else None
+        if not isinstance(rows, list):
+            raise DataError(f"{file} is one JSON object: rows are a list, or one object a line") from None
+        for number, row in enumerate(rows, 1):
+            yield f"{file}, row {number}", row
+        return
+    yield from _json_lines(file)
+
+
+def _parquet(file: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", record
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{file}, after row {number}: no readable Parquet: {error}") from error
+
+
+def _text_records(file: Path) -> Iterator[Record]:
+    """The whole file is one document."""
+    yield str(file), _decoded_text(file)
+
+
+def _decoded_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}, line {line}: no UTF-8 at byte {error.start}: convert the file") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _text_records,
+}
+"""Endings of files of rows."""

@@ -1,0 +1,252 @@
+"""Where each message's content stands in what a chat template renders.
+
+A template is rendered with a private stand-in for every content; what is around the stand-ins is the template's own.
+That is done once per sequence of roles. A row is then rendered for real, and the two must agree: a template that trims
+contents is recognised by stand-ins with white space around them, one that does anything else with a content is asked
+about it one message at a time, and where that gives no answer either, the content is at no known place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fusekit.errors import DataError
+from fusekit.representation.rows import Message
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PADDING = " \n\t"
+_STAND_IN = "\U000fae01"
+
+Span = tuple[int, int]
+
+
+class Region(NamedTuple):
+    """Where the content of a message is rendered. Positions are characters.
+
+    Attributes:
+        message: its number.
+        start, stop: in the rendered text.
+        first, last: which part of the content stands there; ``None`` where what stands there is no part of it.
+    """
+
+    message: int
+    start: int
+    stop: int
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+        text: as the template gives it.
+        regions: of the contents that have a place in it, in order.
+        generated: what ``{% generation %}`` encloses, or None for a template without it.
+        answers: where an answer begins in ``text``, per number of an assistant message (without ``generation``).
+    """
+
+    text: str
+    regions: tuple[Region, ...]
+    generated: tuple[Span, ...] | None
+    answers: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What a template writes around contents. pieces: one more than there are contents."""
+
+    pieces: tuple[str, ...]
+    strips: tuple[tuple[bool, bool], ...]
+    generated: tuple[tuple[tuple[int, int], tuple[int, int]], ...] | None  # (piece, offset) of start and stop
+    answers: Mapping[int, tuple[int, int]]
+
+
+class Renderer:
+    """Renders conversations with one template.
+
+    Args:
+        source: the jinja text.
+        variables: what the template sees beside the messages, ``bos_token`` and ``eos_token`` above all.
+        name: how errors call template and model.
+    """
+
+    MAX_SKELETONS = 4096
+
+    def __init__(self, source: str, variables: Mapping[str, Any], name: str) -> None:
+        self.source, self.variables, self.name = source, dict(variables), name
+        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether the template has ``{% generation %}``."""
+        return _GENERATION.search(self.source) is not None
+
+    def render(self, messages: Sequence[Message], key: str = "") -> Rendered:
+        """Render a conversation. key: the row's, for errors. Raises DataError where the template refuses it."""
+        text, spans = self._jinja(messages, key, generation=False)
+        roles = tuple(message.role for message in messages)
+        if roles not in self._skeletons:
+            if len(self._skeletons) >= self.MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[roles] = self._skeleton(roles, key)
+        skeleton = self._skeletons[roles]
+        filled = _fill(skeleton, messages) if skeleton is not None else None
+        if filled is not None and filled.text == text:
+            return filled
+        if self.marks_generation:
+            text, spans = self._jinja(messages, key, generation=True)
+        regions = self._regions(messages, text, key)
+        generated = tuple(spans) if self.marks_generation else None
+        return Rendered(
+            text, regions, generated, {} if generated is not None else self._answers(messages, text, regions)
+        )
+
+    def render_roles(self, roles: Sequence[str]) -> Rendered:
+        """A conversation of stand-ins, to learn how the template ends a turn. Raises DataError."""
+        return self.render([Message(role, _stand_in(i)) for i, role in enumerate(roles)])
+
+    def _jinja(self, messages: Sequence[Message], key: str, *, generation: bool, prompt: bool = False) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self.source,
+                return_assistant_tokens_mask=generation,
+                add_generation_prompt=prompt,
+                **self.variables,
+            )
+        except Exception as error:  # templates are foreign code and may raise anything
+            raise DataError(_refusal(self.name, messages, key, error)) from error
+        return texts[0], spans[0] if generation else ()
+
+    def _skeleton(self, roles: tuple[str, ...], key: str) -> _Skeleton | None:
+        messages = [Message(role, _stand_in(i)) for i, role in enumerate(roles)]
+        try:
+            text, spans = self._jinja(messages, key, generation=self.marks_generation)
+            padded = [Message(role, _PADDING + content + _PADDING) for role, content in messages]
+            padded_text, _ = self._jinja(padded, key, generation=False)
+        except DataError:  # a template may refuse a stand-in for what it takes
+            return None
+        at = [text.find(content) for _, content in messages]
+        if any(text.count(content) != 1 for _, content in messages) or at != sorted(at):
+            return None
+        stops = [start + len(content) for start, (_, content) in zip(at, messages, strict=True)]
+        pieces = tuple(text[a:b] for a, b in zip([0, *stops], [*at, len(text)], strict=True))
+        strips = []
+        position = 0
+        for i, (_, content) in enumerate(messages):
+            position += len(pieces[i])
+            left = not padded_text.startswith(_PADDING + content, position)
+            position += len(content) + (0 if left else len(_PADDING))
+            right = not padded_text.startswith(_PADDING, position)
+            position += 0 if right else len(_PADDING)
+            strips.append((left, right))
+        regions = tuple(Region(i, a, b, 0, b - a) for i, (a, b) in enumerate(zip(at, stops, strict=True)))
+
+        def place(character: int) -> tuple[int, int]:
+            piece = sum(1 for start in at if start < character)
+            return piece, max(character - (stops[piece - 1] if piece else 0), 0)
+
+        if self.marks_generation:
+            # The start of a content that begins a block is after the piece before it, its stop before the one after.
+            generated = tuple((place(start), place(stop)) for start, stop in spans)
+            return _Skeleton(pieces, tuple(strips), generated, {})
+        answers = {i: place(start) for i, start in self._answers(messages, text, regions).items()}
+        return _Skeleton(pieces, tuple(strips), None, answers)
+
+    def _answers(self, messages: Sequence[Message], text: str, regions: tuple[Region, ...]) -> dict[int, int]:
+        """Where each assistant message begins: after the generation prompt, where there is one and the text has it."""
+        answers = {}
+        for region in regions:
+            if messages[region.message].role != "assistant":
+                continue
+            answers[region.message] = region.start
+            before = messages[: region.message]
+            try:
+                prompt, _ = self._jinja(before, "", generation=False, prompt=True)
+                bare, _ = self._jinja(before, "", generation=False)
+            except DataError:
+                continue
+            between = text[len(prompt) : region.start]
+            if text.startswith(prompt) and len(prompt) <= region.start and (prompt != bare or not between.strip()):
+                answers[region.message] = len(prompt)
+        return answers
+
+    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[Region, ...]:
+        """Where contents are when the template rewrites some: one stand-in at a time."""
+        stand_in = next(s for s in map(_stand_in, range(10**6)) if not any(s in content for _, content in messages))
+        regions: list[Region] = []
+        for i, (role, content) in enumerate(messages):
+            probe = [*messages[:i], Message(role, stand_in), *messages[i + 1 :]]
+            try:
+                probed, _ = self._jinja(probe, key, generation=False)
+            except DataError:
+                continue
+            before, found, after = probed.partition(stand_in)
+            stop = len(text) - len(after)
+            fits = found and stand_in not in after and text.startswith(before) and text.endswith(after)
+            if not fits or stop < len(before) or (regions and len(before) < regions[-1].stop):
+                continue
+            regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
+        return tuple(regions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_skeletons": {}}
+
+
+def _stand_in(number: int) -> str:
+    return f"{_STAND_IN}{number}{_STAND_IN}"
+
+
+def _part_of(content: str, rendered: str) -> tuple[int | None, int | None]:
+    """Which part of a content was rendered: its end or its beginning, perhaps trimmed; ``None`` twice for neither."""
+    kept = content.rstrip()
+    if rendered and content.endswith(rendered):
+        return len(content) - len(rendered), len(content)
+    if rendered and kept.endswith(rendered):
+        return len(kept) - len(rendered), len(kept)
+    skipped = len(content) - len(content.lstrip())
+    for start in (0, skipped):
+        if rendered and content.startswith(rendered, start):
+            return start, start + len(rendered)
+    return (len(content), len(content)) if not rendered and not kept else (None, None)
+
+
+def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> Rendered:
+    parts, regions, starts = [skeleton.pieces[0]], [], [0]
+    position = len(skeleton.pieces[0])
+    for i, (left, right) in enumerate(skeleton.strips):
+        content = messages[i].content
+        first = len(content) - len(content.lstrip()) if left else 0
+        last = max(len(content.rstrip()), first) if right else len(content)
+        regions.append(Region(i, position, position + last - first, first, last))
+        position += last - first
+        starts.append(position)
+        parts += [content[first:last], skeleton.pieces[i + 1]]
+        position += len(skeleton.pieces[i + 1])
+    generated = None
+    if skeleton.generated is not None:
+        generated = tuple((starts[p] + a, starts[q] + b) for (p, a), (q, b) in skeleton.generated)
+    answers = {i: starts[p] + a for i, (p, a) in skeleton.answers.items()}
+    return Rendered("".join(parts), tuple(regions), generated, answers)
+
+
+def _refusal(name: str, messages: Sequence[Message], key: str, error: Exception) -> str:
+    roles = [message.role for message in messages]
+    row = f"row {key} with the roles {', '.join(roles[:8])}{', ...' if len(roles) > 8 else ''}" if key else "a row"
+    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    if "system" in roles:
+        way_out = "take system messages out of the data, or use a template that has them"
+    elif unknown:
+        way_out = f"it may know no role {unknown[0]!r}"
+    else:
+        way_out = "roles may have to alternate, beginning with user: leave such rows out, or use another template"
+    return f"{name} cannot render {row}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"

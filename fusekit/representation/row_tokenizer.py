@@ -1,0 +1,352 @@
+"""Rows as one model reads them: its tokens, each with its place in the contents, and which are to be learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from fusekit.alignment.ends import TokenizedText
+from fusekit.errors import DataError
+from fusekit.representation.chat_template import ChatTemplate
+from fusekit.representation.coordinates import Content, Stretch, coordinates
+from fusekit.representation.encoding import Encoder, Part
+from fusekit.representation.rendering import Rendered, Renderer, Span
+from fusekit.representation.rows import FRAGMENT, TEXT, Cut, Message, Row
+from fusekit.representation.tokenized_row import TokenizedRow
+
+TRAIN_ON = ("assistant", "all")
+_ROLE_SEQUENCES = (("user", "assistant"), ("user", "assistant", "user", "assistant"))
+
+
+class _Ending(NamedTuple):
+    """How a template ends an assistant's turn. id: its control token, -1 for none. text: all of it up to there."""
+
+    id: int
+    text: str
+
+
+class RowTokenizer:
+    """One model's reading of rows.
+
+    Args:
+        tokenizer: of ``transformers``; any kind whose tokens' bytes can be known (:mod:`fusekit.alignment`).
+        template: the chat template; None for :meth:`ChatTemplate.of` the tokenizer.
+        train_on: ``assistant``: what the assistant writes and the end of its turn; ``all``: every token but the first.
+            Of plain text everything is learnt but bos.
+        foreign: the tokenizer that a template without control strings of its own was written for. The template's
+            bos, eos and end of turn are written as this tokenizer's own, where it does not have them as they are.
+
+    Raises:
+        DataError: unknown ``train_on``, no template, or one that cannot be used.
+        AlignmentError: the tokens of this tokenizer do not stand for fixed bytes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate | None = None, train_on: str = "assistant", foreign: Any = None
+    ) -> None:
+        if train_on not in TRAIN_ON:
+            raise DataError(f"train_on is {train_on!r}: it is one of {', '.join(TRAIN_ON)}")
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self._given, self._foreign = template, foreign
+        self.encoder = Encoder(tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises DataError where none was given and the tokenizer has none."""
+        template = self._given if self._given is not None else ChatTemplate.of(self.tokenizer)
+        return template if self._foreign is None else template.with_roles_of(self._foreign)
+
+    @property
+    def name(self) -> str:
+        """How errors and artifacts call the model's tokenizer."""
+        return self.encoder.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over the tokenizer, the template and what is learnt."""
+        try:
+            template = self.template.fingerprint
+        except DataError:  # plain text needs none
+            template = "none"
+        parts = [self.encoder.surfaces.fingerprint, template, self.train_on, repr(self._bos)]
+        return xxhash.xxh3_128_hexdigest("\0".join(["fusekit rows 1", *parts]).encode())
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether the template ends an assistant's turn with a control token of this tokenizer; else no turn links."""
+        return self._ending.id >= 0
+
+    def tokenize(self, row: Row) -> TokenizedRow:
+        """The tokens of a row up to its cut.
+
+        Raises:
+            DataError: the template refuses the row, a cut is in a message whose content is at no known place, or a
+                control token in a content cannot be read as text.
+            AlignmentError: the tokens' ends cannot be known.
+        """
+        _check_cut(row)
+        if row.is_text:
+            return self._tokenize_text(row)
+        if any(message.role in (TEXT, FRAGMENT) for message in row.messages):
+            raise DataError(f"row {row.key} mixes plain text with messages of a conversation")
+        stretches, contents = self._layout(row)
+        parts = [Part(s.text, s.id, s.content) for s in stretches if s.text]
+        tokens, at = self._encoder_for_template.encode(parts)
+        return coordinates(row.key, tokens, at, stretches, contents, self.train_on == "all")
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        """The tokens that the tokenizer puts before any text."""
+        if not hasattr(self.tokenizer, "bos_token"):
+            with_bos = self.tokenizer.encode("a").ids
+        else:
+            with_bos = list(self.tokenizer("a")["input_ids"])
+        plain = self.encoder.surfaces.view.encode("a")
+        at = next((i for i in range(len(with_bos)) if with_bos[i : i + len(plain)] == plain), 0)
+        return [int(id_) for id_ in with_bos[:at]]
+
+    def _tokenize_text(self, row: Row) -> TokenizedRow:
+        eos = self.encoder.surfaces.view.roles.get("eos")
+        pieces: list[TokenizedText] = []
+        contents, stretches, at = [], [], []
+        count = len(self._bos)
+        ids, ends, lows = list(self._bos), [0] * count, [0] * count
+        position = 0
+        stretches.append(Stretch("", -1, False, 0, False, False))
+        for number, message in enumerate(row.messages):
+            if row.cut is not None and number > row.cut.message:
+                break
+            whole = row.cut is None or number < row.cut.message
+            content = message.content if whole else message.content.encode()[: row.cut.size].decode()  # type: ignore[union-attr]
+            tokens, _ = self.encoder.encode([Part(content, data=True)] if content else [])
+            size = len(content.encode())
+            contents.append(Content(number, position, position + size, 0, size, size))
+            stretches.append(Stretch(content, -1, True, number, False, True))
+            ids += tokens.ids.tolist()
+            ends += (tokens.ends + position).tolist()
+            lows += (tokens.lows + position).tolist()
+            position += size
+            pieces.append(tokens)
+            if message.role == TEXT and whole:
+                if eos is None:
+                    raise DataError(f"{self.name} has no eos token, which ends a document: set tokenizer.eos_token")
+                string = self.encoder.surfaces.strings[eos]
+                at.append(len(ids))
+                position += len(string.encode())
+                ids.append(eos)
+                ends.append(position)
+                lows.append(position)
+                stretches.append(Stretch(string, eos, False, number, True, True))
+        lows_array, ends_array = np.array(lows, np.int64), np.array(ends, np.int64)
+        exact = np.array_equal(lows_array, ends_array)
+        tokens = TokenizedText(np.array(ids, np.int64), ends_array, ends_array if exact else lows_array)
+        found = coordinates(row.key, tokens, np.array(at, np.int64), stretches, contents, learn_all=False)
+        found.labels[: max(count, 1)] = False
+        return found
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        view = self.encoder.surfaces.view
+        variables = dict(getattr(self.tokenizer, "special_tokens_map", {}))
+        for role in ("bos", "eos"):
+            own = view.added_tokens[view.roles[role]].content if role in view.roles else ""
+            given = getattr(self.template, role)
+            variables[f"{role}_token"] = own if given is None else given
+        return Renderer(self.template.source, variables, f"the chat template {self.template.name} for {self.name}")
+
+    @cached_property
+    def _written_as(self) -> dict[str, tuple[str, int]]:
+        """The template's control strings that this tokenizer does not have: what each is written as, and its id."""
+        view = self.encoder.surfaces.view
+        have = {token.content for token in view.added_tokens.values()}
+        written: dict[str, tuple[str, int]] = {}
+        for role in ("bos", "end_of_turn", "eos"):
+            string = getattr(self.template, role)
+            if not string or string in have or string in written:
+                continue
+            own = view.roles.get(role)
+            if own is not None:
+                written[string] = (view.added_tokens[own].content, own)
+            elif role == "bos":
+                written[string] = ("", -1)  # as text it would only be noise
+        return written
+
+    @cached_property
+    def _encoder_for_template(self) -> Encoder:
+        """The encoder that also knows the added tokens that the template writes, marked special or not."""
+        view = self.encoder.surfaces.view
+        by_length = sorted(view.added_tokens.items(), key=lambda entry: -len(entry[1].content))
+        rendered = "".join(
+            self._around_stand_ins(roles) for roles in (*_ROLE_SEQUENCES, ("system", "user", "assistant"))
+        )
+        used = [id_ for id_, token in by_length if token.content.strip() and token.content in rendered]
+        return Encoder(self.tokenizer, used) if set(used) - self.encoder.strings.keys() else self.encoder
+
+    def _around_stand_ins(self, roles: Sequence[str]) -> str:
+        try:
+            rendered = self._renderer.render_roles(roles)
+        except DataError:
+            return ""
+        starts = [0, *(region.stop for region in rendered.regions)]
+        stops = [*(region.start for region in rendered.regions), len(rendered.text)]
+        return "\n".join(rendered.text[a:b] for a, b in zip(starts, stops, strict=True))
+
+    @cached_property
+    def _ending(self) -> _Ending:
+        for roles in _ROLE_SEQUENCES:
+            try:
+                rendered = self._renderer.render_roles(roles)
+            except DataError:
+                continue
+            if not rendered.regions or rendered.regions[-1].message != len(roles) - 1:
+                continue
+            tail = rendered.text[rendered.regions[-1].stop :]
+            for stretch in self._control_stretches(tail):
+                if stretch[2] >= 0:
+                    return _Ending(stretch[2], tail[: stretch[1]])
+            return _Ending(-1, tail)
+        return _Ending(-1, "")
+
+    def _control_stretches(self, text: str) -> list[tuple[int, int, int, str]]:
+        """``(start, stop, id, written as)`` of each control string of the template's own text; id -1 for none."""
+        found = [(m.start, m.stop, m.id, text[m.start : m.stop]) for m in self._encoder_for_template.find_control(text)]
+        for string, (own, id_) in self._written_as.items():
+            start = text.find(string)
+            while start >= 0:
+                found = [entry for entry in found if entry[1] <= start or entry[0] >= start + len(string)]
+                found.append((start, start + len(string), id_, own))
+                start = text.find(string, start + len(string))
+        return sorted(found)
+
+    def _layout(self, row: Row) -> tuple[list[Stretch], list[Content]]:
+        """The rendered row in stretches up to its cut, and where the contents stand in their bytes."""
+        rendered = self._renderer.render(row.messages, row.key)
+        pieces = self._pieces(rendered, row.messages)
+        stretches: list[Stretch] = []
+        contents: list[Content] = []
+        position = 0
+        for piece, region in zip(pieces, [*rendered.regions, None], strict=True):
+            if region is None:
+                stretches += piece
+                break
+            stretches += piece
+            position += sum(len(stretch.text.encode()) for stretch in piece)
+            message = row.messages[region.message]
+            text = rendered.text[region.start : region.stop]
+            size = len(message.content.encode())
+            first = last = -1
+            if region.first is not None:
+                first = len(message.content[: region.first].encode())
+                last = first + len(text.encode())
+            cut = row.cut if row.cut is not None and row.cut.message == region.message else None
+            if cut is not None:
+                if first < 0:
+                    raise DataError(
+                        f"row {row.key} is cut in message {cut.message}, whose content {self._renderer.name} rewrites"
+                    )
+                text = text.encode()[: max(cut.size - first, 0)].decode()
+                size, last = cut.size, first + len(text.encode())
+            stop = position + len(text.encode())
+            contents.append(Content(region.message, position, stop, first, last, size))
+            label = self._is_label(rendered, region.start, region.message, row.messages)
+            stretches.append(Stretch(text, -1, True, region.message, False, label))
+            position = stop
+            if cut is not None:
+                break
+        return _cut_off(stretches, contents, row.cut, row.key, self._renderer.name)
+
+    def _is_label(self, rendered: Rendered, start: int, message: int, messages: Sequence[Message]) -> bool:
+        if rendered.generated is not None:
+            return any(a <= start <= b for a, b in rendered.generated) and messages[message].role == "assistant"
+        return messages[message].role == "assistant"
+
+    def _pieces(self, rendered: Rendered, messages: Sequence[Message]) -> list[list[Stretch]]:
+        """What the template writes before, between and after the contents, cut at control tokens and at labels."""
+        regions = rendered.regions
+        starts, stops = [0, *(r.stop for r in regions)], [*(r.start for r in regions), len(rendered.text)]
+        numbers = [*(region.message for region in regions), len(messages)]
+        pieces: list[list[Stretch]] = []
+        for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            text = rendered.text[start:stop]
+            control = self._control_stretches(text)
+            before = numbers[n - 1] if n else -1
+            closing = -1
+            if before >= 0 and (numbers[n] == before + 1):
+                closing = next((i for i, entry in enumerate(control) if entry[2] == self._ending.id >= 0), -1)
+            labels = self._labels(rendered, before, numbers[n], (start, stop), control, closing, messages)
+            border = control[closing][1] if closing >= 0 else 0
+            cuts = {0, len(text), border, *(edge for entry in control for edge in entry[:2])}
+            inside = [edge for span in labels for edge in span if not any(c[0] < edge < c[1] for c in control)]
+            edges = sorted(cuts | set(inside))
+            by_start = {entry[0]: entry for entry in control}
+            piece = []
+            for a, b in zip(edges, edges[1:], strict=False):
+                entry = by_start.get(a)
+                number = before if b <= border else numbers[n]
+                learnt = any(x <= a < y for x, y in labels)
+                ends = closing >= 0 and entry is control[closing]
+                piece.append(
+                    Stretch(entry[3] if entry else text[a:b], entry[2] if entry else -1, False, number, ends, learnt)
+                )
+            pieces.append(piece)
+        return pieces
+
+    def _labels(
+        self,
+        rendered: Rendered,
+        before: int,
+        after: int,
+        piece: Span,
+        control: list[tuple[int, int, int, str]],
+        closing: int,
+        messages: Sequence[Message],
+    ) -> list[Span]:
+        """Which characters of a piece between two contents are learnt, counted from its start."""
+        start, stop = piece
+        if rendered.generated is not None:
+            return [(max(a - start, 0), min(b, stop) - start) for a, b in rendered.generated if a < stop and b > start]
+        spans = []
+        if before >= 0 and messages[before].role == "assistant":
+            if closing >= 0:
+                spans.append((0, control[closing][1]))
+            elif self._ending.id < 0 and rendered.text.startswith(self._ending.text, start, stop):
+                spans.append((0, len(self._ending.text)))
+        if after in rendered.answers:
+            spans.append((max(rendered.answers[after] - start, 0), stop - start))
+        return spans
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+def _check_cut(row: Row) -> None:
+    if row.cut is None:
+        return
+    if not 0 <= row.cut.message < len(row.messages):
+        raise DataError(f"row {row.key} is cut in message {row.cut.message}, but has {len(row.messages)}")
+    content = row.messages[row.cut.message].content.encode()
+    at_character = row.cut.size == len(content) or (
+        0 <= row.cut.size < len(content) and content[row.cut.size] & 0xC0 != 0x80
+    )
+    if not at_character:
+        raise DataError(
+            f"row {row.key} is cut after byte {row.cut.size} of message {row.cut.message}, which has {len(content)} "
+            "bytes and no character ending there"
+        )
+
+
+def _cut_off(
+    stretches: list[Stretch], contents: list[Content], cut: Cut | None, key: str, name: str
+) -> tuple[list[Stretch], list[Content]]:
+    """What is left up to a cut. One at the start of a message ends the row with the turn before it."""
+    if cut is None:
+        return stretches, contents
+    if not any(content.message == cut.message for content in contents):
+        raise DataError(f"row {key} is cut in message {cut.message}, whose content {name} writes at no known place")
+    if contents[-1].stop > contents[-1].start:
+        return stretches, contents
+    return [s for s in stretches if s.message < cut.message], [c for c in contents if c.message < cut.message]
