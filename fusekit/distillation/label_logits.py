@@ -44,20 +44,20 @@ class LabelLogits:
         finally:
             self._places = None
 
-    def of(self, logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The logits [n, V] from what the forward pass gave.
+    def of(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the forward pass gave, and which rows of it are the places': None for all of them, in order.
 
         Raises:
-            DistillationError: they are of another shape than a language model's.
+            DistillationError: the logits are of another shape than a language model's.
         """
         if self._picked and logits.shape[:-1] == (1, len(places)):
-            return logits[0]
+            return logits, None
         if self._picked or logits.ndim != 3:
             raise DistillationError(
                 f"the model gave logits of shape {tuple(logits.shape)}, not [batch, tokens, vocabulary]: it is not a "
                 "causal language model that fusekit can train"
             )
-        return logits.reshape(-1, logits.shape[-1])[places]
+        return logits, places
 
     def remove(self) -> None:
         """Take the hook off the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -16,7 +16,17 @@ Facts = dict[str, Any]
 
 # How the work is split, watched and kept does not change what comes out.
 _FREE = {"micro_batch_size", "workers", "activation_checkpointing", "max_skipped_steps"}
-_FREE_FIELDS = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_", "log_level", "ddp_", "push_")
+_FREE_FIELDS = (
+    "logging_",
+    "save_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_",
+    "log_level",
+    "ddp_",
+    "push_",
+)
 
 
 def facts_of_run(
@@ -40,7 +50,7 @@ def facts_of_run(
     nested: dict[str, Any] = {
         "target": target,
         "pivot": pivot,
-        "rows": {"count": len(rows), "xxh3": xxhash.xxh3_128_hexdigest("\n".join(row.key for row in rows))},
+        "rows": {"count": len(rows), "xxh3": _digest(row.key for row in rows)},
         "alignment": settings.alignment.model_dump(mode="json"),
         "fusion": settings.fusion.model_dump(mode="json"),
         "training": training,
@@ -50,16 +60,17 @@ def facts_of_run(
 
 
 def _store(store: Store) -> dict[str, Any]:
-    shards = xxhash.xxh3_128_hexdigest("\n".join(record.xxh3 for record in store.records))
-    return {**store.spec.model_dump(mode="json"), "shards": shards}
+    return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, Mapping) or not value:
         return [(prefix, value)]
-    return [
-        pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    ]
+    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]
 
 
 def differences(before: Facts, now: Facts) -> list[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from fusekit.distillation import checkpoints, models, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
@@ -127,10 +129,14 @@ def _make(target: Target, opened: Opened, settings: DistillSettings, resume: boo
     if resume and on_main(lambda: _is_done(target, facts)):
         say(f"{target.name}: done already, {target.folder}")
         return
-    start = on_main(lambda: _begin(target, facts, say)) if resume else on_main(lambda: _fresh(target, facts))
+    start = on_main(lambda: _start(target, facts, say)) if resume else None
     for line in data.joined.report():
         say(f"{target.name}: {line}")
-    trainer = _trainer(target, opened, settings, data, facts, say)
+    set_seed(settings.training.seed)  # an adapter begins with random values
+    model = models.load_pivot(opened.checkpoint, settings.training)
+    if start is None:
+        on_main(lambda: _begin(target, facts))
+    trainer = _trainer(target, model, settings, data, facts, say)
     if start is not None:
         say(f"{target.name}: goes on from {start.name}")
     try:
@@ -145,13 +151,9 @@ def _make(target: Target, opened: Opened, settings: DistillSettings, resume: boo
 
 
 def _trainer(
-    target: Target, opened: Opened, settings: DistillSettings, data: FusionDataset, facts: Mapping[str, Any], say: Say
+    target: Target, model: Any, settings: DistillSettings, data: FusionDataset, facts: Mapping[str, Any], say: Say
 ) -> FusionTrainer:
-    from transformers import set_seed
-
     training = settings.training
-    set_seed(training.seed)  # an adapter begins with random values
-    model = models.load_pivot(opened.checkpoint, training)
     objective = Objective(
         training.lm_weight, training.lm_weight_schedule, training.loss, training.truncation, training.temperature
     )
@@ -191,12 +193,12 @@ def _refuse_changes(target: Target, before: Mapping[str, Any], now: Mapping[str,
         )
 
 
-def _begin(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
+def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     """The checkpoint to go on from, None for the beginning. Raises DistillationError when the inputs changed."""
     try:
         before = json.loads((target.work / FACTS).read_bytes())
     except FileNotFoundError:
-        return _fresh(target, facts)
+        return None
     except (OSError, ValueError) as error:
         raise DistillationError(f"{target.work / FACTS} cannot be read: {error}; overwrite begins anew") from error
     _refuse_changes(target, before, facts)
@@ -206,7 +208,8 @@ def _begin(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     return good
 
 
-def _fresh(target: Target, facts: Mapping[str, Any]) -> None:
+def _begin(target: Target, facts: Mapping[str, Any]) -> None:
+    """Say what the checkpoints to come are made from."""
     target.work.mkdir(parents=True, exist_ok=True)
     data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
     commit_file(target.work / FACTS, lambda file: file.write(data))

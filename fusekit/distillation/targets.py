@@ -145,9 +145,7 @@ class FusionDataset(Dataset[Example]):
             "target_taught": fused.taught,
         }
 
-    def _projected(
-        self, row: Row, tokens: TokenizedRow, name: str, source: Captures
-    ) -> tuple[CapturedRow, LabelRows]:
+    def _projected(self, row: Row, tokens: TokenizedRow, name: str, source: Captures) -> tuple[CapturedRow, LabelRows]:
         captured = source.get(row.key)
         assert captured is not None  # the key is in it
         try:
@@ -180,9 +178,7 @@ def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
     return nll
 
 
-def _add_counts(
-    counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]
-) -> None:
+def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]) -> None:
     counts["taught"] = float(np.sum(fused.taught))
     for name, share in zip(names, np.mean(fused.weights, axis=0), strict=True):
         counts[CHOSEN + name] = float(share)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fusekit.distillation import checkpoints
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.label_logits import LabelLogits
-from fusekit.distillation.losses import FusionLoss, SparseTargets, fusion_loss
+from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.sampling import EpochSampler, WithBlanks
 from fusekit.distillation.training_log import RunningSums
 from fusekit.errors import DistillationError
@@ -46,7 +46,7 @@ class Objective:
         return self.lm_weight
 
 
-class FusionTrainer(Trainer):  # type: ignore[misc]
+class FusionTrainer(Trainer):
     """Trains a pivot on rows and on targets that were fused from other models' predictions.
 
     Both terms of the loss are sums over labels divided by the number of labels of the whole optimizer step, over all
@@ -126,12 +126,12 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor]:
+    ) -> tuple[list[Any], int]:
         """The micro-batches of an optimizer step, and how many labels it has over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        labels = torch.tensor(sum(len(batch["label_ids"]) for batch in batches), device=device)
-        if self.args.world_size > 1:
-            labels = self.accelerator.gather(labels).sum()
+        labels = sum(len(batch["label_ids"]) for batch in batches)
+        if self.accelerator.num_processes > 1:
+            labels = int(self.accelerator.reduce(torch.tensor(labels, device=device), "sum"))
         return batches, labels
 
     # Loss
@@ -141,7 +141,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: int | None = None,
     ) -> Any:
         """The micro-batch's share of the loss of its optimizer step.
 
@@ -151,46 +151,46 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         the step is skipped on every process.
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
-        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs, logits = self._logits(model, tokens, places)
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        weight = self.objective.weight_at(progress)
-        loss = self._fusion_loss(logits, labels, inputs, weight)
-        total = weight * loss.lm + (1 - weight) * loss.fusion
-        if num_items_in_batch is None:
-            value = total / max(len(labels), 1)
-        else:
-            # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
-            items = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-            value = total / items * self.accelerator.num_processes
-            self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
-        value = value * torch.where(torch.isfinite(value.detach()), 1.0, math.nan)
-        return (value, outputs) if return_outputs else value
-
-    def _logits(
-        self, model: torch.nn.Module, tokens: dict[str, torch.Tensor], places: torch.Tensor
-    ) -> tuple[Any, torch.Tensor]:
-        if self._label_logits is None:
-            outputs = model(**tokens, use_cache=False)
-            return outputs, outputs.logits.reshape(-1, outputs.logits.shape[-1])[places]
-        with self._label_logits.at(places):
-            outputs = model(**tokens, use_cache=False)
-        return outputs, self._label_logits.of(outputs.logits, places)
-
-    def _fusion_loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, inputs: Mapping[str, Any], weight: float
-    ) -> FusionLoss:
-        targets = None
-        if weight < 1 and "target_ids" in inputs:
-            targets = SparseTargets(*(inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught")))
-        return fusion_loss(
+        outputs, logits, positions = self._logits(model, inputs, places)
+        lm_weight = self.objective.weight_at(self.state.global_step / max(self.state.max_steps, 1))
+        targets = self._targets(inputs) if lm_weight < 1 else None
+        # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
+        share = 1 / max(len(labels), 1)
+        if num_items_in_batch is not None:
+            share = self.accelerator.num_processes / max(num_items_in_batch, 1)
+        loss = fusion_loss(
             logits,
             labels,
             targets,
+            positions=positions,
             loss=self.objective.loss,
             truncation=self.objective.truncation,
             temperature=self.objective.temperature,
+            lm_weight=lm_weight * share,
+            fusion_weight=(1 - lm_weight) * share,
         )
+        if num_items_in_batch is not None:
+            self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
+        value = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, math.nan)
+        return (value, outputs) if return_outputs else value
+
+    def _logits(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], places: torch.Tensor
+    ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """The model's outputs, logits, and which of them are the labels': None for all, in order."""
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if self._label_logits is None:
+            outputs = model(**tokens, use_cache=False)
+            return outputs, outputs.logits, places
+        with self._label_logits.at(places):
+            outputs = model(**tokens, use_cache=False)
+        return outputs, *self._label_logits.of(outputs.logits, places)
+
+    def _targets(self, inputs: Mapping[str, Any]) -> SparseTargets | None:
+        if "target_ids" not in inputs:
+            return None
+        fields = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
+        return SparseTargets(*fields, temperature=self.objective.temperature)
 
     # A loss or gradient that is no number
 
@@ -260,7 +260,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
+class _Epochs(TrainerCallback):
     """Tells the sampler which epoch begins: accelerate does not reach it in every combination of wrappers."""
 
     def __init__(self, trainer: FusionTrainer) -> None:

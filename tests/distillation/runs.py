@@ -1,7 +1,7 @@
 """Short training runs in the small world; also a script, for tests that need processes of their own.
 
-    python -m tests.distillation.runs train OUT --kill-after 5      # SIGKILL itself once step 5 is done
-    python -m tests.distillation.runs together OUT                  # one of two processes, by RANK
+python -m tests.distillation.runs train OUT --kill-after 5      # SIGKILL itself once step 5 is done
+python -m tests.distillation.runs together OUT                  # one of two processes, by RANK
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _sharded(out: Path) -> None:
     batch = made.data_collator(share)
     labels = torch.tensor(len(batch["label_ids"]))
     torch.distributed.all_reduce(labels)
-    loss = made.compute_loss(model, batch, num_items_in_batch=labels)
+    loss = made.compute_loss(model, batch, num_items_in_batch=int(labels))
     loss.backward()
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:

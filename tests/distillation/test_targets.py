@@ -32,9 +32,7 @@ def captured(rows: list[Row], side: str = "source", sharpness: float = 1.0) -> d
 
 def dataset(rows: list[Row], sources: dict[str, dict[str, CapturedRow]], **options: object) -> FusionDataset:
     given: dict[str, object] = {"pivot": captured(ROWS, "pivot"), "fusion": FusionSettings()}
-    return FusionDataset(
-        rows, sources=sources, projections=dict.fromkeys(sources, Projection(MAP)), **given | options
-    )  # type: ignore[arg-type]
+    return FusionDataset(rows, sources=sources, projections=dict.fromkeys(sources, Projection(MAP)), **given | options)  # type: ignore[arg-type]
 
 
 class Listed(dict[str, CapturedRow]):
@@ -122,7 +120,9 @@ def test_the_better_model_of_a_row_teaches_it() -> None:
         counts = dict(zip(data.count_names, example["counts"], strict=True))
         assert counts["chosen/s"] == float(i < 4)
         tokens = worlds.read(row, PIVOT)
-        expected = label_rows(row, tokens, good[row.key], Projection(MAP)).rows if i < 4 else data.pivot.get(row.key).rows  # type: ignore[union-attr]
+        expected = (
+            label_rows(row, tokens, good[row.key], Projection(MAP)).rows if i < 4 else data.pivot.get(row.key).rows
+        )  # type: ignore[union-attr]
         np.testing.assert_array_equal(example["target_ids"], expected.ids)
         np.testing.assert_allclose(example["target_tail"], expected.tail, atol=1e-6)
 
