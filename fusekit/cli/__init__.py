@@ -13,6 +13,7 @@ from fusekit.errors import FusekitError
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
     "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
+    "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
     "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),

@@ -2,11 +2,11 @@
 
     from fusekit.distillation.losses import SparseTargets, fusion_loss
 
-    loss = fusion_loss(logits, labels, targets, lm_weight=0.9 / labels_of_the_step, fusion_weight=0.1 / taught_of_the_step)
+    loss = fusion_loss(logits, labels, targets, lm_weight=0.9 / labels_of_step, fusion_weight=0.1 / taught_of_step)
     loss.total.backward()
 
-Value and gradient are computed together, a few rows of the vocabulary at a time, so that one exponential per logit is all
-the work and the gradient all the memory. docs/losses.md has the formulas.
+Value and gradient are computed together, a few rows at a time, so that one exponential per logit is all the work and
+the gradient all the memory. docs/losses.md has the formulas.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def fusion_loss(
         chunk: logits per chunk, for measurements.
 
     Returns:
-        :class:`FusionLoss`. Without labels, zeros, connected to the logits. A target with mass on a logit of -inf gives an
-        infinite loss. ``backward`` works once; double backward is refused.
+        :class:`FusionLoss`. Without labels, zeros, connected to the logits. A target with mass on a logit of -inf
+        gives an infinite loss. ``backward`` works once; double backward is refused.
 
     Raises:
         DistillationError: anything that does not fit together, naming it.
@@ -106,14 +106,14 @@ def fusion_loss(
         check_targets(targets, rows, None if loss == "uld_topk" else flat.shape[1], temperature)
         if targets.ids.device != flat.device:
             raise DistillationError(f"targets are on {targets.ids.device}, logits on {flat.device}: use targets.to()")
-    weights = [_weight(w, name, rows, flat) for w, name in ((lm_weight, "lm_weight"), (fusion_weight, "fusion_weight"))]
+    by_label = _weight(lm_weight, "lm_weight", rows, flat), _weight(fusion_weight, "fusion_weight", rows, flat)
     kept = labels != IGNORE
     if not bool(kept.all()):
         where = (torch.arange(rows, device=flat.device) if where is None else where)[kept]
-        labels, weights = labels[kept], [w[kept] for w in weights]
+        labels, by_label = labels[kept], (by_label[0][kept], by_label[1][kept])
         targets = None if targets is None else targets.select(kept)
-    batch = _Batch(labels, where, targets, *weights, distance, loss, truncation, temperature, overwrite_logits, chunk)
-    total, lm, fusion = _Fusion.apply(flat, batch)
+    batch = _Batch(labels, where, targets, *by_label, distance, loss, truncation, temperature, overwrite_logits, chunk)
+    total, lm, fusion = _Fusion.apply(flat, batch)  # type: ignore[no-untyped-call]
     taught = 0 if targets is None else int(targets.taught.sum())
     return FusionLoss(total, lm, fusion, len(labels), taught)
 
@@ -205,7 +205,7 @@ class _Chunk:
         self.fusion_weight = batch.fusion_weight[self.part] / unit
 
     def run(self, source: Tensor, z: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        """source: logits [c, V]; z: [c, V] to work in, may be the same memory. Returns likelihoods and distances [c]."""
+        """source: logits [c, V]; z: [c, V] to work in, perhaps the same memory. Returns nll and distances [c]."""
         batch = self.batch
         nothing = torch.zeros_like(self.lm_weight)
         if batch.targets is None or batch.temperature == 1:
@@ -242,8 +242,8 @@ class _Chunk:
         """One exponential per logit. z: [c, V], overwritten. Returns likelihoods and distances [c]."""
         labels = self.labels[:, None]
         rows = _listed(outcomes)
-        listed, label = z.gather(1, rows.index), z.gather(1, labels)
-        z.scatter_(1, rows.index, torch.where(rows.some, -math.inf, listed))
+        listed, label = z.gather(1, rows.where), z.gather(1, labels)
+        z.scatter_(1, rows.where, torch.where(rows.some, -math.inf, listed))
         listed = torch.where(outcomes.used, listed, -math.inf)
         rest_top = z.amax(dim=1, keepdim=True)
         top = torch.maximum(rest_top, listed.amax(dim=1, keepdim=True))
@@ -263,15 +263,15 @@ class _Chunk:
             p = log_p.exp()
             by_outcome = fusion_weight[:, None] * (slopes - slopes.sum(1, keepdim=True) * p) + lm_weight[:, None] * p
             z.mul_(torch.where(rest_sum > 0, by_outcome[:, -1:] / rest_sum, 0.0))
-            z.scatter_add_(1, rows.index, torch.where(outcomes.used, by_outcome[:, :-1], 0.0))
+            z.scatter_add_(1, rows.where, torch.where(outcomes.used, by_outcome[:, :-1], 0.0))
             z.scatter_add_(1, labels, -lm_weight[:, None])
         return nll, values
 
 
 class _Listed(NamedTuple):
-    """index: int64 [c, k], a valid id everywhere; unused entries repeat one of the row. some: bool [c, 1], any used."""
+    """where: int64 [c, k], a valid id everywhere; unused entries repeat one of the row. some: bool [c, 1], any used."""
 
-    index: Tensor
+    where: Tensor
     some: Tensor
 
 
@@ -288,7 +288,7 @@ def _no_outcomes(z: Tensor) -> _Outcomes:
 
 
 def _by_rank(z: Tensor, used: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The student's largest logits in place of ids: as many as the target has entries; a smaller vocabulary has less."""
+    """The student's largest logits in place of ids: as many as the target has entries, or the vocabulary."""
     k = min(used.shape[1], z.shape[1])
     log_q = log_q.sort(dim=1, descending=True).values
     log_tail = torch.cat([log_q[:, k:], log_tail[:, None]], dim=1).logsumexp(dim=1)

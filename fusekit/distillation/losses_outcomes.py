@@ -1,9 +1,9 @@
 """The distances between two distributions over a few outcomes, each with its slope in the student's log-probabilities.
 
-An outcome is an id that the target lists, or "everything else". The student's log-probabilities are z_o - logsumexp(z),
-so with slopes g_o = dL/d(log p_o) and G their sum, the gradient in the student's logit of a listed id is g_o - G p_o, and
-in the logit of an unlisted id v (g_tail - G p_tail) times its share p_v / p_tail of what is left. That is all that a
-distance needs to say of itself; `fusekit.distillation.losses` knows about the vocabulary.
+An outcome is an id that the target lists, or "everything else". The student's log-probabilities are
+z_o - logsumexp(z), so with slopes g_o = dL/d(log p_o) and G their sum, the gradient in the student's logit of a listed
+id is g_o - G p_o, and in the logit of an unlisted id v (g_tail - G p_tail) times its share p_v / p_tail of what is left.
+That is all that a distance needs to say of itself; `fusekit.distillation.losses` knows about the vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _product(weight: Tensor, logarithm: Tensor) -> Tensor:
 
 
 def cross_entropy(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """-Σ q log p. arXiv 2401.10491 eq. 7 with D the cross-entropy."""
+    """-Σ q log p. The D of arXiv 2401.10491."""
     q = log_q.exp()
     return -_product(q, log_p).sum(1), -q
 
@@ -50,7 +50,7 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jensen_shannon(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """β Σ q (log q - log m) + (1 - β) Σ p (log p - log m), m = β q + (1 - β) p, β = 1/2. arXiv 2306.13649 eq. 1."""
+    """β Σ q (log q - log m) + (1 - β) Σ p (log p - log m), m = β q + (1 - β) p, β = 1/2. arXiv 2306.13649."""
     q, p = log_q.exp(), log_p.exp()
     log_m = torch.logaddexp(log_q + math.log(MIXTURE), log_p + math.log1p(-MIXTURE))
     slopes = (1 - MIXTURE) * _product(p, log_p - log_m)
@@ -58,7 +58,7 @@ def jensen_shannon(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absolute_difference(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ |p - q|; over sorted probabilities the universal logit distillation loss, arXiv 2402.12030 eq. 3."""
+    """Σ |p - q|; over sorted probabilities the universal logit distillation loss, arXiv 2402.12030."""
     difference = log_p.exp() - log_q.exp()
     return difference.abs().sum(1), log_p.exp() * difference.sign()
 

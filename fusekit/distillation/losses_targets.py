@@ -29,23 +29,27 @@ class SparseTargets:
     taught: Tensor
     temperature: float = 1.0
 
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.logprobs, self.tail, self.taught
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
         """The same on another device."""
-        moved = [t.to(device, non_blocking=non_blocking) for t in (self.ids, self.logprobs, self.tail, self.taught)]
-        return SparseTargets(*moved, temperature=self.temperature)
+        ids, logprobs, tail, taught = (t.to(device, non_blocking=non_blocking) for t in self._tensors)
+        return SparseTargets(ids, logprobs, tail, taught, self.temperature)
 
     def pin_memory(self) -> SparseTargets:
         """The same in page-locked memory; what a ``DataLoader`` with ``pin_memory`` calls."""
-        moved = [t.pin_memory() for t in (self.ids, self.logprobs, self.tail, self.taught)]
-        return SparseTargets(*moved, temperature=self.temperature)
+        ids, logprobs, tail, taught = (t.pin_memory() for t in self._tensors)
+        return SparseTargets(ids, logprobs, tail, taught, self.temperature)
 
     def select(self, rows: Tensor) -> SparseTargets:
         """Some of the rows. rows: int64 or bool index."""
-        taken = [t[rows] for t in (self.ids, self.logprobs, self.tail, self.taught)]
-        return SparseTargets(*taken, temperature=self.temperature)
+        ids, logprobs, tail, taught = (t[rows] for t in self._tensors)
+        return SparseTargets(ids, logprobs, tail, taught, self.temperature)
 
 
 def check_targets(targets: SparseTargets, labels: int, vocabulary: int | None, temperature: float) -> None:

@@ -1,0 +1,223 @@
+"""``fusekit distill``: parse, call, print."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import yaml
+
+from fusekit.errors import DistillationError
+
+if TYPE_CHECKING:
+    from fusekit.distillation.inputs import Inputs
+    from fusekit.distillation.settings import DistillSettings
+
+# option -> (section, field)
+_FIELDS = {
+    "mode": ("fusion", "mode"),
+    "function": ("fusion", "function"),
+    "level": ("fusion", "level"),
+    "metric": ("fusion", "metric"),
+    "tokens": ("alignment", "tokens"),
+    "vocabulary": ("alignment", "vocabulary"),
+    "loss": ("training", "loss"),
+    "truncation": ("training", "truncation"),
+    "lm_weight": ("training", "lm_weight"),
+    "temperature": ("training", "temperature"),
+    "epochs": ("training", "epochs"),
+    "learning_rate": ("training", "learning_rate"),
+    "batch_size": ("training", "batch_size"),
+    "micro_batch_size": ("training", "micro_batch_size"),
+    "dtype": ("training", "dtype"),
+    "bf16": ("training", "bf16"),
+    "activation_checkpointing": ("training", "activation_checkpointing"),
+    "seed": ("training", "seed"),
+    "workers": ("training", "workers"),
+}
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that locks are released."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@click.command("distill")
+@click.argument("pivot")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="Rows that were captured: files, folders or hub ids (repeatable).",
+)
+@click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of each.")
+@click.option("--pivot-store", type=click.Path(path_type=Path), help="What the pivot said about the rows.")
+@click.option(
+    "--source-store",
+    "sources",
+    multiple=True,
+    metavar="NAME=STORE[:TOKENIZER]",
+    help="What a source said, and its tokenizer if it is not that of the model that the store names (repeatable).",
+)
+@click.option(
+    "--preset",
+    default="fusekit",
+    show_default=True,
+    help="fusekit, fusechat, fusellm, uld or sft: the values of every setting that is not given.",
+)
+@click.option("--mode", type=click.Choice(["pairwise", "joint"]), help="One target per source, or one from all.")
+@click.option("--function", help="What becomes of several models' rows: min_ce, avg_ce, ...")
+@click.option("--level", type=click.Choice(["sequence", "token"]), help="Choose per row or at every label.")
+@click.option("--metric", type=click.Choice(["bits_per_byte", "token_ce"]), help="What rows are judged by.")
+@click.option("--tokens", type=click.Choice(["span", "dtw"]), help="Token alignment: exact, or the papers'.")
+@click.option("--vocabulary", help="Vocabulary map: em, mined, ms or prefix.")
+@click.option("--loss", help="ce, kl, reverse_kl, js or uld_topk.")
+@click.option("--truncation", type=click.Choice(["tail", "renormalize"]), help="What is done about the rest of a row.")
+@click.option("--lm-weight", type=float, help="The weight of the text itself; 1 is plain fine-tuning.")
+@click.option("--temperature", type=float, help="Of the rows and the loss.")
+@click.option("--epochs", type=float, help="Passes over the rows.")
+@click.option("--learning-rate", type=float, help="Of AdamW, at its highest.")
+@click.option("--batch-size", type=int, help="Rows per optimizer step, over all processes.")
+@click.option("--micro-batch-size", type=int, help="Rows at once on one device.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "auto"]), help="Of the weights while training.")
+@click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.")
+@click.option(
+    "--activation-checkpointing/--no-activation-checkpointing", default=None, help="Spend time to save memory."
+)
+@click.option("--seed", type=int, help="Of everything that is drawn.")
+@click.option("--workers", type=int, help="Data loader processes.")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Train an adapter; a field of peft's LoraConfig, r=16 for one (repeatable).",
+)
+@click.option(
+    "--set",
+    "extra",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    help="Any other setting, as alignment.one_hot=true, or trainer.FIELD=VALUE for a TrainingArguments field (repeatable).",
+)
+@click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
+@click.option("--resume", is_flag=True, help="Go on with what is there.")
+@click.option("--overwrite", is_flag=True, help="Begin anew, replacing what is there.")
+def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: Any) -> None:
+    """Train PIVOT on what other models know, into folders of OUT.
+
+    Each target appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or `accelerate
+    launch` it trains on several devices.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with what is there, --overwrite replaces it: give one")
+    from fusekit.distillation.run import distill as run
+
+    settings = _settings(options)
+    inputs = _inputs(pivot, options)
+    try:
+        with _sigterm_unwinds():
+            made = run(inputs, settings, out, resume=resume, overwrite=overwrite, say=lambda s: click.echo(s, err=True))
+    except KeyboardInterrupt:
+        _stopped(128 + signal.SIGINT)
+    except _TerminatedError:
+        _stopped(128 + signal.SIGTERM)
+    for folder in made:
+        click.echo(str(folder))
+
+
+def _settings(options: dict[str, Any]) -> DistillSettings:
+    from fusekit.distillation.settings import DistillSettings
+
+    changes: dict[str, dict[str, Any]] = {}
+    for option, (section, field) in _FIELDS.items():
+        if options[option] is not None:
+            changes.setdefault(section, {})[field] = options[option]
+    if options["lora"]:
+        changes.setdefault("training", {})["lora"] = dict(_assignment(text) for text in options["lora"])
+    for text in options["extra"]:
+        name, value = _assignment(text)
+        section, dot, field = name.partition(".")
+        if not dot:
+            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example training.warmup=0.1")
+        if section == "trainer":
+            changes.setdefault("training", {}).setdefault("trainer", {})[field] = value
+        else:
+            changes.setdefault(section, {})[field] = value
+    return DistillSettings.of(options["preset"], changes)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.UsageError(f"{text!r} is no NAME=VALUE")
+    return name, _value(value)
+
+
+def _value(text: str) -> Any:
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
+        return float(text)  # YAML takes 1e-5 for a string
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"{text!r} is no YAML value: {error}") from error
+
+
+def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
+    from fusekit.distillation.inputs import Inputs, Source
+    from fusekit.representation import read_rows
+    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+    from fusekit.representation.load import load_tokenizer
+    from fusekit.representation.row_tokenizer import RowTokenizer
+
+    sources = {}
+    for text in options["sources"]:
+        name, equals, place = text.partition("=")
+        if not name or not equals or not place:
+            raise click.UsageError(f"--source-store {text}: write NAME=STORE or NAME=STORE:TOKENIZER")
+        if name in sources:
+            raise DistillationError(f"two sources are called {name!r}")
+        store, _, tokenizer = place.partition(":")
+        sources[name] = Source(Path(store), tokenizer or None)
+    rows = [row for path in options["data"] for row in read_rows(path, split=options["split"], limit=options["limit"])]
+    choice = ModelChoice(pivot)
+    reader = None
+    if options["pivot_store"] is None:
+        tokenizer = load_tokenizer(find_checkpoint(choice))
+        reader = RowTokenizer(tokenizer, _template(options["chat_template"], tokenizer))
+    return Inputs(choice, rows, options["pivot_store"], sources, reader)
+
+
+def _template(name: str | None, tokenizer: Any) -> Any:
+    from fusekit.representation import ChatTemplate, template_names
+
+    if name is None or name == "own":
+        return None if name is None else ChatTemplate.own(tokenizer)
+    return ChatTemplate.named(name) if name in template_names() else ChatTemplate.from_file(name)
+
+
+def _stopped(status: int) -> NoReturn:
+    click.echo(
+        "fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.", err=True
+    )
+    sys.exit(status)

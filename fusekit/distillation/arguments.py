@@ -1,0 +1,104 @@
+"""TrainingArguments from settings: every field can be set, each in one place, and a misspelled one is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fusekit.distillation.settings import TrainingSettings, nearest
+from fusekit.errors import DistillationError
+
+# Fields that the settings have under another name, or that the trainer decides.
+_ELSEWHERE = {
+    "output_dir": "the output folder of the command",
+    "num_train_epochs": "epochs",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "scheduler",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "bf16": "bf16",
+    "activation_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing",
+    "seed": "seed",
+    "dataloader_num_workers": "workers",
+    "resume_from_checkpoint": "--resume",
+}
+_IMPOSSIBLE = {
+    "remove_unused_columns": "what the loss needs is no argument of the model",
+    "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
+    "label_smoothing_factor": "fusekit computes the loss",
+    "auto_find_batch_size": "it would change the rows of an optimizer step",
+    "use_liger_kernel": "it computes a loss of its own",
+}
+_DEFAULTS: dict[str, Any] = {
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "steps",
+    "save_steps": 0.1,  # a tenth of the run
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+    """The arguments of a run whose checkpoints go to ``folder``.
+
+    Args:
+        settings: of the run. Rows per optimizer step are divided among the processes that the launcher started
+            (``WORLD_SIZE``) and ``micro_batch_size``; what is left over is accumulation.
+        folder: for checkpoints.
+
+    Raises:
+        DistillationError: a field that transformers does not know (with the nearest), that belongs elsewhere, whose
+            value it refuses, or a batch that cannot be divided.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in settings.trainer:
+        if name in _ELSEWHERE:
+            raise DistillationError(f"trainer.{name} is set by {_ELSEWHERE[name]}")
+        if name in _IMPOSSIBLE:
+            raise DistillationError(f"trainer.{name} cannot be set: {_IMPOSSIBLE[name]}")
+        if name not in known:
+            raise DistillationError(f"trainer.{name} is no field of TrainingArguments{nearest(name, known)}")
+    fields: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(settings, int(os.environ.get("WORLD_SIZE", "1"))),
+        "bf16": settings.bf16,
+        # The newer name of the two; the older is an alias that warns.
+        ("activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"): (
+            settings.activation_checkpointing
+        ),
+        "seed": settings.seed,
+        "dataloader_num_workers": settings.workers,
+    }
+    try:
+        return TrainingArguments(**fields, **{**_DEFAULTS, **settings.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise DistillationError(f"transformers refuses the training arguments: {error}") from error
+
+
+def accumulation(settings: TrainingSettings, processes: int) -> int:
+    """How many micro-batches each process adds up for an optimizer step.
+
+    Raises:
+        DistillationError: the rows of a step cannot be divided evenly.
+    """
+    at_once = settings.micro_batch_size * processes
+    if settings.batch_size % at_once:
+        raise DistillationError(
+            f"batch_size {settings.batch_size} (rows per optimizer step) cannot be divided by micro_batch_size "
+            f"{settings.micro_batch_size} x {processes} processes: change one of them"
+        )
+    return settings.batch_size // at_once

@@ -1,0 +1,215 @@
+# ruff: noqa: ARG001 - strategies have one signature, whether they read all of it or not
+"""From what several models say about a row to the one distribution per label that is taught.
+
+    fused = FUSION_FUNCTIONS["min_ce"]([pivot, source], level="sequence")
+
+Whether the pivot takes part is the caller's choice: list it, first, or leave it out. All candidates speak of the
+pivot's labels in the pivot's vocabulary. Sources: FuseLLM (arXiv 2401.10491), FuseChat (arXiv 2408.07990).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
+from fusekit.alignment.projection import Rows, merge_entries
+from fusekit.errors import DistillationError
+from fusekit.representation.tokenized_row import CapturedRow
+
+LEVELS = ("sequence", "token")
+
+METRICS: dict[str, Callable[[CapturedRow], float]] = {
+    "token_ce": lambda row: row.token_ce,
+    "bits_per_byte": lambda row: row.bits_per_byte,
+}
+"""What a candidate's cross-entropy can be. ``token_ce`` is the papers' (nats per token of its own tokenizer), and not
+comparable between tokenizers; ``bits_per_byte`` is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One model's word on a row of n labels of the pivot.
+
+    Attributes:
+        name: the model's, for messages.
+        rows: [n, k] in the pivot's vocabulary.
+        taught: bool [n], where it has something to say.
+        cross_entropy: of the whole row, by one of :data:`METRICS`, the same one for every candidate.
+        label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
+        reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
+    """
+
+    name: str
+    rows: Rows
+    taught: BoolArray
+    cross_entropy: float
+    label_nll: FloatArray | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """What is taught.
+
+    Attributes:
+        rows: [n, k'], k' at most the sum of the candidates' k.
+        taught: bool [n]; where False the row is empty and its tail 1.
+        weights: float64 [n, K], each candidate's share of each label's row; sums to 1 where taught, 0 elsewhere.
+        chosen: int64 [n], the candidate with the largest share (the first of equal ones), -1 where not taught.
+        preferred: int64, the candidate with the largest share of the whole row, -1 if there is none; at ``token`` level
+            the one chosen most often.
+    """
+
+    rows: Rows
+    taught: BoolArray
+    weights: FloatArray
+    chosen: IntArray
+    preferred: int
+
+
+FusionFunction = Callable[..., Fused]
+"""(candidates, level="sequence", temperature=1.0) -> Fused"""
+
+
+def min_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
+    """MinCE: the candidate of lowest cross-entropy on the row, or on each label; of equal ones the first listed.
+
+    candidates: K >= 1, of one row. level: ``sequence`` or ``token``. temperature: not used. At ``sequence`` level a
+    label on which the chosen one has nothing to say is not taught, however much others know; a candidate that says
+    nothing of the whole row is not chosen. Raises DistillationError: no candidates, shapes that differ, an unknown
+    level, a missing ``label_nll``. arXiv 2401.10491.
+    """
+    scores = _scores(candidates, level)
+    best = np.zeros_like(scores)
+    if scores.size:
+        best[np.arange(len(scores)), scores.argmin(axis=1)] = 1.0
+    return _mixture(candidates, np.where(np.isfinite(scores), best, 0.0))
+
+
+def avg_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
+    """AvgCE: the mixture with weights softmax_j(exp(-CE_j)), which are nearly uniform.
+
+    Inputs and errors as :func:`min_ce`. Where only some candidates speak of a label, the weights are renormalised among
+    those. An id that one candidate lists and another has in its tail gets what the one gives it; the other's part of it
+    stays in the mixture's tail. arXiv 2401.10491.
+    """
+    scores = _scores(candidates, level)
+    return _mixture(candidates, _softmax(np.exp(-scores), scores))
+
+
+def reward_softmax(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
+    """The mixture with weights softmax_j(reward_j / temperature).
+
+    Inputs as :func:`avg_ce`, at ``sequence`` level. Raises DistillationError also for a missing reward, ``token`` level
+    (a reward is one number per row) and a temperature that is not above 0.
+    """
+    if level != "sequence":
+        raise DistillationError(f"level {level!r} with rewards: a reward is one number per row; use level sequence")
+    if not temperature > 0:
+        raise DistillationError(f"the temperature of the rewards is {temperature}, it must be above 0")
+    scores = _scores(candidates, level)
+    missing = [candidate.name for candidate in candidates if candidate.reward is None]
+    if missing:
+        raise DistillationError(f"no reward for {', '.join(missing)}: reward_softmax needs one of every candidate")
+    rewards = np.array([[candidate.reward for candidate in candidates]], np.float64)
+    return _mixture(candidates, _softmax(rewards / temperature, scores))
+
+
+FUSION_FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce, "reward_softmax": reward_softmax}
+
+
+def constant(weight: float, cross_entropies: Sequence[float], progress: float) -> float:
+    """λ as it is."""
+    return weight
+
+
+def soft(weight: float, cross_entropies: Sequence[float], progress: float) -> float:
+    """1 - r with r = max_j exp(-CE_j): the surer the best candidate is of the row, the more it teaches."""
+    if not len(cross_entropies):
+        return 1.0
+    return 1.0 - min(max(math.exp(-value) for value in cross_entropies), 1.0)
+
+
+def hard_and_decay(weight: float, cross_entropies: Sequence[float], progress: float) -> float:
+    """λ rising linearly from its value to 1 over training."""
+    return weight + (1.0 - weight) * min(max(progress, 0.0), 1.0)
+
+
+LM_WEIGHTS: dict[str, Callable[[float, Sequence[float], float], float]] = {
+    "constant": constant,
+    "soft": soft,
+    "hard_and_decay": hard_and_decay,
+}
+"""(λ of the recipe, the row's cross-entropies of all candidates, share of training that is done) -> the λ of a row, in
+λ · L_CLM + (1 - λ) · L_fusion. The authors' other weightings, by their names for them."""
+
+
+def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:
+    """Cross-entropies [1 or n, K]; infinite where a candidate has nothing to say or no finite cross-entropy."""
+    if not candidates:
+        raise DistillationError("no candidates to fuse: list the pivot, or at least one source")
+    n = len(candidates[0].taught)
+    for candidate in candidates:
+        if len(candidate.taught) != n or len(candidate.rows.ids) != n:
+            raise DistillationError(
+                f"{candidate.name} has {len(candidate.rows.ids)} rows and {len(candidate.taught)} marks, "
+                f"{candidates[0].name} has {n} marks: all candidates speak of the same labels"
+            )
+    if level == "sequence":
+        scores = np.array([[c.cross_entropy if c.taught.any() else np.inf for c in candidates]], np.float64)
+    elif level == "token":
+        scores = np.stack([np.where(c.taught, _label_nll(c, n), np.inf) for c in candidates], axis=1)
+    else:
+        raise DistillationError(f"there is no level {level!r}: it is one of {', '.join(LEVELS)}")
+    return np.where(np.isfinite(scores), scores, np.inf)
+
+
+def _label_nll(candidate: Candidate, n: int) -> FloatArray:
+    if candidate.label_nll is None or len(candidate.label_nll) != n:
+        raise DistillationError(f"{candidate.name} has no label_nll of {n} labels: level token compares them")
+    return candidate.label_nll
+
+
+def _softmax(logits: FloatArray, scores: FloatArray) -> FloatArray:
+    """Along the candidates, without those whose score is infinite. All zero where none is left."""
+    allowed = np.isfinite(scores)
+    top = np.where(allowed, logits, -np.inf).max(axis=1, keepdims=True)
+    powers = np.where(allowed, np.exp(np.where(allowed, logits - np.where(np.isfinite(top), top, 0.0), 0.0)), 0.0)
+    total = powers.sum(axis=1, keepdims=True)
+    return np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
+
+
+def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
+    """Σ_j w_j P_j. weights: [1 or n, K]."""
+    speaks = np.stack([candidate.taught for candidate in candidates], axis=1)
+    shares = np.where(speaks, weights, 0.0)
+    total = shares.sum(axis=1, keepdims=True)
+    shares = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
+    taught = total[:, 0] > 0
+    chosen = np.where(taught, shares.argmax(axis=1), -1)
+    if len(weights) == 1 and weights.any():
+        preferred = int(weights[0].argmax())
+    else:
+        preferred = int(np.bincount(chosen[taught]).argmax()) if taught.any() else -1
+    return Fused(_rows(candidates, shares, taught), taught, shares, chosen.astype(np.int64), preferred)
+
+
+def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray) -> Rows:
+    whole = [j for j in range(len(candidates)) if np.array_equal(shares[:, j], taught.astype(np.float64))]
+    if whole and np.array_equal(taught, candidates[whole[0]].taught) and taught.all():
+        return candidates[whole[0]].rows  # one candidate is all there is: its rows, bit for bit
+    ids = np.concatenate([np.where(shares[:, [j]] > 0, c.rows.ids, -1) for j, c in enumerate(candidates)], axis=1)
+    mass = np.concatenate(
+        [
+            np.exp(np.where(c.rows.ids >= 0, c.rows.logprobs, -np.inf)) * shares[:, [j]]
+            for j, c in enumerate(candidates)
+        ],
+        axis=1,
+    )
+    tails = np.stack([candidate.rows.tail for candidate in candidates], axis=1)
+    tail: FloatArray = np.where(taught, (tails * shares).sum(axis=1), 1.0)
+    return merge_entries(ids, mass, tail)

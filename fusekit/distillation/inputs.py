@@ -1,0 +1,215 @@
+"""What a run reads: the pivot, the rows, the stores; opened and checked against each other before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusekit.alignment import build_vocabulary_map, count_mappings, tokenize, vocabulary_surfaces
+from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.processes import on_main, shared
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.targets import PIVOT, FusionDataset, Tokenizes
+from fusekit.errors import DistillationError
+from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.representation.load import load_tokenizer
+from fusekit.representation.rows import Row
+from fusekit.representation.tokenized_row import CapturedRow, Part
+from fusekit.storage.store import Store
+
+COUNTED_TEXTS = 10_000  # of which the statistics of an MS map are made
+_SAMPLED = 16  # rows of a store, to learn how its model reads
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that teaches.
+
+    Attributes:
+        store: folder of what it said about the rows.
+        tokenizer: folder or hub name of its tokenizer; None for the model that the store names.
+        alignment: settings of its own; None for the run's.
+    """
+
+    store: Path
+    tokenizer: str | None = None
+    alignment: AlignmentSettings | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        pivot: the model to train.
+        rows: the data that the stores were captured from; rows that no store has may be among them.
+        pivot_store: folder of what the pivot said about them; None where that is not wanted.
+        sources: by name.
+        row_tokenizer: how the pivot reads rows that its store lacks; needed without a store.
+    """
+
+    pivot: ModelChoice
+    rows: Sequence[Row]
+    pivot_store: Path | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    row_tokenizer: Tokenizes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """Inputs that fit each other."""
+
+    checkpoint: Checkpoint
+    pivot_fingerprint: str
+    tokenizer: Any
+    rows: Sequence[Row]
+    pivot_store: Store | None
+    stores: dict[str, Store]
+    projections: dict[str, Projection]
+    settings: DistillSettings
+    row_tokenizer: Tokenizes | None
+
+    def dataset(self, sources: Sequence[str]) -> FusionDataset:
+        """The examples of a target that these sources teach."""
+        return FusionDataset(
+            self.rows,
+            pivot=self.pivot_store,
+            sources={name: self.stores[name] for name in sources},
+            projections={name: self.projections[name] for name in sources},
+            tokenizer=self.row_tokenizer,
+            fusion=self.settings.fusion,
+        )
+
+    def stores_of(self, sources: Sequence[str]) -> dict[str, Store]:
+        """The stores that a target is made from, by name."""
+        found = {PIVOT: self.pivot_store} if self.pivot_store is not None else {}
+        return found | {name: self.stores[name] for name in sources}
+
+
+def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str]) -> Opened:
+    """Find the pivot, open the stores of ``sources``, and make their vocabulary maps.
+
+    Raises:
+        CaptureError: a model or tokenizer cannot be found.
+        StorageError: a store is damaged or not complete.
+        DistillationError: stores that were made with another temperature, pivot or tokenizer than the run's.
+    """
+    checkpoint = find_checkpoint(inputs.pivot)
+    on_main(checkpoint.fetch)
+    fingerprint = on_main(checkpoint.fingerprint)
+    tokenizer = load_tokenizer(checkpoint)
+    pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
+    stores = {name: Store.open(inputs.sources[name].store) for name in sources}
+    for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
+        if store.spec.temperature != settings.training.temperature:
+            raise DistillationError(
+                f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
+                f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
+            )
+    rows = {row.key: row for row in inputs.rows}
+    if pivot_store is not None:
+        _refuse_other_pivot(pivot_store, fingerprint, checkpoint)
+    ours = _Reading(PIVOT, tokenizer, _sample(pivot_store, rows))
+    ours.check()
+    projections = {}
+    for name, store in stores.items():
+        source = inputs.sources[name]
+        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model)))
+        reading = _Reading(name, theirs, _sample(store, rows))
+        reading.check()
+        how = source.alignment or settings.alignment
+        make = partial(_projection, how, ours, reading, inputs.rows, store.spec.vocabulary)
+        if shared():
+            on_main(lambda make=make: make() and None)  # type: ignore[misc]  # the others find the map in the cache
+        projections[name] = make()
+    return Opened(
+        checkpoint,
+        fingerprint,
+        tokenizer,
+        inputs.rows,
+        pivot_store,
+        stores,
+        projections,
+        settings,
+        inputs.row_tokenizer,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A tokenizer, and some rows as the model read them."""
+
+    name: str
+    tokenizer: Any
+    sample: Sequence[tuple[Row, CapturedRow]]
+
+    def check(self) -> None:
+        """Raises DistillationError when the rows were read with another tokenizer than this.
+
+        Tokens at the seams of a template may differ from those of the content alone, so not all have to be equal.
+        """
+        equal = total = 0
+        for row, captured in self.sample:
+            tokens = captured.tokens
+            for number, message in enumerate(row.messages):
+                read = tokens.ids[(tokens.message == number) & (tokens.part == Part.CONTENT)]
+                expected = tokenize(message.content, self.tokenizer).ids[: len(read) + 1]
+                total += len(read)
+                equal += int(np.isin(read, expected).sum())
+        if equal < total / 2:
+            name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+            raise DistillationError(
+                f"the store of {self.name} was captured with another tokenizer than {name}: of {total} of its tokens "
+                f"{equal} are what that tokenizer makes of the same text; name the right one"
+            )
+
+    def roles(self) -> dict[str, int]:
+        """The tokens that end a turn and a text, as the model's template wrote them; a template may be foreign."""
+        found: dict[str, Counter[int]] = {"end_of_turn": Counter(), "eos": Counter()}
+        for row, captured in self.sample:
+            tokens = captured.tokens
+            ending = (tokens.part == Part.END) & tokens.labels
+            found["eos" if row.is_text else "end_of_turn"].update(tokens.ids[ending].tolist())
+        return {role: ids.most_common(1)[0][0] for role, ids in found.items() if ids}
+
+
+def _sample(store: Store | None, rows: Mapping[str, Row]) -> list[tuple[Row, CapturedRow]]:
+    if store is None:
+        return []
+    return [(rows[key], store.get(key)) for key in islice((key for key in store.keys if key in rows), _SAMPLED)]
+
+
+def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) -> None:
+    captured = store.spec.model_fingerprint
+    if captured and captured != fingerprint:
+        raise DistillationError(
+            f"the pivot's store was captured from {store.spec.model} ({captured}), but the pivot is "
+            f"{checkpoint.choice.model} ({fingerprint}): capture it again, or train the model that it was captured from"
+        )
+
+
+def _projection(
+    how: AlignmentSettings, ours: _Reading, theirs: _Reading, rows: Sequence[Row], vocabulary: int
+) -> Projection:
+    statistics = None
+    if how.vocabulary in ("ms", "ms_released"):
+        texts = islice((message.content for row in rows for message in row.messages if message.content), COUNTED_TEXTS)
+        statistics = count_mappings(texts, ours.tokenizer, theirs.tokenizer)
+    made = build_vocabulary_map(
+        ours.tokenizer,
+        theirs.tokenizer,
+        method=how.vocabulary,
+        statistics=statistics,
+        pivot_roles=ours.roles(),
+        source_roles=theirs.roles(),
+        source_size=max(vocabulary, len(vocabulary_surfaces(theirs.tokenizer))),
+        cache=True,
+    )
+    return Projection(made, how.tokens, how.conditioning, how.one_hot, how.collisions)

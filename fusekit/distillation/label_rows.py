@@ -1,0 +1,185 @@
+"""What one source teaches at the labels of one row: its captured rows, aligned, in the pivot's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusekit.alignment.alignment import TokenAlignment, align_tokens
+from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
+from fusekit.alignment.projection import Rows
+from fusekit.alignment.row_cases import Case, plan_rows
+from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
+from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.distillation.warping import warp_tokens
+from fusekit.errors import DistillationError
+from fusekit.representation.rows import Row
+from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """How a source's rows come to stand at the pivot's positions.
+
+    Attributes:
+        vocabulary_map: from the source's vocabulary into the pivot's.
+        tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
+            position rule of the map's method; positions without a row get a one-hot on the label, as there.
+        conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
+    """
+
+    vocabulary_map: VocabularyMap
+    tokens: str = "span"
+    conditioning: bool = True
+    one_hot: bool = False
+    collisions: str = "add"
+
+    def __post_init__(self) -> None:
+        if self.tokens not in _PROJECT:
+            raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(sorted(_PROJECT))}")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelRows:
+    """Rows over the pivot's vocabulary at the labels of a row. n labels.
+
+    Attributes:
+        rows: [n, k]; empty with tail 1 where there is none.
+        taught: bool [n], whether the label has a row.
+        linked: bool [n], whether a source position has consumed the same text as the one that predicts the label.
+        cases: int64 [n], a :class:`~fusekit.alignment.row_cases.Case` each; ``UNLINKED`` where the source has nothing
+            of the label: tokens of the pivot's template, text beyond the source's cut.
+    """
+
+    rows: Rows
+    taught: BoolArray
+    linked: BoolArray
+    cases: IntArray
+
+
+def label_rows(row: Row, pivot: TokenizedRow, source: CapturedRow, projection: Projection) -> LabelRows:
+    """The source's rows at the pivot's labels.
+
+    The row that predicts the label at position p stands at p - 1, on either side. Both sides of a message are aligned
+    from the token before its content to its end; labels outside that, which only a template writes, have no teacher.
+
+    Args:
+        row: the messages that both have read.
+        pivot: the row as the pivot reads it.
+        source: what the source said about the same row; it may end earlier.
+        projection: how.
+
+    Raises:
+        DistillationError: the row has no message that the pivot's tokens belong to.
+        AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
+    """
+    n = len(pivot.label_positions)
+    label_of = _label_indices(pivot)
+    known = _label_indices(source.tokens)
+    pieces: list[_Piece] = []
+    for message in np.unique(pivot.message[pivot.labels]).tolist():
+        if message >= len(row.messages):
+            continue  # what the template writes after the last message
+        (ours, start), (theirs, source_start) = pivot.content(message), source.tokens.content(message)
+        if len(ours) < 2 or len(theirs) < 2:
+            continue
+        at = label_of[start + 1 : start + len(ours)]
+        labelled = np.flatnonzero(at >= 0)
+        alignment = align_tokens(row.messages[message].content, ours, theirs)
+        rows, actual, missing = _source_rows(source, known, source_start, len(theirs))
+        aligned = _PROJECT[projection.tokens](alignment, rows, actual, projection)
+        certain = _certain(alignment, aligned, missing, projection)
+        pieces.append(_Piece(at[labelled], labelled, aligned, certain, alignment.source_at >= 0))
+    return _at_labels(n, pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """The aligned rows of one message. ``labels``: numbers of the labels; ``positions``: of what predicts them."""
+
+    labels: IntArray
+    positions: IntArray
+    aligned: AlignedRows
+    certain: BoolArray  # of all positions, as linked
+    linked: BoolArray
+
+
+def _label_indices(tokens: TokenizedRow) -> IntArray:
+    """The number of the label at each position, -1 where there is none: int64 [T]."""
+    return np.where(tokens.labels, np.cumsum(tokens.labels) - 1, -1)
+
+
+def _source_rows(source: CapturedRow, known: IntArray, start: int, m: int) -> tuple[Rows, FloatArray, BoolArray]:
+    """Rows [m, k] after each of m tokens from ``start``, log-probabilities of the next tokens, and which are missing.
+
+    What a source is not asked to learn it was not asked about either: such a position has an empty row.
+    """
+    at = np.full(m, -1, np.int64)
+    at[: m - 1] = known[start + 1 : start + m]
+    missing = at < 0
+    if not len(source.actual):
+        width = source.rows.ids.shape[1]
+        return Rows(np.full((m, width), -1), np.full((m, width), -np.inf), np.ones(m)), np.zeros(m), missing
+    ids = np.where(missing[:, None], -1, source.rows.ids[at])
+    logprobs = np.where(missing[:, None], -np.inf, source.rows.logprobs[at])
+    tail = np.where(missing, 1.0, source.rows.tail[at])
+    return Rows(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at]), missing
+
+
+def _by_span(alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection) -> AlignedRows:
+    return project_rows(
+        alignment,
+        how.vocabulary_map,
+        rows,
+        actual,
+        conditioning=how.conditioning,
+        one_hot=how.one_hot,
+        collisions=how.collisions,
+    )
+
+
+def _by_warping(alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection) -> AlignedRows:  # noqa: ARG001
+    rule = _RULE_OF_MAP.get(how.vocabulary_map.method, "em")
+    warped = warp_tokens(alignment, how.vocabulary_map)
+    return project_rows_by_rule(warped, how.vocabulary_map, rows, rule, collisions=how.collisions)
+
+
+_PROJECT: dict[str, Callable[[TokenAlignment, Rows, FloatArray, Projection], AlignedRows]] = {
+    "span": _by_span,
+    "dtw": _by_warping,
+}
+_RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
+
+
+def _certain(alignment: TokenAlignment, aligned: AlignedRows, missing: BoolArray, how: Projection) -> BoolArray:
+    """bool [n]: the positions whose row took nothing that the source was not asked about."""
+    base = aligned.source_at
+    if not missing[:-1].any():
+        return np.ones(len(base), bool)
+    gaps = np.concatenate([[0], np.cumsum(missing)])
+    first = np.maximum(base, 0)
+    stop = first + 1
+    if how.tokens == "span":
+        steps = plan_rows(alignment, how.conditioning)
+        # The row at ``base``, the probabilities of the tokens that spell the label, the row before the one crossed.
+        stop = np.maximum(stop, np.where(steps.base >= 0, steps.spelled + (steps.overhang > 0), 0))
+    return (base < 0) | (gaps[stop] == gaps[first])
+
+
+def _at_labels(n: int, pieces: list[_Piece]) -> LabelRows:
+    width = max((piece.aligned.rows.ids.shape[1] for piece in pieces), default=0)
+    ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
+    taught, linked = np.zeros(n, bool), np.zeros(n, bool)
+    cases = np.full(n, int(Case.UNLINKED), np.int64)
+    for piece in pieces:
+        rows, certain = piece.aligned.rows, piece.certain[piece.positions]
+        w = rows.ids.shape[1]
+        use = certain & piece.aligned.taught[piece.positions]
+        to, at = piece.labels[use], piece.positions[use]
+        ids[to, :w], logprobs[to, :w], tail[to] = rows.ids[at], rows.logprobs[at], rows.tail[at]
+        taught[to] = True
+        cases[piece.labels] = np.where(certain, piece.aligned.cases[piece.positions], int(Case.UNLINKED))
+        linked[piece.labels] = piece.linked[piece.positions]
+    return LabelRows(Rows(ids, logprobs, tail), taught, linked, cases)

@@ -1,0 +1,59 @@
+"""Named sets of settings: the papers' methods and the baselines, so that a comparison is one word.
+
+Only what differs from the defaults of :mod:`fusekit.distillation.settings` is written here, apart from ``fusekit``,
+which is the defaults. docs/distillation.md lists every value beside the paper's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Preset = dict[str, dict[str, Any]]
+
+# As the papers do it: source entries that meet on one pivot entry keep the largest, and positions without a row get a
+# one-hot on the label. Tokens are aligned exactly; `tokens: dtw` is the papers' own.
+_PAPERS_ALIGNMENT: dict[str, Any] = {"conditioning": False, "one_hot": True, "collisions": "max"}
+
+PRESETS: dict[str, Preset] = {
+    "fusekit": {},
+    # arXiv 2401.10491, sections 3 and 4.1.
+    "fusellm": {
+        "alignment": {**_PAPERS_ALIGNMENT, "vocabulary": "mined"},
+        "fusion": {"mode": "joint", "function": "min_ce", "metric": "token_ce"},
+        "training": {
+            "lm_weight": 0.9,
+            "loss": "ce",
+            "truncation": "renormalize",
+            "epochs": 1.0,
+            "learning_rate": 1e-5,
+            "warmup": 0.008,
+            "weight_decay": 0.1,
+            "batch_size": 128,
+            "trainer": {"adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0},
+        },
+    },
+    # arXiv 2408.07990, sections 3 and 4.1.
+    "fusechat": {
+        "alignment": {**_PAPERS_ALIGNMENT, "vocabulary": "ms"},
+        "fusion": {"mode": "pairwise", "function": "min_ce", "metric": "token_ce"},
+        "training": {
+            "lm_weight": 0.9,
+            "loss": "ce",
+            "truncation": "renormalize",
+            "epochs": 3.0,
+            "learning_rate": 5e-6,
+            "warmup": 0.03,
+            "weight_decay": 0.0,
+            "batch_size": 128,
+        },
+    },
+    # Plain fine-tuning on the same rows, in the same order.
+    "sft": {"fusion": {"mode": "joint"}, "training": {"lm_weight": 1.0}},
+    # Universal logit distillation (arXiv 2402.12030): sorted probabilities, at the positions where both have read the
+    # same text, cut off after the top k.
+    "uld": {
+        "alignment": {"conditioning": False},
+        "fusion": {"mode": "pairwise", "include_pivot": False},
+        "training": {"loss": "uld_topk"},
+    },
+}

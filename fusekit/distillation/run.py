@@ -1,0 +1,256 @@
+"""Distil: from a pivot and stores of captured rows to published checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from fusekit.distillation import checkpoints, models, provenance
+from fusekit.distillation.arguments import training_arguments
+from fusekit.distillation.inputs import Inputs, Opened, open_inputs
+from fusekit.distillation.processes import is_main, on_main
+from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.targets import FusionDataset
+from fusekit.distillation.trainer import FusionTrainer, Objective
+from fusekit.errors import DistillationError
+from fusekit.storage.commit import commit_file
+from fusekit.storage.faults import disk_fault
+from fusekit.storage.lock import output_lock
+from fusekit.storage.publish import recover, staging
+
+FACTS = "made_from.json"
+JOINT, PLAIN = "joint", "sft"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that a run makes. ``sources`` are the names of those that teach it."""
+
+    name: str
+    folder: Path
+    sources: tuple[str, ...]
+
+    @property
+    def work(self) -> Path:
+        """Where its checkpoints are until it is published."""
+        return self.folder.parent / f"{self.name}.training"
+
+
+def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
+    """The models that settings ask for: one per source, one from all, or, at lm_weight 1, one from the text alone.
+
+    Raises DistillationError when there is no source to learn from, or one has a name that cannot be a folder's.
+    """
+    for name in sources:
+        if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
+            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
+    if settings.training.lm_weight == 1:
+        return [Target(PLAIN, out / PLAIN, ())]
+    if not sources:
+        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
+    if settings.fusion.mode == "joint":
+        return [Target(JOINT, out / JOINT, tuple(sources))]
+    return [Target(name, out / name, (name,)) for name in sources]
+
+
+def distill(
+    inputs: Inputs,
+    settings: DistillSettings,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+) -> list[Path]:
+    """Train every target and publish each as a plain checkpoint in a folder of ``out``.
+
+    Each is published in one step when it is whole; until then its checkpoints are in ``NAME.training`` beside it.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this.
+
+    Args:
+        inputs: the pivot, the rows and what each model said about them.
+        settings: see :class:`fusekit.distillation.settings.DistillSettings`.
+        out: folder for the targets.
+        resume: go on with what is there: targets that are published stay, others continue from their last good
+            checkpoint.
+        overwrite: begin anew, replacing what is there.
+        say: told what a user should know, in the first process.
+
+    Returns:
+        The folders of the targets.
+
+    Raises:
+        DistillationError: inputs that do not fit, or that are not those of the run to resume (says what differs);
+            training that does not get anywhere.
+        StorageError: the output is in use, not empty, or the disk fails.
+    """
+    out = Path(out).resolve()
+    targets = targets_of(settings, list(inputs.sources), out)
+    tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
+    with ExitStack() as stack:
+        training_arguments(settings.training, targets[0].work)  # starts the processes' group, and checks the fields
+        on_main(lambda: _claim(stack, out, targets, resume, overwrite))
+        opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
+        for target in targets:
+            _make(target, opened, settings, resume, tell)
+    return [target.folder for target in targets]
+
+
+def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool, overwrite: bool) -> None:
+    """Lock the output, clean up after runs that died, and refuse what is there unless asked to go on or begin anew."""
+    stack.enter_context(output_lock(out))
+    out.mkdir(exist_ok=True)
+    for target in targets:
+        recover(target.folder)
+    there = [path for target in targets for path in (target.folder, target.work) if path.exists()]
+    if there and not resume and not overwrite:
+        raise DistillationError(
+            f"{there[0]} is there already: resume goes on with it, overwrite replaces it; nothing was touched"
+        )
+    if overwrite and not resume:
+        for target in targets:
+            shutil.rmtree(target.work, ignore_errors=True)
+
+
+def _make(target: Target, opened: Opened, settings: DistillSettings, resume: bool, say: Say) -> None:
+    data = opened.dataset(target.sources)
+    stores = opened.stores_of(target.sources)
+    facts = provenance.facts_of_run(target.name, settings, opened.pivot_fingerprint, data.rows, stores)
+    if resume and on_main(lambda: _is_done(target, facts)):
+        say(f"{target.name}: done already, {target.folder}")
+        return
+    start = on_main(lambda: _start(target, facts, say)) if resume else None
+    for line in data.joined.report():
+        say(f"{target.name}: {line}")
+    set_seed(settings.training.seed)  # an adapter begins with random values
+    model = models.load_pivot(opened.checkpoint, settings.training)
+    if start is None:
+        on_main(lambda: _begin(target, facts))
+    trainer = _trainer(target, model, settings, data, facts, say)
+    if start is not None:
+        say(f"{target.name}: goes on from {start.name}")
+    try:
+        trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
+    except Exception as error:
+        raise disk_fault(error, target.work) or error from None
+    state = _gathered(trainer)
+    on_main(lambda: _publish(target, trainer, state, opened, settings, data, facts))
+    say(f"{target.name}: published to {target.folder}")
+    del trainer, state
+    gc.collect()
+
+
+def _trainer(
+    target: Target, model: Any, settings: DistillSettings, data: FusionDataset, facts: Mapping[str, Any], say: Say
+) -> FusionTrainer:
+    training = settings.training
+    objective = Objective(
+        training.lm_weight, training.lm_weight_schedule, training.loss, training.truncation, training.temperature
+    )
+    return FusionTrainer(
+        model,
+        training_arguments(training, target.work),
+        data,
+        objective=objective,
+        count_names=data.count_names,
+        max_skipped_steps=training.max_skipped_steps,
+        facts={"made_from": dict(facts)},
+        say=lambda line: say(f"{target.name}: {line}"),
+    )
+
+
+def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
+    """Whether the target is published already. Raises DistillationError when it was made from something else."""
+    try:
+        record = json.loads((target.folder / models.RECORD).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise DistillationError(
+            f"{target.folder / models.RECORD} cannot be read ({error}), so it is not known what it was made from; "
+            "overwrite makes it anew"
+        ) from error
+    _refuse_changes(target, record.get("made_from", {}), facts)
+    return True
+
+
+def _refuse_changes(target: Target, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = provenance.differences(dict(before), dict(now))
+    if changed:
+        raise DistillationError(
+            f"{target.name} was begun with other inputs or settings, so it cannot be gone on with: "
+            f"{'; '.join(changed)}. Go back to what they were, or overwrite to begin anew"
+        )
+
+
+def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
+    """The checkpoint to go on from, None for the beginning. Raises DistillationError when the inputs changed."""
+    try:
+        before = json.loads((target.work / FACTS).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DistillationError(f"{target.work / FACTS} cannot be read: {error}; overwrite begins anew") from error
+    _refuse_changes(target, before, facts)
+    good = checkpoints.last_good(target.work, say)
+    if good is not None:
+        _refuse_changes(target, checkpoints.facts_of(good).get("made_from", {}), facts)
+    return good
+
+
+def _begin(target: Target, facts: Mapping[str, Any]) -> None:
+    """Say what the checkpoints to come are made from."""
+    target.work.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
+    commit_file(target.work / FACTS, lambda file: file.write(data))
+
+
+def _gathered(trainer: FusionTrainer) -> dict[str, Any] | None:
+    """The whole model's tensors where each process has a part of them, else None. Every process calls it."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return state
+    return None
+
+
+def _publish(
+    target: Target,
+    trainer: FusionTrainer,
+    state: dict[str, Any] | None,
+    opened: Opened,
+    settings: DistillSettings,
+    data: FusionDataset,
+    facts: Mapping[str, Any],
+) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = opened.checkpoint.config.get("use_cache", True)
+    record = {
+        "target": target.name,
+        "sources": list(target.sources),
+        "settings": settings.model_dump(mode="json"),
+        "made_from": dict(facts),
+        "rows": data.joined.report(),
+        "unmatched": {name: list(match.missing) for name, match in data.joined.matches.items() if match.missing},
+        "counts": trainer.counts,
+        "skipped_steps": trainer.skipped,
+        "log": trainer.state.log_history,
+    }
+    with staging(target.folder) as stage:
+        try:
+            models.write_result(model, state, opened.checkpoint, settings.training, stage.path)
+            opened.tokenizer.save_pretrained(stage.path)
+            models.write_record(stage.path, record)
+        except Exception as error:
+            raise disk_fault(error, stage.path) or error from None
+        stage.publish()
+    shutil.rmtree(target.work, ignore_errors=True)

@@ -1,0 +1,191 @@
+"""What the pivot learns from at each label, made while training reads: sources aligned, projected and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from fusekit.alignment.arrays import FloatArray, IntArray
+from fusekit.alignment.projection import Rows
+from fusekit.alignment.row_cases import Case
+from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused
+from fusekit.distillation.joining import Captures, Joined, join
+from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.metrics import metrics_of
+from fusekit.distillation.sampling import IGNORED
+from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.training_log import CASE, CHOSEN, count_names
+from fusekit.errors import AlignmentError, DistillationError
+from fusekit.representation.rows import Row
+from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+
+PIVOT = "pivot"
+_CASES = [case.name.lower() for case in Case]
+
+Example = dict[str, Any]
+"""A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
+``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
+(:class:`fusekit.distillation.losses.SparseTargets`)."""
+
+
+class Tokenizes(Protocol):
+    """One model's way to read rows."""
+
+    def tokenize(self, row: Row) -> TokenizedRow:
+        """The row's tokens."""
+
+
+class FusionDataset(Dataset[Example]):
+    """Rows with what several models say about them, fused in the pivot's tokens and vocabulary.
+
+    Nothing of it is kept: every access aligns and projects the sources' captured rows, which is quicker than reading a
+    third copy of the logits, and gives the same arrays every time. It can be pickled if its stores can.
+
+    Args:
+        rows: the data; rows that are equal count once.
+        pivot: what the pivot said about them, before training; None where neither its opinion is wanted nor the ids
+            that it was asked about, which then come from ``tokenizer``.
+        sources: name to what each said.
+        projections: name to how its rows come into the pivot's vocabulary.
+        tokenizer: reads rows that ``pivot`` lacks; without it those are left out.
+        fusion: what becomes of several models' rows; ``mode`` is the caller's business.
+
+    Attributes:
+        joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
+            all lack is learnt from its text alone.
+        count_names: names of the examples' counts.
+
+    Raises:
+        DistillationError: a model has none of the rows; a source without a projection; a name used twice.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        *,
+        pivot: Captures | None = None,
+        sources: Mapping[str, Captures] | None = None,
+        projections: Mapping[str, Projection] | None = None,
+        tokenizer: Tokenizes | None = None,
+        fusion: FusionSettings | None = None,
+    ) -> None:
+        self.pivot, self.tokenizer = pivot, tokenizer
+        self.sources, self.projections = dict(sources or {}), dict(projections or {})
+        self.fusion = fusion or FusionSettings()
+        if PIVOT in self.sources:
+            raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
+        if lacking := sorted(self.sources.keys() - self.projections.keys()):
+            raise DistillationError(f"there is no projection into the pivot's vocabulary for {', '.join(lacking)}")
+        if pivot is None and tokenizer is None:
+            raise DistillationError("the rows need the pivot's tokens: give its store, or its tokenizer")
+        if pivot is None and self.sources and self.fusion.include_pivot:
+            raise DistillationError(
+                "the pivot's own opinion is asked for, but there is no store of it: capture it, or set include_pivot "
+                "to false"
+            )
+        self.joined: Joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
+        self.rows = self.joined.rows
+        if pivot is not None and tokenizer is None:
+            self.rows = tuple(row for row in self.rows if row.key in pivot)
+        self.candidates = ([PIVOT] if self.fusion.include_pivot and self.sources else []) + list(self.sources)
+        self.count_names = count_names(self.candidates, _CASES)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example number ``index``.
+
+        Raises:
+            IndexError: there is no such row.
+            DistillationError: what a source said about it is not usable; names the row and the source.
+        """
+        row = self.rows[index]
+        own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
+        tokens = own.tokens if own is not None else self._tokenized(row)
+        example: Example = {
+            "input_ids": tokens.ids.astype(np.int64),
+            "labels": np.where(tokens.labels, tokens.ids, IGNORED).astype(np.int64),
+        }
+        counts = {"rows": 1.0, "labels": float(len(tokens.label_positions))}
+        if self.sources and counts["labels"]:
+            example |= self._targets(row, tokens, own, counts)
+        example["counts"] = np.array([counts.get(name, 0.0) for name in self.count_names])
+        return example
+
+    def _tokenized(self, row: Row) -> TokenizedRow:
+        assert self.tokenizer is not None  # rows that the pivot's store lacks are left out without it
+        return self.tokenizer.tokenize(row)
+
+    def _targets(self, row: Row, tokens: TokenizedRow, own: CapturedRow | None, counts: dict[str, float]) -> Example:
+        """Adds to ``counts``. Empty where no model has the row."""
+        labels = tokens.ids[tokens.label_positions]
+        captured: dict[str, CapturedRow] = {}
+        rows: dict[str, LabelRows | Rows] = {}
+        if own is not None and self.fusion.include_pivot:
+            captured[PIVOT], rows[PIVOT] = own, own.rows
+        for name, source in self.sources.items():
+            if row.key in source:
+                captured[name], rows[name] = self._projected(row, tokens, name, source)
+        if not captured:
+            return {}
+        metrics = metrics_of(list(captured.values()), self.fusion.metric)
+        candidates = [
+            _candidate(name, rows[name], metric, labels) for name, metric in zip(captured, metrics, strict=True)
+        ]
+        fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
+        _add_counts(counts, rows, fused, [candidate.name for candidate in candidates])
+        return {
+            "target_ids": fused.rows.ids.astype(np.int64),
+            "target_logprobs": fused.rows.logprobs.astype(np.float32),
+            "target_tail": fused.rows.tail.astype(np.float32),
+            "target_taught": fused.taught,
+        }
+
+    def _projected(self, row: Row, tokens: TokenizedRow, name: str, source: Captures) -> tuple[CapturedRow, LabelRows]:
+        captured = source.get(row.key)
+        assert captured is not None  # the key is in it
+        try:
+            return captured, label_rows(row, tokens, captured, self.projections[name])
+        except AlignmentError as error:
+            raise DistillationError(f"row {row.key} of {name}: {error}") from error
+
+
+def _candidate(name: str, given: LabelRows | Rows, metric: float, labels: IntArray) -> Candidate:
+    taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
+    rows = given.rows if isinstance(given, LabelRows) else given
+    return Candidate(name, rows, taught, metric, label_nll(rows, labels))
+
+
+def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
+    """Minus the log-probability that rows give to labels: nats, float64 [n].
+
+    A label outside the entries has at most the tail and the least entry; that bound stands in for it.
+    """
+    if not rows.ids.shape[1]:
+        found, bound = np.zeros(len(labels)), rows.tail
+    else:
+        hit = rows.ids == labels[:, None]
+        found = np.where(hit, np.exp(rows.logprobs), 0.0).sum(axis=1)
+        used = rows.ids >= 0
+        least = np.exp(np.where(used, rows.logprobs, 0.0)).min(axis=1)
+        bound = np.minimum(rows.tail, least)
+    with np.errstate(divide="ignore"):
+        nll: FloatArray = -np.log(np.where(found > 0, found, bound))
+    return nll
+
+
+def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]) -> None:
+    counts["taught"] = float(np.sum(fused.taught))
+    for name, share in zip(names, np.mean(fused.weights, axis=0), strict=True):
+        counts[CHOSEN + name] = float(share)
+    for given in rows.values():
+        if isinstance(given, LabelRows):
+            found = {"asked": len(given.taught), "linked": given.linked.sum(), "given": given.taught.sum()}
+            cases = np.bincount(given.cases, minlength=len(_CASES))
+            found |= {CASE + case: number for case, number in zip(_CASES, cases, strict=True)}
+            for name, number in found.items():
+                counts[name] = counts.get(name, 0.0) + float(number)

@@ -1,0 +1,272 @@
+"""Training on what others know: transformers.Trainer with the loss, the checks and the logs of knowledge fusion."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fusekit.distillation import checkpoints
+from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.label_logits import LabelLogits
+from fusekit.distillation.losses import SparseTargets, fusion_loss
+from fusekit.distillation.sampling import EpochSampler, WithBlanks
+from fusekit.distillation.training_log import RunningSums
+from fusekit.errors import DistillationError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = λ L_CLM + (1 - λ) L_fusion.
+
+    Attributes:
+        lm_weight: λ. 1: nothing but the text counts, and targets are not looked at.
+        schedule: ``constant``, or ``linear``: λ rises to 1 over the run.
+        loss, truncation, temperature: see :func:`fusekit.distillation.losses.fusion_loss`.
+    """
+
+    lm_weight: float = 0.9
+    schedule: str = "constant"
+    loss: str = "ce"
+    truncation: str = "tail"
+    temperature: float = 1.0
+
+    def weight_at(self, progress: float) -> float:
+        """λ after this share of the run."""
+        if self.schedule == "linear":
+            return self.lm_weight + (1 - self.lm_weight) * min(progress, 1.0)
+        return self.lm_weight
+
+
+class FusionTrainer(Trainer):
+    """Trains a pivot on rows and on targets that were fused from other models' predictions.
+
+    Both terms of the loss are sums over labels divided by the number of labels of the whole optimizer step, over all
+    micro-batches and processes, so how a batch is split changes nothing but the last bits.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, callbacks: as in transformers. Data sets give the
+            examples that :class:`fusekit.distillation.collator.FusionCollator` takes.
+        objective: the loss.
+        count_names: names of the examples' ``counts``, in order (``FusionDataset.count_names``).
+        max_skipped_steps: stop once as many optimizer steps in a row were skipped because the loss or the gradient was
+            no number. The weights are those before the first of them.
+        facts: written into every checkpoint, and compared by whoever resumes from it.
+        say: told what a user should know.
+
+    Raises:
+        DistillationError: an argument that cannot work here; too many skipped steps.
+    """
+
+    loss_is_scaled_for_ga = True  # read by transformers: the loss is normalised over the optimizer step already
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Any,
+        *,
+        objective: Objective,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        count_names: Sequence[str] = (),
+        max_skipped_steps: int = 5,
+        facts: Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        args.remove_unused_columns = False  # what the loss needs is no argument of the model
+        args.prediction_loss_only = True
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would scatter the targets; several devices are one process each
+        pad_id = getattr(processing_class, "pad_token_id", None)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=WithBlanks(train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=FusionCollator(pad_id if pad_id is not None else 0),
+            callbacks=[*(callbacks or []), _Epochs(self)],
+        )
+        # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
+        self.model_accepts_loss_kwargs = True
+        self.objective = objective
+        self.max_skipped_steps = max_skipped_steps
+        self.facts = dict(facts or {})
+        self.say = say
+        self.skipped_in_row = 0
+        self.skipped = 0
+        self.counts: dict[str, float] = {}
+        self._sums = RunningSums(tuple(count_names))
+        self._sampler: EpochSampler | None = None
+        compiled = args.torch_compile  # a hook that comes and goes would be compiled anew
+        self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        shared = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
+        multiple = self._train_batch_size * self.accelerator.num_processes if shared else 1
+        shuffled = self.args.train_sampling_strategy == "random"
+        self._sampler = EpochSampler(self.train_dataset, seed if shuffled else None, multiple)
+        return self._sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """The micro-batches of an optimizer step, and how many labels it has over all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        labels = sum(len(batch["label_ids"]) for batch in batches)
+        if self.accelerator.num_processes > 1:
+            labels = int(self.accelerator.reduce(torch.tensor(labels, device=device), "sum"))
+        return batches, labels
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the loss of its optimizer step.
+
+        inputs: of :class:`fusekit.distillation.collator.FusionCollator`. num_items_in_batch: labels of the optimizer
+        step over all processes; None for this batch alone (evaluation). A batch without a label gives zero, connected
+        to all parameters, so that no process waits for another. A loss that is no number makes all gradients NaN, and
+        the step is skipped on every process.
+        """
+        places, labels = inputs["predicting"], inputs["label_ids"]
+        outputs, logits, positions = self._logits(model, inputs, places)
+        lm_weight = self.objective.weight_at(self.state.global_step / max(self.state.max_steps, 1))
+        targets = self._targets(inputs) if lm_weight < 1 else None
+        # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
+        share = 1 / max(len(labels), 1)
+        if num_items_in_batch is not None:
+            share = self.accelerator.num_processes / max(num_items_in_batch, 1)
+        loss = fusion_loss(
+            logits,
+            labels,
+            targets,
+            positions=positions,
+            loss=self.objective.loss,
+            truncation=self.objective.truncation,
+            temperature=self.objective.temperature,
+            lm_weight=lm_weight * share,
+            fusion_weight=(1 - lm_weight) * share,
+        )
+        if num_items_in_batch is not None:
+            self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
+        value = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, math.nan)
+        return (value, outputs) if return_outputs else value
+
+    def _logits(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], places: torch.Tensor
+    ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """The model's outputs, logits, and which of them are the labels': None for all, in order."""
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if self._label_logits is None:
+            outputs = model(**tokens, use_cache=False)
+            return outputs, outputs.logits, places
+        with self._label_logits.at(places):
+            outputs = model(**tokens, use_cache=False)
+        return outputs, *self._label_logits.of(outputs.logits, places)
+
+    def _targets(self, inputs: Mapping[str, Any]) -> SparseTargets | None:
+        if "target_ids" not in inputs:
+            return None
+        fields = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
+        return SparseTargets(*fields, temperature=self.objective.temperature)
+
+    # A loss or gradient that is no number
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Also drops gradients that are no numbers: they must not reach the weights.
+
+        The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now
+        and then, and DeepSpeed steps on its own.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if getattr(self.accelerator, "scaler", None) is not None or self.is_deepspeed_enabled:
+            return grad_norm
+        if math.isfinite(float(grad_norm)):
+            self.skipped_in_row = 0
+            return grad_norm
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.skipped_in_row += 1
+        self.skipped += 1
+        step = self.state.global_step + 1
+        self.say(f"warning: step {step} is skipped: its loss or gradient is no number (norm {float(grad_norm)})")
+        if self.skipped_in_row >= self.max_skipped_steps:
+            good = checkpoints.checkpoints(Path(self.args.output_dir))
+            kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
+            raise DistillationError(
+                f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a loss or gradient that "
+                f"is no number; {kept}. A lower learning rate, a warm-up or dtype float32 usually help"
+            )
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a line of training the two terms of the loss and what the targets were, over all processes."""
+        if "loss" in logs:
+            vector = self._sums.drain()
+            if self.accelerator.num_processes > 1:
+                vector = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
+            line, counts = self._sums.read(vector)
+            logs.update(line)
+            if self.skipped:
+                logs["skipped_steps"] = float(self.skipped)
+            for name, value in counts.items():
+                self.counts[name] = self.counts.get(name, 0.0) + value
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As transformers, then the list that vouches for it, and only then may older checkpoints go."""
+        if self.skipped_in_row:
+            self.say(f"no checkpoint at step {self.state.global_step}: its step was skipped")
+            return
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # one that was damaged or not finished
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder, {**self.facts, "step": self.state.global_step})
+            if limit:
+                best = self.state.best_model_checkpoint
+                checkpoints.rotate(folder.parent, limit, also=Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins: accelerate does not reach it in every combination of wrappers."""
+
+    def __init__(self, trainer: FusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))

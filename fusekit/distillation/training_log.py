@@ -1,0 +1,77 @@
+"""What a line of the training log says about the targets: sums over labels and rows, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fusekit.alignment.arrays import FloatArray
+
+CHOSEN, CASE = "chosen/", "case/"
+
+
+def count_names(candidates: Sequence[str], cases: Sequence[str]) -> tuple[str, ...]:
+    """Names of an example's counts.
+
+    ``rows`` and ``labels``; ``asked``: labels times sources, of which ``linked`` have a source position that has read
+    the same text, and ``given`` have a row; ``taught``: labels with a target; how many rows each candidate was chosen
+    for (shares of a row where several are weighed); labels times sources by case.
+    """
+    chosen, by_case = [CHOSEN + name for name in candidates], [CASE + name for name in cases]
+    return ("rows", "labels", "asked", "linked", "given", "taught", *chosen, *by_case)
+
+
+def shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """``linked_share``, ``row_share`` and ``taught_share`` of labels, and per candidate the share of rows."""
+    asked, labels, rows = (max(counts.get(name, 0.0), 1.0) for name in ("asked", "labels", "rows"))
+    found = {
+        "linked_share": counts.get("linked", 0.0) / asked,
+        "row_share": counts.get("given", 0.0) / asked,
+        "taught_share": counts.get("taught", 0.0) / labels,
+    }
+    return found | {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}
+
+
+@dataclass
+class RunningSums:
+    """What this process has seen since the last line.
+
+    Attributes:
+        names: of the counts.
+        losses: float [2] each, the sums of the CLM and the fusion loss over a micro-batch's labels, on its device.
+        labels: how many labels those were.
+        counts: float64 [len(names)].
+    """
+
+    names: Sequence[str]
+    losses: list[torch.Tensor] = field(default_factory=list)
+    labels: int = 0
+    counts: FloatArray | None = None
+
+    def add(self, lm: torch.Tensor, fusion: torch.Tensor, labels: int, counts: FloatArray | None) -> None:
+        """Add a micro-batch, without waiting for its device."""
+        self.losses.append(torch.stack([lm.detach().float(), fusion.detach().float()]))
+        self.labels += labels
+        if counts is not None and self.names:
+            self.counts = counts if self.counts is None else self.counts + counts
+
+    def drain(self) -> torch.Tensor:
+        """Everything as one float64 vector, and begin anew."""
+        terms = torch.stack(self.losses).double().cpu().sum(0).tolist() if self.losses else [0.0, 0.0]
+        counts = np.zeros(len(self.names)) if self.counts is None else self.counts
+        vector = torch.tensor([*terms, float(self.labels), *counts.tolist()], dtype=torch.float64)
+        self.losses, self.labels, self.counts = [], 0, None
+        return vector
+
+    def read(self, vector: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
+        """What the sum of drained vectors says: the values for a line of the log, and the counts by name.
+
+        ``lm_loss`` and ``fusion_loss`` are per label, as in the loss.
+        """
+        lm, fusion, labels, *counts = vector.tolist()
+        named = dict(zip(self.names, counts, strict=True))
+        line = {"lm_loss": lm / max(labels, 1.0), "fusion_loss": fusion / max(labels, 1.0)}
+        return line | (shares(named) if named else {}), named

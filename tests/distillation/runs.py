@@ -1,0 +1,215 @@
+"""Short training runs in the small world; also a script, for tests that need processes of their own.
+
+python -m tests.distillation.runs train OUT --kill-after 5      # SIGKILL itself once step 5 is done
+python -m tests.distillation.runs together OUT                  # one of two processes, by RANK
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from fusekit.alignment import build_vocabulary_map
+from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.targets import FusionDataset
+from fusekit.distillation.trainer import FusionTrainer, Objective
+from tests.distillation import worlds
+from tests.representation.models import random_model
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@functools.cache
+def data(count: int = 12, seed: int = 0, include_pivot: bool = True) -> FusionDataset:
+    """Rows with a pivot and one source of another tokenizer, both of random opinions."""
+    pivot, source = worlds.tokenizer(320), worlds.tokenizer(420)
+    roles = {"end_of_turn": pivot.convert_tokens_to_ids("<end>")}
+    vocabulary_map = build_vocabulary_map(pivot, source, method="prefix", pivot_roles=roles, source_roles=roles)
+    rows = worlds.conversations(count, seed)
+    own = [worlds.guessing(worlds.read(row, pivot), len(pivot), seed=1) for row in rows]
+    theirs = [worlds.guessing(worlds.read(row, source), len(source), seed=2, sharpness=2.0) for row in rows]
+    return FusionDataset(
+        rows,
+        pivot=worlds.by_key(own),
+        sources={"other": worlds.by_key(theirs)},
+        projections={"other": Projection(vocabulary_map)},
+        fusion=FusionSettings(include_pivot=include_pivot),
+    )
+
+
+def trainer(
+    out: Path, model: Any = None, examples: Any = None, objective: Objective | None = None, **arguments: Any
+) -> FusionTrainer:
+    """A trainer on the CPU with plain settings; ``arguments`` of TrainingArguments override them."""
+    examples = data() if examples is None else examples
+    own = {"max_skipped_steps", "facts", "say", "callbacks"}
+    options = {name: arguments.pop(name) for name in list(arguments) if name in own}
+    fields: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return FusionTrainer(
+        random_model("llama") if model is None else model,
+        TrainingArguments(**fields | arguments),
+        examples,
+        objective=objective or Objective(lm_weight=0.7),
+        count_names=getattr(examples, "count_names", ()),
+        **options,
+    )
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of a model's tensors."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def one_step(out: Path, batch: int, accumulation: int, examples: Dataset[Any] | None = None) -> dict[str, torch.Tensor]:
+    """The weights after one optimizer step of plain gradient descent."""
+    made = trainer(
+        out,
+        examples=examples,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+    )
+    made.train()
+    return weights(made.accelerator.unwrap_model(made.model))
+
+
+class KillAfter(TrainerCallback):
+    """SIGKILL, as an out-of-memory killer or a power cut would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Once the step is done and before anything of it is saved."""
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def long_run(out: Path, **arguments: Any) -> FusionTrainer:
+    """Two epochs of three steps with dropout, momentum and a schedule: what a resumed run has to get back."""
+    fields: dict[str, Any] = {
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    return trainer(out, random_model("llama", attention_dropout=0.3), **fields | arguments)
+
+
+def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    """This script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.distillation.runs", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two(arguments: Sequence[str]) -> None:
+    """The script in two processes that train together. Raises with their output when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [
+        start(arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    if any(process.returncode for process in both):
+        raise AssertionError("\n---\n".join(said))
+
+
+def _together(out: Path) -> None:
+    """One step over all rows and one over rows that the processes cannot share evenly; then a sharded model."""
+    rank = os.environ["RANK"]
+    torch.save(one_step(out / "even", 4, 1, _first(8)), out / f"even-{rank}.pt")
+    torch.save(one_step(out / "odd", 2, 2, _first(7)), out / f"odd-{rank}.pt")
+    _resume_together(out)
+    _sharded(out)
+
+
+def _first(count: int) -> Dataset[Any]:
+    return torch.utils.data.Subset(data(), range(count))
+
+
+def _resume_together(out: Path) -> None:
+    """Interrupted in the second epoch, and gone on with: the order of rows must be that of the second epoch."""
+    whole = long_run(out / "whole", per_device_train_batch_size=1)
+    whole.train()
+    again = long_run(out / "again", per_device_train_batch_size=1)
+    again.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-5"))
+    a, b = (weights(made.accelerator.unwrap_model(made.model)) for made in (whole, again))
+    assert all(torch.equal(a[name], b[name]) for name in a), "resumed in two processes, other weights"
+
+
+def _sharded(out: Path) -> None:
+    """Gradients of the loss of a model whose parameters are sharded over both processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = random_model("llama").train()
+    made = trainer(out / "sharded", model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert model.lm_head.weight.to_local().shape[0] < model.lm_head.weight.shape[0]
+    rank = int(os.environ["RANK"])
+    share = [data()[i] for i in range(rank * 4, rank * 4 + 4)]
+    batch = made.data_collator(share)
+    labels = torch.tensor(len(batch["label_ids"]))
+    torch.distributed.all_reduce(labels)
+    loss = made.compute_loss(model, batch, num_items_in_batch=int(labels))
+    loss.backward()
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, out / "sharded.pt")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    kind, out, *rest = sys.argv[1:]
+    if kind == "train":
+        long_run(Path(out), callbacks=[KillAfter(int(rest[1]))]).train()
+    elif kind == "together":
+        _together(Path(out))
+    else:
+        raise SystemExit(f"unknown job {kind}")
+
+
+if __name__ == "__main__":
+    main()

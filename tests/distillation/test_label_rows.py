@@ -1,0 +1,192 @@
+"""Sources' rows at the pivot's labels, against a plain loop and against what must come out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fusekit.alignment import Case, Rows, align_tokens, build_vocabulary_map, project_rows
+from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.errors import DistillationError
+from fusekit.representation import Message, Part, Row, TokenizedRow
+from fusekit.representation.rows import FRAGMENT, TEXT
+from fusekit.representation.tokenized_row import CapturedRow
+from tests.distillation import worlds
+
+PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
+ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
+MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+TEXT_ROWS = [
+    Row((Message(TEXT, "the naïve fusion of models"), Message(TEXT, "a 東京 text"), Message(FRAGMENT, "none of them"))),
+]
+
+
+def entry(rows: Rows, at: int) -> tuple[list[tuple[int, float]], float]:
+    """One row as plain numbers."""
+    pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0]
+    return pairs, float(rows.tail[at])
+
+
+def by_loop(row: Row, pivot: TokenizedRow, source: CapturedRow, conditioning: bool) -> list[object]:
+    """Label by label: the message's tokens aligned, the one row picked out; None where there is none."""
+    asked = {int(p): j for j, p in enumerate(source.tokens.label_positions)}
+    found: list[object] = []
+    for position in pivot.label_positions.tolist():
+        message = int(pivot.message[position])
+        (ours, start), (theirs, theirs_start) = pivot.content(message), source.tokens.content(message)
+        m = len(theirs)
+        at = position - 1 - start
+        if at < 0 or m < 2 or at + 1 >= len(ours):
+            found.append(None)
+            continue
+        ids, logprobs = np.full((m, 4), -1), np.full((m, 4), -np.inf)
+        tail, actual = np.ones(m), np.zeros(m)
+        for j in range(m):
+            number = asked.get(theirs_start + j + 1) if j + 1 < m else None
+            if number is not None:
+                w = source.rows.ids.shape[1]
+                ids[j, :w], logprobs[j, :w] = source.rows.ids[number], source.rows.logprobs[number]
+                tail[j], actual[j] = source.rows.tail[number], source.actual[number]
+        alignment = align_tokens(row.messages[message].content, ours, theirs)
+        aligned = project_rows(alignment, MAP, (ids, logprobs, tail), actual, conditioning=conditioning)
+        found.append(entry(aligned.rows, at) if aligned.taught[at] else None)
+    return found
+
+
+def plain(given: LabelRows) -> list[object]:
+    return [entry(given.rows, j) if taught else None for j, taught in enumerate(given.taught.tolist())]
+
+
+def close(a: list[object], b: list[object]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None:
+            assert [i for i, _ in left[0]] == [i for i, _ in right[0]]
+            np.testing.assert_allclose([p for _, p in left[0]], [p for _, p in right[0]], atol=1e-9)
+            assert left[1] == pytest.approx(right[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("conditioning", [True, False])
+def test_rows_are_those_of_a_plain_loop(conditioning: bool) -> None:
+    for row in worlds.conversations(12) + TEXT_ROWS:
+        pivot = worlds.read(row, PIVOT)
+        source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
+        given = label_rows(row, pivot, source, Projection(MAP, conditioning=conditioning))
+        assert len(given.taught) == len(pivot.label_positions)
+        close(plain(given), by_loop(row, pivot, source, conditioning))
+
+
+def test_a_source_certain_of_the_text_gives_the_pivots_label() -> None:
+    taught = 0
+    for row in worlds.conversations(12) + TEXT_ROWS:
+        pivot = worlds.read(row, PIVOT)
+        given = label_rows(row, pivot, worlds.certain(worlds.read(row, SOURCE)), Projection(MAP))
+        labels = pivot.ids[pivot.label_positions]
+        hit = (given.rows.ids == labels[:, None]) & (np.exp(given.rows.logprobs) > 1 - 1e-9)
+        assert (hit.any(axis=1) | ~given.taught).all()
+        assert (given.rows.tail[given.taught] < 1e-9).all()
+        taught += int(given.taught.sum())
+    assert taught > 100
+
+
+def test_the_same_tokenizer_teaches_every_label() -> None:
+    own = build_vocabulary_map(PIVOT, PIVOT, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+    for row in worlds.conversations(6) + TEXT_ROWS:
+        tokens = worlds.read(row, PIVOT)
+        source = worlds.guessing(tokens, len(PIVOT))
+        given = label_rows(row, tokens, source, Projection(own))
+        assert given.taught.all()
+        assert given.linked.all()
+        known = np.exp(source.rows.logprobs).sum(axis=1) + source.rows.tail
+        np.testing.assert_allclose(np.exp(given.rows.logprobs).sum(axis=1) + given.rows.tail, known, atol=1e-9)
+
+
+def test_a_template_token_between_content_and_end_has_no_teacher() -> None:
+    row = Row((Message("user", "the"), Message("assistant", "a fusion")))
+    tokens = worlds.read(row, PIVOT)
+    at = len(tokens) - 1  # before the end of turn
+
+    def insert(values: np.ndarray, value: int) -> np.ndarray:
+        return np.insert(values, at, value)
+
+    size = len("a fusion")
+    ends = insert(tokens.ends, size)
+    pivot = TokenizedRow(
+        tokens.key,
+        insert(tokens.ids, PIVOT.convert_tokens_to_ids("<pad>")),
+        insert(tokens.message, 1),
+        insert(tokens.part, Part.TEMPLATE),
+        ends,
+        ends,
+        insert(tokens.labels, True).astype(bool),
+    )
+    given = label_rows(row, pivot, worlds.certain(worlds.read(row, SOURCE)), Projection(MAP))
+    assert not given.taught[-2]
+    assert given.taught[-1]
+    assert given.rows.ids[-1, 0] == ROLES["end_of_turn"]
+
+
+def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
+    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    pivot, tokens = worlds.read(row, PIVOT), worlds.read(row, SOURCE)
+    labels = tokens.labels.copy()
+    gap = int(tokens.label_positions[3])
+    labels[gap] = False
+    source = worlds.certain(replace(tokens, labels=labels))
+    whole = label_rows(row, pivot, worlds.certain(tokens), Projection(MAP))
+    given = label_rows(row, pivot, source, Projection(MAP))
+    lost = whole.taught & ~given.taught
+    assert lost.any()
+    start, stop = tokens.ends[gap - 1], tokens.ends[gap]
+    ends = pivot.ends[pivot.label_positions]
+    begins = pivot.ends[pivot.label_positions - 1]
+    crossing = (ends > start) & (begins < stop)
+    assert (given.taught == (whole.taught & ~crossing)).all()
+    close([p for p, t in zip(plain(given), given.taught, strict=True) if t],
+          [p for p, t in zip(plain(whole), given.taught, strict=True) if t])  # fmt: skip
+
+
+def test_only_the_common_beginning_is_taught() -> None:
+    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    pivot = worlds.read(row, PIVOT)
+    source = worlds.certain(worlds.read(row, SOURCE, limit=(1, 20)))
+    given = label_rows(row, pivot, source, Projection(MAP))
+    ends = pivot.ends[pivot.label_positions]
+    assert given.taught[ends <= source.tokens.ends[-1]].all()
+    assert not given.taught[ends > 20].any()
+    assert (given.cases[ends > 20] == Case.UNLINKED).any()
+
+
+def test_papers_put_a_one_hot_where_there_is_no_row() -> None:
+    row = worlds.conversations(3)[1]
+    pivot, source = worlds.read(row, PIVOT), worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
+    bare = label_rows(row, pivot, source, Projection(MAP, conditioning=False))
+    given = label_rows(row, pivot, source, Projection(MAP, conditioning=False, one_hot=True))
+    assert given.taught.all()
+    assert not bare.taught.all()
+    filled = np.flatnonzero(~bare.taught)
+    labels = pivot.ids[pivot.label_positions]
+    assert (given.rows.ids[filled, 0] == labels[filled]).all()
+    assert (given.rows.tail[filled] == 0).all()
+    assert (given.cases[filled] == Case.ONE_HOT).all()
+
+
+def test_warping_links_what_opens_and_ends_a_message_by_place() -> None:
+    row = Row((Message("user", "the"), Message("assistant", "models")))
+    ids = {"pivot_roles": ROLES, "source_roles": ROLES}
+    em = build_vocabulary_map(PIVOT, SOURCE, method="em", **ids)
+    pivot = worlds.read(row, PIVOT)
+    source = worlds.certain(worlds.read(row, SOURCE))
+    given = label_rows(row, pivot, source, Projection(em, tokens="dtw", collisions="max"))
+    labels = pivot.ids[pivot.label_positions]
+    assert given.taught.all()
+    assert (given.rows.ids[:, 0] == labels).all() or (given.cases == Case.RULE).any()
+    assert given.linked[-1]
+
+
+def test_unknown_token_alignment_is_refused() -> None:
+    with pytest.raises(DistillationError, match="unknown token alignment 'words'"):
+        Projection(MAP, tokens="words")

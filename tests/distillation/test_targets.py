@@ -1,0 +1,188 @@
+"""Rows met with captures by key, candidates judged over the same bytes, and targets fused from them."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.distillation.joining import join
+from fusekit.distillation.label_rows import Projection, label_rows
+from fusekit.distillation.metrics import METRICS, metrics_of
+from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.targets import FusionDataset, label_nll
+from fusekit.errors import DistillationError
+from fusekit.representation import CapturedRow, Message, Row
+from tests.distillation import runs, worlds
+
+PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
+ROWS = worlds.conversations(9)
+ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
+MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+
+
+def captured(rows: list[Row], side: str = "source", sharpness: float = 1.0) -> dict[str, CapturedRow]:
+    tokenizer = PIVOT if side == "pivot" else SOURCE
+    seen = [worlds.guessing(worlds.read(row, tokenizer), len(tokenizer), 4, i, sharpness) for i, row in enumerate(rows)]
+    return worlds.by_key(seen)
+
+
+def dataset(rows: list[Row], sources: dict[str, dict[str, CapturedRow]], **options: object) -> FusionDataset:
+    given: dict[str, object] = {"pivot": captured(ROWS, "pivot"), "fusion": FusionSettings()}
+    return FusionDataset(rows, sources=sources, projections=dict.fromkeys(sources, Projection(MAP)), **given | options)  # type: ignore[arg-type]
+
+
+class Listed(dict[str, CapturedRow]):
+    """A store whose keys repeat."""
+
+    def __init__(self, rows: dict[str, CapturedRow], keys: list[str]) -> None:
+        super().__init__(rows)
+        self.keys = lambda: keys  # type: ignore[method-assign,assignment,return-value]
+
+
+def test_rows_are_joined_by_key_whatever_their_order() -> None:
+    source = captured(ROWS)
+    backwards = dict(reversed(source.items()))
+    lacking = {key: row for key, row in source.items() if key != ROWS[4].key}
+    extra = worlds.conversations(1, seed=99)[0]
+    lacking[extra.key] = worlds.certain(worlds.read(extra, SOURCE))
+    straight, reversed_, partial = (dataset(ROWS, {"s": rows}) for rows in (source, backwards, lacking))
+    for i in range(len(ROWS)):
+        for name, value in straight[i].items():
+            np.testing.assert_array_equal(value, reversed_[i][name])
+            if i != 4:
+                np.testing.assert_array_equal(value, partial[i][name])
+    match = partial.joined.matches["s"]
+    assert (match.matched, match.missing, match.surplus) == (8, (ROWS[4].key,), (extra.key,))
+    assert partial.joined.report()[2] == f"s: 8 rows matched, 1 missing ({ROWS[4].key}), 1 surplus ({extra.key})"
+
+
+def test_a_row_that_a_source_lacks_is_not_taught_by_it() -> None:
+    source = captured(ROWS)
+    del source[ROWS[4].key]
+    example = dataset(ROWS, {"s": source}, fusion=FusionSettings(include_pivot=False))[4]
+    assert "target_ids" not in example
+    assert (example["labels"] >= 0).any()
+    own = dataset(ROWS, {"s": source})
+    counts = dict(zip(own.count_names, own[4]["counts"], strict=True))
+    assert counts["chosen/pivot"] == 1.0
+    assert counts["asked"] == 0.0
+
+
+def test_duplicates_count_once() -> None:
+    source = captured(ROWS)
+    twice = Listed(source, [*source, ROWS[2].key])
+    joined = join([*ROWS, ROWS[3]], {"s": twice})
+    assert [row.key for row in joined.rows] == [row.key for row in ROWS]
+    assert joined.duplicates == (ROWS[3].key,)
+    assert joined.matches["s"].duplicates == (ROWS[2].key,)
+    assert "1 duplicates" in joined.report()[1]
+    assert "1 more were copies" in joined.report()[0]
+
+
+def test_a_model_of_other_data_is_refused() -> None:
+    other = captured(worlds.conversations(3, seed=50))
+    with pytest.raises(DistillationError, match=r"s has none of the 9 rows of data.*captured from other data"):
+        dataset(ROWS, {"s": other})
+    with pytest.raises(DistillationError, match="no rows of data"):
+        join([], {})
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(DistillationError, match="no projection into the pivot's vocabulary for s"):
+        FusionDataset(ROWS, pivot=captured(ROWS, "pivot"), sources={"s": captured(ROWS)})
+    with pytest.raises(DistillationError, match="pivot's own opinion is asked for"):
+        dataset(ROWS, {"s": captured(ROWS)}, pivot=None, tokenizer=worlds.Reader(PIVOT))
+    with pytest.raises(DistillationError, match="need the pivot's tokens"):
+        dataset(ROWS, {"s": captured(ROWS)}, pivot=None, fusion=FusionSettings(include_pivot=False))
+    with pytest.raises(DistillationError, match="cannot be called 'pivot'"):
+        dataset(ROWS, {"pivot": captured(ROWS)})
+
+
+def test_rows_that_the_pivots_store_lacks_are_read_or_left_out() -> None:
+    own = captured(ROWS[:5], "pivot")
+    assert len(dataset(ROWS, {"s": captured(ROWS)}, pivot=own)) == 5
+    read = dataset(ROWS, {"s": captured(ROWS)}, pivot=own, tokenizer=worlds.Reader(PIVOT))
+    assert len(read) == 9
+    np.testing.assert_array_equal(read[7]["input_ids"], worlds.read(ROWS[7], PIVOT).ids)
+    assert read[7]["target_taught"].any()
+
+
+def test_the_better_model_of_a_row_teaches_it() -> None:
+    good = {row.key: worlds.certain(worlds.read(row, SOURCE)) for row in ROWS[:4]}
+    bad = {key: row for key, row in captured(ROWS, sharpness=-60.0).items() if key not in good}
+    data = dataset(ROWS, {"s": good | bad})
+    for i, row in enumerate(ROWS):
+        example = data[i]
+        counts = dict(zip(data.count_names, example["counts"], strict=True))
+        assert counts["chosen/s"] == float(i < 4)
+        tokens = worlds.read(row, PIVOT)
+        expected = (
+            label_rows(row, tokens, good[row.key], Projection(MAP)).rows if i < 4 else data.pivot.get(row.key).rows
+        )  # type: ignore[union-attr]
+        np.testing.assert_array_equal(example["target_ids"], expected.ids)
+        np.testing.assert_allclose(example["target_tail"], expected.tail, atol=1e-6)
+
+
+def test_a_certain_source_is_certain_of_the_pivots_labels() -> None:
+    source = {row.key: worlds.certain(worlds.read(row, SOURCE)) for row in ROWS}
+    data = dataset(ROWS, {"s": source}, fusion=FusionSettings(include_pivot=False))
+    taught = 0
+    for i in range(len(ROWS)):
+        example = data[i]
+        labels = example["labels"][example["labels"] >= 0]
+        at = example["target_taught"]
+        taught += int(at.sum())
+        assert (example["target_ids"][at, 0] == labels[at]).all()
+        np.testing.assert_allclose(example["target_logprobs"][at, 0], 0.0, atol=1e-6)
+    assert taught > 100
+
+
+def test_examples_are_the_same_every_time_and_in_another_process() -> None:
+    data = runs.data()
+    again = pickle.loads(pickle.dumps(data))
+    for i in (0, 3):
+        first, second, third = data[i], data[i], again[i]
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, second[name])
+            np.testing.assert_array_equal(value, third[name])
+
+
+def test_metrics_are_their_definitions() -> None:
+    row = ROWS[0]
+    source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
+    size = sum(len(message.content.encode()) for message in row.messages if message.role == "assistant")
+    assert metrics_of([source], "bits_per_byte") == [pytest.approx(worlds.bits(source, size))]
+    assert metrics_of([source], "token_ce") == [pytest.approx(-np.mean(source.actual))]
+    with pytest.raises(DistillationError, match="unknown metric 'ppl': there are token_ce, bits_per_byte"):
+        metrics_of([source], "ppl")
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_rows_cut_at_other_places_are_judged_over_what_all_have(metric: str) -> None:
+    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    whole = worlds.guessing(worlds.read(row, PIVOT), len(PIVOT))
+    short = worlds.guessing(worlds.read(row, SOURCE, limit=(1, 20)), len(SOURCE), seed=1)
+    end = int(short.tokens.ends[-1])
+    ours, theirs = metrics_of([whole, short], metric)
+    nll = n = 0.0
+    covered = 0
+    for j, position in enumerate(whole.tokens.label_positions):
+        if whole.tokens.ends[position] <= end and position < len(whole.tokens) - 1:
+            nll, n, covered = nll - whole.actual[j], n + 1, int(whole.tokens.ends[position])
+    expected = nll / n if metric == "token_ce" else nll / math.log(2) / covered
+    assert ours == pytest.approx(expected)
+    assert theirs == pytest.approx(metrics_of([short], metric)[0])
+
+
+def test_the_nll_of_a_label_outside_the_entries_is_a_bound() -> None:
+    rows = Rows(
+        np.array([[3, 5], [3, -1], [3, 5]]),
+        np.log(np.array([[0.6, 0.1], [0.9, 1.0], [0.5, 0.5]])),
+        np.array([0.3, 0.05, 0.0]),
+    )
+    nll = label_nll(rows, np.array([5, 4, 4]))
+    np.testing.assert_allclose(nll, [-math.log(0.1), -math.log(0.05), math.inf])

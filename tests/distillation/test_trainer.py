@@ -1,0 +1,239 @@
+"""The training step against a plain loop, however the batch is split; runs that are killed; numbers that are none."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, Subset
+
+from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.sampling import EpochSampler
+from fusekit.distillation.trainer import Objective
+from fusekit.errors import DistillationError
+from tests.distillation import runs
+from tests.representation.models import random_model
+
+Weights = dict[str, torch.Tensor]
+
+
+def close(a: Weights, b: Weights, atol: float = 2e-6) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def gradients_by_loop(model: Any, examples: list[dict[str, Any]], lm_weight: float) -> Weights:
+    """Row by row without padding, label by label over the whole vocabulary, in float64."""
+    model = model.double()
+    n = sum(int((example["labels"][1:] != -100).sum()) for example in examples)
+    loss = torch.zeros((), dtype=torch.float64)
+    for example in examples:
+        logprobs = model(torch.tensor(example["input_ids"])[None]).logits[0].log_softmax(-1)
+        positions = [p for p in range(1, len(example["labels"])) if example["labels"][p] != -100]
+        for j, p in enumerate(positions):
+            row = logprobs[p - 1]
+            loss = loss - lm_weight * row[example["labels"][p]] / n
+            if "target_taught" in example and example["target_taught"][j]:
+                ids = [int(i) for i in example["target_ids"][j] if i >= 0]
+                shares = [math.exp(float(example["target_logprobs"][j][at])) for at in range(len(ids))]
+                others = torch.ones(len(row), dtype=torch.bool)
+                others[ids] = False
+                score = sum(share * row[i] for share, i in zip(shares, ids, strict=True))
+                tail = float(example["target_tail"][j])
+                loss = loss - (1 - lm_weight) * (score + tail * row[others].logsumexp(0)) / n
+    loss.backward()
+    return {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Weights:
+    """The weights after one step of gradient descent on the first eight rows, by the loop."""
+    model = random_model("llama")
+    before = runs.weights(model)
+    gradients = gradients_by_loop(copy.deepcopy(model), [runs.data()[i] for i in range(8)], 0.7)
+    return {name: before[name] - gradients[name] for name in gradients}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made together (runs.py)."""
+    out = tmp_path_factory.mktemp("together")
+    runs.start_two(["together", str(out)])
+    return out
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (1, 8), (2, 4)])
+def test_a_step_is_the_same_however_it_is_split(
+    batch: int, accumulation: int, reference: Weights, tmp_path: Path
+) -> None:
+    close(runs.one_step(tmp_path, batch, accumulation, Subset(runs.data(), range(8))), reference)
+
+
+@pytest.mark.slow
+def test_a_step_of_two_processes_is_that_of_one(reference: Weights, together: Path, tmp_path: Path) -> None:
+    for rank in "01":
+        close(torch.load(together / f"even-{rank}.pt"), reference)
+    odd = runs.one_step(tmp_path, 7, 1, Subset(runs.data(), range(7)))
+    for rank in "01":
+        close(torch.load(together / f"odd-{rank}.pt"), odd)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_sharded_model_has_the_same_gradients(together: Path) -> None:
+    expected = gradients_by_loop(random_model("llama"), [runs.data()[i] for i in range(8)], 0.7)
+    close(torch.load(together / "sharded.pt"), expected)
+
+
+def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
+    sampler = EpochSampler(range(7), seed=3, multiple=4)
+    first = list(sampler)
+    assert sorted(first[:7]) == list(range(7))
+    assert first[7:] == [7]
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(EpochSampler(range(7), seed=None)) == list(range(7))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+    whole = runs.long_run(tmp_path / "whole")
+    whole.train()
+    process = runs.start(["train", str(tmp_path / "killed"), "--kill-after", "5"])
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == -signal.SIGKILL, said
+    resumed = runs.long_run(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
+    assert resumed.state.global_step == 6
+    a, b = runs.weights(whole.model), runs.weights(resumed.model)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+BURSTING = 500  # a token that no row has
+
+
+def bursting_model() -> Any:
+    """A model whose numbers overflow at one token, as after a step that went too far."""
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BURSTING] = 3e38
+    return model
+
+
+class Spoilt(Dataset[Any]):
+    """Twelve rows, some with the token that the model cannot stand."""
+
+    def __init__(self, spoilt: set[int]) -> None:
+        self.spoilt = spoilt
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = dict(runs.data()[index])
+        if index in self.spoilt:
+            example["input_ids"] = example["input_ids"].copy()
+            example["input_ids"][1] = BURSTING
+        return example
+
+
+def test_a_loss_that_is_no_number_skips_its_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    plain = {"train_sampling_strategy": "sequential", "say": said.append}
+    made = runs.trainer(tmp_path / "a", bursting_model(), Spoilt({5}), **plain)
+    made.train()
+    assert (made.skipped, made.skipped_in_row) == (1, 0)
+    assert len(said) == 1
+    assert "step 2 is skipped" in said[0]
+    assert made.state.log_history[-2]["skipped_steps"] == 1.0
+    good = runs.trainer(tmp_path / "b", bursting_model(), Subset(Spoilt(set()), [0, 1, 2, 3, 8, 9, 10, 11]), **plain)
+    good.train()
+    close(runs.weights(made.model), runs.weights(good.model), atol=0)
+    assert all(torch.isfinite(tensor).all() for tensor in runs.weights(made.model).values())
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path: Path) -> None:
+    made = runs.trainer(
+        tmp_path,
+        bursting_model(),
+        Spoilt(set(range(4, 12))),
+        train_sampling_strategy="sequential",
+        max_skipped_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    with pytest.raises(DistillationError, match=r"step 3: 2 optimizer steps in a row.*checkpoint-1"):
+        made.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert all(torch.isfinite(tensor).all() for tensor in runs.weights(made.model).values())
+
+
+def test_a_batch_without_a_label_is_zero(tmp_path: Path) -> None:
+    made = runs.trainer(tmp_path)
+    blank = FusionCollator()([{"input_ids": np.zeros(3, np.int64), "labels": np.full(3, -100)}])
+    loss = made.compute_loss(made.model, blank, num_items_in_batch=0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(not parameter.grad.any() for parameter in made.model.parameters() if parameter.grad is not None)
+    assert made.model.lm_head.weight.grad is not None
+
+
+def test_padding_does_not_matter(tmp_path: Path) -> None:
+    made = runs.trainer(tmp_path)
+    examples = [runs.data()[i] for i in range(3)]
+    eos = examples[0]["input_ids"][-1]
+    values = [
+        made.compute_loss(made.model, FusionCollator(pad, multiple)(examples), num_items_in_batch=50)
+        for pad, multiple in ((0, 1), (eos, 1), (7, 64))
+    ]
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(values[2], values[0])
+
+
+def test_the_final_end_is_learnt() -> None:
+    example = runs.data()[1]
+    batch = FusionCollator(pad_id=int(example["input_ids"][-1]))([example, runs.data()[0]])
+    length = len(example["input_ids"])
+    assert batch["labels"][0, length - 1] == example["input_ids"][-1]
+    assert batch["attention_mask"][0].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+    assert (batch["labels"][0, length:] == -100).all()
+
+
+def test_lambda_may_rise_to_one() -> None:
+    objective = Objective(lm_weight=0.8, schedule="linear")
+    assert [objective.weight_at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.8, 0.9, 1.0])
+
+
+def test_the_log_says_what_taught(tmp_path: Path) -> None:
+    made = runs.trainer(tmp_path, per_device_train_batch_size=12)
+    made.train()
+    line = made.state.log_history[0]
+    counts = dict(zip(runs.data().count_names, sum(runs.data()[i]["counts"] for i in range(12)), strict=True))
+    assert line["taught_share"] == pytest.approx(counts["taught"] / counts["labels"])
+    assert line["linked_share"] == pytest.approx(counts["linked"] / counts["asked"])
+    assert line["chosen/other"] == pytest.approx(counts["chosen/other"] / 12)
+    assert line["chosen/other"] + line["chosen/pivot"] == pytest.approx(1)
+    assert line["loss"] == pytest.approx(0.7 * line["lm_loss"] + 0.3 * line["fusion_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2", "gemma2"])
+def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
+    model = random_model(architecture)
+    made = runs.trainer(tmp_path, model)
+    batch = made.data_collator([runs.data()[i] for i in range(3)])
+    _, logits, positions = made._logits(model, batch, batch["predicting"])
+    assert positions is None
+    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits[0], whole.reshape(-1, whole.shape[-1])[batch["predicting"]])
+    made.train()
+    assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
