@@ -16,11 +16,13 @@ COMMANDS = {
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
     "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
-    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),
+    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
+    "represent": ("fusekit.cli.represent", "represent", "Capture what a model says about rows of data into a store."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
     "validate": ("fusekit.cli.recipe", "validate", "Check a fusion recipe: every mistake at once."),
+    "verify": ("fusekit.cli.verify", "verify", "Compare artifacts on disk with what was committed."),
 }
 
 

@@ -47,6 +47,7 @@ class Teacher:
         batch_tokens: most tokens per batch, padding included.
         name: of the model, for messages.
         notify: called with a line when something is done in another way than planned.
+        longest: most tokens of a row that the model was made for.
         chunk_bytes: most bytes of float32 logits at a time.
 
     Raises:
@@ -62,12 +63,13 @@ class Teacher:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         name: str = "the model",
         notify: Callable[[str], None] = lambda _line: None,
+        longest: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.model = model.eval()
         self.selection = selection or Selection()
         self.batch_tokens, self.name, self.notify = batch_tokens, name, notify
-        self._chunk_bytes = chunk_bytes
+        self.longest, self._chunk_bytes = longest, chunk_bytes
         # With layers offloaded some parameters are on no device: the first that is on one takes the input.
         self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         self.input_rows: int = model.get_input_embeddings().weight.shape[0]
@@ -120,6 +122,11 @@ class Teacher:
 
     def _check(self, rows: Sequence[TokenizedRow]) -> None:
         for row in rows:
+            if self.longest is not None and len(row) > self.longest:
+                raise CaptureError(
+                    f"row {row.key} has {len(row)} tokens, but {self.name} was made for {self.longest} (its "
+                    f"config.json): cut or drop longer rows (--max-length {self.longest})"
+                )
             highest, label = int(row.ids.max(initial=0)), int(row.ids[row.labels].max(initial=0))
             if highest >= self.input_rows or label >= self.vocabulary:
                 raise CaptureError(
