@@ -1,0 +1,74 @@
+"""Real tokenizers with the special tokens of the chat models that the shipped templates are for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fusekit.representation import ChatTemplate, RowTokenizer
+from tests.alignment.tokenizers import load
+
+IM = ["<|im_start|>", "<|im_end|>"]
+HEADERS = ["<|start_header_id|>", "<|end_header_id|>"]
+
+
+def extended(base: str, tokens: list[Any], *, scheme: str | None = None, **roles: str) -> Any:
+    """A tokenizer of tests/alignment with further special tokens. scheme: when Metaspace prepends its dummy space."""
+    original = load(base)
+    state = json.loads(original.backend_tokenizer.to_str())
+    if scheme is not None:
+        state["pre_tokenizer"]["prepend_scheme"] = scheme
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) if isinstance(t, str) else t for t in tokens]
+    )
+    kept = {k: v for k, v in original.special_tokens_map.items() if isinstance(v, str)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{**kept, **roles})
+    tokenizer.name_or_path = f"{base} with {len(tokens)} tokens"
+    return tokenizer
+
+
+def _phi() -> Any:
+    swallowing = [
+        AddedToken(t, rstrip=True, normalized=False, special=True)
+        for t in ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    ]
+    return extended("mistral", ["<|endoftext|>", *swallowing], scheme="always", eos_token="<|endoftext|>")
+
+
+MODELS = {
+    "chatml": lambda: extended("qwen", []),
+    "gemma": lambda: extended(
+        "mistral", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], bos_token="<bos>", eos_token="<eos>"
+    ),
+    "internlm2": lambda: extended("mistral", [*IM, "<|action_start|>"], scheme="always"),
+    "llama-3": lambda: extended("llama3", HEADERS),
+    "llama-3.1": lambda: extended("llama3", [*HEADERS, "<|eom_id|>", "<|python_tag|>"]),
+    "mistral": lambda: extended("mistral", [], scheme="always"),
+    "openchat-3.5": lambda: extended(
+        "mistral", ["<|end_of_turn|>", "<|pad_0|>"], scheme="always", eos_token="<|end_of_turn|>"
+    ),
+    "phi-3": _phi,
+    "qwen": lambda: extended("qwen", []),
+    "solar": lambda: extended("mistral", [], scheme="always"),
+    "vicuna": lambda: extended("mistral", [], scheme="always"),
+    "yi": lambda: extended("mistral", ["<|startoftext|>", *IM], eos_token="<|im_end|>"),
+}
+
+
+@functools.cache
+def tokenizer_for(name: str) -> Any:
+    """The tokenizer for a shipped template."""
+    return MODELS[name]()
+
+
+@functools.cache
+def model(name: str, train_on: str = "assistant") -> RowTokenizer:
+    """A shipped template with its tokenizer; ``demo`` for the pivot of the demo, under its own template."""
+    if name == "demo":
+        return RowTokenizer(AutoTokenizer.from_pretrained("demo/models/pivot"), train_on=train_on)
+    return RowTokenizer(tokenizer_for(name), ChatTemplate.named(name), train_on)
