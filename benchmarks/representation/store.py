@@ -11,7 +11,8 @@ ids in order of frequency, as tokenizers number them, and once with ids at rando
 sharpened, position by position by another factor, so that most are certain and some are open; no trained model.
 ``demo``: the demo's models on held-out text and on answers to held-out questions, vocabulary 768.
 
-Errors are of log-probabilities in nats; the KL divergences are of the entries and the tail where a contestant keeps it, else (*) of the entries renormalised.
+Errors are of log-probabilities in nats; the KL divergences are of the entries and the tail where a contestant keeps it,
+else (*) of the entries renormalised.
 """
 
 from __future__ import annotations
