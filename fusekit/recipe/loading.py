@@ -104,6 +104,8 @@ def _include(layers: _Layers, path: Path, folder: Path, through: tuple[Path, ...
         included = (path.parent / name).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")
+        if not included.is_file():
+            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
         if included in (*through, own):
             raise RecipeError(f"{where}: {name} includes itself: take the line out")
         if len(through) >= MAX_INCLUDES:

@@ -1,55 +1,29 @@
 """Named sets of values. A recipe's own values come on top of its preset's; ``source`` goes into every source.
 
-``fusekit`` is the sections' own defaults; the papers' values are those of their texts and training scripts. The table
-of all three is in docs/recipe.md.
+The sections ``alignment``, ``fusion`` and ``distill`` are those of :mod:`fusekit.distillation.presets`; what a preset
+does not name has the default of its section. The table of all values is in docs/recipe.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from fusekit.distillation.presets import PRESETS as DISTILLATION
 
 _SCE: dict[str, Any] = {"merge_method": "fusechat_sce", "parameters": {"select_topk": 0.1}, "dtype": "bfloat16"}
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "fusekit": {
-        "distill": {"trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 0.03}},
-        "merge": _SCE,
-    },
-    "fusechat": {
-        "source": {"chat_template": "pivot"},
-        "alignment": {"tokens": "dtw", "vocabulary": "ms", "conditioning": False, "one_hot": True},
-        "fusion": {"mode": "pairwise", "function": "min_ce", "level": "sequence", "metric": "token_ce"},
-        "distill": {
-            "lm_weight": 0.9,
-            "loss": "ce",
-            "truncation": "renormalize",
-            "epochs": 3,
-            "learning_rate": 5.0e-6,
-            "batch_size": 128,
-            "trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "bf16": True},
-        },
-        "merge": _SCE,
-    },
-    "fusellm": {
-        "data": {"train_on": "all"},
-        "alignment": {"tokens": "dtw", "vocabulary": "mined", "conditioning": False, "one_hot": True},
-        "fusion": {"mode": "joint", "function": "min_ce", "level": "sequence", "metric": "token_ce"},
-        "distill": {
-            "lm_weight": 0.9,
-            "loss": "ce",
-            "truncation": "renormalize",
-            "epochs": 1,
-            "learning_rate": 1.0e-5,
-            "batch_size": 128,
-            "trainer": {
-                "lr_scheduler_type": "cosine",
-                "warmup_steps": 0.008,
-                "adam_beta1": 0.9,
-                "adam_beta2": 0.95,
-                "weight_decay": 0.1,
-                "max_grad_norm": 1.0,
-                "bf16": True,
-            },
-        },
-    },
+_AROUND: dict[str, dict[str, Any]] = {
+    "fusekit": {"merge": _SCE},
+    "fusechat": {"source": {"chat_template": "pivot"}, "merge": _SCE},
+    "fusellm": {"data": {"train_on": "all", "pack": True}},
+    "uld": {"merge": _SCE},
 }
+
+
+def _preset(name: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {"distill" if section == "training" else section: dict(values) for section, values in sections.items()}
+    return renamed | _AROUND.get(name, {})
+
+
+PRESETS: dict[str, dict[str, Any]] = {name: _preset(name, sections) for name, sections in DISTILLATION.items()}

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
+from fusekit.storage.codec import DEFAULT_MAX_ERROR
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -52,7 +54,10 @@ class SourceAlignment(Section):
     """What differs for one source from the section ``alignment``."""
 
     tokens: Literal["span", "dtw"] | None = None
-    vocabulary: Literal["em", "mined", "ms", "prefix"] | None = None
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] | None = None
+    conditioning: bool | None = None
+    one_hot: bool | None = None
+    collisions: Literal["add", "max"] | None = None
 
 
 class Source(Pivot):
@@ -86,6 +91,7 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=2)] = Field(default=2048, description="Most tokens of a row, for every model.")
     overlong: Literal["cut", "drop"] = Field(default="cut", description="What happens to longer rows.")
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are learnt.")
+    pack: bool = Field(default=False, description="Pack plain text into blocks of max_length tokens.")
 
 
 class Represent(Section):
@@ -98,52 +104,15 @@ class Represent(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Of the distributions that are kept.")
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
     max_error: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.125, description="Largest error of a small stored log-probability in nats; 0: exact, in float32."
+        default=DEFAULT_MAX_ERROR,
+        description="Largest error of a stored log-probability in nats; 0: float32, not rounded.",
     )
-
-
-class Alignment(Section):
-    """How a source's rows come to the pivot's positions and vocabulary."""
-
-    tokens: Literal["span", "dtw"] = Field(default="span", description="span: exact; dtw: the papers'.")
-    vocabulary: Literal["em", "mined", "ms", "prefix"] = Field(
-        default="prefix", description="How tokens map to the pivot's."
+    rows_per_shard: Annotated[int, Field(gt=0)] = Field(
+        default=1024, description="Rows that are captured anew at most when a run is interrupted."
     )
-    conditioning: bool = Field(default=True, description="Teach positions inside a source token too.")
-    one_hot: bool = Field(default=False, description="A one-hot on the label where there is no row, as the papers do.")
-
-
-class Fusion(Section):
-    """Which distributions are taught, and to how many targets."""
-
-    mode: Literal["pairwise", "joint"] = Field(default="pairwise", description="One target per source, or one for all.")
-    function: str = Field(default="min_ce", description="min_ce, avg_ce or another fusion function by name.")
-    level: Literal["sequence", "token"] = Field(default="sequence", description="One choice per row, or per position.")
-    metric: Literal["token_ce", "bits_per_byte"] = Field(
-        default="bits_per_byte", description="What sources are compared by; token_ce is the papers'."
+    max_quarantined: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01, description="Share of the rows that may have NaN or infinite logits."
     )
-    include_pivot: bool = Field(default=True, description="Whether the pivot's own distribution is a candidate.")
-
-
-class Distill(Section):
-    """How a target is trained."""
-
-    lm_weight: Fraction = Field(default=0.9, description="λ of the papers: weight of the labels' cross-entropy.")
-    loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = Field(
-        default="kl", description="Against the fused rows."
-    )
-    truncation: Literal["renormalize", "tail"] = Field(
-        default="tail", description="What the mass outside the kept entries becomes; renormalize is the papers'."
-    )
-    epochs: Annotated[float, Field(gt=0)] = 3
-    learning_rate: Annotated[float, Field(gt=0)] = 5.0e-6
-    batch_size: Annotated[int, Field(gt=0)] = Field(
-        default=128, description="Rows of an optimizer step, over all processes."
-    )
-    lora: dict[str, Any] | None = Field(
-        default=None, description="Fields of peft's LoraConfig; null: full fine-tuning."
-    )
-    trainer: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers.TrainingArguments.")
 
 
 class Evaluate(Section):
@@ -151,20 +120,23 @@ class Evaluate(Section):
 
     path: str | Annotated[list[str], Field(min_length=1)]
     metrics: list[Literal["bits_per_byte", "exact_match"]] = ["bits_per_byte"]
+    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows of each file; null: all.")
+    baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
+    batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
 
 
 class Recipe(Section):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
-    preset: Literal["fusekit", "fusechat", "fusellm"] = Field(default="fusekit", description="A named set of values.")
+    preset: str = Field(default="fusekit", description="A named set of values.")
     seed: int = 0
     pivot: Pivot
     sources: Annotated[list[Source], Field(min_length=1)]
     data: Data
     represent: Represent = Represent()
-    alignment: Alignment = Alignment()
-    fusion: Fusion = Fusion()
-    distill: Distill = Distill()
+    alignment: AlignmentSettings = AlignmentSettings()
+    fusion: FusionSettings = FusionSettings()
+    distill: TrainingSettings = TrainingSettings()
     merge: dict[str, Any] | None = Field(
         default=None, description="mergekit's own syntax; models and base_model are filled in."
     )
@@ -179,3 +151,12 @@ class Recipe(Section):
         if "pivot" in labels:
             raise ValueError("no source may be called 'pivot': give it another `name`")
         return self
+
+    @property
+    def settings(self) -> DistillSettings:
+        """The sections ``alignment``, ``fusion`` and ``distill`` as the trainer takes them."""
+        return DistillSettings(preset=self.preset, alignment=self.alignment, fusion=self.fusion, training=self.distill)
+
+    def alignment_of(self, source: Source) -> AlignmentSettings:
+        """The section ``alignment`` with what differs for a source."""
+        return self.alignment.model_copy(update=source.alignment.model_dump(exclude_none=True))
