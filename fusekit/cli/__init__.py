@@ -20,6 +20,7 @@ COMMANDS = {
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
     "represent": ("fusekit.cli.represent", "represent", "Capture what a model says about rows of data into a store."),
+    "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
     "validate": ("fusekit.cli.recipe", "validate", "Check a fusion recipe: every mistake at once."),
     "verify": ("fusekit.cli.verify", "verify", "Compare artifacts on disk with what was committed."),

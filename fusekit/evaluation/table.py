@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fusekit.evaluation.metrics import Score
 
@@ -17,6 +18,18 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:
     metrics = list(dict.fromkeys(metric for found in results.values() for metric in found))
     return "\n\n".join(
         _one(metric, {model: found.get(metric, {}) for model, found in results.items()}) for metric in metrics
+    )
+
+
+def table_of(document: Mapping[str, Any]) -> str:
+    """:func:`table` of a ``results.json``: plain values instead of scores."""
+    return table(
+        {
+            model: {
+                metric: {name: Score(value, 0) for name, value in scores.items()} for metric, scores in found.items()
+            }
+            for model, found in document["models"].items()
+        }
     )
 
 

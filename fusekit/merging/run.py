@@ -39,8 +39,9 @@ class Settings:
 
     overwrite: replace a finished model at the output. ignore_estimates: start although it does not seem to fit.
     allow_pickle, allow_remote_code: models, as the recipe spells them, whose weights may be torch pickles, and whose
-    own Python code may run. say: gets a line of plain text for the user. on_published: called as soon as the merged
-    model stands at its final path; what follows is tidying up.
+    own Python code may run. say: gets a line of plain text for the user. before_publishing: given the folder of the
+    verified model, to add files to it. on_published: called as soon as the merged model stands at its final path; what
+    follows is tidying up.
     """
 
     overwrite: bool = False
@@ -48,6 +49,7 @@ class Settings:
     allow_pickle: frozenset[str] = frozenset()
     allow_remote_code: frozenset[str] = frozenset()
     say: Callable[[str], None] = print
+    before_publishing: Callable[[Path], None] = lambda _folder: None
     on_published: Callable[[], None] = lambda: None
 
 
@@ -111,6 +113,7 @@ class _Job:
     ignore_estimates: bool
     card: bool
     quiet: bool
+    before_publishing: Callable[[Path], None]
     on_published: Callable[[], None]
 
 
@@ -143,7 +146,18 @@ def _prepare(document: Document, config: Any, options: MergeOptions, settings: S
     )
     written = pin(config, {reference: reference for reference in models})
     pinned = pin(config, {reference: model.pinned for reference, model in models.items()})
-    return _Job(document, written, pinned, used, options, settings.ignore_estimates, card, quiet, settings.on_published)
+    return _Job(
+        document,
+        written,
+        pinned,
+        used,
+        options,
+        settings.ignore_estimates,
+        card,
+        quiet,
+        settings.before_publishing,
+        settings.on_published,
+    )
 
 
 def _build(job: _Job, final: Path, say: Callable[[str], None]) -> Plan:
@@ -193,6 +207,7 @@ def _write(job: _Job, plan: Plan, final: Path, progress: Progress, needs: list[N
                 write_card(stage.path, final.name, job.written, job.document.text, job.models)
             write_provenance(stage.path, record, card=job.card)
             _share_alike(stage.path)
+            job.before_publishing(stage.path)
         except FusekitError:
             raise
         except Exception as error:

@@ -45,9 +45,8 @@ class Pivot(Section):
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     chat_template: str = Field(default="own", description="`own`, the name of a shipped template, or a jinja file.")
     load: Load = Load()
-    trust_remote_code: bool = Field(
-        default=False, description="Run the code that comes with this model. Off for good reasons."
-    )
+    trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with this model.")
+    allow_pickle: bool = Field(default=False, description="Read pickled weights of this model.")
 
 
 class SourceAlignment(Section):
@@ -105,7 +104,7 @@ class Represent(Section):
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
     max_error: Annotated[float, Field(ge=0, le=1)] = Field(
         default=DEFAULT_MAX_ERROR,
-        description="Largest error of a stored log-probability in nats; 0: float32, not rounded.",
+        description="Largest error of a stored log-probability, nats; 0: float32.",
     )
     rows_per_shard: Annotated[int, Field(gt=0)] = Field(
         default=1024, description="Rows that are captured anew at most when a run is interrupted."

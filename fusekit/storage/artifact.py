@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,7 @@ class Artifact(_Model):
     @property
     def fingerprint(self) -> str:
         """xxh3-128 of the content: equal for artifacts whose files are equal."""
-        lines = "\n".join(f"{name} {file.xxh3}" for name, file in self.files.items())
-        return xxhash.xxh3_128_hexdigest(lines.encode())
+        return joined_hash(f"{name} {file.xxh3}" for name, file in self.files.items())
 
 
 def publish(
@@ -140,6 +139,11 @@ def file_hash(path: Path) -> str:
         while piece := file.read(_AT_A_TIME):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def joined_hash(lines: Iterable[str]) -> str:
+    """xxh3-128 of lines."""
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def _files(folder: Path) -> dict[str, File]:

@@ -1,0 +1,63 @@
+"""Where the artifacts of a run are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PIVOT = "pivot"
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The output folder of a run. out: resolved."""
+
+    out: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Every value of the recipe, presets and defaults written out."""
+        return self.out / "recipe.resolved.yml"
+
+    @property
+    def data(self) -> Path:
+        """The rows that all models read, cut alike."""
+        return self.out / "data"
+
+    def representation(self, name: str) -> Path:
+        """The top-k store of a model: ``pivot``, or a source's name."""
+        return self.out / "representations" / name
+
+    def alignment(self, source: str) -> Path:
+        """Vocabulary map and quality of a pair."""
+        return self.out / "alignment" / source
+
+    @property
+    def targets(self) -> Path:
+        """A plain checkpoint per target."""
+        return self.out / "targets"
+
+    @property
+    def baselines(self) -> Path:
+        """Plain fine-tuning on the same rows, in ``sft``."""
+        return self.out / "baselines"
+
+    @property
+    def merge_recipe(self) -> Path:
+        """What mergekit-yaml runs by itself."""
+        return self.out / "merge.yml"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.out / "merged"
+
+    def evaluation(self, model: str) -> Path:
+        """Scores of one model."""
+        return self.out / "evaluation" / model
+
+    @property
+    def results(self) -> Path:
+        """Scores of all models."""
+        return self.out / "results.json"

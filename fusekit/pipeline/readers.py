@@ -1,0 +1,70 @@
+"""The models of a recipe, found but not loaded, and how each reads rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusekit.errors import DataError
+from fusekit.pipeline.layout import PIVOT
+from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Pivot, Source
+from fusekit.representation import ChatTemplate, RowTokenizer
+from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.representation.load import load_tokenizer
+
+
+def choice_of(model: Pivot) -> ModelChoice:
+    """How a model of a recipe is loaded."""
+    return ModelChoice(
+        model.model,
+        revision=model.revision,
+        dtype=model.load.dtype,
+        device_map=model.load.device_map,
+        quantization=model.load.quantization,
+        attn_implementation=model.load.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        allow_pickle=model.allow_pickle,
+    )
+
+
+@dataclass(eq=False)
+class Readers:
+    """The pivot and the sources of a recipe by name; each is looked up once."""
+
+    recipe: Recipe
+    _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    _readers: dict[str, RowTokenizer] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """``pivot``, then the sources in the order of the recipe."""
+        return [PIVOT, *(source.label for source in self.recipe.sources)]
+
+    def model(self, name: str) -> Pivot | Source:
+        """What the recipe says of a model."""
+        if name == PIVOT:
+            return self.recipe.pivot
+        return next(source for source in self.recipe.sources if source.label == name)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The model on disk or on the hub. Raises CaptureError."""
+        if name not in self._checkpoints:
+            self._checkpoints[name] = find_checkpoint(choice_of(self.model(name)))
+        return self._checkpoints[name]
+
+    def reader(self, name: str) -> RowTokenizer:
+        """How the model reads rows in this run. Raises CaptureError, DataError."""
+        if name not in self._readers:
+            template = self.model(name).chat_template
+            tokenizer = load_tokenizer(self.checkpoint(name))
+            train_on = self.recipe.data.train_on
+            if template == PIVOT and name != PIVOT:
+                pivot = self.reader(PIVOT)
+                try:
+                    theirs = pivot.template
+                except DataError:  # plain text needs none, and conversations are refused when the pivot reads them
+                    theirs = None
+                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer)
+            else:
+                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on)
+        return self._readers[name]
