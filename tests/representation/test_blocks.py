@@ -52,7 +52,8 @@ def test_random_documents(texts, size):
     try:
         blocks = list(pack_text(map(document, texts), [readers()[0], readers()[2]], size))
     except DataError as error:
-        assert "too small" in str(error)  # a long cluster of one character
+        if "too small" not in str(error):  # a long cluster of one character
+            raise
         return
     assert documents_of(blocks) == texts
     assert all(len(reader.tokenize(block)) <= size for block in blocks for reader in (readers()[0], readers()[2]))

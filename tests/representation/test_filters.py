@@ -57,7 +57,8 @@ def test_cut_rows_have_the_same_bytes_for_every_model(contents, max_length):
     try:
         (cut,) = prepare([source], readers(), max_length).rows
     except DataError as error:
-        assert "no_label" in str(error) or "refused" in str(error) or "empty" in str(error)
+        if not any(reason in str(error) for reason in ("no_label", "refused", "empty")):
+            raise
         return
     tokens = [reader.tokenize(cut) for reader in readers()]
     assert all(len(t) <= max_length and t.labels.any() for t in tokens)

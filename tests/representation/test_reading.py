@@ -173,7 +173,8 @@ def test_damaged_files_raise_nothing_but_our_own(tmp_path, ending, data):
         for row in read_rows(file):
             assert isinstance(row.key, str)
     except FusekitError as error:
-        assert "damaged" in str(error)
+        if "damaged" not in str(error):
+            raise
 
 
 ASK = """
