@@ -40,7 +40,7 @@ def without_generation(template):
     return ChatTemplate("plain", source, template.bos, template.eos, template.end_of_turn)
 
 
-@pytest.mark.parametrize("name", NAMES + ["chatml", "internlm2", "llama-3.1", "solar", "yi"])
+@pytest.mark.parametrize("name", [*NAMES, "chatml", "internlm2", "llama-3.1", "solar", "yi"])
 @pytest.mark.parametrize("turns", [TURNS, TURNS[1:3], [*TURNS, ("user", "and?")], [("user", " a "), ("assistant", "")]])
 def test_labels_are_the_same_without_generation_blocks(name, turns):
     marked = model(name)
@@ -112,7 +112,8 @@ def test_links_over_random_contents(pair, contents):
     try:
         links_of([("user", contents[0]), ("assistant", contents[1])], model(pair[0]), model(pair[1]))
     except FusekitError as error:
-        assert any(word in str(error) for word in ("normaliser", "cannot be kept", "surrogate")), error
+        if not any(word in str(error) for word in ("normaliser", "cannot be kept", "surrogate")):
+            raise
 
 
 FOREIGN = [
@@ -193,7 +194,7 @@ def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alon
     assert learnt(tokens, reader) == ["HI, 你好 🤖<|im_end|>".encode(), b"FINE.<|im_end|>"]
     assert len(tokens.content(2)[0]) == 0
     assert prepare([row(TURNS)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
-    with pytest.raises(DataError, match="is cut in message 2, whose content .* rewrites"):
+    with pytest.raises(DataError, match=r"is cut in message 2, whose content .* rewrites"):
         reader.tokenize(row(TURNS, Cut(2, 3)))
 
 
@@ -235,7 +236,8 @@ def test_refusals_name_template_model_row_and_way_out():
     reader = RowTokenizer(tokenizer_for("mistral"), ChatTemplate("strict", source))
     with pytest.raises(
         DataError,
-        match=r"the chat template strict for mistral.* cannot render row [0-9a-f]{32} with the roles system, .*System role not supported; take system",
+        match=r"the chat template strict for mistral.* cannot render row [0-9a-f]{32} with the roles system, .*"
+        r"System role not supported; take system",
     ):
         reader.tokenize(row(TURNS))
     with pytest.raises(DataError, match="mixes plain text"):
