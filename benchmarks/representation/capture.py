@@ -27,7 +27,7 @@ from fusekit.representation.batches import plan_batches
 from fusekit.representation.capture import CaptureOptions, capture
 from fusekit.representation.processes import Processes
 from fusekit.representation.rows import TEXT, Message
-from fusekit.representation.teacher import Teacher, _padded
+from fusekit.representation.teacher import Teacher, padded
 from fusekit.representation.topk import Selection
 from fusekit.storage import StoreSpec
 
@@ -99,7 +99,7 @@ def measure(model: Any, data: Tokens, labels: float, k: int, options: argparse.N
     tokens = [data.tokenize(row) for row in data.rows]
     lengths = [int(row.label_positions[-1]) for row in tokens]
     device = torch.device(options.device)
-    batches = [_padded([tokens[i] for i in batch]) for batch in plan_batches(lengths, options.batch_tokens)]
+    batches = [padded([tokens[i] for i in batch]) for batch in plan_batches(lengths, options.batch_tokens)]
     batches = [(ids.to(device), mask.to(device)) for ids, mask in batches]
     teacher = Teacher(model, np.arange(TOKENS), Selection(k), batch_tokens=options.batch_tokens)
     folder = Path(tempfile.mkdtemp())
