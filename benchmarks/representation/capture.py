@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from benchmarks.alignment.timing import write
 from fusekit.representation import Part, Row, TokenizedRow
@@ -90,11 +89,11 @@ def main() -> None:
     for labels in (1.0, 0.5):
         data = Tokens(options.rows, 24, 64, labels)
         for k in (10, 50):
-            results += measure(model, data, labels, k, options)
+            results += measure(model, data, k, options)
     write(options.name, results)
 
 
-def measure(model: Any, data: Tokens, labels: float, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per thing measured."""
     tokens = [data.tokenize(row) for row in data.rows]
     lengths = [int(row.label_positions[-1]) for row in tokens]
