@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from benchmarks.alignment.timing import write
 from fusekit.representation import Part, Row, TokenizedRow
@@ -27,7 +26,7 @@ from fusekit.representation.batches import plan_batches
 from fusekit.representation.capture import CaptureOptions, capture
 from fusekit.representation.processes import Processes
 from fusekit.representation.rows import TEXT, Message
-from fusekit.representation.teacher import Teacher, _padded
+from fusekit.representation.teacher import Teacher, padded
 from fusekit.representation.topk import Selection
 from fusekit.storage import StoreSpec
 
@@ -90,16 +89,16 @@ def main() -> None:
     for labels in (1.0, 0.5):
         data = Tokens(options.rows, 24, 64, labels)
         for k in (10, 50):
-            results += measure(model, data, labels, k, options)
+            results += measure(model, data, k, options)
     write(options.name, results)
 
 
-def measure(model: Any, data: Tokens, labels: float, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per thing measured."""
     tokens = [data.tokenize(row) for row in data.rows]
     lengths = [int(row.label_positions[-1]) for row in tokens]
     device = torch.device(options.device)
-    batches = [_padded([tokens[i] for i in batch]) for batch in plan_batches(lengths, options.batch_tokens)]
+    batches = [padded([tokens[i] for i in batch]) for batch in plan_batches(lengths, options.batch_tokens)]
     batches = [(ids.to(device), mask.to(device)) for ids, mask in batches]
     teacher = Teacher(model, np.arange(TOKENS), Selection(k), batch_tokens=options.batch_tokens)
     folder = Path(tempfile.mkdtemp())

@@ -67,7 +67,7 @@ def _device_map(_context: click.Context, _option: click.Parameter, value: str | 
     "--max-error",
     default=None,
     type=click.FloatRange(0, 1),
-    help="Bound of the rounding of stored log-probabilities in nats; 0: float32.  [default: 0.25]",
+    help="Bound of the rounding of stored log-probabilities in nats, 0 for float32; by default the store's.",
 )
 @click.option("--max-length", default=2048, show_default=True, type=click.IntRange(min=2), help="Most tokens of a row.")
 @click.option("--overlong", default="cut", show_default=True, type=click.Choice(["cut", "drop"]), help="Longer rows.")

@@ -61,6 +61,8 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
     bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
     store = rows * _ROW_BYTES + tokens * (_TOKEN_BYTES + bits // 8)
+    if out.is_dir():  # what an interrupted run has written already
+        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.safetensors")))
     wanted = [(out, store, f"{rows} captured rows, at most")]
     if checkpoint.snapshot and checkpoint.download_bytes:
         wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))

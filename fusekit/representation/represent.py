@@ -22,6 +22,7 @@ from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
 from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
+from fusekit.storage.manifest import MANIFEST, Manifest, read_json
 
 ROWS_PER_SHARD = 1024
 
@@ -99,7 +100,12 @@ def represent(
         if not settings.ignore_estimates:
             refuse(needs)
         checkpoint.fetch(bar=not settings.options.quiet)
-        return store_spec(checkpoint, tokenizer, rows, vocabulary, settings)
+        wanted = store_spec(checkpoint, tokenizer, rows, vocabulary, settings)
+        # A folder of the same weights may have been moved, or be spelled in another way.
+        known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
+        if known and known.spec.model_fingerprint == wanted.model_fingerprint:
+            wanted = wanted.model_copy(update={"model": known.spec.model})
+        return wanted
 
     def load() -> Teacher:
         checkpoint.fetch()

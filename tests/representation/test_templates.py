@@ -8,7 +8,7 @@ from fusekit.errors import DataError
 from fusekit.representation import ChatTemplate, Message, Part, Row, RowTokenizer, template_names
 from fusekit.representation.chat_template import SHIPPED
 from tests.alignment.texts import EDGE_CASES
-from tests.representation.chat_models import MODELS, model, tokenizer_for
+from tests.representation.models import MODELS, model, tokenizer_for
 from tests.representation.spans import check
 
 TRIMS = {"gemma", "llama-3", "llama-3.1"}

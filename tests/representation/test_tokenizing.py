@@ -11,7 +11,7 @@ from fusekit.alignment import align_tokens
 from fusekit.errors import DataError, FusekitError
 from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
 from tests.alignment.tokenizers import load
-from tests.representation.chat_models import extended, model, tokenizer_for
+from tests.representation.models import extended, model, tokenizer_for
 from tests.representation.spans import check
 
 TURNS = [
