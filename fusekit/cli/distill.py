@@ -118,7 +118,7 @@ def _sigterm_unwinds() -> Iterator[None]:
     "extra",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Any other setting, as alignment.one_hot=true, or trainer.FIELD=VALUE for a TrainingArguments field (repeatable).",
+    help="Any other setting, as alignment.one_hot=true; trainer.FIELD=VALUE is a field of TrainingArguments (repeatable).",
 )
 @click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
 @click.option("--resume", is_flag=True, help="Go on with what is there.")

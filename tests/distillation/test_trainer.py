@@ -209,9 +209,25 @@ def test_the_final_end_is_learnt() -> None:
     assert (batch["labels"][0, length:] == -100).all()
 
 
-def test_lambda_may_rise_to_one() -> None:
-    objective = Objective(lm_weight=0.8, schedule="linear")
-    assert [objective.weight_at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.8, 0.9, 1.0])
+def test_lambda_is_the_rows_and_the_runs() -> None:
+    batch = FusionCollator()([runs.data()[i] for i in range(3)])
+    sizes = [int((runs.data()[i]["labels"][1:] >= 0).sum()) for i in range(3)]
+    assert Objective(0.8).weights_at(0.5, batch) == 0.8
+    rising = Objective(0.8, "hard_and_decay").weights_at(0.5, batch)
+    np.testing.assert_allclose(rising, np.full(sum(sizes), 0.9))
+    soft = Objective(0.8, "soft").weights_at(0.5, batch)
+    best = [runs.data()[i]["cross_entropies"].min() for i in range(3)]
+    np.testing.assert_allclose(soft, np.repeat([1 - math.exp(-x) for x in best], sizes))
+
+
+def test_a_weight_of_every_row_is_in_the_step(tmp_path: Path) -> None:
+    """With λ 0 at the start, rising: the first step learns from the targets alone, the last from the text too."""
+    made = runs.trainer(tmp_path, objective=Objective(0.0, "hard_and_decay"))
+    made.train()
+    lines = [line for line in made.state.log_history if "loss" in line]
+    for step, line in enumerate(lines):
+        weight = step / 3
+        assert line["loss"] == pytest.approx(weight * line["lm_loss"] + (1 - weight) * line["fusion_loss"], rel=1e-5)
 
 
 def test_the_log_says_what_taught(tmp_path: Path) -> None:
