@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken
 
 from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.ends import TokenizedText, ends_of
@@ -17,7 +18,10 @@ from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
 
 # What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
-_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+_SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
+    "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 class Mark(NamedTuple):
@@ -34,6 +38,7 @@ def marked_ends(
     text: str,
     marks: Sequence[Mark],
     surfaces: Surfaces,
+    *,
     offsets: Callable[[], IntArray],
 ) -> TokenizedText:
     """Byte ends of an encoded text with special tokens in it.
@@ -80,7 +85,7 @@ def marked_ends(
             ids[first:position],
             stretch,
             surfaces,
-            lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
+            offsets=lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
                 _within(offsets_once()[f:p], b, e)
             ),
         )
@@ -100,16 +105,16 @@ def marked_ends(
     return TokenizedText(np.array(ids, np.int64), highs, highs if exact else lows)
 
 
-def _left_of(stretch: str, mark: Mark | None, added: dict[int, object]) -> str:
+def _left_of(stretch: str, mark: Mark | None, added: dict[int, AddedToken]) -> str:
     """The stretch without the white space that the special token after it swallows."""
-    return stretch.rstrip(_SPACE) if mark is not None and getattr(added[mark.id], "lstrip", False) else stretch
+    return stretch.rstrip(_SPACE) if mark is not None and added[mark.id].lstrip else stretch
 
 
 def _within(spans: IntArray, begin: int, end: int) -> IntArray:
     return np.clip(spans, begin, end) - begin
 
 
-def _stretch(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
+def _stretch(ids: list[int], text: str, surfaces: Surfaces, *, offsets: Callable[[], IntArray]) -> TokenizedText:
     if not ids or not text:  # a dummy space before nothing has no width
         nothing = np.zeros(len(ids), np.int64)
         return TokenizedText(np.array(ids, np.int64), nothing, nothing)

@@ -15,9 +15,11 @@ COMMANDS = {
     "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
-    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment."),
+    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
+    "represent": ("fusekit.cli.represent", "represent", "Capture what a model says about rows of data into a store."),
+    "verify": ("fusekit.cli.verify", "verify", "Compare artifacts on disk with what was committed."),
 }
 
 

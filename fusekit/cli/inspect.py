@@ -1,4 +1,4 @@
-"""``fusekit inspect``: look at what an alignment links, what it loses, and why."""
+"""``fusekit inspect``: what an alignment links and loses and why; what is in a store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def inspect() -> None:
-    """Look at an alignment."""
+    """Look at an alignment or a store."""
 
 
 @inspect.command()
@@ -78,6 +78,37 @@ def alignment(
     if html is not None:
         html.write_text(page(quality, shown, surfaces), encoding="utf-8")
         click.echo(f"page: {html}")
+
+
+@inspect.command()
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--rows", "shown", default=2, show_default=True, type=click.IntRange(min=0), help="Rows to show.")
+@click.option("--labels", default=12, show_default=True, type=click.IntRange(min=0), help="Labels to show of a row.")
+@click.option("--key", "keys", multiple=True, help="Show the row with this key; may be given several times.")
+@click.option("--tokenizer", default=None, help="Of the model, if it is no longer where it was.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, without rows.")
+def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokenizer: str | None, as_json: bool) -> None:
+    """Say what is in the store PATH: sizes, cross-entropy by source of data, and rows with the model's predictions."""
+    from fusekit.cli.store_report import figures, row_lines, summary_lines
+    from fusekit.storage import Store
+
+    opened = Store.open(path, incomplete=True)
+    if as_json:
+        click.echo(json.dumps(figures(opened), indent=1))
+        return
+    click.echo("\n".join(summary_lines(opened)))
+    rows = [opened.get(key) for key in keys] or [opened[i] for i in range(min(shown, len(opened)))]
+    if not rows:
+        return
+    try:
+        reads = load_tokenizer(tokenizer or opened.spec.model)
+    except AlignmentError as error:
+        if tokenizer or keys:
+            raise
+        click.echo(f"\nno rows shown: {error}; give it with --tokenizer")
+        return
+    for row in rows:
+        click.echo("\n" + "\n".join(row_lines(row, reads, labels)))
 
 
 def load_tokenizer(name: str) -> Any:

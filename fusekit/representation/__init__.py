@@ -5,6 +5,7 @@
 model. None of them needs torch.
 """
 
+from fusekit.representation.blocks import pack_text
 from fusekit.representation.chat_template import ChatTemplate, template_names
 from fusekit.representation.filters import DataCounts, Prepared, prepare
 from fusekit.representation.reading import read_rows
@@ -23,6 +24,7 @@ __all__ = [
     "Row",
     "RowTokenizer",
     "TokenizedRow",
+    "pack_text",
     "prepare",
     "read_rows",
     "template_names",

@@ -130,8 +130,12 @@ class ChatTemplate:
         """With the control strings of a tokenizer where it has none of its own."""
         view = vocabulary_surfaces(tokenizer).view
         strings = {role: view.added_tokens[id_].content for role, id_ in view.roles.items() if id_ in view.added_tokens}
-        missing = {role: strings.get(role) for role in ("bos", "eos", "end_of_turn") if getattr(self, role) is None}
-        return dataclasses.replace(self, **missing)
+        return dataclasses.replace(
+            self,
+            bos=self.bos or strings.get("bos"),
+            eos=self.eos or strings.get("eos"),
+            end_of_turn=self.end_of_turn or strings.get("end_of_turn"),
+        )
 
 
 def _name(tokenizer: Any) -> str:

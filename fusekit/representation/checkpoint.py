@@ -102,8 +102,10 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
 
 
-def find_checkpoint(choice: ModelChoice) -> Checkpoint:
+def find_checkpoint(choice: ModelChoice, *, weights: bool = True) -> Checkpoint:
     """The model that a choice means, with its configuration and tokenizer on disk, but not yet its weights.
+
+    weights: False where only its tokenizer is wanted.
 
     Raises:
         CaptureError: missing, gated, unreachable or incomplete; pickled weights or code of its own without leave. Says
@@ -116,8 +118,8 @@ def find_checkpoint(choice: ModelChoice) -> Checkpoint:
             snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
         config = _read_json(choice, folder / "config.json")
         _refuse_code(choice, folder, config)
-        weights = _weights(choice, folder, snapshot)
-    return Checkpoint(choice, folder, config, weights, snapshot, notices)
+        sizes = _weights(choice, folder, snapshot) if weights else {}
+    return Checkpoint(choice, folder, config, sizes, snapshot, notices)
 
 
 @contextmanager

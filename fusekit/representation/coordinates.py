@@ -56,6 +56,7 @@ def coordinates(
     at: IntArray,
     stretches: Sequence[Stretch],
     contents: Sequence[Content],
+    *,
     learn_all: bool,
 ) -> TokenizedRow:
     """A row's tokens with their coordinates.
@@ -80,7 +81,7 @@ def coordinates(
     part = np.full(n, int(Part.TEMPLATE), np.int64)
     ends, bottoms = np.zeros(n, np.int64), np.zeros(n, np.int64)
     for content in contents:
-        _place(content, starts, reach, highs, lows, message, part, ends, bottoms)
+        _place(content, starts, reach, tokens, message=message, part=part, ends=ends, bottoms=bottoms)
     closing = [stretch.closes for stretch in stretches if stretch.id >= 0]
     known = {content.message for content in contents if content.first >= 0}
     for position, closes in zip(at.tolist(), closing, strict=True):
@@ -108,14 +109,15 @@ def _place(
     content: Content,
     starts: IntArray,
     reach: IntArray,
-    highs: IntArray,
-    lows: IntArray,
+    tokens: TokenizedText,
+    *,
     message: IntArray,
     part: IntArray,
     ends: IntArray,
     bottoms: IntArray,
 ) -> None:
     """Write the coordinates of the tokens of one message."""
+    highs, lows = tokens.ends, tokens.lows
     begin, stop, first, size = content.start, content.stop, content.first, content.size
     mine = message == content.message
     after = mine & (starts >= stop) & ~((reach <= begin) & (starts < begin))

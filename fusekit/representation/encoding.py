@@ -98,7 +98,7 @@ class Encoder:
     def _with_ends(
         self, ids: list[int], at: IntArray, text: str, parts: Sequence[Part], offsets: Any
     ) -> tuple[TokenizedText, IntArray]:
-        return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets), at
+        return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=offsets), at
 
     def _encode_guarded(self, text: str, parts: Sequence[Part], expected: list[int]) -> tuple[TokenizedText, IntArray]:
         copy, alias_of, own_ids = self._copy(text)

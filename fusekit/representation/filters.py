@@ -157,6 +157,9 @@ def _cut(row: Row, tokens: Sequence[TokenizedRow], max_length: int) -> Cut | Non
         if len(of_model) <= max_length:
             continue
         message = int(of_model.message[last])
+        if of_model.part[last] == Part.END and message + 1 < len(row.messages):
+            reached.append((message + 1, 0))  # with the end of the turn
+            continue
         size = min(int(of_model.ends[last]), int(of_model.lows[last]))
         reached.append((message, size) if message < len(row.messages) else (len(row.messages) - 1, 2**62))
     message, size = min(reached)

@@ -136,17 +136,17 @@ def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 _CHAT_KEYS = ("messages", "conversations")
+_OTHER_KEYS = (*_CHAT_KEYS, "output", "response", "answer", "completion")
 _FORMS: list[tuple[Callable[[Mapping[str, Any]], bool], Parse]] = [
     (_has("messages"), _messages),
     (lambda record: "conversations" in record and "messages" not in record, _sharegpt),
     (lambda record: not any(key in record for key in _CHAT_KEYS) and _has("instruction", "output")(record), _alpaca),
     *(
         (
-            lambda record, pair=pair: not any(key in record for key in (*_CHAT_KEYS, "output")) and _has(*pair)(record),  # type: ignore[misc]
+            lambda record, pair=pair: not any(key in record for key in (*_CHAT_KEYS, "output")) and _has(*pair)(record),
             _pair(*pair),
         )
         for pair in PAIRS
     ),
     (lambda record: "text" in record and not any(key in record for key in _OTHER_KEYS), _plain),
 ]
-_OTHER_KEYS = (*_CHAT_KEYS, "output", "response", "answer", "completion")

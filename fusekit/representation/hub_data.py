@@ -81,7 +81,7 @@ def explain(error: BaseException, repository: str, revision: str | None, name: s
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    chain = []
+    chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and len(chain) < 10:
         chain.append(link)

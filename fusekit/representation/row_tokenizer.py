@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class RowTokenizer:
         stretches, contents = self._layout(row)
         parts = [Part(s.text, s.id, s.content) for s in stretches if s.text]
         tokens, at = self._encoder_for_template.encode(parts)
-        return coordinates(row.key, tokens, at, stretches, contents, self.train_on == "all")
+        return coordinates(row.key, tokens, at, stretches, contents, learn_all=self.train_on == "all")
 
     @cached_property
     def _bos(self) -> list[int]:
@@ -111,7 +112,6 @@ class RowTokenizer:
 
     def _tokenize_text(self, row: Row) -> TokenizedRow:
         eos = self.encoder.surfaces.view.roles.get("eos")
-        pieces: list[TokenizedText] = []
         contents, stretches, at = [], [], []
         count = len(self._bos)
         ids, ends, lows = list(self._bos), [0] * count, [0] * count
@@ -130,7 +130,6 @@ class RowTokenizer:
             ends += (tokens.ends + position).tolist()
             lows += (tokens.lows + position).tolist()
             position += size
-            pieces.append(tokens)
             if message.role == TEXT and whole:
                 if eos is None:
                     raise DataError(f"{self.name} has no eos token, which ends a document: set tokenizer.eos_token")
@@ -183,7 +182,7 @@ class RowTokenizer:
         rendered = "".join(
             self._around_stand_ins(roles) for roles in (*_ROLE_SEQUENCES, ("system", "user", "assistant"))
         )
-        used = [id_ for id_, token in by_length if token.content.strip() and token.content in rendered]
+        used = [id_ for id_, token in by_length if _is_marker(token.content) and token.content in rendered]
         return Encoder(self.tokenizer, used) if set(used) - self.encoder.strings.keys() else self.encoder
 
     def _around_stand_ins(self, roles: Sequence[str]) -> str:
@@ -277,14 +276,22 @@ class RowTokenizer:
             closing = -1
             if before >= 0 and (numbers[n] == before + 1):
                 closing = next((i for i, entry in enumerate(control) if entry[2] == self._ending.id >= 0), -1)
-            labels = self._labels(rendered, before, numbers[n], (start, stop), control, closing, messages)
+            labels = self._labels(
+                rendered,
+                before=before,
+                after=numbers[n],
+                piece=(start, stop),
+                control=control,
+                closing=closing,
+                messages=messages,
+            )
             border = control[closing][1] if closing >= 0 else 0
             cuts = {0, len(text), border, *(edge for entry in control for edge in entry[:2])}
             inside = [edge for span in labels for edge in span if not any(c[0] < edge < c[1] for c in control)]
             edges = sorted(cuts | set(inside))
             by_start = {entry[0]: entry for entry in control}
             piece = []
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 entry = by_start.get(a)
                 number = before if b <= border else numbers[n]
                 learnt = any(x <= a < y for x, y in labels)
@@ -298,6 +305,7 @@ class RowTokenizer:
     def _labels(
         self,
         rendered: Rendered,
+        *,
         before: int,
         after: int,
         piece: Span,
@@ -321,6 +329,11 @@ class RowTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
+
+
+def _is_marker(string: str) -> bool:
+    """Whether an added token not marked special is one that a template structures turns with, not a word or space."""
+    return bool(string.strip()) and not string.isalnum()
 
 
 def _check_cut(row: Row) -> None:

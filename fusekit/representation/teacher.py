@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ class Teacher:
         batch_tokens: most tokens per batch, padding included.
         name: of the model, for messages.
         notify: called with a line when something is done in another way than planned.
+        longest: most tokens of a row that the model was made for.
         chunk_bytes: most bytes of float32 logits at a time.
 
     Raises:
@@ -62,12 +63,13 @@ class Teacher:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         name: str = "the model",
         notify: Callable[[str], None] = lambda _line: None,
+        longest: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.model = model.eval()
         self.selection = selection or Selection()
         self.batch_tokens, self.name, self.notify = batch_tokens, name, notify
-        self._chunk_bytes = chunk_bytes
+        self.longest, self._chunk_bytes = longest, chunk_bytes
         # With layers offloaded some parameters are on no device: the first that is on one takes the input.
         self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         self.input_rows: int = model.get_input_embeddings().weight.shape[0]
@@ -82,50 +84,49 @@ class Teacher:
         padding = np.setdiff1d(np.arange(self.vocabulary), sample)
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
-    def score(
-        self,
-        rows: Sequence[TokenizedRow],
-        datasets: Sequence[str] | None = None,
-        on_batch: Callable[[int, int], None] = lambda _rows, _tokens: None,
-    ) -> Scored:
+    def score(self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None) -> Scored:
         """What the model says about the labels of rows.
 
         Args:
             rows: read by this model's tokenizer.
             datasets: the source of data of each row.
-            on_batch: called after each batch with its numbers of rows and tokens (without padding).
-
-        Returns:
-            :class:`Scored`. The same rows give the same bits on one machine, unless memory ran out in one of the runs:
-            smaller batches round otherwise.
 
         Raises:
             CaptureError: one row does not fit into memory alone; ids that the model does not have.
         """
+        found = {index: row for batch in self.score_batches(rows, datasets) for index, row in batch}
+        captured = [row for _, row in sorted(found.items()) if isinstance(row, CapturedRow)]
+        return Scored(captured, {rows[i].key: why for i, why in sorted(found.items()) if isinstance(why, str)})
+
+    def score_batches(
+        self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
+    ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
+        """As :meth:`score`, batch by batch: (index into ``rows``, the row or why it is quarantined), each index once.
+
+        The same rows give the same bits on one machine, unless memory ran out in one of the runs: smaller batches round
+        otherwise.
+        """
         self._check(rows)
         # No label is predicted by what comes after the last but one token of a causal model's input.
         lengths = [int(row.label_positions[-1]) if row.labels.any() else 0 for row in rows]
-        found: dict[int, CapturedRow] = {}
-        quarantined: dict[str, str] = {}
-        with torch.inference_mode():
-            for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+        names = datasets or [""] * len(rows)
+        yield [(i, self._unlabelled(rows[i], names[i])) for i, length in enumerate(lengths) if not length]
+        for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+            with torch.inference_mode():
                 scores = self._score_batch([rows[i] for i in batch])
-                for i, one in zip(batch, scores, strict=True):
-                    if one.finite.all():
-                        found[i] = _captured(rows[i], datasets[i] if datasets else "", one)
-                    else:
-                        bad = int(np.flatnonzero(~one.finite)[0])
-                        quarantined[rows[i].key] = f"{NOT_FINITE} at label {bad}, token {rows[i].label_positions[bad]}"
-                on_batch(len(batch), sum(lengths[i] for i in batch))
-        for i in (i for i, length in enumerate(lengths) if not length):
-            nothing = np.zeros(0)
-            empty = Rows(np.full((0, self.selection.k), -1, np.int64), np.zeros((0, self.selection.k)), nothing)
-            found[i] = CapturedRow(rows[i], datasets[i] if datasets else "", empty, nothing, 0.0)
-        order = {row.key: reason for row in rows if (reason := quarantined.get(row.key))}
-        return Scored([found[i] for i in sorted(found)], order)
+            yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]
+
+    def _unlabelled(self, row: TokenizedRow, dataset: str) -> CapturedRow:
+        nothing = np.zeros((0, self.selection.k))
+        return CapturedRow(row, dataset, Rows(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0)
 
     def _check(self, rows: Sequence[TokenizedRow]) -> None:
         for row in rows:
+            if self.longest is not None and len(row) > self.longest:
+                raise CaptureError(
+                    f"row {row.key} has {len(row)} tokens, but {self.name} was made for {self.longest} (its "
+                    f"config.json): cut or drop longer rows (--max-length {self.longest})"
+                )
             highest, label = int(row.ids.max(initial=0)), int(row.ids[row.labels].max(initial=0))
             if highest >= self.input_rows or label >= self.vocabulary:
                 raise CaptureError(
@@ -133,7 +134,7 @@ class Teacher:
                     f"{self.vocabulary} logits: is the tokenizer that of another model?"
                 )
 
-    def _fitting(self, batches: list[list[int]], lengths: list[int]) -> Any:
+    def _fitting(self, batches: list[list[int]], lengths: list[int]) -> Iterator[list[int]]:
         """The batches, halved until they are within what has fitted so far."""
         waiting = batches[::-1]
         while waiting:
@@ -231,7 +232,11 @@ class _RowScores(NamedTuple):
     finite: Any
 
 
-def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRow:
+def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRow | str:
+    """The row, or why the model gives no distribution for it."""
+    if not scores.finite.all():
+        first = int(np.flatnonzero(~scores.finite)[0])
+        return f"{NOT_FINITE} at label {first} of {len(scores.finite)} (token {row.label_positions[first]})"
     rows = Rows(scores.ids, scores.logprobs, scores.tail)
     return CapturedRow(row, dataset, rows, scores.actual, float(np.sum(scores.nll)))
 

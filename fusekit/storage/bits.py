@@ -183,4 +183,4 @@ class Reader:
         self._take((total + 7) // 8)
         windows = self._windows[base + (starts >> 3)]
         masks = (np.uint64(1) << np.asarray(widths, np.uint64)) - np.uint64(1)
-        return ((windows >> (starts & 7).astype(np.uint64)) & masks).view(np.int64)
+        return np.asarray((windows >> (starts & 7).astype(np.uint64)) & masks).view(np.int64)

@@ -21,7 +21,7 @@ from fusekit.storage.bits import Reader, Writer, pack, rice_bits
 from fusekit.storage.grid import ExactGrid, grid
 
 FORMAT = 1
-DEFAULT_MAX_ERROR = 0.25
+DEFAULT_MAX_ERROR = 0.2
 LOWEST = -1e4
 """Log-probabilities below this are refused."""
 
@@ -165,9 +165,10 @@ class Codec:
                 f"label {label} has no distribution: its entries and its tail of {tail[label]:.6g} sum to "
                 f"{mass[label]:.6g}, not 1"
             )
-        lowest = min(float(np.min(logprobs, where=used, initial=0)), float(np.min(row.actual, initial=0)))
-        if not (lowest >= LOWEST and np.max(row.actual, initial=0) <= MASS_TOLERANCE):
-            raise StorageError(f"a log-probability is {lowest}, but finite ones from {LOWEST:g} to 0 are stored")
+        values = np.concatenate([logprobs[used], row.actual])
+        unfit = values[~((values >= LOWEST) & (values <= MASS_TOLERANCE))]
+        if len(unfit):
+            raise StorageError(f"a log-probability is {unfit[0]:.6g}, but finite ones from {LOWEST:g} to 0 are stored")
 
     def _write_entries(self, writer: Writer, entries: _Entries) -> None:
         ids, depths, used, counts, tail = entries

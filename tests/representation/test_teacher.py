@@ -1,28 +1,37 @@
 """The teacher's forward against one plain forward per row and a full softmax."""
 
-import math
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
+from fusekit.alignment.projection import Rows
 from fusekit.errors import CaptureError
+from fusekit.representation import teacher as teacher_module
 from fusekit.representation.batches import plan_batches
+from fusekit.representation.forward import SplitForward
 from fusekit.representation.teacher import Teacher
 from fusekit.representation.topk import Selection
 from tests import reference
 from tests.representation.models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
+from tests.representation.processes import run
 
 LENGTHS = [5, 17, 2, 30, 17, 9, 30, 3]
 
 FLOAT32_BOUND = 2e-4
-"""Nats between the batched and the plain float32 forward of a model of two layers."""
+"""Nats between the batched and the plain float32 forward of a model of two layers: rounding, in another order."""
+
+BFLOAT16_BOUND = 0.15
+"""The same in bfloat16, whose logits of about 10 have steps of 0.06."""
 
 
 def assert_equal(model, rows, scored, selection, bound, valid=None):
+    """ids exactly, everything else within ``bound`` nats of what one plain forward per row says."""
     assert [row.tokens for row in scored.rows] == list(rows)
     for found in scored.rows:
         total = 0.0
+        assert len(found.actual) == len(found.tokens.label_positions)
         for j, label in enumerate(found.tokens.label_positions.tolist()):
             ids, logprobs, tail, actual, at_one = reference.teacher_row(
                 model, found.tokens.ids.tolist(), label, selection.k, selection.temperature, valid
@@ -36,9 +45,261 @@ def assert_equal(model, rows, scored, selection, bound, valid=None):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_of_every_architecture_are_those_of_one_plain_forward_per_row(architecture):
+def test_every_architecture_is_scored_as_by_one_plain_forward_per_row(architecture):
     model, rows, said = random_model(architecture), random_rows(LENGTHS), []
     selection = Selection(7)
+    # Chunks of 20 positions, fewer than a batch has.
     teacher = Teacher(model, selection=selection, batch_tokens=64, notify=said.append, chunk_bytes=20 * 4 * VOCABULARY)
     assert_equal(model, rows, teacher.score(rows), selection, FLOAT32_BOUND)
     assert said == []  # the head ran on the positions of labels alone
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
+def test_bfloat16_is_scored_as_by_its_own_plain_forward(architecture):
+    model, rows = random_model(architecture, dtype=torch.bfloat16), random_rows(LENGTHS)
+    scored = Teacher(model, selection=Selection(VOCABULARY), batch_tokens=64).score(rows)
+    for found in scored.rows:
+        for j, label in enumerate(found.tokens.label_positions.tolist()):
+            ids, logprobs, _, actual, _ = reference.teacher_row(model, found.tokens.ids.tolist(), label, VOCABULARY)
+            expected = np.empty(VOCABULARY)
+            expected[ids] = logprobs
+            np.testing.assert_allclose(found.rows.logprobs[j], expected[found.rows.ids[j]], atol=BFLOAT16_BOUND)
+            assert found.actual[j] == pytest.approx(actual, abs=BFLOAT16_BOUND)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_temperature_is_of_the_rows_and_never_of_the_cross_entropy(temperature):
+    model, rows = random_model("llama"), random_rows(LENGTHS)
+    selection = Selection(5, temperature=temperature)
+    assert_equal(model, rows, Teacher(model, selection=selection).score(rows), selection, FLOAT32_BOUND)
+
+
+def test_padding_rows_of_the_matrix_and_holes_get_no_mass():
+    model, rows = random_model("llama"), random_rows(LENGTHS, vocabulary=500)
+    valid = np.setdiff1d(np.arange(506), [501, 503])
+    with torch.no_grad():  # without the mask these would win everywhere
+        model.lm_head.weight[[501, 503, *range(506, VOCABULARY)]] *= 20
+    selection = Selection(VOCABULARY)
+    scored = Teacher(model, valid, selection).score(rows)
+    assert_equal(model, rows, scored, selection, FLOAT32_BOUND, set(valid.tolist()))
+    for found in scored.rows:
+        assert (found.rows.tail == 0).all()
+        assert ((found.rows.ids >= 0).sum(axis=1) == len(valid)).all()
+
+
+def test_a_teacher_has_no_divergence_from_itself_at_any_label():
+    """Two batchings of one model: what is stored of one, taught to the other, is what it says itself."""
+    model, rows = random_model("qwen2"), random_rows(LENGTHS)
+    selection = Selection(20)
+    taught = Teacher(model, selection=selection, batch_tokens=64).score(rows)
+    itself = Teacher(model, selection=Selection(VOCABULARY), batch_tokens=1).score(rows)
+    for given, own in zip(taught.rows, itself.rows, strict=True):
+        n = len(given.actual)
+        full = np.empty((n, VOCABULARY))
+        np.put_along_axis(full, own.rows.ids, own.rows.logprobs, axis=1)
+        student = np.take_along_axis(full, given.rows.ids, axis=1)
+        p = np.exp(given.rows.logprobs)
+        student_tail = np.exp(full).sum(axis=1) - np.exp(student).sum(axis=1)
+        divergence = (p * (given.rows.logprobs - student)).sum(axis=1)
+        divergence += given.rows.tail * np.log(given.rows.tail / student_tail)
+        np.testing.assert_allclose(divergence, 0, atol=FLOAT32_BOUND)
+
+
+def test_a_redone_shard_has_the_same_bits():
+    model, rows = random_model("mixtral"), random_rows(LENGTHS)
+    one, two = (Teacher(model, batch_tokens=64).score(rows) for _ in range(2))
+    for first, second in zip(one.rows, two.rows, strict=True):
+        for a, b in zip((*first.rows, first.actual), (*second.rows, second.actual), strict=True):
+            assert np.array_equal(a, b)
+        assert first.cross_entropy == second.cross_entropy
+
+
+def test_batches_hold_rows_of_similar_length_within_the_budget():
+    lengths = [3, 0, 9, 4, 4, 20, 3]
+    batches = plan_batches(lengths, 12)
+    assert batches == [[5], [2], [3, 4, 0], [6]]  # 20 is over the budget, alone; 9 + 9 too; 4, 4, 3 padded to 4
+    for size in range(1, 200):
+        planned = plan_batches(lengths, size)
+        assert sorted(i for batch in planned for i in batch) == [0, 2, 3, 4, 5, 6]
+        assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= size for batch in planned)
+
+
+def test_the_datasets_stay_with_their_rows_and_rows_without_labels_are_kept():
+    model, rows = random_model("llama"), random_rows([5, 9, 3])
+    bare = dataclasses.replace(row_of([4, 5, 6], []), key="f" * 32)
+    scored = Teacher(model).score([rows[0], bare, *rows[1:]], ["a", "b", "c", "d"])
+    assert [row.dataset for row in scored.rows] == ["a", "b", "c", "d"]
+    assert scored.rows[1].cross_entropy == 0
+    assert scored.rows[1].rows.ids.shape == (0, 10)
+
+
+@pytest.mark.parametrize("poison", ["embedding", "head"])
+def test_rows_with_nan_are_quarantined_and_no_other(poison):
+    model, rows = random_model("llama", tie_word_embeddings=False), random_rows(LENGTHS, vocabulary=500)
+    rows.append(row_of([3, 509, 7, 8], [2, 3]))
+    sound = Teacher(model, batch_tokens=64).score(rows).rows
+    with torch.no_grad():
+        if poison == "embedding":
+            model.model.embed_tokens.weight[509] = torch.nan
+        else:
+            model.lm_head.weight[511] = torch.inf
+    scored = Teacher(model, batch_tokens=64).score(rows)
+    if poison == "head":  # every distribution has that id
+        assert set(scored.quarantined) == {row.key for row in rows}
+        return
+    assert scored.quarantined == {rows[-1].key: "NaN or infinite logits at label 0 of 2 (token 2)"}
+    for found, expected in zip(scored.rows, sound, strict=False):
+        assert np.array_equal(found.rows.ids, expected.rows.ids)
+        np.testing.assert_allclose(found.rows.logprobs, expected.rows.logprobs, atol=FLOAT32_BOUND)
+
+
+class _Twice(torch.nn.Module):
+    """A decoder whose output the model does not hand to its head as it is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def get_decoder(self):
+        return self.model.model
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        # Depends on the other positions: the halves differ from the whole.
+        return dataclasses.replace(output, logits=output.logits - output.logits.mean(dim=1, keepdim=True))
+
+
+def test_a_model_that_cannot_be_split_is_run_whole_and_that_is_said():
+    model, said = _Twice(random_model("llama")), []
+    rows = [row_of(list(range(3, 9)), [5])]
+    teacher = Teacher(model, selection=Selection(4), notify=said.append, name="odd", chunk_bytes=1)
+    assert len(said) == 1
+    assert "odd: _Twice computes other logits" in said[0]
+    found = teacher.score(rows).rows[0]
+    with torch.inference_mode():
+        plain = model(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -1].log_softmax(-1)
+    assert found.rows.ids[0].tolist() == plain.topk(4).indices.tolist()
+    np.testing.assert_allclose(found.rows.logprobs[0], plain.topk(4).values, atol=FLOAT32_BOUND)
+
+
+def test_plain_and_split_forward_agree_and_leave_the_model_as_it_was():
+    model, rows = random_model("gemma2"), random_rows(LENGTHS)
+    teacher = Teacher(model, selection=Selection(6), batch_tokens=64)
+    split = teacher.score(rows)
+    teacher._split = None
+    plain = teacher.score(rows)
+    for one, other in zip(split.rows, plain.rows, strict=True):
+        assert np.array_equal(one.rows.ids, other.rows.ids)
+        np.testing.assert_allclose(one.rows.logprobs, other.rows.logprobs, atol=FLOAT32_BOUND)
+    assert "forward" not in model.get_decoder().__dict__
+
+
+def test_the_head_runs_on_the_positions_of_labels_only():
+    model, rows, seen = random_model("llama"), random_rows(LENGTHS), []
+    teacher = Teacher(model, batch_tokens=64, chunk_bytes=8 * 4 * VOCABULARY)
+    model.lm_head.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[:-1].numel()))
+    teacher.score(rows)
+    labels = sum(int(row.labels.sum()) for row in rows)
+    batches = len(plan_batches([int(row.label_positions[-1]) for row in rows], 64))
+    assert sum(seen) == labels + batches  # and one position per batch, which keeps the forward whole
+    assert max(seen) <= 8
+
+
+def test_ids_that_the_model_does_not_have_are_refused():
+    rows = [row_of([1, VOCABULARY, 2], [2])]
+    with pytest.raises(CaptureError, match=f"token id {VOCABULARY}, but small has {VOCABULARY} embeddings"):
+        Teacher(random_model("llama"), name="small").score(rows)
+
+
+class _RunsOut:
+    """Runs out of memory above so many tokens, as an allocator would say it."""
+
+    def __init__(self, monkeypatch, most, error):
+        self.tried = []
+        hidden = SplitForward.hidden
+
+        def limited(split, ids, mask):
+            self.tried.append(tuple(ids.shape))
+            if ids.numel() > most:
+                raise error
+            return hidden(split, ids, mask)
+
+        monkeypatch.setattr(SplitForward, "hidden", limited)
+
+
+def test_batches_are_halved_once_and_later_ones_start_at_what_fitted(monkeypatch):
+    model, rows, said = random_model("llama"), random_rows([20] * 16), []
+    teacher = Teacher(model, batch_tokens=8 * 20, notify=said.append)
+    expected = teacher.score(rows)
+    limit = _RunsOut(monkeypatch, 60, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
+    found = teacher.score(rows)
+    assert limit.tried[:3] == [(8, 19), (4, 19), (2, 19)]
+    assert all(rows <= 2 for rows, _ in limit.tried[2:] if rows != 4)
+    assert len(limit.tried) == 1 + 2 + 8 or len(limit.tried) == 1 + 1 + 8 + 1
+    for one, other in zip(found.rows, expected.rows, strict=True):
+        np.testing.assert_allclose(one.rows.logprobs, other.rows.logprobs, atol=FLOAT32_BOUND)
+    assert "memory ran out at 8 rows of 19 tokens, 4 are tried" in said[0]
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    teacher = Teacher(random_model("llama"))
+    _RunsOut(monkeypatch, 0, RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        teacher.score(random_rows([5]))
+
+
+def _score_with_little_memory(extra_megabytes, file):
+    """In a process of its own: score rows twice, the second time with an address space that is nearly used up."""
+    import resource
+
+    import psutil
+
+    torch.set_num_threads(1)
+    model = random_model("llama", intermediate_size=8192, max_position_embeddings=512)
+    rows = random_rows([400] * 16)
+    said = []
+    teacher = Teacher(model, selection=Selection(5), batch_tokens=8 * 400, notify=said.append)
+    free = teacher.score(rows)
+    limit = psutil.Process().memory_info().vms + (extra_megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        tight = teacher.score(rows)
+    except CaptureError as error:
+        file.write_text(f"refused {error}")
+        return
+    worst = max(np.abs(a.rows.logprobs - b.rows.logprobs).max() for a, b in zip(free.rows, tight.rows, strict=True))
+    same = all(np.array_equal(a.rows.ids, b.rows.ids) for a, b in zip(free.rows, tight.rows, strict=True))
+    file.write_text(f"{said[0] if said else 'all fitted'} same={same} close={worst < FLOAT32_BOUND}")
+
+
+def test_memory_that_really_runs_out_halves_the_batch(tmp_path):
+    file = tmp_path / "said"
+    # One tensor of the feed-forward takes 8 x 399 x 8192 x 4 = 105 MB, and there are two of them at a time.
+    assert run(_score_with_little_memory, 100, file).exitcode == 0
+    assert "memory ran out at 8 rows of 39" in file.read_text()
+    assert "same=True close=True" in file.read_text()
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error_with_the_numbers(tmp_path):
+    file = tmp_path / "said"
+    assert run(_score_with_little_memory, 4, file).exitcode == 0
+    said = file.read_text()
+    assert said.startswith("refused row ")
+    assert "of 400 tokens does not fit into memory even alone" in said
+    assert "tried to allocate" in said.lower()
+    assert "--max-length" in said
+    assert teacher_module.__name__ not in said
+
+
+def test_rows_come_as_the_store_takes_them():
+    found = Teacher(random_model("llama")).score(random_rows([6])).rows[0]
+    assert isinstance(found.rows, Rows)
+    assert (found.rows.ids.dtype, found.rows.logprobs.dtype, found.rows.tail.dtype) == (
+        np.int64,
+        np.float64,
+        np.float64,
+    )
+    assert found.actual.dtype == np.float64

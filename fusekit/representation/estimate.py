@@ -1,0 +1,129 @@
+"""Memory and disk that a capture will take, from sizes of files alone, against what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusekit.errors import CaptureError
+from fusekit.merging.limits import memory_limits
+from fusekit.representation.checkpoint import Checkpoint
+from fusekit.representation.processes import Processes
+from fusekit.representation.teacher import CHUNK_BYTES
+from fusekit.storage.faults import existing_parent, free_bytes, human
+
+_CHUNK_COPIES = 3
+"""Logits of a chunk in the model's dtype, in float32, and their exponentials."""
+
+_HIDDEN_COPIES = 6
+"""Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
+
+_ROW_BYTES = 64
+_TOKEN_BYTES = 12
+_VALUE_BITS = 10
+"""Of a stored row: beside its entries; per token (id, coordinates, label); of one stored log-probability."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a capture takes. what: a line for people. needed, free: bytes, free where."""
+
+    what: str
+    needed: int
+    free: int
+    where: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
+
+
+def refuse(needs: Sequence[Need]) -> None:
+    """Raise CaptureError with the numbers if something does not fit."""
+    lacking = [need for need in needs if not need.fits]
+    if lacking:
+        rows = "\n".join(f"  {need}" for need in lacking)
+        raise CaptureError(
+            f"this capture does not fit:\n{rows}\nFree some, write elsewhere, load the model smaller (--dtype "
+            "bfloat16, --quantization) or over several devices (--device-map auto), or take smaller batches "
+            "(--batch-tokens); --ignore-estimates starts it all the same"
+        )
+
+
+def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, vocabulary: int, top_k: int) -> list[Need]:
+    """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
+    bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
+    store = rows * _ROW_BYTES + tokens * (_TOKEN_BYTES + bits // 8)
+    if out.is_dir():  # what an interrupted run has written already
+        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.safetensors")))
+    wanted = [(out, store, f"{rows} captured rows, at most")]
+    if checkpoint.snapshot and checkpoint.download_bytes:
+        wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))
+    by_device: dict[int, list[tuple[Path, int, str]]] = {}
+    for path, size, what in wanted:
+        by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, what))
+    return [
+        Need(
+            "disk (" + ", ".join(what for _, _, what in items) + ")",
+            sum(size for _, size, _ in items),
+            free_bytes(items[0][0]),
+            f"free on the disk of {items[0][0]}",
+        )
+        for items in by_device.values()
+    ]
+
+
+def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes) -> list[Need]:
+    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+    weights = loaded_bytes(checkpoint)
+    needed = weights + working_bytes(checkpoint, batch_tokens)
+    what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
+    if processes.device.type == "cuda":
+        count = torch.cuda.device_count()
+        devices = range(count) if checkpoint.choice.device_map else [processes.device.index or 0]
+        free = sum(torch.cuda.mem_get_info(i)[0] for i in devices)
+        if checkpoint.choice.device_map:  # what does not fit on the GPUs stays in main memory
+            free += min(limit.available for limit in memory_limits())
+        return [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
+    if processes.device.type != "cpu":
+        return []
+    tightest = min(memory_limits(), key=lambda limit: limit.available)
+    shared = processes.local if not tightest.address_space else 1
+    mapped = max(checkpoint.weights.values(), default=0) if tightest.address_space else 0
+    what += f" in {shared} processes" if shared > 1 else ""
+    return [Need(what, needed * shared + mapped, tightest.available, tightest.source)]
+
+
+def loaded_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weights once they are loaded."""
+    choice = checkpoint.choice
+    stored = _itemsize(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    if choice.quantization:
+        fields = choice.quantization
+        bits = 4 if fields.get("load_in_4bit") else fields.get("bits") or fields.get("w_bit") or 8
+        # Embeddings, norms and the head usually stay as they are: a tenth of a large model.
+        return int(checkpoint.weight_bytes * (0.9 * float(bits) / 8 / stored + 0.1))
+    return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else _itemsize(choice.dtype)) // stored
+
+
+def working_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
+    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits."""
+    config: Any = checkpoint.config
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 4096)
+    wide = int(config.get("intermediate_size") or 4 * hidden)
+    width = 4 if checkpoint.choice.dtype == "float32" else _itemsize(str(config.get("dtype") or "float32"))
+    return batch_tokens * (_HIDDEN_COPIES * hidden + 2 * wide) * width + _CHUNK_COPIES * CHUNK_BYTES
+
+
+def _itemsize(dtype: str) -> int:
+    found = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
+    return int(found.itemsize) if isinstance(found, torch.dtype) else 4

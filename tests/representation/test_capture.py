@@ -1,0 +1,275 @@
+"""Capture of the demo models, end to end: what the store holds is what one plain forward per row says."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.errors import CaptureError, StorageError
+from fusekit.representation.capture import CaptureOptions
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.load import load_model
+from fusekit.representation.processes import Processes
+from fusekit.representation.represent import Settings, represent
+from fusekit.representation.topk import Selection
+from fusekit.storage import Store, output_lock
+from tests import reference
+from tests.helpers import edit_tensors
+from tests.representation.conftest import DEMO, demo_rows
+from tests.representation.test_teacher import FLOAT32_BOUND
+
+import torch  # isort: skip
+
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return demo_rows(tmp_path_factory.mktemp("data"))
+
+
+def demo(name="numbers", **choice):
+    return find_checkpoint(ModelChoice(str(DEMO / name), **({"dtype": "float32"} | choice)))
+
+
+def settings(k=8, *, overwrite=False, **changes):
+    options = CaptureOptions(quiet=True, overwrite=overwrite)
+    return Settings(
+        **({"selection": Selection(k), "rows_per_shard": 8, "batch_tokens": 256, "options": options} | changes)
+    )
+
+
+def run(data, out, how=None, checkpoint=None):
+    rows, tokenizer = data
+    return represent(checkpoint or demo(), tokenizer, rows, out, how or settings(), processes=ALONE)
+
+
+def files(store_path):
+    """Content of every file of a store."""
+    return {path.name: path.read_bytes() for path in sorted(store_path.iterdir())}
+
+
+@pytest.mark.parametrize("name", ["pivot", "numbers"])
+@pytest.mark.parametrize(("mass", "temperature"), [(1.0, 1.0), (0.9, 2.0)])
+def test_the_store_of_a_demo_model_is_what_plain_forwards_say(data, tmp_path, name, mass, temperature):
+    rows, tokenizer = data
+    checkpoint = demo(name)
+    how = settings(selection=Selection(8, mass, temperature))
+    store = run(data, tmp_path / "out", how, checkpoint)
+    model = load_model(checkpoint, torch.device("cpu"))
+    assert store.keys == [row.key for row in rows]
+    for row, found in zip(rows, store, strict=True):
+        expected = tokenizer.tokenize(row)
+        for field in ("ids", "message", "part", "ends", "lows", "labels"):
+            assert np.array_equal(getattr(found.tokens, field), getattr(expected, field)), field
+        assert found.dataset == row.dataset
+        compare(found, model, how.selection, store.codec)
+
+
+def compare(found, model, selection, codec):
+    total = 0.0
+    for j, label in enumerate(found.tokens.label_positions.tolist()):
+        ids, logprobs, tail, actual, at_one = reference.teacher_row(
+            model, found.tokens.ids.tolist(), label, selection.k, selection.temperature
+        )
+        mass = np.cumsum(np.exp(logprobs))
+        kept = int(np.sum(mass - np.exp(logprobs) < selection.keep_mass)) if selection.keep_mass < 1 else selection.k
+        of = dict(zip(ids[:kept], logprobs[:kept], strict=True))
+        got = {int(i): float(p) for i, p in zip(found.rows.ids[j], found.rows.logprobs[j], strict=True) if i >= 0}
+        assert got.keys() == of.keys()
+        for id_, logprob in of.items():
+            assert abs(got[id_] - logprob) <= codec.error_bound(np.array(logprob)) + FLOAT32_BOUND
+        rest = tail + sum(np.exp(logprobs[kept:]))
+        bound = codec.error_bound(np.array(np.log(rest))) + FLOAT32_BOUND
+        assert abs(np.log(found.rows.tail[j]) - np.log(rest)) <= bound
+        assert abs(found.actual[j] - actual) <= codec.error_bound(np.array(actual)) + FLOAT32_BOUND
+        total -= at_one
+    assert found.cross_entropy == pytest.approx(total, abs=FLOAT32_BOUND * len(found.actual))
+
+
+def test_the_same_command_again_loads_no_model_and_changes_no_byte(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "out")
+    before = files(tmp_path / "out")
+
+    def never(*_args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fusekit.representation.represent.load_model", never)
+    assert len(run(data, tmp_path / "out")) == len(data[0])
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
+def test_only_a_damaged_shard_is_captured_again(data, tmp_path, damage):
+    run(data, tmp_path / "out")
+    before = files(tmp_path / "out")
+    inodes = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
+    shard = tmp_path / "out" / "shard-00001.safetensors"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[-40] ^= 4
+        shard.write_bytes(content if damage == "bit" else content[:-9])
+    run(data, tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    kept = [name for name, inode in inodes.items() if (tmp_path / "out" / name).stat().st_ino == inode]
+    assert {"shard-00000.safetensors", "shard-00002.safetensors"} <= set(kept)
+
+
+def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tmp_path):
+    rows, tokenizer = data
+    out = tmp_path / "out"
+    run(data, out)
+    before = files(out)
+    fewer = (rows[:-1], tokenizer)
+    everything = (rows, type(tokenizer)(tokenizer.tokenizer, train_on="all"))
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "numbers", model)
+    edit_tensors(model, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    edited = find_checkpoint(ModelChoice(str(model), dtype="float32"))
+    for change, expected in [
+        (lambda: run(data, out, settings(9)), "top_k: 8, now 9"),
+        (lambda: run(fewer, out), "data: '"),
+        (lambda: run(everything, out), "train_on: 'assistant', now 'all'"),
+        (lambda: run(data, out, checkpoint=demo(dtype="bfloat16")), "dtype: 'float32', now 'bfloat16'"),
+        (lambda: run(data, out, checkpoint=edited), "model_fingerprint: 'xxh3 "),
+        (lambda: run(data, out, settings(max_error=0.0)), "max_error: "),
+    ]:
+        with pytest.raises(StorageError, match=expected):
+            change()
+        assert files(out) == before
+    assert run(data, out, settings(9, overwrite=True)).spec.top_k == 9
+
+
+def test_a_model_that_was_moved_is_the_same_model(data, tmp_path):
+    out = tmp_path / "out"
+    run(data, out)
+    before = files(out)
+    shutil.copytree(DEMO / "numbers", tmp_path / "moved")
+    run(data, out, checkpoint=find_checkpoint(ModelChoice(str(tmp_path / "moved"), dtype="float32")))
+    assert files(out) == before
+
+
+def test_a_folder_that_is_no_store_is_left_alone(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(StorageError, match=r"no store, but holds thesis\.txt"):
+            run(data, out, settings(overwrite=overwrite))
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_second_run_on_one_store_names_the_first(data, tmp_path):
+    with output_lock(tmp_path / "out"), pytest.raises(StorageError, match="already being written by process"):
+        run(data, tmp_path / "out")
+
+
+def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_path):
+    rows, tokenizer = data
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "numbers", model)
+    # A token that only a few rows have.
+    counts = {}
+    for row in rows:
+        for id_ in set(tokenizer.tokenize(row).ids.tolist()):
+            counts.setdefault(id_, []).append(row.key)
+    rare = next(id_ for id_, keys in sorted(counts.items()) if len(keys) == 1)
+    common = next(id_ for id_, keys in sorted(counts.items()) if 3 <= len(keys) <= 6)
+
+    def poison(id_):
+        shutil.copy(DEMO / "numbers" / "model.safetensors", model / "model.safetensors")
+        edit_tensors(model, lambda tensors: tensors["model.embed_tokens.weight"][id_].fill_(torch.nan))
+        return find_checkpoint(ModelChoice(str(model), dtype="float32"))
+
+    # The head is tied to the embedding, so a NaN there is in every distribution: it gets a head of its own.
+    def untie():
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].nan_to_num()
+
+    untie()
+    broken = poison(rare)
+    edit_tensors(model, add_head)
+    store = run(data, tmp_path / "one", checkpoint=broken)
+    assert {row.key for row in store.quarantined} == set(counts[rare])
+    assert "NaN or infinite logits at label 0" in store.quarantined[0].reason
+    assert store.complete
+    assert len(store) == len(rows) - 1
+    broken = poison(common)
+    edit_tensors(model, add_head)
+    with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
+        run(data, tmp_path / "many", checkpoint=broken)
+
+
+def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "numbers", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    with pytest.raises(CaptureError, match=r"was made for 12 \(its config\.json\): cut or drop longer rows"):
+        run(data, tmp_path / "out", checkpoint=find_checkpoint(ModelChoice(str(model))))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusekit.representation.represent.load_model", None)
+    with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
+        run(data, tmp_path / "out", settings(batch_tokens=10**10))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def invoke(*args, status=0):
+    done = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def test_the_commands_on_one_store(rows_file, tmp_path):
+    out = tmp_path / "stores" / "numbers"
+    made = invoke(
+        "represent", DEMO / "numbers", rows_file, out, "--max-length", 64, "--rows-per-shard", 8, "--json",
+        "--with", DEMO / "pivot",
+    )  # fmt: skip
+    figures = json.loads(made.stdout)
+    assert figures["total"]["rows"] == 20
+    assert set(figures["datasets"]) == {"add", "reverse"}
+    assert figures["data"]["kept"] == 20
+    assert "20 of 20 rows kept" in made.stderr
+    assert "tokens/s" in made.stderr
+    page = invoke("inspect", "store", out, "--rows", 1, "--labels", 2).output
+    first = Store.open(out)[0]
+    assert "complete" in page
+    assert f"{figures['total']['bits_per_byte']:.4f}" in page
+    assert f"row {first.tokens.key}" in page
+    assert "<|assistant|>" in page
+    assert f"{np.exp(first.actual[0]):.3f}" in page
+    assert json.loads(invoke("inspect", "store", out, "--json").output)["total"] == figures["total"]
+    assert "20 rows in 3 shards, all as committed" in invoke("verify", tmp_path).output
+    shard = out / "shard-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-30] ^= 1
+    shard.write_bytes(content)
+    damaged = invoke("verify", tmp_path, status=1)
+    assert f"{shard}: its hash is not the one that was committed" in damaged.output
+    (out / "shard-00000.safetensors").unlink()
+    assert str(out / "shard-00000.safetensors") in invoke("verify", tmp_path, status=1).output
+    (tmp_path / "nothing").mkdir()
+    assert "nothing under" in invoke("verify", tmp_path / "nothing", status=1).output
+
+
+def test_the_demo_models_tied_head_is_no_missing_tensor_and_a_missing_one_is():
+    assert load_model(demo(), torch.device("cpu")).lm_head.weight.dtype == torch.float32
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "numbers", model)
+    edit_tensors(model, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CaptureError, match=r"lacks 1 tensors, which would be random: model\.norm\.weight"):
+        load_model(find_checkpoint(ModelChoice(str(model))), torch.device("cpu"))

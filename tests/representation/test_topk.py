@@ -1,0 +1,121 @@
+"""Top-k rows against sorted lists and sums in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.errors import CaptureError
+from fusekit.representation.topk import GROUP, Selection, score_logits, top_entries
+from tests import reference
+
+# More than two groups per entry, so that the groups are used, with a rest that is no whole group.
+WIDE = 9 * GROUP + 5
+
+
+def truth(logits, label, k, temperature=1.0, invalid=()):
+    scores = [-math.inf if i in invalid else float(x) for i, x in enumerate(logits)]
+    logprobs = reference.log_softmax([x / temperature for x in scores])
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    kept = [i for i in order[:k] if scores[i] > -math.inf]
+    tail = math.fsum(math.exp(x) for i, x in enumerate(logprobs) if i not in kept)
+    return kept, [logprobs[i] for i in kept], tail, logprobs[label], -reference.log_softmax(scores)[label]
+
+
+def assert_true(logits, labels, selection, invalid=None):
+    found = score_logits(logits.clone(), labels, selection, invalid)
+    outside = set() if invalid is None else set(invalid.tolist())
+    for j, label in enumerate(labels.tolist()):
+        ids, logprobs, tail, actual, nll = truth(logits[j], label, selection.k, selection.temperature, outside)
+        kept = found.ids[j][found.ids[j] >= 0].tolist()
+        assert kept == ids
+        np.testing.assert_allclose(found.logprobs[j, : len(ids)], logprobs, atol=2e-6, rtol=1e-6)
+        assert float(found.tail[j]) == pytest.approx(tail, rel=1e-5, abs=0)
+        assert float(found.actual[j]) == pytest.approx(actual, abs=2e-6, rel=1e-6)
+        assert float(found.nll[j]) == pytest.approx(nll, abs=2e-6, rel=1e-6)
+    assert found.finite.all()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 50, GROUP, 2 * GROUP + 1, WIDE])
+@pytest.mark.parametrize("k", [1, 4, 40])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.4])
+def test_rows_are_those_of_a_full_softmax(vocabulary, k, temperature):
+    generator = torch.Generator().manual_seed(vocabulary + k)
+    logits = torch.randn(3, vocabulary, generator=generator) * 4
+    assert_true(logits, torch.tensor([0, vocabulary - 1, vocabulary // 2]), Selection(k, temperature=temperature))
+
+
+def test_a_chunk_larger_than_the_cache_gives_the_same_rows(monkeypatch):
+    logits, labels = torch.randn(7, WIDE), torch.arange(7)
+    whole = score_logits(logits.clone(), labels, Selection(4))
+    monkeypatch.setattr("fusekit.representation.topk.CACHED_BYTES", 3 * 4 * WIDE)
+    for one, other in zip(whole, score_logits(logits.clone(), labels, Selection(4)), strict=True):
+        assert torch.equal(one, other)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    levels=st.integers(1, 6), k=st.integers(1, 12), vocabulary=st.integers(1, 30 * GROUP), seed=st.integers(0, 1 << 20)
+)
+def test_equal_logits_come_in_the_order_of_their_ids(levels, k, vocabulary, seed):
+    x = torch.randint(-levels, levels, (2, vocabulary), generator=torch.Generator().manual_seed(seed)).float()
+    x[0] *= -0.0 if levels == 1 else 1.0  # zeros of both signs are equal
+    values, ids = top_entries(x, k)
+    for row, value, found in zip(x.tolist(), values.tolist(), ids.tolist(), strict=True):
+        assert found == sorted(range(vocabulary), key=lambda i: (-row[i], i))[:k]
+        assert value == [row[i] for i in found]
+
+
+@pytest.mark.parametrize("vocabulary", [20, WIDE])
+def test_padding_ids_and_holes_get_no_mass(vocabulary):
+    logits = torch.randn(4, vocabulary)
+    invalid = torch.tensor([2, 7, vocabulary - 2, vocabulary - 1])
+    logits[:, invalid] = 50.0
+    assert_true(logits, torch.tensor([0, 3, 5, 11]), Selection(6), invalid)
+    everything = score_logits(logits.clone(), torch.tensor([0, 3, 5, 11]), Selection(vocabulary), invalid)
+    assert torch.equal((everything.ids >= 0).sum(1), torch.full((4,), vocabulary - 4))
+    assert not np.isin(everything.ids, invalid).any()
+    assert everything.tail.tolist() == [0.0] * 4  # all of the mass is listed, exactly
+
+
+def test_a_tiny_remaining_mass_keeps_its_precision():
+    logits = torch.full((1, WIDE), -30.0)
+    logits[0, 5] = 10.0
+    found = score_logits(logits.clone(), torch.tensor([5]), Selection(1))
+    expected = (WIDE - 1) * math.exp(-40) / (1 + (WIDE - 1) * math.exp(-40))
+    assert float(found.tail) == pytest.approx(expected, rel=1e-5)  # 1 - sum would be 0 in float32, and rounding noise
+
+
+def test_entries_are_kept_until_the_mass_is_reached():
+    probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.97, 0.01, 0.01, 0.005, 0.005]])
+    found = score_logits(probabilities.log(), torch.tensor([4, 0]), Selection(4, keep_mass=0.75))
+    assert found.ids.tolist() == [[0, 1, -1, -1], [0, -1, -1, -1]]
+    np.testing.assert_allclose(found.tail, [0.25, 0.03], rtol=1e-6)
+    np.testing.assert_allclose(found.logprobs[0, :2].exp(), [0.5, 0.25], rtol=1e-6)
+    assert found.logprobs[0, 2:].tolist() == [-math.inf] * 2
+    assert float(found.actual[0]) == pytest.approx(math.log(0.0625), abs=1e-6)  # known although it is not kept
+
+
+def test_half_precision_is_read_exactly_and_computed_with_in_float32():
+    logits = (torch.randn(5, WIDE) * 4).bfloat16()
+    assert_true(logits, torch.arange(5), Selection(5))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("vocabulary", [20, WIDE])
+def test_rows_that_are_no_distributions_are_told_apart(bad, vocabulary):
+    logits = torch.randn(3, vocabulary)
+    logits[1, 4] = bad  # the label: minus infinity elsewhere only says that an id is impossible
+    found = score_logits(logits.clone(), torch.tensor([4, 4, 4]), Selection(3))
+    assert found.finite.tolist() == [True, False, True]
+    logits[1] = -math.nan
+    assert score_logits(logits, torch.tensor([4, 4, 4]), Selection(3)).finite.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("values", [{"k": 0}, {"keep_mass": 0.0}, {"keep_mass": 1.1}, {"temperature": 0.0}])
+def test_selections_out_of_range_are_refused(values):
+    with pytest.raises(CaptureError, match=next(iter(values)).replace("k", "k", 1)):
+        Selection(**values)

@@ -1,0 +1,216 @@
+"""Rows to bytes and back: exact where it is exact, within the bound where it is not, and nothing else gets in."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.alignment.projection import MASS_TOLERANCE, Rows, checked_rows
+from fusekit.errors import FusekitError, StorageError
+from fusekit.representation import TokenizedRow
+from fusekit.storage.codec import Codec, checksum
+from tests.storage import reference
+from tests.storage.rows import awkward_rows, by_id, captured
+
+ERRORS = [0.0, 0.001, 0.05, 0.2, 1.0]
+COORDINATES = ("message", "part", "ends", "lows", "labels", "ids")
+
+
+def change(row, **changes):
+    """A row with other fields; those of its tokens too."""
+    names = {field.name for field in dataclasses.fields(TokenizedRow)}
+    tokens = dataclasses.replace(row.tokens, **{name: value for name, value in changes.items() if name in names})
+    others = {name: value for name, value in changes.items() if name not in names}
+    return dataclasses.replace(row, tokens=tokens, **others)
+
+
+@settings(max_examples=300, deadline=None)
+@given(awkward_rows(), st.sampled_from(ERRORS))
+def test_what_comes_back(awkward, max_error):
+    row, vocabulary, k = awkward
+    codec = Codec(vocabulary, k, max_error)
+    blob = codec.encode(row)
+    back = codec.decode(blob)
+    assert back.tokens.key == row.tokens.key
+    assert (back.dataset, back.cross_entropy) == (row.dataset, row.cross_entropy)
+    for name in COORDINATES:
+        found = getattr(back.tokens, name)
+        assert found.dtype == (bool if name == "labels" else np.int64)
+        assert np.array_equal(found, getattr(row.tokens, name)), name
+    assert (back.tokens.lows is back.tokens.ends) == np.array_equal(row.tokens.lows, row.tokens.ends)
+    checked_rows(*back.rows, vocabulary)
+    given_rows, found_rows = by_id(*row.rows[:2]), by_id(*back.rows[:2])
+    for given_row, found_row, ids in zip(given_rows, found_rows, back.rows.ids, strict=True):
+        assert set(found_row) == set(given_row)
+        order = [(-found_row[i], i) for i in ids.tolist() if i >= 0]
+        assert order == sorted(order)
+        for id_, value in given_row.items():
+            assert abs(found_row[id_] - value) <= codec.error_bound(np.array(value)) + 1e-9
+            assert abs(found_row[id_] - value) <= max(max_error, abs(value) * 2**-24) + 1e-9
+    assert np.all(np.abs(back.actual - row.actual) <= codec.error_bound(row.actual) + 1e-9)
+    assert np.array_equal(back.rows.tail == 0, row.rows.tail == 0)
+    some = row.rows.tail > 0
+    logs = np.log(row.rows.tail[some])
+    assert np.all(np.abs(np.log(back.rows.tail[some]) - logs) <= codec.error_bound(logs) + 1e-6)
+    assert codec.encode(row) == blob
+
+
+@settings(max_examples=200, deadline=None)
+@given(awkward_rows(), st.sampled_from(ERRORS))
+def test_the_slow_decoder_reads_the_same(awkward, max_error):
+    row, vocabulary, k = awkward
+    codec = Codec(vocabulary, k, max_error)
+    blob = codec.encode(row)
+    fast, slow = codec.decode(blob), reference.decode(blob, vocabulary, max_error)
+    for name in COORDINATES:
+        assert getattr(fast.tokens, name).tolist() == slow[name]
+    assert (fast.tokens.key, fast.dataset, fast.cross_entropy) == (slow["key"], slow["dataset"], slow["cross_entropy"])
+    for ids, logprobs, entries in zip(*fast.rows[:2], slow["rows"], strict=True):
+        assert ids[ids >= 0].tolist() == [id_ for id_, _ in entries]
+        np.testing.assert_allclose(logprobs[ids >= 0], [value for _, value in entries], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(fast.rows.tail, slow["tail"], rtol=1e-9)
+    np.testing.assert_allclose(fast.actual, slow["actual"], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(awkward_rows(), st.sampled_from([0.001, 0.05, 0.2, 1.0]))
+def test_divergence_is_bounded_and_rows_are_distributions(awkward, max_error):
+    row, vocabulary, k = awkward
+    back = Codec(vocabulary, k, max_error).decode(Codec(vocabulary, k, max_error).encode(row))
+    both = zip(by_id(*row.rows[:2]), by_id(*back.rows[:2]), row.rows.tail, back.rows.tail, strict=True)
+    for p, q, p_tail, q_tail in both:
+        assert abs(sum(map(math.exp, q.values())) + q_tail - 1) < 1e-9
+        divergence = sum(math.exp(p[i]) * (p[i] - q[i]) for i in p)
+        divergence += p_tail * math.log(p_tail / q_tail) if p_tail > 0 else 0.0
+        assert divergence <= max_error**2 / 8 + 1e-9
+
+
+def test_rounding_is_finer_for_probable_entries():
+    codec = Codec(1000, 10, 0.2)
+    bound = codec.error_bound(np.log([1.0, 0.5, 1 / 16, 1e-3])) - 0.1
+    np.testing.assert_allclose(bound, [0.025, 0.025 * math.sqrt(2), 0.1, 0.1], rtol=0.03)
+    grid = np.linspace(-20, 0, 4001)
+    depths = codec._grid.depths(grid)
+    assert np.all(np.diff(depths) <= 0)
+    assert depths[-1] == 0
+    assert np.all(np.abs(codec._grid.logprobs(depths) - grid) <= codec._grid.rounding(grid) + 1e-12)
+
+
+def test_ids_cost_what_a_set_costs():
+    """Within 0.3 bits an id of log2 of the number of sets."""
+    vocabulary, n = 151_936, 400
+    rng = np.random.default_rng(0)
+    for k in (1, 10, 50):
+        ids = np.stack([rng.choice(vocabulary, k, replace=False) for _ in range(n)])
+        flat = Rows(ids, np.full((n, k), math.log(0.5 / k)), np.full(n, 0.5))
+        row = captured(rng, vocabulary, 1, 0)
+        nothing = np.zeros(n, np.int64)
+        tokens = TokenizedRow(row.tokens.key, ids[:, 0], nothing, nothing, nothing, nothing, np.ones(n, bool))
+        row = dataclasses.replace(row, tokens=tokens, rows=flat, actual=flat.logprobs[:, 0])
+        # With one value for all, only ids are left, and the label's rank: at most k ranks.
+        bits = 8 * len(Codec(vocabulary, k).encode(row)) / n
+        best = sum(math.log2((vocabulary - i) / (i + 1)) for i in range(k))
+        assert bits - best < 0.3 * k + math.log2(k) + 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(awkward_rows(), st.sampled_from([0.0, 0.2]), st.data())
+def test_damage_is_noticed(awkward, max_error, data):
+    """Any other bytes: the checksum is wrong. With the right checksum: a row or an error, nothing else."""
+    row, vocabulary, k = awkward
+    codec = Codec(vocabulary, k, max_error)
+    blob = codec.encode(row)
+    at = data.draw(st.integers(0, len(blob) - 1))
+    flipped = bytearray(blob)
+    flipped[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(StorageError, match="damaged"):
+        codec.decode(bytes(flipped))
+    with pytest.raises(StorageError, match="damaged"):
+        codec.decode(blob[:at])
+    forged = bytes(flipped[:-4])
+    try:
+        codec.decode(forged + checksum(forged))
+    except FusekitError:
+        return
+    assert at >= 1, "the version is checked"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_garbage_is_no_row(data):
+    with pytest.raises(FusekitError):
+        Codec(1000, 10).decode(b"\x01" + data + checksum(b"\x01" + data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": 1000}, "token id 1000 is outside the vocabulary of 1000"),
+        ({"twice": True}, "label 0 has the token id 7 twice"),
+        ({"wide": True}, "5 entries for one label, more than top_k 4"),
+        ({"tail": 0.5}, r"label 0 has no distribution: .* tail of 0.5 sum to 1.\d+, not 1"),
+        ({"tail": -0.5}, "label 0 has no distribution"),
+        ({"tail": math.nan}, "label 0 has no distribution"),
+        ({"actual": -math.inf}, "a log-probability is -inf"),
+        ({"actual": math.nan}, "a log-probability is nan"),
+        ({"actual": 0.5}, "finite ones from -10000 to 0"),
+        ({"cross_entropy": math.nan}, "its cross-entropy is nan"),
+        ({"key": "row 7"}, "the key 'row 7', but keys are 32 hexadecimal digits"),
+        ({"short": True}, "labels, but ids"),
+        ({"message": np.zeros(3, np.int64)}, "9 ids, but message of shape"),
+    ],
+)
+def test_what_cannot_be_stored_is_named(changes, message):
+    row = captured(np.random.default_rng(1), 1000, 4, 9)
+    ids, logprobs, tail = (array.copy() for array in row.rows)
+    changes = dict(changes)
+    if "ids" in changes:
+        ids[0, 0] = changes.pop("ids")
+    if changes.pop("twice", False):
+        ids[0, :2] = 7
+    if changes.pop("wide", False):
+        ids, logprobs = np.c_[ids, ids[:, 0] ^ 1], np.c_[logprobs, np.full(len(ids), -30.0)]
+    if changes.pop("short", False):
+        ids = ids[1:]
+    if "tail" in changes:
+        tail[0] = changes.pop("tail")
+    if "actual" in changes:
+        changes["actual"] = np.r_[changes["actual"], row.actual[1:]]
+    with pytest.raises(StorageError, match=f"row .*{message}"):
+        Codec(1000, 4).encode(change(row, rows=Rows(ids, logprobs, tail), **changes))
+
+
+@pytest.mark.parametrize(
+    "arguments", [(10, 0), (10, 11), (0, 1), (1 << 31, 5), (10, 5, -0.1), (10, 5, 2.0), (10, 5, math.nan)]
+)
+def test_codecs_that_cannot_be(arguments):
+    with pytest.raises(StorageError):
+        Codec(*arguments)
+
+
+def test_a_label_whose_value_is_not_its_entry_keeps_its_own():
+    """Truncated softmaxes differ in the last bits; what differs more is not taken from the list."""
+    row = captured(np.random.default_rng(2), 50, 50, 12, tail=False)
+    other = dataclasses.replace(row, actual=row.actual - 1.5)
+    back = Codec(50, 50).decode(Codec(50, 50).encode(other))
+    assert np.all(np.abs(back.actual - other.actual) <= 0.2)
+    assert np.array_equal(back.tokens.ids, row.tokens.ids)
+
+
+def test_probabilities_just_above_one_are_one():
+    row = captured(np.random.default_rng(3), 2, 1, 9)
+    n = len(row.actual)
+    certain = Rows(row.tokens.ids[row.tokens.labels][:, None], np.full((n, 1), 1e-7), np.zeros(n))
+    back = Codec(2, 1).decode(Codec(2, 1).encode(change(row, rows=certain, actual=certain.logprobs[:, 0])))
+    assert np.array_equal(back.rows.logprobs, np.zeros((n, 1)))
+    assert np.array_equal(back.rows.tail, np.zeros(n))
+
+
+def test_masses_within_the_tolerance_are_normalised():
+    row = captured(np.random.default_rng(4), 1000, 10, 20)
+    off = change(row, rows=row.rows._replace(tail=row.rows.tail + 0.9 * MASS_TOLERANCE))
+    back = Codec(1000, 10).decode(Codec(1000, 10).encode(off))
+    np.testing.assert_allclose(np.exp(back.rows.logprobs).sum(axis=1) + back.rows.tail, 1, rtol=1e-12)

@@ -1,0 +1,132 @@
+"""A writer that dies at any moment: what was committed survives, and the rerun makes the store that would have been."""
+
+import signal
+
+import pytest
+
+from fusekit.errors import StorageError
+from fusekit.storage.store import Store
+from tests.merging.processes import strace_works
+from tests.storage.processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The files of a store that was written without interruption, which must be right."""
+    path = tmp_path_factory.mktemp("whole") / "out"
+    assert write(path) == [0, 1, 2, 3]
+    assert Store.open(path, verify=True).keys == [key for key in KEYS[:ROWS] if key != KEYS[4]]
+    return listing(path)
+
+
+def moments(tmp_path, *arguments):
+    counter = tmp_path / "count"
+    assert Child(tmp_path / "log", (tmp_path / "counted/out", *arguments), kill_at, (0, str(counter))).wait() == 0
+    return int(counter.read_text())
+
+
+def no_half_store(path):
+    """Whatever stands there is no store yet, or a whole one."""
+    try:
+        store = Store.open(path, verify=True)
+    except StorageError:
+        return False
+    assert len(store) == ROWS - 1
+    return True
+
+
+def test_sigkill_at_every_moment(tmp_path, whole):
+    total = moments(tmp_path)
+    complete = 0
+    kept = []
+    for moment in range(1, total + 1):
+        path = tmp_path / str(moment) / "out"
+        assert Child(tmp_path / "log", (path,), kill_at, (moment, "")).wait() == -signal.SIGKILL
+        complete += no_half_store(path)
+        vouched = {name for name in listing(path) if name.startswith("shard-") and name.endswith(".json")}
+        written = write(path)
+        assert not {f"shard-{number:05}.json" for number in written} & vouched, "a committed shard was written again"
+        kept.append(4 - len(written))
+        assert listing(path) == whole
+    assert set(kept) == {0, 1, 2, 3, 4}
+    assert 0 < complete < total
+
+
+def test_sigkill_at_every_moment_of_one_of_two_processes(tmp_path, whole):
+    total = moments(tmp_path, 1, 2, SPEC, False)
+    killed = 0
+    for moment in range(1, total + 1):
+        path = tmp_path / str(moment) / "out"
+        other = Child(tmp_path / "log", (path, 0, 2, SPEC, False))
+        dying = Child(tmp_path / "log", (path, 1, 2, SPEC, False), kill_at, (moment, ""))
+        # It has less to do when the other one was the first to write the manifest.
+        killed += dying.wait() == -signal.SIGKILL
+        assert other.wait() == 0
+        assert not no_half_store(path)
+        two_processes(tmp_path, path)
+        assert listing(path) == whole
+    assert killed > total // 2
+
+
+def two_processes(tmp_path, path):
+    """Both write what is missing of their shards; rank 0 completes the store when both are done."""
+    both = [Child(tmp_path / "log", (path, rank, 2, SPEC, False)) for rank in (0, 1)]
+    assert [child.wait() for child in both] == [0, 0]
+    assert write(path, 0, 2) == []
+
+
+def test_two_processes_write_the_store_that_one_would(tmp_path, whole):
+    two_processes(tmp_path, tmp_path / "out")
+    assert listing(tmp_path / "out") == whole
+
+
+def test_another_number_of_processes_goes_on(tmp_path, whole):
+    path = tmp_path / "out"
+    assert Child(tmp_path / "log", (path, 2, 3, SPEC, False)).wait() == 0
+    (path / ".shard-00001.safetensors.1.tmp").write_bytes(b"of a process that died")
+    assert write(path) == [0, 1, 3]
+    assert listing(path) == whole
+
+
+def test_a_living_neighbours_temporary_file_is_not_swept(tmp_path):
+    path = tmp_path / "out"
+    write(path, 0, 2, SPEC, False)
+    (path / ".shard-00001.safetensors.1.tmp").write_bytes(b"half a shard")
+    write(path, 0, 2, SPEC, False)
+    assert (path / ".shard-00001.safetensors.1.tmp").exists()
+
+
+@pytest.mark.skipif(not strace_works(), reason="strace is not here or may not trace")
+@pytest.mark.parametrize(
+    "inject", [f"rename:signal=KILL:when={when}" for when in (1, 2, 3, 9, 10)] + ["fsync:signal=KILL:when=5"]
+)
+def test_sigkill_inside_the_system_call(tmp_path, whole, inject):
+    path = tmp_path / "out"
+    code, _, trace = under_strace(tmp_path, inject, path)
+    assert code == -signal.SIGKILL
+    assert "killed by SIGKILL" in trace
+    no_half_store(path)
+    write(path)
+    assert listing(path) == whole
+
+
+@pytest.mark.skipif(not strace_works(), reason="strace is not here or may not trace")
+@pytest.mark.parametrize(
+    ("inject", "text"),
+    [
+        ("fsync:error=EIO:when=4", "Input/output error"),
+        ("write:error=ENOSPC:when=3", "No space left on device"),
+        ("rename:error=EROFS:when=3", "Read-only file system"),
+    ],
+)
+def test_system_calls_that_fail_keep_what_was_committed(tmp_path, whole, inject, text):
+    path = tmp_path / "out"
+    code, message, trace = under_strace(tmp_path, inject, path)
+    assert "(INJECTED)" in trace
+    assert code == 1
+    assert text in message
+    assert str(path) in message
+    assert "free)" in message
+    assert not [name for name in listing(path) if name.endswith(".tmp")]
+    write(path)
+    assert listing(path) == whole
