@@ -123,7 +123,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     projections = {}
     for name, store in stores.items():
         source = inputs.sources[name]
-        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model)))
+        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model), weights=False))
         reading = _Reading(name, theirs, _sample(store, rows))
         reading.check()
         how = source.alignment or settings.alignment
