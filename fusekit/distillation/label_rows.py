@@ -13,6 +13,7 @@ from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.distillation.remembering import RememberingMap
 from fusekit.distillation.warping import warp_tokens
 from fusekit.errors import DistillationError
 from fusekit.representation.rows import Row
@@ -42,6 +43,8 @@ class Projection:
             raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(sorted(_PROJECT))}")
         if self.vocabulary_map is None and self.tokens != "span":
             raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
+        if self.vocabulary_map is not None:
+            object.__setattr__(self, "vocabulary_map", RememberingMap.of(self.vocabulary_map))
 
     def apply(self, alignment: TokenAlignment, rows: Rows, actual: FloatArray) -> AlignedRows:
         """Rows [m, k] after each source token, and the log-probability of the next one, at the pivot's positions."""
