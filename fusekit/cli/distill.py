@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
+from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import DistillationError
 
 if TYPE_CHECKING:
-    from fusekit.distillation.inputs import Inputs
+    from collections.abc import Callable
+
+    from fusekit.distillation.inputs import Inputs, Source
     from fusekit.distillation.settings import DistillSettings
+    from fusekit.representation import Row, RowTokenizer
 
 # option -> (section, field)
 _FIELDS = {
@@ -44,22 +45,6 @@ _FIELDS = {
 }
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that locks are released."""
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _TerminatedError
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 @click.command("distill")
 @click.argument("pivot")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -71,7 +56,11 @@ def _sigterm_unwinds() -> Iterator[None]:
     help="Rows that were captured: files, folders or hub ids (repeatable).",
 )
 @click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of each.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of the data.")
+@click.option("--pack", is_flag=True, help="Pack plain text into blocks, as the stores were captured with --pack.")
+@click.option(
+    "--max-length", default=2048, show_default=True, type=click.IntRange(min=2), help="Tokens of a packed block."
+)
 @click.option("--pivot-store", type=click.Path(path_type=Path), help="What the pivot said about the rows.")
 @click.option(
     "--source-store",
@@ -118,7 +107,7 @@ def _sigterm_unwinds() -> Iterator[None]:
     "extra",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Any other setting, as alignment.one_hot=true, or trainer.FIELD=VALUE for a TrainingArguments field (repeatable).",
+    help="Any other setting, as alignment.one_hot=true, or trainer.FIELD=VALUE for TrainingArguments (repeatable).",
 )
 @click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
 @click.option("--resume", is_flag=True, help="Go on with what is there.")
@@ -131,19 +120,24 @@ def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: 
     """
     if resume and overwrite:
         raise click.UsageError("--resume goes on with what is there, --overwrite replaces it: give one")
+    from fusekit.distillation.processes import is_main
     from fusekit.distillation.run import distill as run
 
     settings = _settings(options)
     inputs = _inputs(pivot, options)
+    say = _say_to(sys.stderr)
     try:
-        with _sigterm_unwinds():
-            made = run(inputs, settings, out, resume=resume, overwrite=overwrite, say=lambda s: click.echo(s, err=True))
-    except KeyboardInterrupt:
-        _stopped(128 + signal.SIGINT)
-    except _TerminatedError:
-        _stopped(128 + signal.SIGTERM)
-    for folder in made:
-        click.echo(str(folder))
+        with sigterm_unwinds():
+            made = run(inputs, settings, out, resume=resume, overwrite=overwrite, say=say)
+    except (KeyboardInterrupt, TerminatedError) as error:
+        say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.")
+        sys.exit(status_of(error))
+    if is_main():
+        click.echo("\n".join(map(str, made)))
+
+
+def _say_to(stream: Any) -> Callable[[str], None]:
+    return lambda line: click.echo(line, file=stream)
 
 
 def _settings(options: dict[str, Any]) -> DistillSettings:
@@ -185,27 +179,50 @@ def _value(text: str) -> Any:
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
     from fusekit.distillation.inputs import Inputs, Source
-    from fusekit.representation import read_rows
-    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-    from fusekit.representation.load import load_tokenizer
-    from fusekit.representation.row_tokenizer import RowTokenizer
+    from fusekit.representation.checkpoint import ModelChoice
 
     sources = {}
     for text in options["sources"]:
         name, equals, place = text.partition("=")
-        if not name or not equals or not place:
+        store, _, tokenizer = place.partition(":")
+        if not name or not equals or not store:
             raise click.UsageError(f"--source-store {text}: write NAME=STORE or NAME=STORE:TOKENIZER")
         if name in sources:
             raise DistillationError(f"two sources are called {name!r}")
-        store, _, tokenizer = place.partition(":")
         sources[name] = Source(Path(store), tokenizer or None)
-    rows = [row for path in options["data"] for row in read_rows(path, split=options["split"], limit=options["limit"])]
-    choice = ModelChoice(pivot)
     reader = None
-    if options["pivot_store"] is None:
-        tokenizer = load_tokenizer(find_checkpoint(choice))
-        reader = RowTokenizer(tokenizer, _template(options["chat_template"], tokenizer))
-    return Inputs(choice, rows, options["pivot_store"], sources, reader)
+    if options["pivot_store"] is None or options["pack"]:
+        reader = _row_tokenizer(pivot, options["chat_template"])
+    rows = _rows(options, list(sources.values()), reader)
+    return Inputs(
+        ModelChoice(pivot),
+        rows,
+        options["pivot_store"],
+        sources,
+        reader if options["pivot_store"] is None else None,
+    )
+
+
+def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
+    from fusekit.representation import pack_text, read_rows
+    from fusekit.storage import Store
+
+    rows = chain.from_iterable(read_rows(path, split=options["split"]) for path in options["data"])
+    read = rows if options["limit"] is None else islice(rows, options["limit"])
+    if not options["pack"] or reader is None:
+        return list(read)
+    names = [source.tokenizer or Store.open(source.store).spec.model for source in sources]
+    tokenizers = [reader, *(_row_tokenizer(name, None) for name in names)]
+    return list(pack_text(read, tokenizers, options["max_length"]))
+
+
+def _row_tokenizer(model: str, template: str | None) -> RowTokenizer:
+    from fusekit.representation import RowTokenizer
+    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+    from fusekit.representation.load import load_tokenizer
+
+    tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))
+    return RowTokenizer(tokenizer, _template(template, tokenizer))
 
 
 def _template(name: str | None, tokenizer: Any) -> Any:
@@ -214,10 +231,3 @@ def _template(name: str | None, tokenizer: Any) -> Any:
     if name is None or name == "own":
         return None if name is None else ChatTemplate.own(tokenizer)
     return ChatTemplate.named(name) if name in template_names() else ChatTemplate.from_file(name)
-
-
-def _stopped(status: int) -> NoReturn:
-    click.echo(
-        "fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.", err=True
-    )
-    sys.exit(status)

@@ -11,6 +11,8 @@ import torch
 
 from fusekit.distillation.sampling import IGNORED
 
+_NOBODY = np.zeros(0)
+
 
 @dataclass(frozen=True)
 class FusionCollator:
@@ -34,8 +36,9 @@ class FusionCollator:
             ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learnt);
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
             ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
-            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]; ``counts``, the
-            sum of the examples' counts (numpy, so that it stays on the host).
+            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]. On the host, as
+            numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies``, an array per row; ``counts``, the sum
+            of the examples' counts.
         """
         lengths = [len(example["input_ids"]) for example in examples]
         B, longest = len(examples), max(lengths)
@@ -53,6 +56,8 @@ class FusionCollator:
             "labels": torch.from_numpy(labels),
             "predicting": torch.from_numpy(learnt - 1),
             "label_ids": torch.from_numpy(labels.ravel()[learnt]),
+            "sizes": (labels != IGNORED).sum(axis=1),
+            "cross_entropies": [example.get("cross_entropies", _NOBODY) for example in examples],
         }
         if any("target_ids" in example for example in examples):
             batch |= _targets(examples)

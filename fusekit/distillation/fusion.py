@@ -165,7 +165,8 @@ def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:
         scores = np.stack([np.where(c.taught, _label_nll(c, n), np.inf) for c in candidates], axis=1)
     else:
         raise DistillationError(f"there is no level {level!r}: it is one of {', '.join(LEVELS)}")
-    return np.where(np.isfinite(scores), scores, np.inf)
+    finite: FloatArray = np.where(np.isfinite(scores), scores, np.inf)
+    return finite
 
 
 def _label_nll(candidate: Candidate, n: int) -> FloatArray:
@@ -180,7 +181,8 @@ def _softmax(logits: FloatArray, scores: FloatArray) -> FloatArray:
     top = np.where(allowed, logits, -np.inf).max(axis=1, keepdims=True)
     powers = np.where(allowed, np.exp(np.where(allowed, logits - np.where(np.isfinite(top), top, 0.0), 0.0)), 0.0)
     total = powers.sum(axis=1, keepdims=True)
-    return np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
+    shares: FloatArray = np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
+    return shares
 
 
 def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:

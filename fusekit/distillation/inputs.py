@@ -1,4 +1,4 @@
-"""What a run reads: the pivot, the rows, the stores; opened and checked against each other before anything is trained."""
+"""What a run reads: the pivot, the rows, the stores; opened, and checked against each other."""
 
 from __future__ import annotations
 
@@ -106,6 +106,8 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     fingerprint = on_main(checkpoint.fingerprint)
     tokenizer = load_tokenizer(checkpoint)
     pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
+    if settings.fusion.function == "reward_softmax":
+        raise DistillationError("reward_softmax needs rewards, which no store has: see FusionDataset(rewards=...)")
     stores = {name: Store.open(inputs.sources[name].store) for name in sources}
     for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
         if store.spec.temperature != settings.training.temperature:
@@ -121,7 +123,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     projections = {}
     for name, store in stores.items():
         source = inputs.sources[name]
-        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model)))
+        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model), weights=False))
         reading = _Reading(name, theirs, _sample(store, rows))
         reading.check()
         how = source.alignment or settings.alignment
@@ -198,6 +200,8 @@ def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) 
 def _projection(
     how: AlignmentSettings, ours: _Reading, theirs: _Reading, rows: Sequence[Row], vocabulary: int
 ) -> Projection:
+    if how.vocabulary == "none":
+        return Projection(None)
     statistics = None
     if how.vocabulary in ("ms", "ms_released"):
         texts = islice((message.content for row in rows for message in row.messages if message.content), COUNTED_TEXTS)

@@ -19,7 +19,8 @@ class Captures(Protocol):
     ``keys`` may be an attribute or a method.
     """
 
-    keys: Any
+    @property
+    def keys(self) -> Any: ...
 
     def __contains__(self, key: str, /) -> bool: ...
 

@@ -13,6 +13,7 @@ from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.distillation.remembering import RememberingMap
 from fusekit.distillation.warping import warp_tokens
 from fusekit.errors import DistillationError
 from fusekit.representation.rows import Row
@@ -24,13 +25,14 @@ class Projection:
     """How a source's rows come to stand at the pivot's positions.
 
     Attributes:
-        vocabulary_map: from the source's vocabulary into the pivot's.
+        vocabulary_map: from the source's vocabulary into the pivot's. None: rows stay as they are, taken where both
+            have read the same bytes, whatever comes next.
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
             position rule of the map's method; positions without a row get a one-hot on the label, as there.
         conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
     """
 
-    vocabulary_map: VocabularyMap
+    vocabulary_map: VocabularyMap | None
     tokens: str = "span"
     conditioning: bool = True
     one_hot: bool = False
@@ -39,6 +41,16 @@ class Projection:
     def __post_init__(self) -> None:
         if self.tokens not in _PROJECT:
             raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(sorted(_PROJECT))}")
+        if self.vocabulary_map is None and self.tokens != "span":
+            raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
+        if self.vocabulary_map is not None:
+            object.__setattr__(self, "vocabulary_map", RememberingMap.of(self.vocabulary_map))
+
+    def apply(self, alignment: TokenAlignment, rows: Rows, actual: FloatArray) -> AlignedRows:
+        """Rows [m, k] after each source token, and the log-probability of the next one, at the pivot's positions."""
+        if self.vocabulary_map is None:
+            return _as_they_are(alignment, rows)
+        return _PROJECT[self.tokens](alignment, rows, actual, self, self.vocabulary_map)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +101,7 @@ def label_rows(row: Row, pivot: TokenizedRow, source: CapturedRow, projection: P
         labelled = np.flatnonzero(at >= 0)
         alignment = align_tokens(row.messages[message].content, ours, theirs)
         rows, actual, missing = _source_rows(source, known, source_start, len(theirs))
-        aligned = _PROJECT[projection.tokens](alignment, rows, actual, projection)
+        aligned = projection.apply(alignment, rows, actual)
         certain = _certain(alignment, aligned, missing, projection)
         pieces.append(_Piece(at[labelled], labelled, aligned, certain, alignment.source_at >= 0))
     return _at_labels(n, pieces)
@@ -128,10 +140,12 @@ def _source_rows(source: CapturedRow, known: IntArray, start: int, m: int) -> tu
     return Rows(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at]), missing
 
 
-def _by_span(alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection) -> AlignedRows:
+def _by_span(
+    alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection, into: VocabularyMap
+) -> AlignedRows:
     return project_rows(
         alignment,
-        how.vocabulary_map,
+        into,
         rows,
         actual,
         conditioning=how.conditioning,
@@ -140,13 +154,23 @@ def _by_span(alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Pro
     )
 
 
-def _by_warping(alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection) -> AlignedRows:  # noqa: ARG001
-    rule = _RULE_OF_MAP.get(how.vocabulary_map.method, "em")
-    warped = warp_tokens(alignment, how.vocabulary_map)
-    return project_rows_by_rule(warped, how.vocabulary_map, rows, rule, collisions=how.collisions)
+def _by_warping(
+    alignment: TokenAlignment, rows: Rows, _actual: FloatArray, how: Projection, into: VocabularyMap
+) -> AlignedRows:
+    rule = _RULE_OF_MAP.get(into.method, "em")
+    return project_rows_by_rule(warp_tokens(alignment, into), into, rows, rule, collisions=how.collisions)
 
 
-_PROJECT: dict[str, Callable[[TokenAlignment, Rows, FloatArray, Projection], AlignedRows]] = {
+def _as_they_are(alignment: TokenAlignment, rows: Rows) -> AlignedRows:
+    at = alignment.source_at
+    linked = (at >= 0) & (at < len(alignment.source) - 1)
+    base = np.maximum(at, 0)
+    taken = Rows(rows.ids[base], rows.logprobs[base], rows.tail[base])
+    cases = np.where(linked, int(Case.RULE), int(Case.UNLINKED))
+    return AlignedRows(taken, cases, np.where(linked, at, -1))
+
+
+_PROJECT: dict[str, Callable[[TokenAlignment, Rows, FloatArray, Projection, VocabularyMap], AlignedRows]] = {
     "span": _by_span,
     "dtw": _by_warping,
 }
@@ -161,11 +185,12 @@ def _certain(alignment: TokenAlignment, aligned: AlignedRows, missing: BoolArray
     gaps = np.concatenate([[0], np.cumsum(missing)])
     first = np.maximum(base, 0)
     stop = first + 1
-    if how.tokens == "span":
+    if how.tokens == "span" and how.vocabulary_map is not None:
         steps = plan_rows(alignment, how.conditioning)
         # The row at ``base``, the probabilities of the tokens that spell the label, the row before the one crossed.
         stop = np.maximum(stop, np.where(steps.base >= 0, steps.spelled + (steps.overhang > 0), 0))
-    return (base < 0) | (gaps[stop] == gaps[first])
+    certain: BoolArray = (base < 0) | (gaps[stop] == gaps[first])
+    return certain
 
 
 def _at_labels(n: int, pieces: list[_Piece]) -> LabelRows:

@@ -2,8 +2,8 @@
 
 An outcome is an id that the target lists, or "everything else". The student's log-probabilities are
 z_o - logsumexp(z), so with slopes g_o = dL/d(log p_o) and G their sum, the gradient in the student's logit of a listed
-id is g_o - G p_o, and in the logit of an unlisted id v (g_tail - G p_tail) times its share p_v / p_tail of what is left.
-That is all that a distance needs to say of itself; `fusekit.distillation.losses` knows about the vocabulary.
+id is g_o - G p_o, and in the logit of an unlisted id v (g_tail - G p_tail) times its share p_v / p_tail of the
+rest. That is all that a distance needs to say of itself; `fusekit.distillation.losses` knows about the vocabulary.
 """
 
 from __future__ import annotations

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 
+from fusekit.alignment.projection import Rows
+from fusekit.distillation.fusion import METRICS
 from fusekit.errors import DistillationError
 from fusekit.representation.tokenized_row import CapturedRow, Part, TokenizedRow
 
 Place = tuple[int, int, bool]
 """Where a token ends: message, bytes of its content consumed, and whether the turn is ended too."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Cross-entropy in nats over ``labels`` labels that cover ``bytes`` bytes of content."""
-
-    cross_entropy: float
-    labels: int
-    bytes: int
-
-
-METRICS: dict[str, Callable[[Figures], float]] = {
-    # Nats per label, as the papers choose by; not comparable between tokenizers.
-    "token_ce": lambda figures: figures.cross_entropy / max(figures.labels, 1),
-    "bits_per_byte": lambda figures: figures.cross_entropy / math.log(2.0) / max(figures.bytes, 1),
-}
 
 
 def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:
@@ -48,14 +32,8 @@ def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:
         raise DistillationError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}")
     stops = [last_place(row.tokens) for row in rows]
     common = min(stops, default=(0, 0, False))
-    return [
-        METRICS[metric](
-            Figures(row.cross_entropy, len(row.actual), row.tokens.label_bytes)
-            if stop == common
-            else _until(row, common)
-        )
-        for row, stop in zip(rows, stops, strict=True)
-    ]
+    measure = METRICS[metric]
+    return [measure(row if stop == common else until(row, common)) for row, stop in zip(rows, stops, strict=True)]
 
 
 def last_place(tokens: TokenizedRow) -> Place:
@@ -67,24 +45,25 @@ def last_place(tokens: TokenizedRow) -> Place:
     return int(tokens.message[last]), int(tokens.ends[last]), bool(tokens.part[last] == Part.END)
 
 
-def _until(row: CapturedRow, common: Place) -> Figures:
-    """The figures of the labels that end at ``common`` or before."""
+def until(row: CapturedRow, place: Place) -> CapturedRow:
+    """The beginning of a row: the tokens that end at a place or before."""
     tokens = row.tokens
-    message, end, closed = common
+    message, end, closed = place
     before = (tokens.message < message) | ((tokens.message == message) & (tokens.ends <= end))
     if not closed:
         before &= ~((tokens.message == message) & (tokens.part == Part.END))
     stop = int(np.argmin(before)) if not before.all() else len(tokens)
-    cut = replace(
-        tokens,
-        ids=tokens.ids[:stop],
-        message=tokens.message[:stop],
-        part=tokens.part[:stop],
-        ends=tokens.ends[:stop],
-        lows=tokens.lows[:stop],
-        labels=tokens.labels[:stop],
+    cut = TokenizedRow(
+        tokens.key,
+        tokens.ids[:stop],
+        tokens.message[:stop],
+        tokens.part[:stop],
+        tokens.ends[:stop],
+        tokens.lows[:stop],
+        tokens.labels[:stop],
     )
-    labels = int(cut.labels.sum())
+    n = int(cut.labels.sum())
     total = float(row.actual.sum())
-    share = float(row.actual[:labels].sum()) / total if total < 0 else 0.0
-    return Figures(row.cross_entropy * share, labels, cut.label_bytes)
+    share = float(row.actual[:n].sum()) / total if total < 0 else 0.0
+    rows = Rows(row.rows.ids[:n], row.rows.logprobs[:n], row.rows.tail[:n])
+    return CapturedRow(cut, row.dataset, rows, row.actual[:n], row.cross_entropy * share)

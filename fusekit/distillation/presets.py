@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
     # Universal logit distillation (arXiv 2402.12030): sorted probabilities, at the positions where both have read the
     # same text, cut off after the top k.
     "uld": {
-        "alignment": {"conditioning": False},
+        "alignment": {"vocabulary": "none"},
         "fusion": {"mode": "pairwise", "include_pivot": False},
         "training": {"loss": "uld_topk"},
     },

@@ -54,7 +54,7 @@ def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> 
     for name in sources:
         if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
             raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
-    if settings.training.lm_weight == 1:
+    if settings.plain:
         return [Target(PLAIN, out / PLAIN, ())]
     if not sources:
         raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
@@ -102,7 +102,8 @@ def distill(
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
         for target in targets:
-            _make(target, opened, settings, resume, tell)
+            _Work.of(target, opened, settings, tell).make(resume)
+            gc.collect()  # what trained holds cycles, and memory that the next one needs
     return [target.folder for target in targets]
 
 
@@ -122,51 +123,90 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
             shutil.rmtree(target.work, ignore_errors=True)
 
 
-def _make(target: Target, opened: Opened, settings: DistillSettings, resume: bool, say: Say) -> None:
-    data = opened.dataset(target.sources)
-    stores = opened.stores_of(target.sources)
-    facts = provenance.facts_of_run(target.name, settings, opened.pivot_fingerprint, data.rows, stores)
-    if resume and on_main(lambda: _is_done(target, facts)):
-        say(f"{target.name}: done already, {target.folder}")
-        return
-    start = on_main(lambda: _start(target, facts, say)) if resume else None
-    for line in data.joined.report():
-        say(f"{target.name}: {line}")
-    set_seed(settings.training.seed)  # an adapter begins with random values
-    model = models.load_pivot(opened.checkpoint, settings.training)
-    if start is None:
-        on_main(lambda: _begin(target, facts))
-    trainer = _trainer(target, model, settings, data, facts, say)
-    if start is not None:
-        say(f"{target.name}: goes on from {start.name}")
-    try:
-        trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
-    except Exception as error:
-        raise disk_fault(error, target.work) or error from None
-    state = _gathered(trainer)
-    on_main(lambda: _publish(target, trainer, state, opened, settings, data, facts))
-    say(f"{target.name}: published to {target.folder}")
-    del trainer, state
-    gc.collect()
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """One target, what it is made from, and who is told."""
 
+    target: Target
+    opened: Opened
+    settings: DistillSettings
+    data: FusionDataset
+    facts: dict[str, Any]
+    say: Say
 
-def _trainer(
-    target: Target, model: Any, settings: DistillSettings, data: FusionDataset, facts: Mapping[str, Any], say: Say
-) -> FusionTrainer:
-    training = settings.training
-    objective = Objective(
-        training.lm_weight, training.lm_weight_schedule, training.loss, training.truncation, training.temperature
-    )
-    return FusionTrainer(
-        model,
-        training_arguments(training, target.work),
-        data,
-        objective=objective,
-        count_names=data.count_names,
-        max_skipped_steps=training.max_skipped_steps,
-        facts={"made_from": dict(facts)},
-        say=lambda line: say(f"{target.name}: {line}"),
-    )
+    @classmethod
+    def of(cls, target: Target, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
+        data = opened.dataset(target.sources)
+        stores = opened.stores_of(target.sources)
+        facts = provenance.facts_of_run(target.name, settings, opened.pivot_fingerprint, data.rows, stores)
+        return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
+
+    def make(self, resume: bool) -> None:
+        """Train and publish; a target that is published already stays."""
+        target, facts, training = self.target, self.facts, self.settings.training
+        if resume and on_main(lambda: _is_done(target, facts)):
+            self.say(f"done already, {target.folder}")
+            return
+        start = on_main(lambda: _start(target, facts, self.say)) if resume else None
+        for line in self.data.joined.report():
+            self.say(line)
+        set_seed(training.seed)  # an adapter begins with random values
+        model = models.load_pivot(self.opened.checkpoint, training)
+        if start is None:
+            on_main(lambda: _begin(target, facts))
+        else:
+            self.say(f"goes on from {start.name}")
+        trainer = self.trainer(model)
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
+        except Exception as error:
+            raise disk_fault(error, target.work) or error from None
+        state = _gathered(trainer)
+        on_main(lambda: self.publish(trainer, state))
+        self.say(f"published to {target.folder}")
+
+    def trainer(self, model: Any) -> FusionTrainer:
+        """The trainer of the target."""
+        training = self.settings.training
+        objective = Objective(
+            training.lm_weight, training.lm_weighting, training.loss, training.truncation, training.temperature
+        )
+        return FusionTrainer(
+            model,
+            training_arguments(training, self.target.work),
+            self.data,
+            objective=objective,
+            count_names=self.data.count_names,
+            max_skipped_steps=training.max_skipped_steps,
+            facts={"made_from": self.facts},
+            say=self.say,
+        )
+
+    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None) -> None:
+        """Write the result and move it to its place in one step; its checkpoints have served."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.config.use_cache = self.opened.checkpoint.config.get("use_cache", True)
+        joined = self.data.joined
+        record = {
+            "target": self.target.name,
+            "sources": list(self.target.sources),
+            "settings": self.settings.model_dump(mode="json"),
+            "made_from": self.facts,
+            "rows": joined.report(),
+            "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
+            "counts": trainer.counts,
+            "skipped_steps": trainer.skipped,
+            "log": trainer.state.log_history,
+        }
+        with staging(self.target.folder) as stage:
+            try:
+                models.write_result(model, state, self.opened.checkpoint, self.settings.training, stage.path)
+                self.opened.tokenizer.save_pretrained(stage.path)
+                models.write_record(stage.path, record)
+            except Exception as error:
+                raise disk_fault(error, stage.path) or error from None
+            stage.publish()
+        shutil.rmtree(self.target.work, ignore_errors=True)
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
@@ -221,36 +261,3 @@ def _gathered(trainer: FusionTrainer) -> dict[str, Any] | None:
         state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         return state
     return None
-
-
-def _publish(
-    target: Target,
-    trainer: FusionTrainer,
-    state: dict[str, Any] | None,
-    opened: Opened,
-    settings: DistillSettings,
-    data: FusionDataset,
-    facts: Mapping[str, Any],
-) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = opened.checkpoint.config.get("use_cache", True)
-    record = {
-        "target": target.name,
-        "sources": list(target.sources),
-        "settings": settings.model_dump(mode="json"),
-        "made_from": dict(facts),
-        "rows": data.joined.report(),
-        "unmatched": {name: list(match.missing) for name, match in data.joined.matches.items() if match.missing},
-        "counts": trainer.counts,
-        "skipped_steps": trainer.skipped,
-        "log": trainer.state.log_history,
-    }
-    with staging(target.folder) as stage:
-        try:
-            models.write_result(model, state, opened.checkpoint, settings.training, stage.path)
-            opened.tokenizer.save_pretrained(stage.path)
-            models.write_record(stage.path, record)
-        except Exception as error:
-            raise disk_fault(error, stage.path) or error from None
-        stage.publish()
-    shutil.rmtree(target.work, ignore_errors=True)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
@@ -21,12 +21,13 @@ class AlignmentSettings(_Section):
 
     Attributes:
         tokens: ``span`` (exact) or ``dtw`` (the papers').
-        vocabulary: the map; see :func:`fusekit.alignment.build_vocabulary_map`.
+        vocabulary: the map; see :func:`fusekit.alignment.build_vocabulary_map`. ``none``: rows stay in the source's
+            vocabulary, for ``uld_topk``, which compares sorted probabilities.
         conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`; ``dtw`` always has the one-hots.
     """
 
     tokens: Literal["span", "dtw"] = "span"
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] = "prefix"
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "none"] = "prefix"
     conditioning: bool = True
     one_hot: bool = False
     collisions: Literal["add", "max"] = "add"
@@ -64,7 +65,8 @@ class TrainingSettings(_Section):
 
     Attributes:
         lm_weight: λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning.
-        lm_weight_schedule: ``constant``, or ``linear``: from ``lm_weight`` at the start to 1 at the end.
+        lm_weighting: what becomes of λ over the run and from row to row, a name in
+            :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
         loss, truncation, temperature: of L_fusion; see :func:`fusekit.distillation.losses.fusion_loss`.
         epochs: passes over the rows.
         learning_rate, scheduler, warmup, weight_decay: of AdamW; warmup is a share of the steps below 1, else steps.
@@ -81,7 +83,7 @@ class TrainingSettings(_Section):
     """
 
     lm_weight: float = Field(default=0.9, ge=0, le=1)
-    lm_weight_schedule: Literal["constant", "linear"] = "constant"
+    lm_weighting: Literal["constant", "soft", "hard_and_decay"] = "constant"
     loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = "ce"
     truncation: Literal["tail", "renormalize"] = "tail"
     temperature: float = Field(default=1.0, gt=0)
@@ -109,6 +111,20 @@ class DistillSettings(_Section):
     alignment: AlignmentSettings = AlignmentSettings()
     fusion: FusionSettings = FusionSettings()
     training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> DistillSettings:
+        if self.alignment.vocabulary == "none" and self.training.loss != "uld_topk":
+            raise ValueError(
+                f"loss {self.training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
+                "vocabulary none"
+            )
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the text is learnt."""
+        return self.training.lm_weight == 1 and self.training.lm_weighting != "soft"
 
     @classmethod
     def of(cls, preset: str = "fusekit", changes: Mapping[str, Mapping[str, Any]] | None = None) -> DistillSettings:

@@ -28,7 +28,7 @@ _CASES = [case.name.lower() for case in Case]
 Example = dict[str, Any]
 """A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
 ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
-(:class:`fusekit.distillation.losses.SparseTargets`)."""
+(:class:`fusekit.distillation.losses.SparseTargets`), and the candidates' ``cross_entropies`` by the metric."""
 
 
 class Tokenizes(Protocol):
@@ -52,6 +52,7 @@ class FusionDataset(Dataset[Example]):
         projections: name to how its rows come into the pivot's vocabulary.
         tokenizer: reads rows that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
+        rewards: candidate to key to a reward model's number, for ``reward_softmax``.
 
     Attributes:
         joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
@@ -71,10 +72,12 @@ class FusionDataset(Dataset[Example]):
         projections: Mapping[str, Projection] | None = None,
         tokenizer: Tokenizes | None = None,
         fusion: FusionSettings | None = None,
+        rewards: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
         self.sources, self.projections = dict(sources or {}), dict(projections or {})
         self.fusion = fusion or FusionSettings()
+        self.rewards = dict(rewards or {})
         if PIVOT in self.sources:
             raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
         if lacking := sorted(self.sources.keys() - self.projections.keys()):
@@ -134,7 +137,8 @@ class FusionDataset(Dataset[Example]):
             return {}
         metrics = metrics_of(list(captured.values()), self.fusion.metric)
         candidates = [
-            _candidate(name, rows[name], metric, labels) for name, metric in zip(captured, metrics, strict=True)
+            self._candidate(row.key, name, rows[name], metric, labels)
+            for name, metric in zip(captured, metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
         _add_counts(counts, rows, fused, [candidate.name for candidate in candidates])
@@ -143,6 +147,7 @@ class FusionDataset(Dataset[Example]):
             "target_logprobs": fused.rows.logprobs.astype(np.float32),
             "target_tail": fused.rows.tail.astype(np.float32),
             "target_taught": fused.taught,
+            "cross_entropies": np.array(metrics),
         }
 
     def _projected(self, row: Row, tokens: TokenizedRow, name: str, source: Captures) -> tuple[CapturedRow, LabelRows]:
@@ -153,11 +158,12 @@ class FusionDataset(Dataset[Example]):
         except AlignmentError as error:
             raise DistillationError(f"row {row.key} of {name}: {error}") from error
 
-
-def _candidate(name: str, given: LabelRows | Rows, metric: float, labels: IntArray) -> Candidate:
-    taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
-    rows = given.rows if isinstance(given, LabelRows) else given
-    return Candidate(name, rows, taught, metric, label_nll(rows, labels))
+    def _candidate(self, key: str, name: str, given: LabelRows | Rows, metric: float, labels: IntArray) -> Candidate:
+        taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
+        rows = given.rows if isinstance(given, LabelRows) else given
+        foreign = name != PIVOT and self.projections[name].vocabulary_map is None
+        nll = None if foreign else label_nll(rows, labels)
+        return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(key))
 
 
 def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
@@ -180,8 +186,9 @@ def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
 
 def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]) -> None:
     counts["taught"] = float(np.sum(fused.taught))
-    for name, share in zip(names, np.mean(fused.weights, axis=0), strict=True):
-        counts[CHOSEN + name] = float(share)
+    if counts["taught"]:
+        for name, share in zip(names, np.mean(fused.weights[fused.taught], axis=0), strict=True):
+            counts[CHOSEN + name] = float(share)
     for given in rows.values():
         if isinstance(given, LabelRows):
             found = {"asked": len(given.taught), "linked": given.linked.sum(), "given": given.taught.sum()}

@@ -10,12 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from fusekit.alignment.arrays import FloatArray
 from fusekit.distillation import checkpoints
 from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.label_logits import LabelLogits
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.sampling import EpochSampler, WithBlanks
@@ -28,22 +31,25 @@ class Objective:
     """L = λ L_CLM + (1 - λ) L_fusion.
 
     Attributes:
-        lm_weight: λ. 1: nothing but the text counts, and targets are not looked at.
-        schedule: ``constant``, or ``linear``: λ rises to 1 over the run.
+        lm_weight: λ.
+        weighting: what becomes of λ over the run and from row to row, a name in
+            :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
         loss, truncation, temperature: see :func:`fusekit.distillation.losses.fusion_loss`.
     """
 
     lm_weight: float = 0.9
-    schedule: str = "constant"
+    weighting: str = "constant"
     loss: str = "ce"
     truncation: str = "tail"
     temperature: float = 1.0
 
-    def weight_at(self, progress: float) -> float:
-        """λ after this share of the run."""
-        if self.schedule == "linear":
-            return self.lm_weight + (1 - self.lm_weight) * min(progress, 1.0)
-        return self.lm_weight
+    def weights_at(self, progress: float, batch: Mapping[str, Any]) -> float | FloatArray:
+        """λ of each label of a batch after this share of the run: float64 [n], or one number for all."""
+        if self.weighting == "constant":
+            return self.lm_weight
+        weigh = LM_WEIGHTS[self.weighting]
+        by_row = [weigh(self.lm_weight, row.tolist(), progress) for row in batch["cross_entropies"]]
+        return np.repeat(np.array(by_row, np.float64), batch["sizes"])
 
 
 class FusionTrainer(Trainer):
@@ -152,8 +158,8 @@ class FusionTrainer(Trainer):
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
         outputs, logits, positions = self._logits(model, inputs, places)
-        lm_weight = self.objective.weight_at(self.state.global_step / max(self.state.max_steps, 1))
-        targets = self._targets(inputs) if lm_weight < 1 else None
+        lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
+        targets = self._targets(inputs) if np.any(np.less(lm_weight, 1)) else None
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         share = 1 / max(len(labels), 1)
         if num_items_in_batch is not None:
@@ -166,8 +172,8 @@ class FusionTrainer(Trainer):
             loss=self.objective.loss,
             truncation=self.objective.truncation,
             temperature=self.objective.temperature,
-            lm_weight=lm_weight * share,
-            fusion_weight=(1 - lm_weight) * share,
+            lm_weight=_weight(lm_weight * share, logits),
+            fusion_weight=_weight((1 - lm_weight) * share, logits),
         )
         if num_items_in_batch is not None:
             self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
@@ -189,8 +195,8 @@ class FusionTrainer(Trainer):
     def _targets(self, inputs: Mapping[str, Any]) -> SparseTargets | None:
         if "target_ids" not in inputs:
             return None
-        fields = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
-        return SparseTargets(*fields, temperature=self.objective.temperature)
+        ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
+        return SparseTargets(ids, logprobs, tail, taught, self.objective.temperature)
 
     # A loss or gradient that is no number
 
@@ -258,6 +264,10 @@ class FusionTrainer(Trainer):
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(folder.parent, limit, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
+
+
+def _weight(weight: float | FloatArray, logits: torch.Tensor) -> float | torch.Tensor:
+    return weight if isinstance(weight, float) else torch.as_tensor(weight, dtype=torch.float32, device=logits.device)
 
 
 class _Epochs(TrainerCallback):

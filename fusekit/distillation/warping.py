@@ -29,6 +29,7 @@ def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Tok
     links, path = METHODS["dtw"](pivot, source, vocabulary_map.pivot, vocabulary_map.source)
     at, first, stop = np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
     at[ours] = np.where(links >= 0, links + theirs.start, -1)
+    assert path is not None  # this method has one
     first[ours], stop[ours] = path[0] + theirs.start, path[1] + theirs.start
     if ours.start and theirs.start:
         at[0], first[0], stop[0] = 0, 0, 1

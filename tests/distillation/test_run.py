@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,10 +67,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabulary maps are kept in the test's folder."""
     monkeypatch.setenv("FUSEKIT_CACHE", str(tmp_path / "cache"))
-    yield
 
 
 def inputs(world: Path, pivot: str = "llama", sources: tuple[str, ...] = ("source1",), **changes: Any) -> Inputs:
@@ -208,7 +206,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(interrupted: Path, world: Path
     (interrupted / "source1.training" / "checkpoint-2" / "optimizer.pt").unlink()
     said: list[str] = []
     (folder,) = distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=said.append)
-    assert "warning: checkpoint-2 is not used: optimizer.pt is missing" in said
+    assert "source1: warning: checkpoint-2 is not used: optimizer.pt is missing" in said
     assert "source1: goes on from checkpoint-1" in said
     (whole,) = distill(inputs(world), settings(training={"epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
@@ -221,7 +219,7 @@ def test_other_settings_are_refused_with_the_difference(interrupted: Path, world
     assert "training.learning_rate: 0.01, now 0.02" in str(refusal.value)
     assert "fusion.metric: 'bits_per_byte', now 'token_ce'" in str(refusal.value)
     fewer = inputs(world, rows=ROWS[:7])
-    with pytest.raises(DistillationError, match="rows.count: 8, now 7"):
+    with pytest.raises(DistillationError, match=r"rows\.count: 8, now 7"):
         distill(fewer, settings(training={"epochs": 2}), interrupted, resume=True)
 
 
@@ -233,7 +231,7 @@ def test_another_split_of_the_batch_is_no_difference(interrupted: Path, world: P
 
 def test_what_is_there_is_not_touched_unasked(interrupted: Path, world: Path) -> None:
     before = sorted(path.as_posix() for path in interrupted.rglob("*"))
-    with pytest.raises(DistillationError, match="there already.*nothing was touched"):
+    with pytest.raises(DistillationError, match=r"there already.*nothing was touched"):
         distill(inputs(world), settings(training={"epochs": 2}), interrupted)
     assert sorted(path.as_posix() for path in interrupted.rglob("*")) == before
     (folder,) = distill(inputs(world), settings(training={"learning_rate": 2e-2}), interrupted, overwrite=True)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import join
 from fusekit.distillation.label_rows import Projection, label_rows
-from fusekit.distillation.metrics import METRICS, metrics_of
+from fusekit.distillation.metrics import metrics_of
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset, label_nll
 from fusekit.errors import DistillationError

@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset
 
+from fusekit.alignment import build_vocabulary_map
 from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.sampling import EpochSampler
+from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import Objective
 from fusekit.errors import DistillationError
-from tests.distillation import runs
+from fusekit.representation.teacher import Teacher
+from fusekit.representation.topk import Selection
+from tests.distillation import runs, worlds
 from tests.representation.models import random_model
 
 Weights = dict[str, torch.Tensor]
@@ -209,9 +215,50 @@ def test_the_final_end_is_learnt() -> None:
     assert (batch["labels"][0, length:] == -100).all()
 
 
-def test_lambda_may_rise_to_one() -> None:
-    objective = Objective(lm_weight=0.8, schedule="linear")
-    assert [objective.weight_at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.8, 0.9, 1.0])
+def test_lambda_is_the_rows_and_the_runs() -> None:
+    batch = FusionCollator()([runs.data()[i] for i in range(3)])
+    sizes = [int((runs.data()[i]["labels"][1:] >= 0).sum()) for i in range(3)]
+    assert Objective(0.8).weights_at(0.5, batch) == 0.8
+    rising = Objective(0.8, "hard_and_decay").weights_at(0.5, batch)
+    np.testing.assert_allclose(rising, np.full(sum(sizes), 0.9))
+    soft = Objective(0.8, "soft").weights_at(0.5, batch)
+    best = [runs.data()[i]["cross_entropies"].min() for i in range(3)]
+    np.testing.assert_allclose(soft, np.repeat([1 - math.exp(-x) for x in best], sizes))
+
+
+def test_a_weight_of_every_row_is_in_the_step(tmp_path: Path) -> None:
+    """With λ 0 at the start, rising: the first step learns from the targets alone, the last from the text too."""
+    made = runs.trainer(tmp_path, objective=Objective(0.0, "hard_and_decay"))
+    made.train()
+    lines = [line for line in made.state.log_history if "loss" in line]
+    for step, line in enumerate(lines):
+        weight = step / 3
+        assert line["loss"] == pytest.approx(weight * line["lm_loss"] + (1 - weight) * line["fusion_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the pivot", "another"])
+def test_a_teacher_that_is_the_pivot_teaches_nothing_new(own: bool, tmp_path: Path) -> None:
+    """With the tail as an outcome: every label is linked and taught, and the gradient is zero; another's is not."""
+    pivot = worlds.tokenizer(320)
+    model = random_model("llama", seed=0)
+    rows = worlds.conversations(6)
+    teacher = Teacher(model if own else random_model("llama", seed=1), selection=Selection(k=10))
+    said = teacher.score([worlds.read(row, pivot) for row in rows]).rows
+    same = build_vocabulary_map(pivot, pivot, method="prefix", source_size=teacher.vocabulary, pivot_size=515)
+    data = FusionDataset(
+        rows,
+        sources={"s": worlds.by_key(said)},
+        projections={"s": Projection(same)},
+        tokenizer=worlds.Reader(pivot),
+        fusion=FusionSettings(include_pivot=False),
+    )
+    counts = dict(zip(data.count_names, sum(data[i]["counts"] for i in range(6)), strict=True))
+    assert counts["linked"] == counts["given"] == counts["taught"] == counts["labels"] > 50
+    made = runs.trainer(tmp_path, model, data, Objective(lm_weight=0.0))
+    batch = made.data_collator([data[i] for i in range(6)])
+    made.compute_loss(made.model, batch, num_items_in_batch=1).backward()
+    size = max(float(parameter.grad.abs().max()) for parameter in made.model.parameters())
+    assert size < 1e-3 if own else size > 1.0
 
 
 def test_the_log_says_what_taught(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from fusekit.representation import CapturedRow, Message, Part, Row, TokenizedRow
 from fusekit.representation.rows import FRAGMENT, TEXT
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
-WORDS = (
-    "the a fusion of several models learns what each model knows and none of them forgets where two texts part "
-    "naïve café résumé 東京 大阪 🙂 👩‍🚀 x=1; y+=x; return(x) 12 345 6789"
-).split()
+ENGLISH = "the a fusion of several models learns what each model knows and none of them forgets where two texts part"
+OTHERS = "naïve café résumé 東京 大阪 🙂 👩‍🚀 x=1; y+=x; return(x) 12 345 6789"
+WORDS = np.array([*ENGLISH.split(), *OTHERS.split()])
 
 
 @functools.cache

@@ -1,0 +1,148 @@
+"""`fusekit distill` on stores that `fusekit represent` makes, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+from fusekit.cli import cli
+from tests.distillation import worlds
+from tests.distillation.test_run import save_model
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TINY = ["--batch-size", "4", "--micro-batch-size", "2", "--epochs", "1", "--learning-rate", "1e-2"]
+QUIET = ["--set", "trainer.use_cpu=true", "--set", "trainer.disable_tqdm=true", "--set", "trainer.logging_steps=1"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models with tokenizers of their own, rows in a file, and stores captured by the command."""
+    root = tmp_path_factory.mktemp("cli")
+    rows = [row for row in worlds.conversations(9) if len(row.messages) == 2]
+    lines = [json.dumps({"messages": [m._asdict() for m in row.messages]}) for row in rows]
+    (root / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name, size, architecture in (("pivot", 320, "llama"), ("source", 420, "gpt2")):
+        tokenizer = worlds.tokenizer(size)
+        tokenizer.chat_template = TEMPLATE
+        save_model(root / name, architecture, tokenizer, seed=size)
+        tokenizer.chat_template = None
+        other = root / ("source" if name == "pivot" else "pivot")
+        with_other = ["--with", other] if other.exists() else []
+        made = invoke("represent", root / name, root / "rows.jsonl", root / f"{name}-store", "--quiet", *with_other)
+        assert made.exit_code == 0, made.output
+    return root
+
+
+def arguments(world: Path, out: Path, *more: object) -> list[object]:
+    stores = ["--pivot-store", world / "pivot-store", "--source-store", f"other={world / 'source-store'}"]
+    return ["distill", world / "pivot", out, "--data", world / "rows.jsonl", *stores, *TINY, *QUIET, *more]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabulary maps are kept in the test's folder."""
+    monkeypatch.setenv("FUSEKIT_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_command_trains_and_says_where(world: Path, tmp_path: Path) -> None:
+    done = invoke(*arguments(world, tmp_path / "out", "--lora", "r=4", "--set", "alignment.one_hot=true"))
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "out" / "other"
+    assert done.stdout.splitlines()[-1] == str(folder.resolve())
+    assert "other: 6 rows matched" in done.stderr
+    record = json.loads((folder / "training.json").read_text())
+    assert record["settings"]["training"]["lora"] == {"r": 4}
+    assert record["settings"]["alignment"]["one_hot"] is True
+    assert record["counts"]["taught"] == record["counts"]["labels"] > 0
+    assert tensors(folder).keys() == tensors(world / "pivot").keys()
+
+
+def test_text_alone_needs_no_store(world: Path, tmp_path: Path) -> None:
+    plain = ["distill", world / "pivot", tmp_path / "a", "--data", world / "rows.jsonl", "--preset", "sft"]
+    assert invoke(*plain, *TINY, *QUIET).exit_code == 0
+    assert invoke(*arguments(world, tmp_path / "b", "--preset", "sft")).exit_code == 0
+    a, b = tensors(tmp_path / "a" / "sft"), tensors(tmp_path / "b" / "sft")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_packed_text_is_met_by_packing_it_again(world: Path, tmp_path: Path) -> None:
+    words = [" ".join(message.content for message in row.messages) for row in worlds.conversations(12, seed=5)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words), encoding="utf-8")
+    pack: list[Any] = ["--pack", "--max-length", 100]
+    for name, other in (("pivot", "source"), ("source", "pivot")):
+        out = tmp_path / f"{name}-store"
+        options = ["--with", world / other, "--quiet", *pack]
+        made = invoke("represent", world / name, tmp_path / "text.jsonl", out, *options)
+        assert made.exit_code == 0, made.output
+    stores = ["--pivot-store", tmp_path / "pivot-store", "--source-store", f"s={tmp_path / 'source-store'}"]
+    data = ["--data", tmp_path / "text.jsonl", *pack]
+    done = invoke("distill", world / "pivot", tmp_path / "out", *data, *stores, *TINY, *QUIET)
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "s" / "training.json").read_text())
+    assert record["unmatched"] == {}
+    assert record["counts"]["rows"] > 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resume", "--overwrite"], "--resume goes on with what is there"),
+        (["--set", "warmup=1"], "write SECTION.FIELD=VALUE"),
+        (["--source-store", "x"], "write NAME=STORE"),
+        (["--lora", "r"], "is no NAME=VALUE"),
+    ],
+)
+def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_path: Path) -> None:
+    done = invoke(*arguments(world, tmp_path / "out", *more))
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
+    plain = ["--set", "trainer.optim=sgd", "--set", "training.warmup=0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "fusekit.cli", *map(str, arguments(world, tmp_path / "two", *plain))]
+    both = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n---\n".join(said)
+    assert invoke(*arguments(world, tmp_path / "one", *plain)).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["other"]
+    a, b = tensors(tmp_path / "one" / "other"), tensors(tmp_path / "two" / "other")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=1e-5)
+    records = [json.loads((tmp_path / name / "other" / "training.json").read_text()) for name in ("one", "two")]
+    assert records[0]["counts"] == pytest.approx(records[1]["counts"])

@@ -1,0 +1,239 @@
+"""Fusion functions against hand-computed examples and plain loops, in the papers' words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fusekit.alignment.projection import Rows
+from fusekit.distillation.fusion import FUSION_FUNCTIONS, LM_WEIGHTS, METRICS, Candidate, Fused
+from fusekit.errors import DistillationError
+from tests.distillation import reference
+
+
+def rows(*entries: dict[int, float]) -> Rows:
+    """One row per dictionary {id: probability}, largest first; what is missing to 1 is its tail."""
+    k = max(len(row) for row in entries)
+    ids, logprobs = np.full((len(entries), k), -1), np.full((len(entries), k), -np.inf)
+    for i, row in enumerate(entries):
+        for j, (id_, p) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
+            ids[i, j], logprobs[i, j] = id_, math.log(p)
+    return Rows(ids, logprobs, np.array([1 - math.fsum(row.values()) for row in entries]))
+
+
+def as_dict(fused: Fused, position: int) -> dict[int, float]:
+    listed = zip(fused.rows.ids[position], fused.rows.logprobs[position], strict=True)
+    return {int(id_): math.exp(lp) for id_, lp in listed if id_ >= 0}
+
+
+PIVOT = Candidate(
+    "pivot",
+    rows({1: 0.5, 2: 0.25}, {1: 0.9}, {7: 0.6, 8: 0.4}),
+    np.array([True, True, True]),
+    2.0,
+    np.array([0.7, 0.1, 0.9]),
+    1.0,
+)
+SOURCE = Candidate(
+    "source",
+    rows({2: 0.5, 3: 0.125}, {1: 0.5, 4: 0.5}, {9: 1.0}),
+    np.array([True, True, False]),
+    1.0,
+    np.array([0.3, 0.4, 0.0]),
+    3.0,
+)
+
+
+def like(candidate: Candidate, **fields) -> Candidate:
+    return Candidate(**{**vars(candidate), **fields})
+
+
+def random_candidates(seed: int, K: int, n: int = 9, k: int = 4, V: int = 12) -> list[Candidate]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for j in range(K):
+        dense = rng.dirichlet(np.full(V, 0.5), n)
+        ids = np.argsort(-dense, axis=1)[:, :k]
+        mass = np.take_along_axis(dense, ids, 1)
+        taught = rng.random(n) < 0.7
+        taught[0] = True
+        found.append(
+            Candidate(
+                f"model {j}",
+                Rows(ids, np.log(mass), 1 - mass.sum(1)),
+                taught,
+                float(rng.uniform(0.5, 3)),
+                rng.uniform(0, 4, n),
+                float(rng.normal()),
+            )
+        )
+    return found
+
+
+class TestMinCE:
+    def test_by_hand(self):
+        fused = FUSION_FUNCTIONS["min_ce"]([PIVOT, SOURCE])
+        assert fused.preferred == 1
+        assert fused.chosen.tolist() == [1, 1, -1]
+        assert fused.taught.tolist() == [True, True, False]
+        assert as_dict(fused, 0) == pytest.approx({2: 0.5, 3: 0.125})
+        assert as_dict(fused, 2) == {}
+        assert fused.rows.tail.tolist() == pytest.approx([0.375, 0.0, 1.0])
+        assert fused.weights.tolist() == [[0, 1], [0, 1], [0, 0]]
+
+    def test_by_token(self):
+        fused = FUSION_FUNCTIONS["min_ce"]([PIVOT, SOURCE], level="token")
+        assert fused.chosen.tolist() == [1, 0, 0]  # the source's 0.0 on the last label is not its to say
+        assert fused.taught.all()
+        assert as_dict(fused, 1) == pytest.approx({1: 0.9})
+        assert as_dict(fused, 2) == pytest.approx({7: 0.6, 8: 0.4})
+        assert fused.preferred == 0
+
+    @pytest.mark.parametrize("level", ["sequence", "token"])
+    def test_a_tie_goes_to_the_first(self, level):
+        twin = like(SOURCE, cross_entropy=2.0, label_nll=PIVOT.label_nll, taught=PIVOT.taught)
+        assert FUSION_FUNCTIONS["min_ce"]([PIVOT, twin], level=level).chosen.tolist() == [0, 0, 0]
+        assert FUSION_FUNCTIONS["min_ce"]([twin, PIVOT], level=level).chosen.tolist() == [0, 0, 0]
+
+    def test_one_candidate_keeps_its_bits(self):
+        fused = FUSION_FUNCTIONS["min_ce"]([PIVOT])
+        assert all(np.array_equal(a, b) for a, b in zip(fused.rows, PIVOT.rows, strict=True))
+
+    @pytest.mark.parametrize("fields", [{"taught": np.zeros(3, bool)}, {"cross_entropy": math.nan}])
+    def test_who_has_nothing_to_say_is_not_chosen(self, fields):
+        assert FUSION_FUNCTIONS["min_ce"]([PIVOT, like(SOURCE, **fields)]).chosen.tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_against_a_loop(self, seed):
+        candidates = random_candidates(seed, 4)
+        by_row = FUSION_FUNCTIONS["min_ce"](candidates)
+        by_token = FUSION_FUNCTIONS["min_ce"](candidates, level="token")
+        best = min(range(4), key=lambda j: candidates[j].cross_entropy)
+        for i in range(9):
+            assert by_row.chosen[i] == (best if candidates[best].taught[i] else -1)
+            speaking = [j for j in range(4) if candidates[j].taught[i]]
+            expected = min(speaking, key=lambda j: candidates[j].label_nll[i]) if speaking else -1
+            assert by_token.chosen[i] == expected
+            if expected >= 0:
+                listed, tail = reference.mixture([candidates[expected]], [1.0], i)
+                assert as_dict(by_token, i) == pytest.approx(listed)
+                assert by_token.rows.tail[i] == pytest.approx(tail)
+
+
+class TestAvgCE:
+    def test_by_hand(self):
+        # exp(-2) = 0.1353, exp(-1) = 0.3679; softmax of these: 0.4421, 0.5579
+        fused = FUSION_FUNCTIONS["avg_ce"]([PIVOT, SOURCE])
+        first, second = fused.weights[0]
+        assert (first, second) == pytest.approx((0.4421, 0.5579), abs=5e-5)
+        assert as_dict(fused, 0) == pytest.approx({1: first / 2, 2: first / 4 + second / 2, 3: second / 8})
+        assert fused.rows.tail[0] == pytest.approx(first * 0.25 + second * 0.375)
+        assert fused.weights[2].tolist() == [1, 0]  # only the pivot speaks of it
+        assert as_dict(fused, 2) == pytest.approx({7: 0.6, 8: 0.4})
+        assert fused.chosen.tolist() == [1, 1, 0]
+        assert fused.preferred == 1
+
+    @pytest.mark.parametrize("level", ["sequence", "token"])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_against_a_loop(self, level, seed):
+        candidates = random_candidates(seed, 3)
+        fused = FUSION_FUNCTIONS["avg_ce"](candidates, level=level)
+        for i in range(9):
+            speaking = [c for c in candidates if c.taught[i]]
+            assert fused.taught[i] == bool(speaking)
+            if not speaking:
+                continue
+            if level == "sequence":
+                weights = reference.avg_ce_weights([c.cross_entropy for c in candidates])
+            else:
+                among = reference.avg_ce_weights([c.label_nll[i] for c in speaking])
+                weights = [among.pop(0) if c.taught[i] else 0.0 for c in candidates]
+            listed, tail = reference.mixture(candidates, weights, i)
+            assert as_dict(fused, i) == pytest.approx(listed)
+            assert fused.rows.tail[i] == pytest.approx(tail)
+            assert math.fsum([*as_dict(fused, i).values(), fused.rows.tail[i]]) == pytest.approx(1)
+            assert sum(fused.weights[i]) == pytest.approx(1)
+
+    def test_huge_cross_entropies(self):
+        fused = FUSION_FUNCTIONS["avg_ce"]([like(PIVOT, cross_entropy=1e4), like(SOURCE, cross_entropy=1e5)])
+        assert fused.weights[0].tolist() == [0.5, 0.5]
+
+
+class TestRewards:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    def test_by_hand(self, temperature):
+        fused = FUSION_FUNCTIONS["reward_softmax"]([PIVOT, SOURCE], temperature=temperature)
+        second = 1 / (1 + math.exp(-2 / temperature))
+        assert fused.weights[0].tolist() == pytest.approx([1 - second, second])
+        assert as_dict(fused, 0)[2] == pytest.approx((1 - second) / 4 + second / 2)
+
+    def test_large_rewards(self):
+        fused = FUSION_FUNCTIONS["reward_softmax"]([like(PIVOT, reward=1e5), like(SOURCE, reward=-1e5)])
+        assert fused.weights[0].tolist() == [1, 0]
+
+    @pytest.mark.parametrize(
+        ("source", "settings", "message"),
+        [
+            (like(SOURCE, reward=None), {}, "no reward for source"),
+            (SOURCE, {"level": "token"}, "one number per row"),
+            (SOURCE, {"temperature": 0.0}, "temperature of the rewards is 0"),
+        ],
+    )
+    def test_refusals(self, source, settings, message):
+        with pytest.raises(DistillationError, match=message):
+            FUSION_FUNCTIONS["reward_softmax"]([PIVOT, source], **settings)
+
+
+@pytest.mark.parametrize("name", FUSION_FUNCTIONS)
+class TestAll:
+    def test_nobody_speaks(self, name):
+        silent = [like(c, taught=np.zeros(3, bool)) for c in (PIVOT, SOURCE)]
+        fused = FUSION_FUNCTIONS[name](silent)
+        assert not fused.taught.any()
+        assert not fused.weights.any()
+        assert fused.preferred == -1
+        assert fused.rows.ids.shape[0] == 3
+        assert (fused.rows.ids == -1).all()
+
+    def test_no_labels(self, name):
+        empty = Candidate(
+            "m", Rows(np.zeros((0, 4), np.int64), np.zeros((0, 4)), np.zeros(0)), np.zeros(0, bool), 1.0, None, 1.0
+        )
+        assert len(FUSION_FUNCTIONS[name]([empty, empty]).taught) == 0
+
+    def test_refusals(self, name):
+        with pytest.raises(DistillationError, match="no candidates"):
+            FUSION_FUNCTIONS[name]([])
+        with pytest.raises(DistillationError, match="source has 3 rows and 2 marks, pivot has 3 marks"):
+            FUSION_FUNCTIONS[name]([PIVOT, like(SOURCE, taught=np.ones(2, bool))])
+        with pytest.raises(DistillationError, match="level"):
+            FUSION_FUNCTIONS[name]([PIVOT, SOURCE], level="word")
+
+
+@pytest.mark.parametrize("name", ["min_ce", "avg_ce"])
+def test_token_level_needs_label_nll(name):
+    with pytest.raises(DistillationError, match="source has no label_nll of 3 labels"):
+        FUSION_FUNCTIONS[name]([PIVOT, like(SOURCE, label_nll=None)], level="token")
+
+
+class TestLmWeights:
+    def test_constant(self):
+        assert LM_WEIGHTS["constant"](0.9, [1.0, 2.0], 0.5) == 0.9
+
+    def test_soft(self):
+        assert LM_WEIGHTS["soft"](0.9, [1.0, 2.0], 0.5) == pytest.approx(1 - math.exp(-1.0))
+        assert LM_WEIGHTS["soft"](0.9, [0.0], 0.5) == 0
+        assert LM_WEIGHTS["soft"](0.9, [], 0.5) == 1
+
+    @pytest.mark.parametrize(("progress", "expected"), [(0, 0.9), (0.5, 0.95), (1, 1), (1.5, 1)])
+    def test_hard_and_decay(self, progress, expected):
+        assert LM_WEIGHTS["hard_and_decay"](0.9, [1.0], progress) == pytest.approx(expected)
+
+
+def test_metrics_are_those_of_the_captured_row():
+    class Row:
+        token_ce, bits_per_byte = 1.5, 0.6
+
+    assert {name: read(Row()) for name, read in METRICS.items()} == {"token_ce": 1.5, "bits_per_byte": 0.6}
