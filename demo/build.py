@@ -207,7 +207,10 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str], seed:
     """All documents in a random order, each between bos and eos. int64 [tokens]."""
     order = list(documents)
     random.Random(seed).shuffle(order)
-    encoded = tokenizer.backend_tokenizer.encode_batch([f"<|bos|>{text}<|eos|>" for text in order])
+    start = tokenizer.bos_token or ""
+    encoded = tokenizer.backend_tokenizer.encode_batch(
+        [f"{start}{text}{tokenizer.eos_token}" for text in order], add_special_tokens=False
+    )
     return torch.tensor([token for encoding in encoded for token in encoding.ids])
 
 
