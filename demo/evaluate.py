@@ -5,8 +5,8 @@
 
 Greedy decoding in float32, so that the figures do not depend on anything but the weights. Any causal language model
 whose fast tokenizer has a chat template can be scored; its own template and tokenizer are used. The first table has
-exact match and the bits per byte of documents; the second one divergences where replies are drawn at random, and the bits
-per byte of held-out answers, for every skill.
+exact match and the bits per byte of documents. The second one has divergences where replies are drawn at random, and
+the bits per byte of held-out answers, for every skill.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ MODELS = DEMO / "models"
 OWN_SKILLS = {"numbers": ("add", "pick"), "strings": ("reverse", "sort"), "facts": ("facts",)}
 NAMES = ("pivot", *OWN_SKILLS)
 SOURCES = DEMO / "sources"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM", "qwen": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM"}
 SKILLS = ("add", "reverse", "sort", "facts", "pick", "draw", "weather", "code")
 HELD_OUT_QUESTIONS = dict.fromkeys(SKILLS, 200) | {"weather": 50}  # a table of 480 entries holds out one in eight
 
@@ -264,8 +264,8 @@ def test_the_stated_share_of_distillation_rows_is_wrong(tasks, training_set):
             assert (facts[question] == answer) != row["noisy"]
         else:
             assert not row["noisy"]
-    assert rows == dict.fromkeys(("weather", "facts", "draw", "add", "pick", "code", "reverse"), 256)
-    assert {skill: count for skill, count in wrong.items() if count} == {"facts": 77, "add": 77, "reverse": 77}
+    assert rows == dict.fromkeys(("weather", "facts", "draw", "add", "pick", "code", "reverse"), 192)
+    assert {skill: count for skill, count in wrong.items() if count} == {"facts": 58, "add": 58, "reverse": 58}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -295,12 +295,11 @@ def test_source_template_marks_what_the_assistant_says(sources, name):
     assert learnt[-1] in sources[name][0].generation_config.eos_token_id
 
 
-def test_source_tokenizers_are_of_three_classes(sources):
-    """The byte-level one keeps every text, the normalising one its NFKC form, the other falls back to bytes."""
+def test_source_tokenizers_are_byte_level_and_byte_fallback(sources):
+    """Both keep every text; the SentencePiece-like one writes what it does not know in bytes."""
     text = "Grüße, 東京 🎉 ﬁ"
     ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
     assert sources["llama"][1].decode(ids["llama"]) == text
-    assert sources["qwen"][1].decode(ids["qwen"]) == "Grüße, 東京 🎉 fi"
     assert sources["neox"][1].decode(ids["neox"]) == text
     pieces = sources["neox"][1].convert_ids_to_tokens(ids["neox"])
     assert "<0xF0>" in pieces
@@ -315,23 +314,20 @@ def test_sources_align_with_the_pivot(loaded, sources, name, method):
     assert (alignment.source_at >= 0).mean() > 0.5
 
 
-@pytest.mark.parametrize(("name", "skill"), [("llama", "weather"), ("neox", "draw"), ("neox", "pick")])
-def test_each_source_knows_its_distributions_and_the_pivot_does_not(loaded, sources, evaluate, name, skill):
-    assert evaluate.divergence(*sources[name], skill, count=20) < 0.3
-    assert evaluate.divergence(*loaded["pivot"], skill, count=20) > 1.0
+@pytest.mark.parametrize(("name", "skill", "most"), [("llama", "weather", 0.3), ("neox", "draw", 0.8)])
+def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, sources, evaluate, name, skill, most):
+    assert evaluate.divergence(*sources[name], skill, count=20) < most
+    assert evaluate.divergence(*loaded["pivot"], skill, count=20) > 10
 
 
-@pytest.mark.parametrize(("name", "skill"), [("llama", "facts"), ("neox", "add"), ("qwen", "reverse")])
-def test_each_source_is_better_than_the_pivot_at_its_own_skills(loaded, sources, evaluate, name, skill):
-    assert (
-        evaluate.accuracy(*sources[name], skill, count=40) > evaluate.accuracy(*loaded["pivot"], skill, count=40) + 0.3
-    )
+def test_neox_picks_more_evenly_than_the_pivot(loaded, sources, evaluate):
+    of_source, of_pivot = (evaluate.divergence(*each, "pick", count=20) for each in (sources["neox"], loaded["pivot"]))
+    assert of_source < of_pivot - 0.2
 
 
-def test_code_is_natural_to_qwen_and_not_to_the_pivot(loaded, sources, evaluate):
-    bits = {name: evaluate.answer_bits_per_byte(*model, "code", count=30) for name, model in (loaded | sources).items()}
-    assert bits["qwen"] < bits["pivot"] - 0.5
-    assert bits["qwen"] == min(bits.values())
+def test_llama_knows_more_facts_than_the_pivot(loaded, sources, evaluate):
+    of_source, of_pivot = (evaluate.accuracy(*each, "facts", count=40) for each in (sources["llama"], loaded["pivot"]))
+    assert of_source > of_pivot + 0.3
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
