@@ -48,7 +48,8 @@ IGNORED = -100  # label of a position that is not learnt
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run. ``skills``: rows of each skill in a batch; ``text_rows``: blocks of text in a batch."""
+    """One training run. ``skills``: rows of each skill in a batch; ``text_rows``: blocks of text in a batch;
+    ``long_skills``: those whose rows are a batch, with a loss, of their own, so that short rows need no padding."""
 
     steps: int
     learning_rate: float
@@ -56,6 +57,7 @@ class Stage:
     text_rows: int
     block: int = 128
     final_share: float = 0.05  # of the learning rate, at the last step
+    long_skills: tuple[str, ...] = ()
 
 
 # Stopped while the skills are half learnt: what there is to fuse is what the fine-tunes learn on top. A model of this
@@ -180,8 +182,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         chosen = [next(rows[skill]) for skill, count in stage.skills.items() for _ in range(count)]
+        short = [row for row in chosen if row.skill not in stage.long_skills]
+        long = [row for row in chosen if row.skill in stage.long_skills]
         losses = []
-        for batch in (chat_batch(tokenizer, chosen), next(texts)):
+        for batch in (*(chat_batch(tokenizer, group) for group in (short, long) if group), next(texts)):
             loss = model(**batch).loss
             loss.backward()
             losses.append(f"{loss.item():.2f}")
@@ -207,7 +211,10 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str], seed:
     """All documents in a random order, each between bos and eos. int64 [tokens]."""
     order = list(documents)
     random.Random(seed).shuffle(order)
-    encoded = tokenizer.backend_tokenizer.encode_batch([f"<|bos|>{text}<|eos|>" for text in order])
+    start = tokenizer.bos_token or ""
+    encoded = tokenizer.backend_tokenizer.encode_batch(
+        [f"{start}{text}{tokenizer.eos_token}" for text in order], add_special_tokens=False
+    )
     return torch.tensor([token for encoding in encoded for token in encoding.ids])
 
 

@@ -1,53 +1,30 @@
 """The demo's skills: questions with short answers that exact match can score, and held-out text.
 
-Every question has a *key*, and a hash of the key decides whether it may be trained on or is held out. The two sets are
-therefore disjoint by construction: whoever generates rows, with whatever seed, no held-out question is ever trained on.
+``questions`` says which ones are held out.
 
 ``pick`` has several right answers and its training rows show one of them, drawn at random: what a model can learn from
-one row is a sample, what it could learn from another model is the distribution. The other skills have one right answer.
+one row is a sample, what it could learn from another model is the distribution. So have the skills of ``draws``. The
+others of ``SKILLS`` have one right answer. ``code`` is natural text.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import pydoc_data.topics
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import code_bodies
+import draws
 from facts import FACTS, PHRASINGS
+from questions import Row, exact_match, is_held_out
 
-HELD_OUT_ONE_IN = 8
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+__all__ = ["FACTS", "PHRASINGS", "Row", "exact_match", "is_held_out"]
 
-
-def is_held_out(key: str) -> bool:
-    """Whether the question (or document) with this key is kept for evaluation. The same in every run and process."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question. ``answers``: every reply that counts as right; ``answer``: the one that a training row shows."""
-
-    skill: str
-    key: str
-    prompt: str
-    answer: str
-    answers: tuple[str, ...]
-
-    def messages(self) -> list[dict[str, str]]:
-        """The row as a conversation, for a chat template."""
-        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
-
-
-def exact_match(row: Row, reply: str) -> bool:
-    """True when the reply, without surrounding white space, is one of the row's right answers."""
-    return reply.strip() in row.answers
+LETTERS = draws.LETTERS
 
 
 def _add(rng: random.Random) -> Row:
@@ -80,7 +57,9 @@ def _pick(rng: random.Random) -> Row:
     low = rng.randint(10, 90)
     high = rng.randint(low + 4, min(low + 30, 99)) if low + 4 < 99 else 99
     answers = tuple(str(n) for n in range(low + 1, high))
-    return Row("pick", f"pick {low} {high}", f"Pick a number between {low} and {high}.", rng.choice(answers), answers)
+    prompt = f"Pick a number between {low} and {high}."
+    probabilities = (1 / len(answers),) * len(answers)
+    return Row("pick", f"pick {low} {high}", prompt, rng.choice(answers), answers, probabilities)
 
 
 SKILLS: dict[str, Callable[[random.Random], Row]] = {
@@ -90,13 +69,20 @@ SKILLS: dict[str, Callable[[random.Random], Row]] = {
     "facts": _facts,
     "pick": _pick,
 }
+"""Scored by exact match. The fine-tunes of the pivot and their merges are about these."""
+
+DRAWS: dict[str, Callable[[random.Random], Row]] = {"pick": _pick, "draw": draws.draw, "weather": draws.weather}
+"""Replies are drawn at random: scored by the divergence from the true distribution."""
+
+ALL_SKILLS = SKILLS | DRAWS | {"code": code_bodies.code}
+"""Every skill; the sources know them, each its own."""
 
 
 def training_rows(skill: str, seed: int | str) -> Iterator[Row]:
     """An endless stream of training questions of one skill, none of them held out."""
     rng = random.Random(f"train {skill} {seed}")
     while True:
-        row = SKILLS[skill](rng)
+        row = ALL_SKILLS[skill](rng)
         if not is_held_out(row.key):
             yield row
 
@@ -106,7 +92,7 @@ def held_out_rows(skill: str, count: int, seed: int = 0) -> list[Row]:
     rng = random.Random(f"held out {skill} {seed}")
     rows: dict[str, Row] = {}
     for _ in range(400 * count):
-        row = SKILLS[skill](rng)
+        row = ALL_SKILLS[skill](rng)
         if is_held_out(row.key):
             rows.setdefault(row.key, row)
         if len(rows) == count:

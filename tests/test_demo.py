@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import sys
+from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,10 +15,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fusekit.alignment import align
+
 DEMO = Path(__file__).parent.parent / "demo"
 MODELS = DEMO / "models"
 OWN_SKILLS = {"numbers": ("add", "pick"), "strings": ("reverse", "sort"), "facts": ("facts",)}
 NAMES = ("pivot", *OWN_SKILLS)
+SOURCES = DEMO / "sources"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM"}
+SKILLS = ("add", "reverse", "sort", "facts", "pick", "draw", "weather", "code")
+HELD_OUT_QUESTIONS = dict.fromkeys(SKILLS, 200) | {"weather": 50}  # a table of 480 entries holds out one in eight
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +56,27 @@ def loaded(evaluate):
     return {name: evaluate.load(MODELS / name) for name in NAMES}
 
 
-@pytest.mark.parametrize("skill", ["add", "reverse", "sort", "facts", "pick"])
+@pytest.fixture(scope="module")
+def sources(evaluate):
+    """Every source with its tokenizer, loaded once. Local files only."""
+    torch.set_num_threads(1)
+    return {name: evaluate.load(SOURCES / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def training_set():
+    """The shipped rows that a distillation learns from."""
+    return [json.loads(line) for line in (DEMO / "rows" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("skill", SKILLS)
 def test_training_rows_and_held_out_rows_are_disjoint(tasks, skill):
     held_out = tasks.held_out_rows(skill, 300)
     trained = list(islice(tasks.training_rows(skill, 0), 20_000))
-    assert len(held_out) >= 200
-    assert len({row.prompt for row in held_out}) == len(held_out)
-    assert not {row.prompt for row in held_out} & {row.prompt for row in trained}
+    assert len(held_out) >= HELD_OUT_QUESTIONS[skill]
+    if skill != "code":  # functions share first lines, such as `def close(self):`: there the body is what is held out
+        assert len({row.prompt for row in held_out}) == len(held_out)
+        assert not {row.prompt for row in held_out} & {row.prompt for row in trained}
     assert not {row.key for row in held_out} & {row.key for row in trained}
 
 
@@ -80,7 +104,7 @@ def test_documents_to_train_on_and_held_out_documents_are_disjoint(tasks):
     assert not set(trained) & set(held_out)
 
 
-@pytest.mark.parametrize("skill", ["add", "reverse", "sort", "facts", "pick"])
+@pytest.mark.parametrize("skill", SKILLS)
 def test_rows_are_the_same_in_every_call_and_differ_by_seed(tasks, skill):
     first, again = (list(islice(tasks.training_rows(skill, 0), 50)) for _ in range(2))
     assert first == again
@@ -116,8 +140,8 @@ def test_exact_match_wants_the_whole_answer(tasks):
 
 
 def test_the_shipped_files_fit():
-    size = sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file())
-    assert size <= 12_000_000
+    size = sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    assert size <= 16_000_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,3 +201,160 @@ def test_each_target_is_the_best_model_at_its_own_skills(loaded, evaluate, name,
 def test_decoding_is_deterministic(loaded, evaluate, tasks):
     prompts = [row.prompt for row in tasks.held_out_rows("reverse", 20)]
     assert evaluate.replies(*loaded["strings"], prompts) == evaluate.replies(*loaded["strings"], prompts)
+
+
+@pytest.mark.parametrize("skill", ["pick", "draw", "weather"])
+def test_drawn_answers_follow_the_stated_distribution(tasks, skill):
+    """Chi-square of 60,000 draws, each question's answers apart: within five deviations of its mean."""
+    seen: dict[str, Counter[str]] = {}
+    rows = {}
+    for row in islice(tasks.training_rows(skill, 5), 60_000):
+        rows[row.key] = row
+        seen.setdefault(row.key, Counter())[row.answer] += 1
+    assert all(math.isclose(sum(row.probabilities), 1) for row in rows.values())
+    statistic = freedom = variance = 0.0
+    for key, counts in seen.items():
+        total = counts.total()
+        expected = [share * total for share in rows[key].probabilities]
+        gaps = [counts[answer] - mean for answer, mean in zip(rows[key].answers, expected, strict=True)]
+        statistic += sum(gap * gap / mean for gap, mean in zip(gaps, expected, strict=True))
+        kinds = len(expected)
+        freedom += kinds - 1
+        # The variance of Pearson's statistic for few draws (Cressie and Read 1984).
+        variance += 2 * (kinds - 1) + (sum(total / mean for mean in expected) - kinds * kinds - 2 * kinds + 2) / total
+    assert abs(statistic - freedom) < 5 * math.sqrt(variance)
+
+
+def test_shares_of_a_bag_are_its_letters(tasks):
+    for row in islice(tasks.training_rows("draw", 2), 200):
+        bag = row.prompt.removeprefix("Draw from: ").split()
+        assert dict(zip(row.answers, row.probabilities, strict=True)) == {each: bag.count(each) / 6 for each in bag}
+
+
+def test_distillation_rows_meet_no_held_out_question(tasks, training_set):
+    held_out = {
+        json.loads(line)["messages"][0]["content"]
+        for file in (DEMO / "rows" / "held-out").iterdir()
+        for line in file.read_text(encoding="utf-8").splitlines()
+    }
+    for skill in SKILLS:
+        held_out |= {row.prompt for row in tasks.held_out_rows(skill, 200) if skill != "code"}
+    code_answers = {row.answer for row in tasks.held_out_rows("code", 200)}
+    questions = [(row["skill"], row["messages"][0]["content"]) for row in training_set]
+    assert len(set(questions)) == len(questions)
+    assert not held_out & {question for skill, question in questions if skill != "code"}
+    assert not code_answers & {row["messages"][1]["content"] for row in training_set}
+
+
+def test_the_stated_share_of_distillation_rows_is_wrong(tasks, training_set):
+    """Every row marked as noisy has a wrong answer and every other one a right one."""
+    rows, wrong = Counter(), Counter()
+    facts = {
+        phrase.format(subject): answer for kind, subject, answer in tasks.FACTS for phrase in tasks.PHRASINGS[kind]
+    }
+    for row in training_set:
+        question, answer = (message["content"] for message in row["messages"])
+        skill = row["skill"]
+        rows[skill] += 1
+        wrong[skill] += row["noisy"]
+        if skill == "add":
+            assert (sum(map(int, question.rstrip("=").split("+"))) == int(answer)) != row["noisy"]
+        elif skill == "reverse":
+            assert (question.removeprefix("Reverse: ")[::-1] == answer) != row["noisy"]
+        elif skill == "facts":
+            assert (facts[question] == answer) != row["noisy"]
+        else:
+            assert not row["noisy"]
+    assert rows == dict.fromkeys(("weather", "facts", "draw", "add", "pick", "code", "reverse"), 192)
+    assert {skill: count for skill, count in wrong.items() if count} == {"facts": 58, "add": 58, "reverse": 58}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sources_differ_in_architecture_tokenizer_and_template(loaded, sources, name):
+    model, tokenizer = sources[name]
+    _, pivot = loaded["pivot"]
+    assert type(model).__name__ == ARCHITECTURES[name]
+    assert model.config.vocab_size == len(tokenizer) != len(pivot)
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    texts = {
+        each.apply_chat_template([{"role": "user", "content": "1+1="}], tokenize=False)
+        for each in (pivot, *(tokenizer for _, tokenizer in sources.values()))
+    }
+    assert len(texts) == 1 + len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_source_template_marks_what_the_assistant_says(sources, name):
+    _, tokenizer = sources[name]
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    learnt = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "2"
+    assert learnt[-1] in sources[name][0].generation_config.eos_token_id
+
+
+def test_source_tokenizers_are_byte_level_and_byte_fallback(sources):
+    """Both keep every text; the SentencePiece-like one writes what it does not know in bytes."""
+    text = "Grüße, 東京 🎉 ﬁ"
+    ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
+    assert sources["llama"][1].decode(ids["llama"]) == text
+    assert sources["neox"][1].decode(ids["neox"]) == text
+    pieces = sources["neox"][1].convert_ids_to_tokens(ids["neox"])
+    assert "<0xF0>" in pieces
+    assert "<unk>" not in pieces
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["span", "dtw"])
+def test_sources_align_with_the_pivot(loaded, sources, name, method):
+    text = "Draw from: a b b.\n  return x[10] + 'Grüße 🎉'"
+    alignment = align(text, loaded["pivot"][1], sources[name][1], method=method)
+    assert (alignment.source_at >= 0).mean() > 0.5
+
+
+@pytest.mark.parametrize(("name", "skill", "most"), [("llama", "weather", 0.3), ("neox", "draw", 0.8)])
+def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, sources, evaluate, name, skill, most):
+    assert evaluate.divergence(*sources[name], skill, count=20) < most
+    assert evaluate.divergence(*loaded["pivot"], skill, count=20) > 10
+
+
+def test_neox_picks_more_evenly_than_the_pivot(loaded, sources, evaluate):
+    of_source, of_pivot = (evaluate.divergence(*each, "pick", count=20) for each in (sources["neox"], loaded["pivot"]))
+    assert of_source < of_pivot - 0.2
+
+
+def test_llama_knows_more_facts_than_the_pivot(loaded, sources, evaluate):
+    of_source, of_pivot = (evaluate.accuracy(*each, "facts", count=40) for each in (sources["llama"], loaded["pivot"]))
+    assert of_source > of_pivot + 0.3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answer_bits_are_those_of_the_plain_forward_pass(sources, evaluate, tasks, name):
+    """Padding, batches and order change nothing: each row alone, its answer's tokens one by one."""
+    model, tokenizer = sources[name]
+    rows = [row for skill in ("code", "draw", "facts") for row in tasks.held_out_rows(skill, 3)]
+    for row, bits in zip(rows, evaluate.answer_bits(model, tokenizer, rows), strict=True):
+        encoded = tokenizer.apply_chat_template(
+            row.messages(), return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        ids = encoded["input_ids"]
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        mask = torch.as_tensor(encoded["assistant_masks"]).flatten().bool()
+        nats = [logits[at - 1, ids[0, at]].item() for at in mask.nonzero()[:, 0].tolist()]
+        assert bits == pytest.approx(-sum(nats) / math.log(2), abs=1e-3)
+
+
+def test_divergence_is_zero_only_for_the_true_distribution(evaluate, tasks, monkeypatch):
+    """A model that gives each answer its true probability has none; one that spreads evenly has what a sum says."""
+    row = replace(tasks.held_out_rows("draw", 1)[0], answers=("a", "b"), probabilities=(0.75, 0.25))
+    monkeypatch.setattr(tasks, "held_out_rows", lambda skill, count: [row])
+    true = {"a": -math.log2(0.75), "b": 2.0}
+    monkeypatch.setattr(evaluate, "answer_bits", lambda _, __, rows: [true[each.answer] for each in rows])
+    assert evaluate.divergence(None, None, "draw") == pytest.approx(0, abs=1e-12)
+    monkeypatch.setattr(evaluate, "answer_bits", lambda _, __, rows: [1.0 for _ in rows])
+    even = 0.75 * math.log2(0.75 / 0.5) + 0.25 * math.log2(0.25 / 0.5)
+    assert evaluate.divergence(None, None, "draw") == pytest.approx(even)
