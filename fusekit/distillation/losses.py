@@ -12,13 +12,13 @@ the gradient all the memory. docs/losses.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusekit.distillation.losses_chunks import Work, for_each_chunk
 from fusekit.distillation.losses_outcomes import DISTANCES, Distance
 from fusekit.distillation.losses_targets import SparseTargets, check_targets
 from fusekit.errors import DistillationError
@@ -30,9 +30,6 @@ IGNORE = -100
 
 LOSSES = tuple(DISTANCES)
 TRUNCATIONS = ("tail", "renormalize")
-
-CPU_CHUNK = 2**20  # logits whose float32 copy stays in the cache while it is worked on
-ACCELERATOR_CHUNK = 2**26  # large enough to fill a GPU, small against its memory
 
 
 class FusionLoss(NamedTuple):
@@ -178,20 +175,33 @@ def _all_rows(flat: Tensor, batch: _Batch, gradient: Tensor | None, unit: float)
     """Likelihoods and distances, [n] each; the gradient's rows of the labels are written."""
     dtype, n = _compute_dtype(flat), len(batch.labels)
     nll, distances = flat.new_zeros(n, dtype=dtype), flat.new_zeros(n, dtype=dtype)
-    scratch = None
-    for start, stop in _chunks(n, flat, batch.chunk):
-        where = _run(batch.where, start, stop)
-        source = flat[where]
-        direct = gradient is not None and isinstance(where, slice) and flat.dtype == dtype
-        if direct:
-            z = gradient[where]  # type: ignore[index]  # direct says so
-        else:
-            scratch = torch.empty_like(source, dtype=dtype) if scratch is None else scratch
-            z = scratch[: stop - start]
-        work = _Chunk(batch, start, stop, dtype, unit)
-        nll[start:stop], distances[start:stop] = work.run(source, z, gradient is not None)
-        if gradient is not None and not direct:
-            gradient[where] = z.to(gradient.dtype)
+
+    def new_worker() -> Work:
+        scratch = None
+
+        def work(start: int, stop: int) -> None:
+            nonlocal scratch
+            where = _run(batch.where, start, stop)
+            source = flat[where]
+            direct = gradient is not None and isinstance(where, slice) and flat.dtype == dtype
+            if gradient is not None and direct:
+                z = gradient[where]
+            else:
+                scratch = (
+                    torch.empty_like(source, dtype=dtype) if scratch is None or len(scratch) < len(source) else scratch
+                )
+                z = scratch[: stop - start]
+            rows = _Chunk(batch, start, stop, dtype, unit)
+            nll[start:stop], distances[start:stop] = rows.run(source, z, gradient is not None)
+            if gradient is not None and not direct:
+                if isinstance(where, slice):
+                    gradient[where].copy_(z)
+                else:
+                    gradient[where] = z.to(gradient.dtype)
+
+        return work
+
+    for_each_chunk(new_worker, n, flat, batch.chunk)
     return nll, distances
 
 
@@ -209,7 +219,8 @@ class _Chunk:
         batch = self.batch
         nothing = torch.zeros_like(self.lm_weight)
         if batch.targets is None or batch.temperature == 1:
-            z.copy_(source)
+            if z.data_ptr() != source.data_ptr():
+                z.copy_(source)
             return self._pass(z, self._outcomes(z), self.lm_weight, self.fusion_weight, with_gradient)
         T = batch.temperature
         plain = source.to(self.dtype, copy=True)
@@ -375,13 +386,6 @@ def _gradient_memory(flat: Tensor, batch: _Batch) -> Tensor:
 
 def _compute_dtype(flat: Tensor) -> torch.dtype:
     return torch.float64 if flat.dtype == torch.float64 else torch.float32
-
-
-def _chunks(n: int, flat: Tensor, chunk: int | None) -> Iterator[tuple[int, int]]:
-    size = chunk or (CPU_CHUNK if flat.device.type == "cpu" else ACCELERATOR_CHUNK)
-    rows = max(1, size // max(flat.shape[1], 1))
-    for start in range(0, n, rows):
-        yield start, min(start + rows, n)
 
 
 def _run(where: Tensor | None, start: int, stop: int) -> slice | Tensor:

@@ -246,7 +246,13 @@ class TestNothingToLearn:
         leaf = x.clone().requires_grad_()
         loss = fusion_loss(leaf * 1, torch.full_like(y, -100), targets, overwrite_logits=overwrite)
         loss.total.backward()
-        assert (float(loss.total.detach()), float(loss.lm), float(loss.fusion), loss.labels, loss.taught) == (0, 0, 0, 0, 0)
+        assert (float(loss.total.detach()), float(loss.lm), float(loss.fusion), loss.labels, loss.taught) == (
+            0,
+            0,
+            0,
+            0,
+            0,
+        )
         assert torch.equal(leaf.grad, torch.zeros_like(x))
 
     def test_no_position(self):
