@@ -13,9 +13,11 @@ from fusekit.alignment.beginnings import beginning_in_text, begins_with
 from fusekit.alignment.policies import source_positions
 from fusekit.alignment.projection import Rows, checked_rows, merge_entries
 from fusekit.alignment.row_cases import HAS_ROW, Case, Steps, plan_rows
+from fusekit.alignment.surfaces import Kind, Surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
 
+_WORDS = (Kind.ORDINARY, Kind.BYTE, Kind.ADDED)
 LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
 
 
@@ -79,6 +81,9 @@ def project_rows(
     rows = checked_rows(ids, logprobs, tail, vocabulary_map.matrix.shape[0])
     actual = _checked_actual(actual_logprobs, rows, len(alignment.source))
     steps = _readable(plan_rows(alignment, conditioning), alignment, vocabulary_map)
+    spaced = np.zeros(len(steps.base), bool)
+    if conditioning:
+        steps, spaced = _spaced(steps, alignment, vocabulary_map)
     at = np.flatnonzero(steps.base >= 0)
     base = steps.base[at]
     entries = _entries(alignment, rows, actual, base)
@@ -87,7 +92,7 @@ def project_rows(
     before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
     begun = _entries(alignment, rows, actual, before)
     label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
-    targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries)
+    targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries, spaced=spaced)
     rest = rest + (entries.actual - label)
     targets = np.concatenate([alignment.pivot_ids[at + 1][:, None], targets], axis=1)
     mass = np.concatenate([label[:, None], np.where(targets[:, 1:] >= 0, mass, 0.0)], axis=1)
@@ -125,6 +130,31 @@ def _readable(steps: Steps, alignment: TokenAlignment, vocabulary_map: Vocabular
     return Steps(cases, base, steps.spelled, consumed, overhang)
 
 
+def _spaced(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> tuple[Steps, BoolArray]:
+    """Links at which only one side's next token brings a space that the other side has read, or never sees.
+
+    A SentencePiece token at the start of a text, a template's space in the first token of a content, a word of
+    WordPiece. Where the source's token brings it, the row is conditioned on it (``consumed`` is 1 then); where the
+    pivot's does, entries are looked for with a space in front: bool [n].
+    """
+    pivot, source = vocabulary_map.pivot, vocabulary_map.source
+    links = np.flatnonzero((steps.base >= 0) & (steps.consumed == 0))
+    ours, theirs = alignment.pivot_ids[links + 1], alignment.source_ids[steps.base[links] + 1]
+    words = np.isin(pivot.kinds[ours], _WORDS) & np.isin(source.kinds[theirs], _WORDS)
+    links, ours, theirs = links[words], ours[words], theirs[words]
+    of_pivot, of_source = _begin_with_space(pivot, ours), _begin_with_space(source, theirs)
+    consumed, spaced = steps.consumed.copy(), np.zeros(len(steps.base), bool)
+    consumed[links[of_source & ~of_pivot]] = 1
+    spaced[links[of_pivot & ~of_source]] = True
+    return Steps(steps.cases, steps.base, steps.spelled, consumed, steps.overhang), spaced
+
+
+def _begin_with_space(surfaces: Surfaces, ids: IntArray) -> BoolArray:
+    flat, starts, lengths = surfaces.flat
+    first = flat[np.minimum(starts[ids], len(flat) - 1)]
+    return np.asarray((lengths[ids] > 0) & (first == ord(" ")))
+
+
 @dataclass(frozen=True, eq=False)
 class _Entries:
     """Rows taken apart: all entries but the actual next token, that token's probability, and the tail without it."""
@@ -147,33 +177,44 @@ def _entries(alignment: TokenAlignment, rows: Rows, actual: FloatArray, base: In
 
 
 def _carry(
-    alignment: TokenAlignment, vocabulary_map: VocabularyMap, steps: Steps, at: IntArray, entries: _Entries
+    alignment: TokenAlignment,
+    vocabulary_map: VocabularyMap,
+    steps: Steps,
+    at: IntArray,
+    entries: _Entries,
+    *,
+    spaced: BoolArray,
 ) -> tuple[IntArray, FloatArray, FloatArray]:
     """All entries but s in the pivot's vocabulary: projected at links, conditioned and projected within tokens."""
     targets, mass, lost = vocabulary_map.spread(entries.ids, entries.mass)
     rest = entries.tail + lost
-    within = np.flatnonzero(steps.consumed[at] > 0)
+    within = np.flatnonzero((steps.consumed[at] > 0) | spaced[at])
     if not len(within):
         return targets, mass, rest
     consumed, ids = steps.consumed[at[within]], entries.ids[within]
     keep = begins_with(vocabulary_map.source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
-    left = _remainders(vocabulary_map, ids, consumed, keep)
-    left_mass = np.where(keep, entries.mass[within], 0.0)
+    kinds = vocabulary_map.source.kinds
+    keep &= np.isin(kinds[np.clip(ids, 0, len(kinds) - 1)], _WORDS)  # a special token is no text to be continued
+    left = _remainders(vocabulary_map, ids, consumed, spaced[at[within]], keep)
+    # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
+    left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
     targets[within], mass[within] = -1, 0.0
     targets[within, : left.shape[1]], mass[within, : left.shape[1]] = left, left_mass
     rest[within] = entries.tail[within] + np.where(left < 0, left_mass, 0.0).sum(axis=1)
     return targets, mass, rest
 
 
-def _remainders(vocabulary_map: VocabularyMap, ids: IntArray, consumed: IntArray, keep: BoolArray) -> IntArray:
-    """Pivot ids of what is left of the kept entries' surfaces, -1 for nothing."""
+def _remainders(
+    vocabulary_map: VocabularyMap, ids: IntArray, consumed: IntArray, spaced: BoolArray, keep: BoolArray
+) -> IntArray:
+    """Pivot ids of what is left of the kept entries' surfaces, after a space where ``spaced``; -1 for nothing."""
     found = np.full(ids.shape, -1, np.int64)
     rows, columns = np.nonzero(keep)
     if len(rows):
-        pairs = np.stack([ids[rows, columns], consumed[rows]])
-        unique, inverse = np.unique(pairs, axis=1, return_inverse=True)
+        triples = np.stack([ids[rows, columns], consumed[rows], spaced[rows]])
+        unique, inverse = np.unique(triples, axis=1, return_inverse=True)
         of = vocabulary_map.source.of
-        remains = [of[id_][length:] for id_, length in unique.T.tolist()]
+        remains = [b" " * space + of[id_][length:] for id_, length, space in unique.T.tolist()]
         found[rows, columns] = vocabulary_map.remainders(remains)[inverse.ravel()]
     return found
 

@@ -306,3 +306,43 @@ def test_rows_by_rule_put_a_one_hot_elsewhere():
         source_positions(alignment, mapping, "emm")
     exact = source_positions(align("ab", load("qwen"), load("qwen")), vocabulary_map("qwen", "qwen", "em"), "exact")
     assert exact.tolist() == [0]
+
+
+def opening_rows(alignment, entries: dict[int, float]):
+    """Rows of a source whose first one, after bos, has these entries; the others are certain of the text."""
+    (ids, logprobs, tail), actual = certain_rows(alignment)
+    wide = np.full((len(ids), len(entries)), -1), np.full((len(ids), len(entries)), -np.inf)
+    wide[0][:, 0], wide[1][:, 0] = ids[:, 0], logprobs[:, 0]
+    wide[0][0], wide[1][0] = list(entries), np.log(list(entries.values()))
+    tail[0] = 1 - sum(entries.values())
+    actual[0] = np.log(entries[int(alignment.source_ids[1])])
+    return (*wide, tail), actual
+
+
+def test_a_space_that_only_the_source_brings_is_conditioned_on():
+    """SentencePiece begins a text with ``▁Hi``, a byte-level tokenizer with ``Hi``."""
+    pivot, source = load("qwen"), load("mistral")
+    ours, theirs = tokenize("Hi there", pivot).opened(0), tokenize("Hi there", source).opened(1)
+    alignment = align_tokens("Hi there", ours, theirs)
+    marked = {word: source.convert_tokens_to_ids("▁" + word) for word in ("Hi", "The", "It")}
+    unmarked = source.convert_tokens_to_ids("ing")  # not after a space: the text has ruled it out
+    rows, actual = opening_rows(alignment, {marked["Hi"]: 0.4, marked["The"]: 0.2, unmarked: 0.2, marked["It"]: 0.1})
+    found = project_rows(alignment, vocabulary_map("qwen", "mistral"), rows, actual).rows
+    expected = {"Hi": 0.4 / 0.8, "The": 0.2 / 0.8, "It": 0.1 / 0.8}
+    ids = {pivot.convert_tokens_to_ids(word): mass for word, mass in expected.items()}
+    listed = {int(i): float(np.exp(p)) for i, p in zip(found.ids[0], found.logprobs[0], strict=True) if i >= 0}
+    assert listed == pytest.approx(ids)
+    assert found.tail[0] == pytest.approx(0.1 / 0.8)
+
+
+def test_a_space_that_only_the_pivot_brings_is_put_before_the_entries():
+    pivot, source = load("mistral"), load("qwen")
+    ours, theirs = tokenize("Hi there", pivot).opened(1), tokenize("Hi there", source).opened(0)
+    alignment = align_tokens("Hi there", ours, theirs)
+    words = {word: source.convert_tokens_to_ids(word) for word in ("Hi", "The", "It")}
+    rows, actual = opening_rows(alignment, {words["Hi"]: 0.4, words["The"]: 0.3, words["It"]: 0.1})
+    found = project_rows(alignment, vocabulary_map("mistral", "qwen"), rows, actual).rows
+    ids = {pivot.convert_tokens_to_ids("▁" + w): m for w, m in {"Hi": 0.4, "The": 0.3, "It": 0.1}.items()}
+    listed = {int(i): float(np.exp(p)) for i, p in zip(found.ids[0], found.logprobs[0], strict=True) if i >= 0}
+    assert listed == pytest.approx(ids)
+    assert found.tail[0] == pytest.approx(0.2)
