@@ -14,8 +14,8 @@ from fusekit.representation.forward import SplitForward
 from fusekit.representation.teacher import Teacher
 from fusekit.representation.topk import Selection
 from tests import reference
-from tests.representation.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
 from tests.representation.processes import run
+from tests.representation.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
 
 LENGTHS = [5, 17, 2, 30, 17, 9, 30, 3]
 
