@@ -256,10 +256,10 @@ def _score_with_little_memory(extra_megabytes, file):
     import psutil
 
     torch.set_num_threads(1)
-    model = random_model("llama", intermediate_size=8192, max_position_embeddings=512)
-    rows = random_rows([400] * 16)
+    model = random_model("llama", intermediate_size=16384, max_position_embeddings=512)
+    rows = random_rows([200] * 8)
     said = []
-    teacher = Teacher(model, selection=Selection(5), batch_tokens=8 * 400, notify=said.append)
+    teacher = Teacher(model, selection=Selection(5), batch_tokens=8 * 200, notify=said.append)
     free = teacher.score(rows)
     limit = psutil.Process().memory_info().vms + (extra_megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -275,9 +275,9 @@ def _score_with_little_memory(extra_megabytes, file):
 
 def test_memory_that_really_runs_out_halves_the_batch(tmp_path):
     file = tmp_path / "said"
-    # One tensor of the feed-forward takes 8 x 399 x 8192 x 4 = 105 MB, and there are two of them at a time.
+    # One tensor of the feed-forward takes 8 x 199 x 16384 x 4 = 104 MB, and there are two of them at a time.
     assert run(_score_with_little_memory, 100, file).exitcode == 0
-    assert "memory ran out at 8 rows of 39" in file.read_text()
+    assert "memory ran out at 8 rows of 19" in file.read_text()
     assert "same=True close=True" in file.read_text()
 
 
@@ -286,7 +286,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_with_the_numbers(tmp_path):
     assert run(_score_with_little_memory, 4, file).exitcode == 0
     said = file.read_text()
     assert said.startswith("refused row ")
-    assert "of 400 tokens does not fit into memory even alone" in said
+    assert "of 200 tokens does not fit into memory even alone" in said
     assert "tried to allocate" in said.lower()
     assert "--max-length" in said
     assert teacher_module.__name__ not in said
