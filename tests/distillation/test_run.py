@@ -176,7 +176,10 @@ class Fails(TrainerCallback):
 @pytest.fixture
 def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a run that died after the second of four steps."""
-    out = tmp_path / "out"
+    return interrupt(settings(training={"epochs": 2}), world, tmp_path / "out", monkeypatch)
+
+
+def interrupt(how: DistillSettings, world: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plain = distillation_run.FusionTrainer
 
     def failing(*args: Any, **options: Any) -> Any:
@@ -185,9 +188,17 @@ def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(distillation_run, "FusionTrainer", failing)
         with pytest.raises(RuntimeError, match="the machine is gone"):
-            distill(inputs(world), settings(training={"epochs": 2}), out)
+            distill(inputs(world), how, out)
     assert sorted(path.name for path in out.iterdir()) == ["source1.training"]
     return out
+
+
+def test_an_adapter_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = settings(training={"epochs": 2, "lora": {"r": 4, "lora_dropout": 0.3}})
+    out = interrupt(how, world, tmp_path / "out", monkeypatch)
+    (folder,) = distill(inputs(world), how, out, resume=True)
+    (whole,) = distill(inputs(world), how, tmp_path / "whole")
+    assert equal(tensors(folder), tensors(whole))
 
 
 def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Path) -> None:
