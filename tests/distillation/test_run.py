@@ -122,6 +122,29 @@ def test_a_pivot_becomes_a_plain_checkpoint(pivot: str, lora: Any, world: Path, 
     assert said[-1] == f"source1: published to {folder}"
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"bf16": True},
+        {"dtype": "bfloat16"},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "lora": {"r": 4}},
+        {"bf16": True, "dtype": "auto", "trainer": {"optim": "adafactor"}},
+    ],
+    ids=["bf16", "bfloat16 weights", "checkpointing", "checkpointing lora", "adafactor"],
+)
+def test_ways_to_need_less_memory_train_alike(training: Any, world: Path, tmp_path: Path) -> None:
+    plain = settings(training={"lora": training.get("lora"), "trainer": training.get("trainer", {})})
+    (a,) = distill(inputs(world), plain, tmp_path / "a")
+    (b,) = distill(inputs(world), settings(training=training), tmp_path / "b")
+    lines = [[line for line in json.loads((f / "training.json").read_text())["log"] if "loss" in line] for f in (a, b)]
+    for expected, found in zip(*lines, strict=True):
+        assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=2e-2)
+        assert found["grad_norm"] > 0
+    assert tensors(b).keys() == tensors(a).keys()
+    assert next(iter(tensors(b).values())).dtype == torch.float32
+
+
 def test_lora_weights_are_the_base_and_the_adapter(world: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
