@@ -162,7 +162,7 @@ class FusionDataset(Dataset[Example]):
         taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
         rows = given.rows if isinstance(given, LabelRows) else given
         foreign = name != PIVOT and self.projections[name].vocabulary_map is None
-        nll = None if foreign else label_nll(rows, labels)
+        nll = label_nll(rows, labels) if self.fusion.level == "token" and not foreign else None
         return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(key))
 
 

@@ -152,8 +152,8 @@ class FusionTrainer(Trainer):
         """The micro-batch's share of the loss of its optimizer step.
 
         inputs: of :class:`fusekit.distillation.collator.FusionCollator`. num_items_in_batch: labels of the optimizer
-        step over all processes; None for this batch alone (evaluation). A batch without a label gives zero, connected
-        to all parameters, so that no process waits for another. A loss that is no number makes all gradients NaN, and
+        step over all processes; not used in evaluation, where the batch stands alone. A batch without a label gives
+        zero, connected to all parameters, so that no process waits for another. A loss that is no number makes all gradients NaN, and
         the step is skipped on every process.
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
@@ -161,9 +161,8 @@ class FusionTrainer(Trainer):
         lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
         targets = self._targets(inputs) if np.any(np.less(lm_weight, 1)) else None
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
-        share = 1 / max(len(labels), 1)
-        if num_items_in_batch is not None:
-            share = self.accelerator.num_processes / max(num_items_in_batch, 1)
+        items = num_items_in_batch if model.training else None
+        share = 1 / max(len(labels), 1) if items is None else self.accelerator.num_processes / max(items, 1)
         loss = fusion_loss(
             logits,
             labels,
@@ -175,7 +174,7 @@ class FusionTrainer(Trainer):
             lm_weight=_weight(lm_weight * share, logits),
             fusion_weight=_weight((1 - lm_weight) * share, logits),
         )
-        if num_items_in_batch is not None:
+        if items is not None:
             self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
         value = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, math.nan)
         return (value, outputs) if return_outputs else value

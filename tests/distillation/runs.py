@@ -54,7 +54,7 @@ def trainer(
 ) -> FusionTrainer:
     """A trainer on the CPU with plain settings; ``arguments`` of TrainingArguments override them."""
     examples = data() if examples is None else examples
-    own = {"max_skipped_steps", "facts", "say", "callbacks"}
+    own = {"max_skipped_steps", "facts", "say", "callbacks", "eval_dataset"}
     options = {name: arguments.pop(name) for name in list(arguments) if name in own}
     fields: dict[str, Any] = {
         "output_dir": str(out),
@@ -69,7 +69,7 @@ def trainer(
         "disable_tqdm": True,
     }
     return FusionTrainer(
-        random_model("llama") if model is None else model,
+        (random_model("llama") if model is None else model).train(),
         TrainingArguments(**fields | arguments),
         examples,
         objective=objective or Objective(lm_weight=0.7),

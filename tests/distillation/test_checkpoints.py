@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,19 @@ def test_a_saved_step_replaces_what_was_left_of_it(tmp_path: Path) -> None:
     runs.long_run(tmp_path, save_steps=6).train()
     assert not stale.exists()
     assert checkpoints.problems_of(stale.parent) == []
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former checkpoint may go only once the new one is vouched for, also when one is all that is kept."""
+    seal = checkpoints.seal
+
+    def dying(checkpoint: Path, facts: dict[str, Any]) -> None:
+        if checkpoint.name == "checkpoint-2":
+            raise OSError("the power went")
+        seal(checkpoint, facts)
+
+    monkeypatch.setattr(checkpoints, "seal", dying)
+    with pytest.raises(OSError, match="the power went"):
+        runs.long_run(tmp_path, save_total_limit=1).train()
+    assert [step for step, _ in checkpoints.checkpoints(tmp_path)] == [2, 1]
+    assert checkpoints.last_good(tmp_path) == tmp_path / "checkpoint-1"

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,33 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
     done = invoke(*arguments(world, tmp_path / "out", *more))
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    long = ["--epochs", "400", "--set", "trainer.save_steps=3", "--set", "trainer.logging_steps=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusekit.cli", *map(str, arguments(world, out, *long))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("other.training/checkpoint-*/fusekit.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    assert "The same command with --resume goes on" in said
+    assert sorted(path.name for path in out.iterdir()) == ["other.training"]
+    refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--epochs", "1")])
+    assert "there already" in str(refused.exception)
+    changed = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--epochs", "1", "--resume")])
+    assert "training.epochs: 400.0, now 1.0" in str(changed.exception)
 
 
 @pytest.mark.slow

@@ -122,6 +122,29 @@ def test_a_pivot_becomes_a_plain_checkpoint(pivot: str, lora: Any, world: Path, 
     assert said[-1] == f"source1: published to {folder}"
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"bf16": True},
+        {"dtype": "bfloat16"},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "lora": {"r": 4}},
+        {"bf16": True, "dtype": "auto", "trainer": {"optim": "adafactor"}},
+    ],
+    ids=["bf16", "bfloat16 weights", "checkpointing", "checkpointing lora", "adafactor"],
+)
+def test_ways_to_need_less_memory_train_alike(training: Any, world: Path, tmp_path: Path) -> None:
+    plain = settings(training={"lora": training.get("lora"), "trainer": training.get("trainer", {})})
+    (a,) = distill(inputs(world), plain, tmp_path / "a")
+    (b,) = distill(inputs(world), settings(training=training), tmp_path / "b")
+    lines = [[line for line in json.loads((f / "training.json").read_text())["log"] if "loss" in line] for f in (a, b)]
+    for expected, found in zip(*lines, strict=True):
+        assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=2e-2)
+        assert found["grad_norm"] > 0
+    assert tensors(b).keys() == tensors(a).keys()
+    assert next(iter(tensors(b).values())).dtype == torch.float32
+
+
 def test_lora_weights_are_the_base_and_the_adapter(world: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -176,7 +199,10 @@ class Fails(TrainerCallback):
 @pytest.fixture
 def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a run that died after the second of four steps."""
-    out = tmp_path / "out"
+    return interrupt(settings(training={"epochs": 2}), world, tmp_path / "out", monkeypatch)
+
+
+def interrupt(how: DistillSettings, world: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plain = distillation_run.FusionTrainer
 
     def failing(*args: Any, **options: Any) -> Any:
@@ -185,9 +211,17 @@ def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(distillation_run, "FusionTrainer", failing)
         with pytest.raises(RuntimeError, match="the machine is gone"):
-            distill(inputs(world), settings(training={"epochs": 2}), out)
+            distill(inputs(world), how, out)
     assert sorted(path.name for path in out.iterdir()) == ["source1.training"]
     return out
+
+
+def test_an_adapter_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = settings(training={"epochs": 2, "lora": {"r": 4, "lora_dropout": 0.3}})
+    out = interrupt(how, world, tmp_path / "out", monkeypatch)
+    (folder,) = distill(inputs(world), how, out, resume=True)
+    (whole,) = distill(inputs(world), how, tmp_path / "whole")
+    assert equal(tensors(folder), tensors(whole))
 
 
 def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Path) -> None:

@@ -128,6 +128,32 @@ def test_the_better_model_of_a_row_teaches_it() -> None:
         np.testing.assert_allclose(example["target_tail"], expected.tail, atol=1e-6)
 
 
+def test_the_better_model_of_a_label_teaches_it() -> None:
+    """At token level every label has the row, of those there are, that gives it most."""
+    data = dataset(ROWS, {"s": captured(ROWS, sharpness=2.0)}, fusion=FusionSettings(level="token"))
+    chosen = set()
+    for i, row in enumerate(ROWS):
+        tokens = worlds.read(row, PIVOT)
+        labels = tokens.ids[tokens.label_positions]
+        own = data.pivot.get(row.key)  # type: ignore[union-attr]
+        other = label_rows(row, tokens, data.sources["s"].get(row.key), Projection(MAP))  # type: ignore[arg-type]
+        nll = np.stack([label_nll(own.rows, labels), label_nll(other.rows, labels)])
+        nll[1, ~other.taught] = np.inf
+        best = nll.argmin(axis=0)
+        chosen |= set(best.tolist())
+        example = data[i]
+        for j, side in enumerate(best):
+            rows = other.rows if side else own.rows
+            expected = {int(a): float(b) for a, b in zip(rows.ids[j], rows.logprobs[j], strict=True) if a >= 0}
+            got = {
+                int(a): float(b)
+                for a, b in zip(example["target_ids"][j], example["target_logprobs"][j], strict=True)
+                if a >= 0
+            }
+            assert got == pytest.approx(expected, abs=1e-5)
+    assert chosen == {0, 1}
+
+
 def test_a_certain_source_is_certain_of_the_pivots_labels() -> None:
     source = {row.key: worlds.certain(worlds.read(row, SOURCE)) for row in ROWS}
     data = dataset(ROWS, {"s": source}, fusion=FusionSettings(include_pivot=False))

@@ -273,11 +273,23 @@ def test_the_log_says_what_taught(tmp_path: Path) -> None:
     assert line["loss"] == pytest.approx(0.7 * line["lm_loss"] + 0.3 * line["fusion_loss"], rel=1e-5)
 
 
+def test_evaluation_is_the_loss_of_a_batch_and_leaves_the_log_alone(tmp_path: Path) -> None:
+    held_out = Subset(runs.data(), [8, 9, 10, 11])
+    made = runs.trainer(tmp_path, eval_dataset=held_out, learning_rate=1e-9, per_device_eval_batch_size=4)
+    found = made.evaluate()["eval_loss"]
+    made.train()
+    batch = made.data_collator([held_out[i] for i in range(4)])
+    assert found == pytest.approx(made.compute_loss(made.model.eval(), batch).item(), rel=1e-5)
+    lines = [line for line in made.state.log_history if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(0.7 * lines[0]["lm_loss"] + 0.3 * lines[0]["fusion_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2", "gemma2"])
 def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
     model = random_model(architecture)
     made = runs.trainer(tmp_path, model)
     batch = made.data_collator([runs.data()[i] for i in range(3)])
+    model.eval()  # no dropout
     _, logits, positions = made._logits(model, batch, batch["predicting"])
     assert positions is None
     whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
