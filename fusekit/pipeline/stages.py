@@ -252,22 +252,23 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     if section is None:
         return None
     from fusekit.evaluation.metrics import evaluate_model
-    from fusekit.representation.checkpoint import ModelChoice
 
     layout = context.layout
     paths = [section.path] if isinstance(section.path, str) else section.path
     held_out = {path: _file_hash(path) for path in paths}
     rows = list(chain.from_iterable(read_rows(path, limit=section.limit) for path in paths))
-    models = {PIVOT: (choice_of(context.recipe.pivot), context.recipe.pivot.chat_template)}
+    pivot = context.recipe.pivot
+    models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
+    own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
     if (layout.baselines / "sft").is_dir():
-        models[BASELINE] = (ModelChoice(str(layout.baselines / "sft")), context.recipe.pivot.chat_template)
+        models[BASELINE] = (replace(own, model=str(layout.baselines / "sft")), pivot.chat_template)
     for source in context.recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
         models[f"sources/{source.label}"] = (choice_of(source), template)
     for path in targets:
-        models[f"targets/{path.name}"] = (ModelChoice(str(path)), context.recipe.pivot.chat_template)
+        models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
     if layout.merged.is_dir():
-        models["merged"] = (ModelChoice(str(layout.merged)), context.recipe.pivot.chat_template)
+        models["merged"] = (replace(own, model=str(layout.merged)), pivot.chat_template)
     results: dict[str, Any] = {}
     for name, (choice, template) in models.items():
         inputs = {
