@@ -85,8 +85,9 @@ def row_lines(row: CapturedRow, tokenizer: Any, most: int) -> Iterator[str]:
     tokenizer: of the model, to turn ids into strings.
     """
     tokens = row.tokens
-    yield f"row {tokens.key} ({row.dataset or 'no dataset'}): {len(tokens)} tokens, {len(row.actual)} labels, "
-    yield f"  {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
+    yield f"row {tokens.key} ({row.dataset or 'no dataset'})"
+    size = f"{len(tokens)} tokens, {len(row.actual)} labels"
+    yield f"  {size}, {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
     yield f"  {_shown(tokenizer.decode(tokens.ids.tolist()), 600)}"
     positions = tokens.label_positions.tolist()
     for j, position in enumerate(positions[:most]):

@@ -60,7 +60,8 @@ class _Block:
         """Tokens that a message takes, per model."""
         row = Row((message,))
         lengths: IntArray = np.array([len(tokenizer.tokenize(row)) for tokenizer in self.tokenizers])
-        return lengths - self.overhead
+        taken: IntArray = lengths - self.overhead
+        return taken
 
     def add(self, message: Message, needs: IntArray, dataset: str) -> None:
         self.messages.append(message)
@@ -103,8 +104,8 @@ def _pack(content: str, dataset: str, block: _Block) -> Iterator[Row]:
             start = stop
         elif not block.messages:
             raise DataError(
-                f"block_tokens {block.size} is too small: the text {data[start : start + 40].decode(errors='ignore')!r} has no place within it where "
-                "every model can begin anew"
+                f"block_tokens {block.size} is too small: {data[start : start + 40].decode(errors='ignore')!r} has no "
+                "place within it where every model can begin anew"
             )
         yield block.close()
 

@@ -105,7 +105,7 @@ def capture(
             _Shards(rows, tokenizer, load(), writer, options).write(missing)
         processes.wait()
         processes.first_then_all(writer.finish)
-    return Store.open(path)
+    return Store.open(out)  # errors and reports name it as the caller does
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,10 @@ def _turns(turns: list[Any], role_key: str, content_key: str, where: str) -> tup
 
 
 def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    value = record[key]
+    value = record.get(key)
     if not isinstance(value, list):
-        raise DataError(f"{where}: {key!r} is {_kind(value)}, not a list")
+        said = _kind(value) if key in record else "missing, unlike in the file's first row"
+        raise DataError(f"{where}: {key!r} is {said}, not a list")
     return value
 
 

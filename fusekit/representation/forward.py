@@ -19,8 +19,8 @@ ULPS = 64
 class SplitForward:
     """The two halves of a model whose ``forward`` calls one decoder and reads ``last_hidden_state`` of its output.
 
-    For the first half the decoder hands on one position only, so that the head computes next to nothing; for the
-    second the decoder is replaced by chosen hidden states.
+    For the first half the decoder hands on no position at all, so that the head computes nothing (for a single one it
+    would read all of its weights); for the second the decoder is replaced by chosen hidden states.
     """
 
     def __init__(self, model: Any) -> None:
@@ -40,7 +40,7 @@ class SplitForward:
             output = run(*args, **kwargs)
             self._output_class = type(output)
             kept.append(output[0])
-            return self._output(output[0][:1, :1])
+            return self._output(output[0][:1, :0])
 
         with _replaced_forward(self.decoder, keep_all):
             self.model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -36,7 +36,11 @@ class Processes:
         """As accelerate sees it; with several processes it connects them, by NCCL between GPUs and by gloo else."""
         from accelerate import PartialState
 
-        state: Any = PartialState(timeout=PATIENCE)
+        # Without the flag accelerate leaves the processes of a machine without accelerators on their own.
+        on_cpu = (
+            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+        )
+        state: Any = PartialState(cpu=on_cpu, timeout=PATIENCE)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         return cls(state.process_index, state.num_processes, local, torch.device(state.device))
 

@@ -286,6 +286,8 @@ class RowTokenizer:
                 messages=messages,
             )
             border = control[closing][1] if closing >= 0 else 0
+            if closing < 0 <= before and messages[before].role == "assistant":  # an end of turn that is text
+                border = next((b for a, b in labels if a == 0 and b < len(text) + 1), 0)
             cuts = {0, len(text), border, *(edge for entry in control for edge in entry[:2])}
             inside = [edge for span in labels for edge in span if not any(c[0] < edge < c[1] for c in control)]
             edges = sorted(cuts | set(inside))

@@ -175,7 +175,7 @@ class Teacher:
         )
 
     def _forward(self, rows: list[TokenizedRow]) -> list[_RowScores]:
-        ids, mask = _padded(rows)
+        ids, mask = padded(rows)
         positions = [row.label_positions for row in rows]
         labels = torch.from_numpy(np.concatenate([row.ids[at] for row, at in zip(rows, positions, strict=True)]))
         scores = (self._scores_split if self._split else self._scores_plain)(
@@ -241,7 +241,7 @@ def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRo
     return CapturedRow(row, dataset, rows, scores.actual, float(np.sum(scores.nll)))
 
 
-def _padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and mask, int64 [B, T], of the rows' tokens up to the last that predicts a label."""
     lengths = [int(row.label_positions[-1]) for row in rows]
     ids = np.empty((len(rows), max(lengths)), np.int64)

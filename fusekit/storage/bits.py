@@ -7,6 +7,8 @@ in unary (that many zeros, then a one), so that both are read without a loop ove
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -161,26 +163,32 @@ class Reader:
 
     def _unary(self, count: int) -> IntArray:
         octets = self._take(self.varint())
-        ones = np.flatnonzero(np.unpackbits(octets, bitorder="little"))
+        ones = np.unpackbits(octets, bitorder="little").nonzero()[0]
         if len(ones) != count:
             raise StorageError(f"{len(ones)} numbers stand where {count} should")
-        return np.asarray(np.diff(ones, prepend=-1) - 1)
+        rest: IntArray = ones.astype(np.int64)
+        rest[1:] -= ones[:-1] + 1
+        return rest
 
     def fixed(self, count: int, widths: int | IntArray) -> IntArray:
         """``count`` numbers of given widths."""
+        masks: Any
         if isinstance(widths, int):
             if widths == 0 or not count:
                 return np.zeros(count, np.int64)
-            starts = np.arange(count, dtype=np.int64) * widths
             total, widest = count * widths, widths
+            starts = np.arange(0, total, widths, dtype=np.int64)
+            masks = np.uint64((1 << widths) - 1) if widths <= MAX_WIDTH else None
         else:
             starts = np.cumsum(widths)
             total, widest = int(starts[-1]) if count else 0, int(widths.max(initial=0))
             starts -= widths
+            masks = (np.uint64(1) << widths.view(np.uint64)) - np.uint64(1)
         if widest > MAX_WIDTH:
             raise StorageError(f"numbers of {widest} bits are wider than {MAX_WIDTH}")
         base = self._at
         self._take((total + 7) // 8)
         windows = self._windows[base + (starts >> 3)]
-        masks = (np.uint64(1) << np.asarray(widths, np.uint64)) - np.uint64(1)
-        return np.asarray((windows >> (starts & 7).astype(np.uint64)) & masks).view(np.int64)
+        windows >>= (starts & 7).view(np.uint64)
+        windows &= masks
+        return np.asarray(windows.view(np.int64))

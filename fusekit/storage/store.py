@@ -97,10 +97,10 @@ class Store:
         manifest = read_json(folder / MANIFEST, Manifest)
         if manifest is None:
             raise StorageError(f"{folder} is no store of captured rows: it has no {MANIFEST}")
+        records = _records(folder, manifest)
+        if not incomplete:
+            _refuse_incomplete(folder, manifest, records)
         try:
-            records = _records(folder, manifest)
-            if not incomplete:
-                _refuse_incomplete(folder, manifest, records)
             shards = [open_shard(folder / record.file, record.size, record.index_xxh3) for record in records]
             store = cls(folder, manifest, records, shards)
         except StorageError as error:

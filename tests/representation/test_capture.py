@@ -18,6 +18,7 @@ from fusekit.representation.topk import Selection
 from fusekit.storage import Store, output_lock
 from tests import reference
 from tests.helpers import edit_tensors
+from tests.merging.test_disk import mounted  # noqa: F401
 from tests.representation.conftest import DEMO, demo_rows
 from tests.representation.test_teacher import FLOAT32_BOUND
 
@@ -222,6 +223,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, 
     with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
         run(data, tmp_path / "out", settings(batch_tokens=10**10))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mounted):  # noqa: F811
+    small = mounted("size=4k")
+    with pytest.raises(
+        CaptureError, match=r"disk \(20 captured rows, at most\): about .* needed, .* free on the disk of"
+    ):
+        run(data, small / "out")
+    assert list(small.iterdir()) == [small / ".out.fusekit.lock"] or list(small.iterdir()) == []
 
 
 def invoke(*args, status=0):

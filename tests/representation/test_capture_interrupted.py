@@ -1,0 +1,235 @@
+"""Captures that are killed and stopped at every commit, in one process and in two, for real."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.representation.capture import CaptureOptions, capture
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.load import load_model, valid_ids
+from fusekit.representation.processes import Processes
+from fusekit.representation.teacher import Teacher
+from fusekit.representation.topk import Selection
+from fusekit.storage import Store, StoreSpec
+from tests.merging.processes import ENVIRONMENT, kill_at_event
+from tests.representation.conftest import DEMO, demo_rows, write_rows
+from tests.representation.processes import Process, command, fusekit, ranks, run
+
+SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(store.iterdir())}
+
+
+class Bench:
+    """A loaded model in a process that forks: a child that captures starts in milliseconds."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.folder = folder
+        self.rows, self.tokenizer = demo_rows(folder, 12)
+        # bfloat16 is slow on most CPUs.
+        model = load_model(find_checkpoint(ModelChoice(str(DEMO / "numbers"), dtype="float32")), torch.device("cpu"))
+        self.teacher = Teacher(model, valid_ids(self.tokenizer.tokenizer), Selection(5), batch_tokens=128)
+
+    def fork(self, out: Path, rank: int, world: int, port: int, event: int, counter: Path) -> int:
+        """Start a capture, which dies at its ``event``-th file operation on the store (0: none); its process id."""
+        child = os.fork()
+        if child:
+            return child
+        try:
+            if world > 1:
+                store = f"tcp://127.0.0.1:{port}"
+                torch.distributed.init_process_group(
+                    "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=30)
+                )
+            if event >= 0:
+                kill_at_event(event, str(counter))
+            capture(
+                self.rows,
+                self.tokenizer,
+                lambda: self.teacher,
+                out=out,
+                spec=lambda: SPEC,
+                options=CaptureOptions(quiet=True),
+                processes=Processes(rank, world, world, torch.device("cpu")),
+            )
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def finish(self, children: list[int]) -> list[int]:
+        """Exit codes, negative for a signal; once one has died the others are killed, as a launcher does."""
+        codes: dict[int, int] = {}
+        while len(codes) < len(children):
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child]:
+                for other in set(children) - codes.keys():
+                    os.kill(other, signal.SIGKILL)
+        return [codes[child] for child in children]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
+    """Kill one process at each file operation, run again, compare with the store of a run that nobody disturbed."""
+    bench = Bench(folder)
+    expected_path = folder / "whole" / "out"
+    counters = [folder / f"count{rank}" for rank in range(world)]
+
+    def start(out: Path, events: list[int]) -> list[int]:
+        port = free_port()
+        return bench.finish([bench.fork(out, rank, world, port, events[rank], counters[rank]) for rank in range(world)])
+
+    assert start(expected_path, [0] * world) == [0] * world
+    expected = contents(expected_path)
+    # Equal to what one process makes, whatever the number of processes.
+    alone = folder / "alone" / "out"
+    assert bench.finish([bench.fork(alone, 0, 1, 0, -1, counters[0])]) == [0]
+    assert contents(alone) == expected
+    kills = finished = 0
+    for rank in range(world):
+        total = int(counters[rank].read_text())
+        assert total > 10
+        for event in range(1, total + 1, stride):
+            out = folder / f"{rank}-{event}" / "out"
+            codes = start(out, [event if r == rank else -1 for r in range(world)])
+            assert codes[rank] == -signal.SIGKILL, (rank, event, codes)
+            kills += 1
+            there = contents(out) if out.exists() else {}
+            finished += there.keys() == expected.keys()
+            # What is there under its final name is whole, before the next run touches anything.
+            assert all(
+                there[name] == content for name, content in expected.items() if name in there and "shard" in name
+            )
+            assert start(out, [-1] * world) == [0] * world, (rank, event)
+            assert contents(out) == expected, (rank, event)
+            leftovers = [p.name for p in out.parent.iterdir() if p.name not in ("out", ".out.fusekit.lock")]
+            assert leftovers == [], (rank, event)
+            shutil.rmtree(out.parent)
+    print(f"kills={kills} finished={finished}")
+    assert finished < kills
+
+
+def test_sigkill_at_every_file_operation_of_one_process(tmp_path):
+    done = run(_kill_at_every_event, tmp_path, 1, 1)
+    assert done.exitcode == 0, done.output
+    assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 30
+
+
+def test_sigkill_at_commits_of_either_of_two_processes(tmp_path):
+    done = run(_kill_at_every_event, tmp_path, 2, 3)
+    assert done.exitcode == 0, done.output
+    assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 10
+
+
+def signal_self_at_second_shard() -> None:
+    """Send the signal named in the environment to this process while the second shard is written."""
+    number = signal.Signals[os.environ["FUSEKIT_TEST_SIGNAL"]]
+    sent = []
+
+    def hook(event, args):
+        if event == "open" and ".shard-00001.safetensors" in str(args[0]) and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_path, monkeypatch, number, status):
+    write_rows(tmp_path / "rows.jsonl", 20)
+    arguments = ("represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64")
+    stopped = Process(
+        command, tmp_path, (*arguments, "--overwrite"), {"FUSEKIT_TEST_SIGNAL": number}, signal_self_at_second_shard
+    ).wait()
+    assert stopped.exitcode == status, stopped.output
+    assert "Traceback" not in stopped.output
+    assert "1 shards are whole in out. To go on:" in stopped.output
+    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.safetensors"]
+    first = (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino
+    again = shlex.split(stopped.output.strip().splitlines()[-1])
+    assert again == ["fusekit", *arguments]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, again[1:])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino == first
+    assert Store.open(tmp_path / "out", verify=True).complete
+
+
+def test_two_processes_of_a_launcher_make_the_store_of_one(tmp_path, monkeypatch):
+    """torchrun itself; and one refusal, which only the first process prints."""
+    write_rows(tmp_path / "rows.jsonl", 20)
+    arguments = [str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fusekit.cli",
+    ]
+    done = subprocess.run(
+        [*launch, "represent", *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("complete") == 1
+    assert "capturing (process 0 of 2): 10 of 10 rows" in done.stderr
+    store = Store.open(tmp_path / "out", verify=True)
+    assert len(store) == 20
+    monkeypatch.chdir(tmp_path)
+    arguments[2] = "alone"
+    assert CliRunner().invoke(cli, ["represent", *arguments]).exit_code == 0
+    for one, other in zip(store, Store.open("alone"), strict=True):
+        assert np.array_equal(one.rows.ids, other.rows.ids)
+        assert np.array_equal(one.actual, other.actual)
+
+
+def test_a_refusal_stops_every_process_and_is_said_once(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    children = ranks(tmp_path, 2, "represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--max-length", "64")
+    finished = [child.wait() for child in children]
+    assert [child.exitcode for child in finished] == [1, 1]
+    assert "thesis.txt" in finished[0].output
+    assert "thesis.txt" not in finished[1].output
+
+
+def test_a_model_spread_over_devices_is_refused_in_two_processes(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 2)
+    arguments = ("represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--device-map", "auto", "--max-length", "64")
+    finished = [child.wait() for child in ranks(tmp_path, 2, *arguments)]
+    assert [child.exitcode for child in finished] == [1, 1]
+    assert "runs in one process, not in 2" in finished[0].output
+    assert fusekit(tmp_path, *arguments).exitcode == 0  # on a CPU, auto is that CPU

@@ -1,0 +1,223 @@
+"""Faults 12 and 25: what is not loaded, and the error that says what to do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusekit.errors import CaptureError
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
+from tests.helpers import tiny_llama
+from tests.merging.hub_server import Hub, Repository
+from tests.merging.processes import ENVIRONMENT
+from tests.representation.conftest import DEMO, write_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny_llama(tmp_path / "model")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+def test_pickled_weights_are_refused_unless_allowed_and_run_nothing_even_then(model, tmp_path):
+    from safetensors.torch import load_file
+
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin")
+    with pytest.raises(CaptureError, match=r"pickled \(.*pytorch_model\.bin\).*--allow-pickle"):
+        find_checkpoint(ModelChoice(str(model)))
+    allowed = ModelChoice(str(model), allow_pickle=True)
+    assert load_model(find_checkpoint(allowed), CPU).config.vocab_size == 64
+    torch.save({**weights, "x": Bomb(str(tmp_path / "exploded"))}, model / "pytorch_model.bin")
+    with pytest.raises(CaptureError, match="cannot be loaded"):
+        load_model(find_checkpoint(allowed), CPU)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_index_that_names_pickles_is_refused(model):
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CaptureError, match=r"pytorch_model-00001-of-00001\.bin"):
+        find_checkpoint(ModelChoice(str(model)))
+
+
+def test_code_of_a_model_runs_only_when_allowed_for_it(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    (model / "code.py").write_text(
+        "import os\n"
+        f"os.makedirs({str(tmp_path / 'ran')!r}, exist_ok=True)\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'homemade'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    with pytest.raises(CaptureError, match=r"Python code of its own.*--trust-remote-code"):
+        find_checkpoint(ModelChoice(str(model)))
+    assert not (tmp_path / "ran").exists()
+    loaded = load_model(find_checkpoint(ModelChoice(str(model), trust_remote_code=True)), CPU)
+    assert type(loaded).__name__ == "Model"
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_known_architecture_is_loaded_without_the_code_that_comes_with_it(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (model / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    assert type(load_model(find_checkpoint(ModelChoice(str(model))), CPU)).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda m: (m / "config.json").unlink(), r"has no config\.json"),
+        (lambda m: (m / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
+        (lambda m: (m / "model.safetensors.index.json").write_text("{}"), "is not an index of shards"),
+        (
+            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+            "which is not a weight file in the same folder",
+        ),
+        (
+            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            r"b\.safetensors is not there",
+        ),
+    ],
+)
+def test_folders_that_lack_something_are_named_with_it(model, break_it, expected):
+    break_it(model)
+    with pytest.raises(CaptureError, match=expected):
+        find_checkpoint(ModelChoice(str(model)))
+
+
+def test_weights_that_are_cut_off_are_named(model):
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(CaptureError, match=r"cannot be loaded: SafetensorError: .*check the files in"):
+        load_model(find_checkpoint(ModelChoice(str(model))), CPU)
+
+
+def test_names_that_are_no_model_fail_without_a_network(tmp_path):
+    (tmp_path / "file").touch()
+    for name, expected in [
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("a/b/c", "there is no folder a/b/c"),
+        (str(tmp_path / "file"), "is a file"),
+    ]:
+        with pytest.raises(CaptureError, match=expected):
+            find_checkpoint(ModelChoice(name))
+    with pytest.raises(CaptureError, match="the revision 'main' has no meaning"):
+        find_checkpoint(ModelChoice(str(tmp_path), revision="main"))
+
+
+def test_a_fingerprint_changes_with_any_weight_and_not_with_the_place(model, tmp_path):
+    one = find_checkpoint(ModelChoice(str(model))).fingerprint()
+    shutil.copytree(model, tmp_path / "copy")
+    copy = find_checkpoint(ModelChoice(str(tmp_path / "copy")))
+    assert copy.fingerprint() == one
+    content = bytearray((tmp_path / "copy" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "copy" / "model.safetensors").write_bytes(content)
+    assert copy.fingerprint() != one
+
+
+def test_ids_that_are_tokens_and_the_longest_input(model):
+    checkpoint = find_checkpoint(ModelChoice(str(model)))
+    assert valid_ids(load_tokenizer(checkpoint)).tolist() == list(range(32))
+    assert longest_input(checkpoint) == 64
+
+
+DRIVER = """
+import contextlib, io, json, os, sys, time
+from fusekit.cli import main
+results = []
+for environment, args in json.load(sys.stdin):
+    os.environ.update(environment)
+    text, started, status = io.StringIO(), time.monotonic(), 0
+    sys.argv = ["fusekit", "represent", *args]
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    results.append([status, text.getvalue(), time.monotonic() - started])
+json.dump(results, sys.__stdout__)
+"""
+
+
+def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(tmp_path):
+    """One process with the real client against a hub on loopback."""
+    write_rows(tmp_path / "rows.jsonl", 4)
+    shutil.copytree(DEMO / "numbers", tmp_path / "numbers")
+    sound = Repository(tmp_path / "numbers")
+    with Hub({"demo/numbers": sound, "demo/gated": Repository(tmp_path / "numbers", gated=True)}) as hub:
+        inherited = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("HF_", "HUGGING"))}
+        common = ["rows.jsonl"]
+        rest = ["--max-length", "64", "--quiet"]
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER],
+            cwd=tmp_path,
+            env={
+                **inherited,
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_ETAG_TIMEOUT": "2",
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "cache"),
+            },
+            input=json.dumps(
+                [
+                    ({}, ["demo/numbers", *common, "out", *rest]),
+                    ({}, ["demo/gated", *common, "gated", *rest]),
+                    ({}, ["demo/misspelled", *common, "none", *rest]),
+                    ({}, ["demo/numbers", *common, "out2", "--revision", "nope", *rest]),
+                ]
+            ),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        commit = sound.commit()
+    fine, gated, misspelled, revision = json.loads(done.stdout)
+    assert fine[0] == 0, fine[1]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["spec"]["model_fingerprint"] == f"commit {commit}"
+    for result, expected in [
+        (gated, "demo/gated is gated: accept its licence at"),
+        (misspelled, "demo/misspelled is not a local folder and not a model on"),
+        (revision, "has no revision 'nope'"),
+    ]:
+        assert result[0] == 1
+        assert expected in result[1]
+        assert "Traceback" not in result[1]
+        assert result[2] < 20
+    assert not (tmp_path / "gated").exists()
+
+
+def test_a_model_that_is_not_cached_fails_at_once_offline(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CaptureError, match=r"HF_HUB_OFFLINE is set: unset it, or fetch the model .*hf download"):
+        find_checkpoint(ModelChoice("somebody/something"))

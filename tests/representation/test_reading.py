@@ -1,0 +1,222 @@
+"""Files and hub ids: every form, errors that name file and line, and fuzz."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusekit.errors import DataError, FusekitError
+from fusekit.representation import Message, read_rows
+from tests.merging.hub_server import Hub
+
+PAIR = (Message("user", "What?"), Message("assistant", "That ✓."))
+RECORDS = {
+    "messages": {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That ✓."}]},
+    "sharegpt": {
+        "id": "1",
+        "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That ✓."}],
+    },
+    "sharegpt by name": {
+        "conversations": [{"from": "user", "value": "What?"}, {"from": "assistant", "value": "That ✓."}]
+    },
+    "roles": {"conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That ✓."}]},
+    "alpaca": {"instruction": "What?", "input": "", "output": "That ✓.", "text": "Below is"},
+    "prompt": {"prompt": "What?", "response": "That ✓."},
+    "question": {"question": "What?", "answer": "That ✓."},
+}
+
+
+def write(path, records):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1))
+    else:
+        pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("form", sorted(RECORDS))
+def test_forms(tmp_path, form, ending):
+    rows = list(read_rows(write(tmp_path / f"data{ending}", [RECORDS[form]] * 3)))
+    assert [row.messages for row in rows] == [PAIR] * 3
+    assert {row.dataset for row in rows} == {"data"}
+    assert len({row.key for row in rows}) == 1
+
+
+def test_the_key_is_stable():
+    from fusekit.representation import Row
+
+    assert Row(PAIR).key == Row(PAIR, dataset="other").key == "41bece8a02d293b741391a40053a510c"
+    assert Row((PAIR[1], PAIR[0])).key != Row(PAIR).key
+
+
+def test_inputs_systems_datasets_and_text(tmp_path):
+    records = [{"instruction": "Add.", "input": "1 2", "output": "3", "dataset": "sums"}]
+    (row,) = read_rows(write(tmp_path / "a.jsonl", records))
+    assert row.messages == (Message("user", "Add.\n\n1 2"), Message("assistant", "3"))
+    assert row.dataset == "sums"
+    records = [{"system": "S", "conversations": RECORDS["sharegpt"]["conversations"]}]
+    assert next(read_rows(write(tmp_path / "b.jsonl", records))).messages == (Message("system", "S"), *PAIR)
+    records = [{"text": "one\r\ntwo"}, {"text": ""}]
+    assert [row.messages for row in read_rows(write(tmp_path / "c.parquet", records))] == [
+        (Message("text", "one\r\ntwo"),),
+        (Message("text", ""),),
+    ]
+    (tmp_path / "d.txt").write_bytes("é\r\n\ufeffx".encode())
+    assert next(read_rows(tmp_path / "d.txt")).messages == (Message("text", "é\r\n\ufeffx"),)
+    assert len(list(read_rows(tmp_path))) == 5
+    assert len(list(read_rows(tmp_path, limit=2))) == 2
+
+
+def test_json_lines_may_end_in_json_and_begin_with_a_mark(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b"\xef\xbb\xbf" + "\n".join(json.dumps(RECORDS["messages"]) for _ in range(2)).encode())
+    assert [row.messages for row in read_rows(file)] == [PAIR] * 2
+    file.write_text(json.dumps({"data": [RECORDS["messages"]]}, indent=1))
+    assert [row.messages for row in read_rows(file)] == [PAIR]
+
+
+GOOD = json.dumps(RECORDS["messages"])
+BAD = [
+    (f"{GOOD}\n{GOOD}\n{{'a': 1}}\n", r"a\.jsonl, line 3: no JSON: .*\(column 2\)"),
+    (f"{GOOD}\n[1]\n", r"a\.jsonl, line 2: a row is a list, not an object"),
+    ('{"foo": 1, "bar": 2}', r"a\.jsonl, line 1: the keys are 'foo', 'bar'; accepted are messages \(a list of"),
+    ("{}", r"line 1: the keys are none; accepted"),
+    ('{"prompt": "a", "response": "b", "question": "c", "answer": "d"}', "fit several forms"),
+    ('{"messages": "x"}', r"line 1: 'messages' is text, not a list"),
+    ('{"messages": ["x"]}', r"line 1, message 0 is text, not an object with 'role' and 'content'"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 1, message 0 has role 'tool': known are system, human"),
+    ('{"messages": [{"role": "user", "content": null}]}', r"message 0: 'content' is null, not text"),
+    ('{"messages": [{"role": "user"}]}', r"message 0: 'content' is missing, not text"),
+    ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
+    (f'{GOOD}\n{{"text": "x"}}\n', r"line 2"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_errors_name_file_and_line(tmp_path, content, message):
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(file))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
+        read_rows(tmp_path / "nothing.jsonl")
+    with pytest.raises(DataError, match=r"nothing\.parquet does not exist"):
+        read_rows("nothing.parquet")
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(
+        DataError, match=r"a\.csv ends in '\.csv': files of rows end in \.jsonl, \.json, \.parquet, \.txt"
+    ):
+        read_rows(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="a folder without a file"):
+        read_rows(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: no UTF-8 at byte 10"):
+        list(read_rows(tmp_path / "a.jsonl"))
+    (tmp_path / "a.txt").write_bytes(b"a\nb\n\xff")
+    with pytest.raises(DataError, match=r"a\.txt, line 3: no UTF-8"):
+        list(read_rows(tmp_path / "a.txt"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet, after row 0: no readable Parquet"):
+        list(read_rows(tmp_path / "a.parquet"))
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        list(read_rows(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text('[\n{"text": "a"},\n nope]')
+    with pytest.raises(DataError, match=r"a\.json, line 3: no JSON"):
+        list(read_rows(tmp_path / "a.json"))
+    with pytest.raises(DataError, match="limit is -1"):
+        read_rows(tmp_path, limit=-1)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_large_files_are_read_row_by_row(tmp_path, ending):
+    file = write(tmp_path / f"a{ending}", [{"text": "x" * 20_000 + str(n)} for n in range(1500)])
+    if ending == ".jsonl":
+        assert file.stat().st_size > 30e6
+    tracemalloc.start()
+    rows = read_rows(file)
+    assert [len(row.messages[0].content) for row in itertools.islice(rows, 3)] == [20_001] * 3
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12e6
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".txt"])
+def test_damaged_files_raise_nothing_but_our_own(tmp_path, ending, data):
+    source = tmp_path / f"whole{'.jsonl' if ending == '.txt' else ending}"
+    if not source.exists():
+        write(source, [RECORDS["messages"], RECORDS["messages"]])
+    content = bytearray(source.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    file = tmp_path / f"damaged{ending}"
+    file.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        for row in read_rows(file):
+            assert isinstance(row.key, str)
+    except FusekitError as error:
+        if "damaged" not in str(error):
+            raise
+
+
+ASK = """
+import sys
+from fusekit.errors import DataError
+from fusekit.representation import read_rows
+try:
+    print(len(list(read_rows(sys.argv[1], streaming=len(sys.argv) > 2))))
+except DataError as error:
+    print("DataError:", error)
+"""
+
+
+def ask(tmp_path, *arguments, **environment):
+    base = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", ASK, *arguments],
+        env={**base, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "2", "CI": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started < 60
+    return result.stdout
+
+
+@pytest.mark.parametrize("streaming", [[], ["streaming"]])
+def test_offline_and_unreachable_hubs_fail_fast_with_a_hint(tmp_path, streaming):
+    said = ask(tmp_path, "org/data", *streaming, HF_HUB_OFFLINE="1")
+    assert "DataError: org/data is not in the cache" in said
+    assert "HF_HUB_OFFLINE is set: unset it, or fetch the data set" in said
+    said = ask(tmp_path, "org/data", *streaming, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in said
+    assert "check the network, a proxy, or HF_ENDPOINT" in said
+
+
+def test_a_data_set_that_the_hub_does_not_have(tmp_path):
+    with Hub() as hub:
+        said = ask(tmp_path, "org/nothing", HF_ENDPOINT=hub.url)
+    assert "org/nothing is neither a file or folder nor a data set on http" in said
+    assert "check the spelling" in said
+    assert "neither a file or folder nor the id of a data set" in ask(tmp_path, "not a data set")

@@ -1,0 +1,275 @@
+"""Rows as models read them: labels, own and foreign templates, rewriting templates, links, cuts."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.alignment import align_tokens
+from fusekit.errors import DataError, FusekitError
+from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
+from tests.alignment.tokenizers import load
+from tests.representation.models import extended, model, tokenizer_for
+from tests.representation.spans import check
+
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "Hello there"),
+    ("assistant", "Hi, 你好 🤖"),
+    ("user", "q?"),
+    ("assistant", "Fine."),
+]
+NAMES = ["openchat-3.5", "mistral", "llama-3", "gemma", "qwen", "phi-3", "vicuna", "demo"]
+
+
+def row(turns, cut=None):
+    return Row(tuple(Message(*turn) for turn in turns), cut=cut)
+
+
+def learnt(tokens, reader):
+    return [b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[tokens.labels & (tokens.message == n)].tolist())
+            for n in np.unique(tokens.message[tokens.labels]).tolist()]  # fmt: skip
+
+
+def without_generation(template):
+    source = template.source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    source = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert source != template.source
+    return ChatTemplate("plain", source, template.bos, template.eos, template.end_of_turn)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chatml", "internlm2", "llama-3.1", "solar", "yi"])
+@pytest.mark.parametrize("turns", [TURNS, TURNS[1:3], [*TURNS, ("user", "and?")], [("user", " a "), ("assistant", "")]])
+def test_labels_are_the_same_without_generation_blocks(name, turns):
+    marked = model(name)
+    plain = RowTokenizer(marked.tokenizer, without_generation(marked.template))
+    a, b = marked.tokenize(row(turns)), plain.tokenize(row(turns))
+    for field in ("ids", "message", "part", "ends", "lows", "labels"):
+        assert np.array_equal(getattr(a, field), getattr(b, field)), field
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_but_the_first_token_can_be_learnt(name):
+    tokens = model(name, "all").tokenize(row(TURNS))
+    assert not tokens.labels[0]
+    assert tokens.labels[1:].all()
+    assert np.array_equal(tokens.ids, model(name).tokenize(row(TURNS)).ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_end_is_learnt(name):
+    tokens = model(name).tokenize(row(TURNS))
+    last = np.flatnonzero(tokens.part == Part.END)[-1]
+    assert tokens.labels[last]
+    assert tokens.message[last] == len(TURNS) - 1
+
+
+def test_an_eos_that_is_also_the_padding_is_learnt():
+    tokenizer = extended("mistral", [], scheme="always")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokens = RowTokenizer(tokenizer, ChatTemplate.named("mistral")).tokenize(row(TURNS))
+    assert np.array_equal(tokens.labels, model("mistral").tokenize(row(TURNS)).labels)
+    assert tokens.ids[-1] == tokenizer.pad_token_id
+    assert tokens.labels[-1]
+
+
+def links_of(turns, pivot, source):
+    """Check every link of two models over a row: both have spelled the same content."""
+    a, b = pivot.tokenize(row(turns)), source.tokenize(row(turns))
+    for number, (_, content) in enumerate(turns):
+        data = content.encode()
+        (p, at_p), (s, at_s) = a.content(number), b.content(number)
+        assert np.array_equal(p.ids, a.ids[at_p : at_p + len(p)])
+        linked = align_tokens(content, p, s).source_at
+        ended = [np.flatnonzero((t.part == Part.END) & (t.message == number)) for t in (a, b)]
+        if len(ended[0]) and len(ended[1]):
+            assert linked[ended[0][0] - at_p] == ended[1][0] - at_s
+        for i, j in enumerate(linked.tolist()):
+            if j < 0:
+                continue
+            low, high = max(p.lows[i], s.lows[j]), min(p.ends[i], s.ends[j])
+            assert low <= high
+            assert data[min(p.ends[i], s.ends[j]) : max(p.ends[i], s.ends[j])].strip() == b""
+        if len(p) and len(s) and data.strip():
+            assert (linked >= 0).any()
+    return a, b
+
+
+@pytest.mark.parametrize("source", NAMES[1:])
+def test_links_between_two_models(source):
+    links_of(TURNS, model("openchat-3.5"), model(source))
+    links_of(
+        [("user", ""), ("assistant", ""), ("user", " \n"), ("assistant", "  a\n")], model("openchat-3.5"), model(source)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(st.text(max_size=25), min_size=2, max_size=2))
+@pytest.mark.parametrize("pair", [("openchat-3.5", "qwen"), ("llama-3", "gemma"), ("qwen", "phi-3")])
+def test_links_over_random_contents(pair, contents):
+    try:
+        links_of([("user", contents[0]), ("assistant", contents[1])], model(pair[0]), model(pair[1]))
+    except FusekitError as error:
+        if not any(word in str(error) for word in ("normaliser", "cannot be kept", "surrogate")):
+            raise
+
+
+FOREIGN = [
+    ("openchat-3.5", "qwen", "<|im_end|>"),
+    ("qwen", "mistral", "</s>"),
+    ("llama-3", "demo", "<|end|>"),
+    ("gemma", "llama-3", "<|eot_id|>"),
+]
+
+
+@pytest.mark.parametrize(("template", "reader", "end"), FOREIGN)
+def test_control_strings_of_a_foreign_template_become_the_models_own(template, reader, end):
+    tokenizer = model(reader).tokenizer
+    foreign = RowTokenizer(tokenizer, ChatTemplate.named(template))
+    tokens = foreign.tokenize(row(TURNS[1:]))
+    trims = template in ("gemma", "llama-3")
+    check(row(TURNS[1:]), tokens, foreign, end, trims=trims)
+    assert foreign.ends_turns
+    links_of(TURNS[1:], model(template), foreign)
+
+
+def test_a_foreign_template_from_a_file_takes_the_control_strings_of_its_tokenizer(tmp_path):
+    file = tmp_path / "pivot.jinja"
+    file.write_text(ChatTemplate.named("openchat-3.5").source)
+    qwen, pivot = tokenizer_for("qwen"), tokenizer_for("openchat-3.5")
+    pivot.chat_template = file.read_text()
+    try:
+        foreign = RowTokenizer(qwen, ChatTemplate.from_file(file), foreign=pivot)
+        named = RowTokenizer(qwen, ChatTemplate.named("openchat-3.5"))
+        assert np.array_equal(foreign.tokenize(row(TURNS)).ids, named.tokenize(row(TURNS)).ids)
+    finally:
+        pivot.chat_template = None
+
+
+def test_a_model_without_an_end_of_turn_has_no_end_to_link():
+    tokenizer = extended("cl100k", [])
+    tokenizer.eos_token = None
+    foreign = RowTokenizer(tokenizer, ChatTemplate.named("openchat-3.5"))
+    tokens = foreign.tokenize(row(TURNS))
+    assert not foreign.ends_turns
+    assert not (tokens.part == Part.END).any()
+    assert learnt(tokens, foreign) == [b" " + t[1].encode() + b"<|end_of_turn|>" for t in TURNS if t[0] == "assistant"]
+    counts = prepare([row(TURNS)], [foreign], 500).counts
+    assert counts.reasons == {"unended": 1}
+    assert counts.keys == {"unended": [row(TURNS).key]}
+
+
+REASONING = """{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}{%- set c = m.content if loop.last else m.content.split('</think>')[-1] -%}
+{{- '<|im_start|>assistant\n' + c + '<|im_end|>\n' -}}
+{%- else -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+def test_a_template_that_drops_earlier_reasoning_keeps_its_links():
+    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate("reasoning", REASONING))
+    turns = [
+        ("user", "a"),
+        ("assistant", "<think>long</think>short answer"),
+        ("user", "b"),
+        ("assistant", "<think>x</think>y"),
+    ]
+    tokens = reader.tokenize(row(turns))
+    assert learnt(tokens, reader) == [b"short answer<|im_end|>", b"<think>x</think>y<|im_end|>"]
+    text, _ = tokens.content(1)
+    assert text.ends.tolist() == [19, 24, 31, 32]
+    assert text.lows.tolist() == [0, 24, 31, 32]
+    links_of(turns, reader, model("openchat-3.5"))
+    assert prepare([row(turns)], [reader], 500).counts.reasons == {}
+
+
+def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alone():
+    source = REASONING.replace("+ c +", "+ (c | upper) +")
+    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate("loud", source))
+    tokens = reader.tokenize(row(TURNS))
+    assert [n for n in range(5) if (tokens.part[tokens.message == n] == Part.CONTENT).any()] == [0, 1, 3]
+    assert not (tokens.part[tokens.message == 4] == Part.END).any()
+    assert learnt(tokens, reader) == ["HI, 你好 🤖<|im_end|>".encode(), b"FINE.<|im_end|>"]
+    assert len(tokens.content(2)[0]) == 0
+    assert prepare([row(TURNS)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
+    with pytest.raises(DataError, match=r"is cut in message 2, whose content .* rewrites"):
+        reader.tokenize(row(TURNS, Cut(2, 3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_rows_end_at_the_same_byte(name):
+    content = TURNS[2][1].encode()
+    for size in [n for n in range(1, len(content) + 1) if n == len(content) or content[n] & 0xC0 != 0x80]:
+        tokens = model(name).tokenize(row(TURNS, Cut(2, size)))
+        inside = np.flatnonzero((tokens.message == 2) & (tokens.part == Part.CONTENT))
+        assert tokens.ends[-1] == size
+        assert inside[-1] == len(tokens) - 1
+        assert tokens.labels[inside].all()
+        assert 2 not in tokens.message[tokens.part == Part.END]
+    begun = model(name).tokenize(row(TURNS, Cut(3, 0)))
+    assert begun.message[-1] == 2
+    assert begun.part[-1] == Part.END
+    whole = model(name).tokenize(row(TURNS))
+    assert np.array_equal(begun.ids, whole.ids[: len(begun)])
+
+
+@pytest.mark.parametrize("cut", [Cut(5, 0), Cut(2, 5), Cut(2, 99), Cut(-1, 0)])
+def test_a_cut_has_to_be_at_a_character(cut):
+    with pytest.raises(DataError, match="is cut"):
+        model("qwen").tokenize(row(TURNS, cut))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_travels_to_another_process(name):
+    forged = row([*TURNS[:4], ("assistant", "<|im_end|></s><|end_of_turn|><|eot_id|>")])
+    before = model(name).tokenize(forged)
+    other = pickle.loads(pickle.dumps(model(name)))
+    assert np.array_equal(other.tokenize(forged).ids, before.ids)
+    assert other.fingerprint == model(name).fingerprint
+    assert other.fingerprint != model(name, "all").fingerprint
+
+
+def test_refusals_name_template_model_row_and_way_out():
+    source = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
+    reader = RowTokenizer(tokenizer_for("mistral"), ChatTemplate("strict", source))
+    with pytest.raises(
+        DataError,
+        match=r"the chat template strict for mistral.* cannot render row [0-9a-f]{32} with the roles system, .*"
+        r"System role not supported; take system",
+    ):
+        reader.tokenize(row(TURNS))
+    with pytest.raises(DataError, match="mixes plain text"):
+        model("qwen").tokenize(Row((Message("user", "a"), Message("text", "b"))))
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama3", "qwen", "deepseek", "unigram", "bert"])
+def test_plain_text_is_read_as_the_tokenizer_reads_it(name):
+    tokenizer = load(name)
+    reader = RowTokenizer(tokenizer)
+    one, two = "The quick brown fox. ", "</s><s> dogs"
+    if name in ("unigram", "bert"):
+        two = "the dog"
+    tokens = reader.tokenize(Row((Message("text", one), Message("text", two), Message("fragment", " over the"))))
+    view = reader.encoder.surfaces.view
+    first = tokenizer(one, add_special_tokens=False)["input_ids"]
+    bos = len(reader._bos)
+    assert tokens.ids[: bos + len(first)].tolist() == [*reader._bos, *first]
+    ends = np.flatnonzero(tokens.part == Part.END)
+    assert tokens.ids[ends].tolist() == [view.roles["eos"]] * 2
+    assert ends[0] == bos + len(first)
+    assert tokens.message[ends].tolist() == [0, 1]
+    assert tokens.labels[max(bos, 1) :].all()
+    assert not tokens.labels[: max(bos, 1)].any()
+    for number, content in enumerate([one, two, " over the"]):
+        text, _ = tokens.content(number)
+        size = len(content.encode())
+        assert text.ends[-1] == size + (number < 2)
+
+
+def test_a_document_needs_an_eos():
+    tokenizer = extended("cl100k", [])
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"has no eos token.*set tokenizer\.eos_token"):
+        RowTokenizer(tokenizer).tokenize(Row((Message("text", "a"),)))
