@@ -12,14 +12,14 @@ the gradient all the memory. docs/losses.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusekit.distillation.losses_chunks import Work, for_each_chunk
 from fusekit.distillation.losses_outcomes import DISTANCES, Distance
+from fusekit.distillation.losses_rows import Batch, ChunkOfRows, compute_dtype
 from fusekit.distillation.losses_targets import SparseTargets, check_targets
 from fusekit.errors import DistillationError
 
@@ -30,9 +30,6 @@ IGNORE = -100
 
 LOSSES = tuple(DISTANCES)
 TRUNCATIONS = ("tail", "renormalize")
-
-CPU_CHUNK = 2**20  # logits whose float32 copy stays in the cache while it is worked on
-ACCELERATOR_CHUNK = 2**26  # large enough to fill a GPU, small against its memory
 
 
 class FusionLoss(NamedTuple):
@@ -112,51 +109,33 @@ def fusion_loss(
         where = (torch.arange(rows, device=flat.device) if where is None else where)[kept]
         labels, by_label = labels[kept], (by_label[0][kept], by_label[1][kept])
         targets = None if targets is None else targets.select(kept)
-    batch = _Batch(labels, where, targets, *by_label, distance, loss, truncation, temperature, overwrite_logits, chunk)
+    with_gradient = torch.is_grad_enabled() and flat.requires_grad
+    batch = Batch(
+        labels,
+        where,
+        targets,
+        *by_label,
+        distance,
+        loss,
+        truncation,
+        temperature,
+        with_gradient,
+        overwrite_logits,
+        chunk,
+    )
     total, lm, fusion = _Fusion.apply(flat, batch)  # type: ignore[no-untyped-call]
     taught = 0 if targets is None else int(targets.taught.sum())
     return FusionLoss(total, lm, fusion, len(labels), taught)
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Everything but the logits. n labels, none of them ignored; where: their rows, None for all in order."""
-
-    labels: Tensor
-    where: Tensor | None
-    targets: SparseTargets | None
-    lm_weight: Tensor
-    fusion_weight: Tensor
-    distance: Distance
-    loss: str
-    truncation: str
-    temperature: float
-    overwrite: bool
-    chunk: int | None
-
-
-class _Outcomes(NamedTuple):
-    """What the targets of a chunk's c rows are to the student. k >= 1.
-
-    ids: int64 [c, k], anything where not used. used: bool [c, k]. log_q: [c, k + 1], the last one for the rest.
-    taught: bool [c].
-    """
-
-    ids: Tensor
-    used: Tensor
-    log_q: Tensor
-    taught: Tensor
 
 
 class _Fusion(torch.autograd.Function):
     """(total, lm, fusion) of flattened logits; the gradient of the total is made on the way."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0]
+    def forward(ctx: Any, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         # float16 would lose weights like 1 / (labels of a step), so its gradient waits for them in unit scale.
-        unit = _largest(batch) if wanted and flat.dtype == torch.float16 else 1.0
-        gradient = _gradient_memory(flat, batch) if wanted else None
+        unit = _largest(batch) if batch.with_gradient and flat.dtype == torch.float16 else 1.0
+        gradient = _gradient_memory(flat, batch) if batch.with_gradient else None
         nll, distances = _all_rows(flat, batch, gradient, unit)
         total = _weighted(nll, batch.lm_weight) + _weighted(distances, batch.fusion_weight)
         sums = nll.sum(dtype=torch.float64), distances.sum(dtype=torch.float64)
@@ -164,7 +143,7 @@ class _Fusion(torch.autograd.Function):
         ctx.unit = unit
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total.to(_compute_dtype(flat)), *sums
+        return total.to(compute_dtype(flat)), *sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,126 +153,37 @@ class _Fusion(torch.autograd.Function):
         return gradient if scale == 1 else gradient.mul_(scale), None
 
 
-def _all_rows(flat: Tensor, batch: _Batch, gradient: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
+def _all_rows(flat: Tensor, batch: Batch, gradient: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
     """Likelihoods and distances, [n] each; the gradient's rows of the labels are written."""
-    dtype, n = _compute_dtype(flat), len(batch.labels)
+    dtype, n = compute_dtype(flat), len(batch.labels)
     nll, distances = flat.new_zeros(n, dtype=dtype), flat.new_zeros(n, dtype=dtype)
-    scratch = None
-    for start, stop in _chunks(n, flat, batch.chunk):
-        where = _run(batch.where, start, stop)
-        source = flat[where]
-        direct = gradient is not None and isinstance(where, slice) and flat.dtype == dtype
-        if direct:
-            z = gradient[where]  # type: ignore[index]  # direct says so
-        else:
-            scratch = torch.empty_like(source, dtype=dtype) if scratch is None else scratch
-            z = scratch[: stop - start]
-        work = _Chunk(batch, start, stop, dtype, unit)
-        nll[start:stop], distances[start:stop] = work.run(source, z, gradient is not None)
-        if gradient is not None and not direct:
-            gradient[where] = z.to(gradient.dtype)
+
+    def new_worker() -> Work:
+        scratch = flat.new_empty(0, flat.shape[1], dtype=dtype)
+
+        def work(start: int, stop: int) -> None:
+            nonlocal scratch
+            where = _run(batch.where, start, stop)
+            source = flat[where]
+            direct = gradient is not None and isinstance(where, slice) and flat.dtype == dtype
+            if gradient is not None and direct:
+                z = gradient[where]
+            else:
+                if len(scratch) < len(source):
+                    scratch = torch.empty_like(source, dtype=dtype)
+                z = scratch[: stop - start]
+            rows = ChunkOfRows(batch, start, stop, dtype, unit)
+            nll[start:stop], distances[start:stop] = rows.run(source, z)
+            if gradient is not None and not direct:
+                if isinstance(where, slice):
+                    gradient[where].copy_(z)
+                else:
+                    gradient[where] = z.to(gradient.dtype)
+
+        return work
+
+    for_each_chunk(new_worker, n, flat, batch.chunk)
     return nll, distances
-
-
-class _Chunk:
-    """Some rows of a batch. run() leaves the gradient in the memory that it is given."""
-
-    def __init__(self, batch: _Batch, start: int, stop: int, dtype: torch.dtype, unit: float) -> None:
-        self.batch, self.part, self.dtype = batch, slice(start, stop), dtype
-        self.labels = batch.labels[self.part]
-        self.lm_weight = batch.lm_weight[self.part] / unit
-        self.fusion_weight = batch.fusion_weight[self.part] / unit
-
-    def run(self, source: Tensor, z: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        """source: logits [c, V]; z: [c, V] to work in, perhaps the same memory. Returns nll and distances [c]."""
-        batch = self.batch
-        nothing = torch.zeros_like(self.lm_weight)
-        if batch.targets is None or batch.temperature == 1:
-            z.copy_(source)
-            return self._pass(z, self._outcomes(z), self.lm_weight, self.fusion_weight, with_gradient)
-        T = batch.temperature
-        plain = source.to(self.dtype, copy=True)
-        torch.div(plain, T, out=z)
-        _, distances = self._pass(z, self._outcomes(z), nothing, self.fusion_weight * T, with_gradient)
-        nll, _ = self._pass(plain, _no_outcomes(plain), self.lm_weight, nothing, with_gradient)
-        if with_gradient:
-            z.add_(plain)
-        return nll, distances * (T * T)
-
-    def _outcomes(self, z: Tensor) -> _Outcomes:
-        targets, batch = self.batch.targets, self.batch
-        if targets is None or not targets.ids.shape[1]:
-            return _no_outcomes(z)
-        ids, taught = targets.ids[self.part], targets.taught[self.part]
-        used = (ids >= 0) & taught[:, None]
-        log_q = targets.logprobs[self.part].to(self.dtype).masked_fill(~used, -math.inf)
-        log_tail = targets.tail[self.part].to(self.dtype).log()
-        if batch.truncation == "renormalize":
-            some = used.any(dim=1, keepdim=True)
-            log_q = torch.where(some, log_q - log_q.logsumexp(dim=1, keepdim=True), log_q)
-            log_tail = torch.full_like(log_tail, -math.inf)
-        if batch.loss == "uld_topk":
-            ids, used, log_q, log_tail = _by_rank(z, used, log_q, log_tail)
-        return _Outcomes(ids, used, torch.cat([log_q, log_tail[:, None]], dim=1), taught)
-
-    def _pass(
-        self, z: Tensor, outcomes: _Outcomes, lm_weight: Tensor, fusion_weight: Tensor, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """One exponential per logit. z: [c, V], overwritten. Returns likelihoods and distances [c]."""
-        labels = self.labels[:, None]
-        rows = _listed(outcomes)
-        listed, label = z.gather(1, rows.where), z.gather(1, labels)
-        z.scatter_(1, rows.where, torch.where(rows.some, -math.inf, listed))
-        listed = torch.where(outcomes.used, listed, -math.inf)
-        rest_top = z.amax(dim=1, keepdim=True)
-        top = torch.maximum(rest_top, listed.amax(dim=1, keepdim=True))
-        rest_top = torch.where(rest_top == -math.inf, 0.0, rest_top)  # nothing is left
-        rest_sum = z.sub_(rest_top).exp_().sum(dim=1, keepdim=True)
-        # Relative to the largest logit, so that float32 keeps its digits when logits are large.
-        shares = torch.cat([listed - top, rest_sum.log() + (rest_top - top)], dim=1)
-        whole = shares.logsumexp(dim=1, keepdim=True)
-        log_p, nll = shares - whole, (whole - (label - top))[:, 0]
-
-        # Where the list leaves the student nothing, there is no such outcome and the target's dust on it is dropped.
-        log_q = torch.cat([outcomes.log_q[:, :-1], outcomes.log_q[:, -1:].masked_fill(rest_sum == 0, -math.inf)], 1)
-        values, slopes = self.batch.distance(log_q, log_p)
-        values = torch.where(outcomes.taught, values, 0.0)
-        if with_gradient:
-            slopes = torch.where(outcomes.taught[:, None], slopes, 0.0)
-            p = log_p.exp()
-            by_outcome = fusion_weight[:, None] * (slopes - slopes.sum(1, keepdim=True) * p) + lm_weight[:, None] * p
-            z.mul_(torch.where(rest_sum > 0, by_outcome[:, -1:] / rest_sum, 0.0))
-            z.scatter_add_(1, rows.where, torch.where(outcomes.used, by_outcome[:, :-1], 0.0))
-            z.scatter_add_(1, labels, -lm_weight[:, None])
-        return nll, values
-
-
-class _Listed(NamedTuple):
-    """where: int64 [c, k], a valid id everywhere; unused entries repeat one of the row. some: bool [c, 1], any used."""
-
-    where: Tensor
-    some: Tensor
-
-
-def _listed(outcomes: _Outcomes) -> _Listed:
-    ids = torch.where(outcomes.used, outcomes.ids, -1)
-    largest = ids.amax(dim=1, keepdim=True)
-    return _Listed(torch.where(outcomes.used, ids, largest.clamp(min=0)), largest >= 0)
-
-
-def _no_outcomes(z: Tensor) -> _Outcomes:
-    one = torch.zeros(len(z), 1, dtype=torch.int64, device=z.device)
-    log_q = torch.full((len(z), 2), -math.inf, dtype=z.dtype, device=z.device)
-    return _Outcomes(one, one.bool(), log_q, one.bool()[:, 0])
-
-
-def _by_rank(z: Tensor, used: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The student's largest logits in place of ids: as many as the target has entries, or the vocabulary."""
-    k = min(used.shape[1], z.shape[1])
-    log_q = log_q.sort(dim=1, descending=True).values
-    log_tail = torch.cat([log_q[:, k:], log_tail[:, None]], dim=1).logsumexp(dim=1)
-    used = torch.arange(k, device=z.device) < used.sum(dim=1, keepdim=True)
-    return z.topk(k, dim=1).indices, used, log_q[:, :k], log_tail
 
 
 def _distance(loss: str, truncation: str) -> Distance:
@@ -342,7 +232,7 @@ def _flatten(logits: Tensor, labels: Tensor, positions: Tensor | None) -> tuple[
 
 
 def _weight(weight: float | Tensor, name: str, rows: int, flat: Tensor) -> Tensor:
-    values = torch.as_tensor(weight, dtype=_compute_dtype(flat), device=flat.device)
+    values = torch.as_tensor(weight, dtype=compute_dtype(flat), device=flat.device)
     if values.ndim and values.shape != (rows,):
         raise DistillationError(
             f"{name} has shape {tuple(values.shape)}: it is a number, or one for each of {rows} labels"
@@ -355,13 +245,13 @@ def _weighted(values: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights != 0, values.double() * weights.double(), 0.0).sum()
 
 
-def _largest(batch: _Batch) -> float:
+def _largest(batch: Batch) -> float:
     weights = torch.cat([batch.lm_weight, batch.fusion_weight]).abs()
     largest = float(weights.max()) if len(weights) else 0.0
     return largest if largest > 0 else 1.0
 
 
-def _gradient_memory(flat: Tensor, batch: _Batch) -> Tensor:
+def _gradient_memory(flat: Tensor, batch: Batch) -> Tensor:
     """Memory for the gradient; its rows that no label is predicted from are zero."""
     if not batch.overwrite:
         return torch.empty_like(flat) if batch.where is None else torch.zeros_like(flat)
@@ -371,17 +261,6 @@ def _gradient_memory(flat: Tensor, batch: _Batch) -> Tensor:
         others[batch.where] = False
         gradient[others] = 0
     return gradient
-
-
-def _compute_dtype(flat: Tensor) -> torch.dtype:
-    return torch.float64 if flat.dtype == torch.float64 else torch.float32
-
-
-def _chunks(n: int, flat: Tensor, chunk: int | None) -> Iterator[tuple[int, int]]:
-    size = chunk or (CPU_CHUNK if flat.device.type == "cpu" else ACCELERATOR_CHUNK)
-    rows = max(1, size // max(flat.shape[1], 1))
-    for start in range(0, n, rows):
-        yield start, min(start + rows, n)
 
 
 def _run(where: Tensor | None, start: int, stop: int) -> slice | Tensor:
