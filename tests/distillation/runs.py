@@ -26,7 +26,7 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from tests.distillation import worlds
-from tests.representation.models import random_model
+from tests.representation.random_models import random_model
 
 REPOSITORY = Path(__file__).parents[2]
 

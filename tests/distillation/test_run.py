@@ -22,7 +22,7 @@ from fusekit.representation import CapturedRow
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.storage import Store, StoreSpec, StoreWriter, output_lock
 from tests.distillation import worlds
-from tests.representation.models import random_model
+from tests.representation.random_models import random_model
 
 ROWS = worlds.conversations(8)
 TINY: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "epochs": 1, "learning_rate": 1e-2}

@@ -25,7 +25,7 @@ from fusekit.errors import DistillationError
 from fusekit.representation.teacher import Teacher
 from fusekit.representation.topk import Selection
 from tests.distillation import runs, worlds
-from tests.representation.models import random_model
+from tests.representation.random_models import random_model
 
 Weights = dict[str, torch.Tensor]
 
