@@ -49,8 +49,12 @@ class Match:
         for name in ("missing", "surplus", "duplicates"):
             keys = getattr(self, name)
             if keys:
-                parts.append(f"{len(keys)} {name} ({', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''})")
+                parts.append(f"{len(keys)} {name} ({_first(keys)})")
         return ", ".join(parts)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join([*keys[:SHOWN], *(["..."] if len(keys) > SHOWN else [])])
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Joined:
         """One line for the data and one for each model."""
         lines = [f"{len(self.rows)} rows of data"]
         if self.duplicates:
-            lines[0] += f", {len(self.duplicates)} more were copies ({', '.join(self.duplicates[:SHOWN])})"
+            lines[0] += f", {len(self.duplicates)} of them given more than once ({_first(self.duplicates)})"
         return lines + [f"{name}: {match}" for name, match in self.matches.items()]
 
 

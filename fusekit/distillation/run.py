@@ -94,6 +94,8 @@ def distill(
             training that does not get anywhere.
         StorageError: the output is in use, not empty, or the disk fails.
     """
+    if resume and overwrite:
+        raise DistillationError("resume goes on with what is there, overwrite replaces it: ask for one of them")
     out = Path(out).resolve()
     targets = targets_of(settings, list(inputs.sources), out)
     tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
@@ -118,7 +120,7 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         raise DistillationError(
             f"{there[0]} is there already: resume goes on with it, overwrite replaces it; nothing was touched"
         )
-    if overwrite and not resume:
+    if overwrite:
         for target in targets:
             shutil.rmtree(target.work, ignore_errors=True)
 

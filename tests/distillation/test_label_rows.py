@@ -174,17 +174,46 @@ def test_papers_put_a_one_hot_where_there_is_no_row() -> None:
     assert (given.cases[filled] == Case.ONE_HOT).all()
 
 
-def test_warping_links_what_opens_and_ends_a_message_by_place() -> None:
-    row = Row((Message("user", "the"), Message("assistant", "models")))
-    ids = {"pivot_roles": ROLES, "source_roles": ROLES}
-    em = build_vocabulary_map(PIVOT, SOURCE, method="em", **ids)
+def test_warping_takes_the_rows_of_equal_tokens() -> None:
+    """With one tokenizer the papers' rule finds all tokens equal, also the one before the content and the end."""
+    same = build_vocabulary_map(PIVOT, PIVOT, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    for row in worlds.conversations(4):
+        tokens = worlds.read(row, PIVOT)
+        source = worlds.guessing(tokens, len(PIVOT))
+        given = label_rows(row, tokens, source, Projection(same, tokens="dtw", collisions="max"))
+        assert (given.cases == Case.RULE).all()
+        assert given.linked.all()
+        for j in range(len(given.taught)):
+            ordinary = {i: p for i, p in entry(given.rows, j)[0] if i >= len(worlds.SPECIALS)}
+            expected = {i: p for i, p in entry(source.rows, j)[0] if i >= len(worlds.SPECIALS)}
+            assert ordinary == pytest.approx(expected)
+
+
+def test_warping_puts_a_one_hot_where_tokens_differ() -> None:
+    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    em = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
     pivot = worlds.read(row, PIVOT)
-    source = worlds.certain(worlds.read(row, SOURCE))
-    given = label_rows(row, pivot, source, Projection(em, tokens="dtw", collisions="max"))
-    labels = pivot.ids[pivot.label_positions]
+    given = label_rows(row, pivot, worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)), Projection(em, tokens="dtw"))
+    bare = given.cases == Case.ONE_HOT
+    assert bare.any()
+    assert not bare.all()
+    assert (given.rows.ids[bare, 0] == pivot.ids[pivot.label_positions][bare]).all()
     assert given.taught.all()
-    assert (given.rows.ids[:, 0] == labels).all() or (given.cases == Case.RULE).any()
-    assert given.linked[-1]
+
+
+def test_rows_without_a_map_are_the_sources_own() -> None:
+    row = worlds.conversations(3)[1]
+    pivot, tokens = worlds.read(row, PIVOT), worlds.read(row, SOURCE)
+    source = worlds.guessing(tokens, len(SOURCE))
+    given = label_rows(row, pivot, source, Projection(None))
+    own = {entry_ids.tobytes() for entry_ids in source.rows.ids}
+    assert given.taught.any()
+    assert (given.taught <= given.linked).all()
+    assert all(given.rows.ids[j].tobytes() in own for j in np.flatnonzero(given.taught))
+    span = label_rows(row, pivot, source, Projection(MAP, conditioning=False))
+    assert (span.taught <= given.taught).all()
+    with pytest.raises(DistillationError, match="without a vocabulary map"):
+        Projection(None, tokens="dtw")
 
 
 def test_unknown_token_alignment_is_refused() -> None:

@@ -81,7 +81,7 @@ def test_duplicates_count_once() -> None:
     assert joined.duplicates == (ROWS[3].key,)
     assert joined.matches["s"].duplicates == (ROWS[2].key,)
     assert "1 duplicates" in joined.report()[1]
-    assert "1 more were copies" in joined.report()[0]
+    assert "1 of them given more than once" in joined.report()[0]
 
 
 def test_a_model_of_other_data_is_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, Subset
 
 from fusekit.alignment import build_vocabulary_map
@@ -284,9 +285,14 @@ def test_evaluation_is_the_loss_of_a_batch_and_leaves_the_log_alone(tmp_path: Pa
     assert lines[0]["loss"] == pytest.approx(0.7 * lines[0]["lm_loss"] + 0.3 * lines[0]["fusion_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("head", [None, "adapted", "copied"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2", "gemma2"])
-def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
+def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, head: Any, tmp_path: Path) -> None:
     model = random_model(architecture)
+    if head is not None:
+        name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        config = {"target_modules": [name]} if head == "adapted" else {"modules_to_save": [name]}
+        model = get_peft_model(model, LoraConfig(**{"target_modules": "all-linear", **config}))
     made = runs.trainer(tmp_path, model)
     batch = made.data_collator([runs.data()[i] for i in range(3)])
     model.eval()  # no dropout
