@@ -42,6 +42,8 @@ class FusionSettings(_Section):
         level: choose or weigh once per row (``sequence``) or at every label (``token``).
         metric: what rows are judged by: ``bits_per_byte`` or ``token_ce`` (the papers').
         include_pivot: whether what the pivot said before training is among the candidates.
+        pivot_teaches: whether its own distribution is taught where it is the best, as in the papers; else such labels
+            are learnt from the text alone, and nothing holds the pivot back at what nobody knew.
     """
 
     mode: Literal["pairwise", "joint"] = "pairwise"
@@ -49,6 +51,7 @@ class FusionSettings(_Section):
     level: Literal["sequence", "token"] = "sequence"
     metric: Literal["bits_per_byte", "token_ce"] = "bits_per_byte"
     include_pivot: bool = True
+    pivot_teaches: bool = True
 
     @field_validator("function")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from fusekit.distillation.training_log import CASE, CHOSEN, count_names
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.representation.rows import Row
 from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+from fusekit.storage.store import Store
 
 PIVOT = "pivot"
 _CASES = [case.name.lower() for case in Case]
@@ -99,6 +101,14 @@ class FusionDataset(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def lengths(self) -> IntArray | None:
+        """int64 [rows], the pivot's tokens of each row; None where its store does not say."""
+        if not isinstance(self.pivot, Store):
+            return None
+        tokens = dict(zip(self.pivot.keys, self.pivot.summary.tokens.tolist(), strict=True))
+        return np.array([tokens.get(row.key, 0) for row in self.rows], np.int64)
+
     def __getitem__(self, index: int) -> Example:
         """Example number ``index``.
 
@@ -141,12 +151,16 @@ class FusionDataset(Dataset[Example]):
             for name, metric in zip(captured, metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
-        _add_counts(counts, rows, fused, [candidate.name for candidate in candidates])
+        names = [candidate.name for candidate in candidates]
+        _add_counts(counts, rows, fused, names)
+        taught = fused.taught
+        if not self.fusion.pivot_teaches and PIVOT in names:
+            taught = taught & (fused.weights[:, names.index(PIVOT)] < 1)
         return {
             "target_ids": fused.rows.ids.astype(np.int64),
             "target_logprobs": fused.rows.logprobs.astype(np.float32),
             "target_tail": fused.rows.tail.astype(np.float32),
-            "target_taught": fused.taught,
+            "target_taught": taught,
             "cross_entropies": np.array(metrics),
         }
 
@@ -185,7 +199,7 @@ def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
 
 
 def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]) -> None:
-    counts["taught"] = float(np.sum(fused.taught))
+    counts["taught"] = float(np.sum(fused.taught))  # by any candidate, the pivot too
     if counts["taught"]:
         for name, share in zip(names, np.mean(fused.weights[fused.taught], axis=0), strict=True):
             counts[CHOSEN + name] = float(share)

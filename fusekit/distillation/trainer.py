@@ -127,7 +127,14 @@ class FusionTrainer(Trainer):
         shared = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
         multiple = self._train_batch_size * self.accelerator.num_processes if shared else 1
         shuffled = self.args.train_sampling_strategy == "random"
-        self._sampler = EpochSampler(self.train_dataset, seed if shuffled else None, multiple)
+        step = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        self._sampler = EpochSampler(
+            self.train_dataset,
+            seed if shuffled else None,
+            multiple,
+            lengths=self.train_dataset.lengths if shuffled else None,
+            step=step,
+        )
         return self._sampler
 
     def get_batch_samples(

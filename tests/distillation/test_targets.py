@@ -128,6 +128,18 @@ def test_the_better_model_of_a_row_teaches_it() -> None:
         np.testing.assert_allclose(example["target_tail"], expected.tail, atol=1e-6)
 
 
+def test_a_pivot_that_is_the_best_may_leave_it_to_the_text() -> None:
+    good = {row.key: worlds.certain(worlds.read(row, SOURCE)) for row in ROWS[:4]}
+    bad = {key: row for key, row in captured(ROWS, sharpness=-60.0).items() if key not in good}
+    teaching = dataset(ROWS, {"s": good | bad})
+    judging = dataset(ROWS, {"s": good | bad}, fusion=FusionSettings(pivot_teaches=False))
+    for i in range(len(ROWS)):
+        np.testing.assert_array_equal(judging[i]["target_ids"], teaching[i]["target_ids"])
+        expected = teaching[i]["target_taught"] if i < 4 else np.zeros(len(judging[i]["target_taught"]), bool)
+        np.testing.assert_array_equal(judging[i]["target_taught"], expected)
+        assert teaching[i]["target_taught"].any()
+
+
 def test_the_better_model_of_a_label_teaches_it() -> None:
     """At token level every label has the row, of those there are, that gives it most."""
     data = dataset(ROWS, {"s": captured(ROWS, sharpness=2.0)}, fusion=FusionSettings(level="token"))

@@ -111,6 +111,18 @@ def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
     assert list(EpochSampler(range(7), seed=None)) == list(range(7))
 
 
+def test_a_step_has_the_same_rows_sorted_by_length() -> None:
+    lengths = np.array([5, 1, 9, 3, 3, 8, 2, 7, 4, 6])
+    plain = list(EpochSampler(range(10), seed=1, multiple=4))
+    found = list(EpochSampler(range(10), seed=1, multiple=4, lengths=lengths, step=4))
+    assert len(found) == 12
+    for start in range(0, 12, 4):
+        step = found[start : start + 4]
+        assert sorted(step) == sorted(plain[start : start + 4])
+        sizes = [lengths[i] if i < 10 else 0 for i in step]
+        assert sizes == sorted(sizes, reverse=True)
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     whole = runs.long_run(tmp_path / "whole")
