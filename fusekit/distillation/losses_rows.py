@@ -100,7 +100,7 @@ class ChunkOfRows:
         rest_top = z.amax(dim=1, keepdim=True)
         top = torch.maximum(rest_top, listed.amax(dim=1, keepdim=True))
         rest_top = torch.where(rest_top == -math.inf, 0.0, rest_top)  # nothing is left
-        rest_sum = z.sub_(rest_top).exp_().sum(dim=1, keepdim=True)
+        rest_sum = _exp_(z.sub_(rest_top)).sum(dim=1, keepdim=True)
         # Relative to the largest logit, so that float32 keeps its digits when logits are large.
         shares = torch.cat([listed - top, rest_sum.log() + (rest_top - top)], dim=1)
         whole = shares.logsumexp(dim=1, keepdim=True)
@@ -131,6 +131,14 @@ def _listed(outcomes: _Outcomes) -> _Listed:
     ids = torch.where(outcomes.used, outcomes.ids, -1)
     largest = ids.amax(dim=1, keepdim=True)
     return _Listed(torch.where(outcomes.used, ids, largest.clamp(min=0)), largest >= 0)
+
+
+def _exp_(z: Tensor) -> Tensor:
+    """exp in place."""
+    if z.device.type == "cpu" and z.dtype == torch.float32:
+        # Half the time of exp_, which is most of all. Its relative error, 1e-7 |z|, is small where exp(z) is not.
+        return z.mul_(1 / math.log(2.0)).exp2_()
+    return z.exp_()
 
 
 def _no_outcomes(z: Tensor) -> _Outcomes:

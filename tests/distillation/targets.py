@@ -26,7 +26,7 @@ def top(teacher: Tensor, k: int) -> SparseTargets:
     """The k largest entries of softmax(teacher), their complement as tail."""
     logprobs, ids = teacher.double().log_softmax(1).sort(dim=1, descending=True)
     tail = logprobs[:, k:].exp().sum(1)
-    return SparseTargets(ids[:, :k], logprobs[:, :k], tail, torch.ones(len(teacher), dtype=torch.bool))
+    return SparseTargets(ids[:, :k].clone(), logprobs[:, :k].clone(), tail, torch.ones(len(teacher), dtype=torch.bool))
 
 
 def ordinary(k: int = 5) -> Case:

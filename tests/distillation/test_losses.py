@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusekit.distillation.losses import LOSSES, FusionLoss, SparseTargets, fusion_loss
 from fusekit.distillation.losses_chunks import for_each_chunk
@@ -329,6 +330,57 @@ class TestInfinities:
         dusty = SparseTargets(full.ids, full.logprobs, full.tail + 1e-7, full.taught)
         for loss in LOSSES:
             assert math.isfinite(float(run(x, y, dusty, loss=loss)[0].total.detach()))
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that an operation returned, by address; kept, so that no address is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.kept[tensor.untyped_storage().data_ptr()] = tensor
+        return result
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
+def test_nothing_but_the_gradient_is_as_large_as_the_logits(loss, truncation, dtype, overwrite):
+    size = 5000
+    made = logits(1, 1 / 64, size=size).to(dtype).requires_grad_() * 1
+    y, targets = labels(2, size=size), top(logits(3, 1 / 64, size=size), 5)
+    configured = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # a dispatch mode sees its own thread
+        with Storages() as storages:
+            value = fusion_loss(
+                made, y, targets, loss=loss, truncation=truncation, overwrite_logits=overwrite, chunk=size
+            )
+    finally:
+        torch.set_num_threads(configured)
+    assert value.total.requires_grad
+    assert len(storages.kept) > 20
+    del storages.kept[made.untyped_storage().data_ptr()]
+    sizes = [tensor.untyped_storage().nbytes() for tensor in storages.kept.values()]
+    assert [size_ for size_ in sizes if size_ > 2 * size * 4] == ([] if overwrite else [N * size * dtype.itemsize])
+
+
+def test_under_autocast():
+    x, y, targets = ordinary()
+    x = x.bfloat16()
+    expected, gradient = run(x, y, targets)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fusion_loss(leaf, y, targets)
+    loss.total.backward()
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(tuple(loss), tuple(expected))
+    torch.testing.assert_close(leaf.grad, gradient)
 
 
 def test_uld_takes_any_vocabulary():
