@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from fusekit.distillation.settings import TrainingSettings, nearest
@@ -83,8 +84,10 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         "seed": settings.seed,
         "dataloader_num_workers": settings.workers,
     }
+    # Without a device there is nothing to pin memory for, and torch warns about it.
+    defaults = _DEFAULTS | {"dataloader_pin_memory": torch.accelerator.is_available()}
     try:
-        return TrainingArguments(**fields, **{**_DEFAULTS, **settings.trainer})
+        return TrainingArguments(**fields, **{**defaults, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {error}") from error
 

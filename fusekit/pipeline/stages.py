@@ -217,7 +217,10 @@ def merge(context: Context, targets: list[Path]) -> None:
 
     layout = context.layout
     base = str(context.readers.checkpoint(PIVOT).folder)
-    recipe = {"models": [{"model": str(path)} for path in targets], "base_model": base} | dict(section)
+    models: dict[str, Any] = {"models": [{"model": str(path)} for path in targets]}
+    if _takes_base(str(section.get("merge_method"))):
+        models["base_model"] = base
+    recipe = models | dict(section)
     text = (
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
         f"{layout.merge_recipe.name} OUT\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -244,6 +247,16 @@ def merge(context: Context, targets: list[Path]) -> None:
     )
     merged = run_merge(layout.merge_recipe, final, MergeOptions(quiet=True), settings)
     context.say(f"merge: {merged}")
+
+
+def _takes_base(method: str) -> bool:
+    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
+    from mergekit.merge_methods import registered_methods
+
+    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
+
+    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
+    return found.get(method) != "ignored"
 
 
 def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:

@@ -100,6 +100,7 @@ class StoreWriter:
         sweep(self.path, rank, world)
         self._bounds = _bounds(manifest.bounds if manifest else [0], len(self.keys), spec.rows_per_shard)
         self._records = {record.file: record for record in manifest.shards} if manifest else {}
+        self._was_complete = bool(manifest and manifest.complete and manifest.bounds == self._bounds)
         self._done = self._whole_shards()
         if manifest is None or (manifest.complete and len(self._records) < len(manifest.shards)):
             self._write_manifest(complete=False)
@@ -177,8 +178,9 @@ class StoreWriter:
                 f"{', '.join(lacking[:_MOST_SHOWN])}{', ...' if len(lacking) > _MOST_SHOWN else ''}. "
                 "Run the same command again; it writes only those"
             )
-        self._records = {record.file: record for record in records}
-        self._write_manifest(complete=True)
+        if not (self._was_complete and self._records == {record.file: record for record in records}):
+            self._records = {record.file: record for record in records}
+            self._write_manifest(complete=True)
         for record in records:
             remove((self.path / record.file).with_suffix(".json"))
         for rank in range(self.world):
