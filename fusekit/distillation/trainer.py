@@ -153,8 +153,8 @@ class FusionTrainer(Trainer):
 
         inputs: of :class:`fusekit.distillation.collator.FusionCollator`. num_items_in_batch: labels of the optimizer
         step over all processes; not used in evaluation, where the batch stands alone. A batch without a label gives
-        zero, connected to all parameters, so that no process waits for another. A loss that is no number makes all gradients NaN, and
-        the step is skipped on every process.
+        zero, connected to all parameters, so that no process waits for another. A loss that is no number makes all
+        gradients NaN, and the step is skipped on every process.
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
         outputs, logits, positions = self._logits(model, inputs, places)
