@@ -22,7 +22,8 @@ _FREE_FIELDS = (
     "report_to",
     "run_name",
     "disable_tqdm",
-    "dataloader_",
+    "dataloader_num_workers",
+    "dataloader_p",  # pinning, prefetching, persistent workers; not drop_last, which leaves rows out
     "log_level",
     "ddp_",
     "push_",
