@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import DistillSettings
 from fusekit.representation.rows import Row
 from fusekit.storage.store import Store
@@ -36,6 +37,8 @@ def facts_of_run(
     pivot: str,
     rows: Sequence[Row],
     stores: Mapping[str, Store],
+    *,
+    projections: Mapping[str, Projection] | None = None,
 ) -> Facts:
     """Everything that decides the weights of a target.
 
@@ -45,6 +48,7 @@ def facts_of_run(
         pivot: fingerprint of the pivot's weights.
         rows: to train on, in order.
         stores: captured rows by name.
+        projections: how each source's rows come into the pivot's vocabulary; a source may have settings of its own.
     """
     training = settings.training.model_dump(mode="json", exclude=_FREE)
     training["trainer"] = {k: v for k, v in training["trainer"].items() if not k.startswith(_FREE_FIELDS)}
@@ -56,12 +60,23 @@ def facts_of_run(
         "fusion": settings.fusion.model_dump(mode="json"),
         "training": training,
         "stores": {name: _store(store) for name, store in stores.items()},
+        "projections": {name: _projection(how) for name, how in (projections or {}).items()},
     }
     return dict(_flat("", nested))
 
 
 def _store(store: Store) -> dict[str, Any]:
     return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
+
+
+def _projection(how: Projection) -> dict[str, Any]:
+    return {
+        "tokens": how.tokens,
+        "vocabulary": how.vocabulary_map.method if how.vocabulary_map is not None else "none",
+        "conditioning": how.conditioning,
+        "one_hot": how.one_hot,
+        "collisions": how.collisions,
+    }
 
 
 def _digest(lines: Iterable[str]) -> str:
