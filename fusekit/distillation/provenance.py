@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import DistillSettings
 from fusekit.representation.rows import Row
 from fusekit.storage.store import Store
@@ -22,7 +23,8 @@ _FREE_FIELDS = (
     "report_to",
     "run_name",
     "disable_tqdm",
-    "dataloader_",
+    "dataloader_num_workers",
+    "dataloader_p",  # pinning, prefetching, persistent workers; not drop_last, which leaves rows out
     "log_level",
     "ddp_",
     "push_",
@@ -35,6 +37,8 @@ def facts_of_run(
     pivot: str,
     rows: Sequence[Row],
     stores: Mapping[str, Store],
+    *,
+    projections: Mapping[str, Projection] | None = None,
 ) -> Facts:
     """Everything that decides the weights of a target.
 
@@ -44,6 +48,7 @@ def facts_of_run(
         pivot: fingerprint of the pivot's weights.
         rows: to train on, in order.
         stores: captured rows by name.
+        projections: how each source's rows come into the pivot's vocabulary; a source may have settings of its own.
     """
     training = settings.training.model_dump(mode="json", exclude=_FREE)
     training["trainer"] = {k: v for k, v in training["trainer"].items() if not k.startswith(_FREE_FIELDS)}
@@ -55,12 +60,23 @@ def facts_of_run(
         "fusion": settings.fusion.model_dump(mode="json"),
         "training": training,
         "stores": {name: _store(store) for name, store in stores.items()},
+        "projections": {name: _projection(how) for name, how in (projections or {}).items()},
     }
     return dict(_flat("", nested))
 
 
 def _store(store: Store) -> dict[str, Any]:
     return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
+
+
+def _projection(how: Projection) -> dict[str, Any]:
+    return {
+        "tokens": how.tokens,
+        "vocabulary": how.vocabulary_map.method if how.vocabulary_map is not None else "none",
+        "conditioning": how.conditioning,
+        "one_hot": how.one_hot,
+        "collisions": how.collisions,
+    }
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -140,7 +140,9 @@ class _Work:
     def of(cls, target: Target, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
         data = opened.dataset(target.sources)
         stores = opened.stores_of(target.sources)
-        facts = provenance.facts_of_run(target.name, settings, opened.pivot_fingerprint, data.rows, stores)
+        facts = provenance.facts_of_run(
+            target.name, settings, opened.pivot_fingerprint, data.rows, stores, projections=data.projections
+        )
         return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
 
     def make(self, resume: bool) -> None:

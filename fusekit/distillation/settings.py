@@ -122,6 +122,15 @@ class DistillSettings(_Section):
                 f"loss {self.training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
                 "vocabulary none"
             )
+        if self.alignment.vocabulary == "none":
+            if self.alignment.tokens != "span":
+                raise ValueError("without a vocabulary map rows are taken where tokens is span, not dtw")
+            if self.fusion.function != "min_ce" or self.fusion.level != "sequence":
+                raise ValueError(
+                    f"with vocabulary none the candidates' ids are of different vocabularies, so function "
+                    f"{self.fusion.function} at level {self.fusion.level} cannot add or compare them: use min_ce at "
+                    "level sequence"
+                )
         return self
 
     @property

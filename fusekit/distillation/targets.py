@@ -147,7 +147,7 @@ class FusionDataset(Dataset[Example]):
             return {}
         metrics = metrics_of(list(captured.values()), self.fusion.metric)
         candidates = [
-            self._candidate(row.key, name, rows[name], metric, labels)
+            self._candidate(captured[name], name, rows[name], metric, labels)
             for name, metric in zip(captured, metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
@@ -172,12 +172,17 @@ class FusionDataset(Dataset[Example]):
         except AlignmentError as error:
             raise DistillationError(f"row {row.key} of {name}: {error}") from error
 
-    def _candidate(self, key: str, name: str, given: LabelRows | Rows, metric: float, labels: IntArray) -> Candidate:
+    def _candidate(
+        self, said: CapturedRow, name: str, given: LabelRows | Rows, metric: float, labels: IntArray
+    ) -> Candidate:
         taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
         rows = given.rows if isinstance(given, LabelRows) else given
-        foreign = name != PIVOT and self.projections[name].vocabulary_map is None
-        nll = label_nll(rows, labels) if self.fusion.level == "token" and not foreign else None
-        return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(key))
+        nll = None
+        if self.fusion.level == "token" and name == PIVOT:
+            nll = -said.actual  # known also where the label is not listed, where the rows have only a bound
+        elif self.fusion.level == "token" and self.projections[name].vocabulary_map is not None:
+            nll = label_nll(rows, labels)
+        return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(said.tokens.key))
 
 
 def label_nll(rows: Rows, labels: IntArray) -> FloatArray:

@@ -149,7 +149,7 @@ def test_the_better_model_of_a_label_teaches_it() -> None:
         labels = tokens.ids[tokens.label_positions]
         own = data.pivot.get(row.key)  # type: ignore[union-attr]
         other = label_rows(row, tokens, data.sources["s"].get(row.key), Projection(MAP))  # type: ignore[arg-type]
-        nll = np.stack([label_nll(own.rows, labels), label_nll(other.rows, labels)])
+        nll = np.stack([-own.actual, label_nll(other.rows, labels)])
         nll[1, ~other.taught] = np.inf
         best = nll.argmin(axis=0)
         chosen |= set(best.tolist())
