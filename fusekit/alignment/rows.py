@@ -143,10 +143,20 @@ def _spaced(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyM
     words = np.isin(pivot.kinds[ours], _WORDS) & np.isin(source.kinds[theirs], _WORDS)
     links, ours, theirs = links[words], ours[words], theirs[words]
     of_pivot, of_source = _begin_with_space(pivot, ours), _begin_with_space(source, theirs)
+    data = alignment.text.encode()
+    # Other white space, which one side's normaliser made a space of, is the text's own.
+    differ = np.flatnonzero(of_pivot != of_source)
+    own = [at for at in differ.tolist() if _other_space(data, int(alignment.source_ends[steps.base[links[at]]]))]
+    of_pivot[own] = of_source[own]
     consumed, spaced = steps.consumed.copy(), np.zeros(len(steps.base), bool)
     consumed[links[of_source & ~of_pivot]] = 1
     spaced[links[of_pivot & ~of_source]] = True
     return Steps(steps.cases, steps.base, steps.spelled, consumed, steps.overhang), spaced
+
+
+def _other_space(data: bytes, at: int) -> bool:
+    character = data[at : at + 4].decode(errors="ignore")[:1]
+    return character.isspace() and character != " "
 
 
 def _begin_with_space(surfaces: Surfaces, ids: IntArray) -> BoolArray:

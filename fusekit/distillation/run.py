@@ -161,6 +161,8 @@ class _Work:
         else:
             self.say(f"goes on from {start.name}")
         trainer = self.trainer(model)
+        if start is not None:
+            trainer.resume_counts(checkpoints.facts_of(start))
         try:
             trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
         except Exception as error:

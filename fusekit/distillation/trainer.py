@@ -249,6 +249,18 @@ class FusionTrainer(Trainer):
 
     # Checkpoints
 
+    def resume_counts(self, facts: Mapping[str, Any]) -> None:
+        """Go on counting where the run that wrote a checkpoint with these facts was."""
+        self.counts, self.skipped = dict(facts.get("counts", {})), int(facts.get("skipped", 0))
+
+    def _counts_so_far(self) -> dict[str, float]:
+        """The run's counts, those since the last line of the log too, over all processes. Every process calls it."""
+        pending = self._sums.pending()
+        if self.accelerator.num_processes > 1:
+            pending = self.accelerator.reduce(pending.to(self.args.device), "sum").cpu()
+        named = dict(zip(self._sums.names, pending.tolist(), strict=True))
+        return {name: self.counts.get(name, 0.0) + value for name, value in named.items()}
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As transformers, then the list that vouches for it, and only then may older checkpoints go."""
         if self.skipped_in_row:
@@ -263,9 +275,11 @@ class FusionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        counts = self._counts_so_far()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder, {**self.facts, "step": self.state.global_step})
+            progress = {"step": self.state.global_step, "counts": counts, "skipped": self.skipped}
+            checkpoints.seal(folder, {**self.facts, **progress})
             if limit:
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(folder.parent, limit, also=Path(best) if best else None)

@@ -66,6 +66,10 @@ class RunningSums:
         self.losses, self.labels, self.counts = [], 0, None
         return vector
 
+    def pending(self) -> torch.Tensor:
+        """The counts since the last line, float64 [len(names)]."""
+        return torch.from_numpy(np.zeros(len(self.names)) if self.counts is None else np.array(self.counts, np.float64))
+
     def read(self, vector: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """What the sum of drained vectors says: the values for a line of the log, and the counts by name.
 

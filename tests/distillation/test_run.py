@@ -230,6 +230,8 @@ def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Pa
     assert "source1: goes on from checkpoint-2" in said
     (whole,) = distill(inputs(world), settings(training={"epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
+    counted = [json.loads((made / "training.json").read_text())["counts"] for made in (folder, whole)]
+    assert counted[0] == pytest.approx(counted[1])
     assert sorted(path.name for path in interrupted.iterdir()) == ["source1"]
     again: list[str] = []
     distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=again.append)
