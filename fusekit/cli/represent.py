@@ -183,7 +183,7 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
 
 def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
-    from fusekit.representation import RowTokenizer
+    from fusekit.representation import ChatTemplate, RowTokenizer
     from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
     from fusekit.representation.load import load_tokenizer
 
@@ -198,16 +198,8 @@ def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkp
     for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
         say(line)
     train_on = options["train_on"]
-    own = RowTokenizer(load_tokenizer(checkpoint), _template(options["chat_template"]), train_on)
+    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on)
     return checkpoint, [own, *(RowTokenizer(load_tokenizer(found), None, train_on) for found in others)]
-
-
-def _template(name: str) -> Any:
-    from fusekit.representation import ChatTemplate, template_names
-
-    if name == "own":
-        return None
-    return ChatTemplate.named(name) if name in template_names() else ChatTemplate.from_file(name)
 
 
 def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[Row]:
