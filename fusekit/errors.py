@@ -29,5 +29,9 @@ class CaptureError(FusekitError):
     """What a model knows about rows of data cannot be captured."""
 
 
+class ModelError(MergeError, CaptureError):
+    """A model's files are missing, out of reach or damaged: whoever merges it or captures from it is told the same."""
+
+
 class DistillationError(FusekitError):
     """Targets, losses or a training run are not what they have to be."""

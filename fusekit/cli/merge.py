@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError
 from fusekit.merging.run import Settings
 from fusekit.merging.run import merge as run
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that the staging folder is removed and locks are released."""
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _TerminatedError
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -85,12 +66,10 @@ def merge(
         on_published=lambda: published.append(True),
     )
     try:
-        with _sigterm_unwinds():
+        with sigterm_unwinds():
             merged: Any = run(recipe, out, merge_options, settings)
-    except KeyboardInterrupt:
-        _stopped(out, 128 + signal.SIGINT, bool(published))
-    except _TerminatedError:
-        _stopped(out, 128 + signal.SIGTERM, bool(published))
+    except (KeyboardInterrupt, TerminatedError) as error:
+        _stopped(out, status_of(error), bool(published))
     except FusekitError:
         logging.info("the merge failed", exc_info=True)
         raise

@@ -40,14 +40,20 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
     return fields
 
 
-def _device_map(_context: click.Context, _option: click.Parameter, value: str | None) -> Any:
-    return json.loads(value) if value and value.startswith("{") else value
+def device_map(_context: click.Context, _option: click.Parameter, value: str | None) -> Any:
+    """Of an option: a word as it is, a JSON object as a mapping."""
+    if value is None or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"no JSON: {error}") from error
 
 
 @click.command()
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--top-k", default=10, show_default=True, type=click.IntRange(min=1), help="Most entries per label.")
 @click.option(
     "--keep-mass",
@@ -101,7 +107,7 @@ def _device_map(_context: click.Context, _option: click.Parameter, value: str | 
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="Of the weights; auto: the checkpoint's.",
 )
-@click.option("--device-map", default=None, callback=_device_map, help="`auto`, or a JSON object, as for transformers.")
+@click.option("--device-map", default=None, callback=device_map, help="`auto`, or a JSON object, as for transformers.")
 @click.option(
     "--quantization",
     default=None,
@@ -147,7 +153,7 @@ def represent(**options: Any) -> None:
     """
     from fusekit.representation.processes import OtherProcessError, Processes
 
-    _drop_noise()
+    drop_noise()
     processes = Processes.current()
     say = _speaker(options["quiet"] or not processes.is_first)
     try:
@@ -183,7 +189,7 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
 
 def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
-    from fusekit.representation import RowTokenizer
+    from fusekit.representation import ChatTemplate, RowTokenizer
     from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
     from fusekit.representation.load import load_tokenizer
 
@@ -198,16 +204,8 @@ def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkp
     for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
         say(line)
     train_on = options["train_on"]
-    own = RowTokenizer(load_tokenizer(checkpoint), _template(options["chat_template"]), train_on)
+    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on)
     return checkpoint, [own, *(RowTokenizer(load_tokenizer(found), None, train_on) for found in others)]
-
-
-def _template(name: str) -> Any:
-    from fusekit.representation import ChatTemplate, template_names
-
-    if name == "own":
-        return None
-    return ChatTemplate.named(name) if name in template_names() else ChatTemplate.from_file(name)
 
 
 def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[Row]:
@@ -250,7 +248,7 @@ def _speaker(silent: bool) -> Callable[[str], None]:
     return lambda line: None if silent else click.echo(line, err=True)
 
 
-def _drop_noise() -> None:
+def drop_noise() -> None:
     """Bars for loading weights and advice about generation: nothing that a capture's user could act on."""
     from transformers.utils import logging as transformers_logging
 

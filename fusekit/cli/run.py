@@ -42,7 +42,12 @@ def run(
     try:
         with sigterm_unwinds():
             done = go(
-                loaded, out, only=only, until=until, say=lambda line: None if quiet else click.echo(line, err=True)
+                loaded,
+                out,
+                only=only,
+                until=until,
+                say=lambda line: None if quiet else click.echo(line, err=True),
+                quiet=quiet,
             )
     except (KeyboardInterrupt, TerminatedError) as error:
         again = shlex.join(["fusekit", *sys.argv[1:]])

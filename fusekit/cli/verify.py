@@ -2,59 +2,98 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from fusekit.errors import FusekitError
 
+MANIFEST = "manifest.json"
+TARGET_RECORD = "training.json"
+
+Check = Callable[[Path], tuple[list[str], str]]
+
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--quiet", is_flag=True, help="Print problems only.")
 def verify(paths: tuple[Path, ...], quiet: bool) -> None:
-    """Read every artifact with a manifest under PATHS and compare it with what was committed.
+    """Read every artifact under PATHS and compare it with what was committed: stores, and the stages of a run.
 
-    Each problem is printed with its file. Exit status 1 if there is one, or if there is nothing to verify.
+    Each problem is printed with its file. Targets of a distillation carry no hashes: they are named, as not vouched
+    for. Exit status 1 if there is a problem, or if there is nothing to verify.
     """
-    from fusekit.storage.manifest import MANIFEST
-
     found = problems = 0
     for path in paths:
-        for folder in _artifacts(path, MANIFEST):
-            found += 1
-            wrong, good = _check(folder)
+        for folder, check in _artifacts(path):
+            wrong, good = _checked(folder, check)
+            found += check is not _target
             problems += len(wrong)
             for line in wrong:
                 click.echo(line)
             if not wrong and not quiet:
                 click.echo(good)
-    if not found:
-        click.echo(f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}", err=True)
-    elif problems:
+    if problems:
         click.echo(f"fusekit: {problems} problems in {found} artifacts", err=True)
+    elif not found:
+        click.echo(f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}", err=True)
     if problems or not found:
         click.get_current_context().exit(1)
 
 
-def _artifacts(path: Path, manifest: str) -> Iterator[Path]:
-    """Folders with a manifest at or below a path, in order."""
-    for folder, below, files in os.walk(path if path.is_dir() else path.parent):
+def _artifacts(path: Path) -> Iterator[tuple[Path, Check]]:
+    """What is at or below a path, in order, and how each is checked."""
+    for name, below, files in os.walk(path if path.is_dir() else path.parent):
         below.sort()
-        if manifest in files:
-            yield Path(folder)
+        folder = Path(name)
+        if MANIFEST in files:
+            yield folder, _stage if _has_stage(folder) else _store
+        elif TARGET_RECORD in files:
+            yield folder, _target
 
 
-def _check(folder: Path) -> tuple[list[str], str]:
+def _has_stage(folder: Path) -> bool:
+    """Whether a manifest is that of a stage: a store's has none, and what cannot be read is taken for a store's."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "stage" in found
+
+
+def _checked(folder: Path, check: Check) -> tuple[list[str], str]:
     """What is wrong with an artifact, one line each, and what it is if nothing is."""
+    try:
+        return check(folder)
+    except (FusekitError, OSError) as error:
+        return [line if line.startswith(str(folder)) else f"{folder}: {line}" for line in str(error).splitlines()], ""
+
+
+def _store(folder: Path) -> tuple[list[str], str]:
     from fusekit.storage import Store
 
-    try:
-        store = Store.open(folder)
-        wrong = [f"{folder}/{problem}" for problem in store.verify()]
-    except FusekitError as error:
-        wrong = [line if line.startswith(str(folder)) else f"{folder}: {line}" for line in str(error).splitlines()]
+    store = Store.open(folder)
+    good = f"{folder}: {len(store)} rows in {len(store.records)} shards, all as committed"
+    return [f"{folder}/{problem}" for problem in store.verify()], good
+
+
+def _stage(folder: Path) -> tuple[list[str], str]:
+    from fusekit.storage import artifact
+
+    wrong = artifact.problems(folder)
+    known = artifact.read(folder)
+    if known is None:
         return wrong, ""
-    return wrong, f"{folder}: {len(store)} rows in {len(store.records)} shards, all as committed"
+    return wrong, f"{folder}: {len(known.files)} files of the stage {known.stage!r}, all as committed"
+
+
+def _target(folder: Path) -> tuple[list[str], str]:
+    """Only what the weights' own headers tell: whether a file was cut off."""
+    from fusekit.models.headers import read_headers
+
+    for file in sorted(folder.glob("*.safetensors")):
+        read_headers(file, folder.name)
+    return [], f"{folder}: not vouched for: the weights' headers are whole, but {TARGET_RECORD} has no hashes"

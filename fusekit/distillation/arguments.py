@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fusekit.distillation.settings import TrainingSettings, nearest
+from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.problems import nearest
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from fusekit.distillation.settings import TrainingSettings, nearest
+from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.problems import nearest
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.load import load_model
 

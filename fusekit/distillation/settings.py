@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
+from fusekit.problems import nearest
 
 
 class _Section(BaseModel):
@@ -184,9 +184,3 @@ def _explained(error: ValidationError) -> str:
         else:
             lines.append(f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all there are."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {near[0]!r}?" if near else f": there are {', '.join(sorted(known))}"

@@ -113,7 +113,8 @@ def _question(row: Row, tokenizer: RowTokenizer) -> _Question:
     if row.messages[last].role != "assistant" or row.cut is not None:
         raise DataError(
             f"row {row.key} of {row.dataset!r} ends with a message of {row.messages[last].role!r}"
-            f"{' and is cut' if row.cut else ''}: exact match needs an assistant's answer at the end"
+            f"{' and is cut' if row.cut else ''}: exact match needs an assistant's answer at the end; leave such rows "
+            "out, or measure bits_per_byte alone"
         )
     tokens = tokenizer.tokenize(row)
     answer = np.flatnonzero(tokens.labels & (tokens.message == last))

@@ -9,8 +9,8 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from fusekit.errors import MergeError
-from fusekit.merging.headers import gather, read_headers, read_index, weight_entry
 from fusekit.merging.models import Model
+from fusekit.models.headers import gather, read_headers, read_index, weight_entry
 from fusekit.storage.faults import disk_fault
 
 

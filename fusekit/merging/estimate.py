@@ -10,9 +10,9 @@ import torch
 from mergekit.options import MergeOptions
 
 from fusekit.errors import MergeError
-from fusekit.merging.limits import Limit, memory_limits
 from fusekit.merging.models import Model
 from fusekit.merging.plan import Plan
+from fusekit.models.limits import Limit, memory_limits
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
 SMALL_FILES_BYTES = 1 << 20

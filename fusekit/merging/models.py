@@ -12,9 +12,9 @@ from mergekit.config import MergeConfiguration
 from transformers import CONFIG_MAPPING
 
 from fusekit.errors import MergeError, RecipeError
-from fusekit.merging import hub
-from fusekit.merging.headers import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.merging.references import PinnedModel, pinned_model, references
+from fusekit.models import hub
+from fusekit.models.headers import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.problems import Problems, nearest
 from fusekit.safe_yaml import KeyPath
 

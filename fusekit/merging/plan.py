@@ -24,9 +24,9 @@ from fusekit.merging.compatibility import (
     check_tied_heads,
     load_configs,
 )
-from fusekit.merging.headers import TensorHeader
 from fusekit.merging.models import Model
 from fusekit.merging.references import OrderedConfiguration
+from fusekit.models.headers import TensorHeader
 from fusekit.problems import Problems, nearest
 
 MAX_REPORTED = 8

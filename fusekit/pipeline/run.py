@@ -55,6 +55,7 @@ def run(
     only: str | None = None,
     until: str | None = None,
     say: Callable[[str], None] = print,
+    quiet: bool = False,
 ) -> Run:
     """Do what is missing of a recipe, and nothing else.
 
@@ -67,6 +68,7 @@ def run(
         only: a stage; those before it have to be done already.
         until: the last stage to do.
         say: gets a line of plain text for the user.
+        quiet: no progress of captures.
 
     Raises:
         FusekitError: what each stage raises; an output in use, or that holds something else; inputs that are not
@@ -80,7 +82,7 @@ def run(
     chosen = [only] if only else list(STAGES[: STAGES.index(until) + 1] if until else STAGES)
     layout, processes = Layout(Path(out).resolve()), Processes.current()
     tell = say if processes.is_first else lambda _line: None
-    context = Context(recipe, layout, Readers(recipe), tell)
+    context = Context(recipe, layout, Readers(recipe), tell, quiet)
     with ExitStack() as held:
 
         def claim() -> None:
@@ -88,12 +90,14 @@ def run(
             _claim(layout, recipe)
 
         processes.first_then_all(claim)
-        return _stages(context, chosen, processes)
+        done = _stages(context, chosen, processes)
+        processes.first_then_all(lambda: _save(layout, recipe))
+        return done
 
 
 def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
     layout, targets, results = context.layout, [], None
-    processes.first_then_all(lambda: stages.data(context) if "data" in chosen else None)
+    processes.first_then_all(lambda: stages.data(context) if "data" in chosen else stages.check_data(context))
     rows = _rows(context)
     if "represent" in chosen:
         for name in context.readers.names:
@@ -115,8 +119,6 @@ def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
 def _rows(context: Context) -> list[Row]:
     from fusekit.pipeline.rows_file import read_rows_file
 
-    if not context.layout.data.is_dir():
-        raise StorageError(f"{context.layout.data} is not there: the stage `data` comes first")
     return read_rows_file(context.layout.data)
 
 
@@ -132,13 +134,19 @@ def _targets(context: Context) -> list[Path]:
 
 
 def _claim(layout: Layout, recipe: Recipe) -> None:
-    """Refuse a folder that holds something else; save the recipe with every value written out."""
+    """Refuse a folder that holds something else; save the recipe of the first run."""
     layout.out.mkdir(parents=True, exist_ok=True)
     foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in _OURS and not p.name.startswith("."))
     if foreign and not layout.recipe.exists():
         raise StorageError(
             f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
         )
+    if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
+        _save(layout, recipe)
+
+
+def _save(layout: Layout, recipe: Recipe) -> None:
+    """Save the recipe with every value written out."""
     head = "# The recipe of this run, every value written out: fusekit run recipe.resolved.yml OUT repeats it.\n"
     text = head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     commit_file(layout.recipe, lambda file: file.write(text.encode()))

@@ -19,7 +19,9 @@ from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
 from fusekit.recipe import Recipe
-from fusekit.representation import Row, pack_text, prepare, read_rows
+from fusekit.representation import ChatTemplate, Row, RowTokenizer, pack_text, prepare, read_rows
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.load import load_tokenizer
 from fusekit.storage import artifact, commit_file
 from fusekit.storage.artifact import Artifact, Inputs
 
@@ -31,12 +33,16 @@ SHOWN_TEXTS = 3
 
 @dataclass(eq=False)
 class Context:
-    """What every stage gets: the recipe, where things go, the models, and how to talk to the user."""
+    """What every stage gets: the recipe, where things go, the models, and how to talk to the user.
+
+    quiet: no progress of captures.
+    """
 
     recipe: Recipe
     layout: Layout
     readers: Readers
     say: Say
+    quiet: bool = False
 
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts."""
@@ -62,8 +68,8 @@ class Context:
 def data(context: Context) -> list[Row]:
     """Read, filter and cut the rows, alike for the models of the recipe."""
     section = context.recipe.data
-    paths = [section.path] if isinstance(section.path, str) else section.path
-    inputs = section.model_dump(mode="json") | {"files": {path: _file_hash(path) for path in paths}}
+    paths = _paths(section.path)
+    inputs = _data_inputs(context)
     folder = context.layout.data
     if context.done(folder, inputs) is None:
         started = time.monotonic()
@@ -89,10 +95,34 @@ def data(context: Context) -> list[Row]:
             write_rows(into, prepared.rows)
             _write_json(into / "counts.json", prepared.counts.as_dict())
 
-        made = context.made(started) | {"for": context.readers.names}
+        made = context.made(started) | {
+            "for": {n: context.readers.reader(n).fingerprint for n in context.readers.names}
+        }
         artifact.publish(folder, "data", inputs, write, made)
         context.say(f"data: {prepared.counts}")
     return read_rows_file(folder)
+
+
+def check_data(context: Context) -> None:
+    """Refuse rows that another recipe prepared. A file that is not here, on another machine, is not asked about.
+
+    Raises StorageError naming what differs.
+    """
+    known = artifact.read(context.layout.data)
+    if known is None:
+        raise StorageError(f"{context.layout.data} is not there: the stage `data` comes first")
+    inputs, before = _data_inputs(context), known.inputs.get("files", {})
+    inputs["files"] = {path: hash_ or before.get(path) for path, hash_ in inputs["files"].items()}
+    context.done(context.layout.data, inputs)
+
+
+def _data_inputs(context: Context) -> Inputs:
+    section = context.recipe.data
+    return section.model_dump(mode="json") | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
+
+
+def _paths(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path
 
 
 def represent(context: Context, name: str, rows: list[Row]) -> None:
@@ -108,7 +138,7 @@ def represent(context: Context, name: str, rows: list[Row]) -> None:
         max_error=section.max_error,
         batch_tokens=section.batch_tokens,
         rows_per_shard=section.rows_per_shard,
-        options=CaptureOptions(max_quarantined=section.max_quarantined),
+        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
     )
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
@@ -127,16 +157,17 @@ def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
     """The rows as one model reads them: cut further where it came after they were cut, and needs more tokens."""
     section = context.recipe.data
     known = artifact.read(context.layout.data)
-    if known is not None and name in known.made.get("for", []):
+    made_for, reader = known.made.get("for") if known is not None else None, context.readers.reader(name)
+    if isinstance(made_for, dict) and made_for.get(name) == reader.fingerprint:
         return rows
-    prepared = prepare(rows, [context.readers.reader(name)], section.max_length, section.overlong)
+    prepared = prepare(rows, [reader], section.max_length, section.overlong)
     if prepared.counts.dropped:
         context.say(f"data for {name}: {prepared.counts}")
     return prepared.rows
 
 
 def align(context: Context, source: str, rows: list[Row]) -> None:
-    """Build the vocabulary map of a pair, and count what the alignment links and loses."""
+    """Count what the alignment of a pair links and loses. The vocabulary map is made, and kept, where it is used."""
     from fusekit.alignment import align as align_text
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.html import page
@@ -267,26 +298,28 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     from fusekit.evaluation.metrics import evaluate_model
 
     layout = context.layout
-    paths = [section.path] if isinstance(section.path, str) else section.path
+    paths = _paths(section.path)
     held_out = {path: _file_hash(path) for path in paths}
     rows = list(chain.from_iterable(read_rows(path, limit=section.limit) for path in paths))
     pivot = context.recipe.pivot
     models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
     own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
-    if (layout.baselines / "sft").is_dir():
+    if section.baseline and (layout.baselines / "sft").is_dir():
         models[BASELINE] = (replace(own, model=str(layout.baselines / "sft")), pivot.chat_template)
     for source in context.recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
         models[f"sources/{source.label}"] = (choice_of(source), template)
     for path in targets:
         models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
-    if layout.merged.is_dir():
+    if context.recipe.merge is not None and layout.merged.is_dir():
         models["merged"] = (replace(own, model=str(layout.merged)), pivot.chat_template)
     results: dict[str, Any] = {}
     for name, (choice, template) in models.items():
         inputs = {
             "model": _identity(choice.model, context, name),
+            "load": {"dtype": choice.dtype, "quantization": choice.quantization},
             "chat_template": template,
+            "reads": _reads(choice, template),
             "metrics": list(section.metrics),
             "held_out": held_out,
             "limit": section.limit,
@@ -322,6 +355,12 @@ def _identity(model: str, context: Context, name: str) -> str:
     if name == PIVOT or name.startswith("sources/"):
         return context.readers.checkpoint(name.removeprefix("sources/")).fingerprint()
     return _weights_hash(Path(model))
+
+
+def _reads(choice: ModelChoice, template: str) -> str:
+    """Of a model's tokenizer and the content of its chat template, whatever file they are in."""
+    tokenizer = load_tokenizer(find_checkpoint(choice))
+    return RowTokenizer(tokenizer, ChatTemplate.chosen(template)).fingerprint
 
 
 def _weights_hash(folder: Path) -> str:

@@ -97,6 +97,7 @@ def capture(
             if options.overwrite:
                 remove_store(path)
             opened.append(StoreWriter(path, spec(), keys, world=world))
+            _refuse_quarantined(opened[0], options.max_quarantined)
             return opened[0].spec
 
         agreed = processes.first_then_all(start)
@@ -104,7 +105,12 @@ def capture(
         if missing := writer.missing_shards():
             _Shards(rows, tokenizer, load(), writer, options).write(missing)
         processes.wait()
-        processes.first_then_all(writer.finish)
+
+        def finish() -> None:
+            _refuse_quarantined(writer, options.max_quarantined)
+            writer.finish()
+
+        processes.first_then_all(finish)
     return Store.open(out)  # errors and reports name it as the caller does
 
 
@@ -122,16 +128,16 @@ class _Shards:
         """Raises CaptureError when more rows have no distribution than may."""
         world = self.writer.world
         label = "capturing" if world == 1 else f"capturing (process 0 of {world})"
-        quarantined: dict[str, str] = {}
         total = sum(plan.stop - plan.start for plan in missing)
         with Progress(total, quiet=self.options.quiet or self.writer.rank > 0, label=label) as progress:
             for done, plan in enumerate(missing, 1):
-                quarantined |= self._write_one(plan, progress)
+                some = self._write_one(plan, progress)
                 self.options.on_shard(done, len(missing))
-                self._refuse(quarantined)
+                if some:
+                    _refuse_quarantined(self.writer, self.options.max_quarantined)
 
-    def _write_one(self, plan: ShardPlan, progress: Progress) -> dict[str, str]:
-        """One shard; returns its quarantined rows."""
+    def _write_one(self, plan: ShardPlan, progress: Progress) -> int:
+        """One shard; returns how many of its rows are quarantined."""
         rows = self.rows[plan.start : plan.stop]
         tokenized = [self.tokenizer.tokenize(row) for row in rows]
         encoded: dict[int, tuple[Facts, Future[bytes]]] = {}
@@ -149,15 +155,17 @@ class _Shards:
         blobs = Blobs([encoded[i][1].result() for i in order], [encoded[i][0] for i in order])
         found = {rows[i].key: quarantined[i] for i in sorted(quarantined)}
         self.writer.write_blobs(plan, blobs, found)
-        return found
+        return len(found)
 
-    def _refuse(self, quarantined: dict[str, str]) -> None:
-        share, total = self.options.max_quarantined, len(self.rows)
-        allowed = max(1, int(share * total))
-        if len(quarantined) > allowed:
-            key, why = next(iter(quarantined.items()))
-            raise CaptureError(
-                f"{len(quarantined)} rows have no distribution, more than the {allowed} of {total} that may "
-                f"(--max-quarantined {share:g}); the first is {key}: {why}. Are the model's weights whole, and is its "
-                "dtype one that it was trained for?"
-            )
+
+def _refuse_quarantined(writer: StoreWriter, share: float) -> None:
+    """Raises CaptureError when more rows of all shards, those of earlier runs too, have no distribution than may."""
+    quarantined, total = writer.quarantined(), len(writer.keys)
+    allowed = max(1, int(share * total))
+    if len(quarantined) > allowed:
+        key, why = next(iter(quarantined.items()))
+        raise CaptureError(
+            f"{writer.path}: {len(quarantined)} rows have no distribution, more than the {allowed} of {total} that may "
+            f"(--max-quarantined {share:g}); the first is {key}: {why}. Are the model's weights whole, and is its "
+            "dtype one that it was trained for? If so many may be missing, raise the limit: what is captured stays"
+        )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from fusekit.errors import CaptureError, MergeError
-from fusekit.merging import hub
-from fusekit.merging.headers import is_pickle, read_index, weight_entry
+from fusekit.errors import CaptureError
+from fusekit.models import hub
+from fusekit.models.headers import is_pickle, read_index, weight_entry
 
 _HASHED_AT_A_TIME = 16 << 20
 
@@ -75,8 +74,7 @@ class Checkpoint:
     def fetch(self, *, bar: bool = False) -> None:
         """Download the weights unless they are here. Raises CaptureError with a hint, StorageError for a full disk."""
         if self.snapshot and self.download_bytes:
-            with _as_capture_error():
-                self.snapshot.fetch(sorted(self.weights), bar=bar)
+            self.snapshot.fetch(sorted(self.weights), bar=bar)
 
     def fingerprint(self) -> str:
         """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
@@ -112,23 +110,13 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True) -> Checkpoint:
             what to do.
     """
     notices: list[str] = []
-    with _as_capture_error():
-        folder, snapshot = _locate(choice, notices)
-        if snapshot:
-            snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
-        config = _read_json(choice, folder / "config.json")
-        _refuse_code(choice, folder, config)
-        sizes = _weights(choice, folder, snapshot) if weights else {}
+    folder, snapshot = _locate(choice, notices)
+    if snapshot:
+        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
+    config = _read_json(choice, folder / "config.json")
+    _refuse_code(choice, folder, config)
+    sizes = _weights(choice, folder, snapshot) if weights else {}
     return Checkpoint(choice, folder, config, sizes, snapshot, notices)
-
-
-@contextmanager
-def _as_capture_error() -> Iterator[None]:
-    # The hub client and the headers are shared with merging.
-    try:
-        yield
-    except MergeError as error:
-        raise CaptureError(str(error)) from error
 
 
 def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot | None]:

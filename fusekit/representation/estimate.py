@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusekit.errors import CaptureError
-from fusekit.merging.limits import memory_limits
+from fusekit.models.limits import memory_limits
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
 from fusekit.representation.teacher import CHUNK_BYTES

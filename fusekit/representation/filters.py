@@ -116,7 +116,8 @@ def prepare(
             counts.kept += 1
             kept.append(row)
     if counts.seen and not kept:
-        raise DataError(f"no row is left: {counts}. {counts.first_refusal}".strip())
+        meaning = "; ".join(f"{reason}: {REASONS[reason]}" for reason in DROPPED if reason in counts.reasons)
+        raise DataError(f"no row is left: {counts} ({meaning}). {counts.first_refusal}".strip())
     return Prepared(kept, counts)
 
 

@@ -107,7 +107,7 @@ def _loaded(text: str, file: Path, number: int) -> Any:
 def _json_lines(file: Path) -> Iterator[Record]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = _decoded(line, file, number)
+            text = _decoded(line, file, number).rstrip("\r\n")  # else a line cut short is said to be wrong in the next
             if text.strip():
                 yield f"{file}, line {number}", _loaded(text, file, number)
 

@@ -47,6 +47,8 @@ def output_lock(output: Path) -> Iterator[None]:
         lock = filelock.FileLock(_lock_file(output), timeout=0)
         lock.acquire()
     except filelock.Timeout:
+        if not _lock_file(output).exists():  # some file systems refuse in a way that filelock takes for a wait
+            raise StorageError(f"{output}: cannot be locked: no file can be made in {output.parent}") from None
         raise StorageError(
             f"{output}: already being written by {_describe_holder(output)}. Wait for it or choose another folder."
         ) from None

@@ -93,6 +93,8 @@ class StoreWriter:
         _refuse_repeated(self.keys)
         _make(self.path)
         manifest = read_json(self.path / MANIFEST, Manifest)
+        if manifest is not None and rank == 0 and _holds_nothing(self.path, manifest):
+            manifest = None  # of a run that ended before its first shard: nothing was made from what it names
         if manifest is None:
             _refuse_foreign(self.path)
         else:
@@ -159,6 +161,11 @@ class StoreWriter:
         )
         write_json(path.with_suffix(".json"), ShardVoucher(plan_xxh3=self._plan_hash, shard=record), self.rank)
         self._done.add(plan.index)
+
+    def quarantined(self) -> dict[str, str]:
+        """key -> reason of the rows that the shards written so far, by any process and run, are not to hold."""
+        records = (self._record(plan) for plan in self._plans())
+        return {row.key: row.reason for record in records if record for row in record.quarantined}
 
     def finish(self) -> None:
         """Make the store complete: rank 0, once every process has written its shards.
@@ -267,12 +274,29 @@ def remove_store(path: Path | str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    if not (folder / MANIFEST).exists():
+    if not _has_store(folder):
+        if (folder / MANIFEST).exists():
+            raise StorageError(
+                f"{folder / MANIFEST} is not of a store of captured rows: nothing was removed; choose another folder, "
+                "or remove that one yourself"
+            )
         _refuse_foreign(folder)
     remove(folder / MANIFEST)
     for file in sorted(folder.iterdir()):
         if _OURS.fullmatch(file.name):
             remove(file)
+
+
+def _has_store(folder: Path) -> bool:
+    """Whether the manifest is a store's, or stands, damaged, beside shards."""
+    try:
+        return read_json(folder / MANIFEST, Manifest) is not None
+    except StorageError:
+        return any(folder.glob("shard-*.safetensors"))
+
+
+def _holds_nothing(folder: Path, manifest: Manifest) -> bool:
+    return not (manifest.complete or manifest.shards or any(folder.glob("shard-*.json")))
 
 
 def _bounds(known: list[int], rows: int, rows_per_shard: int) -> list[int]:

@@ -299,13 +299,13 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
     [
         (
             {"trainer": {"adam_beta3": 1}},
-            "trainer.adam_beta3 is no field of TrainingArguments: did you mean 'adam_beta",
+            "trainer.adam_beta3 is no field of TrainingArguments; did you mean 'adam_beta",
         ),
         ({"trainer": {"learning_rate": 1}}, "trainer.learning_rate is set by learning_rate"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model cannot be set"),
         ({"trainer": {"optim": "sgdd"}}, "transformers refuses the training arguments"),
         ({"micro_batch_size": 3}, "batch_size 4 .* cannot be divided by micro_batch_size 3"),
-        ({"lora": {"lora_alhpa": 4}}, "lora.lora_alhpa is no field of peft's LoraConfig: did you mean 'lora_alpha'"),
+        ({"lora": {"lora_alhpa": 4}}, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'"),
         ({"lora": {"target_modules": ["nothing"]}}, "peft refuses the lora settings"),
     ],
 )
@@ -316,13 +316,13 @@ def test_settings_that_cannot_be_are_refused(training: Any, message: str, world:
 
 
 def test_a_misspelled_setting_names_the_nearest() -> None:
-    with pytest.raises(DistillationError, match=r"unknown setting training.lm_wieght: did you mean 'lm_weight'\?"):
+    with pytest.raises(DistillationError, match=r"unknown setting training.lm_wieght; did you mean 'lm_weight'\?"):
         DistillSettings.of("fusekit", {"training": {"lm_wieght": 1}})
-    with pytest.raises(DistillationError, match=r"unknown preset 'fusechatt': did you mean 'fusechat'\?"):
+    with pytest.raises(DistillationError, match=r"unknown preset 'fusechatt'; did you mean 'fusechat'\?"):
         DistillSettings.of("fusechatt")
     with pytest.raises(DistillationError, match=r"training.lm_weight = 2.*less than or equal to 1"):
         DistillSettings.of("fusekit", {"training": {"lm_weight": 2}})
-    with pytest.raises(DistillationError, match=r"unknown fusion function 'min_cee': did you mean 'min_ce'\?"):
+    with pytest.raises(DistillationError, match=r"unknown fusion function 'min_cee'; did you mean 'min_ce'\?"):
         DistillSettings.of("fusekit", {"fusion": {"function": "min_cee"}})
 
 

@@ -103,3 +103,20 @@ def test_command(tmp_path):
     assert f"| {DEMO / 'numbers'} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
+
+
+def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path):
+    from click.testing import CliRunner
+
+    from fusekit.cli import cli
+
+    def said(*options: str) -> str:
+        result = CliRunner().invoke(cli, ["evaluate", str(DEMO / "numbers"), "--data", "none.jsonl", *options])
+        assert result.exit_code != 0
+        return f"{result.output}{result.exception}"
+
+    nowhere = str(tmp_path / "nowhere" / "scores.json")
+    assert f"{nowhere}: there is no folder" in said("--json", nowhere)
+    assert "'banana' is not one of 'auto'" in said("--dtype", "banana")
+    assert "no JSON: Expecting" in said("--device-map", "{bad")
+    assert "none.jsonl does not exist" in said("--allow-pickle")

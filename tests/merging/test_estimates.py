@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 
 from fusekit.errors import MergeError
 from fusekit.merging import Settings, merge
-from fusekit.merging.limits import cgroup_limits
+from fusekit.models.limits import cgroup_limits
 from tests.helpers import family
 from tests.merging.conftest import listing, traces
 from tests.merging.processes import fusekit_merge

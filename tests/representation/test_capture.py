@@ -207,6 +207,19 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
     edit_tensors(model, add_head)
     with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
         run(data, tmp_path / "many", checkpoint=broken)
+    # Running it again is no way around the limit, raising it is.
+    with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
+        run(data, tmp_path / "many", checkpoint=broken)
+    many = settings(options=CaptureOptions(quiet=True, max_quarantined=1.0))
+    store = run(data, tmp_path / "many", many, checkpoint=broken)
+    assert store.complete
+    assert len(store) + len(store.quarantined) == len(rows)
+
+
+def test_a_run_that_could_not_load_its_model_leaves_nothing_to_be_compared_with(data, tmp_path):
+    with pytest.raises(CaptureError, match="device_map"):
+        run(data, tmp_path / "out", checkpoint=demo(device_map="nonsense"))
+    assert run(data, tmp_path / "out", settings(9)).spec.top_k == 9
 
 
 def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):

@@ -89,6 +89,7 @@ def test_json_lines_may_end_in_json_and_begin_with_a_mark(tmp_path):
 
 GOOD = json.dumps(RECORDS["messages"])
 BAD = [
+    (f'{GOOD}\n{{"messages": [\n{GOOD}\n', r"a\.jsonl, line 2: no JSON: "),
     (f"{GOOD}\n{GOOD}\n{{'a': 1}}\n", r"a\.jsonl, line 3: no JSON: .*\(column 2\)"),
     (f"{GOOD}\n[1]\n", r"a\.jsonl, line 2: a row is a list, not an object"),
     ('{"foo": 1, "bar": 2}', r"a\.jsonl, line 1: the keys are 'foo', 'bar'; accepted are messages \(a list of"),

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,22 @@ def test_removing_a_store_leaves_what_is_not_its(damaged):
     remove_store(damaged)
     assert listing(damaged) == {"notes.md": b"mine"}
     remove_store(damaged / "nothing")
+
+
+def test_the_manifest_of_something_else_is_not_removed(tmp_path):
+    theirs = tmp_path / "manifest.json"
+    theirs.write_text('{"short_name": "a page"}')
+    with pytest.raises(StorageError, match=r"manifest\.json is not of a store of captured rows: nothing was removed"):
+        remove_store(tmp_path)
+    assert theirs.exists()
+
+
+def test_a_folder_that_takes_no_files_is_not_called_busy():
+    with (
+        pytest.raises(StorageError, match=r"/proc/out: cannot be locked: no file can be made in /proc"),
+        output_lock(Path("/proc/out")),
+    ):
+        pass
 
 
 def test_two_runs_on_one_store(tmp_path):

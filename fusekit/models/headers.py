@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusekit.errors import MergeError
+from fusekit.errors import ModelError
 
 MAX_HEADER_BYTES = 100 << 20  # what safetensors itself accepts
 
@@ -74,23 +74,23 @@ def is_pickle(entry: str) -> bool:
 
 
 def read_headers(path: Path, label: str) -> Headers:
-    """Headers of one safetensors file on disk. Raises MergeError naming the file when it is cut off or damaged."""
+    """Headers of one safetensors file on disk. Raises ModelError naming the file when it is cut off or damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise MergeError(
+                raise ModelError(
                     f"{label}: {path} is not a whole safetensors file: {size} bytes, of which the header alone "
                     f"needs {length + 8}. Was the download or copy interrupted?"
                 )
             raw = file.read(length)
     except OSError as error:
-        raise MergeError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
+        raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
     headers, end = parse_header(raw, path.name, f"{label}: {path}")
     if 8 + length + end != size:
-        raise MergeError(
+        raise ModelError(
             f"{label}: {path} is damaged: {size} bytes, but its header describes {8 + length + end}. "
             "Was the download or copy interrupted?"
         )
@@ -98,7 +98,7 @@ def read_headers(path: Path, label: str) -> Headers:
 
 
 def parse_header(raw: bytes, file: str, label: str) -> tuple[Headers, int]:
-    """Headers and the number of data bytes from a safetensors header. Raises MergeError for anything malformed."""
+    """Headers and the number of data bytes from a safetensors header. Raises ModelError for anything malformed."""
     try:
         header: Any = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -106,15 +106,15 @@ def parse_header(raw: bytes, file: str, label: str) -> tuple[Headers, int]:
         spans = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
         sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise MergeError(f"{label} has a damaged safetensors header: {error}") from error
+        raise ModelError(f"{label} has a damaged safetensors header: {error}") from error
     end = 0
     for start, stop in spans:
         if start != end or stop < start:
-            raise MergeError(f"{label} has a damaged safetensors header: tensors overlap or leave holes")
+            raise ModelError(f"{label} has a damaged safetensors header: tensors overlap or leave holes")
         end = stop
     for name, tensor in headers.items():
         if tensor.nbytes != sizes[name]:
-            raise MergeError(f"{label} has a damaged safetensors header: the size of {name} is not that of its shape")
+            raise ModelError(f"{label} has a damaged safetensors header: the size of {name} is not that of its shape")
     return headers, end
 
 
@@ -130,26 +130,26 @@ def _tensor_header(entry: dict[str, Any], file: str) -> TensorHeader:
 
 
 def read_index(text: str, label: str) -> dict[str, str]:
-    """Tensor name -> shard of an index file. Raises MergeError when it is malformed or names a file elsewhere."""
+    """Tensor name -> shard of an index file. Raises ModelError when it is malformed or names a file elsewhere."""
     try:
         weight_map = json.loads(text)["weight_map"]
         pairs = dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MergeError(f"{label} is not an index of shards: {error}") from error
+        raise ModelError(f"{label} is not an index of shards: {error}") from error
     for shard in pairs.values():
         # A name such as ../../other/file.bin would be read, or unpickled, from anywhere.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
-            raise MergeError(f"{label} names {shard!r}, which is not a weight file in the same folder")
+            raise ModelError(f"{label} names {shard!r}, which is not a weight file in the same folder")
     return pairs
 
 
 def gather(weight_map: dict[str, str], shard_headers: Callable[[str], Headers], label: str) -> Headers:
-    """Headers of a sharded checkpoint. Raises MergeError when the index and the shards disagree."""
+    """Headers of a sharded checkpoint. Raises ModelError when the index and the shards disagree."""
     by_shard = {shard: shard_headers(shard) for shard in sorted(set(weight_map.values()))}
     lacking = sorted(name for name, shard in weight_map.items() if name not in by_shard[shard])
     if lacking:
         shard = weight_map[lacking[0]]
-        raise MergeError(
+        raise ModelError(
             f"{label}: its index says that {lacking[0]} is in {shard}, but it is not there"
             + (f" (and {len(lacking) - 1} tensors more)" if len(lacking) > 1 else "")
         )

@@ -13,8 +13,8 @@ import huggingface_hub
 from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
-from fusekit.errors import MergeError
-from fusekit.merging.headers import DTYPES, Headers, TensorHeader
+from fusekit.errors import ModelError
+from fusekit.models.headers import DTYPES, Headers, TensorHeader
 from fusekit.storage.faults import disk_fault
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -24,7 +24,7 @@ TIMEOUT = float(constants.HF_HUB_ETAG_TIMEOUT)
 """Seconds to wait for an answer; HF_HUB_ETAG_TIMEOUT changes it."""
 
 
-class HubUnreachableError(MergeError):
+class HubUnreachableError(ModelError):
     """The hub gave no answer, so that asking it about the next model would only take another timeout."""
 
 
@@ -48,7 +48,7 @@ class Snapshot:
         return [name for name in files if not (self.folder / name).is_file()]
 
     def fetch(self, patterns: list[str], *, bar: bool = False) -> None:
-        """Download the files that match, unless they are cached. bar: show progress. Raises MergeError with a hint."""
+        """Download the files that match, unless they are cached. bar: show progress. Raises ModelError with a hint."""
         if not self.online:
             return
         try:
@@ -71,7 +71,7 @@ class Snapshot:
             temporary.replace(note)
 
     def headers(self, file: str) -> Headers:
-        """Headers of one safetensors file, by range requests. Raises MergeError with a hint."""
+        """Headers of one safetensors file, by range requests. Raises ModelError with a hint."""
         try:
             metadata = huggingface_hub.HfApi().parse_safetensors_file_metadata(
                 self.repository, file, revision=self.commit, timeout=TIMEOUT
@@ -88,7 +88,7 @@ def find(repository: str, revision: str | None, cache: Path | None, notices: lis
     """The commit that a hub id means now, with the names and sizes of its files.
 
     When the hub cannot be reached, the commit that the cache holds for the revision, with a line in ``notices``.
-    Raises MergeError, at once and with a hint, for a model that is gated, missing, or neither reachable nor cached.
+    Raises ModelError, at once and with a hint, for a model that is gated, missing, or neither reachable nor cached.
     """
     cache = Path(cache or constants.HF_HUB_CACHE).expanduser().resolve()
     try:
@@ -142,8 +142,8 @@ def _unreachable(error: BaseException) -> bool:
     )
 
 
-def explain(error: BaseException, repository: str, revision: str | None) -> MergeError:
-    """A MergeError that says what to do about an exception of the hub client."""
+def explain(error: BaseException, repository: str, revision: str | None) -> ModelError:
+    """A ModelError that says what to do about an exception of the hub client."""
     page = f"{constants.ENDPOINT}/{repository}"
     token = "a token is set" if huggingface_hub.get_token() else "no token is set"
     if isinstance(error, hub_errors.OfflineModeIsEnabled) or constants.is_offline_mode():
@@ -165,5 +165,5 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Merg
         text += f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
     else:
         text = f"cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {error}"
-    kind = HubUnreachableError if _unreachable(error) else MergeError
+    kind = HubUnreachableError if _unreachable(error) else ModelError
     return kind(f"{repository} {' '.join(text.split())}")

@@ -1,0 +1,44 @@
+"""``fusekit verify`` on what the stages of a run leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.distillation.models import RECORD
+from fusekit.storage import artifact
+from tests.storage.processes import write
+
+
+def verify(path: Path, status: int) -> str:
+    result = CliRunner().invoke(cli, ["verify", str(path)])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    artifact.publish(tmp_path / "data", "data", {}, lambda into: (into / "rows.jsonl").write_text("{}\n"))
+    write(tmp_path / "representations" / "pivot")
+    return tmp_path
+
+
+def test_stages_and_stores_are_verified_alike(run):
+    said = verify(run, 0)
+    assert f"{run}/data: 1 files of the stage 'data', all as committed" in said
+    assert f"{run}/representations/pivot: " in said
+    (run / "data" / "rows.jsonl").write_text("[]\n")
+    assert f"{run}/data/rows.jsonl: its content is not what was written" in verify(run, 1)
+
+
+def test_targets_are_named_as_not_vouched_for(run):
+    target = run / "targets" / "one"
+    target.mkdir(parents=True)
+    (target / RECORD).write_text("{}")
+    assert f"{target}: not vouched for" in verify(run, 0)
+    assert "not vouched for" in verify(target, 1)  # nothing to verify
+    (target / "model.safetensors").write_bytes(b"cut")
+    assert "model.safetensors is not a whole safetensors file" in verify(run, 1)

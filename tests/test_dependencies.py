@@ -1,0 +1,69 @@
+"""Which part imports which library: what does not merge works without mergekit, and what only checks without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusekit.errors import CaptureError, MergeError
+from fusekit.models.headers import read_headers
+
+PACKAGE = Path(__file__).parents[1] / "fusekit"
+MERGES = (
+    "merge_methods/",
+    "merging/",
+    "mergekit_plugin.py",
+    "mergekit_yaml.py",
+    "cli/merge.py",
+    "pipeline/stages.py",
+)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_only_what_merges_imports_mergekit():
+    files = {str(path.relative_to(PACKAGE)): imports(path) for path in PACKAGE.rglob("*.py")}
+    assert "mergekit.options" in files["cli/merge.py"]
+    guilty = [
+        f"{name}: {module}"
+        for name, modules in files.items()
+        for module in modules
+        if module.split(".")[0] == "mergekit" or module.startswith("fusekit.merging")
+        if not name.startswith(MERGES)
+    ]
+    assert not guilty
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipes", "mergekit torch transformers"),
+        ("import fusekit.cli.represent, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
+        ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
+        ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),
+        ("import fusekit.pipeline.run", "mergekit"),
+    ],
+)
+def test_imports_leave_out_what_they_do_not_need(code, heavy):
+    script = f"{code}\nimport sys\nprint([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_damaged_model_is_an_error_of_merging_and_of_capturing(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    for kind in (MergeError, CaptureError):
+        with pytest.raises(kind, match="not a whole safetensors file"):
+            read_headers(tmp_path / "model.safetensors", "m")
