@@ -52,7 +52,7 @@ def device_map(_context: click.Context, _option: click.Parameter, value: str | N
 
 @click.command()
 @click.argument("model")
-@click.argument("data", nargs=-1, required=True)
+@click.argument("data", nargs=-1)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--top-k", default=10, show_default=True, type=click.IntRange(min=1), help="Most entries per label.")
 @click.option(
@@ -144,8 +144,11 @@ def device_map(_context: click.Context, _option: click.Parameter, value: str | N
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--quiet", is_flag=True, help="Errors only.")
-def represent(**options: Any) -> None:
-    """Capture what MODEL says about the rows of DATA into the store OUT.
+@click.pass_context
+def represent(context: click.Context, /, **options: Any) -> None:
+    """Capture what MODEL says about the rows of DATA into the store OUT; or all models of a recipe: RECIPE.yml OUT.
+
+    With a recipe its own settings hold, as in fusekit run --until represent.
 
     MODEL: a folder or a name on the hub. DATA: files (.json, .jsonl, .parquet, .txt), folders or data sets on the hub,
     one or several. OUT: a folder; a run that was stopped goes on there. Under `accelerate launch -m fusekit.cli` or
@@ -153,6 +156,11 @@ def represent(**options: Any) -> None:
     """
     from fusekit.representation.processes import OtherProcessError, Processes
 
+    if Path(options["model"]).suffix in (".yml", ".yaml") and Path(options["model"]).is_file():
+        _all_of_recipe(context, options)
+        return
+    if not options["data"]:
+        raise click.UsageError("give MODEL, DATA and OUT; or a recipe (.yml) and OUT")
     drop_noise()
     processes = Processes.current()
     say = _speaker(options["quiet"] or not processes.is_first)
@@ -170,6 +178,22 @@ def represent(**options: Any) -> None:
         raise
     if processes.is_first and not options["quiet"]:
         _report(store, prepared, options["as_json"])
+
+
+def _all_of_recipe(context: click.Context, options: dict[str, Any]) -> None:
+    """Run a recipe up to its captures. Settings belong into the recipe, so options beside --quiet are refused."""
+    from click.core import ParameterSource
+
+    from fusekit.cli.run import run
+
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if foreign := sorted(set(given) - {"model", "out", "quiet"}):
+        raise click.UsageError(
+            f"--{foreign[0].replace('_', '-')} with a recipe: its settings are those of the recipe; "
+            "see `fusekit run --set`"
+        )
+    recipe = Path(options["model"])
+    context.invoke(run, recipe=recipe, out=options["out"], until="represent", quiet=options["quiet"])
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:

@@ -22,7 +22,13 @@ STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
 @click.option("--until", type=click.Choice(STAGES), help="The last stage to do.")
 @click.option("--quiet", is_flag=True, help="Errors only.")
 def run(
-    recipe: Path, out: Path, *, overrides: tuple[str, ...], only: str | None, until: str | None, quiet: bool
+    recipe: Path,
+    out: Path,
+    *,
+    overrides: tuple[str, ...] = (),
+    only: str | None = None,
+    until: str | None = None,
+    quiet: bool = False,
 ) -> None:
     """Do what is missing of a fusion RECIPE in the folder OUT: from sources to a merged, evaluated model.
 

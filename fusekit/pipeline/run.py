@@ -34,8 +34,6 @@ _OURS = {
     "merged",
     "evaluation",
     "results.json",
-    "report.html",
-    "logs",
 }
 
 

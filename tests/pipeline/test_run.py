@@ -136,3 +136,14 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "mine")])
     assert "is no run of fusekit, but holds 'thesis.tex'" in str(result.exception)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_represent_takes_a_recipe(first: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ["llama"])
+    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "out" / "representations").iterdir() if p.is_dir()) == ["llama", "pivot"]
+    assert not (tmp_path / "out" / "targets").exists()
+    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--top-k", "3"])
+    assert "--top-k with a recipe" in result.output
