@@ -17,6 +17,8 @@ import click
 
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
+from fusekit.representation import Message, Row
+from fusekit.storage import Store
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yml"
 SHARED = ("data", "representations", "alignment")
@@ -48,6 +50,37 @@ def table(runs: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def choices(out: Path) -> str:
+    """Per skill the share of training rows on which MinCE prefers each source to the pivot, wrong labels apart.
+
+    Bold where the source is the better model of the skill's held-out rows.
+    """
+    held_out = {
+        name: found["bits_per_byte"]
+        for name, found in json.loads((out / "seed0" / "results.json").read_text())["models"].items()
+    }
+    nats = {}
+    for name in ("pivot", *(name.removeprefix("sources/") for name in held_out if name.startswith("sources/"))):
+        store = Store.open(out / "seed0" / "representations" / name)
+        nats[name] = dict(zip(store.keys, store.summary.cross_entropy.tolist(), strict=True))
+    kind: dict[str, list[str]] = {}
+    for line in (RECIPE.parents[1] / "demo" / "rows" / "train.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        key = Row(tuple(Message(m["role"], m["content"]) for m in record["messages"])).key
+        kind.setdefault(record["skill"] + (", wrong label" if record["noisy"] else ""), []).append(key)
+    sources = [name for name in nats if name != "pivot"]
+    lines = [f"| rows | number | {' | '.join(sources)} |", f"|---|---:|{'---:|' * len(sources)}"]
+    for skill, keys in sorted(kind.items()):
+        cells = []
+        for source in sources:
+            share = statistics.fmean(nats[source][key] < nats["pivot"][key] for key in keys if key in nats["pivot"])
+            name = skill.partition(",")[0]
+            better = held_out[f"sources/{source}"][name] < held_out["pivot"][name]
+            cells.append(f"**{share:.2f}**" if better else f"{share:.2f}")
+        lines.append(f"| {skill} | {len(keys)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seeds", default=3, show_default=True, help="0, 1, ... up to so many.")
@@ -57,6 +90,7 @@ def main(out: Path, seeds: int, recipe: Path, overrides: tuple[str, ...]) -> Non
     runs = [results(out, seed, recipe, overrides) for seed in range(seeds)]
     (out / "fusion.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     click.echo(table(runs))
+    click.echo("\n" + choices(out))
 
 
 if __name__ == "__main__":
