@@ -14,13 +14,26 @@ from fusekit.cli import COMMANDS, cli
 from fusekit.errors import RecipeError
 
 RECIPES = shipped_recipes.recipes()
+FUSIONS = [name for name, path in RECIPES.items() if "\npivot:" in path.read_text()]
 
 
 def invoke(*arguments):
     return CliRunner().invoke(cli, arguments)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_fusion_recipe_opens_with_what_one_needs_to_know_and_loads(name):
+    from fusekit.recipe import load_recipe
+
+    text = RECIPES[name].read_text()
+    header = text[: text.index("\npreset:")]
+    for word in ("# Purpose: ", "# Prerequisites: ", "# Sizes: ", "# Command: fusekit run "):
+        assert word in header, f"{name} does not say its {word}"
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert load_recipe(RECIPES[name]).sources
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in FUSIONS])
 def test_recipe_opens_with_what_one_needs_to_know_and_is_a_mergekit_recipe(name):
     from mergekit import merge_methods
     from mergekit.config import MergeConfiguration

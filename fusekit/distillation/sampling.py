@@ -24,8 +24,8 @@ class EpochSampler(Sampler[int]):
         data: what has the rows.
         seed: of the order; None for the data's own order.
         multiple: rows per batch times processes; the length is filled up to a multiple of it.
-        lengths: tokens of each row; the rows of an optimizer step are then taken from the longest to the shortest, so
-            that micro-batches have little padding. What a step learns stays the same.
+        lengths: of each row, in any unit; the rows of an optimizer step are then taken from the longest to the
+            shortest, so that micro-batches have little padding. What a step learns stays the same.
         step: rows of an optimizer step.
     """
 
@@ -75,7 +75,7 @@ class WithBlanks(Dataset[Any]):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64] | None:
-        """Tokens of each row, if the data knows."""
+        """How long each row is, if the data knows."""
         return getattr(self.data, "lengths", None)
 
     def __getitem__(self, index: int) -> Any:

@@ -69,6 +69,8 @@ def _main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(cwd)
+    # A test run in the background of a shell inherits that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     from fusekit.cli import main
