@@ -16,6 +16,10 @@ import torch
 ULPS = 64
 
 
+class OtherForwardError(Exception):
+    """A model's forward is not a decoder followed by a head."""
+
+
 class SplitForward:
     """The two halves of a model whose ``forward`` calls one decoder and reads ``last_hidden_state`` of its output.
 
@@ -31,7 +35,7 @@ class SplitForward:
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states [B, T, H] of a batch. ids, mask: int64 [B, T], mask 0 for padding, which is on the right.
 
-        Raises NotImplementedError when the model's forward does not pass through its decoder once.
+        Raises OtherForwardError when the model's forward does not pass through its decoder once.
         """
         kept: list[torch.Tensor] = []
         run = self.decoder.forward
@@ -45,7 +49,7 @@ class SplitForward:
         with _replaced_forward(self.decoder, keep_all):
             self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         if len(kept) != 1 or kept[0].shape[:2] != ids.shape:
-            raise NotImplementedError(f"{type(self.model).__name__} does not pass through its decoder once")
+            raise OtherForwardError(f"{type(self.model).__name__} does not pass through its decoder once")
         return kept[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -79,7 +83,7 @@ def split_forward(model: Any, ids: torch.Tensor) -> tuple[SplitForward | None, s
         if split.decoder is model:
             return None, f"{type(model).__name__} has no decoder of its own"
         found = split.logits(split.hidden(ids, mask)[mask.bool()])
-    except (NotImplementedError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
+    except (OtherForwardError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
         return None, " ".join(str(error).split())
     found, precision = found.float(), ULPS * torch.finfo(found.dtype).eps
     scale = torch.nan_to_num(plain, nan=0.0, posinf=0.0, neginf=0.0).abs().max()
