@@ -102,7 +102,7 @@ class FusionDataset(Dataset[Example]):
 
     @cached_property
     def lengths(self) -> IntArray:
-        """int64 [rows], characters of each row: near enough to its tokens to put rows of one length together."""
+        """Characters of each row, int64 [N]: near enough to its tokens to put those of one length together."""
         return np.array([sum(len(message.content) for message in row.messages) for row in self.rows], np.int64)
 
     def __getitem__(self, index: int) -> Example:
