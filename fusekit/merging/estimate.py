@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from fusekit.errors import MergeError
 from fusekit.merging.models import Model
 from fusekit.merging.plan import Plan
 from fusekit.models.limits import Limit, memory_limits
-from fusekit.storage.faults import existing_parent, free_bytes, human
+from fusekit.models.need import Need
+from fusekit.storage.faults import existing_parent, free_bytes
 
 SMALL_FILES_BYTES = 1 << 20
 """Config, card, provenance and the like, without the tokenizer."""
@@ -24,23 +24,6 @@ WORKSPACE_COPIES = 4.5
 FRUGAL = ("fusechat_sce", "varm", "linear", "passthrough")
 FRUGAL_COPIES, FRUGAL_BYTES = 3, 64 << 20
 """Methods that hold a few tensors of the size of the result and a fixed workspace, however many inputs there are."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something that a merge takes. what: a line for people. needed, free: bytes. fits: whether it can go on."""
-
-    what: str
-    needed: int
-    free: int
-    where: str
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.free
-
-    def __str__(self) -> str:
-        return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
 
 
 def estimate(plan: Plan, models: Iterable[Model], options: MergeOptions, final: Path) -> list[Need]:

@@ -18,7 +18,7 @@ from fusekit.errors import FusekitError, MergeError, StorageError
 from fusekit.merge_methods.provenance import record_coefficients
 from fusekit.merging.adapters import check_adapters, merge_adapters
 from fusekit.merging.card import write_card, write_provenance
-from fusekit.merging.estimate import Need, estimate, refuse
+from fusekit.merging.estimate import estimate, refuse
 from fusekit.merging.lint import lint
 from fusekit.merging.loading import registered
 from fusekit.merging.models import Access, Model, resolve
@@ -27,6 +27,7 @@ from fusekit.merging.plan import Plan, make_plan
 from fusekit.merging.progress import Progress
 from fusekit.merging.references import OrderedConfiguration, pin
 from fusekit.merging.verify import TOKENIZER_FILES, verify
+from fusekit.models.need import Need
 from fusekit.problems import Problems
 from fusekit.safe_yaml import Document
 from fusekit.storage import disk_fault, output_lock, recover, staging

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from fusekit.errors import CaptureError
 from fusekit.models.limits import memory_limits
+from fusekit.models.need import Need
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
 from fusekit.representation.teacher import CHUNK_BYTES
@@ -26,23 +26,6 @@ _ROW_BYTES = 64
 _TOKEN_BYTES = 12
 _VALUE_BITS = 10
 """Of a stored row: beside its entries; per token (id, coordinates, label); of one stored log-probability."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something that a capture takes. what: a line for people. needed, free: bytes, free where."""
-
-    what: str
-    needed: int
-    free: int
-    where: str
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.free
-
-    def __str__(self) -> str:
-        return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
 
 
 def refuse(needs: Sequence[Need]) -> None:
