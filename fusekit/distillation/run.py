@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from fusekit.distillation import checkpoints, models, provenance
+import fusekit
+from fusekit.distillation import checkpoints, models, overwriting, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.processes import is_main, on_main
@@ -21,11 +23,13 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
+from fusekit.storage import artifact
 from fusekit.storage.commit import commit_file
 from fusekit.storage.faults import disk_fault
 from fusekit.storage.lock import output_lock
 from fusekit.storage.publish import recover, staging
 
+STAGE = "distill"
 FACTS = "made_from.json"
 JOINT, PLAIN = "joint", "sft"
 
@@ -106,6 +110,7 @@ def distill(
         for target in targets:
             _Work.of(target, opened, settings, tell).make(resume)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
+        on_main(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
 
 
@@ -123,6 +128,7 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
     if overwrite:
         for target in targets:
             shutil.rmtree(target.work, ignore_errors=True)
+        overwriting.begin(out, [target.folder for target in targets])
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +154,7 @@ class _Work:
     def make(self, resume: bool) -> None:
         """Train and publish; a target that is published already stays."""
         target, facts, training = self.target, self.facts, self.settings.training
+        started = time.monotonic()
         if resume and on_main(lambda: _is_done(target, facts)):
             self.say(f"done already, {target.folder}")
             return
@@ -168,7 +175,7 @@ class _Work:
         except Exception as error:
             raise disk_fault(error, target.work) or error from None
         state = _gathered(trainer)
-        on_main(lambda: self.publish(trainer, state))
+        on_main(lambda: self.publish(trainer, state, round(time.monotonic() - started, 3)))
         self.say(f"published to {target.folder}")
 
     def trainer(self, model: Any) -> FusionTrainer:
@@ -188,8 +195,11 @@ class _Work:
             say=self.say,
         )
 
-    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None) -> None:
-        """Write the result and move it to its place in one step; its checkpoints have served."""
+    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None, seconds: float) -> None:
+        """Write the result with its manifest and move it to its place in one step; its checkpoints have served.
+
+        seconds: that this process has trained. Times are in the manifest alone, so that equal runs leave equal files.
+        """
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = self.opened.checkpoint.config.get("use_cache", True)
         joined = self.data.joined
@@ -202,13 +212,15 @@ class _Work:
             "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
             "counts": trainer.counts,
             "skipped_steps": trainer.skipped,
-            "log": trainer.state.log_history,
+            "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }
+        made = {"fusekit": fusekit.__version__, "seconds": seconds}
         with staging(self.target.folder) as stage:
             try:
                 models.write_result(model, state, self.opened.checkpoint, self.settings.training, stage.path)
                 self.opened.tokenizer.save_pretrained(stage.path)
                 models.write_record(stage.path, record)
+                artifact.seal(stage.path, STAGE, self.facts, made)
             except Exception as error:
                 raise disk_fault(error, stage.path) or error from None
             stage.publish()
@@ -216,17 +228,22 @@ class _Work:
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the target is published already. Raises DistillationError when it was made from something else."""
-    try:
-        record = json.loads((target.folder / models.RECORD).read_bytes())
-    except FileNotFoundError:
+    """Whether the target is published already, and not one that is being made anew.
+
+    Raises DistillationError when it was made from something else, or has no manifest that tells; StorageError when that
+    is damaged.
+    """
+    if overwriting.is_former(target.folder):
         return False
-    except (OSError, ValueError) as error:
-        raise DistillationError(
-            f"{target.folder / models.RECORD} cannot be read ({error}), so it is not known what it was made from; "
-            "overwrite makes it anew"
-        ) from error
-    _refuse_changes(target, record.get("made_from", {}), facts)
+    known = artifact.read(target.folder)
+    if known is None:
+        if target.folder.is_dir() and any(target.folder.iterdir()):
+            raise DistillationError(
+                f"{target.folder} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it, or "
+                "overwrite makes it anew"
+            )
+        return False
+    _refuse_changes(target, known.inputs, facts)
     return True
 
 

@@ -101,7 +101,7 @@ class FusionTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=FusionCollator(pad_id if pad_id is not None else 0),
-            callbacks=[*(callbacks or []), _Epochs(self)],
+            callbacks=[*(callbacks or []), _Epochs(self), _Lines()],
         )
         # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
         self.model_accepts_loss_kwargs = True
@@ -300,3 +300,19 @@ class _Epochs(TrainerCallback):
         """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Lines(TrainerCallback):
+    """Ends a line of the log where a checkpoint is written, and at the last step.
+
+    What a line sums up begins anew then, so a run that goes on from the checkpoint writes the same lines.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After transformers has decided whether to save."""
+        last = state.global_step >= state.max_steps
+        control.should_log |= (control.should_save or last) and args.logging_strategy != "no"
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """As after a step."""
+        self.on_step_end(args, state, control)
