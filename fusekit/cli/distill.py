@@ -112,7 +112,8 @@ _FIELDS = {
 @click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
 @click.option("--resume", is_flag=True, help="Go on with what is there.")
 @click.option("--overwrite", is_flag=True, help="Begin anew, replacing what is there.")
-def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: Any) -> None:
+@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
+def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, ignore_estimates: bool, **options: Any) -> None:
     """Train PIVOT on what other models know, into folders of OUT.
 
     Each target appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or `accelerate
@@ -128,7 +129,9 @@ def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: 
     say = _say_to(sys.stderr)
     try:
         with sigterm_unwinds():
-            made = run(inputs, settings, out, resume=resume, overwrite=overwrite, say=say)
+            made = run(
+                inputs, settings, out, resume=resume, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say
+            )
     except (KeyboardInterrupt, TerminatedError) as error:
         say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.")
         sys.exit(status_of(error))

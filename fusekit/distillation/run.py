@@ -15,7 +15,7 @@ from typing import Any
 from transformers import set_seed
 
 import fusekit
-from fusekit.distillation import checkpoints, models, overwriting, provenance
+from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.processes import is_main, on_main
@@ -23,6 +23,7 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
+from fusekit.representation.processes import Processes
 from fusekit.storage import artifact
 from fusekit.storage.commit import commit_file
 from fusekit.storage.faults import disk_fault
@@ -74,6 +75,7 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ignore_estimates: bool = False,
     say: Say = lambda _: None,
 ) -> list[Path]:
     """Train every target and publish each as a plain checkpoint in a folder of ``out``.
@@ -88,6 +90,7 @@ def distill(
         resume: go on with what is there: targets that are published stay, others continue from their last good
             checkpoint.
         overwrite: begin anew, replacing what is there.
+        ignore_estimates: start although disk or memory do not seem to suffice.
         say: told what a user should know, in the first process.
 
     Returns:
@@ -108,7 +111,7 @@ def distill(
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
         for target in targets:
-            _Work.of(target, opened, settings, tell).make(resume)
+            _Work.of(target, opened, settings, tell).make(resume, ignore_estimates)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
         on_main(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
@@ -151,7 +154,7 @@ class _Work:
         )
         return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
 
-    def make(self, resume: bool) -> None:
+    def make(self, resume: bool, ignore_estimates: bool = False) -> None:
         """Train and publish; a target that is published already stays."""
         target, facts, training = self.target, self.facts, self.settings.training
         started = time.monotonic()
@@ -161,6 +164,8 @@ class _Work:
         start = on_main(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
+        if not ignore_estimates:
+            on_main(lambda: self.refuse_what_does_not_fit(start))
         set_seed(training.seed)  # an adapter begins with random values
         model = models.load_pivot(self.opened.checkpoint, training)
         if start is None:
@@ -177,6 +182,15 @@ class _Work:
         state = _gathered(trainer)
         on_main(lambda: self.publish(trainer, state, round(time.monotonic() - started, 3)))
         self.say(f"published to {target.folder}")
+
+    def refuse_what_does_not_fit(self, start: Path | None) -> None:
+        """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
+        checkpoint, training, out = self.opened.checkpoint, self.settings.training, self.target.folder
+        longest = self.data[int(self.data.lengths.argmax())] if len(self.data) else {"input_ids": ()}
+        needs = estimate.memory_needs(checkpoint, training, len(longest["input_ids"]), Processes.current())
+        if start is None:
+            needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
+        estimate.refuse(needs)
 
     def trainer(self, model: Any) -> FusionTrainer:
         """The trainer of the target."""

@@ -69,7 +69,7 @@ def data(context: Context) -> list[Row]:
     """Read, filter and cut the rows, alike for the models of the recipe."""
     section = context.recipe.data
     paths = _paths(section.path)
-    inputs = _data_inputs(context)
+    inputs = data_inputs(context)
     folder = context.layout.data
     if context.done(folder, inputs) is None:
         started = time.monotonic()
@@ -111,14 +111,16 @@ def check_data(context: Context) -> None:
     known = artifact.read(context.layout.data)
     if known is None:
         raise StorageError(f"{context.layout.data} is not there: the stage `data` comes first")
-    inputs, before = _data_inputs(context), known.inputs.get("files", {})
+    inputs, before = data_inputs(context), known.inputs.get("files", {})
     inputs["files"] = {path: hash_ or before.get(path) for path, hash_ in inputs["files"].items()}
     context.done(context.layout.data, inputs)
 
 
-def _data_inputs(context: Context) -> Inputs:
+def data_inputs(context: Context) -> Inputs:
+    """What the rows are made from."""
     section = context.recipe.data
-    return section.model_dump(mode="json") | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
+    said = section.model_dump(mode="json", exclude={"size"})  # a size is for plans alone
+    return said | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
 
 
 def _paths(path: str | list[str]) -> list[str]:
@@ -127,19 +129,9 @@ def _paths(path: str | list[str]) -> list[str]:
 
 def represent(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.representation.capture import CaptureOptions
-    from fusekit.representation.represent import Settings
     from fusekit.representation.represent import represent as capture
-    from fusekit.representation.topk import Selection
 
-    section = context.recipe.represent
-    settings = Settings(
-        selection=Selection(section.top_k, section.keep_mass, section.temperature),
-        max_error=section.max_error,
-        batch_tokens=section.batch_tokens,
-        rows_per_shard=section.rows_per_shard,
-        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
-    )
+    settings = capture_settings(context)
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
     store = capture(
@@ -151,6 +143,22 @@ def represent(context: Context, name: str, rows: list[Row]) -> None:
         notify=lambda line: context.say(f"represent {name}: {line}"),
     )
     context.say(f"represent {name}: {len(store)} rows in {store.path}")
+
+
+def capture_settings(context: Context) -> Any:
+    """The section ``represent`` as :func:`fusekit.representation.represent.represent` takes it."""
+    from fusekit.representation.capture import CaptureOptions
+    from fusekit.representation.represent import Settings
+    from fusekit.representation.topk import Selection
+
+    section = context.recipe.represent
+    return Settings(
+        selection=Selection(section.top_k, section.keep_mass, section.temperature),
+        max_error=section.max_error,
+        batch_tokens=section.batch_tokens,
+        rows_per_shard=section.rows_per_shard,
+        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
+    )
 
 
 def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
@@ -175,13 +183,7 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
 
     recipe = context.recipe
     pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
-    settings = recipe.alignment_of(next(s for s in recipe.sources if s.label == source))
-    inputs = {
-        "pivot": pivot.fingerprint,
-        "source": theirs.fingerprint,
-        "alignment": settings.model_dump(mode="json"),
-        "data": _rows_hash(rows),
-    }
+    inputs = align_inputs(context, source, rows)
     folder = context.layout.alignment(source)
     if context.done(folder, inputs):
         return
@@ -208,6 +210,17 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     artifact.publish(folder, "align", inputs, write, context.made(started))
     share = quality.total.to_dict()
     context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
+
+
+def align_inputs(context: Context, source: str, rows: list[Row]) -> Inputs:
+    """What the quality of a pair is counted from."""
+    settings = context.recipe.alignment_of(next(s for s in context.recipe.sources if s.label == source))
+    return {
+        "pivot": context.readers.reader(PIVOT).fingerprint,
+        "source": context.readers.reader(source).fingerprint,
+        "alignment": settings.model_dump(mode="json"),
+        "data": _rows_hash(rows),
+    }
 
 
 def distill(context: Context, rows: list[Row]) -> list[Path]:
@@ -256,11 +269,7 @@ def merge(context: Context, targets: list[Path]) -> None:
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
         f"{layout.merge_recipe.name} OUT\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     )
-    inputs = {
-        "merge": dict(section),
-        "pivot": context.readers.checkpoint(PIVOT).fingerprint(),
-        "targets": {path.name: _weights_hash(path) for path in targets},
-    }
+    inputs = merge_inputs(context, targets)
     final = layout.merged
     known = artifact.read(final)
     if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
@@ -278,6 +287,15 @@ def merge(context: Context, targets: list[Path]) -> None:
     )
     merged = run_merge(layout.merge_recipe, final, MergeOptions(quiet=True), settings)
     context.say(f"merge: {merged}")
+
+
+def merge_inputs(context: Context, targets: list[Path]) -> Inputs:
+    """What the merged model is made from."""
+    return {
+        "merge": dict(context.recipe.merge or {}),
+        "pivot": context.readers.checkpoint(PIVOT).fingerprint(),
+        "targets": {path.name: _weights_hash(path) for path in targets},
+    }
 
 
 def _takes_base(method: str) -> bool:

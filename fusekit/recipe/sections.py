@@ -38,6 +38,31 @@ class Load(Section):
     )
 
 
+class ModelSize(Section):
+    """How large a model is: for ``fusekit plan`` where neither the disk nor the hub can be asked, and nothing else.
+
+    The names are those of a config.json.
+    """
+
+    parameters: Annotated[int, Field(gt=0)]
+    active_parameters: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="That take part in one token, of a mixture of experts; null: all."
+    )
+    vocab_size: Annotated[int, Field(gt=0)] | None = None
+    hidden_size: Annotated[int, Field(gt=0)] | None = None
+    intermediate_size: Annotated[int, Field(gt=0)] | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
+
+
+class DataSize(Section):
+    """How large the data are, for ``fusekit plan`` where they cannot be read."""
+
+    rows: Annotated[int, Field(gt=0)]
+    tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of all rows, for the pivot.")
+    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of them learnt; null: all.")
+
+
 class Pivot(Section):
     """The model whose architecture and tokenizer the result has."""
 
@@ -47,6 +72,7 @@ class Pivot(Section):
     load: Load = Load()
     trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with this model.")
     allow_pickle: bool = Field(default=False, description="Read pickled weights of this model.")
+    size: ModelSize | None = Field(default=None, description="For `fusekit plan` where the model is not at hand.")
 
 
 class SourceAlignment(Section):
@@ -91,6 +117,7 @@ class Data(Section):
     overlong: Literal["cut", "drop"] = Field(default="cut", description="What happens to longer rows.")
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are learnt.")
     pack: bool = Field(default=False, description="Pack plain text into blocks of max_length tokens.")
+    size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
 
 
 class Represent(Section):
