@@ -1,4 +1,7 @@
-"""The JSON schema of fusion recipes: what an editor needs to complete and to check one."""
+"""The JSON schema of fusion recipes: what an editor needs to complete and to check one.
+
+It ships as ``recipes/fusion.schema.json``, which ``fusekit schema > recipes/fusion.schema.json`` writes anew.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,6 @@ from typing import Any
 
 from fusekit.recipe.presets import PRESETS
 from fusekit.recipe.sections import Recipe
-
-NAME = "fusion.schema.json"
-"""Beside the recipes. ``fusekit schema > recipes/fusion.schema.json`` writes it anew."""
-HEAD = f"# yaml-language-server: $schema=./{NAME}"
-"""The first line of a recipe, by which editors find the schema."""
 
 
 def document() -> dict[str, Any]:
