@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
+from fusekit.evaluation import lm_eval
 from fusekit.pipeline import stages
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.readers import Readers
@@ -95,6 +96,9 @@ def run(
 
 def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
     layout, targets, results = context.layout, [], None
+    asked = context.recipe.evaluate.lm_eval if context.recipe.evaluate is not None else None
+    if asked is not None and "evaluate" in chosen:
+        processes.first_then_all(lambda: lm_eval.check(asked))  # now, and not after hours of training
     processes.first_then_all(lambda: stages.data(context) if "data" in chosen else stages.check_data(context))
     rows = _rows(context)
     if "represent" in chosen:

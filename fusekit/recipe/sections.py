@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
+from fusekit.evaluation.settings import LmEval
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -122,6 +123,9 @@ class Evaluate(Section):
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows of each file; null: all.")
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
+    lm_eval: LmEval | None = Field(
+        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
+    )
 
 
 class Recipe(Section):
