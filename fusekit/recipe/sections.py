@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.evaluation.settings import LmEval
@@ -144,6 +144,16 @@ class Recipe(Section):
         default=None, description="mergekit's own syntax; models and base_model are filled in."
     )
     evaluate: Evaluate | None = None
+
+    @field_validator("fusion")
+    @classmethod
+    def _no_rewards(cls, fusion: FusionSettings) -> FusionSettings:
+        if fusion.function == "reward_softmax":
+            raise ValueError(
+                "function reward_softmax needs a reward per row and model, which no recipe can name: use it from "
+                "Python (FusionDataset(rewards=...)), or choose min_ce or avg_ce"
+            )
+        return fusion
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
