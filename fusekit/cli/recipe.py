@@ -54,6 +54,10 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> Non
     """Check a fusion recipe: every mistake at once, with its line and the nearest known name."""
     refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
+    if loaded.evaluate is not None and loaded.evaluate.lm_eval is not None:
+        from fusekit.evaluation.lm_eval import check
+
+        check(loaded.evaluate.lm_eval, f"{recipe}: evaluate.lm_eval")
     if resolved:
         import yaml
 

@@ -101,13 +101,16 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         StorageError: a store is damaged or not complete.
         DistillationError: stores that were made with another temperature, pivot or tokenizer than the run's.
     """
+    if settings.fusion.function == "reward_softmax":
+        raise DistillationError(
+            "reward_softmax needs a reward per row and model, which no store has: use it from Python "
+            "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
+        )
     checkpoint = find_checkpoint(inputs.pivot)
     on_main(checkpoint.fetch)
     fingerprint = on_main(checkpoint.fingerprint)
     tokenizer = load_tokenizer(checkpoint)
     pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
-    if settings.fusion.function == "reward_softmax":
-        raise DistillationError("reward_softmax needs rewards, which no store has: see FusionDataset(rewards=...)")
     stores = {name: Store.open(inputs.sources[name].store) for name in sources}
     for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
         if store.spec.temperature != settings.training.temperature:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
+from fusekit.evaluation import lm_eval
 from fusekit.pipeline import checks, distilling, merging, stages
 from fusekit.pipeline.layout import OURS, STAGES, Layout
 from fusekit.pipeline.log import RunLog
@@ -134,6 +135,9 @@ def run(
             held.enter_context(log.around())
 
         processes.first_then_all(claim)
+        asked = recipe.evaluate.lm_eval if recipe.evaluate is not None else None
+        if asked is not None and "evaluate" in chosen:
+            processes.first_then_all(lambda: lm_eval.check(asked))  # now, and not after hours of training
         for name in STAGES:
             if name in chosen:
                 _STAGES[name].do(context, processes)

@@ -15,6 +15,8 @@ from typing import Any
 import fusekit
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import FusekitError, RecipeError, StorageError
+from fusekit.evaluation import lm_eval
+from fusekit.evaluation.settings import LmEval
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
@@ -308,16 +310,15 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     if context.recipe.merge is not None and layout.merged.is_dir():
         models["merged"] = (replace(own, model=str(layout.merged)), pivot.chat_template)
     results: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, (choice, template) in models.items():
-        inputs = {
+        identity = {
             "model": _identity(choice.model, context, name),
             "load": {"dtype": choice.dtype, "quantization": choice.quantization},
             "chat_template": template,
             "reads": _reads(choice, template),
-            "metrics": list(section.metrics),
-            "held_out": held_out,
-            "limit": section.limit,
         }
+        inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
         folder = layout.evaluation(name)
         known = artifact.read(folder)
         if known is None or artifact.differences(known.inputs, inputs):
@@ -337,10 +338,33 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
             )
             context.say(f"evaluate {name}: {_means(plain)}")
         results[name] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        if section.lm_eval is not None:
+            figures[name] = _lm_eval(context, section.lm_eval, name, (choice, template), identity)
+            results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
     document = {"models": results}
+    if section.lm_eval is not None:
+        document["lm_eval"] = lm_eval.described(figures)
     data_out = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
     commit_file(layout.results, lambda file: file.write(data_out))
     return document
+
+
+def _lm_eval(
+    context: Context, settings: LmEval, name: str, model: tuple[ModelChoice, str], identity: Inputs
+) -> dict[str, dict[str, Any]]:
+    """A model's figures on the tasks of lm-eval, by task."""
+
+    def say(line: str) -> None:
+        context.say(f"evaluate {name}: {line}")
+
+    return lm_eval.cached_scores(
+        settings,
+        context.layout.evaluation(f"lm_eval/{name}"),
+        identity,
+        load=lambda: lm_eval.load_harness(*model, settings, say),
+        made=context.made,
+        say=say,
+    )
 
 
 def _means(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
+from fusekit.evaluation.settings import LmEval
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
@@ -160,6 +161,9 @@ class Evaluate(Section):
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows of each file; null: all.")
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
+    lm_eval: LmEval | None = Field(
+        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
+    )
 
 
 class Recipe(Section):
@@ -182,6 +186,16 @@ class Recipe(Section):
         default=None, description="mergekit's own syntax; models and base_model are filled in."
     )
     evaluate: Evaluate | None = Field(default=None, description="Held-out rows to score every model on.")
+
+    @field_validator("fusion")
+    @classmethod
+    def _no_rewards(cls, fusion: FusionSettings) -> FusionSettings:
+        if fusion.function == "reward_softmax":
+            raise ValueError(
+                "function reward_softmax needs a reward per row and model, which no recipe can name: use it from "
+                "Python (FusionDataset(rewards=...)), or choose min_ce or avg_ce"
+            )
+        return fusion
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
