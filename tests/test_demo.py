@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +23,7 @@ MODELS = DEMO / "models"
 OWN_SKILLS = {"numbers": ("add", "pick"), "strings": ("reverse", "sort"), "facts": ("facts",)}
 NAMES = ("pivot", *OWN_SKILLS)
 SOURCES = DEMO / "sources"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM", "qwen": "Qwen3ForCausalLM"}
 SKILLS = ("add", "reverse", "sort", "facts", "pick", "draw", "weather", "code")
 HELD_OUT_QUESTIONS = dict.fromkeys(SKILLS, 200) | {"weather": 50}  # a table of 480 entries holds out one in eight
 
@@ -296,12 +297,13 @@ def test_source_template_marks_what_the_assistant_says(sources, name):
     assert learnt[-1] in sources[name][0].generation_config.eos_token_id
 
 
-def test_source_tokenizers_are_byte_level_and_byte_fallback(sources):
-    """Both keep every text; the SentencePiece-like one writes what it does not know in bytes."""
+def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):
+    """Two keep every text, the SentencePiece-like one in bytes where it knows no piece; the third reads the NFKC form."""
     text = "Grüße, 東京 🎉 ﬁ"
     ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
     assert sources["llama"][1].decode(ids["llama"]) == text
     assert sources["neox"][1].decode(ids["neox"]) == text
+    assert sources["qwen"][1].decode(ids["qwen"]) == unicodedata.normalize("NFKC", text) != text
     pieces = sources["neox"][1].convert_ids_to_tokens(ids["neox"])
     assert "<0xF0>" in pieces
     assert "<unk>" not in pieces
@@ -329,6 +331,13 @@ def test_neox_picks_more_evenly_than_the_pivot(loaded, sources, evaluate):
 def test_llama_knows_more_facts_than_the_pivot(loaded, sources, evaluate):
     of_source, of_pivot = (evaluate.accuracy(*each, "facts", count=40) for each in (sources["llama"], loaded["pivot"]))
     assert of_source > of_pivot + 0.3
+
+
+def test_qwen_knows_code_that_the_pivot_does_not(loaded, sources, evaluate):
+    of_source, of_pivot = (
+        evaluate.answer_bits_per_byte(*each, "code", count=40) for each in (sources["qwen"], loaded["pivot"])
+    )
+    assert of_source < of_pivot - 0.8
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
