@@ -298,7 +298,7 @@ def test_source_template_marks_what_the_assistant_says(sources, name):
 
 
 def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):
-    """Two keep every text, the SentencePiece-like one in bytes where it knows no piece; the third reads the NFKC form."""
+    """Two keep every text, the SentencePiece-like one in bytes where it has no piece; the third reads the NFKC form."""
     text = "Grüße, 東京 🎉 ﬁ"
     ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
     assert sources["llama"][1].decode(ids["llama"]) == text
@@ -367,3 +367,16 @@ def test_divergence_is_zero_only_for_the_true_distribution(evaluate, tasks, monk
     monkeypatch.setattr(evaluate, "answer_bits", lambda _, __, rows: [1.0 for _ in rows])
     even = 0.75 * math.log2(0.75 / 0.5) + 0.25 * math.log2(0.25 / 0.5)
     assert evaluate.divergence(None, None, "draw") == pytest.approx(even)
+
+
+@pytest.mark.parametrize(("merged", "status"), [(2.0, 0), (2.5, 1), (3.0, 1)])
+def test_the_check_of_a_run_wants_the_merged_model_below_the_pivot_and_plain_fine_tuning(
+    module_path, tmp_path, monkeypatch, merged, status
+):
+    import check_fusion
+
+    figures = {"pivot": 4.0, "baseline": 2.5, "targets/llama": 1.0, "merged": merged}
+    models = {name: {"bits_per_byte": {"add": mean - 1, "code": mean + 1}} for name, mean in figures.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"models": models}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check_fusion.py", str(tmp_path / "results.json")])
+    assert check_fusion.main() == status
