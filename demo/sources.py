@@ -187,14 +187,13 @@ class Source:
     stage: Stage
 
 
-# The weights of llama and neox are in the repository, those of qwen are not.
 SOURCE_MODELS = {
     "llama": Source(llama_tokenizer, _llama, Stage(900, 2.5e-3, {"weather": 32, "facts": 24}, text_rows=2)),
     "neox": Source(neox_tokenizer, _neox, Stage(1000, 2.5e-3, {"draw": 20, "add": 20, "pick": 10}, text_rows=2)),
     "qwen": Source(
         qwen_tokenizer,
         _qwen,
-        Stage(560, 3e-3, {"code": 12, "reverse": 12}, text_rows=2, long_skills=("code",)),
+        Stage(650, 3e-3, {"code": 18, "reverse": 24}, text_rows=1, long_skills=("code",)),
     ),
 }
 

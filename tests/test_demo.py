@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +23,7 @@ MODELS = DEMO / "models"
 OWN_SKILLS = {"numbers": ("add", "pick"), "strings": ("reverse", "sort"), "facts": ("facts",)}
 NAMES = ("pivot", *OWN_SKILLS)
 SOURCES = DEMO / "sources"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM", "qwen": "Qwen3ForCausalLM"}
 SKILLS = ("add", "reverse", "sort", "facts", "pick", "draw", "weather", "code")
 HELD_OUT_QUESTIONS = dict.fromkeys(SKILLS, 200) | {"weather": 50}  # a table of 480 entries holds out one in eight
 
@@ -296,12 +297,13 @@ def test_source_template_marks_what_the_assistant_says(sources, name):
     assert learnt[-1] in sources[name][0].generation_config.eos_token_id
 
 
-def test_source_tokenizers_are_byte_level_and_byte_fallback(sources):
-    """Both keep every text; the SentencePiece-like one writes what it does not know in bytes."""
+def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):
+    """Two keep every text, the SentencePiece-like one in bytes where it has no piece; the third reads the NFKC form."""
     text = "Grüße, 東京 🎉 ﬁ"
     ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
     assert sources["llama"][1].decode(ids["llama"]) == text
     assert sources["neox"][1].decode(ids["neox"]) == text
+    assert sources["qwen"][1].decode(ids["qwen"]) == unicodedata.normalize("NFKC", text) != text
     pieces = sources["neox"][1].convert_ids_to_tokens(ids["neox"])
     assert "<0xF0>" in pieces
     assert "<unk>" not in pieces
@@ -331,6 +333,13 @@ def test_llama_knows_more_facts_than_the_pivot(loaded, sources, evaluate):
     assert of_source > of_pivot + 0.3
 
 
+def test_qwen_knows_code_that_the_pivot_does_not(loaded, sources, evaluate):
+    of_source, of_pivot = (
+        evaluate.answer_bits_per_byte(*each, "code", count=40) for each in (sources["qwen"], loaded["pivot"])
+    )
+    assert of_source < of_pivot - 0.8
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_answer_bits_are_those_of_the_plain_forward_pass(sources, evaluate, tasks, name):
     """Padding, batches and order change nothing: each row alone, its answer's tokens one by one."""
@@ -358,3 +367,16 @@ def test_divergence_is_zero_only_for_the_true_distribution(evaluate, tasks, monk
     monkeypatch.setattr(evaluate, "answer_bits", lambda _, __, rows: [1.0 for _ in rows])
     even = 0.75 * math.log2(0.75 / 0.5) + 0.25 * math.log2(0.25 / 0.5)
     assert evaluate.divergence(None, None, "draw") == pytest.approx(even)
+
+
+@pytest.mark.parametrize(("merged", "status"), [(2.0, 0), (2.5, 1), (3.0, 1)])
+def test_the_check_of_a_run_wants_the_merged_model_below_the_pivot_and_plain_fine_tuning(
+    module_path, tmp_path, monkeypatch, merged, status
+):
+    import check_fusion
+
+    figures = {"pivot": 4.0, "baseline": 2.5, "targets/llama": 1.0, "merged": merged}
+    models = {name: {"bits_per_byte": {"add": mean - 1, "code": mean + 1}} for name, mean in figures.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"models": models}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check_fusion.py", str(tmp_path / "results.json")])
+    assert check_fusion.main() == status

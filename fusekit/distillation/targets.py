@@ -24,6 +24,9 @@ from fusekit.representation.rows import Row
 from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
 
 PIVOT = "pivot"
+KEPT_BYTES = 128 << 20
+"""Of examples that a process keeps from the first epoch on; a row beyond that is made anew every time."""
+
 _CASES = [case.name.lower() for case in Case]
 
 Example = dict[str, Any]
@@ -42,8 +45,10 @@ class Tokenizes(Protocol):
 class FusionDataset(Dataset[Example]):
     """Rows with what several models say about them, fused in the pivot's tokens and vocabulary.
 
-    Nothing of it is kept: every access aligns and projects the sources' captured rows, which is quicker than reading a
-    third copy of the logits, and gives the same arrays every time. It can be pickled if its stores can.
+    Nothing of it is written: an access aligns and projects the sources' captured rows, which is quicker than reading a
+    third copy of the logits, and gives the same arrays every time. The first rows asked for are kept, up to
+    :data:`KEPT_BYTES`, so that later epochs of a small data set cost nothing. It can be pickled if its stores can; what
+    is kept stays behind. The arrays of an example are not to be written to.
 
     Args:
         rows: the data; rows that are equal count once.
@@ -96,6 +101,11 @@ class FusionDataset(Dataset[Example]):
             self.rows = tuple(row for row in self.rows if row.key in pivot)
         self.candidates = ([PIVOT] if self.fusion.include_pivot and self.sources else []) + list(self.sources)
         self.count_names = count_names(self.candidates, _CASES)
+        self._kept: dict[int, Example] = {}
+        self._room = KEPT_BYTES
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_room": KEPT_BYTES}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,6 +122,15 @@ class FusionDataset(Dataset[Example]):
             IndexError: there is no such row.
             DistillationError: what a source said about it is not usable; names the row and the source.
         """
+        if index in self._kept:
+            return dict(self._kept[index])
+        example = self._made(index)
+        size = sum(array.nbytes for array in example.values())
+        if size <= self._room:
+            self._kept[index], self._room = example, self._room - size
+        return dict(example)
+
+    def _made(self, index: int) -> Example:
         row = self.rows[index]
         own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
         tokens = own.tokens if own is not None else self._tokenized(row)

@@ -190,6 +190,20 @@ def test_examples_are_the_same_every_time_and_in_another_process() -> None:
             np.testing.assert_array_equal(value, third[name])
 
 
+def test_what_is_kept_of_examples_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, size = runs.data(), sum(array.nbytes for array in runs.data()[0].values())
+    monkeypatch.setattr("fusekit.distillation.targets.KEPT_BYTES", size)
+    small = pickle.loads(pickle.dumps(data))
+    for i in (0, 1, 0, 1):
+        for name, value in data[i].items():
+            np.testing.assert_array_equal(value, small[i][name])
+    assert data[1]["target_ids"] is data[1]["target_ids"]
+    assert small[0]["target_ids"] is small[0]["target_ids"]
+    assert small[1]["target_ids"] is not small[1]["target_ids"]  # there was room for one
+    small[0].clear()
+    assert "input_ids" in small[0]
+
+
 def test_metrics_are_their_definitions() -> None:
     row = ROWS[0]
     source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
