@@ -95,6 +95,18 @@ def test_cp_writes_the_recipe_and_spares_what_is_there(tmp_path):
     assert "No such file" in str(invoke("cp", "fusechat-varm", str(tmp_path / "a" / "b.yml")).exception)
 
 
+def test_cp_of_a_fusion_recipe_puts_its_schema_beside_it(tmp_path):
+    schema = tmp_path / "fusion.schema.json"
+    assert invoke("cp", "demo", str(tmp_path)).output.splitlines() == [str(tmp_path / "demo.yml"), str(schema)]
+    assert schema.read_bytes() == shipped_recipes.schema().read_bytes()
+    assert invoke("cp", "demo", str(tmp_path / "mine.yml")).output.splitlines() == [str(tmp_path / "mine.yml")]
+    schema.write_text("{}")
+    said = invoke("cp", "demo", str(tmp_path / "other.yml")).output
+    assert "is another one and stays; `fusekit schema` prints this version's" in said
+    assert schema.read_text() == "{}"
+    assert "fusion.schema" not in invoke("ls").output
+
+
 def test_cp_suggests_the_nearest_name():
     assert "did you mean fusechat-sce" in str(invoke("cp", "fusechat-sc").exception)
     assert "`fusekit ls` lists them" in str(invoke("cp", "zzzz").exception)

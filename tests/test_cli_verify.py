@@ -34,7 +34,7 @@ def test_stages_and_stores_are_verified_alike(run):
     assert f"{run}/data/rows.jsonl: its content is not what was written" in verify(run, 1)
 
 
-def test_targets_are_named_as_not_vouched_for(run):
+def test_targets_of_an_earlier_version_are_named_as_not_vouched_for(run):
     target = run / "targets" / "one"
     target.mkdir(parents=True)
     (target / RECORD).write_text("{}")

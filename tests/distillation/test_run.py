@@ -20,8 +20,9 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError, FusekitError, StorageError
 from fusekit.representation import CapturedRow
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.storage import Store, StoreSpec, StoreWriter, output_lock
+from fusekit.storage import Store, StoreSpec, StoreWriter, artifact, output_lock
 from tests.distillation import worlds
+from tests.pipeline.artifacts import differences
 from tests.representation.random_models import random_model
 
 ROWS = worlds.conversations(8)
@@ -202,7 +203,9 @@ def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return interrupt(settings(training={"epochs": 2}), world, tmp_path / "out", monkeypatch)
 
 
-def interrupt(how: DistillSettings, world: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def interrupt(
+    how: DistillSettings, world: Path, out: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool = False
+) -> Path:
     plain = distillation_run.FusionTrainer
 
     def failing(*args: Any, **options: Any) -> Any:
@@ -211,8 +214,8 @@ def interrupt(how: DistillSettings, world: Path, out: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(distillation_run, "FusionTrainer", failing)
         with pytest.raises(RuntimeError, match="the machine is gone"):
-            distill(inputs(world), how, out)
-    assert sorted(path.name for path in out.iterdir()) == ["source1.training"]
+            distill(inputs(world), how, out, overwrite=overwrite)
+    assert (out / "source1.training").is_dir()
     return out
 
 
@@ -230,8 +233,9 @@ def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Pa
     assert "source1: goes on from checkpoint-2" in said
     (whole,) = distill(inputs(world), settings(training={"epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
-    counted = [json.loads((made / "training.json").read_text())["counts"] for made in (folder, whole)]
-    assert counted[0] == pytest.approx(counted[1])
+    # Not the weights alone: the log, the counts, and the manifest but for its times.
+    assert differences(folder, whole) == []
+    assert artifact.problems(folder) == []
     assert sorted(path.name for path in interrupted.iterdir()) == ["source1"]
     again: list[str] = []
     distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=again.append)
@@ -272,6 +276,27 @@ def test_what_is_there_is_not_touched_unasked(interrupted: Path, world: Path) ->
     assert sorted(path.as_posix() for path in interrupted.rglob("*")) == before
     (folder,) = distill(inputs(world), settings(training={"learning_rate": 2e-2}), interrupted, overwrite=True)
     assert json.loads((folder / "training.json").read_text())["settings"]["training"]["learning_rate"] == 2e-2
+
+
+@pytest.mark.parametrize("rate", [1e-2, 2e-2], ids=["as it was", "other settings"])
+def test_an_overwrite_that_was_interrupted_goes_on(
+    rate: float, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former target stands until the new one is whole, and is not taken for it."""
+    out = tmp_path / "out"
+    (former,) = distill(inputs(world), settings(training={"epochs": 2}), out)
+    before = (former / "manifest.json").read_bytes()
+    how = settings(training={"epochs": 2, "learning_rate": rate})
+    interrupt(how, world, out, monkeypatch, overwrite=True)
+    assert (former / "manifest.json").read_bytes() == before
+    said: list[str] = []
+    (folder,) = distill(inputs(world), how, out, resume=True, say=said.append)
+    assert "source1: goes on from checkpoint-2" in said
+    (whole,) = distill(inputs(world), how, tmp_path / "whole")
+    assert differences(folder, whole) == []
+    assert sorted(path.name for path in out.iterdir()) == ["source1"]
+    with pytest.raises(DistillationError, match=r"training\.learning_rate: .*, now 0\.5"):
+        distill(inputs(world), settings(training={"epochs": 2, "learning_rate": 0.5}), out, resume=True)
 
 
 def test_a_second_run_names_the_first(world: Path, tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusekit import shipped_recipes
 from fusekit.cli import cli
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.recipe import PRESETS, load_recipe
+from fusekit.recipe.schema import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
 
@@ -196,3 +199,44 @@ def test_commands(write):
     schema = json.loads(run.invoke(cli, ["schema"]).output)
     assert {"pivot", "sources", "include", "preset"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
+    assert schema_text() == shipped_recipes.schema().read_text(encoding="utf-8"), (
+        "the recipe's sections have changed: fusekit schema > recipes/fusion.schema.json"
+    )
+
+
+def test_every_field_of_the_schema_says_what_it_is():
+    found = document()
+    sections = {"recipe": found, **found["$defs"]}
+    silent = [
+        f"{name}.{field}"
+        for name, section in sections.items()
+        for field, about in section.get("properties", {}).items()
+        if "description" not in about
+        and "description" not in sections.get(about.get("$ref", "").rsplit("/", 1)[-1], {})
+    ]
+    assert silent == []
+    assert found["properties"]["preset"]["enum"] == sorted(PRESETS)
+
+
+FUSIONS = [path for path in shipped_recipes.recipes().values() if "\npivot:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", FUSIONS, ids=lambda path: path.stem)
+def test_shipped_recipes_name_the_schema_and_follow_it(path):
+    validator = jsonschema.Draft202012Validator(document())
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=./fusion.schema.json"
+    assert [error.message for error in validator.iter_errors(yaml.safe_load(text))] == []
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_schema_takes_what_loads_and_refuses_what_does_not(write, preset):
+    validator = jsonschema.Draft202012Validator(document())
+    loaded = load_recipe(write(SMALL + f"preset: {preset}\n"))
+    assert validator.is_valid(loaded.model_dump(mode="json"))
+    assert validator.is_valid({"include": "base.yml", "distill": {"epochs": 1}})
+    small = yaml.safe_load(SMALL)
+    assert validator.is_valid(small)
+    for wrong in ({"distil": {}}, {"preset": "other"}, {"represent": {"top_k": 0}}, {"sources": []}):
+        assert not validator.is_valid(small | wrong)
+    assert not validator.is_valid({"pivot": {"model": "a"}})
