@@ -11,6 +11,9 @@ from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
 
+_LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk")
+"""Those that fusekit brings, known without importing torch."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -70,7 +73,8 @@ class TrainingSettings(_Section):
         lm_weight: λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning.
         lm_weighting: what becomes of λ over the run and from row to row, a name in
             :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
-        loss, truncation, temperature: of L_fusion; see :func:`fusekit.distillation.losses.fusion_loss`.
+        loss, truncation, temperature: of L_fusion; see :func:`fusekit.distillation.losses.fusion_loss`. loss is a name
+            in :data:`fusekit.distillation.losses_outcomes.DISTANCES`.
         epochs: passes over the rows.
         learning_rate, scheduler, warmup, weight_decay: of AdamW; warmup is a share of the steps below 1, else steps.
         batch_size: rows per optimizer step, over all processes and accumulation.
@@ -87,7 +91,7 @@ class TrainingSettings(_Section):
 
     lm_weight: float = Field(default=0.9, ge=0, le=1)
     lm_weighting: Literal["constant", "soft", "hard_and_decay"] = "constant"
-    loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = "ce"
+    loss: str = Field(default="ce", json_schema_extra={"enum": list(_LOSSES)})
     truncation: Literal["tail", "renormalize"] = "tail"
     temperature: float = Field(default=1.0, gt=0)
     epochs: float = Field(default=3.0, gt=0)
@@ -105,6 +109,17 @@ class TrainingSettings(_Section):
     workers: int = Field(default=0, ge=0)
     max_skipped_steps: int = Field(default=5, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("loss")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in _LOSSES:
+            return name
+        from fusekit.distillation.losses_outcomes import DISTANCES  # imports torch: only for a distance of one's own
+
+        if name not in DISTANCES:
+            raise ValueError(f"unknown loss {name!r}{nearest(name, DISTANCES)}")
+        return name
 
 
 class DistillSettings(_Section):
