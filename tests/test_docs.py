@@ -162,6 +162,30 @@ def test_quoted_messages_are_those_of_the_code():
     assert not drifted
 
 
+# ---------------------------------------------------------------- settings
+
+
+def test_the_table_of_presets_is_that_of_the_code():
+    """docs/distillation.md; a note in brackets is no value, an empty cell has no effect in that preset."""
+    import yaml
+
+    from fusekit.distillation.settings import DistillSettings
+
+    table = (DOCS / "distillation.md").read_text().split("| setting |")[1].split("\n\n")[0]
+    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    assert len(lines) > 15
+    for line in lines:
+        section, field = line[0].split("`")[1].split(".")
+        for preset, cell in zip(header, line[1:], strict=False):
+            settings = DistillSettings.of(preset)
+            if section == "trainer":
+                value = settings.training.trainer.get(field, 0.999)
+            else:
+                value = getattr(getattr(settings, section), field)
+            said = yaml.safe_load(cell.partition("(")[0])
+            assert said is None or str(value) == str(said) or float(value) == float(said), (line[0], preset)
+
+
 # ---------------------------------------------------------------- commands
 
 

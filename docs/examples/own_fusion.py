@@ -17,9 +17,9 @@ WIDTH = 0.1  # in the units of fusion.metric; towards 0 it becomes MinCE
 
 
 def soft_min_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
-    """The mixture with weights softmax_j(-CE_j / WIDTH). Inputs and errors as `reward_softmax`."""
+    """The mixture with weights softmax_j(-CE_j / (WIDTH · temperature)). Inputs and errors as `reward_softmax`."""
     scored = [replace(candidate, reward=-candidate.cross_entropy) for candidate in candidates]
-    return reward_softmax(scored, level, WIDTH)
+    return reward_softmax(scored, level, WIDTH * temperature)
 
 
 FUSION_FUNCTIONS["soft_min_ce"] = soft_min_ce

@@ -3,7 +3,7 @@
     python docs/examples/pieces.py OUT
 
 The capture of a source needs that model and the pivot's tokenizer, nothing else of the pivot; the distillation needs
-the stores and the sources' tokenizers. So each part can run where there is room for it, and a store is a folder to copy.
+the stores and the sources' tokenizers. So each part can run where there is room for it: a store is a folder to copy.
 """
 
 from __future__ import annotations
