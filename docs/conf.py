@@ -9,6 +9,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "fusekit"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+highlight_language = "text"  # blocks without a language are output and commands
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

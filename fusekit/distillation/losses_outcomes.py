@@ -58,7 +58,7 @@ def jensen_shannon(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absolute_difference(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ |p - q|; over sorted probabilities the universal logit distillation loss, arXiv 2402.12030."""
+    """``Σ |p - q|``; over sorted probabilities the universal logit distillation loss, arXiv 2402.12030."""
     difference = log_p.exp() - log_q.exp()
     return difference.abs().sum(1), log_p.exp() * difference.sign()
 

@@ -11,6 +11,9 @@ from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
 
+_LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk")
+"""Those that fusekit brings, known without importing torch."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -92,7 +95,11 @@ class TrainingSettings(_Section):
         description="What becomes of λ: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max "
         "exp(-cross-entropy) row by row.",
     )
-    loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = Field(default="ce", description="L_fusion.")
+    loss: str = Field(
+        default="ce",
+        description="L_fusion; of Python's own, a name in `fusekit.distillation.losses_outcomes.DISTANCES`.",
+        json_schema_extra={"enum": list(_LOSSES)},
+    )
     truncation: Literal["tail", "renormalize"] = Field(
         default="tail",
         description="What is done about the mass outside the entries: one more outcome, or the entries renormalised "
@@ -126,6 +133,17 @@ class TrainingSettings(_Section):
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="Any further fields of transformers.TrainingArguments."
     )
+
+    @field_validator("loss")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in _LOSSES:
+            return name
+        from fusekit.distillation.losses_outcomes import DISTANCES  # imports torch: only for a distance of one's own
+
+        if name not in DISTANCES:
+            raise ValueError(f"unknown loss {name!r}{nearest(name, DISTANCES)}")
+        return name
 
 
 class DistillSettings(_Section):

@@ -1,0 +1,344 @@
+"""The documentation does not drift: what it quotes, names and links exists, and its examples run."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+READMES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "demo/README.md", "benchmarks/README.md")]
+PACKAGES = frozenset(path.name for path in (ROOT / "fusekit").iterdir() if path.is_dir())
+FILE_ENDINGS = ("py", "json", "yml", "pth", "start", "html", "csv", "md")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", [*PAGES, *READMES], ids=name_of)
+
+
+# ---------------------------------------------------------------- links and names
+
+
+@every_page
+def test_links_lead_to_files(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"```\{literalinclude\} (\S+)", text)
+    local = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    missing = [link for link in local if not (page.parent / link).exists()]
+    assert not missing
+
+
+@every_page
+def test_paths_in_the_text_exist(page):
+    spans = re.findall(r"`([^`\s]+)`", page.read_text())
+    paths = [span for span in spans if re.match(r"(docs|demo|recipes|benchmarks|tests|fusekit)/[^\s{}<>*]+$", span)]
+    missing = [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
+    assert not missing
+
+
+@functools.cache
+def definitions(file: Path) -> frozenset[str]:
+    """Of a test file: ``test_x``, ``TestX``, ``TestX::test_x``."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return frozenset(found)
+
+
+@every_page
+def test_named_tests_exist(page):
+    """``[folder/]test_x.py[::name]``, and ``::name`` alone for another test of the file before it."""
+    files: list[Path] = []
+    for span in re.findall(r"`((?:[\w/]*/)?test_\w+\.py(?:::[\w:]+)?|::[\w:]+)`", page.read_text()):
+        file, _, name = span.partition("::")
+        if file:
+            files = [path for path in (ROOT / "tests").rglob("*.py") if f"/{path}".endswith(f"/{file}")]
+        assert files, f"there is no {file}"
+        assert not name or any(name in definitions(path) for path in files), span
+
+
+def dotted_names(text: str, packages: frozenset[str]) -> list[str]:
+    """``package.name`` of these packages, files apart."""
+    spans = re.findall(r"`((?:\w+\.)+\w+)(?:\(.*?\))?`", text)
+    return [s for s in spans if s.partition(".")[0] in packages and s.rpartition(".")[2] not in FILE_ENDINGS]
+
+
+@functools.cache
+def bindings(body_of: str) -> dict[str, ast.stmt]:
+    """The names that a module of fusekit, or a class in it (``module:Class``), defines or imports; nothing is run."""
+    module, _, inside = body_of.partition(":")
+    file = ROOT / module.replace(".", "/")
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    body = ast.parse(file.read_text()).body
+    if inside:
+        body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == inside)
+    found: dict[str, ast.stmt] = {}
+    for node in [inner for outer in body for inner in (outer.body if isinstance(outer, ast.If) else [outer])]:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name: node for alias in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def exists(dotted: str) -> bool:
+    """Whether a name below fusekit is a module, or in one."""
+    module, parts = "fusekit", dotted.removeprefix("fusekit.").split(".")
+    while parts and ((ROOT / module.replace(".", "/") / parts[0]).is_dir() or _file(module, parts[0]).is_file()):
+        if len(parts) == 1 and parts[0] in bindings(module):
+            break  # a function called as its module
+        module = f"{module}.{parts.pop(0)}"
+    if not parts:
+        return True
+    node = bindings(module).get(parts[0])
+    if len(parts) == 2 and isinstance(node, ast.ClassDef):
+        return parts[1] in bindings(f"{module}:{parts[0]}")
+    return node is not None and len(parts) == 1
+
+
+def _file(module: str, name: str) -> Path:
+    return ROOT / module.replace(".", "/") / f"{name}.py"
+
+
+def test_names_in_the_code_exist():
+    for dotted in {name for page in PAGES for name in dotted_names(page.read_text(), frozenset({"fusekit"}))}:
+        assert exists(dotted), dotted
+
+
+def test_the_table_of_the_papers_names_code():
+    names = set(dotted_names((DOCS / "papers.md").read_text(), PACKAGES))
+    assert {"merge_methods.sce", "alignment.dtw.warp", "distillation.fusion.min_ce"} <= names
+    for dotted in names:
+        assert exists(dotted), dotted
+
+
+# ---------------------------------------------------------------- error messages
+
+
+@functools.cache
+def messages() -> frozenset[str]:
+    """Every text of the sources, what is put into it as …"""
+    found = set()
+    for file in (ROOT / "fusekit").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.add(" ".join("".join(map(str, parts)).split()))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(" ".join(node.value.split()))
+    return frozenset(found)
+
+
+def quoted_messages() -> list[str]:
+    """The first cell of every row of the tables in troubleshooting.md."""
+    text = (DOCS / "troubleshooting.md").read_text()
+    return re.findall(r"^\| `(.+?)` \|", text, flags=re.MULTILINE)
+
+
+def test_quoted_messages_are_those_of_the_code():
+    quoted = quoted_messages()
+    assert len(quoted) > 60
+    drifted = [fragment for fragment in quoted if not any(fragment in message for message in messages())]
+    assert not drifted
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_the_table_of_presets_is_that_of_the_code():
+    """docs/distillation.md; a note in brackets is no value, an empty cell has no effect in that preset."""
+    import yaml
+
+    from fusekit.distillation.settings import DistillSettings
+
+    table = (DOCS / "distillation.md").read_text().split("| setting |")[1].split("\n\n")[0]
+    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    assert len(lines) > 15
+    for line in lines:
+        section, field = line[0].split("`")[1].split(".")
+        for preset, cell in zip(header, line[1:], strict=False):
+            settings = DistillSettings.of(preset)
+            if section == "trainer":
+                value = settings.training.trainer.get(field, 0.999)
+            else:
+                value = getattr(getattr(settings, section), field)
+            said = yaml.safe_load(cell.partition("(")[0])
+            assert said is None or str(value) == str(said) or float(value) == float(said), (line[0], preset)
+
+
+# ---------------------------------------------------------------- commands
+
+
+COMMAND = re.compile(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:.* -m fusekit\.cli|fusekit|python \S*examples/own_\w+\.py) ")
+
+
+def blocks(page: Path) -> Iterator[str]:
+    """The content of the page's code blocks of commands."""
+    language: str | None = None
+    lines: list[str] = []
+    for line in page.read_text().splitlines():
+        if line.startswith("```") and language is None:
+            language, lines = line[3:], []
+        elif line.startswith("```"):
+            if language in ("", "console", "bash", "sh"):
+                yield "\n".join(lines)
+            language = None
+        else:
+            lines.append(line)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every `fusekit` command in a code block, as words; what follows two spaces and a # is a comment."""
+    for line in "\n".join(blocks(page)).replace("\\\n", " ").splitlines():
+        if found := COMMAND.match(line):
+            words = shlex.split(line[found.end() :].partition("  #")[0])
+            if words and words[0].isalpha():
+                yield words
+
+
+@every_page
+def test_commands_and_options_exist(page):
+    import click
+
+    from fusekit.cli import cli
+
+    for words in commands(page):
+        command: Any = cli
+        while isinstance(command, click.Group) and words:
+            found = command.get_command(click.Context(command), words[0])
+            assert found is not None, words
+            command, words = found, words[1:]  # noqa: PLW2901
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        unknown = [word for word in words if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in options]
+        assert not unknown, f"fusekit {command.name}: {unknown}"
+
+
+# ---------------------------------------------------------------- examples
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", DOCS / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def restored():
+    """Registries as they were: other tests of the process go over all of their entries."""
+    import fusekit.distillation.losses  # noqa: F401  takes the names of the distances once
+    from fusekit.distillation.fusion import FUSION_FUNCTIONS
+    from fusekit.distillation.losses_outcomes import DISTANCES
+
+    before = [(registry, dict(registry)) for registry in (FUSION_FUNCTIONS, DISTANCES)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+def test_a_loss_of_ones_own(restored):
+    from fusekit.distillation.losses import SparseTargets, fusion_loss
+    from fusekit.distillation.settings import DistillSettings
+    from fusekit.errors import DistillationError
+
+    with pytest.raises(DistillationError, match="unknown loss 'brier'"):
+        DistillSettings.of("fusekit", {"training": {"loss": "brier"}})
+    load_example("own_loss")
+    assert DistillSettings.of("fusekit", {"training": {"loss": "brier"}}).training.loss == "brier"
+
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 7, (3,), generator=generator)
+
+    def targets(logits: torch.Tensor) -> SparseTargets:
+        logprobs, ids = logits.log_softmax(1).topk(3, dim=1)
+        return SparseTargets(ids, logprobs, 1 - logprobs.exp().sum(1), torch.ones(3, dtype=torch.bool))
+
+    def distance(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return fusion_loss(logits, labels, targets(teacher), loss="brier", lm_weight=0.0).total
+
+    teacher = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda logits: distance(logits, teacher), (student.clone().requires_grad_(),))
+    q, p = teacher.softmax(1), student.softmax(1)
+    listed = q.topk(3, dim=1).indices
+    tails = [1 - x.gather(1, listed).sum(1) for x in (p, q)]
+    by_hand = (p - q).gather(1, listed).square().sum() + (tails[0] - tails[1]).square().sum()
+    torch.testing.assert_close(distance(student, teacher), by_hand)
+    same = student.clone().requires_grad_()
+    distance(same, student).backward()
+    torch.testing.assert_close(same.grad, torch.zeros_like(same), atol=1e-12, rtol=0)
+
+
+def test_a_fusion_function_of_ones_own(restored):
+    import numpy as np
+
+    from fusekit.alignment import Rows
+    from fusekit.distillation.fusion import Candidate
+    from fusekit.distillation.settings import FusionSettings
+
+    example = load_example("own_fusion")
+    assert FusionSettings(function="soft_min_ce").function == "soft_min_ce"
+
+    def candidate(name: str, id_: int, cross_entropy: float) -> Candidate:
+        rows = Rows(np.array([[id_]]), np.log([[0.75]]), np.array([0.25]))
+        return Candidate(name, rows, np.array([True]), cross_entropy)
+
+    fused = example.soft_min_ce([candidate("pivot", 1, 2.0), candidate("source", 2, 1.9)])
+    share = 1 / (1 + np.exp(-1.0))  # of the source: the difference is one width
+    np.testing.assert_allclose(fused.weights, [[1 - share, share]])
+    np.testing.assert_allclose(np.exp(fused.rows.logprobs), [[0.75 * share, 0.75 * (1 - share)]])
+    assert fused.rows.ids.tolist() == [[2, 1]]
+    np.testing.assert_allclose(fused.rows.tail, [0.25])
+
+
+def test_a_merge_method_of_ones_own(tmp_path, monkeypatch):
+    from mergekit.merge_methods import merge_tensors, registry
+
+    from fusekit import safe_yaml
+    from fusekit.errors import RecipeError
+    from fusekit.merging.lint import lint
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    recipe = DOCS / "examples" / "own_merge.yml"
+    with pytest.raises(RecipeError, match="unknown merge method 'median_delta'"):
+        lint(safe_yaml.load(recipe))
+    load_example("own_merge")
+    config, warnings = lint(safe_yaml.load(recipe))
+    assert config.merge_method == "median_delta"
+    assert not warnings
+    assert all((ROOT / model.model.model.path).is_dir() for model in config.models)
+    base = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+    models = [base + torch.tensor(delta, dtype=torch.bfloat16) for delta in ([1.0, 0.0], [2.0, 0.5], [4.0, -1.0])]
+    merged = merge_tensors([base, *models], "median_delta", base_index=0, parameters={"scale": 0.5})
+    assert merged.dtype == torch.bfloat16
+    assert merged.tolist() == [2.0, 1.0]
+
+
+def test_the_parts_of_a_run(tmp_path, capsys):
+    (target,) = load_example("pieces").main(tmp_path, limit=8)
+    assert (target / "model.safetensors").is_file()
+    assert target.name == "neox"
+    assert "labels" in capsys.readouterr().out
