@@ -19,7 +19,9 @@ MERGES = (
     "mergekit_plugin.py",
     "mergekit_yaml.py",
     "cli/merge.py",
-    "pipeline/stages.py",
+    "cli/fuse.py",
+    "cli/fuse_options.py",
+    "pipeline/merging.py",
 )
 
 
@@ -50,6 +52,8 @@ def test_only_what_merges_imports_mergekit():
     ("code", "heavy"),
     [
         ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipes", "mergekit torch transformers"),
+        ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
+        ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         ("import fusekit.cli.represent, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
         ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
         ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),
@@ -58,7 +62,9 @@ def test_only_what_merges_imports_mergekit():
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):
     script = f"{code}\nimport sys\nprint([name for name in {heavy.split()} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -9,15 +9,21 @@
 Needs numpy, scipy, rapidfuzz and tokenizers; imports neither torch nor transformers.
 """
 
-from fusekit.alignment.alignment import TokenAlignment, align, align_tokens
-from fusekit.alignment.ends import TokenizedText, tokenize
-from fusekit.alignment.policies import source_positions
-from fusekit.alignment.projection import Rows
-from fusekit.alignment.row_cases import Case, plan_rows
-from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
-from fusekit.alignment.statistics import MappingStatistics, count_mappings
-from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
-from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusekit.alignment.alignment import TokenAlignment, align, align_tokens
+    from fusekit.alignment.ends import TokenizedText, tokenize
+    from fusekit.alignment.policies import source_positions
+    from fusekit.alignment.projection import Rows
+    from fusekit.alignment.row_cases import Case, plan_rows
+    from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
+    from fusekit.alignment.statistics import MappingStatistics, count_mappings
+    from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
+    from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 
 __all__ = [
     "AlignedRows",
@@ -39,3 +45,31 @@ __all__ = [
     "tokenize",
     "vocabulary_surfaces",
 ]
+
+_MODULES = {
+    "AlignedRows": "rows",
+    "Case": "row_cases",
+    "MappingStatistics": "statistics",
+    "Rows": "projection",
+    "Surfaces": "surfaces",
+    "TokenAlignment": "alignment",
+    "TokenizedText": "ends",
+    "VocabularyMap": "vocabulary_map",
+    "align": "alignment",
+    "align_tokens": "alignment",
+    "build_vocabulary_map": "vocabulary_map",
+    "count_mappings": "statistics",
+    "plan_rows": "row_cases",
+    "project_rows": "rows",
+    "project_rows_by_rule": "rows",
+    "source_positions": "policies",
+    "tokenize": "ends",
+    "vocabulary_surfaces": "surfaces",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # scipy and rapidfuzz take a third of a second to import, which checking a recipe does not need.
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

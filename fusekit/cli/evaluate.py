@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusekit.cli.represent import device_map as as_device_map
 from fusekit.cli.represent import drop_noise
 from fusekit.errors import StorageError
+
+if TYPE_CHECKING:
+    from fusekit.evaluation.metrics import Score
+    from fusekit.evaluation.settings import LmEval
 
 METRICS = ("bits_per_byte", "exact_match")
 
@@ -21,7 +25,6 @@ METRICS = ("bits_per_byte", "exact_match")
     "--data",
     "files",
     multiple=True,
-    required=True,
     help="Held-out rows: a file or a hub id; may be given several times.",
 )
 @click.option(
@@ -33,7 +36,19 @@ METRICS = ("bits_per_byte", "exact_match")
     show_default=True,
     help="What to measure; may be given several times.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Most rows of each file.")
+@click.option(
+    "--lm-eval",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="A task of lm-eval (pip install 'fusekit[lm-eval]'); may be given several times.",
+)
+@click.option("--include-path", multiple=True, metavar="FOLDER", help="Tasks of your own for --lm-eval (YAML).")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in a prompt of --lm-eval; else the task's.")
+@click.option("--apply-chat-template", is_flag=True, help="Put prompts of --lm-eval into the model's chat template.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Rows, for --lm-eval.")
+@click.option("--run-unsafe-code", is_flag=True, help="Run code that a model wrote, where a task of --lm-eval does so.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most rows of each file, and of each task.")
 @click.option("--chat-template", default="own", show_default=True, help="own, a shipped template, or a jinja file.")
 @click.option(
     "--dtype",
@@ -56,44 +71,80 @@ def evaluate(
     metrics: tuple[str, ...],
     limit: int | None,
     chat_template: str,
-    dtype: str,
-    device_map: Any,
     batch_tokens: int,
-    trust_remote_code: bool,
-    allow_pickle: bool,
     json_file: Path | None,
+    **options: Any,
 ) -> None:
     """Score MODELS on held-out rows: bits per byte of the answers, and exact match by greedy generation.
 
     Rows are counted by their `dataset` field, else by their file. Both figures compare models of any tokenizer.
+    With --lm-eval also, or without --data only, on tasks of lm-eval.
     """
-    from fusekit.evaluation.metrics import evaluate_model
+    if not files and not options["tasks"]:
+        raise click.UsageError("give held-out rows (--data), or tasks of lm-eval (--lm-eval)")
+    from fusekit.evaluation import lm_eval
+    from fusekit.evaluation.metrics import Score, evaluate_model
     from fusekit.evaluation.table import table
     from fusekit.representation import read_rows
     from fusekit.representation.checkpoint import ModelChoice
-    from fusekit.storage import commit_file
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of scoring, not after
         raise StorageError(f"{json_file}: there is no folder {json_file.parent} to write the scores to: make it first")
     drop_noise()
     rows = [row for file in files for row in read_rows(file, limit=limit)]
-    results = {}
+    settings = _lm_eval_settings(options, limit)
+    results: dict[str, dict[str, dict[str, Score]]] = {}
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    names = ("dtype", "device_map", "trust_remote_code", "allow_pickle")
     for model in models:
-        choice = ModelChoice(
-            model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-        )
-        results[model] = evaluate_model(
-            choice, rows, metrics=list(dict.fromkeys(metrics)), template=chat_template, batch_tokens=batch_tokens
-        )
-    click.echo(table(results))
-    if json_file is not None:
-        document = {
-            "models": {
-                model: {
-                    metric: {name: score.value for name, score in scores.items()} for metric, scores in found.items()
-                }
-                for model, found in results.items()
+        choice = ModelChoice(model, **{name: options[name] for name in names})
+        results[model] = {}
+        if files:
+            chosen = list(dict.fromkeys(metrics))
+            results[model] = evaluate_model(
+                choice, rows, metrics=chosen, template=chat_template, batch_tokens=batch_tokens
+            )
+        if settings is not None:
+            figures[model] = lm_eval.scores(choice, chat_template, settings, lambda line: click.echo(line, err=True))
+            results[model]["lm_eval"] = {
+                task: Score(shown["value"], shown["documents"]) for task, shown in figures[model].items()
             }
+    tasks = lm_eval.described(figures)
+    click.echo(table(results, tasks))
+    if json_file is not None:
+        _write(json_file, results, tasks)
+
+
+def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | None:
+    """What is asked of lm-eval, None for nothing. Raises RecipeError where it cannot be done."""
+    if not options["tasks"]:
+        return None
+    from fusekit.evaluation.lm_eval import check
+    from fusekit.evaluation.settings import LmEval
+
+    settings = LmEval.model_validate(
+        {
+            "tasks": list(dict.fromkeys(options["tasks"])),
+            "limit": limit,
+            "num_fewshot": options["num_fewshot"],
+            "include_path": list(options["include_path"]),
+            "chat_template": options["apply_chat_template"],
+            "batch_size": options["batch_size"],
+            "run_unsafe_code": options["run_unsafe_code"],
         }
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        commit_file(json_file, lambda file: file.write(text.encode()))
+    )
+    check(settings, "--lm-eval")
+    return settings
+
+
+def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], tasks: dict[str, dict[str, Any]]) -> None:
+    from fusekit.storage import commit_file
+
+    document: dict[str, Any] = {
+        "models": {
+            model: {metric: {name: score.value for name, score in scores.items()} for metric, scores in found.items()}
+            for model, found in results.items()
+        }
+    }
+    text = json.dumps(document | ({"lm_eval": tasks} if tasks else {}), indent=2, ensure_ascii=False) + "\n"
+    commit_file(file, lambda out: out.write(text.encode()))

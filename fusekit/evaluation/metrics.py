@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from fusekit.errors import DataError
-from fusekit.representation.batches import plan_batches
+from fusekit.evaluation.generation import Question, replies
 from fusekit.representation.chat_template import ChatTemplate
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_model, load_tokenizer
+from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.representation.row_tokenizer import RowTokenizer
 from fusekit.representation.rows import Row
 from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
-from fusekit.representation.tokenized_row import Part
+from fusekit.representation.tokenized_row import Part, TokenizedRow
 from fusekit.representation.topk import Selection
 
 SLACK_TOKENS = 8
@@ -37,6 +37,7 @@ def bits_per_byte(
     rows: Sequence[Row],
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    longest: int | None = None,
 ) -> dict[str, Score]:
     """Bits that a model needs per byte of the contents that are learnt (the assistant's, or all of a text).
 
@@ -47,19 +48,25 @@ def bits_per_byte(
         tokenizer: reads rows for it.
         rows: held-out rows.
         batch_tokens: most tokens of a batch, padding included.
+        longest: tokens that the model was made for; None where that is not known.
 
     Returns:
         By ``Row.dataset``: summed bits over summed bytes.
 
     Raises:
-        DataError: no row has a byte to predict, or the model gives no distribution for a row (names it).
+        DataError: no row has a byte to predict, a row is too long for the model, or the model gives no distribution
+            for one (names it).
         CaptureError: see :meth:`fusekit.representation.teacher.Teacher.score`.
     """
-    teacher = Teacher(model, _valid_ids(tokenizer), Selection(k=1), batch_tokens=batch_tokens, name=tokenizer.name)
-    scored = teacher.score([tokenizer.tokenize(row) for row in rows], [row.dataset for row in rows])
+    tokens = [tokenizer.tokenize(row) for row in rows]
+    _refuse_longer(rows, tokens, tokenizer.name, longest)
+    valid = valid_ids(tokenizer.tokenizer)
+    teacher = Teacher(model, valid, Selection(k=1), batch_tokens=batch_tokens, name=tokenizer.name)
+    scored = teacher.score(tokens, [row.dataset for row in rows])
     if scored.quarantined:
         key, why = next(iter(scored.quarantined.items()))
-        raise DataError(f"{tokenizer.name} cannot be evaluated on row {key}: {why}")
+        broken = next(row for row in rows if row.key == key)
+        raise DataError(f"{tokenizer.name} cannot be evaluated on {_called(broken)}: {why}")
     nats: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
     for row in scored.rows:
@@ -76,24 +83,26 @@ def exact_match(
     rows: Sequence[Row],
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    longest: int | None = None,
 ) -> dict[str, Score]:
     """Share of rows whose last answer a model writes by greedy decoding, space around it aside.
 
     The prompt is the row up to its last answer, in the tokens of training; a reply may be :data:`SLACK_TOKENS` longer
-    than the right one before it is stopped.
+    than the right one before it is stopped. Of the model's generation_config only its eos is heeded.
 
     Args:
-        model, tokenizer, rows, batch_tokens: as for :func:`bits_per_byte`; the last message is an assistant's.
+        model, tokenizer, rows, batch_tokens, longest: as for :func:`bits_per_byte`; the last message is an assistant's.
 
     Raises:
-        DataError: a row has no answer at its end.
+        DataError: a row has no answer at its end, or is too long for the model.
+        CaptureError: a row does not fit into memory alone.
     """
-    questions = [_question(row, tokenizer) for row in rows]
-    budget = [len(question.prompt) + question.longest for question in questions]
-    right = np.zeros(len(rows), bool)
-    for batch in plan_batches(budget, batch_tokens):
-        replies = _replies(model, tokenizer, [questions[i] for i in batch])
-        right[batch] = [reply == questions[i].answer for i, reply in zip(batch, replies, strict=True)]
+    asked = _answering(tokenizer)
+    tokens = [asked.tokenize(row) for row in rows]
+    _refuse_longer(rows, tokens, asked.name, longest)
+    questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]
+    found = replies(model, asked, questions, batch_tokens)
+    right = np.array([_is_right(reply, row, asked) for reply, row in zip(found, rows, strict=True)], bool)
     names = np.array([row.dataset for row in rows], dtype=object)
     return {
         name: Score(float(right[names == name].mean()), int((names == name).sum()))
@@ -101,64 +110,54 @@ def exact_match(
     }
 
 
-class _Question(NamedTuple):
-    prompt: list[int]
-    answer: str
-    longest: int
-    ends: list[int]
+def _answering(tokenizer: RowTokenizer) -> RowTokenizer:
+    """As it reads rows of which only answers are learnt: what comes before an answer is then given, not asked for."""
+    if tokenizer.train_on == "assistant":
+        return tokenizer
+    return RowTokenizer(tokenizer.tokenizer, tokenizer.template, "assistant")
 
 
-def _question(row: Row, tokenizer: RowTokenizer) -> _Question:
+def _question(row: Row, tokens: TokenizedRow, longest: int | None) -> Question:
     last = len(row.messages) - 1
     if row.messages[last].role != "assistant" or row.cut is not None:
         raise DataError(
-            f"row {row.key} of {row.dataset!r} ends with a message of {row.messages[last].role!r}"
+            f"{_called(row)} ends with a message of {row.messages[last].role!r}"
             f"{' and is cut' if row.cut else ''}: exact match needs an assistant's answer at the end; leave such rows "
             "out, or measure bits_per_byte alone"
         )
-    tokens = tokenizer.tokenize(row)
     answer = np.flatnonzero(tokens.labels & (tokens.message == last))
     if not len(answer):
-        raise DataError(f"row {row.key} of {row.dataset!r} has no token to answer with under this template")
+        raise DataError(f"{_called(row)} has no token to answer with under this template")
     prompt = tokens.ids[: answer[0]].tolist()
     ends = np.unique(tokens.ids[answer][tokens.part[answer] == Part.END]).tolist()
-    return _Question(prompt, row.messages[last].content.strip(), len(answer) + SLACK_TOKENS, ends)
+    room = len(answer) + SLACK_TOKENS
+    return Question(prompt, room if longest is None else min(room, longest - len(prompt)), ends)
 
 
-@torch.inference_mode()
-def _replies(model: Any, tokenizer: RowTokenizer, questions: Sequence[_Question]) -> list[str]:
-    """Greedy replies, up to the end of the turn."""
-    width = max(len(question.prompt) for question in questions)
-    ends = sorted({id_ for question in questions for id_ in question.ends} | set(_eos_ids(model)))
-    device = model.get_input_embeddings().weight.device
-    # What stands before a prompt is masked: any token does.
-    ids = torch.tensor([[q.prompt[0]] * (width - len(q.prompt)) + q.prompt for q in questions], device=device)
-    mask = torch.tensor([[0] * (width - len(q.prompt)) + [1] * len(q.prompt) for q in questions], device=device)
-    stop: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {"pad_token_id": 0}
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max(question.longest for question in questions),
-        **stop,
-    )[:, width:].tolist()
-    return [_text(tokenizer, reply, ends) for reply in written]
+def _is_right(reply: str, row: Row, tokenizer: RowTokenizer) -> bool:
+    answer = row.messages[-1].content.strip()
+    if reply.strip() == answer:
+        return True
+    # Where the template ends a turn with text, the model writes it out, and goes on after it.
+    end = tokenizer.turn_end_text
+    return bool(end) and reply.lstrip().startswith(answer + end)
 
 
-def _text(tokenizer: RowTokenizer, reply: list[int], ends: Sequence[int]) -> str:
-    stop = next((at for at, id_ in enumerate(reply) if id_ in ends), len(reply))
-    text: str = tokenizer.tokenizer.decode(reply[:stop], skip_special_tokens=True)
-    return text.strip()
+def _called(row: Row) -> str:
+    """A row as a user finds it: its hash alone tells nobody where it is."""
+    text = " ".join(row.messages[0].content.split())
+    return f"row {row.key} of {row.dataset!r} ({text[:47] + '...' if len(text) > 50 else text!r})"
 
 
-def _eos_ids(model: Any) -> list[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    return [found] if isinstance(found, int) else list(found or [])
-
-
-def _valid_ids(tokenizer: RowTokenizer) -> Any:
-    return np.unique(np.fromiter(tokenizer.tokenizer.get_vocab().values(), np.int64))
+def _refuse_longer(rows: Sequence[Row], tokens: Sequence[TokenizedRow], name: str, longest: int | None) -> None:
+    """A row longer than a model was made for has no figure that compares; left out, models are scored on other rows."""
+    over = [(row, len(read)) for row, read in zip(rows, tokens, strict=True) if longest and len(read) > longest]
+    if over:
+        row, size = max(over, key=lambda entry: entry[1])
+        raise DataError(
+            f"{len(over)} of {len(rows)} held-out rows are longer than the {longest} tokens that {name} was made for "
+            f"(its config.json); the longest has {size}: {_called(row)}. Leave them out or shorten them for all models"
+        )
 
 
 METRICS: Mapping[str, Callable[..., dict[str, Score]]] = {"bits_per_byte": bits_per_byte, "exact_match": exact_match}
@@ -192,9 +191,31 @@ def evaluate_model(
         raise DataError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
     if not rows:
         raise DataError("no held-out row to evaluate on")
+    loaded = load_scored(choice, template, rows)
+    return {
+        name: METRICS[name](loaded.model, loaded.tokenizer, rows, batch_tokens=batch_tokens, longest=loaded.longest)
+        for name in metrics
+    }
+
+
+class Loaded(NamedTuple):
+    """A model on its device, how it reads rows, and how many tokens it was made for (None: it does not say)."""
+
+    model: Any
+    tokenizer: RowTokenizer
+    longest: int | None
+
+
+def load_scored(choice: ModelChoice, template: str = "own", rows: Sequence[Row] = ()) -> Loaded:
+    """Load a model to score it; ``rows`` that are too long for it are refused before its weights are read.
+
+    Raises:
+        DataError, CaptureError: as :func:`evaluate_model`.
+    """
     checkpoint = find_checkpoint(choice)
+    reads, longest = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(template)), longest_input(checkpoint)
+    if longest is not None and rows:
+        _refuse_longer(rows, [reads.tokenize(row) for row in rows], choice.model, longest)
     checkpoint.fetch()
-    tokenizer = load_tokenizer(checkpoint)
-    reads = RowTokenizer(tokenizer, ChatTemplate.chosen(template))
     model = load_model(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {name: METRICS[name](model, reads, rows, batch_tokens=batch_tokens) for name in metrics}
+    return Loaded(model, reads, longest)

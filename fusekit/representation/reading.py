@@ -13,6 +13,9 @@ from fusekit.representation.forms import form_of, parse_record
 from fusekit.representation.hub_data import hub_records
 from fusekit.representation.rows import TEXT, Message, Row
 
+MAX_DESCRIPTION = 64 << 20
+"""Bytes of a manifest.json or config.json that is read to tell what a folder is."""
+
 Record = tuple[str, Any]
 """Where it is, for errors, and what it is."""
 
@@ -45,6 +48,11 @@ def read_rows(
         raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
     local = Path(path).expanduser()
     if local.is_dir():
+        if other := _other_folder(local):
+            raise DataError(
+                f"{path} is {other}, not rows of data: give files of rows ({', '.join(READERS)}), a folder of such "
+                "files, or the id of a data set on the hub"
+            )
         files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
         if not files:
             raise DataError(f"{local} is a folder without a file that ends in {', '.join(READERS)}")
@@ -57,6 +65,28 @@ def read_rows(
         records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
         rows = _rows_of_records(records, str(path))
     return rows if limit is None else islice(rows, limit)
+
+
+def _other_folder(folder: Path) -> str | None:
+    """What a folder is that holds JSON files of something else; None where it may hold rows."""
+    if (folder / "recipe.resolved.yml").is_file():
+        return "the output of a run"
+    manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.json")
+    if "stage" in manifest:
+        return f"what the stage {str(manifest['stage'])!r} of a run made"
+    if "spec" in manifest:
+        return "a store of what a model said about rows"
+    if {"model_type", "architectures"} & config.keys():
+        return "a model"
+    return "an adapter of a model" if (folder / "adapter_config.json").is_file() else None
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < MAX_DESCRIPTION else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _rows_of_file(file: Path) -> Iterator[Row]:

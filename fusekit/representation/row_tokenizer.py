@@ -81,6 +81,11 @@ class RowTokenizer:
         """Whether the template ends an assistant's turn with a control token of this tokenizer; else no turn links."""
         return self._ending.id >= 0
 
+    @property
+    def turn_end_text(self) -> str:
+        """What the template writes after an answer where no control token ends it; empty where one does."""
+        return "" if self.ends_turns else self._ending.text
+
     def tokenize(self, row: Row) -> TokenizedRow:
         """The tokens of a row up to its cut.
 

@@ -10,7 +10,9 @@ import torch
 
 from fusekit.errors import DataError
 from fusekit.evaluation import bits_per_byte, exact_match
+from fusekit.evaluation.metrics import evaluate_model
 from fusekit.representation import Message, Row, RowTokenizer
+from fusekit.representation.checkpoint import ModelChoice
 
 DEMO = Path(__file__).parents[2] / "demo" / "models"
 
@@ -43,6 +45,82 @@ def test_bits_per_byte_equals_a_plain_forward(pivot):
     for name, (nats, size, count) in expected.items():
         assert scores[name].rows == count
         assert scores[name].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def slow_bits_per_byte(model, tokenizer, conversations: list[list[tuple[str, str]]]) -> float:
+    """By the template and the tokenizer's own offsets: every answer with its end of turn, over the answers' bytes."""
+    nats, size = 0.0, 0
+    for conversation in conversations:
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = len(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
+                stop = len(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
+                spans = encoded["offset_mapping"]
+                inside = [at for at, (a, b) in enumerate(spans) if start <= a and b <= stop and b > a]
+                nats -= sum(float(logprobs[at - 1, ids[at]]) for at in inside)
+                size += len(message["content"].encode())
+    return nats / math.log(2) / size
+
+
+CONVERSATIONS = [
+    [("user", "57+68="), ("assistant", "125"), ("user", "Capital of Peru?"), ("assistant", "Lima"), ("user", "Why?")],
+    [("system", "Be kind."), ("user", "Reverse: é k"), ("assistant", "k é"), ("user", "11+12="), ("assistant", "23")],
+    [("user", "Say nothing."), ("assistant", ""), ("user", "25+25="), ("assistant", "50")],
+]
+
+
+@torch.inference_mode()
+def test_bits_per_byte_of_several_turns_and_an_empty_answer(pivot):
+    model, tokenizer = pivot
+    rows = [Row(tuple(Message(*message) for message in one), "mixed") for one in CONVERSATIONS]
+    expected = slow_bits_per_byte(model, tokenizer.tokenizer, CONVERSATIONS)
+    for batch_tokens in (16384, 10):
+        found = bits_per_byte(model, tokenizer, rows, batch_tokens=batch_tokens)["mixed"]
+        assert found == (pytest.approx(expected, rel=1e-5), 3)
+
+
+@torch.inference_mode()
+def test_with_train_on_all_every_token_counts_and_an_answer_is_still_asked_for_after_its_header(pivot):
+    model, tokenizer = pivot
+    everything = RowTokenizer(tokenizer.tokenizer, train_on="all")
+    one = row("57+68=", "125")
+    tokens = everything.tokenize(one)
+    logprobs = model(torch.tensor(tokens.ids)[None]).logits[0].double().log_softmax(-1)
+    nats = -sum(float(logprobs[at - 1, tokens.ids[at]]) for at in range(1, len(tokens)))
+    found = bits_per_byte(model, everything, [one])["add"]
+    assert found.value == pytest.approx(nats / math.log(2) / len("57+68=125"), rel=1e-5)
+    assert exact_match(model, everything, [one]) == exact_match(model, tokenizer, [one]) == {"add": (1.0, 1)}
+
+
+def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
+    model, tokenizer = pivot
+    with pytest.raises(DataError, match="'add' have no byte to predict"):
+        bits_per_byte(model, tokenizer, [row("57+68=", "")])
+    assert exact_match(model, tokenizer, [row("57+68=", "")])["add"].value == 0.0  # it answers
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_are_read(pivot, tmp_path):
+    import shutil
+
+    model, tokenizer = pivot
+    long = row("12+34=" * 200, "46", "long")
+    for metric in (bits_per_byte, exact_match):
+        with pytest.raises(DataError) as error:
+            metric(model, tokenizer, [row("57+68=", "125"), long], longest=512)
+        assert "1 of 2 held-out rows are longer than the 512 tokens that" in str(error.value)
+        assert "of 'long' ('12+34=12+34=" in str(error.value)
+    # A reply that would leave the context is stopped at its end.
+    tokens = len(tokenizer.tokenize(row("57+68=", "125")))
+    assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"].value == 1.0
+    folder = shutil.copytree(DEMO / "numbers", tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(DataError, match="longer than the 512 tokens"):
+        evaluate_model(ModelChoice(str(folder)), [long])
 
 
 def test_exact_match_equals_row_by_row_generation(pivot):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,53 +15,9 @@ from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
 from fusekit.storage import Store, artifact
+from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
 
-DEMO = Path(__file__).parents[2] / "demo"
-ROWS = [
-    {
-        "dataset": "add",
-        "messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}],
-    }
-    for a in range(10, 14)
-    for b in range(20, 26)
-]
-
-
-def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
-    recipe: dict[str, Any] = {
-        "pivot": {"model": str(DEMO / "models" / "pivot"), "load": {"dtype": "float32"}},
-        "sources": [{"model": str(DEMO / "sources" / name), "load": {"dtype": "float32"}} for name in sources],
-        "data": {"path": str(folder / "rows.jsonl"), "max_length": 64},
-        "represent": {"top_k": 8},
-        "distill": {"lm_weight": 0.5, "epochs": 4, "learning_rate": 3e-4, "batch_size": 6, "micro_batch_size": 6},
-        "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
-        "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte"]},
-    }
-    for name, values in changes.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    """When each file of the artifacts was written; inodes tell a folder that was made anew from one that was kept."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_ino + path.stat().st_mtime_ns
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A finished run of one source."""
-    folder = tmp_path_factory.mktemp("run")
-    recipe = write_recipe(folder, ["llama"])
-    run(load_recipe(recipe), folder / "out", say=lambda _: None)
-    return folder, folder / "out"
+SUMMARIES = {"recipe.resolved.yml", "results.json", "logs/run.log"}
 
 
 @pytest.mark.slow
@@ -80,7 +36,7 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     assert figures["targets/llama"] < figures["pivot"]
     assert figures["merged"] == pytest.approx(figures["targets/llama"], rel=1e-3)
     assert len(Store.open(out / "representations" / "llama", verify=True)) == len(ROWS)
-    for name in ("data", "alignment/llama", "merged", "evaluation/merged"):
+    for name in ("data", "alignment/llama", "targets/llama", "baselines/sft", "merged", "evaluation/merged"):
         assert artifact.problems(out / name) == []
     recipe = yaml.safe_load((out / "recipe.resolved.yml").read_text())
     assert recipe["represent"]["top_k"] == 8
@@ -88,29 +44,44 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_and_a_second_source_only_its_own(first: tuple[Path, Path]) -> None:
-    folder, out = first
-    before = stamps(out)
-    run(load_recipe(folder / "recipe.yml"), out, say=lambda _: None)
+def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tuple[Path, Path]) -> None:
+    path, out = finished
+    before, hashes = stamps(out), weights(out)
+    run(load_recipe(path), out, say=lambda _: None)
     after = stamps(out)
     redone = {name for name in before if before[name] != after.get(name)}
-    assert redone <= {"recipe.resolved.yml", "results.json"}
+    assert redone <= SUMMARIES
 
-    recipe = write_recipe(folder, ["llama", "neox"])
-    run(load_recipe(recipe), out, say=lambda _: None)
+    two = with_sources(path, ["llama", "neox"])
+    run(load_recipe(two), out, say=lambda _: None)
     later = stamps(out)
-    kept = [name for name in before if not name.startswith(("merge", "evaluation/merged", "recipe", "results"))]
+    kept = [name for name in before if not name.startswith(("merge", "evaluation/merged")) and name not in SUMMARIES]
     assert [name for name in kept if before[name] != later[name]] == []
     assert (out / "targets" / "neox" / "config.json").is_file()
     assert yaml.safe_load((out / "merge.yml").read_text())["models"][1]["model"] == str(out / "targets" / "neox")
-    assert before["merged/model.safetensors"] != later["merged/model.safetensors"]
+    assert hashes["merged"] != weights(out)["merged"]
     assert "targets/neox" in json.loads((out / "results.json").read_text())["models"]
+
+    # In another order nothing is made anew.
+    run(load_recipe(with_sources(path, ["neox", "llama"])), out, say=lambda _: None)
+    reordered = stamps(out)
+    assert {name for name in later if later[name] != reordered.get(name)} <= SUMMARIES
+    assert list(json.loads((out / "results.json").read_text())["models"])[2:4] == ["sources/neox", "sources/llama"]
+
+    # Without the first source only the merge is made anew; what it left stays until it is cleaned away.
+    run(load_recipe(with_sources(path, ["neox"])), out, say=lambda _: None)
+    less = stamps(out)
+    kept = [name for name in later if not name.startswith(("merge", "evaluation/merged")) and name not in SUMMARIES]
+    assert [name for name in kept if later[name] != less.get(name)] == []
+    assert weights(out)["merged"] != weights(out)["targets/llama"]
+    assert "targets/llama" not in json.loads((out / "results.json").read_text())["models"]
 
 
 @pytest.mark.slow
-def test_changed_inputs_are_refused_with_the_difference(first: tuple[Path, Path]) -> None:
-    folder, out = first
-    recipe = write_recipe(folder, ["llama"])
+def test_changed_inputs_are_refused_with_the_difference(finished: tuple[Path, Path]) -> None:
+    recipe, out = finished
+    rows = out.parent / "rows.jsonl"
+    shutil.copyfile(yaml.safe_load(recipe.read_text())["data"]["path"], rows)
     before = stamps(out)
     with pytest.raises(StorageError, match=r"max_length: 64, now 32"):
         run(load_recipe(recipe, ["data.max_length=32"]), out, say=lambda _: None)
@@ -118,12 +89,12 @@ def test_changed_inputs_are_refused_with_the_difference(first: tuple[Path, Path]
         run(load_recipe(recipe, ["represent.top_k=4"]), out, say=lambda _: None)
     with pytest.raises(Exception, match=r"learning_rate: 0.0003, now 0.01"):
         run(load_recipe(recipe, ["distill.learning_rate=0.01"]), out, say=lambda _: None)
-    with (folder / "rows.jsonl").open("a") as file:
+    with rows.open("a") as file:
         file.write(json.dumps(ROWS[0] | {"dataset": "more"}) + "\n")
-    with pytest.raises(StorageError, match=r"files\..*rows\.jsonl: '[0-9a-f]{32}', now '[0-9a-f]{32}'"):
-        run(load_recipe(recipe), out, say=lambda _: None)
+    with pytest.raises(StorageError, match=r"files\..*rows\.jsonl: not given, now '[0-9a-f]{32}'"):
+        run(load_recipe(recipe, [f"data.path={rows}"]), out, say=lambda _: None)
     after = stamps(out)
-    assert {name for name in before if before[name] != after[name]} <= {"recipe.resolved.yml"}
+    assert {name for name in before if before[name] != after[name]} <= SUMMARIES
 
 
 def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
@@ -139,7 +110,7 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_represent_takes_a_recipe(first: tuple[Path, Path], tmp_path: Path) -> None:
+def test_represent_takes_a_recipe(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, ["llama"])
     result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--quiet"])
     assert result.exit_code == 0, result.output
@@ -147,3 +118,4 @@ def test_represent_takes_a_recipe(first: tuple[Path, Path], tmp_path: Path) -> N
     assert not (tmp_path / "out" / "targets").exists()
     result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--top-k", "3"])
     assert "--top-k with a recipe" in result.output
+    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("represent pivot: ") == 3

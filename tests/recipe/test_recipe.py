@@ -97,6 +97,12 @@ def test_every_mistake_at_once_with_line_and_nearest_name(write):
     ]
 
 
+def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
+    path = write(SMALL + "fusion:\n  function: reward_softmax\n")
+    with pytest.raises(RecipeError, match=r"line 4: fusion: .* no recipe can name: use it from Python"):
+        load_recipe(path)
+
+
 def test_unknown_preset(write):
     with pytest.raises(RecipeError, match=r"line 4: unknown preset 'fusechatt'; did you mean 'fusechat'"):
         load_recipe(write(SMALL + "preset: fusechatt\n"))

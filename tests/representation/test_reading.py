@@ -221,3 +221,30 @@ def test_a_data_set_that_the_hub_does_not_have(tmp_path):
     assert "org/nothing is neither a file or folder nor a data set on http" in said
     assert "check the spelling" in said
     assert "neither a file or folder nor the id of a data set" in ask(tmp_path, "not a data set")
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"manifest.json": {"spec": {}, "shards": []}}, "a store of what a model said about rows"),
+        ({"manifest.json": {"stage": "evaluate"}, "scores.json": {}}, "what the stage 'evaluate' of a run made"),
+        ({"config.json": {"model_type": "llama"}, "tokenizer.json": {}}, "a model"),
+        ({"adapter_config.json": {"r": 8}}, "an adapter of a model"),
+        ({"recipe.resolved.yml": {}, "results.json": {}}, "the output of a run"),
+    ],
+)
+def test_a_folder_of_something_else_is_named(tmp_path, files, what):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path)
+    assert f"{tmp_path} is {what}, not rows of data: give files of rows (.jsonl, .json, .parquet, .txt)" in str(
+        error.value
+    )
+
+
+def test_a_damaged_description_beside_rows_hides_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"config\.json, line 1: no JSON"):
+        list(read_rows(tmp_path))

@@ -1,0 +1,127 @@
+"""``fusekit clean``: what it shows, what it removes, and above all what it leaves alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.errors import StorageError
+from fusekit.pipeline.run import run
+from fusekit.recipe import load_recipe
+from tests.pipeline.worlds import stamps, with_sources
+
+
+def clean(out: Path, *options: str) -> str:
+    result = CliRunner().invoke(cli, ["clean", str(out), *options])
+    assert result.exit_code == 0, f"{result.output}{result.exception}"
+    return result.output
+
+
+def removed(before: dict[str, int], out: Path) -> set[str]:
+    """The folders that lack a file that was there."""
+    return {name.rsplit("/", 1)[0] for name in before if not (out / name).exists()}
+
+
+def test_a_finished_run_has_nothing_to_remove(finished):
+    _, out = finished
+    before = stamps(out)
+    assert clean(out, "--yes") == "nothing to remove\n"
+    assert stamps(out) == before
+
+
+def test_what_a_removed_source_left_goes(finished):
+    path, out = finished
+    two = with_sources(path, ["neox"])
+    before = stamps(out)
+    shown = clean(out, "--recipe", str(two))
+    assert stamps(out) == before
+    assert f"{out}/representations/llama  " in shown
+    assert "the recipe names no such model" in shown
+    assert "5 things, " in shown
+    assert "nothing was removed: --yes does it" in shown
+    assert "removed 5 things, " in clean(out, "--recipe", str(two), "--yes")
+    assert removed(before, out) == {
+        f"{folder}/llama"
+        for folder in ("representations", "alignment", "targets", "evaluation/sources", "evaluation/targets")
+    }
+
+
+def test_what_processes_that_died_left_goes_and_nothing_else(finished):
+    _, out = finished
+    (out / "targets" / "llama.training" / "checkpoint-8").mkdir(parents=True)
+    (out / "targets" / "llama.training" / "made_from.json").write_text("{}")
+    (out / "targets" / ".llama.staging-0123abcd").mkdir()
+    (out / ".merged.previous-0123abcd").mkdir()
+    (out / "data" / ".rows.jsonl.0.tmp").write_text("half")
+    # None of these is of the run, whatever it is called.
+    (out / ".notes.staging-0123abcd").mkdir()
+    (out / "thesis").mkdir()
+    (out / "thesis" / ".x.0.tmp").write_text("mine")
+    (out / "targets" / "mine").mkdir()
+    (out / "targets" / "mine" / "model.safetensors").write_bytes(b"mine")
+    (out / "representations" / "link").symlink_to(out / "thesis")
+    before = stamps(out)
+    said = clean(out, "--yes")
+    assert "removed 4 things" in said
+    assert f"spared: {out}/targets/mine: holds model.safetensors, which is not of the run" in said
+    assert f"spared: {out}/representations/link: is a link" in said
+    assert not (out / "targets" / "llama.training").exists()
+    assert not (out / "targets" / ".llama.staging-0123abcd").exists()
+    assert not (out / ".merged.previous-0123abcd").exists()
+    assert not (out / "data" / ".rows.jsonl.0.tmp").exists()
+    assert (out / ".notes.staging-0123abcd").is_dir()
+    assert (out / "thesis" / ".x.0.tmp").read_text() == "mine"
+    assert (out / "representations" / "link").is_symlink()
+    after = stamps(out)
+    assert {name for name in before if before[name] != after.get(name)} == {
+        "targets/llama.training/made_from.json",
+        "logs/run.log",
+    }
+
+
+def test_checkpoints_of_a_training_that_goes_on_stay(finished):
+    _, out = finished
+    (out / "targets" / "llama").rename(out / "targets" / "llama.training")
+    (out / "targets" / "llama.training" / "made_from.json").write_text("{}")
+    assert clean(out, "--yes") == "nothing to remove\n"
+
+
+def test_a_stage_is_removed_to_be_made_anew(finished):
+    path, out = finished
+    before = stamps(out)
+    (out / "targets" / "llama" / "notes.txt").write_text("mine")
+    said = clean(out, "--stage", "distill", "--yes")
+    assert f"spared: {out}/targets/llama: holds notes.txt" in said
+    assert removed(before, out) == {"baselines/sft"}
+    said = clean(out, "--from", "merge", "--yes")
+    assert (out / "targets" / "llama" / "notes.txt").is_file()
+    assert not (out / "merged").exists()
+    assert not (out / "results.json").exists()
+    assert "merge.yml  " in said
+    run(load_recipe(path), out, start="merge", until="merge", say=lambda _: None)
+    assert (out / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--stage", "merge", "--recipe", "R"], "--recipe says what is needed"), (["--set", "seed=1"], "give both")],
+)
+def test_options_that_clash_are_refused(options, said, first):
+    folder, out = first
+    options = [str(folder / "recipe.yml") if option == "R" else option for option in options]
+    result = CliRunner().invoke(cli, ["clean", str(out), *options])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
+    (tmp_path / ".merged.staging-0123abcd").mkdir()
+    error = CliRunner().invoke(cli, ["clean", str(tmp_path), "--yes"]).exception
+    assert isinstance(error, StorageError)
+    assert f"{tmp_path} is no run of fusekit: it has no recipe.resolved.yml; nothing was touched" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == [".merged.staging-0123abcd"]
+    shutil.rmtree(tmp_path / ".merged.staging-0123abcd")

@@ -1,0 +1,277 @@
+"""Parts of a run: which stages, what they need of the others, what vouches for what they find."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.cli.stopping import command_again
+from fusekit.distillation.inputs import Inputs, Source, open_inputs
+from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
+from fusekit.errors import FusekitError, RecipeError, StorageError
+from fusekit.pipeline.layout import STAGES, Layout
+from fusekit.pipeline.readers import Readers, choice_of
+from fusekit.pipeline.run import chosen_stages, run
+from fusekit.pipeline.stages import Context
+from fusekit.recipe import load_recipe
+from fusekit.representation.checkpoint import find_checkpoint
+from fusekit.representation.load import load_tokenizer
+from fusekit.storage import artifact, output_lock
+from tests.pipeline.worlds import DEMO, flip, stamps, write_recipe
+
+
+def quiet(_line: str) -> None:
+    """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((None, None, None), list(STAGES)),
+        (("merge", None, None), ["merge"]),
+        ((["align", "data"], None, None), ["data", "align"]),
+        ((None, "distill", None), list(STAGES[3:])),
+        ((None, "represent", "distill"), ["represent", "align", "distill"]),
+        ((None, None, "data"), ["data"]),
+    ],
+)
+def test_stages_are_chosen_in_their_order(asked, expected):
+    assert chosen_stages(*asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("merge", "data", None), "--only is one stage"),
+        (("merge", None, "merge"), "--only is one stage"),
+        ((None, "merge", "align"), "--from merge comes after --until align"),
+        ((None, "mrege", None), "unknown stage 'mrege'; did you mean 'merge'"),
+    ],
+)
+def test_requests_that_clash_are_refused(asked, said):
+    with pytest.raises(RecipeError, match=said):
+        chosen_stages(*asked)
+
+
+def test_what_a_later_stage_needs_is_checked_not_made(finished):
+    path, out = finished
+    before = stamps(out)
+    run(load_recipe(path), out, start="merge", say=quiet)
+    after = stamps(out)
+    assert {name for name in before if before[name] != after[name]} <= {
+        "recipe.resolved.yml",
+        "results.json",
+        "logs/run.log",
+    }
+    for override, said in (
+        ("represent.top_k=4", None),  # the merge does not read captures; the targets say what they were made from
+        (
+            "distill.learning_rate=0.01",
+            r"targets/llama was made from something else:\n  training.learning_rate: 0.0003",
+        ),
+        ("alignment.vocabulary=ms", r"projections.llama.vocabulary: 'prefix', now 'ms'"),
+    ):
+        if said is None:
+            run(load_recipe(path, [override]), out, start="merge", say=quiet)
+        else:
+            with pytest.raises(StorageError, match=said):
+                run(load_recipe(path, [override]), out, start="merge", say=quiet)
+    for override, said in (
+        ("represent.top_k=4", r"representations/pivot was made from something else:\n  top_k: 8, now 4"),
+        ("alignment.vocabulary=ms", r"alignment/llama was made from something else:\n  vocabulary: 'prefix', now 'ms'"),
+    ):
+        with pytest.raises(StorageError, match=said):
+            run(load_recipe(path, [override]), out, start="distill", say=quiet)
+    shutil.rmtree(out / "representations")  # they may be on another machine
+    run(load_recipe(path), out, start="merge", say=quiet)
+    with pytest.raises(StorageError, match="representations/pivot is not there: the stage `represent` comes first"):
+        run(load_recipe(path), out, only="distill", say=quiet)
+    shutil.rmtree(out / "targets" / "llama")
+    with pytest.raises(StorageError, match="targets/llama is not there: the stage `distill` comes first"):
+        run(load_recipe(path), out, start="evaluate", say=quiet)
+
+
+def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
+    path, out = finished
+    recipe, layout = load_recipe(path), Layout(out)
+    context = Context(recipe, layout, Readers(recipe), quiet)
+    source = recipe.sources[0]
+    stores = layout.representation("pivot"), layout.representation("llama")
+
+    def opened(folder: Path | None) -> str:
+        sources = {"llama": Source(stores[1], source.model, recipe.alignment_of(source), folder)}
+        inputs = Inputs(choice_of(recipe.pivot), context.rows, stores[0], sources)
+        return map_hash(open_inputs(inputs, recipe.settings, ["llama"]).projections["llama"].vocabulary_map)
+
+    trained = artifact.read(out / "targets" / "llama").inputs["projections.llama.xxh3"]
+    assert opened(None) == opened(layout.alignment("llama")) == trained
+    map_file = layout.alignment("llama") / NAME
+    flip(map_file)
+    with pytest.raises(StorageError, match=rf"{NAME} is damaged.*remove .*alignment/llama"):
+        opened(layout.alignment("llama"))
+    map_file.unlink()
+    with pytest.raises(StorageError, match="the stage `align` comes first"):
+        opened(layout.alignment("llama"))
+
+
+def test_a_map_of_other_tokenizers_is_refused(first):
+    _, out = first
+    tokenizers = [
+        load_tokenizer(find_checkpoint(choice)) for choice in map(choice_at, ("models/pivot", "sources/neox"))
+    ]
+    with pytest.raises(StorageError, match="of other tokenizers than the run's"):
+        read_map(out / "alignment" / "llama", "prefix", *tokenizers)
+    with pytest.raises(StorageError, match="a map by 'prefix', but the run asks for 'em'"):
+        read_map(out / "alignment" / "llama", "em", *tokenizers)
+
+
+def choice_at(place: str):
+    """A model of the demo."""
+    from fusekit.representation.checkpoint import ModelChoice
+
+    return ModelChoice(str(DEMO / place))
+
+
+def test_a_target_with_a_flipped_bit_is_named_and_not_merged(finished):
+    path, out = finished
+    damaged = out / "targets" / "llama" / "model.safetensors"
+    flip(damaged)
+    result = CliRunner().invoke(cli, ["verify", str(out), "--quiet"])
+    assert result.exit_code == 1
+    assert f"{damaged}: its content is not what was written" in result.output
+    shutil.rmtree(out / "merged")
+    said = "model.safetensors: its content is not what was written\nIt is not used.*remove .*targets/llama"
+    with pytest.raises(StorageError, match=said):
+        run(load_recipe(path), out, start="merge", say=quiet)
+    assert not (out / "merged").exists()
+    # Scores of what is damaged are not taken either.
+    shutil.rmtree(out / "evaluation" / "targets")
+    with pytest.raises(StorageError, match="its content is not what was written"):
+        run(load_recipe(path, ["merge=null"]), out, only="evaluate", say=quiet)
+    (out / "targets" / "llama" / "manifest.json").unlink()
+    with pytest.raises(FusekitError, match=r"targets/llama has no manifest\.json.*remove it"):
+        run(load_recipe(path), out, only="distill", say=quiet)
+
+
+def test_align_needs_no_capture(tmp_path):
+    recipe = write_recipe(tmp_path, ["llama"], evaluate={"path": "nowhere"})
+    result = CliRunner().invoke(cli, ["align", str(recipe), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
+        "alignment",
+        "data",
+        "logs",
+        "recipe.resolved.yml",
+    ]
+    found = artifact.read(tmp_path / "out" / "alignment" / "llama")
+    assert sorted(found.files) == ["quality.html", "quality.json", NAME]
+    assert artifact.problems(tmp_path / "out" / "alignment" / "llama") == []
+
+
+def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
+    path, out = finished
+    before = stamps(out / "targets")
+    result = CliRunner().invoke(cli, ["distill", str(path), str(out)])
+    assert result.exit_code == 0, result.output
+    assert "distill llama: done already" in result.output
+    result = CliRunner().invoke(cli, ["distill", str(path), str(out), "--epochs", "2"])
+    assert "--epochs with a recipe" in result.output
+    shutil.rmtree(out / "merged")
+    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--out-shard-size", "500K"])
+    assert result.exit_code == 0, result.output
+    assert (out / "merged" / "model.safetensors.index.json").is_file()
+    assert stamps(out / "targets") == before
+    # Another size is another result; the same is there already.
+    result = CliRunner().invoke(cli, ["merge", str(path), str(out)])
+    assert "options.out_shard_size: 500000, now not given" in str(result.exception)
+    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--overwrite"])
+    assert "--overwrite with a recipe" in result.output
+    assert isinstance(CliRunner().invoke(cli, ["merge", str(path), str(tmp_path / "n")]).exception, StorageError)
+
+
+def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
+    recipe = tmp_path / "r.yml"
+
+    def said(command: str, text: str) -> str:
+        recipe.write_text(text)
+        return str(CliRunner().invoke(cli, [command, str(recipe), str(tmp_path / "out")]).exception)
+
+    both = "pivot: {model: a}\nmerge_method: linear\n"
+    assert "'pivot' is a key of fusion recipes, 'merge_method' of mergekit" in said("merge", both)
+    assert "is neither a fusion recipe (pivot, sources, data) nor a mergekit recipe" in said("merge", "a: 1\n")
+    for command in ("run", "align", "distill", "represent"):
+        mergekit = said(command, "merge_method: linear\nmodels: []\n")
+        assert (
+            f"is a mergekit recipe, which merges models of one architecture: `fusekit merge {recipe} OUT`" in mergekit
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_and_a_clean_are_told_who_holds_the_output(finished):
+    path, out = finished
+    with output_lock(out.resolve()):
+        for arguments in (["run", str(path), str(out)], ["clean", str(out), "--yes"]):
+            error = CliRunner().invoke(cli, arguments).exception
+            assert isinstance(error, StorageError)
+            assert f"{out}: already being written by process {os.getpid()} on " in str(error)
+
+
+def test_the_log_has_what_was_said_and_how_it_ended(finished):
+    path, out = finished
+    run(load_recipe(path), out, only="data", say=quiet)
+    with pytest.raises(StorageError):
+        run(load_recipe(path, ["data.max_length=32"]), out, only="data", say=quiet)
+    lines = (out / "logs" / "run.log").read_text().splitlines()
+    assert all(line[:4].isdecimal() and line[10] == "T" for line in lines)
+    assert [line.split(" ", 1)[1] for line in lines if line.endswith(" done")] == ["done", "done"]
+    assert any("distill llama: step 16 of 16: loss " in line for line in lines)
+    assert any("stopped by StorageError: " in line for line in lines[-4:])
+    assert any(line.endswith("max_length: 64, now 32") for line in lines[-4:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "launched", "expected"),
+    [
+        (["/usr/bin/fusekit", "run", "my recipe.yml", "out"], False, "fusekit run 'my recipe.yml' out"),
+        (["/x/fusekit/cli/__main__.py", "run", "r.yml", "out"], False, "python -m fusekit.cli run r.yml out"),
+        (["/usr/bin/mergekit-fuse", "r.yml", "out", "--cuda"], False, "mergekit-fuse r.yml out --cuda"),
+        (["fusekit", "represent", "m", "--overwrite", "out"], False, "fusekit represent m out"),
+        (["/x/fusekit/cli/__main__.py", "run", "r"], True, "accelerate launch -m fusekit.cli run r "),
+    ],
+)
+def test_the_command_that_resumes_can_be_typed(argv, launched, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    again = command_again("--overwrite")
+    assert again.startswith(expected) if launched else again == expected
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_says_how_to_go_on(tmp_path):
+    recipe = write_recipe(tmp_path, ["llama"])
+    command = [sys.executable, "-m", "fusekit.cli", "run", str(recipe), str(tmp_path / "out"), "--from", "data"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = []
+    for line in process.stderr:
+        heard.append(line)
+        if line.startswith("represent pivot: "):
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, [*heard, said]
+    assert f"To go on:\n  python -m fusekit.cli run {recipe} {tmp_path / 'out'} --from data\n" in said
+    log = (tmp_path / "out" / "logs" / "run.log").read_text()
+    assert "stopped by TerminatedError" in log.splitlines()[-1]
+    assert artifact.problems(tmp_path / "out" / "data") == []
+    assert json.loads((tmp_path / "out" / "data" / "counts.json").read_text())["kept"] == 24
