@@ -95,11 +95,7 @@ class TrainingSettings(_Section):
         description="What becomes of λ: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max "
         "exp(-cross-entropy) row by row.",
     )
-    loss: str = Field(
-        default="ce",
-        description="L_fusion; of Python's own, a name in `fusekit.distillation.losses_outcomes.DISTANCES`.",
-        json_schema_extra={"enum": list(_LOSSES)},
-    )
+    loss: str = Field(default="ce", description="L_fusion.", json_schema_extra={"enum": list(_LOSSES)})
     truncation: Literal["tail", "renormalize"] = Field(
         default="tail",
         description="What is done about the mass outside the entries: one more outcome, or the entries renormalised "
