@@ -11,7 +11,7 @@ import click
 from fusekit.cli.recipe import overrides
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report")
 
 
 @click.command()

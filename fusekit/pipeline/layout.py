@@ -61,3 +61,18 @@ class Layout:
     def results(self) -> Path:
         """Scores of all models."""
         return self.out / "results.json"
+
+    @property
+    def models(self) -> Path:
+        """What is known of the pivot and the sources, for the report."""
+        return self.out / "models.json"
+
+    @property
+    def times(self) -> Path:
+        """How long captures took, for the report."""
+        return self.out / "logs" / "captures.json"
+
+    @property
+    def report(self) -> Path:
+        """What the run was, as one page."""
+        return self.out / "report.html"

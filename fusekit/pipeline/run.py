@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
-from fusekit.pipeline import stages
+from fusekit.pipeline import report_stage, stages
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.stages import Context
@@ -20,7 +20,7 @@ from fusekit.recipe import Recipe
 from fusekit.representation import Row
 from fusekit.storage import commit_file, output_lock
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report")
 """In order. Each needs what those before it made."""
 
 _OURS = {
@@ -34,6 +34,9 @@ _OURS = {
     "merged",
     "evaluation",
     "results.json",
+    "models.json",
+    "logs",
+    "report.html",
 }
 
 
@@ -99,7 +102,9 @@ def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
     rows = _rows(context)
     if "represent" in chosen:
         for name in context.readers.names:
-            stages.represent(context, name, rows)
+            with report_stage.timed(context, name, processes.is_first):
+                stages.represent(context, name, rows)
+        processes.first_then_all(lambda: report_stage.describe(context))
     if "align" in chosen:
         for source in context.recipe.sources:
             processes.first_then_all(lambda source=source: stages.align(context, source.label, rows))
@@ -111,7 +116,14 @@ def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
         processes.first_then_all(lambda: stages.merge(context, targets))
     if "evaluate" in chosen:
         results = processes.first_then_all(lambda: stages.evaluate(context, targets))
+    if "report" in chosen:
+        processes.first_then_all(lambda: _report(context))
     return Run(layout.out, targets, results)
+
+
+def _report(context: Context) -> None:
+    _save(context.layout, context.recipe)  # what the artifacts are of by now, and what the report reads
+    report_stage.report(context)
 
 
 def _rows(context: Context) -> list[Row]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-import fusekit
+from fusekit.diagnosis import circumstances
 from fusekit.errors import FusekitError, RecipeError, StorageError
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
@@ -28,7 +28,8 @@ from fusekit.storage.artifact import Artifact, Inputs
 Say = Callable[[str], None]
 
 ALIGNED_TEXTS = 2000  # of which the quality of a pair is counted
-SHOWN_TEXTS = 3
+SHOWN_TEXTS, SHOWN_OF_EACH = 8, 2  # at most, and of each source of data
+SHOWN_GROUPS = 60  # of each text, in the report
 
 
 @dataclass(eq=False)
@@ -46,7 +47,7 @@ class Context:
 
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts."""
-        return {"fusekit": fusekit.__version__, "seconds": round(time.monotonic() - started, 3)}
+        return {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
 
     def done(self, folder: Path, inputs: Inputs) -> Artifact | None:
         """The artifact, if it is there and made from these inputs.
@@ -172,6 +173,7 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.alignment.samples import sample_of, write_samples
 
     recipe = context.recipe
     pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
@@ -187,7 +189,8 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
         return
     started = time.monotonic()
     quality = AlignmentQuality(recipe.pivot.model, context.readers.model(source).model)
-    shown: list[Any] = []
+    shown: dict[str, list[Any]] = {}  # by the source of data, so that each has its examples
+    more: list[Any] = []
     texts = (
         (message.content, row.dataset)
         for row in rows
@@ -197,13 +200,19 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     for text, dataset in islice(texts, ALIGNED_TEXTS):
         found = align_text(text, pivot.tokenizer, theirs.tokenizer)
         quality.add(found, dataset)
-        if len(shown) < SHOWN_TEXTS:
-            shown.append(found)
+        room = len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS
+        if room:
+            shown[dataset].append(found)
+        elif len(more) < SHOWN_TEXTS:
+            more.append(found)
 
     def write(into: Path) -> None:
         (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
         surfaces = vocabulary_surfaces(pivot.tokenizer), vocabulary_surfaces(theirs.tokenizer)
-        (into / "quality.html").write_text(page(quality, shown, surfaces), encoding="utf-8")
+        samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
+        (into / "quality.html").write_text(page(quality, samples, surfaces), encoding="utf-8")
+        drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
+        write_samples(into / "samples.json", drawn)
 
     artifact.publish(folder, "align", inputs, write, context.made(started))
     share = quality.total.to_dict()
