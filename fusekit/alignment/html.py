@@ -161,7 +161,7 @@ def _worst(quality: AlignmentQuality) -> str:
 def drawn(sample: Sample) -> str:
     """A text under both tokenisations, as HTML that :data:`SAMPLE_STYLE` styles; everything of it is escaped."""
     groups = "".join(
-        f'<div class="group"><div class="read">{escape(group.read)}</div>'
+        f'<div class="group"><div class="read">{_text(group.read)}</div>'
         f'<div class="side pivot">{"".join(map(_token, group.pivot))}</div><div></div>'
         f'<div class="side source">{"".join(map(_token, group.source))}</div></div>'
         for group in sample.groups
@@ -173,4 +173,12 @@ def _token(token: Token) -> str:
     kind = "tok" + (" inner" if token.inner else "") + (" lost" if token.lost else "")
     # Widths follow the bytes, so that ends at different places are seen at different places.
     grow = max(token.size, 1)
-    return f'<span class="{kind}" style="flex-grow:{grow}" title="{escape(token.about)}">{escape(token.shown)}</span>'
+    return f'<span class="{kind}" style="flex-grow:{grow}" title="{_text(token.about)}">{_text(token.shown)}</span>'
+
+
+# They turn round what follows them, on this page too.
+_TURNS = dict.fromkeys(map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), "⋯")
+
+
+def _text(text: str) -> str:
+    return escape(text.translate(_TURNS))

@@ -109,7 +109,8 @@ class _Reader:
             if (found := self.record(path, Training)) is not None
         }
         begun = sorted(path.name.removesuffix(".training") for path in layout.targets.glob("*.training"))
-        merged = self.tried(layout.merged, lambda: artifact.read(layout.merged))
+        artifacts = self.artifacts()
+        merged = artifacts.get(layout.merged.name)
         return Facts(
             layout,
             recipe,
@@ -126,7 +127,7 @@ class _Reader:
             merge_recipe=self.tried(layout.merge_recipe, lambda: _mapping(layout.merge_recipe)),
             coefficients=self.record(layout.merged / COEFFICIENTS, Coefficients) if merged else None,
             results=self.record(layout.results, Results),
-            artifacts=self.artifacts(),
+            artifacts=artifacts,
             captures=self.tried(layout.times, lambda: _captures(layout.times)) or {},
             problems=self.problems,
         )

@@ -30,10 +30,10 @@ def write_report(out: Path, *, with_card: bool = True) -> list[str]:
         StorageError: ``out`` is no run, or the disk failed.
     """
     facts, said = read_facts(out), []
-    if with_card and facts.merged is not None:
-        said += _write_card(facts)
-    said += _write_page(facts)
-    return said
+    if with_card and facts.merged is not None and (wrote := _write_card(facts)):
+        said += wrote
+        facts = read_facts(out)  # the page says what the artifacts hold, this card too
+    return said + _write_page(facts)
 
 
 def _write_card(facts: Facts) -> list[str]:
