@@ -162,7 +162,7 @@ def _provenance(facts: Facts, merged: Artifact) -> list[str]:
 
 
 def _coefficients(facts: Facts) -> str:
-    heat = heat_map(facts.coefficients) if facts.coefficients else None
+    heat = heat_map(facts.coefficients, list(facts.targets)) if facts.coefficients else None
     if heat is None:
         return ""
     lines = [

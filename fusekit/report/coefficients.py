@@ -71,16 +71,17 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     return {model: name if taken.count(name) == 1 else model for model, name in last.items()}
 
 
-def heat_map(found: Coefficients) -> HeatMap | None:
-    """Arrange coefficients; None where there are none."""
+def heat_map(found: Coefficients, order: Sequence[str] = ()) -> HeatMap | None:
+    """Arrange coefficients; None where there are none. order: of models, by their short names; others follow."""
     ids = sorted({model for tensor in found.tensors.values() for model in tensor.coefficients})
     if not ids:
         return None
+    names = short_names(ids)
+    ids.sort(key=lambda model: order.index(names[model]) if names[model] in order else len(order))
     groups: dict[tuple[int | None, str], list[tuple[str, Tensor]]] = {}
     for name, tensor in found.tensors.items():
         groups.setdefault(_place(name), []).append((name, tensor))
     cells = [_cell(layer, module, members, ids) for (layer, module), members in groups.items()]
-    names = short_names(ids)
     inside = {(c.layer, c.module): c for c in cells if c.layer is not None}
     shares = [share for cell in cells for share in cell.shares if share is not None]
     equal = 1 / len(ids)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from fusekit.report import text
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 56, 26, 14, 44
 MOST_POINTS = 240  # of a curve; more cannot be told apart at this width
 
 Points = Sequence[tuple[float, float]]

@@ -43,7 +43,7 @@ def page(facts: Facts) -> str:
     metrics = results.metrics_of(facts.results) if facts.results else []
     made, colours = provenance.made(facts), sections.colours(facts)
     head = results.headline(metrics)
-    heat = heat_map(facts.coefficients) if facts.coefficients else None
+    heat = heat_map(facts.coefficients, list(facts.targets)) if facts.coefficients else None
     rendered = (
         environment()
         .get_template("report.html.jinja")

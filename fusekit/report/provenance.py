@@ -52,14 +52,14 @@ def made(facts: Facts) -> list[Made]:
 
 def _stage(place: str, known: Artifact) -> Made:
     size = sum(file.size for file in known.files.values())
-    count = len(known.files)
-    holds = f"{count} file{'' if count == 1 else 's'}, {human(size)}"
+    holds = f"{text.counted(len(known.files), 'file')}, {human(size)}"
     return Made(place, known.stage, holds, content_hash(known), _seconds(known.made), _circumstances(known.made))
 
 
 def _store(facts: Facts, name: str) -> Made:
     store, times = facts.stores[name], facts.captures.get(name, {})
-    holds = f"{len(store):,} rows in {len(store.records)} shards, {human(sum(r.size for r in store.records))}"
+    size = human(sum(record.size for record in store.records))
+    holds = f"{text.counted(len(store), 'row')} in {text.counted(len(store.records), 'shard')}, {size}"
     content = joined_hash(record.xxh3 for record in store.records)
     circumstances = _circumstances(times) or {str(k): str(v) for k, v in store.manifest.made.items()}
     return Made(f"representations/{name}", "represent", holds, content, _seconds(times), circumstances)

@@ -36,6 +36,11 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
+def counted(number: int, what: str) -> str:
+    """``1 file``, ``1,344 rows``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def whole(value: float) -> str:
     """``1,344``."""
     return f"{value:,.0f}"

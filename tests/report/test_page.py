@@ -237,7 +237,7 @@ def test_what_the_page_says_of_a_run(html: str) -> None:
     assert "In training, over 48 rows read: pivot 25.0 %, one 75.0 %." in text
     assert "align 3.0 s" in text
     assert "mlp.experts.*.w1" in text
-    assert "… and 1 groups more." in text
+    assert "… 1 more group, to the end of the text" in text
     assert "lm_eval" in text or "lm-eval" in text
 
 

@@ -143,6 +143,7 @@ def test_numbers_and_names_as_people_read_them() -> None:
     assert [text.seconds(x) for x in (None, 3.14, 72, 7500)] == ["–", "3.1 s", "1 min 12 s", "2 h 05 min"]
     assert [text.signed(x, 1) for x in (0.04, -0.06, 2, None)] == ["±0.0", "−0.1", "+2.0", "–"]
     assert text.fixed(float("nan")) == "–"
+    assert (text.counted(1, "row"), text.counted(1344, "row")) == ("1 row", "1,344 rows")
     assert text.listed(["a"]) == "a"
     assert text.listed(["a", "b", "c"]) == "a, b and c"
     assert text.name("a\n b\x00\u202e\ud800") == "a b\\u0000\\u202e\\ud800"
