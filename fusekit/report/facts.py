@@ -162,7 +162,8 @@ class _Reader:
     def artifacts(self) -> dict[str, Artifact]:
         """Manifests of stages, in the order of the stages."""
         layout = self.layout
-        folders = [layout.data, *sorted(layout.alignment("x").parent.glob("*")), layout.merged]
+        folders = [layout.data, *sorted(layout.alignment("x").parent.glob("*"))]
+        folders += [*sorted(layout.targets.glob("*")), *sorted(layout.baselines.glob("*")), layout.merged]
         folders += sorted(path.parent for path in layout.evaluation("x").parent.rglob(artifact.MANIFEST))
         found = {}
         for folder in folders:

@@ -101,6 +101,7 @@ def environment() -> Environment:
         "percent": text.percent,
         "seconds": text.seconds,
         "shorten": text.shorten,
+        "breakable": _breakable,
         "tint": _tint,
     }
     found.filters.update(filters)
@@ -157,6 +158,11 @@ def _tint(cell: Cell, heat: HeatMap, index: int) -> str:
     if share is None or not heat.reach:
         return "0"
     return f"{_STRONGEST * abs(share - heat.equal) / heat.reach:.3f}"
+
+
+def _breakable(place: str) -> Markup:
+    """A path that may be broken after its slashes."""
+    return Markup("/<wbr>").join(text.name(place).split("/"))  # join escapes the parts
 
 
 def _drawn(sample: Sample) -> Markup:

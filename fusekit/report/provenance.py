@@ -15,6 +15,7 @@ from fusekit.storage.artifact import Artifact, joined_hash
 from fusekit.storage.faults import human
 
 CARD = "README.md"
+BASELINE_PLACE = "baselines/sft"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,13 @@ def made(facts: Facts) -> list[Made]:
     found = [_stage(place, known) for place, known in facts.artifacts.items() if known.stage == "data"]
     found += [_store(facts, name) for name in (PIVOT, *facts.sources) if name in facts.stores]
     found += [_stage(place, known) for place, known in facts.artifacts.items() if known.stage == "align"]
-    found += [_target(f"targets/{name}", record) for name, record in facts.targets.items()]
-    found += [_target("baselines/sft", facts.baseline)] if facts.baseline else []
-    later = [(place, known) for place, known in facts.artifacts.items() if known.stage not in ("data", "align")]
+    trained = {f"targets/{name}": record for name, record in facts.targets.items()}
+    trained |= {BASELINE_PLACE: facts.baseline} if facts.baseline else {}
+    for place, record in trained.items():
+        known = facts.artifacts.get(place)
+        found.append(_stage(place, known) if known is not None else _target(place, record))
+    earlier = {one.place for one in found}
+    later = [(place, known) for place, known in facts.artifacts.items() if place not in earlier]
     return found + [_stage(place, known) for place, known in later]
 
 
@@ -66,9 +71,16 @@ def _store(facts: Facts, name: str) -> Made:
 
 
 def _target(place: str, record: Training) -> Made:
-    # A target has no manifest: what stands for it is what it was made from.
+    # A target of an earlier version has no manifest: what stands for it is what it was made from.
     content = joined_hash([json.dumps(record.made_from, sort_keys=True, default=str)])
     return Made(place, "distill", "a checkpoint; the hash is of its inputs", content, record.last("train_runtime"), {})
+
+
+def training_seconds(facts: Facts, place: str, record: Training) -> float | None:
+    """How long a target took: as its manifest has it, else as the trainer wrote it down."""
+    known = facts.artifacts.get(place)
+    found = _seconds(known.made) if known is not None else None
+    return record.last("train_runtime") if found is None else found
 
 
 def _seconds(values: Mapping[str, Any]) -> float | None:

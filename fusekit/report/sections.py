@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
 from fusekit.recipe.presets import PRESETS
-from fusekit.report import text
+from fusekit.report import provenance, text
 from fusekit.report.curves import Chart, chart
 from fusekit.report.facts import Facts
 from fusekit.report.graph import MOST_CHARACTERS, Graph, Node, graph
@@ -209,15 +209,21 @@ def training_rows(facts: Facts) -> list[TrainingRow]:
     """The targets, and plain fine-tuning."""
     colour = colours(facts)
     rows = [
-        TrainingRow(name, colour.get(name, "c1"), text.listed(record.sources) or "the text alone", _figures(record))
+        TrainingRow(
+            name,
+            colour.get(name, "c1"),
+            text.listed(record.sources) or "the text alone",
+            _figures(record, provenance.training_seconds(facts, f"targets/{name}", record)),
+        )
         for name, record in facts.targets.items()
     ]
     if facts.baseline is not None:
-        rows.append(TrainingRow("plain fine-tuning", "cb", "the text alone", _figures(facts.baseline)))
+        seconds = provenance.training_seconds(facts, provenance.BASELINE_PLACE, facts.baseline)
+        rows.append(TrainingRow("plain fine-tuning", "cb", "the text alone", _figures(facts.baseline, seconds)))
     return rows
 
 
-def _figures(record: Training) -> dict[str, str]:
+def _figures(record: Training, seconds: float | None) -> dict[str, str]:
     counts, step, epochs = record.counts, record.last("step"), record.last("epoch")
     labels, asked = counts.get("labels", 0.0), counts.get("asked", 0.0)
     return {
@@ -229,7 +235,7 @@ def _figures(record: Training) -> dict[str, str]:
         "linked": text.percent(counts.get("linked", 0.0) / asked) if asked else text.NO_VALUE,
         "taught": text.percent(counts.get("taught", 0.0) / labels) if labels and asked else text.NO_VALUE,
         "skipped": text.whole(record.skipped_steps),
-        "time": text.seconds(record.last("train_runtime")),
+        "time": text.seconds(seconds),
     }
 
 

@@ -19,7 +19,7 @@ from fusekit.report.page import page
 from fusekit.storage import artifact, output_lock
 from tests.report.worlds import HOSTILE, STAGES, make_run
 
-VOID = {"meta", "link", "br", "input"}
+VOID = {"meta", "link", "br", "input", "wbr"}
 ALLOWED = VOID | {
     *("html", "head", "title", "style", "body", "header", "main", "section", "footer", "nav", "h1", "h2", "h3", "p"),
     *("span", "b", "a", "ul", "li", "dl", "dt", "dd", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"),

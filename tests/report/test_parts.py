@@ -15,10 +15,13 @@ from fusekit.report import text
 from fusekit.report.coefficients import heat_map, short_names
 from fusekit.report.curves import MOST_POINTS, chart, thinned, ticks
 from fusekit.report.facts import Facts, read_facts
+from fusekit.report.provenance import made
 from fusekit.report.records import Coefficients, Results
 from fusekit.report.results import headline, metrics_of
+from fusekit.report.sections import given_text, training_rows
 from fusekit.report.teaching import teachers_of
-from fusekit.storage import Store
+from fusekit.storage import Store, artifact
+from fusekit.storage.artifact import joined_hash
 from tests.report.worlds import make_run
 
 
@@ -151,8 +154,6 @@ def test_numbers_and_names_as_people_read_them() -> None:
 
 
 def test_the_recipe_as_given_is_what_its_preset_does_not_say(tmp_path: Path) -> None:
-    from fusekit.report.sections import given_text
-
     facts = read_facts(make_run(tmp_path / "out", until="data"))
     said = given_text(facts)
     assert "max_length: 64" in said
@@ -160,3 +161,17 @@ def test_the_recipe_as_given_is_what_its_preset_does_not_say(tmp_path: Path) -> 
     assert "select_topk" not in said  # the preset's own
     assert "model: org/pivot" in said
     assert given_text(Facts(Layout(tmp_path), {"preset": "of another version", "sources": []}, [])) == ""
+
+
+def test_a_target_with_a_manifest_is_named_by_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out", until="distill")
+    before = {one.place: one for one in made(read_facts(run))}
+    assert before["targets/one"].holds == "a checkpoint; the hash is of its inputs"
+    assert before["targets/one"].seconds == 12.5
+    sealed = artifact.seal(run / "targets" / "one", "distill", {}, {"seconds": 3.0, "host": "h"})
+    facts = read_facts(run)
+    after = {one.place: one for one in made(facts)}
+    assert after["targets/one"].content == joined_hash([f"training.json {sealed.files['training.json'].xxh3}"])
+    assert list(after) == list(before)
+    rows = {row.name: row.values["time"] for row in training_rows(facts)}
+    assert rows == {"one": "3.0 s", "two": "12.5 s", "plain fine-tuning": "12.5 s"}
