@@ -40,6 +40,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def circumstances() -> dict[str, str]:
+    """Where and with what an artifact is made: versions of what decides the last bits, and the host's name."""
+    known = versions()
+    names = ("fusekit", "torch", "transformers", "mergekit")
+    found = {name: known[name] for name in names if known[name] != "not installed"}
+    return {**found, "python": platform.python_version(), "host": platform.node()}
+
+
 def devices() -> list[str]:
     """CPU, memory and accelerators, a line each."""
     import psutil

@@ -5,45 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-
 from fusekit.alignment.alignment import TokenAlignment
 from fusekit.alignment.projection import Rows
 from fusekit.alignment.quality import AlignmentQuality, Share
-from fusekit.alignment.row_cases import Case, plan_rows
-from fusekit.alignment.show import pieces, visible
+from fusekit.alignment.row_cases import Case
+from fusekit.alignment.samples import LOST, MEANING, Sample, Token, sample_of
 from fusekit.alignment.surfaces import Surfaces
 
-MEANING = {
-    "same": "linked; both predict the same bytes next",
-    "longer": "linked; the source's next token is longer, the pivot's next token is its first piece",
-    "closes": "linked; several source tokens spell the pivot's next token",
-    "crosses": "linked; the pivot's next token ends inside a source token",
-    "no_row": "linked, but the next tokens cannot be compared",
-    "within_same": "inside a source token, whose row is conditioned on the bytes read; then the same bytes",
-    "within_longer": "inside a source token, conditioned; the rest is longer",
-    "within_closes": "inside a source token, conditioned; several tokens spell the label",
-    "within_crosses": "inside a source token, conditioned; the label ends inside another",
-    "unlinked": "not linked, and no row",
-    "last": "end of the text: nothing to predict",
-    "one_hot": "a one-hot on the label",
-    "rule": "a row by one of the papers' rules",
-}
-LOST = ("no_row", "unlinked")
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--dim:#5b6470;--paper:#fff;--line:#d5dae1;--pivot:#dbe9ff;--source:#dff3e3;
---miss:#ffe2b8;--link:#2563c9}
-@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--dim:#a2abb7;--paper:#16191d;--line:#3a414b;--pivot:#1f3a63;
---source:#1d4429;--miss:#6b4612;--link:#79aaff}}
-body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1100px;margin:0 auto;
-padding:16px}
-h1{font-size:1.35rem;margin:.2em 0}h2{font-size:1.08rem;margin:1.6em 0 .4em}p{margin:.4em 0;max-width:75ch}
-.dim{color:var(--dim)}.table{overflow-x:auto}
-table{border-collapse:collapse;margin:.4em 0}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top;
-border-bottom:1px solid var(--line)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bar{display:inline-block;height:.7em;background:var(--link);border-radius:2px;min-width:1px}
-.bar.lost{background:#c9791a}
+SAMPLE_STYLE = """
 .text{border:1px solid var(--line);border-radius:8px;padding:10px 12px;margin:.6em 0}
 .flow{display:flex;flex-wrap:wrap;row-gap:14px;margin-top:8px}
 .group{display:grid;grid-template-rows:auto auto 12px auto;border-right:3px solid var(--link);position:relative;
@@ -57,6 +26,24 @@ border-right:1px solid var(--paper);white-space:pre-wrap;overflow-wrap:anywhere;
 .tok.inner{border-right:2px dashed #c9791a}.tok.lost{background:var(--miss)}
 .key{display:inline-block;padding:0 8px;border-radius:3px;font:13px/1.7 ui-monospace,monospace;margin-right:4px}
 """
+"""Of :func:`drawn` and :data:`LEGEND`; the page gives the colours line, link, dim, paper, pivot, source and miss."""
+
+STYLE = (
+    """
+:root{color-scheme:light dark;--ink:#1b1f24;--dim:#5b6470;--paper:#fff;--line:#d5dae1;--pivot:#dbe9ff;--source:#dff3e3;
+--miss:#ffe2b8;--link:#2563c9}
+@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--dim:#a2abb7;--paper:#16191d;--line:#3a414b;--pivot:#1f3a63;
+--source:#1d4429;--miss:#6b4612;--link:#79aaff}}
+body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1100px;margin:0 auto;
+padding:16px}
+h1{font-size:1.35rem;margin:.2em 0}h2{font-size:1.08rem;margin:1.6em 0 .4em}p{margin:.4em 0;max-width:75ch}
+.dim{color:var(--dim)}.table{overflow-x:auto}
+table{border-collapse:collapse;margin:.4em 0}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top;
+border-bottom:1px solid var(--line)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.bar{display:inline-block;height:.7em;background:var(--link);border-radius:2px;min-width:1px}
+.bar.lost{background:#c9791a}"""
+    + SAMPLE_STYLE
+)
 
 
 def page(
@@ -74,8 +61,8 @@ def page(
         surfaces: of the pivot and of the source, for token strings.
         rows: per sample the source's rows [m, k] and the pivot's [n, k'], for the tooltips; None where there are none.
     """
-    drawn = "".join(
-        _sample(sample, surfaces, rows[i] if rows is not None else None) for i, sample in enumerate(samples)
+    texts = "".join(
+        drawn(sample_of(sample, surfaces, rows[i] if rows is not None else None)) for i, sample in enumerate(samples)
     )
     title = f"{quality.source} taught to {quality.pivot}"
     return (
@@ -84,7 +71,7 @@ def page(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>Alignment: pivot {escape(quality.pivot)}, source {escape(quality.source)}</h1>"
-        f"{_summary(quality)}<h2>Both tokenisations</h2>{LEGEND}{drawn}"
+        f"{_summary(quality)}<h2>Both tokenisations</h2>{LEGEND}{texts}"
         f"{_cases(quality)}{_shares('By script', quality.scripts)}"
         f"{_shares('By source of data', quality.data) if len(quality.data) > 1 else ''}{_groups(quality)}"
         f"{_worst(quality)}</body></html>\n"
@@ -171,62 +158,27 @@ def _worst(quality: AlignmentQuality) -> str:
     return f'<h2>Texts that lose most</h2><div class="table"><table>{head}{body}</table></div>'
 
 
-def _sample(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], rows: tuple[Rows, Rows] | None) -> str:
-    data = alignment.text.encode()
-    pivot, source = pieces(alignment.pivot, data), pieces(alignment.source, data)
-    cases = plan_rows(alignment).cases
-    linked_sources = set(alignment.source_at[alignment.source_at >= 0].tolist())
-    groups = ""
-    for p, s in alignment.groups:
-        text = b"".join(pivot[p])
-        top = "".join(
-            _token(
-                visible(pivot[i]),
-                len(pivot[i]),
-                _tooltip(surfaces[0], int(alignment.pivot_ids[i]), int(alignment.pivot_ends[i]))
-                + f"\n{MEANING[Case(int(cases[i])).name.lower()]}"
-                + (_top(rows[1], i, surfaces[0], "taught") if rows else ""),
-                inner=alignment.source_at[i] < 0,
-                lost=Case(int(cases[i])).name.lower() in LOST,
-            )
-            for i in range(p.start, p.stop)
-        )
-        bottom = "".join(
-            _token(
-                visible(source[j]),
-                len(source[j]),
-                _tooltip(surfaces[1], int(alignment.source_ids[j]), int(alignment.source_ends[j]))
-                + (_top(rows[0], j, surfaces[1], "predicts") if rows else ""),
-                inner=j not in linked_sources,
-                lost=False,
-            )
-            for j in range(s.start, s.stop)
-        )
-        groups += (
-            f'<div class="group"><div class="read">{escape(_readable(text))}</div>'
-            f'<div class="side pivot">{top}</div><div></div><div class="side source">{bottom}</div></div>'
-        )
+def drawn(sample: Sample) -> str:
+    """A text under both tokenisations, as HTML that :data:`SAMPLE_STYLE` styles; everything of it is escaped."""
+    groups = "".join(
+        f'<div class="group"><div class="read">{_text(group.read)}</div>'
+        f'<div class="side pivot">{"".join(map(_token, group.pivot))}</div><div></div>'
+        f'<div class="side source">{"".join(map(_token, group.source))}</div></div>'
+        for group in sample.groups
+    )
     return f'<div class="text"><div class="flow">{groups}</div></div>'
 
 
-def _readable(text: bytes) -> str:
-    """The text of a group; ``⋯`` where it ends inside a character."""
-    shown = text.decode(errors="ignore").replace("\n", "⏎").replace("\t", "⇥")
-    return shown if shown.strip() or shown.encode() == text else "⋯"
-
-
-def _token(shown: str, size: int, tooltip: str, *, inner: bool, lost: bool) -> str:
-    kind = "tok" + (" inner" if inner else "") + (" lost" if lost else "")
+def _token(token: Token) -> str:
+    kind = "tok" + (" inner" if token.inner else "") + (" lost" if token.lost else "")
     # Widths follow the bytes, so that ends at different places are seen at different places.
-    return f'<span class="{kind}" style="flex-grow:{max(size, 1)}" title="{escape(tooltip)}">{escape(shown)}</span>'
+    grow = max(token.size, 1)
+    return f'<span class="{kind}" style="flex-grow:{grow}" title="{_text(token.about)}">{_text(token.shown)}</span>'
 
 
-def _tooltip(surfaces: Surfaces, id_: int, end: int) -> str:
-    string = surfaces.strings[id_] if id_ < len(surfaces) else "?"
-    return f"{string}\nid {id_}, ends at byte {end}"
+# They turn round what follows them, on this page too.
+_TURNS = dict.fromkeys(map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), "⋯")
 
 
-def _top(rows: Rows, at: int, surfaces: Surfaces, verb: str) -> str:
-    listed = [(int(i), float(np.exp(p))) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0][:5]
-    lines = [f"{100 * p:.1f} % {visible(surfaces.of[i]) if i < len(surfaces) else i}" for i, p in listed]
-    return f"\n{verb}:\n" + "\n".join([*lines, f"{100 * float(rows.tail[at]):.1f} % everything else"])
+def _text(text: str) -> str:
+    return escape(text.translate(_TURNS))

@@ -181,8 +181,8 @@ def _shortened(found: TokenAlignment, lines: int = 16) -> str:
 
 
 def _summary(quality: AlignmentQuality) -> str:
-    from fusekit.alignment.html import MEANING
     from fusekit.alignment.row_cases import Case
+    from fusekit.alignment.samples import MEANING
 
     total = max(quality.pivot_tokens, 1)
     lines = [

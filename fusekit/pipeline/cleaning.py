@@ -174,6 +174,7 @@ def _of_stage(layout: Layout, stage: str) -> list[Path]:
         "distill": [*_folders(layout.targets), *_folders(layout.baselines)],
         "merge": [layout.merged, layout.merge_recipe],
         "evaluate": [*scored, layout.results],
+        "report": [layout.report, layout.models],
     }.get(stage, [])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PIVOT = "pivot"
 BASELINE = "baseline"
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
 OURS = {
@@ -23,6 +23,8 @@ OURS = {
     "evaluation",
     "results.json",
     "logs",
+    "models.json",
+    "report.html",
 }
 """What a run may have at the top of its output."""
 
@@ -84,3 +86,18 @@ class Layout:
     def results(self) -> Path:
         """Scores of all models."""
         return self.out / "results.json"
+
+    @property
+    def models(self) -> Path:
+        """What is known of the pivot and the sources, for the report."""
+        return self.out / "models.json"
+
+    @property
+    def times(self) -> Path:
+        """How long captures took, for the report."""
+        return self.out / "logs" / "captures.json"
+
+    @property
+    def report(self) -> Path:
+        """What the run was, as one page."""
+        return self.out / "report.html"

@@ -14,7 +14,7 @@ import yaml
 
 from fusekit.errors import RecipeError, StorageError
 from fusekit.evaluation import lm_eval
-from fusekit.pipeline import checks, distilling, merging, stages
+from fusekit.pipeline import checks, distilling, merging, report_stage, stages
 from fusekit.pipeline.layout import OURS, STAGES, Layout
 from fusekit.pipeline.log import RunLog
 from fusekit.pipeline.readers import Readers
@@ -49,14 +49,21 @@ class Stage:
     check: Callable[[Context], object]
 
 
-def _represent(context: Context, processes: Processes) -> None:  # noqa: ARG001  # captures find the processes
+def _represent(context: Context, processes: Processes) -> None:
     for name in context.readers.names:
-        stages.represent(context, name, context.rows)
+        with report_stage.timed(context, name, processes.is_first):
+            stages.represent(context, name, context.rows)
+    processes.first_then_all(partial(report_stage.describe, context))
 
 
 def _align(context: Context, processes: Processes) -> None:
     for source in context.recipe.sources:
         processes.first_then_all(partial(stages.align, context, source.label, context.rows))
+
+
+def _report(context: Context) -> None:
+    _save(context.layout, context.recipe)  # what the artifacts are of by now, and what the report reads
+    report_stage.report(context)
 
 
 def _in_first(do: Callable[[Context], object]) -> Callable[[Context, Processes], object]:
@@ -84,6 +91,8 @@ _STAGES: dict[str, Stage] = {
         _in_first(lambda context: stages.evaluate(context, context.targets)),
         checks.check_results,
     ),
+    # Reads what is there of all others, and says what is not.
+    "report": Stage((), _in_first(_report), lambda _: None),
 }
 
 

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import fusekit
+from fusekit.diagnosis import circumstances
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import FusekitError, RecipeError, StorageError
 from fusekit.evaluation import lm_eval
@@ -31,7 +31,8 @@ from fusekit.storage.artifact import Artifact, Inputs
 Say = Callable[[str], None]
 
 ALIGNED_TEXTS = 2000  # of which the quality of a pair is counted
-SHOWN_TEXTS = 3
+SHOWN_TEXTS, SHOWN_OF_EACH = 8, 2  # at most, and of each source of data
+SHOWN_GROUPS = 60  # of each text, in the report
 
 DRAWING = ("dare_", "della")
 """Beginnings of the names of mergekit's methods that draw."""
@@ -74,7 +75,7 @@ class Context:
 
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts."""
-        return {"fusekit": fusekit.__version__, "seconds": round(time.monotonic() - started, 3)}
+        return {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
 
     def done(self, folder: Path, inputs: Inputs) -> Artifact | None:
         """The artifact, if it is there and made from these inputs.
@@ -208,6 +209,7 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.alignment.samples import sample_of, write_samples
     from fusekit.distillation.vocabulary_maps import write_map
     from fusekit.pipeline.vocabulary import vocabulary_map
 
@@ -220,7 +222,8 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     started = time.monotonic()
     made = vocabulary_map(context, source, rows)
     quality = AlignmentQuality(recipe.pivot.model, context.readers.model(source).model)
-    shown: list[Any] = []
+    shown: dict[str, list[Any]] = {}  # by the source of data, so that each has its examples
+    more: list[Any] = []
     texts = (
         (message.content, row.dataset)
         for row in rows
@@ -230,15 +233,21 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     for text, dataset in islice(texts, ALIGNED_TEXTS):
         found = align_text(text, pivot.tokenizer, theirs.tokenizer)
         quality.add(found, dataset)
-        if len(shown) < SHOWN_TEXTS:
-            shown.append(found)
+        room = len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS
+        if room:
+            shown[dataset].append(found)
+        elif len(more) < SHOWN_TEXTS:
+            more.append(found)
 
     def write(into: Path) -> None:
         if made is not None:
             write_map(into, made)
         (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
         surfaces = vocabulary_surfaces(pivot.tokenizer), vocabulary_surfaces(theirs.tokenizer)
-        (into / "quality.html").write_text(page(quality, shown, surfaces), encoding="utf-8")
+        samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
+        (into / "quality.html").write_text(page(quality, samples, surfaces), encoding="utf-8")
+        drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
+        write_samples(into / "samples.json", drawn)
 
     artifact.publish(folder, "align", inputs, write, context.made(started))
     share = quality.total.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusekit.errors import StorageError
+from fusekit.storage.commit import commit_file, sweep
 from fusekit.storage.faults import disk_fault
 from fusekit.storage.publish import recover, staging
 
@@ -20,6 +22,10 @@ _AT_A_TIME = 16 << 20
 
 Inputs = dict[str, Any]
 """What an artifact was made from: plain JSON values by name."""
+
+
+class ChangedError(StorageError):
+    """A file is not what was written, and somebody's work would be lost."""
 
 
 class _Model(BaseModel):
@@ -40,13 +46,16 @@ class Artifact(_Model):
         stage: what made it.
         inputs: what it was made from.
         files: by path within the folder, in order.
-        made: what may differ between equal artifacts (time, versions).
+        replacing: files that are about to be replaced, as they will be (:func:`replace_file`); until they are, both
+            forms are vouched for.
+        made: what may differ between equal artifacts (time, versions, host).
     """
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     stage: str
     inputs: Inputs
     files: dict[str, File]
+    replacing: dict[str, File] = Field(default_factory=dict)
     made: Inputs = Field(default_factory=dict)
 
     @property
@@ -81,9 +90,51 @@ def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -
     """Write the manifest of a folder that is complete but for it."""
     (folder / MANIFEST).unlink(missing_ok=True)
     artifact = Artifact(stage=stage, inputs=plain(inputs), files=_files(folder), made=made or {})
-    text = json.dumps(artifact.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(_json(artifact))
     return artifact
+
+
+def replace_file(folder: Path, name: str, data: bytes) -> bool:
+    """Replace, or add, a file of an artifact that stands at its place; returns whether anything had to be done.
+
+    Whenever the process dies, the file is the old one or the new one, whole, and :func:`problems` finds nothing: the
+    manifest first says what the file is about to be, then the file is replaced, then the manifest says that it was. The
+    caller holds the lock of the run.
+
+    Args:
+        folder: of an artifact.
+        name: of the file, in the folder itself.
+        data: what it is to hold.
+
+    Raises:
+        ChangedError: the file is not as the manifest says, so somebody else wrote it; nothing is touched.
+        StorageError: there is no artifact; the disk failed.
+    """
+    artifact = read(folder)
+    if artifact is None:
+        raise StorageError(f"{folder} is no artifact of a run: it has no {MANIFEST}")
+    sweep(folder)
+    path, new = folder / name, File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
+    there = _file(path) if path.is_file() else None
+    if there not in (None, new, artifact.files.get(name), artifact.replacing.get(name)):
+        raise ChangedError(
+            f"{path} was changed after it was written, and is left as it is; remove it to have it written again"
+        )
+    others = {known: file for known, file in artifact.files.items() if known != name}
+    waiting = {known: file for known, file in artifact.replacing.items() if known != name}
+
+    def commit(now: File | None, then: dict[str, File]) -> None:
+        files = others if now is None else dict(sorted({**others, name: now}.items()))
+        after = artifact.model_copy(update={"files": files, "replacing": {**waiting, **then}})
+        commit_file(folder / MANIFEST, lambda file: file.write(_json(after)))
+
+    if there != new:
+        commit(there, {name: new})
+        commit_file(path, lambda file: file.write(data))
+    changed = there != new or artifact.files.get(name) != new or name in artifact.replacing
+    if changed:
+        commit(new, {})
+    return changed
 
 
 def read(folder: Path) -> Artifact | None:
@@ -109,11 +160,14 @@ def problems(folder: Path) -> list[str]:
         path = folder / name
         if name not in there:
             found.append(f"{path}: missing")
+        elif name in artifact.replacing and _file(path) == artifact.replacing[name]:
+            continue
         elif path.stat().st_size != file.size:
             found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
         elif file_hash(path) != file.xxh3:
             found.append(f"{path}: its content is not what was written")
-    return found + [f"{folder / name}: is not of this artifact" for name in sorted(there - artifact.files.keys())]
+    foreign = sorted(name for name in there - artifact.files.keys() if not _is_own(folder, name, artifact))
+    return found + [f"{folder / name}: is not of this artifact" for name in foreign]
 
 
 def differences(before: Inputs, now: Inputs) -> list[str]:
@@ -146,9 +200,26 @@ def joined_hash(lines: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
+def _is_own(folder: Path, name: str, artifact: Artifact) -> bool:
+    """Whether a file that the manifest does not list is one that it announces, or the half of one that it lists."""
+    if name in artifact.replacing:
+        return _file(folder / name) == artifact.replacing[name]
+    whole = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return whole is not None and whole[1] in {MANIFEST, *artifact.files, *artifact.replacing}
+
+
+def _file(path: Path) -> File:
+    return File(size=path.stat().st_size, xxh3=file_hash(path))
+
+
+def _json(artifact: Artifact) -> bytes:
+    exclude = set() if artifact.replacing else {"replacing"}
+    return (json.dumps(artifact.model_dump(mode="json", exclude=exclude), indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def _files(folder: Path) -> dict[str, File]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): File(size=p.stat().st_size, xxh3=file_hash(p)) for p in paths}
+    return {str(path.relative_to(folder)): _file(path) for path in paths}
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,39 @@
+"""``fusekit report``: the page of a run, and the card of its merged model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from fusekit.errors import StorageError
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--no-card", is_flag=True, help="Leave the card of the merged model as it is.")
+@click.option("--quiet", is_flag=True, help="Errors and warnings only.")
+def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
+    """Make report.html of the run in the folder OUT, and README.md of its merged model, from the artifacts there.
+
+    OUT may be half done: the report says what is missing. While a run is writing OUT, the report is made of what is
+    there so far and the card is left alone.
+    """
+    from fusekit.report.facts import read_facts
+    from fusekit.report.write import write_report
+    from fusekit.storage import output_lock
+
+    out = out.resolve()
+    read_facts(out)  # a folder that is no run is not locked
+    with ExitStack() as held:
+        try:
+            held.enter_context(output_lock(out))
+        except StorageError as error:
+            click.echo(f"fusekit: {error} The report shows what is there so far; the card is left alone.", err=True)
+            no_card = True
+        for line in write_report(out, with_card=not no_card):
+            if not quiet or line.startswith("warning"):
+                click.echo(line, err=line.startswith("warning"))
+    if not quiet:
+        click.echo(f"report: {out / 'report.html'}")

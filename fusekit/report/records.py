@@ -1,0 +1,105 @@
+"""The JSON files of a run that a report reads, each as a model that takes what it needs and refuses what is damaged."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Counts(_Record):
+    """``data/counts.json``: what became of the rows (:class:`fusekit.representation.DataCounts`)."""
+
+    seen: int
+    kept: int
+    reasons: dict[str, int] = {}
+    keys: dict[str, list[str]] = {}
+    first_refusal: str = ""
+
+
+class Share(_Record):
+    """Pivot positions of an alignment: how many, and the shares that are linked and that get a row."""
+
+    positions: int
+    linked_share: float
+    row_share: float
+
+
+class Survived(_Record):
+    """The share of a row's mass that a vocabulary map carried over; None where no rows were counted."""
+
+    rows: int = 0
+    mean: float | None = None
+    p10: float | None = None
+
+
+class Quality(Share):
+    """``alignment/SOURCE/quality.json`` (:class:`fusekit.alignment.quality.AlignmentQuality`)."""
+
+    pivot: str
+    source: str
+    texts: int
+    pivot_tokens: int
+    source_tokens: int
+    cases: dict[str, int]
+    data: dict[str, Share] = {}
+    mass_survived: Survived = Survived()
+
+
+class Training(_Record):
+    """``training.json`` of a target (:mod:`fusekit.distillation.run`)."""
+
+    target: str
+    sources: list[str] = []
+    settings: dict[str, Any] = {}
+    made_from: dict[str, Any] = {}
+    rows: list[str] = []
+    unmatched: dict[str, list[str]] = {}
+    counts: dict[str, float] = {}
+    skipped_steps: int = 0
+    log: list[dict[str, Any]] = []
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """``(step, value)`` of every line of the log that has this value, as far as both are finite numbers."""
+        return [
+            (float(step), float(value))
+            for line in self.log
+            if "loss" in line and _finite(step := line.get("step")) and _finite(value := line.get(name))
+        ]
+
+    def last(self, name: str) -> float | None:
+        """The last finite value of this name in the log."""
+        values = [float(value) for line in self.log if _finite(value := line.get(name))]
+        return values[-1] if values else None
+
+
+class Tensor(_Record):
+    """How one tensor was merged (:class:`fusekit.merge_methods.provenance.TensorRecord`)."""
+
+    method: str
+    coefficients: dict[str, float]
+    parameters: dict[str, Any] = {}
+    selected: float | None = None
+    erased: dict[str, float] | None = None
+
+
+class Coefficients(_Record):
+    """``merged/coefficients.json``."""
+
+    fusekit: str = ""
+    base: str | None = None
+    tensors: dict[str, Tensor]
+
+
+class Results(_Record):
+    """``results.json``: model -> metric -> skill -> value. A metric that is no mapping counts as one skill."""
+
+    models: dict[str, dict[str, dict[str, float | None]]]
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

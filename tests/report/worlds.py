@@ -1,0 +1,186 @@
+"""Runs for the tests of the report: every artifact as its stage leaves it, but of random rows and small files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fusekit.alignment.quality import AlignmentQuality
+from fusekit.alignment.samples import Group, Sample, Token, write_samples
+from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
+from fusekit.recipe import Recipe
+from fusekit.report.models import ModelFacts, Tokenizer, write_models
+from fusekit.storage import artifact
+from fusekit.storage.manifest import StoreSpec
+from fusekit.storage.writer import StoreWriter
+from tests.storage.rows import captured, key
+
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+HOSTILE = "</script><img src=x onerror=alert(1)>`|*[x](javascript:y)&amp;\u202e"
+ROWS = 24
+LAYERS, MODULES = 6, ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "input_layernorm")
+SKILLS = ("add", "code", "facts")
+
+
+def make_run(
+    out: Path, sources: tuple[str, ...] = ("one", "two"), *, until: str = "evaluate", hostile: bool = False
+) -> Path:
+    """A run in ``out`` up to a stage. hostile: whatever a stranger may name has markup in it."""
+    out.mkdir(parents=True)
+    evil = HOSTILE if hostile else ""
+    recipe = _recipe(sources, evil)
+    (out / "recipe.resolved.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = STAGES[: STAGES.index(until) + 1]
+    made = {"fusekit": "1.0", "host": f"machine{evil}", "seconds": 1.5, "for": {"pivot": "x"}}
+    if "data" in done:
+        counts = {
+            "seen": ROWS + 3,
+            "kept": ROWS,
+            "reasons": {"empty": 1, "refused": 2, "cut": 4},
+            "keys": {"empty": [key(1)], "cut": [f"k{evil}"]},
+            "first_refusal": f"no system turn{evil}",
+        }
+        artifact.publish(out / "data", "data", {}, lambda into: _json(into / "counts.json", counts), made)
+    if "represent" in done:
+        _represent(out, sources, evil)
+    if "align" in done:
+        for number, source in enumerate(sources):
+            artifact.publish(
+                out / "alignment" / source, "align", {}, lambda into, n=number: _align(into, n, evil), made
+            )
+    if "distill" in done:
+        for number, source in enumerate(sources):
+            _target(out / "targets" / source, source, 2.0 - 0.1 * number, (source,), evil)
+        _target(out / "baselines" / "sft", "sft", 2.2, (), evil)
+    if "merge" in done:
+        _merge(out, sources, evil, made)
+    if "evaluate" in done:
+        _evaluate(out, sources, evil, made)
+    return out
+
+
+def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
+    return Recipe.model_validate(
+        {
+            "pivot": {"model": f"org/pivot{evil}"},
+            "sources": [{"model": f"/home/me/{name}{evil}", "name": name} for name in sources],
+            "data": {"path": f"rows{evil}.jsonl", "max_length": 64},
+            "merge": {"merge_method": "fusechat_sce", "parameters": {"select_topk": 0.1}},
+            "evaluate": {"path": "held-out"},
+        }
+    ).model_dump(mode="json")
+
+
+def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
+    facts = {
+        "pivot": ModelFacts(
+            model=f"org/pivot{evil}",
+            repository="org/pivot",
+            commit="c" * 40,
+            architecture=f"LlamaForCausalLM{evil}",
+            layers=LAYERS,
+            width=64,
+            parameters=1_234_567,
+            tokenizer=Tokenizer(model="BPE", form="byte-level", tokens=768, normalises=[f"NFC{evil}"]),
+        )
+    }
+    facts |= {name: ModelFacts(model=f"/home/me/{name}", parameters=7_240_000_000) for name in sources}
+    write_models(out / "models.json", facts)
+    keys = [key(number) for number in range(ROWS)]
+    for number, name in enumerate(("pivot", *sources)):
+        folder = out / "representations" / name
+        folder.parent.mkdir(exist_ok=True)
+        spec = StoreSpec(model=f"{name}{evil}", model_fingerprint=f"xxh3 {number}", vocabulary=60, top_k=4)
+        writer = StoreWriter(folder, spec, keys)
+        bad = {keys[5]: f"NaN at label 2{evil}"} if number == 1 else {}
+        rows = [
+            captured(np.random.default_rng([number, i]), 60, 4, 12, number=i, dataset=f"{'ab'[i % 2]}{evil}")
+            for i in range(ROWS)
+            if keys[i] not in bad
+        ]
+        for plan in writer.missing_shards():
+            writer.write_shard(plan, rows, bad)
+        writer.finish()
+
+
+def _align(into: Path, number: int, evil: str) -> None:
+    quality = AlignmentQuality(
+        f"org/pivot{evil}", f"source{evil}", texts=7, pivot_tokens=100, source_tokens=90 + number
+    )
+    quality.total.add(100, 80, 90)
+    quality.cases.update({"same": 90, "unlinked": 10})
+    quality.data = {f"a{evil}": quality.total, "b": quality.total}
+    quality.worst = [(0.5, f"text{evil}")]
+    (into / "quality.json").write_text(quality.to_json())
+    token = Token(shown=f"to{evil}", size=2, about=f"id 7{evil}")
+    lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
+    sample = Sample(groups=[Group(read=f"token{evil}", pivot=[token, lost], source=[token])] * 3)
+    write_samples(into / "samples.json", [sample, sample.beginning(2)])
+
+
+def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil: str) -> None:
+    folder.mkdir(parents=True)
+    log: list[dict[str, Any]] = []
+    for step in range(0, 110, 10):
+        line = {"loss": loss + 1 / (step + 10), "step": step, "epoch": step / 50, "lm_loss": loss + 2 / (step + 10)}
+        log.append(line | ({"fusion_loss": 0.5 + 1 / (step + 10)} if sources else {}))
+    log += [{"loss": float("nan"), "step": 110, "lm_loss": float("nan")}, {"train_runtime": 12.5, "step": 110}]
+    counts = {"rows": 48.0, "labels": 400.0, "asked": 400.0, "linked": 300.0, "taught": 390.0, "chosen/pivot": 12.0}
+    record = {
+        "target": name,
+        "sources": list(sources),
+        "settings": {"fusion": {"function": "min_ce", "level": "sequence", "metric": "bits_per_byte"}},
+        "made_from": {"target": name},
+        "rows": [f"{ROWS} rows of data{evil}"],
+        "unmatched": {source: [key(5)] for source in sources[:1]},
+        "counts": counts | {f"chosen/{source}": 36.0 for source in sources},
+        "skipped_steps": 1,
+        "log": log,
+    }
+    _json(folder / "training.json", record)
+
+
+def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
+    record = MergeRecord()
+    random = np.random.default_rng(0)
+    ids = [f"/home/me/out/targets/{name}" for name in sources]
+    names = [f"model.layers.{layer}.{module}.weight" for layer in range(LAYERS) for module in MODULES]
+    names += [f"model.layers.0.mlp.experts.{i}.w1.weight" for i in range(3)] + ["lm_head.weight", f"norm{evil}.weight"]
+    for name in names:
+        shares = random.dirichlet(np.ones(len(ids))).tolist()
+        known = TensorRecord("fusechat_sce", {}, dict(zip(ids, shares, strict=True)), 0.1, dict.fromkeys(ids, 0.2))
+        record.add(name, "org/pivot", known)
+
+    def write(into: Path) -> None:
+        (into / "model.safetensors").write_bytes(b"weights")
+        _json(into / "config.json", {})
+        (into / "README.md").write_text("# The card of mergekit\n")
+        _json(into / "coefficients.json", record.as_dict())
+
+    artifact.publish(out / "merged", "merge", {"targets": dict.fromkeys(sources, "x")}, write, made)
+    merge = {
+        "models": [{"model": path} for path in ids],
+        "base_model": "/home/me/pivot",
+        "merge_method": "fusechat_sce",
+    }
+    (out / "merge.yml").write_text(yaml.safe_dump(merge | {"dtype": f"bfloat16{evil}"}))
+
+
+def _evaluate(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
+    names = ["pivot", "baseline", *(f"sources/{s}" for s in sources), *(f"targets/{s}" for s in sources), "merged"]
+    models = {}
+    for number, name in enumerate(names):
+        bits = {f"{skill}{evil}": 3.0 - 0.25 * number + 0.01 * at for at, skill in enumerate(SKILLS)}
+        models[name] = {"bits_per_byte": bits, "lm_eval": {"arc_easy": 0.4 + 0.02 * number}}
+        artifact.publish(
+            out / "evaluation" / name, "evaluate", {}, lambda into, b=bits: _json(into / "scores.json", b), made
+        )
+    _json(out / "results.json", {"models": models})
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
