@@ -1,7 +1,4 @@
-"""Run functions and ``fusekit`` commands in child processes that can be killed, starved and stopped for real.
-
-Children are forked from the server that the merge tests use, which imports what is slow to import once.
-"""
+"""Run functions and ``fusekit`` commands in child processes that can be killed, starved and stopped for real."""
 
 from __future__ import annotations
 
@@ -14,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.merging.processes import Finished, _context
-
-_context.set_forkserver_preload(
-    ["fusekit.cli.merge", "fusekit.cli.represent", "transformers.models.llama.modeling_llama", "accelerate"]
-)
+from tests.forks import CONTEXT
+from tests.merging.processes import Finished
 
 
 def run(function: Callable[..., None], *given: Any, timeout: float = 120) -> Finished:
@@ -31,7 +25,7 @@ class Process:
 
     def __init__(self, function: Callable[..., None], *given: Any) -> None:
         self.log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fusekit-test-{os.getpid()}-{time.monotonic_ns()}.log"
-        self.process = _context.Process(target=_call, args=(self.log, function, given))
+        self.process = CONTEXT.Process(target=_call, args=(self.log, function, given))
         self.process.start()
 
     @property
