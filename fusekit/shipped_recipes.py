@@ -6,6 +6,10 @@ from pathlib import Path
 
 from fusekit.errors import RecipeError
 
+SCHEMA = "fusion.schema.json"
+EDITORS = "# yaml-language-server:"
+"""How a line begins by which editors find the schema of a file."""
+
 
 def folder() -> Path:
     """The folder of the shipped recipes. Raises RecipeError if this installation has none."""
@@ -22,9 +26,16 @@ def recipes() -> dict[str, Path]:
 
 
 def title(path: Path) -> str:
-    """The first line of a recipe, which says what it is."""
+    """The first line of a recipe, which says what it is; before it there may be one for editors."""
     with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("#").strip()
+        first = file.readline()
+        line = file.readline() if first.startswith(EDITORS) else first
+        return line.lstrip("#").strip()
+
+
+def schema() -> Path:
+    """The JSON schema that fusion recipes name in their first line."""
+    return folder() / SCHEMA
 
 
 def find(name: str) -> Path:

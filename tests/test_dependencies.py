@@ -19,7 +19,9 @@ MERGES = (
     "mergekit_plugin.py",
     "mergekit_yaml.py",
     "cli/merge.py",
-    "pipeline/stages.py",
+    "cli/fuse.py",
+    "cli/fuse_options.py",
+    "pipeline/merging.py",
 )
 
 
@@ -50,6 +52,7 @@ def test_only_what_merges_imports_mergekit():
     ("code", "heavy"),
     [
         ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipes", "mergekit torch transformers"),
+        ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
         ("import fusekit.cli.represent, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
         ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
         ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),

@@ -12,6 +12,8 @@ from fusekit.errors import FusekitError
 
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
+    "align": ("fusekit.cli.run", "align", "Make the vocabulary maps of a fusion recipe, and judge the alignments."),
+    "clean": ("fusekit.cli.clean", "clean", "Remove what a run no longer needs, or a stage to redo it."),
     "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
+from fusekit.cli.recipe import is_recipe, refuse_options
+from fusekit.cli.run import run_recipe
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import DistillationError
 
@@ -51,9 +53,8 @@ _FIELDS = {
 @click.option(
     "--data",
     multiple=True,
-    required=True,
     metavar="PATH",
-    help="Rows that were captured: files, folders or hub ids (repeatable).",
+    help="Rows that were captured: files, folders or hub ids (repeatable). Not with a recipe, which names its own.",
 )
 @click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of the data.")
@@ -112,12 +113,32 @@ _FIELDS = {
 @click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
 @click.option("--resume", is_flag=True, help="Go on with what is there.")
 @click.option("--overwrite", is_flag=True, help="Begin anew, replacing what is there.")
-def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Train PIVOT on what other models know, into folders of OUT.
+@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
+@click.pass_context
+def distill(
+    context: click.Context,
+    /,
+    pivot: str,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    ignore_estimates: bool,
+    **options: Any,
+) -> None:
+    """Train PIVOT on what other models know, into folders of OUT; or the targets of a recipe: RECIPE.yml OUT.
+
+    With a recipe its own settings hold, as in fusekit run --only distill; it always goes on with what is there.
 
     Each target appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or `accelerate
     launch` it trains on several devices.
     """
+    if is_recipe(pivot):
+        refuse_options(context, {"pivot", "out", "resume"})
+        run_recipe(Path(pivot), out, only="distill")
+        return
+    if not options["data"]:
+        raise click.UsageError("give PIVOT, OUT and --data; or a recipe (.yml) and OUT")
     if resume and overwrite:
         raise click.UsageError("--resume goes on with what is there, --overwrite replaces it: give one")
     from fusekit.distillation.processes import is_main
@@ -128,7 +149,9 @@ def distill(pivot: str, out: Path, *, resume: bool, overwrite: bool, **options: 
     say = _say_to(sys.stderr)
     try:
         with sigterm_unwinds():
-            made = run(inputs, settings, out, resume=resume, overwrite=overwrite, say=say)
+            made = run(
+                inputs, settings, out, resume=resume, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say
+            )
     except (KeyboardInterrupt, TerminatedError) as error:
         say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.")
         sys.exit(status_of(error))

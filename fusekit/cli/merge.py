@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from fusekit.cli.fuse_options import options_for_run
+from fusekit.cli.recipe import refuse_options
+from fusekit.cli.run import run_recipe
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError
 from fusekit.merging.run import Settings
 from fusekit.merging.run import merge as run
+from fusekit.recipe.kinds import kind_of
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -33,7 +38,9 @@ from fusekit.merging.run import merge as run
     help="Run Python code of this model (repeatable)",
 )
 @add_merge_options
+@click.pass_context
 def merge(
+    context: click.Context,
     *,
     recipe: str,
     out: str,
@@ -43,13 +50,21 @@ def merge(
     allow_remote_code: tuple[str, ...],
     merge_options: MergeOptions,
 ) -> None:
-    """Merge the models of a mergekit RECIPE into the folder OUT.
+    """Merge the models of a mergekit RECIPE into the folder OUT; or the targets of a fusion recipe: RECIPE.yml OUT.
+
+    With a fusion recipe OUT is the folder of its run, as in fusekit run --only merge. Which of the two RECIPE is, its
+    keys tell.
 
     The recipe, its models, disk and memory are checked before anything is read, the result before it is published;
     OUT appears in one step, whole, or not at all.
     """
     merge_options.apply_global_options()
-    _drop_noise()
+    drop_noise()
+    if kind_of(recipe) == "fusion":
+        refuse_options(context, {"recipe", "out", *MergeOptions.model_fields})
+        options = options_for_run(context, merge_options)
+        run_recipe(Path(recipe), Path(out), only="merge", quiet=merge_options.quiet, merge_options=options)
+        return
     quiet = merge_options.quiet
 
     def say(line: str) -> None:
@@ -77,7 +92,7 @@ def merge(
         click.echo(str(merged))
 
 
-def _drop_noise() -> None:
+def drop_noise() -> None:
     """mergekit sets a config field by its former name, about which transformers warns: nothing a user could change."""
     deprecation = "`torch_dtype` is deprecated"
     logging.getLogger("transformers.configuration_utils").addFilter(

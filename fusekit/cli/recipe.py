@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from fusekit.recipe import Recipe, load_recipe
+from fusekit.errors import RecipeError
+from fusekit.recipe import load_recipe
+from fusekit.recipe.kinds import kind_of
+from fusekit.recipe.schema import schema_text
 
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. distill.epochs=1."
 )
+
+
+def refuse_mergekit(recipe: Path) -> None:
+    """Say what runs a mergekit recipe, where a fusion recipe is asked for. Raises RecipeError."""
+    try:
+        kind = kind_of(recipe)
+    except RecipeError:
+        return  # what is wrong with it is said, with lines, when it is loaded
+    if kind == "mergekit":
+        raise RecipeError(
+            f"{recipe} is a mergekit recipe, which merges models of one architecture: `fusekit merge {recipe} OUT` "
+            "runs it. A fusion recipe names a pivot and sources"
+        )
+
+
+def is_recipe(name: str) -> bool:
+    """Whether what may be a model or a recipe is a YAML file."""
+    return Path(name).suffix in (".yml", ".yaml") and Path(name).is_file()
+
+
+def refuse_options(context: click.Context, allowed: set[str]) -> None:
+    """Refuse options beside a fusion recipe, whose settings are its own. Raises click.UsageError."""
+    from click.core import ParameterSource
+
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if foreign := sorted(given - allowed):
+        spelled = next((p.opts[0] for p in context.command.params if p.name == foreign[0]), foreign[0])
+        raise click.UsageError(
+            f"{spelled} with a recipe: its settings are those of the recipe; see `fusekit run --set`"
+        )
 
 
 @click.command()
@@ -20,6 +52,7 @@ overrides = click.option(
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> None:
     """Check a fusion recipe: every mistake at once, with its line and the nearest known name."""
+    refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
     if resolved:
         import yaml
@@ -33,7 +66,4 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> Non
 @click.command()
 def schema() -> None:
     """Print the JSON schema of fusion recipes, for editors."""
-    document = Recipe.model_json_schema()
-    include = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    document["properties"]["include"] = include | {"description": "Files in the recipe's folder to build upon."}
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(schema_text(), nl=False)

@@ -29,7 +29,10 @@ def ls(as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def cp(name: str, file: Path | None, force: bool) -> None:
-    """Copy the shipped recipe NAME to FILE, or into the folder FILE, or to NAME.yml here."""
+    """Copy the shipped recipe NAME to FILE, or into the folder FILE, or to NAME.yml here.
+
+    Beside a fusion recipe goes the schema that its first line names to editors, unless one is there.
+    """
     source = shipped_recipes.find(name)
     target = file or Path(source.name)
     if target.is_dir():
@@ -43,3 +46,18 @@ def cp(name: str, file: Path | None, force: bool) -> None:
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from error
     click.echo(f"{target}")
+    if source.read_text(encoding="utf-8").startswith(shipped_recipes.EDITORS):
+        _copy_schema(target.with_name(shipped_recipes.SCHEMA))
+
+
+def _copy_schema(target: Path) -> None:
+    """Write the schema of fusion recipes; one that is there stays, as it may serve other recipes."""
+    wanted = shipped_recipes.schema().read_bytes()
+    try:
+        if not target.exists():
+            target.write_bytes(wanted)
+            click.echo(f"{target}")
+        elif target.read_bytes() != wanted:
+            click.echo(f"{target} is another one and stays; `fusekit schema` prints this version's", err=True)
+    except OSError as error:
+        raise RecipeError(f"cannot write {target}: {error.strerror}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
+from fusekit.cli.recipe import is_recipe, refuse_options
+from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.errors import DataError, FusekitError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def device_map(_context: click.Context, _option: click.Parameter, value: str | N
 def represent(context: click.Context, /, **options: Any) -> None:
     """Capture what MODEL says about the rows of DATA into the store OUT; or all models of a recipe: RECIPE.yml OUT.
 
-    With a recipe its own settings hold, as in fusekit run --until represent.
+    With a recipe its own settings hold, as in the stage represent of fusekit run.
 
     MODEL: a folder or a name on the hub. DATA: files (.json, .jsonl, .parquet, .txt), folders or data sets on the hub,
     one or several. OUT: a folder; a run that was stopped goes on there. Under `accelerate launch -m fusekit.cli` or
@@ -156,7 +156,7 @@ def represent(context: click.Context, /, **options: Any) -> None:
     """
     from fusekit.representation.processes import OtherProcessError, Processes
 
-    if Path(options["model"]).suffix in (".yml", ".yaml") and Path(options["model"]).is_file():
+    if is_recipe(options["model"]):
         _all_of_recipe(context, options)
         return
     if not options["data"]:
@@ -182,18 +182,10 @@ def represent(context: click.Context, /, **options: Any) -> None:
 
 def _all_of_recipe(context: click.Context, options: dict[str, Any]) -> None:
     """Run a recipe up to its captures. Settings belong into the recipe, so options beside --quiet are refused."""
-    from click.core import ParameterSource
+    from fusekit.cli.run import run_recipe
 
-    from fusekit.cli.run import run
-
-    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if foreign := sorted(set(given) - {"model", "out", "quiet"}):
-        raise click.UsageError(
-            f"--{foreign[0].replace('_', '-')} with a recipe: its settings are those of the recipe; "
-            "see `fusekit run --set`"
-        )
-    recipe = Path(options["model"])
-    context.invoke(run, recipe=recipe, out=options["out"], until="represent", quiet=options["quiet"])
+    refuse_options(context, {"model", "out", "quiet"})
+    run_recipe(Path(options["model"]), options["out"], only=("data", "represent"), quiet=options["quiet"])
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
@@ -283,8 +275,7 @@ def drop_noise() -> None:
 def _stopped(out: Path) -> None:
     """Say what is there and how to go on."""
     shards = len(list(out.glob("shard-*.safetensors"))) if out.is_dir() else 0
-    # --overwrite would throw away what is there.
-    again = shlex.join(["fusekit", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
+    again = command_again("--overwrite")  # which would throw away what is there
     click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To go on:\n  {again}", err=True)
 
 

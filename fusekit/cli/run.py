@@ -1,32 +1,39 @@
-"""``fusekit run``: parse, call, print."""
+"""``fusekit run``, and ``fusekit align``: parse, call, print."""
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fusekit.cli.recipe import overrides
-from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
+from fusekit.cli.recipe import overrides, refuse_mergekit
+from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
+from fusekit.pipeline.layout import STAGES
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+out_argument = click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+quiet_option = click.option("--quiet", is_flag=True, help="Errors only.")
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@recipe_argument
+@out_argument
 @overrides
 @click.option("--only", type=click.Choice(STAGES), help="One stage; what it needs has to be there.")
+@click.option("--from", "start", type=click.Choice(STAGES), help="The first stage to do; what it needs is checked.")
 @click.option("--until", type=click.Choice(STAGES), help="The last stage to do.")
-@click.option("--quiet", is_flag=True, help="Errors only.")
+@quiet_option
 def run(
     recipe: Path,
     out: Path,
     *,
     overrides: tuple[str, ...] = (),
     only: str | None = None,
+    start: str | None = None,
     until: str | None = None,
     quiet: bool = False,
 ) -> None:
@@ -35,14 +42,42 @@ def run(
     Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped goes on when
     the same command is given again. What an artifact was made from must not change under it: fusekit says what did.
     """
-    from fusekit.errors import RecipeError
+    run_recipe(recipe, out, overrides, only=only, start=start, until=until, quiet=quiet)
+
+
+@click.command()
+@recipe_argument
+@out_argument
+@overrides
+@quiet_option
+def align(recipe: Path, out: Path, *, overrides: tuple[str, ...], quiet: bool) -> None:
+    """Make the vocabulary maps of a fusion RECIPE in OUT, and count what each alignment links and loses.
+
+    The stage `align` of fusekit run, which needs the rows and the tokenizers, but no capture.
+    """
+    run_recipe(recipe, out, overrides, only=("data", "align"), quiet=quiet)
+
+
+def run_recipe(
+    recipe: Path,
+    out: Path,
+    overrides: tuple[str, ...] = (),
+    *,
+    only: str | Iterable[str] | None = None,
+    start: str | None = None,
+    until: str | None = None,
+    quiet: bool = False,
+    merge_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
     from fusekit.evaluation.table import table_of
+    from fusekit.pipeline.run import chosen_stages
     from fusekit.pipeline.run import run as go
     from fusekit.recipe import load_recipe
     from fusekit.representation.processes import OtherProcessError
 
-    if only and until:
-        raise RecipeError("--only is one stage and --until several: give one of them")
+    chosen_stages(only, start, until)  # before anything is read
+    refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
     _drop_noise()
     try:
@@ -51,13 +86,15 @@ def run(
                 loaded,
                 out,
                 only=only,
+                start=start,
                 until=until,
                 say=lambda line: None if quiet else click.echo(line, err=True),
                 quiet=quiet,
+                merge_options=merge_options,
             )
     except (KeyboardInterrupt, TerminatedError) as error:
-        again = shlex.join(["fusekit", *sys.argv[1:]])
-        click.echo(f"fusekit: stopped; what is whole in {out} stays. To go on:\n  {again}", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(f"fusekit: stopped; what is whole in {out} stays. To go on:\n  {command_again()}", err=True)
         sys.exit(status_of(error))
     except OtherProcessError:
         sys.exit(1)  # process 0 has said why

@@ -38,12 +38,14 @@ _IMPOSSIBLE = {
     "auto_find_batch_size": "it would change the rows of an optimizer step",
     "use_liger_kernel": "it computes a loss of its own",
 }
+CHECKPOINTS_KEPT = 2
+
 _DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "logging_first_step": True,
     "save_strategy": "steps",
     "save_steps": 0.1,  # a tenth of the run
-    "save_total_limit": 2,
+    "save_total_limit": CHECKPOINTS_KEPT,
     "report_to": "none",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,20 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment import build_vocabulary_map, count_mappings, tokenize, vocabulary_surfaces
+from fusekit.alignment import tokenize
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.processes import on_main, shared
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.targets import PIVOT, FusionDataset, Tokenizes
+from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError
 from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.representation.load import load_tokenizer
 from fusekit.representation.rows import Row
 from fusekit.representation.tokenized_row import CapturedRow, Part
 from fusekit.storage.store import Store
-
-COUNTED_TEXTS = 10_000  # of which the statistics of an MS map are made
-_SAMPLED = 16  # rows of a store, to learn how its model reads
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,14 @@ class Source:
         store: folder of what it said about the rows.
         tokenizer: folder or hub name of its tokenizer; None for the model that the store names.
         alignment: settings of its own; None for the run's.
+        vocabulary_map: folder of the map that was made of the same rows
+            (:func:`fusekit.distillation.vocabulary_maps.write_map`); None to make it here.
     """
 
     store: Path
     tokenizer: str | None = None
     alignment: AlignmentSettings | None = None
+    vocabulary_map: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,15 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         reading = _Reading(name, theirs, _sample(store, rows))
         reading.check()
         how = source.alignment or settings.alignment
-        make = partial(_projection, how, ours, reading, inputs.rows, store.spec.vocabulary)
+        make = partial(
+            _projection,
+            how,
+            ours,
+            reading,
+            inputs.rows,
+            vocabulary=store.spec.vocabulary,
+            folder=source.vocabulary_map,
+        )
         if shared():
             on_main(lambda make=make: make() and None)  # type: ignore[misc]  # the others find the map in the cache
         projections[name] = make()
@@ -173,19 +181,14 @@ class _Reading:
             )
 
     def roles(self) -> dict[str, int]:
-        """The tokens that end a turn and a text, as the model's template wrote them; a template may be foreign."""
-        found: dict[str, Counter[int]] = {"end_of_turn": Counter(), "eos": Counter()}
-        for row, captured in self.sample:
-            tokens = captured.tokens
-            ending = (tokens.part == Part.END) & tokens.labels
-            found["eos" if row.is_text else "end_of_turn"].update(tokens.ids[ending].tolist())
-        return {role: ids.most_common(1)[0][0] for role, ids in found.items() if ids}
+        """The tokens that end a turn and a text."""
+        return roles_of((row, captured.tokens) for row, captured in self.sample)
 
 
 def _sample(store: Store | None, rows: Mapping[str, Row]) -> list[tuple[Row, CapturedRow]]:
     if store is None:
         return []
-    return [(rows[key], store.get(key)) for key in islice((key for key in store.keys if key in rows), _SAMPLED)]
+    return [(rows[key], store.get(key)) for key in islice((key for key in store.keys if key in rows), SAMPLED)]
 
 
 def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) -> None:
@@ -198,22 +201,31 @@ def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) 
 
 
 def _projection(
-    how: AlignmentSettings, ours: _Reading, theirs: _Reading, rows: Sequence[Row], vocabulary: int
+    how: AlignmentSettings,
+    ours: _Reading,
+    theirs: _Reading,
+    rows: Sequence[Row],
+    *,
+    vocabulary: int,
+    folder: Path | None,
 ) -> Projection:
     if how.vocabulary == "none":
         return Projection(None)
-    statistics = None
-    if how.vocabulary in ("ms", "ms_released"):
-        texts = islice((message.content for row in rows for message in row.messages if message.content), COUNTED_TEXTS)
-        statistics = count_mappings(texts, ours.tokenizer, theirs.tokenizer)
-    made = build_vocabulary_map(
-        ours.tokenizer,
-        theirs.tokenizer,
-        method=how.vocabulary,
-        statistics=statistics,
-        pivot_roles=ours.roles(),
-        source_roles=theirs.roles(),
-        source_size=max(vocabulary, len(vocabulary_surfaces(theirs.tokenizer))),
-        cache=True,
-    )
+    if folder is not None:
+        made = read_map(folder, how.vocabulary, ours.tokenizer, theirs.tokenizer)
+        if made.matrix.shape[0] < vocabulary:
+            raise DistillationError(
+                f"{folder}: the vocabulary map has {made.matrix.shape[0]} rows, but the store of {theirs.name} has ids "
+                f"up to {vocabulary}: remove {folder}, and the stage `align` makes it anew"
+            )
+    else:
+        made = make_map(
+            how.vocabulary,
+            ours.tokenizer,
+            theirs.tokenizer,
+            rows,
+            pivot_roles=ours.roles(),
+            source_roles=theirs.roles(),
+            size=vocabulary,
+        )
     return Projection(made, how.tokens, how.conditioning, how.one_hot, how.collisions)

@@ -9,7 +9,8 @@ from typing import Any
 import xxhash
 
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.vocabulary_maps import map_hash
 from fusekit.representation.rows import Row
 from fusekit.storage.store import Store
 
@@ -17,6 +18,8 @@ Facts = dict[str, Any]
 
 # How the work is split, watched and kept does not change what comes out.
 _FREE = {"micro_batch_size", "workers", "activation_checkpointing", "max_skipped_steps"}
+# Of a loss that plain fine-tuning has not.
+_OF_FUSION = {"loss", "truncation", "temperature"}
 _FREE_FIELDS = (
     "logging_",
     "save_",
@@ -40,7 +43,10 @@ def facts_of_run(
     *,
     projections: Mapping[str, Projection] | None = None,
 ) -> Facts:
-    """Everything that decides the weights of a target.
+    """Everything that decides the weights of a target, and nothing else.
+
+    What a target does not use is not among them: of plain fine-tuning how sources are fused, of ``dtw`` what only
+    ``span`` reads. How sources are aligned is stated for each of them, in ``projections``.
 
     Args:
         target: its name.
@@ -50,14 +56,14 @@ def facts_of_run(
         stores: captured rows by name.
         projections: how each source's rows come into the pivot's vocabulary; a source may have settings of its own.
     """
-    training = settings.training.model_dump(mode="json", exclude=_FREE)
+    unused = _FREE | (_OF_FUSION if settings.plain else set())
+    training = settings.training.model_dump(mode="json", exclude=unused)
     training["trainer"] = {k: v for k, v in training["trainer"].items() if not k.startswith(_FREE_FIELDS)}
     nested: dict[str, Any] = {
         "target": target,
         "pivot": pivot,
         "rows": {"count": len(rows), "xxh3": _digest(row.key for row in rows)},
-        "alignment": settings.alignment.model_dump(mode="json"),
-        "fusion": settings.fusion.model_dump(mode="json"),
+        **({} if settings.plain else {"fusion": settings.fusion.model_dump(mode="json")}),
         "training": training,
         "stores": {name: _store(store) for name, store in stores.items()},
         "projections": {name: _projection(how) for name, how in (projections or {}).items()},
@@ -65,18 +71,28 @@ def facts_of_run(
     return dict(_flat("", nested))
 
 
+def facts_of_alignment(how: AlignmentSettings) -> Facts:
+    """What of the facts of a source's projection follows from its settings alone; no map has to be made for it."""
+    if how.vocabulary == "none":
+        return {"vocabulary": "none"}
+    facts: Facts = {"tokens": how.tokens, "vocabulary": how.vocabulary, "collisions": how.collisions}
+    return facts if how.tokens == "dtw" else facts | {"conditioning": how.conditioning, "one_hot": how.one_hot}
+
+
 def _store(store: Store) -> dict[str, Any]:
     return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
 
 
 def _projection(how: Projection) -> dict[str, Any]:
-    return {
+    if how.vocabulary_map is None:
+        return {"vocabulary": "none"}
+    facts: Facts = {
         "tokens": how.tokens,
-        "vocabulary": how.vocabulary_map.method if how.vocabulary_map is not None else "none",
-        "conditioning": how.conditioning,
-        "one_hot": how.one_hot,
+        "vocabulary": how.vocabulary_map.method,
         "collisions": how.collisions,
+        "xxh3": map_hash(how.vocabulary_map),
     }
+    return facts if how.tokens == "dtw" else facts | {"conditioning": how.conditioning, "one_hot": how.one_hot}
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from fusekit.distillation import checkpoints, models, provenance
+import fusekit
+from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.processes import is_main, on_main
@@ -21,11 +23,14 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
+from fusekit.representation.processes import Processes
+from fusekit.storage import artifact
 from fusekit.storage.commit import commit_file
 from fusekit.storage.faults import disk_fault
 from fusekit.storage.lock import output_lock
 from fusekit.storage.publish import recover, staging
 
+STAGE = "distill"
 FACTS = "made_from.json"
 JOINT, PLAIN = "joint", "sft"
 
@@ -70,6 +75,7 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ignore_estimates: bool = False,
     say: Say = lambda _: None,
 ) -> list[Path]:
     """Train every target and publish each as a plain checkpoint in a folder of ``out``.
@@ -84,6 +90,7 @@ def distill(
         resume: go on with what is there: targets that are published stay, others continue from their last good
             checkpoint.
         overwrite: begin anew, replacing what is there.
+        ignore_estimates: start although disk or memory do not seem to suffice.
         say: told what a user should know, in the first process.
 
     Returns:
@@ -104,8 +111,9 @@ def distill(
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
         for target in targets:
-            _Work.of(target, opened, settings, tell).make(resume)
+            _Work.of(target, opened, settings, tell).make(resume, ignore_estimates)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
+        on_main(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
 
 
@@ -123,6 +131,7 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
     if overwrite:
         for target in targets:
             shutil.rmtree(target.work, ignore_errors=True)
+        overwriting.begin(out, [target.folder for target in targets])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +154,18 @@ class _Work:
         )
         return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
 
-    def make(self, resume: bool) -> None:
+    def make(self, resume: bool, ignore_estimates: bool = False) -> None:
         """Train and publish; a target that is published already stays."""
         target, facts, training = self.target, self.facts, self.settings.training
+        started = time.monotonic()
         if resume and on_main(lambda: _is_done(target, facts)):
             self.say(f"done already, {target.folder}")
             return
         start = on_main(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
+        if not ignore_estimates:
+            on_main(lambda: self.refuse_what_does_not_fit(start))
         set_seed(training.seed)  # an adapter begins with random values
         model = models.load_pivot(self.opened.checkpoint, training)
         if start is None:
@@ -168,8 +180,17 @@ class _Work:
         except Exception as error:
             raise disk_fault(error, target.work) or error from None
         state = _gathered(trainer)
-        on_main(lambda: self.publish(trainer, state))
+        on_main(lambda: self.publish(trainer, state, round(time.monotonic() - started, 3)))
         self.say(f"published to {target.folder}")
+
+    def refuse_what_does_not_fit(self, start: Path | None) -> None:
+        """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
+        checkpoint, training, out = self.opened.checkpoint, self.settings.training, self.target.folder
+        longest = self.data[int(self.data.lengths.argmax())] if len(self.data) else {"input_ids": ()}
+        needs = estimate.memory_needs(checkpoint, training, len(longest["input_ids"]), Processes.current())
+        if start is None:
+            needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
+        estimate.refuse(needs)
 
     def trainer(self, model: Any) -> FusionTrainer:
         """The trainer of the target."""
@@ -188,8 +209,11 @@ class _Work:
             say=self.say,
         )
 
-    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None) -> None:
-        """Write the result and move it to its place in one step; its checkpoints have served."""
+    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None, seconds: float) -> None:
+        """Write the result with its manifest and move it to its place in one step; its checkpoints have served.
+
+        seconds: that this process has trained. Times are in the manifest alone, so that equal runs leave equal files.
+        """
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = self.opened.checkpoint.config.get("use_cache", True)
         joined = self.data.joined
@@ -202,13 +226,15 @@ class _Work:
             "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
             "counts": trainer.counts,
             "skipped_steps": trainer.skipped,
-            "log": trainer.state.log_history,
+            "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }
+        made = {"fusekit": fusekit.__version__, "seconds": seconds}
         with staging(self.target.folder) as stage:
             try:
                 models.write_result(model, state, self.opened.checkpoint, self.settings.training, stage.path)
                 self.opened.tokenizer.save_pretrained(stage.path)
                 models.write_record(stage.path, record)
+                artifact.seal(stage.path, STAGE, self.facts, made)
             except Exception as error:
                 raise disk_fault(error, stage.path) or error from None
             stage.publish()
@@ -216,17 +242,22 @@ class _Work:
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the target is published already. Raises DistillationError when it was made from something else."""
-    try:
-        record = json.loads((target.folder / models.RECORD).read_bytes())
-    except FileNotFoundError:
+    """Whether the target is published already, and not one that is being made anew.
+
+    Raises DistillationError when it was made from something else, or has no manifest that tells; StorageError when that
+    is damaged.
+    """
+    if overwriting.is_former(target.folder):
         return False
-    except (OSError, ValueError) as error:
-        raise DistillationError(
-            f"{target.folder / models.RECORD} cannot be read ({error}), so it is not known what it was made from; "
-            "overwrite makes it anew"
-        ) from error
-    _refuse_changes(target, record.get("made_from", {}), facts)
+    known = artifact.read(target.folder)
+    if known is None:
+        if target.folder.is_dir() and any(target.folder.iterdir()):
+            raise DistillationError(
+                f"{target.folder} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it, or "
+                "overwrite makes it anew"
+            )
+        return False
+    _refuse_changes(target, known.inputs, facts)
     return True
 
 

@@ -17,41 +17,59 @@ class _Section(BaseModel):
 
 
 class AlignmentSettings(_Section):
-    """How a source's rows come to stand in the pivot's vocabulary at the pivot's positions.
+    """How a source's rows come to stand in the pivot's vocabulary at the pivot's positions."""
 
-    Attributes:
-        tokens: ``span`` (exact) or ``dtw`` (the papers').
-        vocabulary: the map; see :func:`fusekit.alignment.build_vocabulary_map`. ``none``: rows stay in the source's
-            vocabulary, for ``uld_topk``, which compares sorted probabilities.
-        conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`; ``dtw`` always has the one-hots.
-    """
-
-    tokens: Literal["span", "dtw"] = "span"
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "none"] = "prefix"
-    conditioning: bool = True
-    one_hot: bool = False
-    collisions: Literal["add", "max"] = "add"
+    tokens: Literal["span", "dtw"] = Field(
+        default="span",
+        description="Which tokens correspond: `span` where both have read the same bytes (exact), `dtw` by time "
+        "warping (the papers').",
+    )
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "none"] = Field(
+        default="prefix",
+        description="The vocabulary map: `em` equal strings, `mined` least edit distance (FuseLLM), `ms` mapping "
+        "statistics (FuseChat), `ms_released` by the released code's formula, `prefix` the first token of the pivot's "
+        "own tokenisation; `none`: rows stay in the source's vocabulary, for the loss `uld_topk`.",
+    )
+    conditioning: bool = Field(
+        default=True,
+        description="Where the pivot stands within a source token, condition the source's row on what is read of it.",
+    )
+    one_hot: bool = Field(
+        default=False, description="A one-hot on the label where no row is; `dtw` always has it, as in the papers."
+    )
+    collisions: Literal["add", "max"] = Field(
+        default="add",
+        description="Of source entries that meet on one pivot token: the sum of their probabilities, or the largest "
+        "(the papers').",
+    )
 
 
 class FusionSettings(_Section):
-    """What becomes of several models' rows at one label.
+    """What becomes of several models' rows at one label."""
 
-    Attributes:
-        mode: ``pairwise``: one target per source, from the pivot and that source. ``joint``: one target from all.
-        function: a name in :data:`fusekit.distillation.fusion.FUSION_FUNCTIONS`.
-        level: choose or weigh once per row (``sequence``) or at every label (``token``).
-        metric: what rows are judged by: ``bits_per_byte`` or ``token_ce`` (the papers').
-        include_pivot: whether what the pivot said before training is among the candidates.
-        pivot_teaches: whether its own distribution is taught where it is the best, as in the papers; else such labels
-            are learnt from the text alone, and nothing holds the pivot back at what nobody knew.
-    """
-
-    mode: Literal["pairwise", "joint"] = "pairwise"
-    function: str = "min_ce"
-    level: Literal["sequence", "token"] = "sequence"
-    metric: Literal["bits_per_byte", "token_ce"] = "bits_per_byte"
-    include_pivot: bool = True
-    pivot_teaches: bool = True
+    mode: Literal["pairwise", "joint"] = Field(
+        default="pairwise",
+        description="`pairwise`: one target per source, from the pivot and that source; `joint`: one target from all.",
+    )
+    function: str = Field(
+        default="min_ce",
+        description="`min_ce`: the rows of the model that knows the text best; `avg_ce`: all, weighed; others are in "
+        "docs/losses.md.",
+    )
+    level: Literal["sequence", "token"] = Field(
+        default="sequence", description="Choose or weigh once per row, or at every label."
+    )
+    metric: Literal["bits_per_byte", "token_ce"] = Field(
+        default="bits_per_byte", description="What rows are judged by; `token_ce` is the papers'."
+    )
+    include_pivot: bool = Field(
+        default=True, description="Whether what the pivot said before training is among the candidates."
+    )
+    pivot_teaches: bool = Field(
+        default=True,
+        description="Whether its own distribution is taught where it is the best, as in the papers; else such labels "
+        "are learnt from the text alone.",
+    )
 
     @field_validator("function")
     @classmethod
@@ -64,47 +82,50 @@ class FusionSettings(_Section):
 
 
 class TrainingSettings(_Section):
-    """The loss and the training run.
+    """The loss and the training run."""
 
-    Attributes:
-        lm_weight: λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning.
-        lm_weighting: what becomes of λ over the run and from row to row, a name in
-            :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
-        loss, truncation, temperature: of L_fusion; see :func:`fusekit.distillation.losses.fusion_loss`.
-        epochs: passes over the rows.
-        learning_rate, scheduler, warmup, weight_decay: of AdamW; warmup is a share of the steps below 1, else steps.
-        batch_size: rows per optimizer step, over all processes and accumulation.
-        micro_batch_size: rows at once on one device; changes memory and speed, not the result.
-        dtype: of the weights while training: ``float32``, ``bfloat16`` or ``auto`` (the checkpoint's).
-        bf16: compute in bfloat16 with weights as they are.
-        activation_checkpointing: recompute activations going backward.
-        lora: fields of peft's LoraConfig; None for full fine-tuning.
-        seed: of the order of rows, and of everything else that is drawn.
-        workers: data loader processes.
-        max_skipped_steps: stop once as many optimizer steps in a row had a loss or gradient that is no number.
-        trainer: any further fields of transformers.TrainingArguments.
-    """
-
-    lm_weight: float = Field(default=0.9, ge=0, le=1)
-    lm_weighting: Literal["constant", "soft", "hard_and_decay"] = "constant"
-    loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = "ce"
-    truncation: Literal["tail", "renormalize"] = "tail"
-    temperature: float = Field(default=1.0, gt=0)
-    epochs: float = Field(default=3.0, gt=0)
-    learning_rate: float = Field(default=5e-6, gt=0)
-    scheduler: str = "cosine"
-    warmup: float = Field(default=0.03, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    batch_size: int = Field(default=128, ge=1)
-    micro_batch_size: int = Field(default=1, ge=1)
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    bf16: bool = False
-    activation_checkpointing: bool = False
-    lora: dict[str, Any] | None = None
-    seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=0, ge=0)
-    max_skipped_steps: int = Field(default=5, ge=1)
-    trainer: dict[str, Any] = Field(default_factory=dict)
+    lm_weight: float = Field(
+        default=0.9, ge=0, le=1, description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning."
+    )
+    lm_weighting: Literal["constant", "soft", "hard_and_decay"] = Field(
+        default="constant",
+        description="What becomes of λ: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max "
+        "exp(-cross-entropy) row by row.",
+    )
+    loss: Literal["ce", "kl", "reverse_kl", "js", "uld_topk"] = Field(default="ce", description="L_fusion.")
+    truncation: Literal["tail", "renormalize"] = Field(
+        default="tail",
+        description="What is done about the mass outside the entries: one more outcome, or the entries renormalised "
+        "(the papers').",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Of L_fusion; captures have to be of the same.")
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the rows.")
+    learning_rate: float = Field(default=5e-6, gt=0, description="Of AdamW, at its highest.")
+    scheduler: str = Field(default="cosine", description="Of the learning rate; a name that transformers knows.")
+    warmup: float = Field(default=0.03, ge=0, description="A share of the steps below 1, else steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of AdamW.")
+    batch_size: int = Field(
+        default=128, ge=1, description="Rows per optimizer step, over all processes and accumulation."
+    )
+    micro_batch_size: int = Field(
+        default=1, ge=1, description="Rows at once on one device; changes memory and speed, not the result."
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="Of the weights while training; `auto`: the checkpoint's."
+    )
+    bf16: bool = Field(default=False, description="Compute in bfloat16 with weights as they are.")
+    activation_checkpointing: bool = Field(default=False, description="Recompute activations going backward.")
+    lora: dict[str, Any] | None = Field(
+        default=None, description="Fields of peft's LoraConfig; null for full fine-tuning."
+    )
+    seed: int = Field(default=0, ge=0, description="Of the order of rows, and of everything else that is drawn.")
+    workers: int = Field(default=0, ge=0, description="Data loader processes.")
+    max_skipped_steps: int = Field(
+        default=5, ge=1, description="Stop once as many steps in a row had a loss or gradient that is no number."
+    )
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="Any further fields of transformers.TrainingArguments."
+    )
 
 
 class DistillSettings(_Section):

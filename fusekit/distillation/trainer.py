@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusekit.alignment.arrays import FloatArray
 from fusekit.distillation import checkpoints
@@ -101,8 +101,9 @@ class FusionTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=FusionCollator(pad_id if pad_id is not None else 0),
-            callbacks=[*(callbacks or []), _Epochs(self)],
+            callbacks=[*(callbacks or []), _Epochs(self), _Lines(say)],
         )
+        self.remove_callback(PrinterCallback)  # its lines are said
         # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
         self.model_accepts_loss_kwargs = True
         self.objective = objective
@@ -300,3 +301,28 @@ class _Epochs(TrainerCallback):
         """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Lines(TrainerCallback):
+    """Says the lines of the log, and ends one where a checkpoint is written, and at the last step.
+
+    What a line sums up begins anew then, so a run that goes on from the checkpoint writes the same lines.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:  # noqa: ARG002
+        """Of a line of training, not of its summary at the end."""
+        if "loss" in logs and state.is_world_process_zero:
+            parts = f"text {logs['lm_loss']:.4f}, fusion {logs['fusion_loss']:.4f}"
+            self.say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f} ({parts})")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After transformers has decided whether to save."""
+        last = state.global_step >= state.max_steps
+        control.should_log |= (control.should_save or last) and args.logging_strategy != "no"
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """As after a step."""
+        self.on_step_end(args, state, control)

@@ -8,6 +8,24 @@ from pathlib import Path
 PIVOT = "pivot"
 BASELINE = "baseline"
 
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+"""The stages of a run, in order."""
+
+OURS = {
+    "recipe.resolved.yml",
+    "data",
+    "representations",
+    "alignment",
+    "targets",
+    "baselines",
+    "merge.yml",
+    "merged",
+    "evaluation",
+    "results.json",
+    "logs",
+}
+"""What a run may have at the top of its output."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,6 +74,11 @@ class Layout:
     def evaluation(self, model: str) -> Path:
         """Scores of one model."""
         return self.out / "evaluation" / model
+
+    @property
+    def logs(self) -> Path:
+        """What runs said, with times; no artifact."""
+        return self.out / "logs"
 
     @property
     def results(self) -> Path:

@@ -34,6 +34,7 @@ class Readers:
     recipe: Recipe
     _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -51,6 +52,12 @@ class Readers:
         if name not in self._checkpoints:
             self._checkpoints[name] = find_checkpoint(choice_of(self.model(name)))
         return self._checkpoints[name]
+
+    def fingerprint(self, name: str) -> str:
+        """What identifies a model's weights; a folder is read from end to end, once. Raises CaptureError."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.checkpoint(name).fingerprint()
+        return self._fingerprints[name]
 
     def reader(self, name: str) -> RowTokenizer:
         """How the model reads rows in this run. Raises CaptureError, DataError."""

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
-from fusekit.pipeline import stages
-from fusekit.pipeline.layout import Layout
+from fusekit.pipeline import checks, distilling, merging, stages
+from fusekit.pipeline.layout import OURS, STAGES, Layout
+from fusekit.pipeline.log import RunLog
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.stages import Context
 from fusekit.problems import nearest
 from fusekit.recipe import Recipe
-from fusekit.representation import Row
+from fusekit.representation.processes import Processes
 from fusekit.storage import commit_file, output_lock
-
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
-"""In order. Each needs what those before it made."""
-
-_OURS = {
-    "recipe.resolved.yml",
-    "data",
-    "representations",
-    "alignment",
-    "targets",
-    "baselines",
-    "merge.yml",
-    "merged",
-    "evaluation",
-    "results.json",
-}
 
 
 @dataclass(frozen=True)
@@ -46,14 +33,69 @@ class Run:
     results: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        needs: the stages whose artifacts it reads.
+        do: makes what is missing; called in every process.
+        check: refuses artifacts that are not there, or were made from something else; called in the first process.
+    """
+
+    needs: tuple[str, ...]
+    do: Callable[[Context, Processes], object]
+    check: Callable[[Context], object]
+
+
+def _represent(context: Context, processes: Processes) -> None:  # noqa: ARG001  # captures find the processes
+    for name in context.readers.names:
+        stages.represent(context, name, context.rows)
+
+
+def _align(context: Context, processes: Processes) -> None:
+    for source in context.recipe.sources:
+        processes.first_then_all(partial(stages.align, context, source.label, context.rows))
+
+
+def _in_first(do: Callable[[Context], object]) -> Callable[[Context, Processes], object]:
+    """Work that one process does for all. What it returns stays there."""
+
+    def alone(context: Context, processes: Processes) -> None:
+        def work() -> None:
+            do(context)
+
+        processes.first_then_all(work)
+
+    return alone
+
+
+_STAGES: dict[str, Stage] = {
+    "data": Stage((), _in_first(stages.data), stages.check_data),
+    "represent": Stage(("data",), _represent, checks.check_stores),
+    "align": Stage(("data",), _align, checks.check_alignments),
+    "distill": Stage(
+        ("data", "represent", "align"), lambda context, _: distilling.distill(context), distilling.check_targets
+    ),
+    "merge": Stage(("data", "distill"), _in_first(merging.merge), merging.check_merged),
+    "evaluate": Stage(
+        ("data", "distill", "merge"),
+        _in_first(lambda context: stages.evaluate(context, context.targets)),
+        checks.check_results,
+    ),
+}
+
+
 def run(
     recipe: Recipe,
     out: Path | str,
     *,
-    only: str | None = None,
+    only: str | Iterable[str] | None = None,
+    start: str | None = None,
     until: str | None = None,
     say: Callable[[str], None] = print,
     quiet: bool = False,
+    merge_options: Mapping[str, Any] | None = None,
 ) -> Run:
     """Do what is missing of a recipe, and nothing else.
 
@@ -63,84 +105,83 @@ def run(
     Args:
         recipe: what to do.
         out: folder of the run; its artifacts are those of :class:`Layout`.
-        only: a stage; those before it have to be done already.
+        only: a stage, or several; what they need of the others has to be there, and is checked.
+        start: the first stage to do; what later ones need of those before it has to be there, and is checked.
         until: the last stage to do.
         say: gets a line of plain text for the user.
         quiet: no progress of captures.
+        merge_options: fields of mergekit's MergeOptions, for the stage ``merge``.
 
     Raises:
         FusekitError: what each stage raises; an output in use, or that holds something else; inputs that are not
             those that an artifact was made from (with both values).
     """
-    from fusekit.representation.processes import Processes
-
-    for stage in (only, until):
-        if stage is not None and stage not in STAGES:
-            raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
-    chosen = [only] if only else list(STAGES[: STAGES.index(until) + 1] if until else STAGES)
+    chosen = chosen_stages(only, start, until)
     layout, processes = Layout(Path(out).resolve()), Processes.current()
-    tell = say if processes.is_first else lambda _line: None
-    context = Context(recipe, layout, Readers(recipe), tell, quiet)
+    log = RunLog(layout.logs)
+
+    def tell(line: str) -> None:
+        if processes.is_first:
+            log.write(line)
+            say(line)
+
+    context = Context(recipe, layout, Readers(recipe), tell, quiet, dict(merge_options or {}))
     with ExitStack() as held:
 
         def claim() -> None:
             held.enter_context(output_lock(layout.out))
             _claim(layout, recipe)
+            held.enter_context(log.around())
 
         processes.first_then_all(claim)
-        done = _stages(context, chosen, processes)
+        for name in STAGES:
+            if name in chosen:
+                _STAGES[name].do(context, processes)
+            elif any(name in _STAGES[later].needs for later in chosen):
+                _in_first(_STAGES[name].check)(context, processes)
         processes.first_then_all(lambda: _save(layout, recipe))
-        return done
+        return _made(context, chosen)
 
 
-def _stages(context: Context, chosen: Sequence[str], processes: Any) -> Run:
-    layout, targets, results = context.layout, [], None
-    processes.first_then_all(lambda: stages.data(context) if "data" in chosen else stages.check_data(context))
-    rows = _rows(context)
-    if "represent" in chosen:
-        for name in context.readers.names:
-            stages.represent(context, name, rows)
-    if "align" in chosen:
-        for source in context.recipe.sources:
-            processes.first_then_all(lambda source=source: stages.align(context, source.label, rows))
-    if "distill" in chosen:
-        targets = stages.distill(context, rows)
-    if {"merge", "evaluate"} & set(chosen):
-        targets = targets or _targets(context)
-    if "merge" in chosen:
-        processes.first_then_all(lambda: stages.merge(context, targets))
-    if "evaluate" in chosen:
-        results = processes.first_then_all(lambda: stages.evaluate(context, targets))
-    return Run(layout.out, targets, results)
+def chosen_stages(only: str | Iterable[str] | None, start: str | None, until: str | None) -> list[str]:
+    """The stages to do, in order. Raises RecipeError for an unknown one, and for requests that leave none or clash."""
+    alone = [only] if isinstance(only, str) else list(only or ())
+    for stage in (*alone, start, until):
+        if stage is not None and stage not in STAGES:
+            raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
+    if alone and (start or until):
+        raise RecipeError("--only is one stage, --from and --until are the ends of several: give one or the other")
+    if alone:
+        return [stage for stage in STAGES if stage in alone]
+    first, last = STAGES.index(start or STAGES[0]), STAGES.index(until or STAGES[-1])
+    if first > last:
+        raise RecipeError(f"--from {start} comes after --until {until}: nothing is left to do between them")
+    return list(STAGES[first : last + 1])
 
 
-def _rows(context: Context) -> list[Row]:
-    from fusekit.pipeline.rows_file import read_rows_file
-
-    return read_rows_file(context.layout.data)
-
-
-def _targets(context: Context) -> list[Path]:
-    from fusekit.distillation.run import targets_of
-
-    names = [source.label for source in context.recipe.sources]
-    found = [target.folder for target in targets_of(context.recipe.settings, names, context.layout.targets)]
-    missing = [path for path in found if not path.is_dir()]
-    if missing:
-        raise StorageError(f"{missing[0]} is not there: the stage `distill` comes first")
-    return found
+def _made(context: Context, chosen: list[str]) -> Run:
+    after = {"distill", "merge", "evaluate"} & set(chosen)
+    results = None
+    if "evaluate" in chosen and context.recipe.evaluate is not None:
+        results = json.loads(context.layout.results.read_text(encoding="utf-8"))
+    return Run(context.layout.out, context.targets if after else [], results)
 
 
 def _claim(layout: Layout, recipe: Recipe) -> None:
     """Refuse a folder that holds something else; save the recipe of the first run."""
     layout.out.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in _OURS and not p.name.startswith("."))
-    if foreign and not layout.recipe.exists():
-        raise StorageError(
-            f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
-        )
+    if foreign := foreign_to_runs(layout):
+        raise StorageError(foreign)
     if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
         _save(layout, recipe)
+
+
+def foreign_to_runs(layout: Layout) -> str | None:
+    """Why a folder that exists is not the output of a run, None where it is one or empty. Raises OSError."""
+    foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in OURS and not p.name.startswith("."))
+    if not foreign or layout.recipe.exists():
+        return None
+    return f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
 
 
 def _save(layout: Layout, recipe: Recipe) -> None:

@@ -6,18 +6,19 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import fusekit
+from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import FusekitError, RecipeError, StorageError
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
+from fusekit.pipeline.vouching import require_whole, weights_hash
 from fusekit.recipe import Recipe
 from fusekit.representation import ChatTemplate, Row, RowTokenizer, pack_text, prepare, read_rows
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
@@ -30,12 +31,23 @@ Say = Callable[[str], None]
 ALIGNED_TEXTS = 2000  # of which the quality of a pair is counted
 SHOWN_TEXTS = 3
 
+DRAWING = ("dare_", "della")
+"""Beginnings of the names of mergekit's methods that draw."""
+CHANGE_THE_RESULT = (
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+    "out_shard_size",
+    "copy_tokenizer",
+    "write_model_card",
+)
+"""Options of mergekit whose value is in what it writes."""
+
 
 @dataclass(eq=False)
 class Context:
     """What every stage gets: the recipe, where things go, the models, and how to talk to the user.
 
-    quiet: no progress of captures.
+    quiet: no progress of captures. merge_options: fields of mergekit's MergeOptions that were asked for.
     """
 
     recipe: Recipe
@@ -43,6 +55,20 @@ class Context:
     readers: Readers
     say: Say
     quiet: bool = False
+    merge_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The prepared rows. Raises StorageError where they are damaged."""
+        return read_rows_file(self.layout.data)
+
+    @property
+    def targets(self) -> list[Path]:
+        """Where the targets of the recipe are, or will be."""
+        from fusekit.distillation.run import targets_of
+
+        names = [source.label for source in self.recipe.sources]
+        return [target.folder for target in targets_of(self.recipe.settings, names, self.layout.targets)]
 
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts."""
@@ -69,7 +95,7 @@ def data(context: Context) -> list[Row]:
     """Read, filter and cut the rows, alike for the models of the recipe."""
     section = context.recipe.data
     paths = _paths(section.path)
-    inputs = _data_inputs(context)
+    inputs = data_inputs(context)
     folder = context.layout.data
     if context.done(folder, inputs) is None:
         started = time.monotonic()
@@ -111,14 +137,16 @@ def check_data(context: Context) -> None:
     known = artifact.read(context.layout.data)
     if known is None:
         raise StorageError(f"{context.layout.data} is not there: the stage `data` comes first")
-    inputs, before = _data_inputs(context), known.inputs.get("files", {})
+    inputs, before = data_inputs(context), known.inputs.get("files", {})
     inputs["files"] = {path: hash_ or before.get(path) for path, hash_ in inputs["files"].items()}
     context.done(context.layout.data, inputs)
 
 
-def _data_inputs(context: Context) -> Inputs:
+def data_inputs(context: Context) -> Inputs:
+    """What the rows are made from."""
     section = context.recipe.data
-    return section.model_dump(mode="json") | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
+    said = section.model_dump(mode="json", exclude={"size"})  # a size is for plans alone
+    return said | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
 
 
 def _paths(path: str | list[str]) -> list[str]:
@@ -127,19 +155,9 @@ def _paths(path: str | list[str]) -> list[str]:
 
 def represent(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.representation.capture import CaptureOptions
-    from fusekit.representation.represent import Settings
     from fusekit.representation.represent import represent as capture
-    from fusekit.representation.topk import Selection
 
-    section = context.recipe.represent
-    settings = Settings(
-        selection=Selection(section.top_k, section.keep_mass, section.temperature),
-        max_error=section.max_error,
-        batch_tokens=section.batch_tokens,
-        rows_per_shard=section.rows_per_shard,
-        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
-    )
+    settings = capture_settings(context)
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
     store = capture(
@@ -151,6 +169,22 @@ def represent(context: Context, name: str, rows: list[Row]) -> None:
         notify=lambda line: context.say(f"represent {name}: {line}"),
     )
     context.say(f"represent {name}: {len(store)} rows in {store.path}")
+
+
+def capture_settings(context: Context) -> Any:
+    """The section ``represent`` as :func:`fusekit.representation.represent.represent` takes it."""
+    from fusekit.representation.capture import CaptureOptions
+    from fusekit.representation.represent import Settings
+    from fusekit.representation.topk import Selection
+
+    section = context.recipe.represent
+    return Settings(
+        selection=Selection(section.top_k, section.keep_mass, section.temperature),
+        max_error=section.max_error,
+        batch_tokens=section.batch_tokens,
+        rows_per_shard=section.rows_per_shard,
+        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
+    )
 
 
 def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
@@ -167,25 +201,22 @@ def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
 
 
 def align(context: Context, source: str, rows: list[Row]) -> None:
-    """Count what the alignment of a pair links and loses. The vocabulary map is made, and kept, where it is used."""
+    """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
     from fusekit.alignment import align as align_text
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.distillation.vocabulary_maps import write_map
+    from fusekit.pipeline.vocabulary import vocabulary_map
 
     recipe = context.recipe
     pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
-    settings = recipe.alignment_of(next(s for s in recipe.sources if s.label == source))
-    inputs = {
-        "pivot": pivot.fingerprint,
-        "source": theirs.fingerprint,
-        "alignment": settings.model_dump(mode="json"),
-        "data": _rows_hash(rows),
-    }
+    inputs = align_inputs(context, source, rows)
     folder = context.layout.alignment(source)
     if context.done(folder, inputs):
         return
     started = time.monotonic()
+    made = vocabulary_map(context, source, rows)
     quality = AlignmentQuality(recipe.pivot.model, context.readers.model(source).model)
     shown: list[Any] = []
     texts = (
@@ -201,6 +232,8 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
             shown.append(found)
 
     def write(into: Path) -> None:
+        if made is not None:
+            write_map(into, made)
         (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
         surfaces = vocabulary_surfaces(pivot.tokenizer), vocabulary_surfaces(theirs.tokenizer)
         (into / "quality.html").write_text(page(quality, shown, surfaces), encoding="utf-8")
@@ -210,84 +243,45 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
     context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
 
 
-def distill(context: Context, rows: list[Row]) -> list[Path]:
-    """Train a target per source, or one for all, and plain fine-tuning on the same rows to compare them with."""
-    from fusekit.distillation.inputs import Inputs as DistillInputs
-    from fusekit.distillation.inputs import Source
-    from fusekit.distillation.run import distill as train
-
-    recipe, layout = context.recipe, context.layout
-    inputs = DistillInputs(
-        choice_of(recipe.pivot),
-        rows,
-        layout.representation(PIVOT),
-        {
-            source.label: Source(layout.representation(source.label), source.model, recipe.alignment_of(source))
-            for source in recipe.sources
-        },
-        context.readers.reader(PIVOT),
-    )
-    settings = recipe.settings
-    targets = train(inputs, settings, layout.targets, resume=True, say=lambda line: context.say(f"distill {line}"))
-    if recipe.evaluate is not None and recipe.evaluate.baseline and settings.training.lm_weight < 1:
-        plain = settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
-        alone = replace(inputs, sources={})
-        train(alone, plain, layout.baselines, resume=True, say=lambda line: context.say(f"distill {line}"))
-    return targets
-
-
-def merge(context: Context, targets: list[Path]) -> None:
-    """Merge the targets into one model by mergekit, and leave the recipe that does it behind."""
-    section = context.recipe.merge
-    if section is None:
-        return
-    from mergekit.options import MergeOptions
-
-    from fusekit.merging import Settings
-    from fusekit.merging import merge as run_merge
-
-    layout = context.layout
-    base = str(context.readers.checkpoint(PIVOT).folder)
-    models: dict[str, Any] = {"models": [{"model": str(path)} for path in targets]}
-    if _takes_base(str(section.get("merge_method"))):
-        models["base_model"] = base
-    recipe = models | dict(section)
-    text = (
-        "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
-        f"{layout.merge_recipe.name} OUT\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    )
-    inputs = {
-        "merge": dict(section),
-        "pivot": context.readers.checkpoint(PIVOT).fingerprint(),
-        "targets": {path.name: _weights_hash(path) for path in targets},
+def align_inputs(context: Context, source: str, rows: list[Row]) -> Inputs:
+    """What the vocabulary map and the quality of a pair are made from."""
+    return {
+        "pivot": context.readers.reader(PIVOT).fingerprint,
+        "source": context.readers.reader(source).fingerprint,
+        "vocabulary": alignment_of(context, source).vocabulary,
+        "ids": ids_of(context, source),
+        "data": _rows_hash(rows),
     }
-    final = layout.merged
-    known = artifact.read(final)
-    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
-        return
-    if known is not None and set(known.inputs.get("targets", {})) == set(inputs["targets"]):
-        context.done(final, inputs)  # says what differs
-    commit_file(layout.merge_recipe, lambda file: file.write(text.encode()))
-    started = time.monotonic()
-
-    def finish(folder: Path) -> None:
-        artifact.seal(folder, "merge", inputs, context.made(started))
-
-    settings = Settings(
-        overwrite=known is not None, say=lambda line: context.say(f"merge: {line}"), before_publishing=finish
-    )
-    merged = run_merge(layout.merge_recipe, final, MergeOptions(quiet=True), settings)
-    context.say(f"merge: {merged}")
 
 
-def _takes_base(method: str) -> bool:
-    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
-    from mergekit.merge_methods import registered_methods
+def alignment_of(context: Context, source: str) -> AlignmentSettings:
+    """How a source's rows come to stand in the pivot's vocabulary."""
+    return context.recipe.alignment_of(next(known for known in context.recipe.sources if known.label == source))
 
-    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 
-    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
-    return found.get(method) != "ignored"
+def ids_of(context: Context, source: str) -> int:
+    """Above every id that a source's store can hold."""
+    from fusekit.representation.represent import vocabulary_size
+
+    return vocabulary_size(context.readers.checkpoint(source), context.readers.reader(source))
+
+
+def merge_inputs(context: Context, targets: list[Path]) -> Inputs:
+    """What the merged model is made from.
+
+    The seed counts only for methods that draw, and options of mergekit only where they change what is written.
+    """
+    section = context.recipe.merge or {}
+    options = {name: value for name, value in context.merge_options.items() if name in CHANGE_THE_RESULT}
+    seed = context.merge_options.get("random_seed", context.recipe.seed)
+    drawn = {"seed": seed} if str(section.get("merge_method")).startswith(DRAWING) else {}
+    return {
+        "merge": dict(context.recipe.merge or {}),
+        "pivot": context.readers.fingerprint(PIVOT),
+        "targets": {path.name: weights_hash(path) for path in targets},
+        **drawn,
+        **({"options": options} if options else {}),
+    }
 
 
 def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
@@ -328,6 +322,8 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
         known = artifact.read(folder)
         if known is None or artifact.differences(known.inputs, inputs):
             started = time.monotonic()
+            if not _is_input(name):
+                require_whole(Path(choice.model))
             scores = evaluate_model(
                 choice, rows, metrics=section.metrics, template=template, batch_tokens=section.batch_tokens
             )
@@ -352,25 +348,20 @@ def _means(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _identity(model: str, context: Context, name: str) -> str:
-    if name == PIVOT or name.startswith("sources/"):
-        return context.readers.checkpoint(name.removeprefix("sources/")).fingerprint()
-    return _weights_hash(Path(model))
+    if _is_input(name):
+        return context.readers.fingerprint(name.removeprefix("sources/"))
+    return weights_hash(Path(model))
+
+
+def _is_input(name: str) -> bool:
+    """Whether a model that is evaluated was given to the run, not made by it."""
+    return name == PIVOT or name.startswith("sources/")
 
 
 def _reads(choice: ModelChoice, template: str) -> str:
     """Of a model's tokenizer and the content of its chat template, whatever file they are in."""
     tokenizer = load_tokenizer(find_checkpoint(choice))
     return RowTokenizer(tokenizer, ChatTemplate.chosen(template)).fingerprint
-
-
-def _weights_hash(folder: Path) -> str:
-    """Of a checkpoint's weights, configuration and tokenizer: what a merge and an evaluation depend on."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".jinja"))
-    names += [name for name in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]
-    try:
-        return artifact.joined_hash(artifact.file_hash(folder / name) for name in names)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be read: {error}") from error
 
 
 def _file_hash(path: str) -> str | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
+_AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -38,25 +39,55 @@ class Load(Section):
     )
 
 
+class ModelSize(Section):
+    """How large a model is: for ``fusekit plan`` where neither the disk nor the hub can be asked, and nothing else.
+
+    The names are those of a config.json.
+    """
+
+    parameters: Annotated[int, Field(gt=0)] = Field(description="All of them.")
+    active_parameters: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="That take part in one token, of a mixture of experts; null: all."
+    )
+    vocab_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Rows of the embedding.")
+    hidden_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Width of the hidden states.")
+    intermediate_size: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Width of the feed-forward."
+    )
+    num_hidden_layers: Annotated[int, Field(gt=0)] | None = Field(default=None, description="How many layers.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
+
+
+class DataSize(Section):
+    """How large the data are, for ``fusekit plan`` where they cannot be read."""
+
+    rows: Annotated[int, Field(gt=0)] = Field(description="All of them.")
+    tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of all rows, for the pivot.")
+    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of them learnt; null: all.")
+
+
 class Pivot(Section):
     """The model whose architecture and tokenizer the result has."""
 
     model: str = Field(description="A folder, or a name on the Hugging Face hub.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     chat_template: str = Field(default="own", description="`own`, the name of a shipped template, or a jinja file.")
-    load: Load = Load()
+    load: Load = Field(default=Load(), description="How transformers loads the model.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with this model.")
     allow_pickle: bool = Field(default=False, description="Read pickled weights of this model.")
+    size: ModelSize | None = Field(default=None, description="For `fusekit plan` where the model is not at hand.")
 
 
 class SourceAlignment(Section):
     """What differs for one source from the section ``alignment``."""
 
-    tokens: Literal["span", "dtw"] | None = None
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] | None = None
-    conditioning: bool | None = None
-    one_hot: bool | None = None
-    collisions: Literal["add", "max"] | None = None
+    tokens: Literal["span", "dtw"] | None = Field(default=None, description=_AS_RECIPE.format("tokens"))
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] | None = Field(
+        default=None, description=_AS_RECIPE.format("vocabulary")
+    )
+    conditioning: bool | None = Field(default=None, description=_AS_RECIPE.format("conditioning"))
+    one_hot: bool | None = Field(default=None, description=_AS_RECIPE.format("one_hot"))
+    collisions: Literal["add", "max"] | None = Field(default=None, description=_AS_RECIPE.format("collisions"))
 
 
 class Source(Pivot):
@@ -68,7 +99,9 @@ class Source(Pivot):
     chat_template: str = Field(
         default="own", description="`own`, `pivot` (the papers'), the name of a shipped template, or a jinja file."
     )
-    alignment: SourceAlignment = SourceAlignment()
+    alignment: SourceAlignment = Field(
+        default=SourceAlignment(), description="What differs for this source from the section `alignment`."
+    )
 
     @property
     def label(self) -> str:
@@ -91,6 +124,7 @@ class Data(Section):
     overlong: Literal["cut", "drop"] = Field(default="cut", description="What happens to longer rows.")
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are learnt.")
     pack: bool = Field(default=False, description="Pack plain text into blocks of max_length tokens.")
+    size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
 
 
 class Represent(Section):
@@ -117,8 +151,12 @@ class Represent(Section):
 class Evaluate(Section):
     """Held-out rows."""
 
-    path: str | Annotated[list[str], Field(min_length=1)]
-    metrics: list[Literal["bits_per_byte", "exact_match"]] = ["bits_per_byte"]
+    path: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Files, folders or hub ids of rows that nothing is trained on."
+    )
+    metrics: list[Literal["bits_per_byte", "exact_match"]] = Field(
+        default=["bits_per_byte"], description="`exact_match` generates the answers, and takes longer."
+    )
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows of each file; null: all.")
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
@@ -127,19 +165,23 @@ class Evaluate(Section):
 class Recipe(Section):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
-    preset: str = Field(default="fusekit", description="A named set of values.")
-    seed: int = 0
-    pivot: Pivot
-    sources: Annotated[list[Source], Field(min_length=1)]
-    data: Data
-    represent: Represent = Represent()
-    alignment: AlignmentSettings = AlignmentSettings()
-    fusion: FusionSettings = FusionSettings()
-    distill: TrainingSettings = TrainingSettings()
+    preset: str = Field(default="fusekit", description="A named set of values, below the recipe's own.")
+    seed: int = Field(default=0, ge=0, description="Of merge methods that draw (dare); training has `distill.seed`.")
+    pivot: Pivot = Field(description="The model that is trained; the result has its architecture and tokenizer.")
+    sources: Annotated[list[Source], Field(min_length=1)] = Field(description="The models that the pivot learns from.")
+    data: Data = Field(description="The rows that all models read.")
+    represent: Represent = Field(default=Represent(), description="What is kept of each model's distributions.")
+    alignment: AlignmentSettings = Field(
+        default=AlignmentSettings(), description="How sources' rows come into the pivot's tokens and vocabulary."
+    )
+    fusion: FusionSettings = Field(
+        default=FusionSettings(), description="What becomes of several models' rows at one label."
+    )
+    distill: TrainingSettings = Field(default=TrainingSettings(), description="The loss and the training.")
     merge: dict[str, Any] | None = Field(
         default=None, description="mergekit's own syntax; models and base_model are filled in."
     )
-    evaluate: Evaluate | None = None
+    evaluate: Evaluate | None = Field(default=None, description="Held-out rows to score every model on.")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

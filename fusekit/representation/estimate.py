@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,10 +40,16 @@ def refuse(needs: Sequence[Need]) -> None:
         )
 
 
+def store_bytes(*, rows: int, tokens: int, labels: int, vocabulary: int, top_k: int) -> int:
+    """Bytes of a store at most: of so many rows and tokens, of which ``labels`` have ``top_k`` entries."""
+    top_k = min(top_k, vocabulary)
+    bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
+    return rows * _ROW_BYTES + tokens * _TOKEN_BYTES + labels * (bits // 8)
+
+
 def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, vocabulary: int, top_k: int) -> list[Need]:
     """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
-    bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
-    store = rows * _ROW_BYTES + tokens * (_TOKEN_BYTES + bits // 8)
+    store = store_bytes(rows=rows, tokens=tokens, labels=tokens, vocabulary=vocabulary, top_k=top_k)
     if out.is_dir():  # what an interrupted run has written already
         store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.safetensors")))
     wanted = [(out, store, f"{rows} captured rows, at most")]
@@ -87,26 +93,47 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
 def loaded_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weights once they are loaded."""
     choice = checkpoint.choice
-    stored = _itemsize(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    stored = itemsize(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
     if choice.quantization:
         fields = choice.quantization
         bits = 4 if fields.get("load_in_4bit") else fields.get("bits") or fields.get("w_bit") or 8
         # Embeddings, norms and the head usually stay as they are: a tenth of a large model.
         return int(checkpoint.weight_bytes * (0.9 * float(bits) / 8 / stored + 0.1))
-    return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else _itemsize(choice.dtype)) // stored
+    return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else itemsize(choice.dtype)) // stored
 
 
 def working_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
     """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits."""
-    config: Any = checkpoint.config
-    if isinstance(config.get("text_config"), dict):
-        config = config["text_config"]
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 4096)
-    wide = int(config.get("intermediate_size") or 4 * hidden)
-    width = 4 if checkpoint.choice.dtype == "float32" else _itemsize(str(config.get("dtype") or "float32"))
-    return batch_tokens * (_HIDDEN_COPIES * hidden + 2 * wide) * width + _CHUNK_COPIES * CHUNK_BYTES
+    shape = shape_of(checkpoint.config)
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    width = itemsize(stored if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
+    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + _CHUNK_COPIES * CHUNK_BYTES
 
 
-def _itemsize(dtype: str) -> int:
+class Shape(NamedTuple):
+    """Of a decoder: width of its hidden states and of its feed-forward, layers, vocabulary."""
+
+    hidden: int
+    wide: int
+    layers: int
+    vocabulary: int
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape that a config.json describes, whatever names it uses; a 7B model's where it says nothing."""
+    text = config.get("text_config")
+    known = {**config, **text} if isinstance(text, dict) else config
+
+    def first(*names: str) -> int | None:
+        return next((value for name in names if isinstance(value := known.get(name), int) and value > 0), None)
+
+    hidden = first("hidden_size", "n_embd", "d_model") or 4096
+    wide = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    layers = first("num_hidden_layers", "n_layer", "n_layers") or 32
+    return Shape(hidden, wide, layers, first("vocab_size") or 32000)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element of a dtype by torch's name; 4 for a name that is none."""
     found = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
     return int(found.itemsize) if isinstance(found, torch.dtype) else 4

@@ -85,7 +85,7 @@ def represent(
             f"a model that --device-map spreads over the devices runs in one process, not in {processes.world}: start "
             "without a launcher, or leave the option out to load a whole model in every process"
         )
-    vocabulary = _vocabulary(checkpoint, tokenizer)
+    vocabulary = vocabulary_size(checkpoint, tokenizer)
     if (k := settings.selection.k) > vocabulary:
         say(f"top_k is {k}, but the vocabulary has {vocabulary} ids: all of them are kept")
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
@@ -149,7 +149,7 @@ def store_spec(
     )
 
 
-def _vocabulary(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
+def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     """Above every id that can be stored: the configuration's, or the tokenizer's where that has more."""
     text = checkpoint.config.get("text_config")
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]

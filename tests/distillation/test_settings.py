@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from fusekit.alignment import build_vocabulary_map
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.provenance import differences, facts_of_run
-from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.provenance import differences, facts_of_alignment, facts_of_run
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.errors import DistillationError
+from tests.distillation import worlds
 
 
 @pytest.mark.parametrize(
@@ -32,9 +34,39 @@ def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> No
 
 
 def test_a_sources_own_alignment_is_a_fact_of_the_run() -> None:
+    made = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), cache=False)
+    other = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), method="em")
+
     def facts(how: Projection) -> dict:
         return facts_of_run("s", DistillSettings.of(), "pivot", [], {}, projections={"s": how})
 
-    assert differences(facts(Projection(None)), facts(Projection(None, one_hot=True))) == [
+    assert differences(facts(Projection(made)), facts(Projection(made, one_hot=True))) == [
         "projections.s.one_hot: False, now True"
     ]
+    changed = differences(facts(Projection(made)), facts(Projection(other)))
+    assert changed[0] == "projections.s.vocabulary: 'prefix', now 'em'"
+    assert changed[1].startswith("projections.s.xxh3: ")
+
+
+def test_what_a_target_does_not_use_is_no_fact_of_it() -> None:
+    made = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), cache=False)
+
+    def facts(how: Projection | None = None, **changes: dict) -> dict:
+        projections = {} if how is None else {"s": how}
+        return facts_of_run("s", DistillSettings.of(changes=changes), "pivot", [], {}, projections=projections)
+
+    plain, fused = {"training": {"lm_weight": 1.0}}, {}
+    for change in ({"alignment": {"vocabulary": "ms"}}, {"fusion": {"function": "avg_ce"}}):
+        assert not differences(facts(**plain), facts(**plain, **change))
+    kl = {"training": {"lm_weight": 1.0, "loss": "kl", "truncation": "renormalize"}}
+    assert not differences(facts(**plain), facts(**kl))
+    assert differences(facts(**fused), facts(fusion={"function": "avg_ce"}))
+    # How sources are aligned is stated for each: the section's value matters only where a source takes it.
+    assert not differences(facts(Projection(made)), facts(Projection(made), alignment={"tokens": "dtw"}))
+    # Warping always has the one-hots.
+    assert not differences(facts(Projection(made, "dtw")), facts(Projection(made, "dtw", one_hot=True)))
+    assert facts_of_alignment(AlignmentSettings(tokens="dtw", vocabulary="ms")).keys() == {
+        "tokens",
+        "vocabulary",
+        "collisions",
+    }

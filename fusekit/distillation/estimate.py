@@ -1,0 +1,181 @@
+"""Memory and disk that a distillation will take, from sizes of files alone, against what there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fusekit.distillation.arguments import CHECKPOINTS_KEPT
+from fusekit.distillation.settings import TrainingSettings
+from fusekit.errors import DistillationError
+from fusekit.models.limits import memory_limits
+from fusekit.models.need import Need
+from fusekit.representation.checkpoint import Checkpoint
+from fusekit.representation.estimate import itemsize, shape_of
+from fusekit.representation.processes import Processes
+from fusekit.storage.faults import existing_parent, free_bytes, human
+
+HIDDEN_SAVED, WIDE_SAVED = 10, 4
+"""Tensors as wide as the hidden states, and as the feed-forward, that a layer keeps for its backward. Counted by
+``torch.autograd.graph.saved_tensors_hooks`` on layers of Llama and Qwen with sdpa (10.0 and 4.0; GPT-NeoX: 10.3, 2.0)."""
+
+AUTOCAST_WIDE_BYTES = 2.75
+"""Of an element of the feed-forward under bfloat16 autocast, counted likewise; the hidden states stay float32."""
+
+_LOGITS_COPIES = 2  # and their gradient
+_LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
+
+# Bytes per trained parameter that an optimizer keeps; AdamW's two moments in the dtype of the weights where unnamed.
+_OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion": 4.0}
+
+
+class States(NamedTuple):
+    """Bytes of what a training run holds from its first step to its last.
+
+    Attributes:
+        weights: of the model, as they are trained; under autocast with the copies that are computed with.
+        gradients: of what is trained.
+        optimizer: its moments.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """How many parameters a checkpoint's files hold."""
+    return checkpoint.weight_bytes // itemsize(_stored(checkpoint))
+
+
+def trained_parameters(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """How many of them are trained: all, or those of an adapter on the linear layers that peft would find."""
+    if settings.lora is None:
+        return parameters(checkpoint)
+    shape, rank = shape_of(checkpoint.config), int(settings.lora.get("r", 8))
+    layer = _LINEARS_OF_HIDDEN * 2 * shape.hidden + _LINEARS_OF_WIDE * (shape.hidden + shape.wide)
+    return rank * shape.layers * layer
+
+
+def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
+    """Bytes of weights, gradients and optimizer over all devices."""
+    width = _width(checkpoint, settings)
+    trained = trained_parameters(checkpoint, settings)
+    frozen = parameters(checkpoint) if settings.lora is not None else 0
+    copies = 2 * (trained + frozen) if settings.bf16 and width > 2 else 0
+    own = 4 if settings.lora is not None else width  # peft trains adapters in float32
+    return States(frozen * width + trained * own + copies, trained * own, int(trained * _moments(settings, own)))
+
+
+def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int) -> int:
+    """Bytes of a micro-batch of rows of so many tokens: what the layers keep, and the logits with their gradient."""
+    shape, width = shape_of(checkpoint.config), _width(checkpoint, settings)
+    autocast = settings.bf16 and width > 2
+    layer = HIDDEN_SAVED * shape.hidden * width
+    layer += int(WIDE_SAVED * shape.wide * (AUTOCAST_WIDE_BYTES if autocast else width))
+    # With checkpointing a layer keeps its input alone, and one at a time is computed again.
+    kept = shape.layers * shape.hidden * width + layer if settings.activation_checkpointing else shape.layers * layer
+    logits = _LOGITS_COPIES * shape.vocabulary * (2 if autocast else width)
+    return settings.micro_batch_size * row_tokens * (kept + logits)
+
+
+def memory_needs(
+    checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int, processes: Processes
+) -> list[Need]:
+    """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
+
+    row_tokens: of the longest row. Under FSDP or DeepSpeed the states are divided among the processes.
+    """
+    held, batch = states(checkpoint, settings), activation_bytes(checkpoint, settings, row_tokens)
+    shares = processes.world if is_sharded(settings) else 1
+    needed = sum(held) // shares + batch
+    what = (
+        f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
+        f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
+        f"{human(batch)} for {settings.micro_batch_size} rows of {row_tokens} tokens)"
+    )
+    tightest = min(memory_limits(), key=lambda limit: limit.available)
+    if processes.device.type == "cuda":
+        free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
+        host = parameters(checkpoint) * _width(checkpoint, settings) * processes.local
+        return [
+            Need(what, needed, free, f"free on {processes.device}"),
+            Need(
+                f"memory to load {checkpoint.choice.model} before training", host, tightest.available, tightest.source
+            ),
+        ]
+    if processes.device.type != "cpu":
+        return []
+    return [Need(what, needed * (processes.local if shares == 1 else 1), tightest.available, tightest.source)]
+
+
+def checkpoint_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of one checkpoint of a run: what is trained, and the optimizer's moments."""
+    width = 4 if settings.lora is not None else _width(checkpoint, settings)
+    trained = trained_parameters(checkpoint, settings)
+    return int(trained * (width + _moments(settings, width)))
+
+
+def kept_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of the checkpoints that are there at one time: those that are kept and the one being written."""
+    if settings.trainer.get("save_strategy") == "no":
+        return 0
+    limit = settings.trainer.get("save_total_limit", CHECKPOINTS_KEPT)
+    return checkpoint_bytes(checkpoint, settings) * (int(limit) + 1 if limit else 10)
+
+
+def disk_needs(
+    checkpoint: Checkpoint, settings: TrainingSettings, out: Path, *, results: int, download: bool = True
+) -> list[Need]:
+    """Of the published models, ``results`` of them yet to be made, and of one run's checkpoints at a time.
+
+    download: count the pivot's weights where they are not here yet.
+    """
+    work = kept_bytes(checkpoint, settings) if results else 0
+    needed = results * checkpoint.weight_bytes + work
+    what = f"disk ({results} trained models of {human(checkpoint.weight_bytes)}, {human(work)} of checkpoints"
+    if download and results and checkpoint.snapshot and checkpoint.download_bytes:
+        cache = existing_parent(checkpoint.snapshot.cache)
+        if cache.stat().st_dev == existing_parent(out).stat().st_dev:
+            needed += checkpoint.download_bytes
+            what += f", download of {checkpoint.choice.model}"
+    return [Need(what + ")", needed, free_bytes(out), f"free on the disk of {out}")]
+
+
+def refuse(needs: Sequence[Need]) -> None:
+    """Raise DistillationError with the numbers if something does not fit."""
+    lacking = [need for need in needs if not need.fits]
+    if lacking:
+        rows = "\n".join(f"  {need}" for need in lacking)
+        raise DistillationError(
+            f"this training does not fit:\n{rows}\nFree some, write elsewhere, take smaller micro-batches "
+            "(micro_batch_size), recompute activations (activation_checkpointing), train an adapter (lora) or in "
+            "bfloat16 (dtype), or shard it over devices (accelerate launch with FSDP); ignore_estimates starts it all "
+            "the same"
+        )
+
+
+def is_sharded(settings: TrainingSettings) -> bool:
+    """Whether FSDP or DeepSpeed divide the states among the processes."""
+    told = (os.environ.get(name, "") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    return any(value.lower() in ("1", "true") for value in told) or bool(
+        settings.trainer.get("fsdp") or settings.trainer.get("deepspeed")
+    )
+
+
+def _stored(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+
+
+def _width(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of a trained weight."""
+    return itemsize(_stored(checkpoint) if settings.dtype == "auto" else settings.dtype)
+
+
+def _moments(settings: TrainingSettings, width: int) -> float:
+    optimizer = str(settings.trainer.get("optim", "adamw"))
+    return next((size for name, size in _OPTIMIZERS.items() if name in optimizer), 2.0 * width)

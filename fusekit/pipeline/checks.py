@@ -1,0 +1,56 @@
+"""What stages that are not done in a run have left behind: refused where a later stage could not build on it."""
+
+from __future__ import annotations
+
+from fusekit.errors import StorageError
+from fusekit.pipeline.layout import PIVOT
+from fusekit.pipeline.stages import Context, align_inputs
+from fusekit.storage import artifact
+
+
+def check_stores(context: Context) -> None:
+    """Refuse captures that are not whole, or that another recipe made; the models need not be at hand.
+
+    Raises StorageError naming what differs, and the way out.
+    """
+    from fusekit.storage import Store
+
+    section = context.recipe.represent
+    for name in context.readers.names:
+        folder = context.layout.representation(name)
+        if not (folder / artifact.MANIFEST).is_file():
+            raise StorageError(f"{folder} is not there: the stage `represent` comes first")
+        try:
+            spec = Store.open(folder).spec
+        except StorageError as error:
+            raise StorageError(f"{error}\nThe stage `represent` makes what is missing") from error
+        expected = {
+            "tokenizer": context.readers.reader(name).fingerprint,
+            "top_k": min(section.top_k, spec.vocabulary),
+            "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
+            "temperature": section.temperature,
+            "max_error": section.max_error,
+        }
+        before = {key: getattr(spec, key) for key in expected}
+        if changed := artifact.differences(before, expected):
+            raise StorageError(
+                f"{folder} was made from something else:\n  "
+                + "\n  ".join(changed)
+                + f"\nGo back to what it was, or remove {folder} and begin with the stage `represent`"
+            )
+
+
+def check_alignments(context: Context) -> None:
+    """Refuse alignments that are not there or were made from something else. Raises StorageError."""
+    for name in context.readers.names:
+        if name == PIVOT:
+            continue
+        folder = context.layout.alignment(name)
+        if context.done(folder, align_inputs(context, name, context.rows)) is None:
+            raise StorageError(f"{folder} is not there: the stage `align` comes first")
+
+
+def check_results(context: Context) -> None:
+    """Refuse to go on without scores where the recipe asks for them. Raises StorageError."""
+    if context.recipe.evaluate is not None and not context.layout.results.is_file():
+        raise StorageError(f"{context.layout.results} is not there: the stage `evaluate` comes first")

@@ -1,0 +1,93 @@
+"""The stage ``distill``: a target per source, or one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusekit.distillation import provenance
+from fusekit.distillation.settings import DistillSettings
+from fusekit.errors import StorageError
+from fusekit.pipeline.layout import PIVOT
+from fusekit.pipeline.readers import choice_of
+from fusekit.pipeline.stages import Context, alignment_of
+from fusekit.storage import artifact
+
+
+def distill(context: Context) -> list[Path]:
+    """Train a target per source, or one for all, and plain fine-tuning on the same rows to compare them with."""
+    from fusekit.distillation.inputs import Inputs, Source
+    from fusekit.distillation.run import distill as train
+
+    recipe, layout = context.recipe, context.layout
+    sources = {}
+    for source in recipe.sources:
+        how = recipe.alignment_of(source)
+        # Of the artifact, so that what is trained with is what the stage `align` shows.
+        folder = layout.alignment(source.label) if how.vocabulary != "none" else None
+        sources[source.label] = Source(layout.representation(source.label), source.model, how, folder)
+    inputs = Inputs(
+        choice_of(recipe.pivot), context.rows, layout.representation(PIVOT), sources, context.readers.reader(PIVOT)
+    )
+    settings = recipe.settings
+    targets = train(inputs, settings, layout.targets, resume=True, say=lambda line: context.say(f"distill {line}"))
+    if wants_baseline(context):
+        alone = replace(inputs, sources={})
+        train(alone, plain(settings), layout.baselines, resume=True, say=lambda line: context.say(f"distill {line}"))
+    return targets
+
+
+def wants_baseline(context: Context) -> bool:
+    """Whether plain fine-tuning is trained beside the targets, to compare them with."""
+    evaluate = context.recipe.evaluate
+    return evaluate is not None and evaluate.baseline and context.recipe.distill.lm_weight < 1
+
+
+def plain(settings: DistillSettings) -> DistillSettings:
+    """Settings with nothing but the text to learn from."""
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
+
+
+def check_targets(context: Context) -> None:
+    """Refuse targets that are not there, or were made from something else, as far as what is at hand can tell.
+
+    The captures may be on another machine: what a target has of them is asked about where they are here.
+
+    Raises StorageError naming what differs, and the way out.
+    """
+    for folder in context.targets:
+        known = artifact.read(folder)
+        if known is None:
+            raise StorageError(f"{folder} is not there: the stage `distill` comes first")
+        expected = _expected(context, known.inputs)
+        before = {name: known.inputs.get(name, "not given") for name in expected}
+        if changed := provenance.differences(before, expected):
+            raise StorageError(
+                f"{folder} was made from something else:\n  "
+                + "\n  ".join(changed)
+                + f"\nGo back to what it was, or remove {folder} and begin with the stage `distill`"
+            )
+
+
+def _expected(context: Context, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a target that the recipe, its rows and the captures that are here determine."""
+    from fusekit.distillation.joining import join
+    from fusekit.storage import Store
+
+    recipe, name = context.recipe, str(known.get("target"))
+    teachers = [source.label for source in recipe.sources if name in (source.label, "joint")]
+    folders = {model: context.layout.representation(model) for model in (PIVOT, *teachers)}
+    facts = provenance.facts_of_run(
+        name,
+        recipe.settings,
+        context.readers.fingerprint(PIVOT),
+        join(context.rows, {}).rows,
+        {model: Store.open(folder) for model, folder in folders.items() if (folder / artifact.MANIFEST).is_file()},
+    )
+    facts = {key: value for key, value in facts.items() if value != {}}  # an empty section
+    for teacher in teachers if not recipe.settings.plain else ():
+        how = provenance.facts_of_alignment(alignment_of(context, teacher))
+        facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
+    return facts

@@ -1,0 +1,44 @@
+"""Models that a run has made: what identifies them, and whether they still are what was committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fusekit.errors import StorageError
+from fusekit.storage import artifact
+from fusekit.storage.artifact import MANIFEST, Artifact
+
+_DECIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def weights_hash(folder: Path) -> str:
+    """Of a model's weights, configuration and tokenizer, as its manifest has them: what a merge and scores depend on.
+
+    Nothing large is read. Raises StorageError where there is no manifest.
+    """
+    files = _manifest(folder).files
+    names = sorted(name for name in files if "/" not in name and Path(name).suffix in (".safetensors", ".jinja"))
+    return artifact.joined_hash(files[name].xxh3 for name in [*names, *(name for name in _DECIDE if name in files)])
+
+
+def require_whole(folder: Path) -> None:
+    """Read a model through and compare it with its manifest. Raises StorageError naming every file that differs."""
+    _manifest(folder)
+    wrong = [line for line in artifact.problems(folder) if not line.endswith("is not of this artifact")]
+    if wrong:
+        raise StorageError(
+            f"{folder} is not what was committed:\n  "
+            + "\n  ".join(wrong)
+            + "\nIt is not used. Put back what it was, or "
+            f"remove {folder} and give the same command again: it alone is made anew"
+        )
+
+
+def _manifest(folder: Path) -> Artifact:
+    known = artifact.read(folder)
+    if known is None:
+        raise StorageError(
+            f"{folder} has no {MANIFEST} that vouches for it: remove it and give the same command again, which makes "
+            "it anew"
+        )
+    return known
