@@ -10,7 +10,6 @@ from typing import Any
 APART = {"logs", "report.html"}
 """At the top of an output: what a run said and when, and a page with the times of its stages."""
 _LOCK = re.compile(r"\..*\.fusekit\.(lock|holder)")
-_TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 _SAFE = {".safetensors", ".npz"}
 
 
@@ -66,9 +65,6 @@ def _content(out: Path, name: str) -> Any:
         value = json.loads(text) if name.endswith(".json") else text
     except ValueError:
         return data
-    if name.rsplit("/", 1)[-1] == "training.json" and isinstance(value, dict):
-        lines = value.get("log", [])
-        value["log"] = [{key: said for key, said in line.items() if key not in _TIMES} for line in lines]
     if name.rsplit("/", 1)[-1] == "manifest.json" and isinstance(value, dict):
         value.pop("made", None)
         files = value.get("files")
