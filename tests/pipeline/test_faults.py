@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusekit.errors import CaptureError, StorageError
+from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
@@ -231,6 +231,24 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
     assert done.exitcode == 0, done.output
     assert "training" in kept or inodes(disk, kept) == before
     assert differences(finished / "out", disk / "out") == []
+
+
+def test_a_training_that_does_not_fit_is_refused_with_the_numbers(
+    finished: Path,
+    world: Path,
+    mounted: Callable[[str], Path],  # noqa: F811
+) -> None:
+    disk = mounted("size=8m")
+    for name in ("data", "representations", "alignment", "recipe.resolved.yml"):
+        copy = shutil.copytree if (finished / "out" / name).is_dir() else shutil.copy
+        (disk / "out").mkdir(exist_ok=True)
+        copy(finished / "out" / name, disk / "out" / name)
+    before = inodes(disk / "out", "*/*/*")
+    with pytest.raises(
+        DistillationError, match=r"does not fit:\n  disk \(.* about .* MB needed, .* free on the disk of"
+    ):
+        run(load_recipe("recipe.yml"), disk / "out", say=lambda _: None, quiet=True)
+    assert inodes(disk / "out", "*/*/*") == before
 
 
 # In use, changed, out of reach
