@@ -75,16 +75,20 @@ def fusekit(cwd: Path, *args: str, before: Callable[[], None] | None = None) -> 
     return Process(command, cwd, args, {}, before).wait()
 
 
-def ranks(cwd: Path, world: int, *args: str, before: dict[int, Callable[[], None]] | None = None) -> list[Process]:
-    """Start ``fusekit ARGS`` as the processes of one run, as torchrun would: connected by gloo on this machine."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def ranks(cwd: Path, world: int, *args: str, before: dict[int, Callable[[], None]] | None = None) -> list[Process]:
+    """Start ``fusekit ARGS`` as the processes of one run, as torchrun would: connected by gloo on this machine."""
     shared = {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     return [
         Process(command, cwd, args, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, (before or {}).get(rank))

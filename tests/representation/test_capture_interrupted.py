@@ -26,7 +26,7 @@ from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from tests.merging.processes import ENVIRONMENT, kill_at_event
 from tests.representation.conftest import DEMO, demo_rows, write_rows
-from tests.representation.processes import Process, command, fusekit, ranks, run
+from tests.representation.processes import Process, command, free_port, fusekit, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -83,14 +83,6 @@ class Bench:
                 for other in set(children) - codes.keys():
                     os.kill(other, signal.SIGKILL)
         return [codes[child] for child in children]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
