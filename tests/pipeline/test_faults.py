@@ -149,15 +149,15 @@ def signal_self() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "moment", "kept", "said"),
+    ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "representations/*/shard-*.safetensors", "1 of 2 shards"),
-        ("SIGTERM", 143, "targets/llama.training/checkpoint-2/", "representations/*/*", "goes on from checkpoint-1"),
+        ("SIGINT", 130, "llama/.shard-00001", "representations/*/*.safetensors", "represent", "representations", ""),
+        ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
     ],
     ids=["capture", "training"],
 )
 def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(
-    number: str, status: int, moment: str, kept: str, said: str, finished: Path, world: Path
+    number: str, status: int, moment: str, kept: str, stage: str, made: str, said: str, finished: Path, world: Path
 ) -> None:
     stopped = child(world, *RUN, before=signal_self, FUSEKIT_TEST_SIGNAL=number, FUSEKIT_TEST_AT=moment)
     assert stopped.exitcode == status, stopped.output
@@ -167,10 +167,11 @@ def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(
     assert again == ["fusekit", *RUN]
     before = inodes(world / "out", kept)
     assert before
-    done = child(world, *again[1:])
+    done = child(world, *again[1:], "--until", stage)
     assert done.exitcode == 0, done.output
+    assert said in done.output
     assert inodes(world / "out", kept).items() >= before.items()
-    assert differences(finished / "out", world / "out") == []
+    assert differences(finished / "out" / made, world / "out" / made) == []
 
 
 # Starved
@@ -193,17 +194,19 @@ def fill_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "kept"),
+    ("moment", "kept", "stage", "made"),
     [
-        ("llama/.shard-00001", "out/representations/pivot/*"),
-        ("targets/llama.training/checkpoint-2/", "out/targets/llama.training/checkpoint-1/*"),
-        ("evaluation/sources/.llama", "out/merged/*"),
+        ("llama/.shard-00001", "out/representations/pivot/*", "represent", "representations"),
+        ("llama.training/checkpoint-2/", "out/targets/llama.training/checkpoint-1/*", "distill", "targets"),
+        ("evaluation/sources/.llama", "out/merged/*", "evaluate", ""),
     ],
     ids=["capture", "training", "evaluation"],
 )
 def test_a_full_disk_is_named_and_what_was_committed_stays(
     moment: str,
     kept: str,
+    stage: str,
+    made: str,
     finished: Path,
     world: Path,
     mounted: Callable[[str], Path],  # noqa: F811
@@ -227,10 +230,10 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
     before = inodes(disk, kept)
     assert before
     (disk / "ballast").unlink()
-    done = child(world, "run", "recipe.yml", str(disk / "out"))
+    done = child(world, "run", "recipe.yml", str(disk / "out"), "--until", stage)
     assert done.exitcode == 0, done.output
-    assert "training" in kept or inodes(disk, kept) == before
-    assert differences(finished / "out", disk / "out") == []
+    assert "goes on from checkpoint-1" in done.output if stage == "distill" else inodes(disk, kept) == before
+    assert differences(finished / "out" / made, disk / "out" / made) == []
 
 
 def test_a_training_that_does_not_fit_is_refused_with_the_numbers(
