@@ -289,8 +289,8 @@ def change_the_tokenizer(world: Path) -> None:
         (change_the_tokenizer, [], "tokenizer: '"),
         (change_the_template, [], "tokenizer: '"),
         (None, ["merge.parameters.weight=0.5"], "merge.parameters.weight: 1.0, now 0.5"),
-        (None, ["alignment.vocabulary=em"], "alignment.vocabulary: 'prefix', now 'em'"),
-        (None, ["seed=1"], "seed: 0, now 1"),
+        (None, ["alignment.vocabulary=em"], "vocabulary: 'prefix', now 'em'"),
+        (None, ["distill.seed=1"], "training.seed: 0, now 1"),
     ],
     ids=["model", "tokenizer", "template", "merge", "alignment", "seed"],
 )
