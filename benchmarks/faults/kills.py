@@ -234,7 +234,9 @@ def check(options: argparse.Namespace, say: Say) -> dict[str, Any]:
         kills = list(pool.map(kill, range(options.kills)))
     added = checked.add_source(options.source_name, options.source) if options.source else None
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.faults.kills", *options.said]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.faults.kills", "--work", "WORK", *_without_places(options.said)]
+        ),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
@@ -246,6 +248,12 @@ def check(options: argparse.Namespace, say: Say) -> dict[str, Any]:
         "kills": kills,
         "source_added": added,
     }
+
+
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    """Without the folders of this machine."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if not {before, word} & {"--work", "--out"}]
 
 
 def _version(package: str) -> str:

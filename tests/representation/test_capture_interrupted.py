@@ -126,13 +126,13 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
 
 
 def test_sigkill_at_every_file_operation_of_one_process(tmp_path):
-    done = run(_kill_at_every_event, tmp_path, 1, 1)
+    done = run(_kill_at_every_event, tmp_path, 1, 1, timeout=280)
     assert done.exitcode == 0, done.output
     assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 30
 
 
 def test_sigkill_at_commits_of_either_of_two_processes(tmp_path):
-    done = run(_kill_at_every_event, tmp_path, 2, 3)
+    done = run(_kill_at_every_event, tmp_path, 2, 3, timeout=280)
     assert done.exitcode == 0, done.output
     assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 10
 
