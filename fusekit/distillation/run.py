@@ -274,6 +274,8 @@ def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     """The checkpoint to go on from, None for the beginning. Raises DistillationError when the inputs changed."""
     try:
         before = json.loads((target.work / FACTS).read_bytes())
+        if not isinstance(before, dict) or not before:
+            raise ValueError("it holds no facts")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Short training runs in the small world; also a script, for tests that need processes of their own.
+"""Short training runs in the small world; also in processes of their own, for tests that need them (:func:`start`):
 
-python -m tests.distillation.runs train OUT --kill-after 5      # SIGKILL itself once step 5 is done
-python -m tests.distillation.runs together OUT                  # one of two processes, by RANK
+train OUT --kill-after 5      # SIGKILL itself once step 5 is done
+together OUT                  # one of two processes, by RANK
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +24,8 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from tests.distillation import worlds
+from tests.representation.processes import Process, free_port
 from tests.representation.random_models import random_model
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -125,30 +122,27 @@ def long_run(out: Path, **arguments: Any) -> FusionTrainer:
     return trainer(out, random_model("llama", attention_dropout=0.3), **fields | arguments)
 
 
-def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], **environment: str) -> Process:
     """This script in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.distillation.runs", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Process(_script, tuple(arguments), environment)
+
+
+def _script(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    sys.argv = ["runs", *arguments]
+    main()
 
 
 def start_two(arguments: Sequence[str]) -> None:
     """The script in two processes that train together. Raises with their output when one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     both = [
         start(arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in "01"
     ]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    if any(process.returncode for process in both):
-        raise AssertionError("\n---\n".join(said))
+    finished = [process.wait(240) for process in both]
+    if any(process.exitcode for process in finished):
+        raise AssertionError("\n---\n".join(process.output for process in finished))
 
 
 def _together(out: Path) -> None:
@@ -209,7 +203,3 @@ def main() -> None:
         _together(Path(out))
     else:
         raise SystemExit(f"unknown job {kind}")
-
-
-if __name__ == "__main__":
-    main()

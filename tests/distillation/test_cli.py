@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from fusekit.cli import cli
 from tests.distillation import worlds
 from tests.distillation.test_run import save_model
+from tests.merging.processes import wait_until
+from tests.representation.processes import Process, command, ranks
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
@@ -124,22 +123,15 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
 def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     long = ["--epochs", "400", "--set", "trainer.save_steps=3", "--set", "trainer.logging_steps=1000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fusekit.cli", *map(str, arguments(world, out, *long))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    process = Process(command, tmp_path, tuple(map(str, arguments(world, out, *long))), {}, None)
+    wait_until(
+        lambda: bool(list(out.glob("other.training/checkpoint-*/fusekit.json"))) or not process.process.is_alive(), 120
     )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("other.training/checkpoint-*/fusekit.json")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.terminate()
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, said
-    assert "The same command with --resume goes on" in said
+    if process.process.is_alive():
+        os.kill(process.pid, signal.SIGTERM)
+    stopped = process.wait(60)
+    assert stopped.exitcode == 143, stopped.output
+    assert "The same command with --resume goes on" in stopped.output
     assert sorted(path.name for path in out.iterdir()) == ["other.training"]
     refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--epochs", "1")])
     assert "there already" in str(refused.exception)
@@ -150,23 +142,10 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
     plain = ["--set", "trainer.optim=sgd", "--set", "training.warmup=0"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "fusekit.cli", *map(str, arguments(world, tmp_path / "two", *plain))]
-    both = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n---\n".join(said)
+    both = ranks(tmp_path, 2, *map(str, arguments(world, tmp_path / "two", *plain)))
+    finished = [process.wait(240) for process in both]
+    said = "\n---\n".join(process.output for process in finished)
+    assert [process.exitcode for process in finished] == [0, 0], said
     assert invoke(*arguments(world, tmp_path / "one", *plain)).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["other"]
     a, b = tensors(tmp_path / "one" / "other"), tensors(tmp_path / "two" / "other")

@@ -127,9 +127,8 @@ def test_a_step_has_the_same_rows_sorted_by_length() -> None:
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     whole = runs.long_run(tmp_path / "whole")
     whole.train()
-    process = runs.start(["train", str(tmp_path / "killed"), "--kill-after", "5"])
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == -signal.SIGKILL, said
+    killed = runs.start(["train", str(tmp_path / "killed"), "--kill-after", "5"]).wait(240)
+    assert killed.exitcode == -signal.SIGKILL, killed.output
     resumed = runs.long_run(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
     assert resumed.state.global_step == 6

@@ -1,11 +1,7 @@
-"""Run ``fusekit merge`` in child processes that can be killed, starved and stopped for real.
-
-Children are forked from a server that has imported mergekit once: a child starts in milliseconds, not in seconds.
-"""
+"""Run ``fusekit merge`` in child processes that can be killed, starved and stopped for real."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forks import CONTEXT
+
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
 """For subprocesses: fusekit of this checkout, installed or not."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fusekit.cli.merge"])
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Child:
 
     def __init__(self, cwd: Path, *args: str, before: Callable[..., None] | None = None, given: tuple[Any, ...] = ()):
         self.log = cwd / f".log-{time.monotonic_ns()}"
-        self.process = _context.Process(target=_main, args=(args, cwd, self.log, before, given))
+        self.process = CONTEXT.Process(target=_main, args=(args, cwd, self.log, before, given))
         self.process.start()
 
     @property

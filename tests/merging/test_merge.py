@@ -1,8 +1,7 @@
 """A merge that goes well: the same weights as stock mergekit, and everything that belongs beside them."""
 
 import json
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusekit.merging import Settings, merge
 from tests.helpers import tiny_llama
 from tests.merging.conftest import traces
-from tests.merging.processes import ENVIRONMENT
+from tests.merging.processes import fusekit_merge
 
 
 def stock(recipe, out, **options):
@@ -98,25 +97,22 @@ def test_without_base_the_first_model_gives_tokenizer_and_config(workshop, write
         assert json.loads((workshop / "out/config.json").read_text())["max_position_embeddings"] == expected
 
 
+def refuse_network():
+    def refuse(*_arguments, **_options):
+        raise AssertionError("network")
+
+    socket.socket.connect = socket.getaddrinfo = refuse
+
+
 def test_no_network_is_asked_for_local_models(recipe, workshop):
     """A relative path with one slash looks like a hub id to mergekit's card, which then asks the hub."""
     (workshop / "models").mkdir()
     (workshop / "base").rename(workshop / "models/base")
     recipe.write_text(recipe.read_text().replace("base_model: base", "base_model: models/base"))
-    code = (
-        "import socket, sys\n"
-        "def refuse(*a, **k): raise AssertionError('network')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from fusekit.cli import main\n"
-        "sys.argv = ['fusekit', 'merge', 'recipe.yml', 'out']\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
+    done = fusekit_merge(workshop, "recipe.yml", "out", before=refuse_network)
+    assert done.exitcode == 0, done.output
     assert "models/base" in (workshop / "out/README.md").read_text()
     # Not a terminal: plain lines, no bar that is redrawn.
-    assert "\r" not in done.stderr
-    assert "merging: 100%" in done.stderr
-    assert "3 models merged with Task Arithmetic" in done.stdout
+    assert "\r" not in done.output
+    assert "merging: 100%" in done.output
+    assert "3 models merged with Task Arithmetic" in done.output

@@ -40,22 +40,27 @@ def _phi() -> Any:
     return extended("mistral", ["<|endoftext|>", *swallowing], scheme="always", eos_token="<|endoftext|>")
 
 
+@functools.cache
+def _mistral() -> Any:
+    return extended("mistral", [], scheme="always")
+
+
 MODELS = {
-    "chatml": lambda: extended("qwen", []),
+    "chatml": lambda: load("qwen"),
     "gemma": lambda: extended(
         "mistral", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], bos_token="<bos>", eos_token="<eos>"
     ),
     "internlm2": lambda: extended("mistral", [*IM, "<|action_start|>"], scheme="always"),
     "llama-3": lambda: extended("llama3", HEADERS),
     "llama-3.1": lambda: extended("llama3", [*HEADERS, "<|eom_id|>", "<|python_tag|>"]),
-    "mistral": lambda: extended("mistral", [], scheme="always"),
+    "mistral": _mistral,
     "openchat-3.5": lambda: extended(
         "mistral", ["<|end_of_turn|>", "<|pad_0|>"], scheme="always", eos_token="<|end_of_turn|>"
     ),
     "phi-3": _phi,
-    "qwen": lambda: extended("qwen", []),
-    "solar": lambda: extended("mistral", [], scheme="always"),
-    "vicuna": lambda: extended("mistral", [], scheme="always"),
+    "qwen": lambda: load("qwen"),
+    "solar": _mistral,
+    "vicuna": _mistral,
     "yi": lambda: extended("mistral", ["<|startoftext|>", *IM], eos_token="<|im_end|>"),
 }
 

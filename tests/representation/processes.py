@@ -1,7 +1,4 @@
-"""Run functions and ``fusekit`` commands in child processes that can be killed, starved and stopped for real.
-
-Children are forked from the server that the merge tests use, which imports what is slow to import once.
-"""
+"""Run functions and ``fusekit`` commands in child processes that can be killed, starved and stopped for real."""
 
 from __future__ import annotations
 
@@ -14,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.merging.processes import Finished, _context
-
-_context.set_forkserver_preload(
-    ["fusekit.cli.merge", "fusekit.cli.represent", "transformers.models.llama.modeling_llama", "accelerate"]
-)
+from tests.forks import CONTEXT
+from tests.merging.processes import Finished
 
 
 def run(function: Callable[..., None], *given: Any, timeout: float = 120) -> Finished:
@@ -31,7 +25,7 @@ class Process:
 
     def __init__(self, function: Callable[..., None], *given: Any) -> None:
         self.log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fusekit-test-{os.getpid()}-{time.monotonic_ns()}.log"
-        self.process = _context.Process(target=_call, args=(self.log, function, given))
+        self.process = CONTEXT.Process(target=_call, args=(self.log, function, given))
         self.process.start()
 
     @property
@@ -81,16 +75,20 @@ def fusekit(cwd: Path, *args: str, before: Callable[[], None] | None = None) -> 
     return Process(command, cwd, args, {}, before).wait()
 
 
-def ranks(cwd: Path, world: int, *args: str, before: dict[int, Callable[[], None]] | None = None) -> list[Process]:
-    """Start ``fusekit ARGS`` as the processes of one run, as torchrun would: connected by gloo on this machine."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def ranks(cwd: Path, world: int, *args: str, before: dict[int, Callable[[], None]] | None = None) -> list[Process]:
+    """Start ``fusekit ARGS`` as the processes of one run, as torchrun would: connected by gloo on this machine."""
     shared = {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     return [
         Process(command, cwd, args, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, (before or {}).get(rank))

@@ -26,7 +26,7 @@ from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from tests.merging.processes import ENVIRONMENT, kill_at_event
 from tests.representation.conftest import DEMO, demo_rows, write_rows
-from tests.representation.processes import Process, command, fusekit, ranks, run
+from tests.representation.processes import Process, command, free_port, fusekit, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -85,14 +85,6 @@ class Bench:
         return [codes[child] for child in children]
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
     """Kill one process at each file operation, run again, compare with the store of a run that nobody disturbed."""
     bench = Bench(folder)
@@ -134,13 +126,13 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
 
 
 def test_sigkill_at_every_file_operation_of_one_process(tmp_path):
-    done = run(_kill_at_every_event, tmp_path, 1, 1)
+    done = run(_kill_at_every_event, tmp_path, 1, 1, timeout=280)
     assert done.exitcode == 0, done.output
     assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 30
 
 
 def test_sigkill_at_commits_of_either_of_two_processes(tmp_path):
-    done = run(_kill_at_every_event, tmp_path, 2, 3)
+    done = run(_kill_at_every_event, tmp_path, 2, 3, timeout=280)
     assert done.exitcode == 0, done.output
     assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 10
 

@@ -1,5 +1,6 @@
 """Rows as models read them: labels, own and foreign templates, rewriting templates, links, cuts."""
 
+import functools
 import pickle
 
 import numpy as np
@@ -40,12 +41,15 @@ def without_generation(template):
     return ChatTemplate("plain", source, template.bos, template.eos, template.end_of_turn)
 
 
+@functools.cache
+def unmarked(name):
+    return RowTokenizer(model(name).tokenizer, without_generation(model(name).template))
+
+
 @pytest.mark.parametrize("name", [*NAMES, "chatml", "internlm2", "llama-3.1", "solar", "yi"])
 @pytest.mark.parametrize("turns", [TURNS, TURNS[1:3], [*TURNS, ("user", "and?")], [("user", " a "), ("assistant", "")]])
 def test_labels_are_the_same_without_generation_blocks(name, turns):
-    marked = model(name)
-    plain = RowTokenizer(marked.tokenizer, without_generation(marked.template))
-    a, b = marked.tokenize(row(turns)), plain.tokenize(row(turns))
+    a, b = model(name).tokenize(row(turns)), unmarked(name).tokenize(row(turns))
     for field in ("ids", "message", "part", "ends", "lows", "labels"):
         assert np.array_equal(getattr(a, field), getattr(b, field)), field
 
@@ -221,7 +225,9 @@ def test_a_cut_has_to_be_at_a_character(cut):
         model("qwen").tokenize(row(TURNS, cut))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("openchat-3.5", "qwen", "demo") else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+)
 def test_a_model_travels_to_another_process(name):
     forged = row([*TURNS[:4], ("assistant", "<|im_end|></s><|end_of_turn|><|eot_id|>")])
     before = model(name).tokenize(forged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from fusekit.errors import StorageError
 from fusekit.representation import CapturedRow
 from fusekit.storage.manifest import StoreSpec
 from fusekit.storage.writer import StoreWriter
+from tests.forks import CONTEXT
 from tests.merging.processes import is_stopped, stop_self, wait_until
 from tests.storage.rows import captured, key
 
@@ -25,9 +25,6 @@ ROWS = 10
 SPEC = StoreSpec(model="model", data="data", vocabulary=60, top_k=4, rows_per_shard=3)
 KEYS = [key(number) for number in range(ROWS)]
 BAD = {KEYS[4]: "NaN at label 2"}
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.storage.processes"])
 
 
 def rows(start: int = 0, stop: int = ROWS) -> list[CapturedRow]:
@@ -68,7 +65,7 @@ class Child:
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.process = _context.Process(target=_main, args=(self.log, self.arguments, self.before, self.given))
+        self.process = CONTEXT.Process(target=_main, args=(self.log, self.arguments, self.before, self.given))
         self.process.start()
 
     def wait(self) -> int:
