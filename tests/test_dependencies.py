@@ -20,6 +20,7 @@ MERGES = (
     "mergekit_yaml.py",
     "cli/merge.py",
     "pipeline/stages.py",
+    "plan/merging.py",
 )
 
 
@@ -54,6 +55,8 @@ def test_only_what_merges_imports_mergekit():
         ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
         ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),
+        ("import fusekit.plan.make, fusekit.plan.table", "mergekit"),
+        ("import fusekit.cli.plan", "mergekit torch transformers"),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):

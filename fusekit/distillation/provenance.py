@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.representation.rows import Row
 from fusekit.storage.store import Store
 
@@ -38,7 +38,7 @@ def facts_of_run(
     rows: Sequence[Row],
     stores: Mapping[str, Store],
     *,
-    projections: Mapping[str, Projection] | None = None,
+    projections: Mapping[str, Projection | AlignmentSettings] | None = None,
 ) -> Facts:
     """Everything that decides the weights of a target.
 
@@ -49,6 +49,7 @@ def facts_of_run(
         rows: to train on, in order.
         stores: captured rows by name.
         projections: how each source's rows come into the pivot's vocabulary; a source may have settings of its own.
+            Settings say the same without a vocabulary map.
     """
     training = settings.training.model_dump(mode="json", exclude=_FREE)
     training["trainer"] = {k: v for k, v in training["trainer"].items() if not k.startswith(_FREE_FIELDS)}
@@ -69,10 +70,14 @@ def _store(store: Store) -> dict[str, Any]:
     return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
 
 
-def _projection(how: Projection) -> dict[str, Any]:
+def _projection(how: Projection | AlignmentSettings) -> dict[str, Any]:
+    if isinstance(how, Projection):
+        vocabulary = how.vocabulary_map.method if how.vocabulary_map is not None else "none"
+    else:
+        vocabulary = how.vocabulary
     return {
         "tokens": how.tokens,
-        "vocabulary": how.vocabulary_map.method if how.vocabulary_map is not None else "none",
+        "vocabulary": vocabulary,
         "conditioning": how.conditioning,
         "one_hot": how.one_hot,
         "collisions": how.collisions,

@@ -134,13 +134,18 @@ def _targets(context: Context) -> list[Path]:
 def _claim(layout: Layout, recipe: Recipe) -> None:
     """Refuse a folder that holds something else; save the recipe of the first run."""
     layout.out.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in _OURS and not p.name.startswith("."))
-    if foreign and not layout.recipe.exists():
-        raise StorageError(
-            f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
-        )
+    if foreign := foreign_to_runs(layout):
+        raise StorageError(foreign)
     if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
         _save(layout, recipe)
+
+
+def foreign_to_runs(layout: Layout) -> str | None:
+    """Why a folder that exists is not the output of a run, None where it is one or empty. Raises OSError."""
+    foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in _OURS and not p.name.startswith("."))
+    if not foreign or layout.recipe.exists():
+        return None
+    return f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
 
 
 def _save(layout: Layout, recipe: Recipe) -> None:

@@ -85,7 +85,7 @@ def represent(
             f"a model that --device-map spreads over the devices runs in one process, not in {processes.world}: start "
             "without a launcher, or leave the option out to load a whole model in every process"
         )
-    vocabulary = _vocabulary(checkpoint, tokenizer)
+    vocabulary = vocabulary_of(checkpoint, tokenizer)
     if (k := settings.selection.k) > vocabulary:
         say(f"top_k is {k}, but the vocabulary has {vocabulary} ids: all of them are kept")
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
@@ -124,9 +124,18 @@ def represent(
 
 
 def store_spec(
-    checkpoint: Checkpoint, tokenizer: RowTokenizer, rows: Sequence[Row], vocabulary: int, settings: Settings
+    checkpoint: Checkpoint,
+    tokenizer: RowTokenizer,
+    rows: Sequence[Row],
+    vocabulary: int,
+    settings: Settings,
+    *,
+    fingerprint: str | None = None,
 ) -> StoreSpec:
-    """What a store is made from: model, tokenizer and template, data, and every setting that changes a value."""
+    """What a store is made from: model, tokenizer and template, data, and every setting that changes a value.
+
+    fingerprint: of the weights, where it is known already.
+    """
     choice, selection = checkpoint.choice, settings.selection
     details: dict[str, Any] = {
         "dtype": choice.dtype,
@@ -136,7 +145,7 @@ def store_spec(
     }
     return StoreSpec(
         model=choice.model,
-        model_fingerprint=checkpoint.fingerprint(),
+        model_fingerprint=fingerprint or checkpoint.fingerprint(),
         tokenizer=tokenizer.fingerprint,
         data=data_fingerprint(rows),
         vocabulary=vocabulary,
@@ -149,7 +158,7 @@ def store_spec(
     )
 
 
-def _vocabulary(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
+def vocabulary_of(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     """Above every id that can be stored: the configuration's, or the tokenizer's where that has more."""
     text = checkpoint.config.get("text_config")
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
