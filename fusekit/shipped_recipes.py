@@ -22,9 +22,10 @@ def recipes() -> dict[str, Path]:
 
 
 def title(path: Path) -> str:
-    """The first line of a recipe, which says what it is."""
+    """The first line of a recipe, which says what it is; the line for editors before it does not count."""
     with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("#").strip()
+        lines = (line.lstrip("#").strip() for line in file)
+        return next((line for line in lines if line and not line.startswith("yaml-language-server:")), "")
 
 
 def find(name: str) -> Path:

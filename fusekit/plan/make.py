@@ -17,7 +17,7 @@ from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
 from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.pipeline.stages import ALIGNED_TEXTS
-from fusekit.plan import measure
+from fusekit.plan import measure as timing
 from fusekit.plan.data import Rows, count_rows
 from fusekit.plan.figures import REFUSED, REUSED, Plan, Step
 from fusekit.plan.models import SAID, Known, Models, find_models
@@ -30,7 +30,12 @@ from fusekit.representation.represent import vocabulary_of
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
 SMALL_FILES = 1 << 20
-"""Of a checkpoint besides its weights, where its tokenizer is not at hand."""
+"""Of a checkpoint besides its weights: tokenizer, card, record of the training."""
+
+PAGE_BYTES = 200_000
+"""Of an alignment's figures and its page of three texts."""
+
+ALIGNED_TO_TIME = 32
 
 
 def make_plan(recipe: Recipe, name: str, out: Path | None = None, *, measured: bool = True) -> Plan:
@@ -54,7 +59,7 @@ def make_plan(recipe: Recipe, name: str, out: Path | None = None, *, measured: b
     job = _Job(recipe, out, models, Output(recipe, out, models), plan)
     job.data()
     if measured:
-        job.measure()
+        job.time_models()
     job.captures()
     job.alignments()
     job.trainings()
@@ -72,14 +77,14 @@ class _Job:
     output: Output
     plan: Plan
     rows: Rows = field(default_factory=Rows)
-    speeds: dict[str, measure.Speed] = field(default_factory=dict)
-    trained: measure.Training | None = None
+    speeds: dict[str, timing.Speed] = field(default_factory=dict)
+    trained: timing.Training | None = None
     targets_there: bool = False
 
     @property
     def processes(self) -> Processes:
         """One process, on the device that a run would take."""
-        return Processes(0, 1, 1, measure.device())
+        return Processes(0, 1, 1, timing.device())
 
     @property
     def place(self) -> Path:
@@ -109,7 +114,7 @@ class _Job:
         # The rows' contents as JSON, all of them; a token of text is about four bytes.
         step.disk = step.disk_at_most = self.rows.content_bytes or (4 * step.tokens if step.tokens else None)
 
-    def measure(self) -> None:
+    def time_models(self) -> None:
         """Load what is here and small, one after the other."""
         held_out = self._held_out_rows()
         metrics = self.recipe.evaluate.metrics if self.recipe.evaluate else []
@@ -118,17 +123,17 @@ class _Job:
             if reader is None or not self.rows.sample or known.checkpoint is None:
                 continue
             needs = capture.memory_needs(known.checkpoint, self.recipe.represent.batch_tokens, self.processes)
-            if not measure.fits(known, needs):
+            if not timing.fits(known, needs):
                 if known.here:
                     self.plan.unknown.append(f"{known.model} is too large to be loaded for a plan: no time measured")
                 continue
             generate = (
-                measure.generating(reader, held_out, self.recipe.represent.batch_tokens)
+                timing.generating(reader, held_out, self.recipe.represent.batch_tokens)
                 if "exact_match" in metrics and held_out
                 else lambda _model: None
             )
             try:
-                self.speeds[name] = measure.measure_capture(
+                self.speeds[name] = timing.measure_capture(
                     known, reader, self.rows.sample, self.recipe.represent, generate
                 )
             except FusekitError as error:
@@ -145,11 +150,11 @@ class _Job:
         if PIVOT not in self.speeds or pivot.checkpoint is None or not self.speeds[PIVOT].captured:
             return
         needs = training.memory_needs(pivot.checkpoint, self.recipe.distill, self.rows.longest, self.processes)
-        if not measure.fits(pivot, needs):
+        if not timing.fits(pivot, needs):
             self.plan.unknown.append(f"training {pivot.model} was not measured: it would take more than half of memory")
             return
         try:
-            self.trained = measure.measure_training(
+            self.trained = timing.measure_training(
                 pivot, self.speeds[PIVOT].captured, self.rows.sample, self.recipe.distill, self.recipe.fusion
             )
         except FusekitError as error:
@@ -174,8 +179,6 @@ class _Job:
             for need in capture.memory_needs(known.checkpoint, self.recipe.represent.batch_tokens, self.processes):
                 step.memory = max(step.memory or 0, need.needed)
                 self.plan.needs.append(need)
-            if known.download_bytes:
-                step.notes.append(f"download of {human(known.download_bytes)}")
 
     def _store(self, step: Step, known: Known, share: float, counts: dict[str, int]) -> None:
         """The figures of a store, of which ``share`` is to be made. counts: rows, tokens, labels of all of it."""
@@ -203,9 +206,14 @@ class _Job:
         for source in self.recipe.sources:
             step = self.step("align", source.label)
             self.output.alignment(step, source.label)
-            if step.work:
-                step.disk = step.disk_at_most = SMALL_FILES
-                step.rows = min(self.rows.count, ALIGNED_TEXTS) if self.rows.count is not None else None
+            if not step.work:
+                continue
+            step.disk = step.disk_at_most = PAGE_BYTES
+            step.rows = min(self.rows.count, ALIGNED_TEXTS) if self.rows.count is not None else None
+            pivot, theirs = (self.models.tokenizers.get(name) for name in (PIVOT, source.label))
+            texts = [row.messages[-1].content for row in self.rows.sample[:ALIGNED_TO_TIME] if row.messages[-1].content]
+            if self.speeds and pivot is not None and theirs is not None and texts and step.rows:
+                step.seconds = step.rows * timing.measure_alignment(pivot, theirs, texts)
 
     def trainings(self) -> None:
         """A target per source or one of all, and plain fine-tuning to compare them with."""
@@ -268,7 +276,7 @@ class _Job:
             return
         from fusekit.plan.merging import expected_needs
 
-        needs = expected_needs(checkpoint, section, len(targets), self.output.layout.merged)
+        needs = expected_needs(checkpoint, section, len(targets), existing_parent(self.place) / "merged")
         disk, memory = needs
         step.disk = step.disk_at_most = disk.needed
         step.memory = memory.needed
@@ -320,26 +328,20 @@ class _Job:
         if tokens is not None and all(model.name in self.speeds for model in each):
             step.seconds = sum(self._scoring_seconds(self.speeds[model.name], tokens, len(rows)) for model in each)
 
-    def _scoring_seconds(self, speed: measure.Speed, tokens: int, rows: int) -> float:
+    def _scoring_seconds(self, speed: timing.Speed, tokens: int, rows: int) -> float:
         generated = rows * speed.generate if speed.generate is not None else 0.0
         return speed.load + (tokens / speed.tokens if speed.tokens else 0.0) + generated
 
     def sums(self) -> None:
         """Whole disks against what is free, the machine, and what the sums leave out."""
         plan, out = self.plan, existing_parent(self.place)
+        if said := [known.model for known in self.models.known.values() if known.origin == SAID]:
+            plan.basis.append(f"not cached and not reachable, so as large as the recipe says: {', '.join(said)}")
         written = sum(step.disk or 0 for step in plan.steps if step.work)
         pivot = self.models.pivot.checkpoint
         to_train = any(step.stage == "distill" and step.work for step in plan.steps)
         work = training.kept_bytes(pivot, self.recipe.distill) if pivot is not None and to_train else 0
-        plan.needs.append(
-            Need(
-                f"disk for the whole run ({human(work)} of it for checkpoints, for a while)",
-                int(written) + work,
-                free_bytes(out),
-                f"free on the disk of {out}",
-            )
-        )
-        self._downloads()
+        self._disks(int(written), work)
         if any(known.origin == SAID for known in self.models.known.values()) or not self.speeds:
             plan.basis.append("operations are 2 per parameter and token forward, 6 in training; attention comes on top")
         refused = [step for step in plan.steps if step.state == REFUSED]
@@ -354,20 +356,21 @@ class _Job:
             "disk_of": str(out),
         }
 
-    def _downloads(self) -> None:
+    def _disks(self, written: int, work: int) -> None:
+        """What the whole run writes, and downloads, by disk. work: bytes of it that are there for a while."""
         from huggingface_hub import constants
 
-        cache = Path(constants.HF_HUB_CACHE)
-        models = {known.model: known.download_bytes for known in self.models.known.values()}
-        if total := sum(models.values()):
-            self.plan.needs.append(
-                Need(
-                    f"download of {sum(size > 0 for size in models.values())} models",
-                    total,
-                    free_bytes(cache),
-                    f"free on the disk of {existing_parent(cache)}",
-                )
-            )
+        out, cache = existing_parent(self.place), existing_parent(Path(constants.HF_HUB_CACHE))
+        sizes = {known.model: known.download_bytes for known in self.models.known.values() if known.download_bytes}
+        download = f"download of {len(sizes)} models, {human(sum(sizes.values()))}"
+        what = f"disk for the whole run ({human(written)} that stay, {human(work)} of checkpoints for a while"
+        together = sizes and cache.stat().st_dev == out.stat().st_dev
+        needed = written + work + (sum(sizes.values()) if together else 0)
+        what += f", {download})" if together else ")"
+        self.plan.needs.append(Need(what, needed, free_bytes(out), f"free on the disk of {out}"))
+        if sizes and not together:
+            needed = sum(sizes.values())
+            self.plan.needs.append(Need(download, needed, free_bytes(cache), f"free on the disk of {cache}"))
 
 
 def _gpus() -> list[dict[str, Any]]:

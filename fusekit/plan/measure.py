@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,6 +121,17 @@ def measure_capture(
     return Speed(load, speed, store, labels, captured, seconds)
 
 
+def measure_alignment(pivot: RowTokenizer, source: RowTokenizer, texts: Sequence[str]) -> float:
+    """Seconds per text of counting what the alignment of a pair links, its first text aside."""
+    from fusekit.alignment import align
+
+    align(texts[0], pivot.tokenizer, source.tokenizer)
+    started = time.perf_counter()
+    for text in texts:
+        align(text, pivot.tokenizer, source.tokenizer)
+    return (time.perf_counter() - started) / len(texts)
+
+
 def generating(reader: RowTokenizer, rows: Sequence[Row], batch_tokens: int) -> Callable[[Any], float | None]:
     """For :func:`measure_capture`: times exact match on a few held-out rows."""
 
@@ -169,7 +181,7 @@ def measure_training(
     took = 0.0
     begun = time.perf_counter()
     for number, batch in enumerate(batches):
-        took = _timed(lambda batch=batch: step(batch()), where)
+        took = _timed(partial(_train, step, batch), where)
         if number == 0:
             _timed(optimizer.step, where)  # makes its moments
         else:
@@ -200,6 +212,10 @@ def _batches(
     ]
 
 
+def _train(step: _Step, batch: Callable[[], dict[str, Any]]) -> None:
+    step(batch())
+
+
 class _Step:
     """Forward, loss and backward of a micro-batch, as the trainer does them."""
 
@@ -219,9 +235,9 @@ class _Step:
             logits, positions = self.logits.of(outputs.logits, places)
         targets = None
         if settings.lm_weight < 1 and "target_ids" in inputs:
-            parts = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
-            targets = SparseTargets(*parts, settings.temperature)
-        loss = fusion_loss(
+            ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
+            targets = SparseTargets(ids, logprobs, tail, taught, settings.temperature)
+        loss: Any = fusion_loss(
             logits,
             inputs["label_ids"],
             targets,

@@ -85,7 +85,9 @@ def find_models(recipe: Recipe) -> Models:
             models.unknown += checkpoint.notices
         else:
             unreachable = isinstance(checkpoint, HubUnreachableError)
-            (models.unknown if unreachable else models.refused).append(_said(checkpoint, section, unreachable))
+            if not unreachable or section.size is None:
+                hint = "" if section.size else "; `size:` in the recipe would let a plan count it"
+                (models.unknown if unreachable else models.refused).append(f"{checkpoint}{hint}")
             if section.size is not None:
                 known.checkpoint, known.origin = made_up(section, section.size), SAID
         if section.size is not None:
@@ -93,13 +95,6 @@ def find_models(recipe: Recipe) -> Models:
         models.known[name] = known
     _read_tokenizers(models)
     return models
-
-
-def _said(error: FusekitError, section: Pivot, unreachable: bool) -> str:
-    text = str(error)
-    if unreachable and section.size is not None:
-        return f"{section.model} is neither cached nor reachable: its sizes are those of the recipe"
-    return text + ("" if section.size else "; `size:` in the recipe would let a plan count it")
 
 
 def _look_up(section: Pivot) -> Checkpoint | FusekitError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from fusekit.models.need import Need
 from fusekit.plan.figures import GOES_ON, Plan, Step
 from fusekit.storage.faults import human
 
@@ -23,11 +24,11 @@ def table(plan: Plan, tflops: float | None = None) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.append("")
     lines += _section("on this machine", [_machine(plan)])
-    lines += _section("there already", [f"{_name(step)}: {note}" for step in plan.steps for note in step.notes])
-    lines += _section("needed and free", [_need(need) for need in _tightest(plan)])
+    lines += _section("notes", [f"{_name(step)}: {note}" for step in plan.steps for note in step.notes])
+    lines += _section("needed and free", _shown([need for need in plan.needs if need.fits]))
     lines += _section("figures", plan.basis)
     lines += _section("not found out, so totals are at least", plan.unknown)
-    lines += _section("does not fit", [_need(need) for need in plan.lacking])
+    lines += _section("does not fit", _shown(plan.lacking))
     lines += _section("would be refused", plan.refused)
     lines.append("it can run" if plan.can_run else "it cannot run as it is, or not here")
     return "\n".join(lines)
@@ -83,7 +84,7 @@ def _duration(seconds: float) -> str:
 
 def _count(number: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 10 * size:
+        if number >= size and number >= 10_000:
             return f"{number / size:.1f} {unit}"
     return f"{number:,}"
 
@@ -97,17 +98,16 @@ def _machine(plan: Plan) -> str:
     )
 
 
-def _tightest(plan: Plan) -> list[object]:
-    """Per place, the need that leaves the least, of those that fit; the others have a section of their own."""
-    best: dict[str, object] = {}
-    for need in sorted(plan.needs, key=lambda need: need.needed - need.free, reverse=True):
-        if need.fits:
-            best.setdefault(need.where, need)
-    return list(best.values())
-
-
-def _need(need: object) -> str:
-    return str(need)
+def _shown(needs: list[Need]) -> list[str]:
+    """Per place and kind, the need that leaves the least; of the others how many there are."""
+    by_kind: dict[tuple[str, str], list[Need]] = {}
+    for need in needs:
+        by_kind.setdefault((need.where, need.what.split()[0]), []).append(need)
+    lines = []
+    for some in by_kind.values():
+        worst = max(some, key=lambda need: need.needed)
+        lines.append(str(worst) + (f" (and {len(some) - 1} more of less)" if len(some) > 1 else ""))
+    return lines
 
 
 def _section(title: str, lines: list[str]) -> list[str]:
