@@ -29,11 +29,17 @@ from fusekit.representation.processes import Processes
 from fusekit.representation.represent import vocabulary_of
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
-SMALL_FILES = 1 << 20
-"""Of a checkpoint besides its weights: tokenizer, card, record of the training."""
+SMALL_FILES = 2 << 20
+"""Of a checkpoint besides its weights, where they are not at hand to be added up."""
 
-PAGE_BYTES = 200_000
+PAGE_BYTES = 100_000
 """Of an alignment's figures and its page of three texts."""
+
+SCORE_BYTES = 1000
+"""Of the scores of one model."""
+
+ROW_BYTES = 128
+"""Of a row as JSON beside its contents: key, roles, source."""
 
 ALIGNED_TO_TIME = 32
 
@@ -111,8 +117,11 @@ class _Job:
             self.plan.unknown += self.rows.said
             self.plan.basis = []
         step.seconds = self.rows.seconds
-        # The rows' contents as JSON, all of them; a token of text is about four bytes.
-        step.disk = step.disk_at_most = self.rows.content_bytes or (4 * step.tokens if step.tokens else None)
+        content = self.rows.content_bytes
+        if content is None and step.tokens is not None:
+            content = 4 * step.tokens  # a token of text is about four bytes
+        if content is not None and step.rows is not None:
+            step.disk = step.disk_at_most = content + ROW_BYTES * step.rows
 
     def time_models(self) -> None:
         """Load what is here and small, one after the other."""
@@ -236,7 +245,7 @@ class _Job:
             return step
         values = settings.training
         step.rows, step.tokens = self.rows.count, tokens
-        step.disk = step.disk_at_most = known.checkpoint.weight_bytes + SMALL_FILES
+        step.disk = step.disk_at_most = known.checkpoint.weight_bytes + _small_files(known)
         if tokens is not None:
             # Forward 2 and backward 4 per parameter and token; 2 more to compute activations again; an adapter leaves
             # out the gradients of the weights.
@@ -312,7 +321,7 @@ class _Job:
         if not rows:
             self.plan.unknown.append("evaluate: how many rows are held out")
             return
-        step.rows, step.disk = len(rows), SMALL_FILES
+        step.rows, step.disk = len(rows), SCORE_BYTES * len(names)
         reader = self.models.tokenizers.get(PIVOT)
         try:
             some = rows[:: max(1, len(rows) // 200)]
@@ -362,7 +371,7 @@ class _Job:
 
         out, cache = existing_parent(self.place), existing_parent(Path(constants.HF_HUB_CACHE))
         sizes = {known.model: known.download_bytes for known in self.models.known.values() if known.download_bytes}
-        download = f"download of {len(sizes)} models, {human(sum(sizes.values()))}"
+        download = f"download of {len(sizes)} model{'s' if len(sizes) > 1 else ''}, {human(sum(sizes.values()))}"
         what = f"disk for the whole run ({human(written)} that stay, {human(work)} of checkpoints for a while"
         together = sizes and cache.stat().st_dev == out.stat().st_dev
         needed = written + work + (sum(sizes.values()) if together else 0)
@@ -371,6 +380,15 @@ class _Job:
         if sizes and not together:
             needed = sum(sizes.values())
             self.plan.needs.append(Need(download, needed, free_bytes(cache), f"free on the disk of {cache}"))
+
+
+def _small_files(known: Known) -> int:
+    """Bytes of a checkpoint's files besides its weights: tokenizer, configuration."""
+    checkpoint = known.checkpoint
+    if checkpoint is None or not checkpoint.folder.is_dir():
+        return SMALL_FILES
+    files = (path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _gpus() -> list[dict[str, Any]]:

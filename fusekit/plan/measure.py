@@ -109,7 +109,7 @@ def measure_capture(
         took = time.perf_counter() - begun
         captured |= {row.tokens.key: row for row in scored.rows}
         tokens = sum(len(row.tokens) for row in scored.rows)
-        if tokens and (at or size >= len(rows)):  # the first batch warms up
+        if tokens:  # the first batch warms up: it counts only if there is no other
             speed = tokens / took
         at, size, left = at + len(some), 2 * size, left - took
     codec = Codec(teacher.vocabulary, teacher.selection.k, section.max_error)

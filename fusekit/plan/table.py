@@ -18,7 +18,8 @@ def table(plan: Plan, tflops: float | None = None) -> str:
     rows = [_HEAD, *(_row(step, tflops) for step in plan.steps), _total(plan, tflops)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = [f"plan of {plan.recipe}" + (f" into {plan.out}" if plan.out else "") + "; nothing is written", ""]
+    lines = _section(f"plan of {plan.recipe}" + (f" into {plan.out}" if plan.out else ""), ["nothing is written"])
+    lines.append("")
     for row in rows:
         cells = [f"{_cut(cell, width):{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
         lines.append("  ".join(cells).rstrip())
@@ -113,8 +114,8 @@ def _shown(needs: list[Need]) -> list[str]:
 def _section(title: str, lines: list[str]) -> list[str]:
     found = []
     for number, line in enumerate(dict.fromkeys(lines)):
-        indent = f"{title}: " if number == 0 else "  "
-        found += textwrap.wrap(" ".join(line.split()), WIDTH, initial_indent=indent, subsequent_indent="    ")
+        text = f"{title}: {line}" if number == 0 else f"  {line}"
+        found += textwrap.wrap(text, WIDTH, subsequent_indent="    ")
     return found
 
 
