@@ -209,7 +209,8 @@ def offline(
 def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     home = tmp_path / "hf"
     home.mkdir()
-    done = offline([str(ROOT / "recipes" / "fusechat-7b.yml"), "out", "--json"], home, cwd=tmp_path)
+    recipe, unknown = ROOT / "recipes" / "fusechat-7b.yml", "sources.0={model: nobody/nothing}"
+    done = offline([str(recipe), "out", "--json", "--set", unknown], home, cwd=tmp_path)
     assert done.returncode == 1, done.stderr  # 149 GB of memory are not here
     assert not list(home.iterdir())
     assert list(tmp_path.iterdir()) == [home]
@@ -226,16 +227,10 @@ def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     assert steps["merge fusechat_sce"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
     assert all(step["seconds"] is None for step in plan["steps"])
     assert any("as large as the recipe says" in line for line in plan["basis"])
-
-
-def test_an_unreachable_model_without_sizes_is_not_found_out(tmp_path):
-    recipe = write_recipe(tmp_path, sources=[{"model": "nobody/nothing"}], evaluate=None)
-    done = offline([str(recipe), "--no-measure"], tmp_path / "hf")
-    text = " ".join(done.stdout.split())
-    assert done.returncode == 0, done.stderr
-    assert "not found out, so totals are at least: nobody/nothing is not in the cache" in text
-    assert "`size:` in the recipe" in text
-    assert "represent nothing: how large nobody/nothing is" in text
+    assert steps["represent nothing"]["memory"] is None
+    assert not plan["totals"]["memory"]["complete"]
+    assert any("nobody/nothing is not in the cache" in line and "`size:`" in line for line in plan["unknown"])
+    assert "represent nothing: how large nobody/nothing is" in plan["unknown"]
 
 
 @pytest.mark.slow
