@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusekit.distillation.arguments import CHECKPOINTS_KEPT
-from fusekit.distillation.settings import TrainingSettings
+from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need

@@ -11,6 +11,9 @@ from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
 
+CHECKPOINTS_KEPT = 2
+"""Of a run, unless ``trainer.save_total_limit`` says otherwise."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.distillation import estimate as training
-from fusekit.distillation.run import Target, targets_of
+from fusekit.distillation.outputs import Target, targets_of
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.models.limits import memory_limits
@@ -200,6 +200,9 @@ class _Job:
         # What the stage asks for takes every token for a label; what is expected does not.
         step.disk_at_most = round(share * capture.store_bytes(**(sizes | {"labels": tokens})))
         step.disk = round(share * capture.store_bytes(**sizes))
+        place = existing_parent(self.place)
+        what = f"disk ({counts['rows']} captured rows of {known.name}, at most)"
+        self.plan.needs.append(Need(what, step.disk_at_most, free_bytes(place), f"free on the disk of {place}"))
         speed = self.speeds.get(known.name)
         if speed is not None and speed.labels:
             step.disk = round(share * speed.store * labels / speed.labels)

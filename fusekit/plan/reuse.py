@@ -9,7 +9,7 @@ from typing import Any
 
 from fusekit.distillation import checkpoints, models, provenance
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.run import FACTS, Target
+from fusekit.distillation.outputs import FACTS, Target
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.errors import FusekitError
