@@ -22,6 +22,7 @@ MERGES = (
     "cli/fuse.py",
     "cli/fuse_options.py",
     "pipeline/merging.py",
+    "plan/merging.py",
 )
 
 
@@ -58,6 +59,8 @@ def test_only_what_merges_imports_mergekit():
         ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
         ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),
+        ("import fusekit.plan.make, fusekit.plan.table", "mergekit"),
+        ("import fusekit.cli.plan", "mergekit torch transformers"),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):

@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
     "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
+    "plan": ("fusekit.cli.plan", "plan", "What a fusion recipe would take: stages, tokens, disk, memory, time."),
     "report": ("fusekit.cli.report", "report", "Make the report of a run again, finished or not."),
     "represent": ("fusekit.cli.represent", "represent", "Capture what a model says about rows of data into a store."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),

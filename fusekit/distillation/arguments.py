@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fusekit.distillation.settings import TrainingSettings
+from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
 
@@ -38,8 +38,6 @@ _IMPOSSIBLE = {
     "auto_find_batch_size": "it would change the rows of an optimizer step",
     "use_liger_kernel": "it computes a loss of its own",
 }
-CHECKPOINTS_KEPT = 2
-
 _DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "logging_first_step": True,

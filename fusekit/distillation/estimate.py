@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusekit.distillation.arguments import CHECKPOINTS_KEPT
-from fusekit.distillation.settings import TrainingSettings
+from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
@@ -21,7 +20,7 @@ from fusekit.storage.faults import existing_parent, free_bytes, human
 
 HIDDEN_SAVED, WIDE_SAVED = 10, 4
 """Tensors as wide as the hidden states, and as the feed-forward, that a layer keeps for its backward. Counted by
-``torch.autograd.graph.saved_tensors_hooks`` on layers of Llama and Qwen with sdpa (10.0 and 4.0; GPT-NeoX: 10.3, 2.0)."""
+``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: Llama and Qwen 10.0 and 4.0, GPT-NeoX 10.3 and 2.0."""
 
 AUTOCAST_WIDE_BYTES = 2.75
 """Of an element of the feed-forward under bfloat16 autocast, counted likewise; the hidden states stay float32."""
@@ -137,7 +136,8 @@ def disk_needs(
     """
     work = kept_bytes(checkpoint, settings) if results else 0
     needed = results * checkpoint.weight_bytes + work
-    what = f"disk ({results} trained models of {human(checkpoint.weight_bytes)}, {human(work)} of checkpoints"
+    models = f"{results} trained model{'s' if results > 1 else ''} of {human(checkpoint.weight_bytes)}"
+    what = f"disk ({models}, {human(work)} of checkpoints"
     if download and results and checkpoint.snapshot and checkpoint.download_bytes:
         cache = existing_parent(checkpoint.snapshot.cache)
         if cache.stat().st_dev == existing_parent(out).stat().st_dev:

@@ -18,6 +18,7 @@ import fusekit
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
+from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, targets_of
 from fusekit.distillation.processes import is_main, on_main
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
@@ -31,41 +32,9 @@ from fusekit.storage.lock import output_lock
 from fusekit.storage.publish import recover, staging
 
 STAGE = "distill"
-FACTS = "made_from.json"
-JOINT, PLAIN = "joint", "sft"
+__all__ = ["FACTS", "JOINT", "PLAIN", "Inputs", "Target", "distill", "targets_of"]
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model that a run makes. ``sources`` are the names of those that teach it."""
-
-    name: str
-    folder: Path
-    sources: tuple[str, ...]
-
-    @property
-    def work(self) -> Path:
-        """Where its checkpoints are until it is published."""
-        return self.folder.parent / f"{self.name}.training"
-
-
-def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
-    """The models that settings ask for: one per source, one from all, or, at lm_weight 1, one from the text alone.
-
-    Raises DistillationError when there is no source to learn from, or one has a name that cannot be a folder's.
-    """
-    for name in sources:
-        if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
-            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
-    if settings.plain:
-        return [Target(PLAIN, out / PLAIN, ())]
-    if not sources:
-        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
-    if settings.fusion.mode == "joint":
-        return [Target(JOINT, out / JOINT, tuple(sources))]
-    return [Target(name, out / name, (name,)) for name in sources]
 
 
 def distill(

@@ -13,6 +13,8 @@ from fusekit.problems import nearest
 
 _LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk")
 """Those that fusekit brings, known without importing torch."""
+CHECKPOINTS_KEPT = 2
+"""Of a run, unless ``trainer.save_total_limit`` says otherwise."""
 
 
 class _Section(BaseModel):

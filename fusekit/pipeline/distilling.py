@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def check_targets(context: Context) -> None:
         known = artifact.read(folder)
         if known is None:
             raise StorageError(f"{folder} is not there: the stage `distill` comes first")
-        expected = _expected(context, known.inputs)
+        expected = expected_facts(context, str(known.inputs.get("target")), context.recipe.settings)
         before = {name: known.inputs.get(name, "not given") for name in expected}
         if changed := provenance.differences(before, expected):
             raise StorageError(
@@ -71,23 +70,26 @@ def check_targets(context: Context) -> None:
             )
 
 
-def _expected(context: Context, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a target that the recipe, its rows and the captures that are here determine."""
+def expected_facts(context: Context, target: str, settings: DistillSettings) -> dict[str, Any]:
+    """The facts of a target that the recipe, its rows and the captures that are here determine.
+
+    target: its name. settings: that it is trained with.
+    """
     from fusekit.distillation.joining import join
+    from fusekit.distillation.outputs import JOINT
     from fusekit.storage import Store
 
-    recipe, name = context.recipe, str(known.get("target"))
-    teachers = [source.label for source in recipe.sources if name in (source.label, "joint")]
+    teachers = [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
     folders = {model: context.layout.representation(model) for model in (PIVOT, *teachers)}
     facts = provenance.facts_of_run(
-        name,
-        recipe.settings,
+        target,
+        settings,
         context.readers.fingerprint(PIVOT),
         join(context.rows, {}).rows,
         {model: Store.open(folder) for model, folder in folders.items() if (folder / artifact.MANIFEST).is_file()},
     )
     facts = {key: value for key, value in facts.items() if value != {}}  # an empty section
-    for teacher in teachers if not recipe.settings.plain else ():
+    for teacher in teachers if not settings.plain else ():
         how = provenance.facts_of_alignment(alignment_of(context, teacher))
         facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
     return facts

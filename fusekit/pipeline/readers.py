@@ -47,6 +47,10 @@ class Readers:
             return self.recipe.pivot
         return next(source for source in self.recipe.sources if source.label == name)
 
+    def add(self, name: str, checkpoint: Checkpoint) -> None:
+        """Take a model that was found already."""
+        self._checkpoints[name] = checkpoint
+
     def checkpoint(self, name: str) -> Checkpoint:
         """The model on disk or on the hub. Raises CaptureError."""
         if name not in self._checkpoints:

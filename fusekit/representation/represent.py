@@ -124,9 +124,18 @@ def represent(
 
 
 def store_spec(
-    checkpoint: Checkpoint, tokenizer: RowTokenizer, rows: Sequence[Row], vocabulary: int, settings: Settings
+    checkpoint: Checkpoint,
+    tokenizer: RowTokenizer,
+    rows: Sequence[Row],
+    vocabulary: int,
+    settings: Settings,
+    *,
+    fingerprint: str | None = None,
 ) -> StoreSpec:
-    """What a store is made from: model, tokenizer and template, data, and every setting that changes a value."""
+    """What a store is made from: model, tokenizer and template, data, and every setting that changes a value.
+
+    fingerprint: of the weights, where it is known already.
+    """
     choice, selection = checkpoint.choice, settings.selection
     details: dict[str, Any] = {
         "dtype": choice.dtype,
@@ -136,7 +145,7 @@ def store_spec(
     }
     return StoreSpec(
         model=choice.model,
-        model_fingerprint=checkpoint.fingerprint(),
+        model_fingerprint=fingerprint or checkpoint.fingerprint(),
         tokenizer=tokenizer.fingerprint,
         data=data_fingerprint(rows),
         vocabulary=vocabulary,
