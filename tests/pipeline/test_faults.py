@@ -92,10 +92,12 @@ def die_at_commit() -> None:
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event != "os.rename" or "/out/" not in str(args[1]) or str(args[1]).endswith(".holder"):
+        if event != "os.rename" or "/out/" not in str(args[1]):
+            return
+        name = str(args[1]).split("/out/")[1]
+        if any(part.startswith(".") for part in name.split("/")):  # locks, and what is staged under a random name
             return
         seen += 1
-        name = str(args[1]).split("/out/")[1]
         if seen == number or (number == 0 and name not in died_at):
             with log.open("a") as file:
                 file.write(name + "\n")
