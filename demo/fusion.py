@@ -67,7 +67,7 @@ def choices(out: Path) -> str:
     for line in (RECIPE.parents[1] / "demo" / "rows" / "train.jsonl").read_text().splitlines():
         record = json.loads(line)
         key = Row(tuple(Message(m["role"], m["content"]) for m in record["messages"])).key
-        kind.setdefault(record["skill"] + (", wrong label" if record["noisy"] else ""), []).append(key)
+        kind.setdefault(record["dataset"] + (", wrong label" if record["noisy"] else ""), []).append(key)
     sources = [name for name in nats if name != "pivot"]
     lines = [f"| rows | number | {' | '.join(sources)} |", f"|---|---:|{'---:|' * len(sources)}"]
     for skill, keys in sorted(kind.items()):

@@ -2,7 +2,8 @@
 
     python demo/rows.py                       # demo/rows/train.jsonl and demo/rows/held-out/SKILL.jsonl
 
-A row is a conversation (``messages``) with the name of its skill. In the skills of ``NOISE`` the stated share of the
+A row is a conversation (``messages``) with the name of its skill, as ``dataset`` in the training rows, so that reports
+count by it. In the skills of ``NOISE`` the stated share of the
 training rows has a wrong answer (``noisy``: true); held-out rows are all right. No question is in a file twice, and no
 held-out question is in the training file.
 """
@@ -51,10 +52,10 @@ def with_noise(rows: list[tasks.Row], share: float, rng: random.Random) -> list[
 
 
 def training_set(seed: int = 0) -> list[dict[str, Any]]:
-    """The rows to distil on, of all skills, in a random order: ``skill``, ``noisy``, ``messages``."""
+    """The rows to distil on, of all skills, in a random order: ``dataset`` (the skill), ``noisy``, ``messages``."""
     rng = random.Random(f"noise {seed}")
     found = [
-        {"skill": skill, "noisy": noisy, "messages": row.messages()}
+        {"dataset": skill, "noisy": noisy, "messages": row.messages()}
         for skill in SKILLS
         for row, noisy in with_noise(different_questions(skill, TRAINING, seed), NOISE.get(skill, 0.0), rng)
     ]

@@ -241,7 +241,7 @@ def test_distillation_rows_meet_no_held_out_question(tasks, training_set):
     for skill in SKILLS:
         held_out |= {row.prompt for row in tasks.held_out_rows(skill, 200) if skill != "code"}
     code_answers = {row.answer for row in tasks.held_out_rows("code", 200)}
-    questions = [(row["skill"], row["messages"][0]["content"]) for row in training_set]
+    questions = [(row["dataset"], row["messages"][0]["content"]) for row in training_set]
     assert len(set(questions)) == len(questions)
     assert not held_out & {question for skill, question in questions if skill != "code"}
     assert not code_answers & {row["messages"][1]["content"] for row in training_set}
@@ -255,7 +255,7 @@ def test_the_stated_share_of_distillation_rows_is_wrong(tasks, training_set):
     }
     for row in training_set:
         question, answer = (message["content"] for message in row["messages"])
-        skill = row["skill"]
+        skill = row["dataset"]
         rows[skill] += 1
         wrong[skill] += row["noisy"]
         if skill == "add":

@@ -25,6 +25,7 @@ from fusekit.recipe import Recipe, load_recipe
 @click.option("--only", type=click.Choice(STAGES), help="One stage; what it needs has to be there")
 @click.option("--from", "start", type=click.Choice(STAGES), help="The first stage to do; what it needs is checked")
 @click.option("--until", type=click.Choice(STAGES), help="The last stage to do")
+@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice")
 @add_merge_options
 @click.pass_context
 def fuse(
@@ -36,11 +37,12 @@ def fuse(
     only: str | None,
     start: str | None,
     until: str | None,
+    ignore_estimates: bool,
     merge_options: MergeOptions,
 ) -> None:
     """Run the fusion RECIPE in the folder OUT: from sources of any architecture to one merged model.
 
-    The same as fusekit run. The options of mergekit are for the merge, which is the last step but one: --cuda and
+    The same as fusekit run. The options of mergekit are for the merge: --cuda and
     --device say where it computes; captures and training use the accelerator that is there. --transformers-cache,
     --quiet and -v hold for all stages. --trust-remote-code lets the Python code of every model of the recipe run; for
     one model it is `trust_remote_code: true` in the recipe.
@@ -60,6 +62,7 @@ def fuse(
         only=only,
         start=start,
         until=until,
+        ignore_estimates=ignore_estimates,
         quiet=merge_options.quiet,
         merge_options=options,
     )

@@ -16,6 +16,9 @@ from fusekit.pipeline.layout import STAGES
 
 recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 out_argument = click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+estimates_option = click.option(
+    "--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice."
+)
 quiet_option = click.option("--quiet", is_flag=True, help="Errors only.")
 
 
@@ -26,6 +29,7 @@ quiet_option = click.option("--quiet", is_flag=True, help="Errors only.")
 @click.option("--only", type=click.Choice(STAGES), help="One stage; what it needs has to be there.")
 @click.option("--from", "start", type=click.Choice(STAGES), help="The first stage to do; what it needs is checked.")
 @click.option("--until", type=click.Choice(STAGES), help="The last stage to do.")
+@estimates_option
 @quiet_option
 def run(
     recipe: Path,
@@ -35,6 +39,7 @@ def run(
     only: str | None = None,
     start: str | None = None,
     until: str | None = None,
+    ignore_estimates: bool = False,
     quiet: bool = False,
 ) -> None:
     """Do what is missing of a fusion RECIPE in the folder OUT: from sources to a merged, evaluated model.
@@ -42,7 +47,9 @@ def run(
     Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped goes on when
     the same command is given again. What an artifact was made from must not change under it: fusekit says what did.
     """
-    run_recipe(recipe, out, overrides, only=only, start=start, until=until, quiet=quiet)
+    run_recipe(
+        recipe, out, overrides, only=only, start=start, until=until, ignore_estimates=ignore_estimates, quiet=quiet
+    )
 
 
 @click.command()
@@ -66,6 +73,7 @@ def run_recipe(
     only: str | Iterable[str] | None = None,
     start: str | None = None,
     until: str | None = None,
+    ignore_estimates: bool = False,
     quiet: bool = False,
     merge_options: Mapping[str, Any] | None = None,
 ) -> None:
@@ -88,6 +96,7 @@ def run_recipe(
                 only=only,
                 start=start,
                 until=until,
+                ignore_estimates=ignore_estimates,
                 say=lambda line: None if quiet else click.echo(line, err=True),
                 quiet=quiet,
                 merge_options=merge_options,

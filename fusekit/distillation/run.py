@@ -148,8 +148,8 @@ class _Work:
             trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
         except Exception as error:
             raise disk_fault(error, target.work) or error from None
-        state = _gathered(trainer)
-        on_main(lambda: self.publish(trainer, state, round(time.monotonic() - started, 3)))
+        state, counts = _gathered(trainer), trainer.counts_so_far()
+        on_main(lambda: self.publish(trainer, state, counts, round(time.monotonic() - started, 3)))
         self.say(f"published to {target.folder}")
 
     def refuse_what_does_not_fit(self, start: Path | None) -> None:
@@ -178,7 +178,9 @@ class _Work:
             say=self.say,
         )
 
-    def publish(self, trainer: FusionTrainer, state: dict[str, Any] | None, seconds: float) -> None:
+    def publish(
+        self, trainer: FusionTrainer, state: dict[str, Any] | None, counts: dict[str, float], seconds: float
+    ) -> None:
         """Write the result with its manifest and move it to its place in one step; its checkpoints have served.
 
         seconds: that this process has trained. Times are in the manifest alone, so that equal runs leave equal files.
@@ -193,7 +195,7 @@ class _Work:
             "made_from": self.facts,
             "rows": joined.report(),
             "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
-            "counts": trainer.counts,
+            "counts": counts,
             "skipped_steps": trainer.skipped,
             "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }

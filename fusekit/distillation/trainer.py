@@ -254,7 +254,7 @@ class FusionTrainer(Trainer):
         """Go on counting where the run that wrote a checkpoint with these facts was."""
         self.counts, self.skipped = dict(facts.get("counts", {})), int(facts.get("skipped", 0))
 
-    def _counts_so_far(self) -> dict[str, float]:
+    def counts_so_far(self) -> dict[str, float]:
         """The run's counts, those since the last line of the log too, over all processes. Every process calls it."""
         pending = self._sums.pending()
         if self.accelerator.num_processes > 1:
@@ -276,7 +276,7 @@ class FusionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        counts = self._counts_so_far()
+        counts = self.counts_so_far()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             progress = {"step": self.state.global_step, "counts": counts, "skipped": self.skipped}

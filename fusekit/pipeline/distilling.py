@@ -31,10 +31,20 @@ def distill(context: Context) -> list[Path]:
         choice_of(recipe.pivot), context.rows, layout.representation(PIVOT), sources, context.readers.reader(PIVOT)
     )
     settings = recipe.settings
-    targets = train(inputs, settings, layout.targets, resume=True, say=lambda line: context.say(f"distill {line}"))
+
+    def make(inputs: Inputs, settings: DistillSettings, out: Path) -> list[Path]:
+        return train(
+            inputs,
+            settings,
+            out,
+            resume=True,
+            ignore_estimates=context.ignore_estimates,
+            say=lambda line: context.say(f"distill {line}"),
+        )
+
+    targets = make(inputs, settings, layout.targets)
     if wants_baseline(context):
-        alone = replace(inputs, sources={})
-        train(alone, plain(settings), layout.baselines, resume=True, say=lambda line: context.say(f"distill {line}"))
+        make(replace(inputs, sources={}), plain(settings), layout.baselines)
     return targets
 
 

@@ -52,6 +52,7 @@ def merge(context: Context) -> None:
     pivot = context.recipe.pivot
     settings = Settings(
         overwrite=known is not None,
+        ignore_estimates=context.ignore_estimates,
         allow_pickle=frozenset(used[len(targets) :] if pivot.allow_pickle else ()),
         allow_remote_code=frozenset(used if pivot.trust_remote_code else ()),
         say=lambda line: context.say(f"merge: {line}"),

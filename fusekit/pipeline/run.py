@@ -106,6 +106,7 @@ def run(
     say: Callable[[str], None] = print,
     quiet: bool = False,
     merge_options: Mapping[str, Any] | None = None,
+    ignore_estimates: bool = False,
 ) -> Run:
     """Do what is missing of a recipe, and nothing else.
 
@@ -121,6 +122,7 @@ def run(
         say: gets a line of plain text for the user.
         quiet: no progress of captures.
         merge_options: fields of mergekit's MergeOptions, for the stage ``merge``.
+        ignore_estimates: start stages although disk or memory do not seem to suffice.
 
     Raises:
         FusekitError: what each stage raises; an output in use, or that holds something else; inputs that are not
@@ -135,7 +137,7 @@ def run(
             log.write(line)
             say(line)
 
-    context = Context(recipe, layout, Readers(recipe), tell, quiet, dict(merge_options or {}))
+    context = Context(recipe, layout, Readers(recipe), tell, quiet, dict(merge_options or {}), ignore_estimates)
     with ExitStack() as held:
 
         def claim() -> None:

@@ -51,6 +51,7 @@ class Context:
     """What every stage gets: the recipe, where things go, the models, and how to talk to the user.
 
     quiet: no progress of captures. merge_options: fields of mergekit's MergeOptions that were asked for.
+    ignore_estimates: start stages although disk or memory do not seem to suffice.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Context:
     say: Say
     quiet: bool = False
     merge_options: Mapping[str, Any] = field(default_factory=dict)
+    ignore_estimates: bool = False
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -187,6 +189,7 @@ def capture_settings(context: Context) -> Any:
         batch_tokens=section.batch_tokens,
         rows_per_shard=section.rows_per_shard,
         options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
+        ignore_estimates=context.ignore_estimates,
     )
 
 

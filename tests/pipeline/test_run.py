@@ -17,7 +17,14 @@ from fusekit.recipe import load_recipe
 from fusekit.storage import Store, artifact
 from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
 
-SUMMARIES = {"recipe.resolved.yml", "results.json", "logs/run.log"}
+SUMMARIES = {
+    "recipe.resolved.yml",
+    "results.json",
+    "models.json",
+    "report.html",
+    "logs/run.log",
+    "logs/captures.json",
+}
 
 
 @pytest.mark.slow
