@@ -37,11 +37,13 @@ def plan(
     run: a model that is missing or gated, inputs that changed, disk or memory that do not suffice here.
     """
     from fusekit.cli.represent import drop_noise
+    from fusekit.pipeline.checks import check_recipe
     from fusekit.plan.make import make_plan
     from fusekit.plan.table import table
     from fusekit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    check_recipe(loaded)
     drop_noise()
     found = make_plan(loaded, str(recipe), out, measured=measure)
     click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found, tflops))

@@ -52,12 +52,11 @@ def refuse_options(context: click.Context, allowed: set[str]) -> None:
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> None:
     """Check a fusion recipe: every mistake at once, with its line and the nearest known name."""
+    from fusekit.pipeline.checks import check_recipe
+
     refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
-    if loaded.evaluate is not None and loaded.evaluate.lm_eval is not None:
-        from fusekit.evaluation.lm_eval import check
-
-        check(loaded.evaluate.lm_eval, f"{recipe}: evaluate.lm_eval")
+    check_recipe(loaded)
     if resolved:
         import yaml
 

@@ -25,18 +25,22 @@ def lint(document: Document) -> tuple[MergeConfiguration, list[str]]:
     the method would refuse; dtypes and chat templates that do not exist; and whatever mergekit's schema refuses.
     """
     problems = Problems(document)
-    data = document.data
+    config = check(document.data, problems)
+    problems.raise_if_any()
+    return config, problems.warnings
+
+
+def check(data: Any, problems: Problems) -> MergeConfiguration | None:
+    """Collect what :func:`lint` refuses. Returns mergekit's configuration, None where that cannot be read."""
     if not isinstance(data, dict):
         problems.add((), "a recipe is a mapping with `merge_method` and `models`, `slices` or `modules`")
-        problems.raise_if_any()
+        return None
     _check_keys(data, MergeConfiguration, (), problems)
     _check_method(data, problems)
     _check_dtypes(data, problems)
     _check_chat_template(data, problems)
     _check_ranges(data, problems)
-    config = _validate(data, problems)
-    problems.raise_if_any()
-    return config, problems.warnings
+    return _validate(data, problems)
 
 
 def _check_keys(value: Any, annotation: Any, path: KeyPath, problems: Problems) -> None:

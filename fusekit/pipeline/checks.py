@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fusekit.errors import StorageError
-from fusekit.pipeline.layout import PIVOT
+from fusekit.pipeline.layout import PIVOT, STAGES
 from fusekit.pipeline.stages import Context, align_inputs
+from fusekit.recipe import Recipe
 from fusekit.storage import artifact
+
+
+def check_recipe(recipe: Recipe, stages: Collection[str] = STAGES) -> None:
+    """Refuse now what a late stage would refuse after hours: a merge, or tasks of lm-eval, that cannot be.
+
+    stages: those that are to be done. Raises RecipeError with every problem and where it was written.
+    """
+    from fusekit.evaluation import lm_eval
+    from fusekit.pipeline.merging import check_section
+
+    if "merge" in stages:
+        check_section(recipe)
+    if "evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
+        lm_eval.check(recipe.evaluate.lm_eval)
 
 
 def check_stores(context: Context) -> None:

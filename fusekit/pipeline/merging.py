@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from fusekit.errors import StorageError
+from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, merge_inputs
 from fusekit.pipeline.vouching import require_whole
+from fusekit.recipe import Recipe
 from fusekit.storage import artifact, commit_file
 
 
@@ -28,7 +29,7 @@ def merge(context: Context) -> None:
     from fusekit.merging import merge as run_merge
 
     layout, targets = context.layout, context.targets
-    models = _models(context, targets)
+    models = _models(context.recipe, targets, str(context.readers.checkpoint(PIVOT).folder))
     inputs, final = merge_inputs(context, targets), layout.merged
     known = artifact.read(final)
     if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
@@ -63,6 +64,29 @@ def merge(context: Context) -> None:
     context.say(f"merge: {merged}")
 
 
+def check_section(recipe: Recipe) -> None:
+    """Refuse a section ``merge`` that mergekit would refuse, or ignore a part of, once the targets are trained.
+
+    Raises RecipeError with every problem and where it was written.
+    """
+    if recipe.merge is None:
+        return
+    from fusekit.distillation.outputs import targets_of
+    from fusekit.merging.lint import check
+    from fusekit.problems import Problems
+    from fusekit.safe_yaml import Document
+
+    targets = targets_of(recipe.settings, [source.label for source in recipe.sources], Path("targets"))
+    data = _models(recipe, [target.folder for target in targets], recipe.pivot.model) | dict(recipe.merge)
+    problems = Problems(Document(data, "", "merge", {}))
+    check(data, problems)
+    found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
+    if len(found) == 1:
+        raise RecipeError(found[0])
+    if found:
+        raise RecipeError(f"merge: {len(found)} problems\n" + "\n".join(f"  {line}" for line in found))
+
+
 def check_merged(context: Context) -> None:
     """Refuse a merged model that is not there or was made from something else. Raises StorageError."""
     if context.recipe.merge is None:
@@ -71,10 +95,10 @@ def check_merged(context: Context) -> None:
         raise StorageError(f"{context.layout.merged} is not there: the stage `merge` comes first")
 
 
-def _models(context: Context, targets: list[Path]) -> dict[str, Any]:
+def _models(recipe: Recipe, targets: list[Path], pivot: str) -> dict[str, Any]:
     models: dict[str, Any] = {"models": [{"model": str(path)} for path in targets]}
-    if _takes_base(str((context.recipe.merge or {}).get("merge_method"))):
-        models["base_model"] = str(context.readers.checkpoint(PIVOT).folder)
+    if _takes_base(str((recipe.merge or {}).get("merge_method"))):
+        models["base_model"] = pivot
     return models
 
 

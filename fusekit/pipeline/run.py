@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
-from fusekit.evaluation import lm_eval
 from fusekit.pipeline import checks, distilling, merging, report_stage, stages
 from fusekit.pipeline.layout import OURS, STAGES, Layout
 from fusekit.pipeline.log import RunLog
@@ -146,9 +145,7 @@ def run(
             held.enter_context(log.around())
 
         processes.first_then_all(claim)
-        asked = recipe.evaluate.lm_eval if recipe.evaluate is not None else None
-        if asked is not None and "evaluate" in chosen:
-            processes.first_then_all(lambda: lm_eval.check(asked))  # now, and not after hours of training
+        processes.first_then_all(lambda: checks.check_recipe(recipe, chosen))
         for name in STAGES:
             if name in chosen:
                 _STAGES[name].do(context, processes)

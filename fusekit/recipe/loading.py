@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -54,6 +54,10 @@ class _Layers:
                     del self.places[known]
             self.places[path] = Place(document, path)
 
+    def written(self, fallback: Document) -> dict[KeyPath, str]:
+        """Where every value was written, as errors say it."""
+        return {path: str(self.place(path, fallback)) for path in _paths(self.data)}
+
     def place(self, path: KeyPath, fallback: Document) -> Place:
         """Where the value at ``path``, or the nearest one that encloses it, was written."""
         for length in range(len(path), 0, -1):
@@ -67,6 +71,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(child) for key, child in value.items()}
     return [_plain(child) for child in value] if isinstance(value, list) else value
+
+
+def _paths(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
+    """Of everything within a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*at, key)
+        yield from _paths(child, (*at, key))
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -149,9 +161,11 @@ def _checked(layers: _Layers, top: Document) -> Recipe:
         raise RecipeError(f"{place}: unknown preset {name!r}{nearest(str(name), PRESETS)}")
     data = _with_preset(layers.data, PRESETS[name])
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_report(error, layers, top)) from None
+    recipe._places = layers.written(top)
+    return recipe
 
 
 def _with_preset(data: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,15 @@ Every default here is the default of the preset ``fusekit``; presets.py has the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.evaluation.settings import LmEval
+from fusekit.safe_yaml import KeyPath
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
@@ -187,6 +190,15 @@ class Recipe(Section):
     )
     evaluate: Evaluate | None = Field(default=None, description="Held-out rows to score every model on.")
 
+    _places: Mapping[KeyPath, str] = PrivateAttr(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """Where the value at ``path``, or the nearest that encloses it, was written: a file and a line, or the path."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._places:
+                return self._places[path[:length]]
+        return ".".join(map(str, path))
+
     @field_validator("fusion")
     @classmethod
     def _no_rewards(cls, fusion: FusionSettings) -> FusionSettings:
@@ -203,8 +215,9 @@ class Recipe(Section):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}: give one a `name` of its own")
-        if "pivot" in labels:
-            raise ValueError("no source may be called 'pivot': give it another `name`")
+        for name in ("pivot", JOINT, PLAIN):
+            if name in labels:
+                raise ValueError(f"no source may be called {name!r}: give it another `name`")
         return self
 
     @property

@@ -168,6 +168,14 @@ def test_pairwise_makes_a_target_per_source_and_joint_one_for_all(world: Path, t
     assert sum(value for name, value in line.items() if name.startswith("chosen/")) == pytest.approx(1)
 
 
+def test_rows_since_the_last_line_of_the_log_are_counted(world: Path, tmp_path: Path) -> None:
+    (folder,) = distill(
+        inputs(world), settings(training={"trainer": SILENT["trainer"] | {"logging_steps": 100}}), tmp_path
+    )
+    record = json.loads((folder / "training.json").read_text())
+    assert record["counts"]["rows"] == len(ROWS)
+
+
 @pytest.mark.parametrize("preset", ["fusellm", "fusechat", "sft", "uld"])
 def test_every_preset_trains(preset: str, world: Path, tmp_path: Path) -> None:
     (folder,) = distill(inputs(world), settings(preset), tmp_path / "out")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fusekit import shipped_recipes
 from fusekit.cli import cli
 from fusekit.errors import FusekitError, RecipeError
+from fusekit.pipeline.checks import check_recipe
 from fusekit.recipe import PRESETS, load_recipe
 from fusekit.recipe.schema import document, schema_text
 
@@ -240,3 +241,28 @@ def test_the_schema_takes_what_loads_and_refuses_what_does_not(write, preset):
     for wrong in ({"distil": {}}, {"preset": "other"}, {"represent": {"top_k": 0}}, {"sources": []}):
         assert not validator.is_valid(small | wrong)
     assert not validator.is_valid({"pivot": {"model": "a"}})
+
+
+def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp_path):
+    merge = "merge:\n  dtype: bf17\n  parameters: {select_topkk: 0.1}\n  modles: []\n"
+    path = write(SMALL + merge)
+    lines = path.read_text().splitlines()
+    for command in (["validate", str(path)], ["run", str(path), str(tmp_path / "out")], ["plan", str(path)]):
+        result = CliRunner().invoke(cli, command)
+        assert isinstance(result.exception, RecipeError), (command, result.output)
+        for word, says in (
+            ("bf17", "unknown dtype 'bf17'"),
+            ("select_topkk", "unknown parameter 'select_topkk' of fusechat_sce; did you mean 'select_topk'?"),
+            ("modles", "unknown key 'modles'; did you mean 'mod"),
+        ):
+            line = next(number for number, text in enumerate(lines, 1) if word in text)
+            assert f"{path}, line {line}: {says}" in str(result.exception)
+    assert not (tmp_path / "out" / "data").exists()
+    with pytest.raises(RecipeError, match=r"--set merge.parameters.select_topk=7: .*cannot be 7"):
+        check_recipe(load_recipe(write(SMALL), ["merge.parameters.select_topk=7"]))
+
+
+@pytest.mark.parametrize("name", ["pivot", "joint", "sft"])
+def test_a_source_cannot_have_the_name_of_a_target_of_all(write, name):
+    with pytest.raises(RecipeError, match=f"no source may be called '{name}'"):
+        load_recipe(write(SMALL), [f"sources.0.name={name}"])
