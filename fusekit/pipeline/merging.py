@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,13 @@ def merge(context: Context) -> None:
         require_whole(path)
     text = (
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
-        f"{layout.merge_recipe.name} OUT\n"
-        + yaml.safe_dump(models | dict(context.recipe.merge), sort_keys=False, allow_unicode=True)
+        f"{layout.merge_recipe.name} OUT\n" + _dumped(models | dict(context.recipe.merge))
     )
     commit_file(layout.merge_recipe, lambda file: file.write(text.encode()))
     started = time.monotonic()
 
     def finish(folder: Path) -> None:
+        name_models(folder, _names(context, targets, models), text)
         artifact.seal(folder, "merge", inputs, context.made(started))
 
     used = [*(str(path) for path in targets), *([models["base_model"]] if "base_model" in models else [])]
@@ -85,6 +87,54 @@ def check_section(recipe: Recipe) -> None:
         raise RecipeError(found[0])
     if found:
         raise RecipeError(f"merge: {len(found)} problems\n" + "\n".join(f"  {line}" for line in found))
+
+
+def name_models(folder: Path, names: Mapping[str, str], recipe: str) -> None:
+    """Name models in what is published beside the weights, where mergekit and the merge wrote paths of this machine.
+
+    Args:
+        folder: of the merged model.
+        names: by path.
+        recipe: of the merge, as the card and ``mergekit_config.yml`` have it.
+    """
+    from fusekit.merging.card import PROVENANCE_FILE
+
+    merge = yaml.safe_load(recipe)
+    merge["models"] = [{**entry, "model": names.get(entry["model"], entry["model"])} for entry in merge["models"]]
+    if "base_model" in merge:
+        merge["base_model"] = names.get(merge["base_model"], merge["base_model"])
+    named = _dumped(merge)
+    if (config := folder / "mergekit_config.yml").is_file():
+        config.write_text(f"# The merge of this run, its models by name\n{named}", encoding="utf-8")
+    if (card := folder / "README.md").is_file():
+        text = card.read_text(encoding="utf-8").replace(recipe, named)
+        for path in sorted(names, key=len, reverse=True):
+            text = text.replace(path, names[path])
+        card.write_text(text, encoding="utf-8")
+    if (coefficients := folder / PROVENANCE_FILE).is_file():
+        found = _renamed(json.loads(coefficients.read_bytes()), names)
+        coefficients.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, names) for inner in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _names(context: Context, targets: list[Path], models: Mapping[str, Any]) -> dict[str, str]:
+    """What models are called where paths of this machine are nobody's business."""
+    names = {str(path): f"targets/{path.name}" for path in targets}
+    if "base_model" in models:
+        snapshot = context.readers.checkpoint(PIVOT).snapshot
+        names[models["base_model"]] = snapshot.repository if snapshot else Path(models["base_model"]).name
+    return names
+
+
+def _dumped(recipe: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def check_merged(context: Context) -> None:

@@ -29,6 +29,7 @@ _METHODS = {
     "slerp": ("SLERP", None),
 }
 _PAPERS = {"joint": ("FuseLLM", "2401.10491"), "pairwise": ("FuseChat", "2408.07990")}
+_FOLDERS = re.compile(r"(?<![\w./:~-])(?:~/|/)(?:[^\s/:'\"]+/)*")  # of an absolute path, within a sentence
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 
 
@@ -143,7 +144,7 @@ def _data(facts: Facts) -> list[str]:
         found.append(f"{facts.counts.kept:,} of {facts.counts.seen:,} rows used")
     for entry in sections.left_out(facts):
         used = "used" if entry.used else "not used"
-        found.append(f"{_escaped(entry.where)}: {entry.count:,} {used}; {_escaped(entry.why)}")
+        found.append(f"{_escaped(entry.where)}: {entry.count:,} {used}; {_escaped(_FOLDERS.sub('', entry.why))}")
     return found
 
 

@@ -35,6 +35,10 @@ _FUSION = {
     "avg_ce": "AvgCE: all teach every row together, the better one of them a little more.",
     "reward_softmax": "All teach every row together, by their rewards.",
 }
+_EXPLAINED = {
+    "bits_per_byte": "Bits per byte: what a model needs to guess a byte of the right answers. Lower is better.",
+    "exact_match": "Exact match: how often a model writes the right answer itself. Higher is better.",
+}
 _TITLES = {PIVOT: "pivot", BASELINE: "plain fine-tuning", results.MERGED: "merged model"}
 
 
@@ -53,6 +57,7 @@ def page(facts: Facts) -> str:
             lead=sections.lead(facts),
             missing=sections.missing_stages(facts),
             headline=head,
+            explained=_EXPLAINED.get(head.metric.name, f"{head.metric.direction.capitalize()}.") if head else "",
             bars=_bars(head, colours) if head else [],
             contents=_CONTENTS,
             metrics=metrics,
@@ -109,7 +114,7 @@ def environment() -> Environment:
 
 
 def titled(model: str) -> str:
-    """What the page calls a model of ``results.json``: ``source llama``, ``taught by llama``."""
+    """What the page calls a model of ``results.json``: ``source llama``, ``target llama``."""
     kind, _, name = model.partition("/")
     if kind == "targets" and name:
         return f"target {name}"
@@ -118,12 +123,13 @@ def titled(model: str) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of the headline. width: per cent of the longest."""
+    """A bar of the headline. width: per cent of the longest. main: whether it is the merged model's."""
 
     name: str
     shown: str
     width: float
     colour: str
+    main: bool = False
 
 
 def _bars(head: results.Headline, colours: dict[str, str]) -> list[Bar]:
@@ -133,7 +139,13 @@ def _bars(head: results.Headline, colours: dict[str, str]) -> list[Bar]:
     most = max((cell.value or 0.0 for cell in cells.values()), default=0.0)
     colour = _colour_of(colours)
     return [
-        Bar(titled(model), cell.shown, round(80 * max(cell.value or 0.0, 0.0) / (most or 1.0), 2), colour(model))
+        Bar(
+            titled(model),
+            cell.shown,
+            round(80 * max(cell.value or 0.0, 0.0) / (most or 1.0), 2),
+            colour(model),
+            model == results.MERGED,
+        )
         for model, cell in cells.items()
     ]
 

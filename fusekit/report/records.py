@@ -95,10 +95,18 @@ class Coefficients(_Record):
     tensors: dict[str, Tensor]
 
 
+class Task(_Record):
+    """A task of lm-eval: which of its metrics the figure is, and which way it is better."""
+
+    metric: str = ""
+    higher_is_better: bool | None = None
+
+
 class Results(_Record):
-    """``results.json``: model -> metric -> skill -> value. A metric that is no mapping counts as one skill."""
+    """``results.json``: model -> metric -> skill -> value; what each task of lm-eval measures."""
 
     models: dict[str, dict[str, dict[str, float | None]]]
+    lm_eval: dict[str, Task] = {}
 
 
 def _finite(value: object) -> TypeGuard[float]:

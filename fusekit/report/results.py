@@ -8,15 +8,19 @@ from dataclasses import dataclass
 
 from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.report import text
-from fusekit.report.records import Results
+from fusekit.report.records import Results, Task
 
 MERGED = "merged"
 MEAN = "mean"
 REFERENCES = (PIVOT, BASELINE)
 
 LOWER_IS_BETTER = ("bits_per_byte",)
-_TITLES = {"bits_per_byte": "Bits per byte", "exact_match": "Exact match", "lm_eval": "lm-eval"}
-_UNITS = {"bits_per_byte": "bits per byte of held-out answers", "exact_match": "of held-out questions answered exactly"}
+LM_EVAL = "lm_eval"
+_TITLES = {"bits_per_byte": "Bits per byte", "exact_match": "Exact match in per cent", LM_EVAL: "Tasks of lm-eval"}
+_UNITS = {
+    "bits_per_byte": "bits per byte of held-out answers",
+    "exact_match": "per cent of held-out questions answered exactly",
+}
 _AS_SHARE = ("exact_match",)
 _SAME = 5e-4  # of a relative change: less is shown as none
 
@@ -54,17 +58,20 @@ class Line:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric's table. columns: skills, and their plain mean last where there are several."""
+    """One metric's table. columns: skills, and their plain mean last where there are several that measure the same.
+
+    lower: whether less is better in every column; None where columns differ, whose heads then say so.
+    """
 
     name: str
     title: str
-    lower: bool
+    lower: bool | None
     columns: list[str]
     lines: list[Line]
 
     @property
     def direction(self) -> str:
-        return "lower is better" if self.lower else "higher is better"
+        return {True: "lower is better", False: "higher is better", None: "each column says which way"}[self.lower]
 
     @property
     def references(self) -> list[str]:
@@ -75,7 +82,9 @@ class Metric:
         return next((line for line in self.lines if line.model == model), None)
 
     def mean(self, model: str) -> Cell | None:
-        """A model's mean over the skills, or its value at the only one; None where it lacks a skill."""
+        """A model's mean over the skills, or its value at the only one; None where it lacks one or none is made."""
+        if len(self.columns) > 1 and self.columns[-1] != MEAN:
+            return None
         line = self.line(model)
         return line.cells[-1] if line is not None and line.cells and line.cells[-1].value is not None else None
 
@@ -93,11 +102,22 @@ def metrics_of(results: Results) -> list[Metric]:
 def _metric(name: str, results: Results) -> Metric:
     scores = {model: found[name] for model, found in results.models.items() if name in found}
     skills = sorted({skill for found in scores.values() for skill in found})
-    columns = [*skills, MEAN] if len(skills) > 1 else skills
-    values = {model: _values(found, skills) for model, found in scores.items()}
-    lower = name in LOWER_IS_BETTER
+    tasks = {skill: results.lm_eval[skill] for skill in skills if name == LM_EVAL and skill in results.lm_eval}
+    lower = [name in LOWER_IS_BETTER or (s in tasks and tasks[s].higher_is_better is False) for s in skills]
+    mixed = any(lower) and not all(lower)
+    columns = [_head(skill, tasks.get(skill), mixed and less) for skill, less in zip(skills, lower, strict=True)]
+    if len(skills) > 1 and name != LM_EVAL:  # tasks of lm-eval measure different things
+        columns.append(MEAN)
+        lower.append(lower[0])
+    values = {model: _values(found, skills, len(columns) > len(skills)) for model, found in scores.items()}
     lines = [Line(model, kind_of(model), _cells(name, values, model, lower)) for model in scores]
-    return Metric(name, _TITLES.get(name, name), lower, columns, lines)
+    return Metric(name, _TITLES.get(name, name), None if mixed else any(lower), columns, lines)
+
+
+def _head(skill: str, task: Task | None, lower: bool) -> str:
+    """``wikitext (word_perplexity,none, lower is better)``."""
+    said = [task.metric if task else "", "lower is better" if lower else ""]
+    return f"{skill} ({', '.join(filter(None, said))})" if any(said) else skill
 
 
 def kind_of(model: str) -> str:
@@ -105,10 +125,10 @@ def kind_of(model: str) -> str:
     return {"sources": "source", "targets": "target"}.get(model.partition("/")[0], model)
 
 
-def _values(found: Mapping[str, float | None], skills: list[str]) -> list[float | None]:
+def _values(found: Mapping[str, float | None], skills: list[str], with_mean: bool) -> list[float | None]:
     values = [_number(found.get(skill)) for skill in skills]
     known = [value for value in values if value is not None]
-    mean = [math.fsum(known) / len(known) if len(known) == len(values) else None] if len(skills) > 1 else []
+    mean = [math.fsum(known) / len(known) if len(known) == len(values) else None] if with_mean else []
     return values + mean
 
 
@@ -121,14 +141,14 @@ def _best(column: list[float | None], lower: bool) -> float | None:
     return (min(known) if lower else max(known)) if len(known) > 1 else None
 
 
-def _cells(metric: str, values: Mapping[str, list[float | None]], model: str, lower: bool) -> list[Cell]:
-    """A model's row. values: of every model, by column."""
+def _cells(metric: str, values: Mapping[str, list[float | None]], model: str, lower: list[bool]) -> list[Cell]:
+    """A model's row. values: of every model, by column. lower: whether less is better, by column."""
     references = [name for name in REFERENCES if name in values and name != model]
     cells = []
     for i, value in enumerate(values[model]):
-        best = _best([row[i] for row in values.values()], lower)
+        best = _best([row[i] for row in values.values()], lower[i])
         changes = {
-            name: change(metric, before, value, lower)
+            name: change(metric, before, value, lower[i])
             for name in references
             if value is not None and (before := values[name][i]) is not None
         }

@@ -94,15 +94,15 @@ def lead(facts: Facts) -> list[str]:
     rows = facts.counts.kept if facts.counts else None
     on = f"on {rows:,} rows of data" if rows else "on the same rows of data"
     taught = (
-        f"One copy of the pivot learned what {'it' if one else 'they'} predicted {on}, token by token"
+        f"A copy of the pivot, the target, learned what {'it' if one else 'they'} predicted {on}, token by token"
         if joint or one
-        else f"Each taught a copy of the pivot of its own what it predicted {on}, token by token"
+        else f"Each taught a copy of the pivot, its target, what it predicted {on}, token by token"
     )
-    first = f"The pivot learned from {len(facts.sources)} other model{'' if one else 's'}: {names}."
+    first = f"One model, the pivot, learned from {len(facts.sources)} other{'' if one else 's'}: {names}."
     across = "although each model reads text through its own tokenizer."
     last = "The result has the architecture and the tokenizer of the pivot, and costs no more to run."
     merged = facts.merged is not None and not joint and len(facts.targets) > 1
-    between = f"The {len(facts.targets)} copies were then merged into one model." if merged else ""
+    between = f"The {len(facts.targets)} targets were then merged into one model." if merged else ""
     return [part for part in (first, f"{taught}, {across}", between, last) if part]
 
 

@@ -173,7 +173,7 @@ def test_align_needs_no_capture(tmp_path):
         "recipe.resolved.yml",
     ]
     found = artifact.read(tmp_path / "out" / "alignment" / "llama")
-    assert sorted(found.files) == ["quality.html", "quality.json", NAME]
+    assert sorted(found.files) == ["quality.html", "quality.json", "samples.json", NAME]
     assert artifact.problems(tmp_path / "out" / "alignment" / "llama") == []
 
 
@@ -190,6 +190,13 @@ def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
     assert result.exit_code == 0, result.output
     assert (out / "merged" / "model.safetensors.index.json").is_file()
     assert stamps(out / "targets") == before
+    # What is published names models, not folders of this machine; the recipe that repeats the merge has the folders.
+    for name in ("README.md", "mergekit_config.yml"):
+        published = (out / "merged" / name).read_text()
+        assert "targets/llama" in published
+        assert str(out) not in published, name
+    assert str(out / "targets" / "llama") in (out / "merge.yml").read_text()
+    assert artifact.problems(out / "merged") == []
     # Another size is another result; the same is there already.
     result = CliRunner().invoke(cli, ["merge", str(path), str(out)])
     assert "options.out_shard_size: 500000, now not given" in str(result.exception)

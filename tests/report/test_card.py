@@ -72,6 +72,16 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
     assert merge["base_model"] == "org/pivot"
 
 
+def test_reasons_on_the_card_name_no_folder(run: Path) -> None:
+    counts = json.loads((run / "data" / "counts.json").read_text())
+    counts["first_refusal"] = "/home/me/templates/one.jinja: no system turn; and/or https://x.org/y"
+    (run / "data" / "counts.json").write_text(json.dumps(counts))
+    write_report(run)
+    text = (run / "merged" / "README.md").read_text()
+    assert ": one.jinja: no system turn; and/or https://x.org/y" in text
+    assert "/home/me" not in text
+
+
 def test_coefficients_on_the_card_are_means_over_tensors(run: Path) -> None:
     write_report(run)
     text = (run / "merged" / "README.md").read_text()

@@ -47,6 +47,22 @@ def test_who_taught_is_what_min_ce_chooses_row_by_row(tmp_path: Path) -> None:
         assert found[source].counted == {"pivot": 0.25, source: 0.75}
 
 
+def test_tasks_of_lm_eval_have_no_mean_and_their_own_direction() -> None:
+    models = {name: {"lm_eval": {"acc": a, "ppl": p}} for name, a, p in (("pivot", 0.5, 9.0), ("merged", 0.4, 8.0))}
+    tasks = {"acc": {"metric": "acc,none", "higher_is_better": True}, "ppl": {"metric": "ppl,none"}}
+    tasks["ppl"]["higher_is_better"] = False
+    (metric,) = metrics_of(Results.model_validate({"models": models, "lm_eval": tasks}))
+    assert metric.columns == ["acc (acc,none)", "ppl (ppl,none, lower is better)"]
+    assert metric.direction == "each column says which way"
+    pivot, merged = metric.lines
+    assert [cell.best for cell in pivot.cells] == [True, False]
+    assert [cell.best for cell in merged.cells] == [False, True]
+    assert [cell.changes["pivot"].word for cell in merged.cells] == ["worse", "better"]
+    assert metric.skills == 2
+    assert metric.mean("merged") is None
+    assert headline([metric]) is None
+
+
 def results(**models: dict[str, dict[str, float | None]]) -> Results:
     return Results(models={name.replace("__", "/"): found for name, found in models.items()})
 
