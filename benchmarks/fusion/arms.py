@@ -19,13 +19,13 @@ TRAINING_OF_A_LOSS = ("lm_weight", "loss", "truncation")
 @dataclass(frozen=True)
 class Arm:
     """A way to train. title: for the tables. overrides: of the demo's recipe, ``a.b=value`` each. merged: whether it
-    makes a target per source, which are then merged in every way of :data:`MERGES`. last: done once the other arms are
-    done in every seed."""
+    makes a target per source, which are then merged as :func:`merges_of` says. tier: arms of a lower one are done
+    first, in every seed."""
 
     title: str
     overrides: tuple[str, ...]
     merged: bool = False
-    last: bool = False
+    tier: int = 1
 
 
 def of_preset(preset: str, **changes: str) -> tuple[str, ...]:
@@ -43,23 +43,19 @@ def of_preset(preset: str, **changes: str) -> tuple[str, ...]:
 JOINT = ("fusion.mode=joint",)
 
 ARMS: dict[str, Arm] = {
-    "pairwise": Arm("pairwise, the demo's settings", (), merged=True),
+    "pairwise": Arm("pairwise, the demo's settings", (), merged=True, tier=0),
     "fusechat": Arm("pairwise, FuseChat's loss and MS", of_preset("fusechat"), merged=True),
-    "plain": Arm("plain fine-tuning", ("distill.lm_weight=1",)),
-    "joint-prefix": Arm("joint, span and prefix map", JOINT),
+    "plain": Arm("plain fine-tuning", ("distill.lm_weight=1",), tier=0),
+    "joint-prefix": Arm("joint, span and prefix map", JOINT, tier=0),
     "joint-em": Arm("joint, EM", (*JOINT, "alignment.vocabulary=em")),
     "joint-mined": Arm("joint, MinED", (*JOINT, "alignment.vocabulary=mined")),
     "joint-ms": Arm("joint, MS", (*JOINT, "alignment.vocabulary=ms")),
-    "joint-avg": Arm("joint, prefix map, AvgCE", (*JOINT, "fusion.function=avg_ce")),
-    "joint-weight-0.9": Arm("joint, prefix map, λ 0.9", (*JOINT, "distill.lm_weight=0.9")),
-    "joint-renormalize": Arm("joint, prefix map, renormalized", (*JOINT, "distill.truncation=renormalize")),
-    "fusellm": Arm("joint, FuseLLM's loss, dtw and MinED", of_preset("fusellm", tokens="dtw")),
-    "fusellm-em": Arm(
-        "joint, FuseLLM's loss, dtw and EM", of_preset("fusellm", tokens="dtw", vocabulary="em"), last=True
-    ),
-    "fusellm-ms": Arm(
-        "joint, FuseLLM's loss, dtw and MS", of_preset("fusellm", tokens="dtw", vocabulary="ms"), last=True
-    ),
+    "joint-avg": Arm("joint, prefix map, AvgCE", (*JOINT, "fusion.function=avg_ce"), tier=2),
+    "joint-weight-0.9": Arm("joint, prefix map, λ 0.9", (*JOINT, "distill.lm_weight=0.9"), tier=2),
+    "joint-renormalize": Arm("joint, prefix map, renormalized", (*JOINT, "distill.truncation=renormalize"), tier=2),
+    "fusellm": Arm("joint, FuseLLM's loss, dtw, MinED", of_preset("fusellm", tokens="dtw")),
+    "fusellm-em": Arm("joint, FuseLLM's loss, dtw, EM", of_preset("fusellm", tokens="dtw", vocabulary="em"), tier=3),
+    "fusellm-ms": Arm("joint, FuseLLM's loss, dtw, MS", of_preset("fusellm", tokens="dtw", vocabulary="ms"), tier=3),
 }
 """By name, in the order in which a seed's are done: the long ones first, so that processes end together."""
 
@@ -85,8 +81,7 @@ class Merge:
         return document if self.method == "linear" else {**document, "base_model": str(pivot)}
 
 
-SHARES = (0.1, 0.2, 0.5, 1.0)
-VARIANTS = ("paper", "renormalized", "fuseai")
+SHARES = {"paper": (0.1, 0.2, 0.5, 1.0), "renormalized": (0.1, 0.5, 1.0), "fuseai": (0.1, 0.5, 1.0)}
 
 # The baselines have FuseChat's settings: equal weights, 0.3 each in task arithmetic, density 0.6 in TIES and DARE.
 MERGES: dict[str, Merge] = {
@@ -99,9 +94,16 @@ MERGES: dict[str, Merge] = {
     f"sce-{variant}-{share}": Merge(
         f"SCE {variant}, τ {share}", "fusechat_sce", {"select_topk": share, "variant": variant}
     )
-    for variant in VARIANTS
-    for share in SHARES
+    for variant, shares in SHARES.items()
+    for share in shares
 }
+
+FEWER = ("linear", "task-arithmetic", "ties", "dare", "varm", "sce-paper-0.1", "sce-paper-1.0", "sce-fuseai-0.1")
+
+
+def merges_of(arm: str) -> tuple[str, ...]:
+    """How the targets of an arm are merged: those of the demo's settings in every way, others in the published ones."""
+    return tuple(MERGES) if arm == "pairwise" else FEWER
 
 
 def recipe_of(arm: str | None, common: Sequence[str], seed: int = 0, recipe: Path = RECIPE) -> Recipe:

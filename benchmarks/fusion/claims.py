@@ -39,26 +39,27 @@ AUTHORS = "sce-fuseai-0.1"
 def _merging(arm: str) -> tuple[Claim, ...]:
     name = f"FuseChat, {arm}"
     others = {"varm": "VaRM", "ties": "TIES", "dare": "DARE", "task-arithmetic": "task arithmetic", "linear": "linear"}
-    found = [
-        Claim(f"{name}: {title} > its targets", f"{arm}/{merge}", f"{arm}/targets")
-        for merge, title in {PUBLISHED: "SCE", AUTHORS: "SCE as run", "varm": "VaRM", "linear": "linear"}.items()
-    ]
-    found += [Claim(f"{name}: merged > plain fine-tuning", f"{arm}/{AUTHORS}", "plain")]
+    merges = {PUBLISHED: "SCE", AUTHORS: "SCE as run", "sce-paper-1.0": "SCE, τ 1", "varm": "VaRM", "linear": "linear"}
+    found = [Claim(f"{name}: {title} > its targets", f"{arm}/{m}", f"{arm}/targets") for m, title in merges.items()]
+    found += [Claim(f"{name}: {title} > plain fine-tuning", f"{arm}/{m}", "plain") for m, title in merges.items()]
     for merge, title in {PUBLISHED: "SCE", AUTHORS: "SCE as run"}.items():
         found += [Claim(f"{name}: {title} > {of}", f"{arm}/{merge}", f"{arm}/{other}") for other, of in others.items()]
     for other in ("ties", "dare", "task-arithmetic", "linear"):
         found.append(Claim(f"{name}: VaRM > {others[other]}", f"{arm}/varm", f"{arm}/{other}"))
-    return (
-        *found,
-        Claim(f"{name}: τ 0.1 > τ 1, paper", f"{arm}/{PUBLISHED}", f"{arm}/sce-paper-1.0"),
-        Claim(f"{name}: τ 0.1 > τ 1, renormalized", f"{arm}/sce-renormalized-0.1", f"{arm}/sce-renormalized-1.0"),
-        Claim(f"{name}: τ 0.1 > τ 1, fuseai", f"{arm}/{AUTHORS}", f"{arm}/sce-fuseai-1.0"),
-        Claim(f"fusekit, {arm}: paper > fuseai at τ 1", f"{arm}/sce-paper-1.0", f"{arm}/sce-fuseai-1.0"),
-    )
+    found += [Claim(f"{name}: SCE, τ 0.1 > τ 1", f"{arm}/{PUBLISHED}", f"{arm}/sce-paper-1.0")]
+    return tuple(found)
+
+
+_VARIANTS = (
+    Claim("SCE renormalized: τ 0.1 > τ 1", "pairwise/sce-renormalized-0.1", "pairwise/sce-renormalized-1.0"),
+    Claim("SCE as run: τ 0.1 > τ 1", f"pairwise/{AUTHORS}", "pairwise/sce-fuseai-1.0"),
+    Claim("SCE at τ 1: paper > fuseai", "pairwise/sce-paper-1.0", "pairwise/sce-fuseai-1.0"),
+)
 
 
 CLAIMS: tuple[Claim, ...] = (
     *_TRAINING,
     *(claim for arm, of in ARMS.items() if of.merged for claim in _merging(arm)),
+    *_VARIANTS,
     Claim("FuseChat: merged > joint", f"pairwise/{AUTHORS}", "joint-prefix"),
 )

@@ -121,7 +121,7 @@ def main(
     study = Study(*arguments)
     prepare(study, lambda line: click.echo(line, err=True))
     units = [(arm, seed) for seed in range(seeds) for arm in arms or tuple(ARMS)]
-    units.sort(key=lambda each: ARMS[each[0]].last)
+    units.sort(key=lambda each: ARMS[each[0]].tier)
     whole = _run(arguments, units, jobs, until, lambda: _write(figures, readme, scores.kept(study.scores)))
     if not whole:
         raise click.ClickException("not every unit is done: the same command goes on")

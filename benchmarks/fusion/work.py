@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.fusion import scores
-from benchmarks.fusion.arms import ARMS, MERGES, recipe_of
+from benchmarks.fusion.arms import ARMS, MERGES, merges_of, recipe_of
 from benchmarks.fusion.rows import write_all
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
@@ -125,7 +125,7 @@ def unit(study: Study, arm: str, seed: int, say: Say) -> None:
     for target in targets:
         study.score(f"{arm}/targets/{target.name}", seed, replace(pivot, model=str(target)), say)
     base = Readers(study.arm(None)).checkpoint(PIVOT).folder
-    for merge in MERGES:
+    for merge in merges_of(arm):
         _merge(study, arm, seed, merge, base, targets, say)
 
 
@@ -134,7 +134,7 @@ def models_of(study: Study, arm: str) -> list[str]:
     if not ARMS[arm].merged:
         return [arm]
     names = [source.label for source in study.arm(arm).sources]
-    return [f"{arm}/targets/{name}" for name in names] + [f"{arm}/{merge}" for merge in MERGES]
+    return [f"{arm}/targets/{name}" for name in names] + [f"{arm}/{merge}" for merge in merges_of(arm)]
 
 
 def _merge(study: Study, arm: str, seed: int, name: str, base: Path, targets: list[Path], say: Say) -> None:
