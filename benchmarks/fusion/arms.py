@@ -44,18 +44,18 @@ JOINT = ("fusion.mode=joint",)
 
 ARMS: dict[str, Arm] = {
     "pairwise": Arm("pairwise, the demo's settings", (), merged=True, tier=0),
-    "fusechat": Arm("pairwise, FuseChat's loss and MS", of_preset("fusechat"), merged=True),
+    "fusechat": Arm("pairwise, FuseChat's loss and MS", of_preset("fusechat"), merged=True, tier=2),
     "plain": Arm("plain fine-tuning", ("distill.lm_weight=1",), tier=0),
     "joint-prefix": Arm("joint, span and prefix map", JOINT, tier=0),
     "joint-em": Arm("joint, EM", (*JOINT, "alignment.vocabulary=em")),
     "joint-mined": Arm("joint, MinED", (*JOINT, "alignment.vocabulary=mined")),
     "joint-ms": Arm("joint, MS", (*JOINT, "alignment.vocabulary=ms")),
-    "joint-avg": Arm("joint, prefix map, AvgCE", (*JOINT, "fusion.function=avg_ce"), tier=2),
-    "joint-weight-0.9": Arm("joint, prefix map, λ 0.9", (*JOINT, "distill.lm_weight=0.9"), tier=2),
-    "joint-renormalize": Arm("joint, prefix map, renormalized", (*JOINT, "distill.truncation=renormalize"), tier=2),
+    "joint-avg": Arm("joint, prefix map, AvgCE", (*JOINT, "fusion.function=avg_ce"), tier=3),
+    "joint-weight-0.9": Arm("joint, prefix map, λ 0.9", (*JOINT, "distill.lm_weight=0.9")),
+    "joint-renormalize": Arm("joint, prefix map, renormalized", (*JOINT, "distill.truncation=renormalize"), tier=3),
     "fusellm": Arm("joint, FuseLLM's loss, dtw, MinED", of_preset("fusellm", tokens="dtw")),
-    "fusellm-em": Arm("joint, FuseLLM's loss, dtw, EM", of_preset("fusellm", tokens="dtw", vocabulary="em"), tier=3),
-    "fusellm-ms": Arm("joint, FuseLLM's loss, dtw, MS", of_preset("fusellm", tokens="dtw", vocabulary="ms"), tier=3),
+    "fusellm-em": Arm("joint, FuseLLM's loss, dtw, EM", of_preset("fusellm", tokens="dtw", vocabulary="em"), tier=4),
+    "fusellm-ms": Arm("joint, FuseLLM's loss, dtw, MS", of_preset("fusellm", tokens="dtw", vocabulary="ms"), tier=4),
 }
 """By name, in the order in which a seed's are done: the long ones first, so that processes end together."""
 
@@ -99,6 +99,7 @@ MERGES: dict[str, Merge] = {
 }
 
 FEWER = ("linear", "task-arithmetic", "ties", "dare", "varm", "sce-paper-0.1", "sce-paper-1.0", "sce-fuseai-0.1")
+"""How the targets of the arms of other losses are merged, and which merges get every figure."""
 
 
 def merges_of(arm: str) -> tuple[str, ...]:

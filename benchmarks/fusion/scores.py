@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ Scores = dict[str, dict[str, float]]
 """Metric -> skill -> value. ``bits_per_byte`` of held-out answers; ``exact_match`` (0 to 1) of skills with one right
 answer; ``divergence`` from the true distribution, bits a question, of skills whose answers are drawn at random."""
 
+METRICS = ("bits_per_byte", "divergence", "exact_match")
 ONE_ANSWER = ("add", "facts", "reverse")
 DRAWN = 50
 """Questions, at most, of which a divergence is the mean. It is computed, not sampled, so few are enough."""
@@ -36,13 +37,16 @@ class Figure(NamedTuple):
     value: float
 
 
-def score(choice: ModelChoice, held_out: Path, questions: int) -> Scores:
-    """Every figure of a model. questions: of a skill in ``held_out``, as written by :mod:`benchmarks.fusion.rows`."""
+def score(choice: ModelChoice, held_out: Path, questions: int, metrics: Sequence[str] = METRICS) -> Scores:
+    """A model's figures. questions: of a skill in ``held_out``, as written by :mod:`benchmarks.fusion.rows`."""
     rows = list(chain.from_iterable(read_rows(str(file)) for file in sorted(held_out.glob("*.jsonl"))))
     found = evaluate_model(choice, rows, batch_tokens=BATCH_TOKENS)
-    single = [row for row in rows if row.dataset in ONE_ANSWER]
-    found |= evaluate_model(choice, single, metrics=("exact_match",), batch_tokens=BATCH_TOKENS)
+    if "exact_match" in metrics:
+        single = [row for row in rows if row.dataset in ONE_ANSWER]
+        found |= evaluate_model(choice, single, metrics=("exact_match",), batch_tokens=BATCH_TOKENS)
     scores = {metric: {skill: of.value for skill, of in by_skill.items()} for metric, by_skill in found.items()}
+    if "divergence" not in metrics:
+        return scores
     evaluate = demo("evaluate")
     model, tokenizer = evaluate.load(choice.model)
     drawn = [skill for skill in demo("tasks").DRAWS if skill in scores["bits_per_byte"]]
