@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from mergekit.config import MergeConfiguration
@@ -13,12 +14,16 @@ import fusekit.merge_methods  # noqa: F401  (registers fusechat_sce and varm)
 from benchmarks.fusion import scores, tables
 from benchmarks.fusion.arms import ARMS, MERGES, merges_of, recipe_of
 from benchmarks.fusion.claims import CLAIMS, Claim
+from benchmarks.fusion.memory import examples_in_memory
 from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
 from fusekit.distillation.presets import PRESETS
 from fusekit.distillation.run import targets_of
+from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.targets import FusionDataset
 from fusekit.merging.lint import lint
 from fusekit.safe_yaml import loads
+from tests.distillation import runs
 
 README = Path(tables.__file__).parent / "README.md"
 
@@ -126,3 +131,26 @@ def test_the_readmes_tables_are_those_of_the_committed_figures():
     assert tables.put_between_marks(text, tables.tables(scores.read(file))) == text
     with pytest.raises(ValueError, match="there is no"):
         tables.put_between_marks("no marks", "")
+
+
+def test_examples_in_memory_are_those_that_would_be_made():
+    """Other settings are not answered from memory, and afterwards nothing is."""
+    known = runs.data()
+
+    def data(function: str) -> FusionDataset:
+        return FusionDataset(
+            known.rows,
+            pivot=known.pivot,
+            sources=known.sources,
+            projections=known.projections,
+            fusion=FusionSettings(function=function),
+        )
+
+    with examples_in_memory():
+        first, again, other = data("min_ce")[3], data("min_ce")[3], data("avg_ce")[3]
+    made = data("min_ce")[3]
+    assert again is first
+    assert made is not first
+    assert made.keys() == first.keys()
+    assert all(np.array_equal(made[name], first[name]) for name in made)
+    assert other["target_ids"].shape != first["target_ids"].shape

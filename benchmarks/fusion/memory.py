@@ -36,13 +36,17 @@ def examples_in_memory() -> Iterator[None]:
 
 def _settings(data: FusionDataset) -> _Settings:
     """All that examples are made from."""
-    pivot: Any = data.pivot
     return (
-        pivot.path,
+        _place(data.pivot),
         data.fusion.model_dump_json(),
         *(
-            (name, store.path, of.tokens, of.conditioning, of.one_hot, of.collisions, of.vocabulary_map.method)
+            (name, _place(store), of.tokens, of.conditioning, of.one_hot, of.collisions, of.vocabulary_map.method)
             for name, store in data.sources.items()
             for of in [data.projections[name]]
         ),
     )
+
+
+def _place(captures: Any) -> Any:
+    """What tells captures apart: a store's folder; captures in memory are told apart as they are."""
+    return getattr(captures, "path", id(captures))

@@ -86,7 +86,7 @@ def _run(
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for everything that is made.")
 @click.option("--rows", default=288, show_default=True, type=click.IntRange(8, MOST), help="To train on, per skill.")
 @click.option("--questions", default=200, show_default=True, help="Held out, per skill.")
-@click.option("--epochs", default=3.0, show_default=True)
+@click.option("--epochs", default=2.0, show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="0, 1, ... up to so many.")
 @click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only this one; can be repeated.")
