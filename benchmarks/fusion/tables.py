@@ -93,8 +93,8 @@ def by_skill(results: Results, metric: str = BITS) -> str:
     skills = results.skills(metric)
     scale, digits = (100, 1) if metric == "exact_match" else (1, 3)
     lines = [f"| {METRICS[metric]} | {' | '.join(skills)} |", f"|---|{'---:|' * len(skills)}"]
-    for model in (name for name in results.models() if name in results.of):
-        values = results.of[model].get(metric, {})
+    for model in (name for name in results.models() if metric in results.of.get(name, {})):
+        values = results.of[model][metric]
         cells = [spread([scale * value for value in values.get(skill, {}).values()], digits) for skill in skills]
         lines.append(f"| {title_of(model)} | {' | '.join(cells)} |")
     return "\n".join(lines)
