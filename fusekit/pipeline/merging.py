@@ -31,18 +31,24 @@ def merge(context: Context) -> None:
     models = _models(context, targets)
     inputs, final = merge_inputs(context, targets), layout.merged
     known = artifact.read(final)
-    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
-        return
-    if known is not None and set(known.inputs.get("targets", {})) == set(inputs["targets"]):
-        context.done(final, inputs)  # says what differs
-    for path in targets:
-        require_whole(path)
     text = (
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
         f"{layout.merge_recipe.name} OUT\n"
         + yaml.safe_dump(models | dict(context.recipe.merge), sort_keys=False, allow_unicode=True)
-    )
-    commit_file(layout.merge_recipe, lambda file: file.write(text.encode()))
+    ).encode()
+    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
+        _write_recipe(layout.merge_recipe, text)  # it may be gone, or name the places that the targets had before
+        return
+    if known is None and final.is_dir() and any(final.iterdir()):
+        raise StorageError(
+            f"{final} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it to make it anew"
+        )
+    # Of other targets it is out of date, and is replaced; of the same ones somebody may still want it.
+    if known is not None and known.inputs.get("targets") == inputs["targets"]:
+        context.done(final, inputs)  # says what differs
+    for path in targets:
+        require_whole(path)
+    _write_recipe(layout.merge_recipe, text)
     started = time.monotonic()
 
     def finish(folder: Path) -> None:
@@ -61,6 +67,12 @@ def merge(context: Context) -> None:
     options = MergeOptions(**{"quiet": True, "random_seed": context.recipe.seed, **context.merge_options})
     merged = run_merge(layout.merge_recipe, final, options, settings)
     context.say(f"merge: {merged}")
+
+
+def _write_recipe(path: Path, text: bytes) -> None:
+    """Leave a file that says the same alone."""
+    if not path.is_file() or path.read_bytes() != text:
+        commit_file(path, lambda file: file.write(text))
 
 
 def check_merged(context: Context) -> None:
