@@ -209,7 +209,8 @@ def _claim(layout: Layout, recipe: Recipe) -> None:
 def _settle(layout: Layout, recipe: Recipe, decided: bool) -> None:
     """Let the report be of the recipe that made what is there. Raises StorageError for another that did not."""
     if decided:
-        return _save(layout, recipe)
+        _save(layout, recipe)
+        return
     before = load_recipe(layout.recipe)
     if changed := artifact.differences(before.model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise StorageError(
@@ -217,7 +218,6 @@ def _settle(layout: Layout, recipe: Recipe, decided: bool) -> None:
             + "\n  ".join(changed)
             + f"\nLet the other stages run first, or make the report of what is there: fusekit report {layout.out}"
         )
-    return None
 
 
 def foreign_to_runs(layout: Layout) -> str | None:
