@@ -15,7 +15,7 @@ from fusekit.pipeline.layout import STAGES
 @click.option(
     "--recipe",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What is needed; by default the recipe that OUT was last run with.",
+    help="What is needed; by default the recipe that made OUT, and that of a run which is not finished.",
 )
 @overrides
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="What this stage made (repeatable).")

@@ -41,9 +41,8 @@ def refuse_options(context: click.Context, allowed: set[str]) -> None:
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if foreign := sorted(given - allowed):
         spelled = next((p.opts[0] for p in context.command.params if p.name == foreign[0]), foreign[0])
-        raise click.UsageError(
-            f"{spelled} with a recipe: its settings are those of the recipe; see `fusekit run --set`"
-        )
+        way = "see `fusekit clean --stage`" if spelled == "--overwrite" else "see `fusekit run --set`"
+        raise click.UsageError(f"{spelled} with a recipe: its settings are those of the recipe; {way}")
 
 
 @click.command()

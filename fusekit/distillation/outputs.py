@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError
@@ -42,3 +44,17 @@ def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> 
     if settings.fusion.mode == "joint":
         return [Target(JOINT, out / JOINT, tuple(sources))]
     return [Target(name, out / name, (name,)) for name in sources]
+
+
+def facts_begun(target: Target) -> dict[str, Any] | None:
+    """What a training that was begun is made from, None where none was. Raises DistillationError for a damaged file."""
+    path = target.work / FACTS
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to begin anew") from error
+    if not isinstance(found, dict) or not found:
+        raise DistillationError(f"{path} cannot be read: it holds no facts; remove {target.work} to begin anew")
+    return found

@@ -18,7 +18,7 @@ import fusekit
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
-from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, targets_of
+from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.processes import is_main, on_main
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import FusionDataset
@@ -224,37 +224,33 @@ def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
     if known is None:
         if target.folder.is_dir() and any(target.folder.iterdir()):
             raise DistillationError(
-                f"{target.folder} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it, or "
-                "overwrite makes it anew"
+                f"{target.folder} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it to "
+                "make it anew"
             )
         return False
-    _refuse_changes(target, known.inputs, facts)
+    _refuse_changes(target.folder, known.inputs, facts)
     return True
 
 
-def _refuse_changes(target: Target, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """folder: what was made from ``before``; without it the target is made anew, whatever command it is made by."""
     changed = provenance.differences(dict(before), dict(now))
     if changed:
         raise DistillationError(
-            f"{target.name} was begun with other inputs or settings, so it cannot be gone on with: "
-            f"{'; '.join(changed)}. Go back to what they were, or overwrite to begin anew"
+            f"{folder} was made from something else, so it cannot be gone on with: {'; '.join(changed)}. Go back to "
+            f"what it was, or remove {folder} to begin anew"
         )
 
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     """The checkpoint to go on from, None for the beginning. Raises DistillationError when the inputs changed."""
-    try:
-        before = json.loads((target.work / FACTS).read_bytes())
-        if not isinstance(before, dict) or not before:
-            raise ValueError("it holds no facts")
-    except FileNotFoundError:
+    before = facts_begun(target)
+    if before is None:
         return None
-    except (OSError, ValueError) as error:
-        raise DistillationError(f"{target.work / FACTS} cannot be read: {error}; overwrite begins anew") from error
-    _refuse_changes(target, before, facts)
+    _refuse_changes(target.work, before, facts)
     good = checkpoints.last_good(target.work, say)
     if good is not None:
-        _refuse_changes(target, checkpoints.facts_of(good).get("made_from", {}), facts)
+        _refuse_changes(target.work, checkpoints.facts_of(good).get("made_from", {}), facts)
     return good
 
 

@@ -269,15 +269,14 @@ def cached_scores(
     harness = None
     for task in settings.tasks:
         place, inputs = folder / task.task.replace("/", "--"), identity | _inputs(settings, task)
-        known = artifact.read(place)
-        if known is None or artifact.differences(known.inputs, inputs):
+        kept = artifact.is_kept(place, inputs)
+        if not kept:
             started, harness = time.monotonic(), harness or load()
             text = json.dumps(harness.score(task), indent=1, ensure_ascii=False) + "\n"
             artifact.publish(place, "evaluate", inputs, _writing(text), made(started))
-            known = None
         scores = json.loads((place / "scores.json").read_text(encoding="utf-8"))
         found = {name: figure(task, name, score) for name, score in scores.items()}
-        if known is None:
+        if not kept:
             say(", ".join(f"{name} {shown['metric']} {shown['value']:.4f}" for name, shown in found.items()))
         figures |= found
     return figures

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.errors import StorageError
 from fusekit.pipeline.layout import BASELINE, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
@@ -71,23 +72,26 @@ def claimed(out: Path | str) -> Iterator[Layout]:
 def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     """What the output holds that a run of the recipe does not use: all of it can go, and nothing is made anew for it.
 
-    recipe: None for the one that the output was last run with. Raises RecipeError, StorageError.
+    recipe: None for the one that made what is there, and the one of a run that has begun since and is not finished.
+    Raises RecipeError, StorageError.
     """
-    recipe = recipe or load_recipe(layout.recipe)
+    recipes = [recipe] if recipe is not None else [load_recipe(path) for path in _recipes_of(layout)]
     found = Findings()
     for path in _left_behind(layout):
-        found.items.append(Item(path, "left behind by a process that died", _size(path)))
-    sources = {source.label for source in recipe.sources}
+        found.add(path, "left behind by a process that died", lambda _: [])
+    sources = {source.label for known in recipes for source in known.sources}
     _others(found, layout.out / "representations", {PIVOT, *sources}, "the recipe names no such model", _in_store)
     _others(found, layout.out / "alignment", sources, "the recipe names no such source", _in_artifact)
-    targets = _targets(recipe)
-    baseline = recipe.evaluate is not None and recipe.evaluate.baseline
-    for folder, wanted in ((layout.targets, targets), (layout.baselines, {"sft"} if baseline else set())):
+    targets = {name for known in recipes for name in _targets(known)}
+    baseline = any(known.wants_baseline for known in recipes)
+    for folder, wanted in ((layout.targets, targets), (layout.baselines, {PLAIN} if baseline else set())):
         _others(found, folder, wanted, "the recipe asks for no such target", _in_artifact)
         _trainings(found, folder, wanted)
-    if recipe.merge is None:
+    merges = any(known.merge is not None for known in recipes)
+    if not merges:
         found.add(layout.merged, "the recipe merges nothing", _in_artifact)
-    _scores(found, layout, {"sources": sources, "targets": targets}, recipe)
+    unscored = [name for name, wanted in (("merged", merges), (BASELINE, baseline)) if not wanted]
+    _scores(found, layout, {"sources": sources, "targets": targets}, unscored)
     return found
 
 
@@ -123,9 +127,11 @@ def remove(items: Iterable[Item]) -> None:
             raise disk_fault(error, item.path) or StorageError(f"{item.path} cannot be removed: {error}") from error
 
 
-def _targets(recipe: Recipe) -> set[str]:
-    from fusekit.distillation.run import targets_of
+def _recipes_of(layout: Layout) -> list[Path]:
+    return [path for path in (layout.recipe, layout.begun) if path.is_file()]
 
+
+def _targets(recipe: Recipe) -> set[str]:
     names = [source.label for source in recipe.sources]
     return {target.name for target in targets_of(recipe.settings, names, Path())}
 
@@ -156,13 +162,11 @@ def _trainings(found: Findings, folder: Path, wanted: set[str]) -> None:
             found.add(path, "checkpoints of a training that is finished", _in_training)
 
 
-def _scores(found: Findings, layout: Layout, wanted: dict[str, set[str]], recipe: Recipe) -> None:
+def _scores(found: Findings, layout: Layout, wanted: dict[str, set[str]], unwanted: list[str]) -> None:
     for kind, names in wanted.items():
         _others(found, layout.evaluation(kind), names, "scores of a model that the recipe does not name", _in_artifact)
-    if recipe.merge is None:
-        found.add(layout.evaluation("merged"), "scores of a model that the recipe does not name", _in_artifact)
-    if recipe.evaluate is None or not recipe.evaluate.baseline:
-        found.add(layout.evaluation(BASELINE), "scores of a model that the recipe does not name", _in_artifact)
+    for name in unwanted:
+        found.add(layout.evaluation(name), "scores of a model that the recipe does not name", _in_artifact)
 
 
 def _of_stage(layout: Layout, stage: str) -> list[Path]:

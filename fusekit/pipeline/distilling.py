@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusekit.distillation import provenance
+from fusekit.distillation import overwriting, provenance
+from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import StorageError
 from fusekit.pipeline.layout import PIVOT
@@ -43,20 +44,27 @@ def distill(context: Context) -> list[Path]:
         )
 
     targets = make(inputs, settings, layout.targets)
-    if wants_baseline(context):
+    if context.recipe.wants_baseline:
         make(replace(inputs, sources={}), plain(settings), layout.baselines)
     return targets
-
-
-def wants_baseline(context: Context) -> bool:
-    """Whether plain fine-tuning is trained beside the targets, to compare them with."""
-    evaluate = context.recipe.evaluate
-    return evaluate is not None and evaluate.baseline and context.recipe.distill.lm_weight < 1
 
 
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
     return settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
+
+
+def check_made(context: Context) -> None:
+    """Refuse models of the stage that are there, but of something else: before any other is trained for hours.
+
+    Raises StorageError naming what differs, and the way out.
+    """
+    settings, baseline = context.recipe.settings, context.layout.baselines / PLAIN
+    made = [(folder, settings) for folder in context.targets]
+    made += [(baseline, plain(settings))] if context.recipe.wants_baseline else []
+    for folder, how in made:
+        if (folder / artifact.MANIFEST).is_file() and not overwriting.is_former(folder):
+            _check(context, folder, how)
 
 
 def check_targets(context: Context) -> None:
@@ -67,17 +75,27 @@ def check_targets(context: Context) -> None:
     Raises StorageError naming what differs, and the way out.
     """
     for folder in context.targets:
-        known = artifact.read(folder)
-        if known is None:
-            raise StorageError(f"{folder} is not there: the stage `distill` comes first")
-        expected = expected_facts(context, str(known.inputs.get("target")), context.recipe.settings)
-        before = {name: known.inputs.get(name, "not given") for name in expected}
-        if changed := provenance.differences(before, expected):
-            raise StorageError(
-                f"{folder} was made from something else:\n  "
-                + "\n  ".join(changed)
-                + f"\nGo back to what it was, or remove {folder} and begin with the stage `distill`"
-            )
+        _check(context, folder, context.recipe.settings)
+
+
+def check_baseline(context: Context) -> None:
+    """As :func:`check_targets`, of plain fine-tuning where the recipe compares the targets with it."""
+    if context.recipe.wants_baseline:
+        _check(context, context.layout.baselines / PLAIN, plain(context.recipe.settings))
+
+
+def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
+    known = artifact.read(folder)
+    if known is None:
+        raise StorageError(f"{folder} is not there: the stage `distill` comes first")
+    expected = expected_facts(context, str(known.inputs.get("target")), settings)
+    before = {name: known.inputs.get(name, "not given") for name in expected}
+    if changed := provenance.differences(before, expected):
+        raise StorageError(
+            f"{folder} was made from something else:\n  "
+            + "\n  ".join(changed)
+            + f"\nGo back to what it was, or remove {folder} and begin with the stage `distill`"
+        )
 
 
 def expected_facts(context: Context, target: str, settings: DistillSettings) -> dict[str, Any]:
@@ -86,7 +104,6 @@ def expected_facts(context: Context, target: str, settings: DistillSettings) -> 
     target: its name. settings: that it is trained with.
     """
     from fusekit.distillation.joining import join
-    from fusekit.distillation.outputs import JOINT
     from fusekit.storage import Store
 
     teachers = [source.label for source in context.recipe.sources if target in (source.label, JOINT)]

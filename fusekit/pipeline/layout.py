@@ -83,6 +83,11 @@ class Layout:
         return self.out / "logs"
 
     @property
+    def begun(self) -> Path:
+        """The recipe of a run that has begun, where another one made what is there; gone once all is of it."""
+        return self.out / "logs" / "begun.yml"
+
+    @property
     def results(self) -> Path:
         """Scores of all models."""
         return self.out / "results.json"

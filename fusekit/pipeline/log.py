@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class RunLog:
         try:
             yield
         except BaseException as error:
-            self.write(f"stopped by {type(error).__name__}: {error}".rstrip(": "))
+            with suppress(StorageError):  # a disk that is full shall not hide what stopped the run
+                self.write(f"stopped by {type(error).__name__}: {error}".rstrip(": "))
             raise
         self.write("done")

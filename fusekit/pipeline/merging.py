@@ -34,17 +34,23 @@ def merge(context: Context) -> None:
     models = _models(context.recipe, targets, str(context.readers.checkpoint(PIVOT).folder))
     inputs, final = merge_inputs(context, targets), layout.merged
     known = artifact.read(final)
-    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
-        return
-    if known is not None and set(known.inputs.get("targets", {})) == set(inputs["targets"]):
-        context.done(final, inputs)  # says what differs
-    for path in targets:
-        require_whole(path)
     text = (
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
         f"{layout.merge_recipe.name} OUT\n" + _dumped(models | dict(context.recipe.merge))
     )
-    commit_file(layout.merge_recipe, lambda file: file.write(text.encode()))
+    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
+        _write_recipe(layout.merge_recipe, text)  # it may be gone, or name the places that the targets had before
+        return
+    if known is None and final.is_dir() and any(final.iterdir()):
+        raise StorageError(
+            f"{final} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it to make it anew"
+        )
+    # Of other targets it is out of date, and is replaced; of the same ones somebody may still want it.
+    if known is not None and known.inputs.get("targets") == inputs["targets"]:
+        context.done(final, inputs)  # says what differs
+    for path in targets:
+        require_whole(path)
+    _write_recipe(layout.merge_recipe, text)
     started = time.monotonic()
 
     def finish(folder: Path) -> None:
@@ -135,6 +141,13 @@ def _names(context: Context, targets: list[Path], models: Mapping[str, Any]) -> 
 
 def _dumped(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    """Leave a file that says the same alone."""
+    data = text.encode()
+    if not path.is_file() or path.read_bytes() != data:
+        commit_file(path, lambda file: file.write(data))
 
 
 def check_merged(context: Context) -> None:

@@ -34,8 +34,9 @@ def timed(context: Context, name: str, first: bool = True) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     try:
         known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = {}
+    known = known if isinstance(known, dict) else {}  # times are for people: damaged ones are begun anew
     known[name] = {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
     text = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
     commit_file(path, lambda file: file.write(text.encode()))

@@ -19,9 +19,10 @@ from fusekit.pipeline.log import RunLog
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.stages import Context
 from fusekit.problems import nearest
-from fusekit.recipe import Recipe
+from fusekit.recipe import Recipe, load_recipe
 from fusekit.representation.processes import Processes
-from fusekit.storage import commit_file, output_lock
+from fusekit.storage import artifact, commit_file, output_lock
+from fusekit.storage.commit import remove
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,14 @@ def _align(context: Context, processes: Processes) -> None:
         processes.first_then_all(partial(stages.align, context, source.label, context.rows))
 
 
-def _report(context: Context) -> None:
-    _save(context.layout, context.recipe)  # what the artifacts are of by now, and what the report reads
-    report_stage.report(context)
+def _distill(context: Context, processes: Processes) -> None:
+    processes.first_then_all(partial(distilling.check_made, context))
+    distilling.distill(context)
+
+
+def _evaluate(context: Context) -> None:
+    distilling.check_baseline(context)  # only this stage needs it
+    stages.evaluate(context, context.targets)
 
 
 def _in_first(do: Callable[[Context], object]) -> Callable[[Context, Processes], object]:
@@ -81,18 +87,18 @@ _STAGES: dict[str, Stage] = {
     "data": Stage((), _in_first(stages.data), stages.check_data),
     "represent": Stage(("data",), _represent, checks.check_stores),
     "align": Stage(("data",), _align, checks.check_alignments),
-    "distill": Stage(
-        ("data", "represent", "align"), lambda context, _: distilling.distill(context), distilling.check_targets
-    ),
+    "distill": Stage(("data", "represent", "align"), _distill, distilling.check_targets),
     "merge": Stage(("data", "distill"), _in_first(merging.merge), merging.check_merged),
     "evaluate": Stage(
         ("data", "distill", "merge"),
-        _in_first(lambda context: stages.evaluate(context, context.targets)),
+        _in_first(_evaluate),
         checks.check_results,
     ),
     # Reads what is there of all others, and says what is not.
-    "report": Stage((), _in_first(_report), lambda _: None),
+    "report": Stage((), _in_first(report_stage.report), lambda _: None),
 }
+_DECIDE = {"data", "distill", "merge"}
+"""Stages that tell, done or checked, that what is there is of the recipe."""
 
 
 def run(
@@ -146,12 +152,18 @@ def run(
 
         processes.first_then_all(claim)
         processes.first_then_all(lambda: checks.check_recipe(recipe, chosen))
+        if "evaluate" in chosen:
+            processes.first_then_all(partial(stages.check_held_out, context))
+        needed = {need for name in chosen for need in _STAGES[name].needs}
         for name in STAGES:
+            if name == "report" and name in chosen:
+                processes.first_then_all(lambda: _settle(layout, recipe, {*chosen, *needed} >= _DECIDE))
             if name in chosen:
                 _STAGES[name].do(context, processes)
-            elif any(name in _STAGES[later].needs for later in chosen):
+            elif name in needed:
                 _in_first(_STAGES[name].check)(context, processes)
-        processes.first_then_all(lambda: _save(layout, recipe))
+        if {*chosen, *needed} >= _DECIDE:
+            processes.first_then_all(lambda: _save(layout, recipe))
         return _made(context, chosen)
 
 
@@ -186,6 +198,23 @@ def _claim(layout: Layout, recipe: Recipe) -> None:
         raise StorageError(foreign)
     if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
         _save(layout, recipe)
+    elif layout.recipe.read_bytes() != _text(recipe):
+        layout.logs.mkdir(exist_ok=True)
+        commit_file(layout.begun, lambda file: file.write(_text(recipe)))
+
+
+def _settle(layout: Layout, recipe: Recipe, decided: bool) -> None:
+    """Let the report be of the recipe that made what is there. Raises StorageError for another that did not."""
+    if decided:
+        _save(layout, recipe)
+        return
+    before = load_recipe(layout.recipe)
+    if changed := artifact.differences(before.model_dump(mode="json"), recipe.model_dump(mode="json")):
+        raise StorageError(
+            f"{layout.out} was made by another recipe, of which a report would be:\n  "
+            + "\n  ".join(changed)
+            + f"\nLet the other stages run first, or make the report of what is there: fusekit report {layout.out}"
+        )
 
 
 def foreign_to_runs(layout: Layout) -> str | None:
@@ -197,7 +226,11 @@ def foreign_to_runs(layout: Layout) -> str | None:
 
 
 def _save(layout: Layout, recipe: Recipe) -> None:
-    """Save the recipe with every value written out."""
+    """Save the recipe with every value written out: what is there is of it by now."""
+    commit_file(layout.recipe, lambda file: file.write(_text(recipe)))
+    remove(layout.begun)
+
+
+def _text(recipe: Recipe) -> bytes:
     head = "# The recipe of this run, every value written out: fusekit run recipe.resolved.yml OUT repeats it.\n"
-    text = head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    commit_file(layout.recipe, lambda file: file.write(text.encode()))
+    return (head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)).encode()

@@ -25,6 +25,7 @@ from fusekit.recipe import Recipe
 from fusekit.representation import ChatTemplate, Row, RowTokenizer, pack_text, prepare, read_rows
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.representation.load import load_tokenizer
+from fusekit.representation.reading import is_on_hub
 from fusekit.storage import artifact, commit_file
 from fusekit.storage.artifact import Artifact, Inputs
 
@@ -298,6 +299,17 @@ def merge_inputs(context: Context, targets: list[Path]) -> Inputs:
     }
 
 
+def check_held_out(context: Context) -> None:
+    """Refuse held-out rows that are not there or no rows, as far as the first of each file tells; the hub is not asked.
+
+    Raises DataError, RecipeError.
+    """
+    section = context.recipe.evaluate
+    for path in _paths(section.path) if section is not None else []:
+        if not is_on_hub(path) and next(read_rows(path, limit=1), None) is None:
+            raise RecipeError(f"evaluate: there are no rows in {path}")
+
+
 def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     """Score every model on the held-out rows; those that are scored already are not scored again."""
     section = context.recipe.evaluate
@@ -312,14 +324,14 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     pivot = context.recipe.pivot
     models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
     own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
-    if section.baseline and (layout.baselines / "sft").is_dir():
+    if context.recipe.wants_baseline:
         models[BASELINE] = (replace(own, model=str(layout.baselines / "sft")), pivot.chat_template)
     for source in context.recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
         models[f"sources/{source.label}"] = (choice_of(source), template)
     for path in targets:
         models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
-    if context.recipe.merge is not None and layout.merged.is_dir():
+    if context.recipe.merge is not None:
         models["merged"] = (replace(own, model=str(layout.merged)), pivot.chat_template)
     results: dict[str, Any] = {}
     figures: dict[str, Any] = {}
@@ -332,8 +344,7 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
         }
         inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
         folder = layout.evaluation(name)
-        known = artifact.read(folder)
-        if known is None or artifact.differences(known.inputs, inputs):
+        if not artifact.is_kept(folder, inputs):
             started = time.monotonic()
             if not _is_input(name):
                 require_whole(Path(choice.model))

@@ -16,7 +16,7 @@ from fusekit.plan.models import Models
 from fusekit.recipe.sections import Data
 from fusekit.representation import Row, RowTokenizer, pack_text, prepare, read_rows
 from fusekit.representation.forms import form_of, parse_record
-from fusekit.representation.reading import READERS
+from fusekit.representation.reading import READERS, is_on_hub
 
 READ_WHOLE_BYTES = 64 << 20
 """Files up to this size together are read from end to end; of larger ones a sample is."""
@@ -81,7 +81,7 @@ def count_rows(section: Data, models: Models, prepared: list[Row] | None = None)
         if prepared is not None:
             return _counted(prepared, len(prepared), readers, section, ready=True)
         paths = [section.path] if isinstance(section.path, str) else section.path
-        if remote := [path for path in paths if _is_remote(path)]:
+        if remote := [path for path in paths if is_on_hub(path)]:
             return _as_said(section, remote[0])
         rows, total, said = _read(paths, section)
         found = _counted(rows, total, readers, section)
@@ -89,11 +89,6 @@ def count_rows(section: Data, models: Models, prepared: list[Row] | None = None)
         return found
     except FusekitError as error:
         return Rows(problems=[f"data: {error}"])
-
-
-def _is_remote(path: str) -> bool:
-    local = Path(path).expanduser()
-    return not (local.exists() or local.suffix.lower() in READERS or path.startswith((".", "/", "~")))
 
 
 def _as_said(section: Data, name: str) -> Rows:

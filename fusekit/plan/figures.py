@@ -26,7 +26,6 @@ class Step:
         memory: bytes that the stage asks for.
         seconds: from a measurement on a sample; None without one.
         pflop: floating point operations of the arithmetic alone, 1e15.
-        counted: whether its figures are part of the sums: a step that needs no work, or is refused, has none.
     """
 
     stage: str

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
+from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.pipeline.stages import ALIGNED_TEXTS
 from fusekit.plan import measure as timing
@@ -26,6 +28,7 @@ from fusekit.recipe import Recipe
 from fusekit.representation import Row, read_rows
 from fusekit.representation import estimate as capture
 from fusekit.representation.processes import Processes
+from fusekit.representation.reading import is_on_hub
 from fusekit.representation.represent import vocabulary_size
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
@@ -125,7 +128,7 @@ class _Job:
 
     def time_models(self) -> None:
         """Load what is here and small, one after the other."""
-        held_out = self._held_out_rows()
+        held_out = self._held_out
         metrics = self.recipe.evaluate.metrics if self.recipe.evaluate else []
         for name, known in self.models.known.items():
             reader = self.models.tokenizers.get(name)
@@ -229,15 +232,15 @@ class _Job:
 
     def trainings(self) -> None:
         """A target per source or one of all, and plain fine-tuning to compare them with."""
-        settings, section = self.recipe.settings, self.recipe.evaluate
+        settings = self.recipe.settings
         labels = [source.label for source in self.recipe.sources]
         targets = targets_of(settings, labels, self.output.layout.targets)
         made = [self._training("distill", target, settings) for target in targets]
         self.targets_there = all(step.state == REUSED for step in made)
-        if section is not None and section.baseline and settings.training.lm_weight < 1:
-            plain = settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
-            (target,) = targets_of(plain, labels, self.output.layout.baselines)
-            made.append(self._training("distill", target, plain, BASELINE))
+        if self.recipe.wants_baseline:
+            alone = plain(settings)
+            (target,) = targets_of(alone, labels, self.output.layout.baselines)
+            made.append(self._training("distill", target, alone, BASELINE))
         self._training_needs(sum(step.work for step in made))
 
     def _training(self, stage: str, target: Target, settings: DistillSettings, name: str | None = None) -> Step:
@@ -297,24 +300,30 @@ class _Job:
     def _labels_and_place(self) -> tuple[list[str], Path]:
         return [source.label for source in self.recipe.sources], self.output.layout.targets
 
-    def _held_out_rows(self) -> list[Row]:
+    @cached_property
+    def _held_out(self) -> list[Row]:
+        """Rows of local files; what is wrong with them is said once."""
         section = self.recipe.evaluate
         if section is None:
             return []
         paths = [section.path] if isinstance(section.path, str) else section.path
         try:
-            there = [path for path in map(Path, paths) if path.exists()]
-            return list(chain.from_iterable(islice(read_rows(path), section.limit) for path in there))
+            there = [path for path in paths if not is_on_hub(path)]
+            return list(chain.from_iterable(read_rows(path, limit=section.limit) for path in there))
         except FusekitError as error:
             self.plan.refused.append(f"evaluate: {error}")
             return []
 
     def evaluations(self) -> None:
         """Scores of every model: the held-out rows' tokens at the speed of a capture, replies at that of a sample."""
-        section, rows = self.recipe.evaluate, self._held_out_rows()
+        section, rows = self.recipe.evaluate, self._held_out
         if section is None:
             return
-        names = [PIVOT, *([BASELINE] if section.baseline else []), *(f"sources/{s.label}" for s in self.recipe.sources)]
+        names = [
+            PIVOT,
+            *([BASELINE] if self.recipe.wants_baseline else []),
+            *(f"sources/{s.label}" for s in self.recipe.sources),
+        ]
         names += [f"targets/{t.name}" for t in targets_of(self.recipe.settings, *self._labels_and_place())]
         names += ["merged"] if self.recipe.merge is not None else []
         step = self.step("evaluate", f"{len(names)} models")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fusekit.distillation import checkpoints, provenance
-from fusekit.distillation.outputs import FACTS, Target
+from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.pipeline import distilling, stages
@@ -108,7 +107,7 @@ class Output:
     def _target(self, step: Step, target: Target, settings: DistillSettings) -> None:
         known = artifact.read(target.folder)
         published = known is not None
-        before: dict[str, Any] = known.inputs if known is not None else json.loads((target.work / FACTS).read_bytes())
+        before = known.inputs if known is not None else facts_begun(target) or {}
         if self.rows is None or any(name not in self._complete for name in (PIVOT, *target.sources)):
             step.notes.append("it is there, but the stores that it was made from are not: compared once they are")
             return
@@ -138,7 +137,7 @@ class Output:
         changed = artifact.differences(known.inputs, artifact.plain(found))
         if not changed:
             step.state = REUSED
-        elif set(known.inputs.get("targets", {})) == set(found["targets"]):
+        elif known.inputs.get("targets") == found["targets"]:
             _refuse(step, changed)
         else:
             step.notes.append("one of other targets is there; it is made anew, in one step")

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.evaluation.settings import LmEval
 from fusekit.safe_yaml import KeyPath
@@ -18,6 +17,8 @@ from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_OTHER_FOLDERS = ("pivot", "joint", "sft")
+"""What a run calls its other stores and targets."""
 
 
 class Section(BaseModel):
@@ -215,15 +216,23 @@ class Recipe(Section):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}: give one a `name` of its own")
-        for name in ("pivot", JOINT, PLAIN):
-            if name in labels:
-                raise ValueError(f"no source may be called {name!r}: give it another `name`")
+        for label in labels:
+            if label in _OTHER_FOLDERS or label.endswith(".training") or not label or label.startswith("."):
+                raise ValueError(
+                    f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
+                    "another `name`"
+                )
         return self
 
     @property
     def settings(self) -> DistillSettings:
         """The sections ``alignment``, ``fusion`` and ``distill`` as the trainer takes them."""
         return DistillSettings(preset=self.preset, alignment=self.alignment, fusion=self.fusion, training=self.distill)
+
+    @property
+    def wants_baseline(self) -> bool:
+        """Whether plain fine-tuning is trained beside the targets, to compare them with; at lm_weight 1 it is one."""
+        return self.evaluate is not None and self.evaluate.baseline and self.distill.lm_weight < 1
 
     def alignment_of(self, source: Source) -> AlignmentSettings:
         """The section ``alignment`` with what differs for a source."""

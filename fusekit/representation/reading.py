@@ -59,12 +59,18 @@ def read_rows(
         rows: Iterator[Row] = (row for file in files for row in _rows_of_file(file))
     elif local.exists():
         rows = _rows_of_file(local)
-    elif isinstance(path, Path) or local.suffix.lower() in READERS or str(path).startswith((".", "/", "~")):
+    elif isinstance(path, Path) or not is_on_hub(path):
         raise DataError(f"{path} does not exist")
     else:
         records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
         rows = _rows_of_records(records, str(path))
     return rows if limit is None else islice(rows, limit)
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether rows are taken for a data set on the hub: nothing is there, and it does not look like a file."""
+    local = Path(path).expanduser()
+    return not (local.exists() or local.suffix.lower() in READERS or path.startswith((".", "/", "~")))
 
 
 def _other_folder(folder: Path) -> str | None:

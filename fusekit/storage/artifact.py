@@ -18,6 +18,7 @@ from fusekit.storage.publish import recover, staging
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_FOREIGN = "is not of this artifact"
 _AT_A_TIME = 16 << 20
 
 Inputs = dict[str, Any]
@@ -149,6 +150,17 @@ def read(folder: Path) -> Artifact | None:
         raise disk_fault(error, folder) or StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
 
 
+def is_kept(folder: Path, inputs: Inputs) -> bool:
+    """Whether an artifact is there, made from these inputs, and whole: small ones are made anew where they are not.
+
+    Reads every file through. Raises StorageError for a damaged manifest.
+    """
+    known = read(folder)
+    if known is None or differences(known.inputs, inputs):
+        return False
+    return all(line.endswith(_FOREIGN) for line in problems(folder))
+
+
 def problems(folder: Path) -> list[str]:
     """What is not as the manifest says, one line per file: missing, changed, or not its own."""
     artifact = read(folder)
@@ -167,7 +179,7 @@ def problems(folder: Path) -> list[str]:
         elif file_hash(path) != file.xxh3:
             found.append(f"{path}: its content is not what was written")
     foreign = sorted(name for name in there - artifact.files.keys() if not _is_own(folder, name, artifact))
-    return found + [f"{folder / name}: is not of this artifact" for name in foreign]
+    return found + [f"{folder / name}: {_FOREIGN}" for name in foreign]
 
 
 def differences(before: Inputs, now: Inputs) -> list[str]:

@@ -243,7 +243,7 @@ class StoreWriter:
             raise StorageError(
                 f"{self.path} was made from something else:\n  "
                 + "\n  ".join(changed)
-                + "\nUse another folder, or --overwrite to start anew"
+                + f"\nUse another folder, or remove {self.path} to start anew"
             )
 
     def _write_manifest(self, complete: bool) -> None:

@@ -27,7 +27,7 @@ def recipe(tmp_path: Path) -> Path:
         f"pivot: {{model: {tmp_path / 'pivot'}}}\n"
         f"sources: [{{model: {DEMO / 'sources' / 'llama'}}}]\n"
         f"data: {{path: {DEMO / 'rows' / 'train.jsonl'}, limit: 4, max_length: 128}}\n"
-        f"evaluate: {{path: {DEMO / 'rows' / 'held-out' / 'add.jsonl'}, limit: 2}}\n"
+        f"evaluate: {{path: {DEMO / 'rows' / 'held-out' / 'add.jsonl'}, limit: 2, baseline: false}}\n"
         "merge: null\n"
     )
     (tmp_path / "recipe.yml").write_text(text)

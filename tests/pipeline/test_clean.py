@@ -83,6 +83,26 @@ def test_what_processes_that_died_left_goes_and_nothing_else(finished):
     }
 
 
+def test_what_a_run_that_is_not_finished_has_made_stays(finished):
+    path, out = finished
+    two = with_sources(path, ["llama", "neox"])
+    run(load_recipe(two), out, until="data", say=lambda _: None)  # stopped there, or later
+    shutil.copytree(out / "representations" / "llama", out / "representations" / "neox")
+    assert clean(out, "--yes") == "nothing to remove\n"
+    assert f"{out}/representations/neox  " in clean(out, "--recipe", str(path))
+    run(load_recipe(path), out, start="merge", say=lambda _: None)  # all of it is of the first again
+    assert f"{out}/representations/neox  " in clean(out)
+
+
+def test_a_link_that_looks_like_something_left_behind_is_spared(finished, tmp_path):
+    _, out = finished
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (out / ".merged.staging-0123abcd").symlink_to(tmp_path / "mine")
+    assert f"spared: {out}/.merged.staging-0123abcd: is a link" in clean(out, "--yes")
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
 def test_checkpoints_of_a_training_that_goes_on_stay(finished):
     _, out = finished
     (out / "targets" / "llama").rename(out / "targets" / "llama.training")

@@ -117,6 +117,10 @@ def test_unknown_preset(write):
     [
         ("[{model: a/x}, {model: b/x}]", "two sources are called 'x'"),
         ("[{model: a/pivot}]", "no source may be called 'pivot'"),
+        ("[{model: a/b, name: joint}]", "no source may be called 'joint'"),
+        ("[{model: a/sft}]", "no source may be called 'sft'"),
+        ("[{model: a/b.training}]", "no source may be called 'b.training'"),
+        ("[{model: ../..}]", "no source may be called '..'"),
         ("[]", "at least 1 item"),
         ("[{model: a, name: ../up}]", "sources.0.name: String should match pattern"),
     ],

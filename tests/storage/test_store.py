@@ -130,7 +130,7 @@ def test_other_inputs_are_refused_with_every_difference(path):
         "  tokenizer: '', now 'other'",
         "  top_k: 4, now 5",
         "  details.dtype: not given, now 'bfloat16'",
-        "Use another folder, or --overwrite to start anew",
+        f"Use another folder, or remove {path} to start anew",
     ]
     assert listing(path) == before
 
