@@ -89,10 +89,25 @@ def check_section(recipe: Recipe) -> None:
     problems = Problems(Document(data, "", "merge", {}))
     check(data, problems)
     found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
+    share = _selected(recipe.merge)
+    if not found and len(targets) == 1 and share is not None and share < 1:
+        found.append(
+            f"{recipe.place(('merge', 'parameters', 'select_topk'))}: select_topk is {share}, but there is one target "
+            f"({targets[0].name}), and of one SCE has no variance to rank: set select_topk to 1, or leave the merge "
+            "out with `merge: null`"
+        )
     if len(found) == 1:
         raise RecipeError(found[0])
     if found:
         raise RecipeError(f"merge: {len(found)} problems\n" + "\n".join(f"  {line}" for line in found))
+
+
+def _selected(section: Mapping[str, Any]) -> float | None:
+    """The share that SCE selects by, where the section gives one for all tensors."""
+    parameters = section.get("parameters")
+    share = parameters.get("select_topk") if isinstance(parameters, dict) else None
+    of_sce = section.get("merge_method") == "fusechat_sce"
+    return float(share) if of_sce and isinstance(share, (int, float)) else None
 
 
 def name_models(folder: Path, names: Mapping[str, str], recipe: str) -> None:

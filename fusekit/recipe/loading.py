@@ -14,7 +14,7 @@ from fusekit import safe_yaml
 from fusekit.errors import RecipeError
 from fusekit.problems import nearest
 from fusekit.recipe.presets import PRESETS
-from fusekit.recipe.sections import Recipe
+from fusekit.recipe.sections import Places, Recipe
 from fusekit.safe_yaml import Document, KeyPath
 
 MAX_INCLUDES = 16
@@ -164,7 +164,7 @@ def _checked(layers: _Layers, top: Document) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_report(error, layers, top)) from None
-    recipe._places = layers.written(top)
+    recipe._places = Places(layers.written(top))
     return recipe
 
 

@@ -6,6 +6,7 @@ Every default here is the default of the preset ``fusekit``; presets.py has the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -170,6 +171,13 @@ class Evaluate(Section):
     )
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the values of a recipe were written. Recipes that say the same are equal, wherever they say it."""
+
+    by_path: Mapping[KeyPath, str] = field(default_factory=dict, compare=False)
+
+
 class Recipe(Section):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
@@ -191,13 +199,13 @@ class Recipe(Section):
     )
     evaluate: Evaluate | None = Field(default=None, description="Held-out rows to score every model on.")
 
-    _places: Mapping[KeyPath, str] = PrivateAttr(default_factory=dict)
+    _places: Places = PrivateAttr(default_factory=Places)
 
     def place(self, path: KeyPath) -> str:
         """Where the value at ``path``, or the nearest that encloses it, was written: a file and a line, or the path."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self._places:
-                return self._places[path[:length]]
+            if path[:length] in self._places.by_path:
+                return self._places.by_path[path[:length]]
         return ".".join(map(str, path))
 
     @field_validator("fusion")

@@ -266,6 +266,15 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
         check_recipe(load_recipe(write(SMALL), ["merge.parameters.select_topk=7"]))
 
 
+@pytest.mark.parametrize("changed", ["fusion.mode=joint", "sources=[{model: org/first}]"])
+def test_one_target_has_nothing_to_select_by(write, changed):
+    path = write(SMALL)
+    with pytest.raises(RecipeError, match=r"select_topk is 0.1, but there is one target \((joint|first)\)"):
+        check_recipe(load_recipe(path, [changed]))
+    check_recipe(load_recipe(path, [changed, "merge=null"]))
+    check_recipe(load_recipe(path, [changed, "merge.parameters.select_topk=1"]))
+
+
 @pytest.mark.parametrize("name", ["pivot", "joint", "sft"])
 def test_a_source_cannot_have_the_name_of_a_target_of_all(write, name):
     with pytest.raises(RecipeError, match=f"no source may be called '{name}'"):
