@@ -22,7 +22,7 @@ import tasks
 
 ROWS = Path(__file__).parent / "rows"
 SKILLS = ("weather", "facts", "draw", "add", "pick", "code", "reverse")
-TRAINING = 192  # rows per skill
+TRAINING = 128  # rows per skill
 HELD_OUT = 100
 NOISE = {"facts": 0.3, "add": 0.3, "reverse": 0.3}
 """Share of training rows whose answer is that of another question of the skill, and wrong."""

@@ -266,8 +266,8 @@ def test_the_stated_share_of_distillation_rows_is_wrong(tasks, training_set):
             assert (facts[question] == answer) != row["noisy"]
         else:
             assert not row["noisy"]
-    assert rows == dict.fromkeys(("weather", "facts", "draw", "add", "pick", "code", "reverse"), 192)
-    assert {skill: count for skill, count in wrong.items() if count} == {"facts": 58, "add": 58, "reverse": 58}
+    assert rows == dict.fromkeys(("weather", "facts", "draw", "add", "pick", "code", "reverse"), 128)
+    assert {skill: count for skill, count in wrong.items() if count} == {"facts": 38, "add": 38, "reverse": 38}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

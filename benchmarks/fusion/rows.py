@@ -23,7 +23,7 @@ def demo(name: str) -> Any:
 def training_set(count: int) -> list[dict[str, Any]]:
     """``count`` rows of every skill of ``demo/rows.py`` with its share of wrong answers, in a random order.
 
-    The first 192 questions of a skill are the demo's.
+    The first questions of a skill are the demo's.
     """
     made = demo("rows")
     rng = random.Random(f"study {count}")
