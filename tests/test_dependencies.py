@@ -76,3 +76,12 @@ def test_a_damaged_model_is_an_error_of_merging_and_of_capturing(tmp_path):
     for kind in (MergeError, CaptureError):
         with pytest.raises(kind, match="not a whole safetensors file"):
             read_headers(tmp_path / "model.safetensors", "m")
+
+
+def test_one_list_says_what_forked_children_have_imported():
+    """A second one would replace the first in the whole test process, and every child would import for seconds."""
+    tests = Path(__file__).parent
+    setting = sorted(
+        str(file.relative_to(tests)) for file in tests.rglob("*.py") if ".set_forkserver_" in file.read_text()
+    )
+    assert setting == ["forks.py", "test_dependencies.py"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import shutil
 import signal
@@ -17,12 +16,10 @@ from fusekit.errors import StorageError
 from fusekit.report.facts import read_facts
 from fusekit.report.write import write_report
 from fusekit.storage import artifact
+from tests.forks import CONTEXT
 from tests.report.test_page import Page
 from tests.report.worlds import make_run
 from tests.storage.processes import kill_at
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.report.test_card"])
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +147,7 @@ def _replace(folder: Path, data: bytes, number: int, counter: str) -> None:
 
 
 def _in_a_child(folder: Path, data: bytes, number: int, counter: Path) -> int:
-    child = _context.Process(target=_replace, args=(folder, data, number, str(counter)))
+    child = CONTEXT.Process(target=_replace, args=(folder, data, number, str(counter)))
     child.start()
     child.join(60)
     assert child.exitcode is not None
