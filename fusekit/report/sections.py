@@ -307,7 +307,7 @@ def given_text(facts: Facts) -> str:
     preset = PRESETS.get(str(facts.value("preset")))
     if preset is None:
         return ""
-    bare = {"pivot": {"model": ""}, "sources": [{"model": ""}], "data": {"path": ""}}
+    bare = {"pivot": {"model": ""}, "sources": [{"model": "(none)"}], "data": {"path": ""}}
     around = {name: {**bare.get(name, {}), **values} for name, values in preset.items() if name != "source"}  # type: ignore[dict-item]
     try:
         known = Recipe.model_validate({**bare, **around}).model_dump(mode="json")

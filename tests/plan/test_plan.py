@@ -170,7 +170,7 @@ def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_p
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, merge=None)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     before = listing(tmp_path)
