@@ -52,6 +52,7 @@ def recipe(folder: Path, **evaluate: object) -> Path:
     document = {
         "pivot": {"model": PIVOT},
         "sources": [{"model": str(DEMO / "sources" / "llama")}],
+        "merge": {"parameters": {"select_topk": 1.0}},  # of one target there is nothing to select by
         "data": {"path": str(rows)},
         "evaluate": {"path": str(rows)} | evaluate,
     }

@@ -249,17 +249,17 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
         teacher.score(random_rows([5]))
 
 
-def _score_with_little_memory(extra_megabytes, file):
+def _score_with_little_memory(extra_megabytes, wide, count, file):
     """In a process of its own: score rows twice, the second time with an address space that is nearly used up."""
     import resource
 
     import psutil
 
     torch.set_num_threads(1)
-    model = random_model("llama", intermediate_size=16384, max_position_embeddings=512)
-    rows = random_rows([200] * 8)
+    model = random_model("llama", intermediate_size=wide, max_position_embeddings=512)
+    rows = random_rows([200] * count)
     said = []
-    teacher = Teacher(model, selection=Selection(5), batch_tokens=8 * 200, notify=said.append)
+    teacher = Teacher(model, selection=Selection(5), batch_tokens=count * 200, notify=said.append)
     free = teacher.score(rows)
     limit = psutil.Process().memory_info().vms + (extra_megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -276,14 +276,15 @@ def _score_with_little_memory(extra_megabytes, file):
 def test_memory_that_really_runs_out_halves_the_batch(tmp_path):
     file = tmp_path / "said"
     # One tensor of the feed-forward takes 8 x 199 x 16384 x 4 = 104 MB, and there are two of them at a time.
-    assert run(_score_with_little_memory, 100, file).exitcode == 0
+    assert run(_score_with_little_memory, 100, 16384, 8, file).exitcode == 0
     assert "memory ran out at 8 rows of 19" in file.read_text()
     assert "same=True close=True" in file.read_text()
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error_with_the_numbers(tmp_path):
     file = tmp_path / "said"
-    assert run(_score_with_little_memory, 4, file).exitcode == 0
+    # 104 MB for a row alone: more than what the process has freed and not given back.
+    assert run(_score_with_little_memory, 4, 131072, 2, file).exitcode == 0
     said = file.read_text()
     assert said.startswith("refused row ")
     assert "of 200 tokens does not fit into memory even alone" in said
