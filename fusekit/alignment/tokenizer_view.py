@@ -11,7 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ from fusekit.errors import AlignmentError
 
 # The roles by which special tokens correspond across tokenizers. Padding is deliberately absent: nothing maps to it.
 ROLES = ("bos", "eos", "end_of_turn")
+
+
+def _normalized(normalizer: Any, text: str) -> str:
+    return str(normalizer.normalize_str(text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +74,7 @@ class TokenizerView:
         """The tokenizer's own normaliser, or None when there is none that can change a text."""
         if self.backend is None or not self.parts("normalizer"):
             return None
-        normalizer = self.backend.normalizer
-        return lambda text: str(normalizer.normalize_str(text))
+        return partial(_normalized, self.backend.normalizer)  # a reader that has been used travels to other processes
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
