@@ -150,8 +150,9 @@ def run(
             _claim(layout, recipe)
             held.enter_context(log.around())
 
-        processes.first_then_all(claim)
+        # Before the output is touched: a recipe that cannot be done leaves nothing behind.
         processes.first_then_all(lambda: checks.check_recipe(recipe, chosen))
+        processes.first_then_all(claim)
         if "evaluate" in chosen:
             processes.first_then_all(partial(stages.check_held_out, context))
         needed = {need for name in chosen for need in _STAGES[name].needs}

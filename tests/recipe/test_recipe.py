@@ -261,7 +261,7 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
         ):
             line = next(number for number, text in enumerate(lines, 1) if word in text)
             assert f"{path}, line {line}: {says}" in str(result.exception)
-    assert not (tmp_path / "out" / "data").exists()
+    assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match=r"--set merge.parameters.select_topk=7: .*cannot be 7"):
         check_recipe(load_recipe(write(SMALL), ["merge.parameters.select_topk=7"]))
 
