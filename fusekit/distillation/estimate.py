@@ -12,7 +12,7 @@ import torch
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need
+from fusekit.models.need import Need, refuse_lacking
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.estimate import itemsize, shape_of
 from fusekit.representation.processes import Processes
@@ -148,15 +148,12 @@ def disk_needs(
 
 def refuse(needs: Sequence[Need]) -> None:
     """Raise DistillationError with the numbers if something does not fit."""
-    lacking = [need for need in needs if not need.fits]
-    if lacking:
-        rows = "\n".join(f"  {need}" for need in lacking)
-        raise DistillationError(
-            f"this training does not fit:\n{rows}\nFree some, write elsewhere, take smaller micro-batches "
-            "(micro_batch_size), recompute activations (activation_checkpointing), train an adapter (lora) or in "
-            "bfloat16 (dtype), or shard it over devices (accelerate launch with FSDP); ignore_estimates starts it all "
-            "the same"
-        )
+    way_out = (
+        "Free some, write elsewhere, take smaller micro-batches (micro_batch_size), recompute activations "
+        "(activation_checkpointing), train an adapter (lora) or in bfloat16 (dtype), or shard it over devices "
+        "(accelerate launch with FSDP); ignore_estimates starts it all the same"
+    )
+    refuse_lacking(needs, "this training does not fit:", way_out, DistillationError)
 
 
 def is_sharded(settings: TrainingSettings) -> bool:

@@ -12,7 +12,7 @@ from fusekit.errors import MergeError
 from fusekit.merging.models import Model
 from fusekit.merging.plan import Plan
 from fusekit.models.limits import Limit, memory_limits
-from fusekit.models.need import Need
+from fusekit.models.need import Need, refuse_lacking
 from fusekit.storage.faults import existing_parent, free_bytes
 
 SMALL_FILES_BYTES = 1 << 20
@@ -34,14 +34,11 @@ def estimate(plan: Plan, models: Iterable[Model], options: MergeOptions, final: 
 
 def refuse(needs: list[Need]) -> None:
     """Raise MergeError with the numbers if something does not fit."""
-    lacking = [need for need in needs if not need.fits]
-    if lacking:
-        rows = "\n".join(f"  {need}" for need in lacking)
-        raise MergeError(
-            f"this merge does not fit:\n{rows}\n"
-            "Free some, merge elsewhere, or lower the need (--out-shard-size 1B writes smaller shards from less "
-            "memory); `--ignore-estimates` starts it all the same."
-        )
+    way_out = (
+        "Free some, merge elsewhere, or lower the need (--out-shard-size 1B writes smaller shards from less memory); "
+        "`--ignore-estimates` starts it all the same."
+    )
+    refuse_lacking(needs, "this merge does not fit:", way_out, MergeError)
 
 
 def _disk(plan: Plan, models: list[Model], options: MergeOptions, final: Path) -> list[Need]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fusekit.errors import FusekitError
 from fusekit.storage.faults import human
 
 
@@ -23,3 +25,14 @@ class Need:
 
     def __str__(self) -> str:
         return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
+
+
+def refuse_lacking(needs: Iterable[Need], headline: str, way_out: str, kind: type[FusekitError]) -> None:
+    """Raise an error of this kind with the numbers if something does not fit.
+
+    headline: the first line. way_out: the last.
+    """
+    lacking = [f"  {need}" for need in needs if not need.fits]
+    if lacking:
+        rows = "\n".join(lacking)
+        raise kind(f"{headline}\n{rows}\n{way_out}")

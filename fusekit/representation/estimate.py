@@ -10,7 +10,7 @@ import torch
 
 from fusekit.errors import CaptureError
 from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need
+from fusekit.models.need import Need, refuse_lacking
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
 from fusekit.representation.teacher import CHUNK_BYTES
@@ -30,14 +30,11 @@ _VALUE_BITS = 10
 
 def refuse(needs: Sequence[Need]) -> None:
     """Raise CaptureError with the numbers if something does not fit."""
-    lacking = [need for need in needs if not need.fits]
-    if lacking:
-        rows = "\n".join(f"  {need}" for need in lacking)
-        raise CaptureError(
-            f"this capture does not fit:\n{rows}\nFree some, write elsewhere, load the model smaller (--dtype "
-            "bfloat16, --quantization) or over several devices (--device-map auto), or take smaller batches "
-            "(--batch-tokens); --ignore-estimates starts it all the same"
-        )
+    way_out = (
+        "Free some, write elsewhere, load the model smaller (--dtype bfloat16, --quantization) or over several devices "
+        "(--device-map auto), or take smaller batches (--batch-tokens); --ignore-estimates starts it all the same"
+    )
+    refuse_lacking(needs, "this capture does not fit:", way_out, CaptureError)
 
 
 def store_bytes(*, rows: int, tokens: int, labels: int, vocabulary: int, top_k: int) -> int:
