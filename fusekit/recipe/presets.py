@@ -11,13 +11,19 @@ from typing import Any
 
 from fusekit.distillation.presets import PRESETS as DISTILLATION
 
-_SCE: dict[str, Any] = {"merge_method": "fusechat_sce", "parameters": {"select_topk": 0.1}, "dtype": "bfloat16"}
 
+def _sce(select_topk: float, variant: str) -> dict[str, Any]:
+    parameters = {"select_topk": select_topk, "variant": variant}
+    return {"merge_method": "fusechat_sce", "parameters": parameters, "dtype": "bfloat16"}
+
+
+# FuseChat's τ is 0.1. In the form that the authors' repository computes it selects what the coefficients are computed
+# from; in the paper's form it also drops the other nine tenths of every fusion vector.
 _AROUND: dict[str, dict[str, Any]] = {
-    "fusekit": {"merge": _SCE},
-    "fusechat": {"source": {"chat_template": "pivot"}, "merge": _SCE},
+    "fusekit": {"merge": _sce(1.0, "paper")},
+    "fusechat": {"source": {"chat_template": "pivot"}, "merge": _sce(0.1, "fuseai")},
     "fusellm": {"data": {"train_on": "all", "pack": True}},
-    "uld": {"merge": _SCE},
+    "uld": {"merge": _sce(1.0, "paper")},
 }
 
 

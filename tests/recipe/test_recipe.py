@@ -73,7 +73,7 @@ def test_another_merge_method_does_not_inherit_parameters(write):
     assert recipe.merge == {"merge_method": "ties", "parameters": {"density": 0.5}}
     recipe = load_recipe(write(SMALL + "merge: {parameters: {select_topk: 0.5}}\n"))
     assert recipe.merge["merge_method"] == "fusechat_sce"
-    assert recipe.merge["parameters"] == {"select_topk": 0.5}
+    assert recipe.merge["parameters"] == {"select_topk": 0.5, "variant": "paper"}
 
 
 def test_every_mistake_at_once_with_line_and_nearest_name(write):
@@ -268,11 +268,12 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
 
 @pytest.mark.parametrize("changed", ["fusion.mode=joint", "sources=[{model: org/first}]"])
 def test_one_target_has_nothing_to_select_by(write, changed):
-    path = write(SMALL)
+    path = write("preset: fusechat\n" + SMALL)
     with pytest.raises(RecipeError, match=r"select_topk is 0.1, but there is one target \((joint|first)\)"):
         check_recipe(load_recipe(path, [changed]))
     check_recipe(load_recipe(path, [changed, "merge=null"]))
     check_recipe(load_recipe(path, [changed, "merge.parameters.select_topk=1"]))
+    check_recipe(load_recipe(write(SMALL), [changed]))  # the default preset keeps everything
 
 
 @pytest.mark.parametrize("name", ["pivot", "joint", "sft"])

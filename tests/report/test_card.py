@@ -63,7 +63,7 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
     weights = artifact.joined_hash([f"model.safetensors {manifest.files['model.safetensors'].xxh3}"])
     assert f"xxh3 `{weights}`" in text
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert yaml.safe_load(blocks[0])["merge"]["parameters"] == {"select_topk": 0.1}
+    assert yaml.safe_load(blocks[0])["merge"]["parameters"] == {"select_topk": 1.0, "variant": "paper"}
     merge = yaml.safe_load(blocks[1])
     assert [entry["model"] for entry in merge["models"]] == ["targets/one", "targets/two"]
     assert merge["base_model"] == "org/pivot"

@@ -69,7 +69,7 @@ def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
             "pivot": {"model": f"org/pivot{evil}"},
             "sources": [{"model": f"/home/me/{name}{evil}", "name": name} for name in sources],
             "data": {"path": f"rows{evil}.jsonl", "max_length": 64},
-            "merge": {"merge_method": "fusechat_sce", "parameters": {"select_topk": 0.1}},
+            "merge": {"merge_method": "fusechat_sce", "parameters": {"select_topk": 1.0, "variant": "paper"}},
             "evaluate": {"path": "held-out"},
         }
     ).model_dump(mode="json")
