@@ -20,6 +20,8 @@ from fusekit.evaluation.settings import LmEval, LmEvalTask
 from fusekit.storage import artifact
 from fusekit.storage.artifact import Inputs
 
+FOLDER = "lm_eval"
+"""Of all its scores, beside those of held-out rows."""
 INSTALL = "pip install 'fusekit[lm-eval]'"
 
 BOOTSTRAPS = 1000
@@ -246,6 +248,11 @@ def figure(task: LmEvalTask, name: str, score: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def folder_of(task: str) -> str:
+    """The name of the folder of a task's scores."""
+    return task.replace("/", "--")
+
+
 def cached_scores(
     settings: LmEval,
     folder: Path,
@@ -268,7 +275,7 @@ def cached_scores(
     figures: dict[str, dict[str, Any]] = {}
     harness = None
     for task in settings.tasks:
-        place, inputs = folder / task.task.replace("/", "--"), identity | _inputs(settings, task)
+        place, inputs = folder / folder_of(task.task), identity | _inputs(settings, task)
         kept = artifact.is_kept(place, inputs)
         if not kept:
             started, harness = time.monotonic(), harness or load()

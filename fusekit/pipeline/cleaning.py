@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.errors import StorageError
+from fusekit.evaluation import lm_eval
 from fusekit.pipeline.layout import BASELINE, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
 from fusekit.storage import artifact, disk_fault, output_lock
@@ -90,8 +91,15 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     merges = any(known.merge is not None for known in recipes)
     if not merges:
         found.add(layout.merged, "the recipe merges nothing", _in_artifact)
-    unscored = [name for name, wanted in (("merged", merges), (BASELINE, baseline)) if not wanted]
-    _scores(found, layout, {"sources": sources, "targets": targets}, unscored)
+    models = {PIVOT, *(f"sources/{name}" for name in sources), *(f"targets/{name}" for name in targets)}
+    models |= {name for name, wanted in (("merged", merges), (BASELINE, baseline)) if wanted}
+    tasks = {
+        lm_eval.folder_of(task.task)
+        for known in recipes
+        if known.evaluate is not None and known.evaluate.lm_eval is not None
+        for task in known.evaluate.lm_eval.tasks
+    }
+    _scores(found, layout, models, tasks)
     return found
 
 
@@ -162,22 +170,35 @@ def _trainings(found: Findings, folder: Path, wanted: set[str]) -> None:
             found.add(path, "checkpoints of a training that is finished", _in_training)
 
 
-def _scores(found: Findings, layout: Layout, wanted: dict[str, set[str]], unwanted: list[str]) -> None:
-    for kind, names in wanted.items():
-        _others(found, layout.evaluation(kind), names, "scores of a model that the recipe does not name", _in_artifact)
-    for name in unwanted:
-        found.add(layout.evaluation(name), "scores of a model that the recipe does not name", _in_artifact)
+def _scores(found: Findings, layout: Layout, models: set[str], tasks: set[str]) -> None:
+    """Scores of models that nobody names, and of lm-eval's tasks that nobody asks for."""
+    for place in _scored(layout):
+        first, *rest = place.relative_to(layout.evaluation("")).parts
+        if first == lm_eval.FOLDER:
+            *model, task = rest
+            wanted = task in tasks
+        else:
+            model, wanted = [first, *rest], True
+        if "/".join(model) not in models:
+            found.add(place, "scores of a model that the recipe does not name", _in_artifact)
+        elif not wanted:
+            found.add(place, "scores of a task that the recipe does not ask for", _in_artifact)
+
+
+def _scored(layout: Layout) -> list[Path]:
+    folder = layout.evaluation("")
+    places = [path.parent for path in sorted(folder.rglob(artifact.MANIFEST))]
+    return [place for place in places if not any(part.startswith(".") for part in place.relative_to(folder).parts)]
 
 
 def _of_stage(layout: Layout, stage: str) -> list[Path]:
-    scored = [path.parent for path in sorted((layout.out / "evaluation").rglob(artifact.MANIFEST))]
     return {
         "data": [layout.data],
         "represent": _folders(layout.out / "representations"),
         "align": _folders(layout.out / "alignment"),
         "distill": [*_folders(layout.targets), *_folders(layout.baselines)],
         "merge": [layout.merged, layout.merge_recipe],
-        "evaluate": [*scored, layout.results],
+        "evaluate": [*_scored(layout), layout.results],
         "report": [layout.report, layout.models],
     }.get(stage, [])
 

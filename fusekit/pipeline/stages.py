@@ -382,7 +382,7 @@ def _lm_eval(
 
     return lm_eval.cached_scores(
         settings,
-        context.layout.evaluation(f"lm_eval/{name}"),
+        context.layout.evaluation(f"{lm_eval.FOLDER}/{name}"),
         identity,
         load=lambda: lm_eval.load_harness(*model, settings, say),
         made=context.made,

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
+from fusekit.storage import artifact
 from tests.pipeline.worlds import stamps, with_sources
 
 
@@ -48,6 +50,26 @@ def test_what_a_removed_source_left_goes(finished):
         f"{folder}/llama"
         for folder in ("representations", "alignment", "targets", "evaluation/sources", "evaluation/targets")
     }
+
+
+def test_scores_of_lm_eval_that_nobody_asks_for_go(finished):
+    path, out = finished
+    for place in ("pivot/sums", "pivot/old", "sources/llama/own--sums", "sources/gone/sums", "merged/sums"):
+        artifact.publish(
+            out / "evaluation" / "lm_eval" / place, "evaluate", {}, lambda into: (into / "scores.json").write_text("{}")
+        )
+    (out / "evaluation" / "lm_eval" / "pivot" / "old" / "notes.txt").write_text("mine")
+    asks = path.with_name("asks.yml")
+    recipe = yaml.safe_load(path.read_text())
+    recipe["evaluate"]["lm_eval"] = ["sums", "own/sums"]
+    asks.write_text(yaml.safe_dump(recipe))
+    said = clean(out, "--recipe", str(asks))
+    shown = [line.split("  ")[0].strip() for line in said.splitlines() if "/lm_eval/" in line]
+    assert shown[0] == f"{out}/evaluation/lm_eval/sources/gone/sums"
+    assert shown[1].startswith(f"spared: {out}/evaluation/lm_eval/pivot/old: holds notes.txt")
+    assert len(shown) == 2
+    assert "removed 4 things" in clean(out, "--yes")  # the run's own recipe asks for none
+    assert (out / "evaluation" / "lm_eval" / "pivot" / "old" / "notes.txt").is_file()
 
 
 def test_what_processes_that_died_left_goes_and_nothing_else(finished):
