@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from fusekit.threads import side_by_side
 
 CPU_CHUNK = 2**20  # logits whose float32 copy stays in the cache, and whose operations outlast the interpreter's
 ACCELERATOR_CHUNK = 2**26  # large enough to fill a GPU, small against its memory
@@ -19,8 +19,7 @@ Work = Callable[[int, int], None]
 def for_each_chunk(new_worker: Callable[[], Work], rows: int, logits: Tensor, chunk: int | None) -> None:
     """Call a worker with (start, stop) for chunks that cover ``range(rows)``, each once.
 
-    On the CPU chunks run side by side, a worker and one torch thread for each: an operation that is split over threads
-    waits for its slowest part, long on a busy machine, and a sum that is split depends on how.
+    On the CPU chunks run side by side, a worker and one torch thread for each.
 
     Args:
         new_worker: makes a worker, which may own scratch memory; workers write to rows of their own.
@@ -35,34 +34,8 @@ def for_each_chunk(new_worker: Callable[[], Work], rows: int, logits: Tensor, ch
     bounds = [(start, min(start + each, rows)) for start in range(0, rows, each)]
     threads = min(threads, len(bounds))
     if threads > 1:
-        _side_by_side(new_worker, bounds, threads)
+        side_by_side(new_worker, bounds, threads)
         return
     work = new_worker()
     for start, stop in bounds:
         work(start, stop)
-
-
-def _side_by_side(new_worker: Callable[[], Work], bounds: list[tuple[int, int]], threads: int) -> None:
-    queue = iter(bounds)  # next() on it is atomic
-    failed = threading.Event()
-
-    def run() -> None:
-        work = new_worker()
-        with torch.no_grad():  # grad mode is per thread
-            for start, stop in queue:
-                if failed.is_set():
-                    return
-                try:
-                    work(start, stop)
-                except BaseException:
-                    failed.set()
-                    raise
-
-    configured = torch.get_num_threads()
-    try:
-        # In a worker this sets that thread's own limit, and with it the value that new threads start from ...
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(run) for _ in range(threads)]:
-                future.result()
-    finally:
-        torch.set_num_threads(configured)  # ... which is put back here

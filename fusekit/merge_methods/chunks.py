@@ -7,9 +7,8 @@ multiply-add, whose use varies with the position in a vector register), so it gi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
+from fusekit.threads import side_by_side
 
 BLOCK = 4096
 CPU_CHUNK = 64 * BLOCK  # a chunk's fusion vectors fit the cache, its operations outlast the interpreter's
@@ -49,7 +49,7 @@ def for_each_chunk(
     """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
 
     On the CPU chunks run side by side on as many threads as torch is set to use, up to four, each with one torch
-    thread. Splitting every operation instead would make each wait for its slower half, long on a busy machine.
+    thread.
     """
     size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
     if size <= 0 or size % BLOCK:
@@ -59,40 +59,7 @@ def for_each_chunk(
     if threads <= 1:
         scratch = Scratch(device, min(size, numel))
         return [work(scratch, start, stop) for start, stop in bounds]
-    return _side_by_side(work, bounds, lambda: Scratch(device, size), threads)
-
-
-def _side_by_side(
-    work: Callable[[Scratch, int, int], Result],
-    bounds: list[tuple[int, int]],
-    new_scratch: Callable[[], Scratch],
-    threads: int,
-) -> list[Result]:
-    results: dict[int, Result] = {}
-    queue = iter(range(len(bounds)))  # next() on it is atomic
-    failed = threading.Event()
-
-    def worker() -> None:
-        scratch = new_scratch()
-        with torch.no_grad():  # grad mode is per thread
-            for index in queue:
-                if failed.is_set():
-                    return
-                try:
-                    results[index] = work(scratch, *bounds[index])
-                except BaseException:
-                    failed.set()
-                    raise
-
-    configured = torch.get_num_threads()
-    try:
-        # In a worker this sets that thread's own limit, and with it the value that new threads start from ...
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(worker) for _ in range(threads)]:
-                future.result()
-    finally:
-        torch.set_num_threads(configured)  # ... which is put back here
-    return [results[index] for index in range(len(bounds))]
+    return side_by_side(lambda: partial(work, Scratch(device, size)), bounds, threads)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
