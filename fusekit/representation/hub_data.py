@@ -79,6 +79,7 @@ def _unreachable(error: BaseException) -> bool:
 def explain(error: BaseException, repository: str, revision: str | None, name: str | None, split: str) -> DataError:
     """A DataError that says what to do about an exception of ``datasets`` or the hub client."""
     import huggingface_hub
+    from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import constants, errors
 
     chain: list[BaseException] = []
@@ -96,8 +97,9 @@ def explain(error: BaseException, repository: str, revision: str | None, name: s
     if has(errors.GatedRepoError):
         text = f"is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN ({token})"
     elif constants.is_offline_mode():
-        text = f"is not in the cache ({constants.HF_HOME}) and HF_HUB_OFFLINE is set: unset it, or fetch the data set "
-        text += f"where there is a network with `hf download --repo-type dataset {repository}`"
+        text = f"is not in the cache of data sets ({HF_DATASETS_CACHE}) and HF_HUB_OFFLINE is set: unset it once, or "
+        text += f"fetch its files where there is a network (`hf download {repository} --repo-type dataset --local-dir "
+        text += "ROWS`) and give the folder that holds them as the path"
     elif has(errors.RevisionNotFoundError):
         text = f"has no revision {revision!r}: see {page}/commits/main"
     elif has(errors.RepositoryNotFoundError):

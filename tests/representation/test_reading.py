@@ -209,7 +209,7 @@ def ask(tmp_path, *arguments, **environment):
 def test_offline_and_unreachable_hubs_fail_fast_with_a_hint(tmp_path, streaming):
     said = ask(tmp_path, "org/data", *streaming, HF_HUB_OFFLINE="1")
     assert "DataError: org/data is not in the cache" in said
-    assert "HF_HUB_OFFLINE is set: unset it, or fetch the data set" in said
+    assert "HF_HUB_OFFLINE is set: unset it once, or fetch its files" in said
     said = ask(tmp_path, "org/data", *streaming, HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 does not answer" in said
     assert "check the network, a proxy, or HF_ENDPOINT" in said
