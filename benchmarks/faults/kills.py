@@ -42,10 +42,17 @@ from benchmarks.merge.measure import machine
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("fusekit", "torch", "transformers", "mergekit", "safetensors", "tokenizers")
-REMADE = ("recipe.resolved.yml", "merge.yml", "merged/", "evaluation/merged/", "results.json", "report", "logs/")
+REMADE = (
+    "recipe.resolved.yml",
+    "merge.yml",
+    "merged/",
+    "evaluation/merged/",
+    "results.json",
+    "report.html",
+    "models.json",
+    "logs/",
+)
 """What a source added later changes of what was there."""
-OWN = ("representations/", "alignment/", "targets/", "evaluation/sources/", "evaluation/targets/")
-"""Where a source has folders of its own."""
 
 Say = Callable[[str], None]
 Differences = Callable[[Path, Path], Sequence[str]]
