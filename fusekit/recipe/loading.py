@@ -200,8 +200,9 @@ def _report(error: ValidationError, layers: _Layers, top: Document) -> str:
         if detail["type"] == "missing":
             message = f"`{detail['loc'][-1]}` is missing{' in ' + label if path else ''}"
         elif detail["type"] == "extra_forbidden":
-            path = (*path, str(detail["loc"][-1])) if path != detail["loc"] else path
-            message = f"unknown key {path[-1]!r}{nearest(str(path[-1]), _fields(path[:-1]))}"
+            *within, key = detail["loc"]
+            path = path if path[-1:] == (key,) else (*path, key)
+            message = f"unknown key {key!r}{nearest(str(key), _fields(within))}"
         else:
             text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
             message = f"{label}: {text}" + (f", not {detail['input']!r}" if _short(detail["input"]) else "")
@@ -220,7 +221,8 @@ def _short(value: Any) -> bool:
 
 
 def _path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
-    """The part of a pydantic location that is in the data: names of union members are not."""
+    """The part of a pydantic location that is in the data: names of union members, and what a short form leaves out,
+    are not."""
     path: KeyPath = ()
     for part in location:
         if isinstance(data, Mapping) and part in data:
@@ -230,12 +232,12 @@ def _path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
     return path
 
 
-def _fields(path: KeyPath) -> list[str]:
-    """The keys of the section at ``path``."""
-    model: Any = Recipe
-    for part in path:
-        annotation = model.model_fields[part].annotation if isinstance(part, str) else model
-        model = _section(annotation) or Recipe
+def _fields(location: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a pydantic location."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or Recipe
     return list(model.model_fields)
 
 
