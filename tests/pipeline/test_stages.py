@@ -17,7 +17,7 @@ from fusekit.cli import cli
 from fusekit.cli.stopping import command_again
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
-from fusekit.errors import FusekitError, RecipeError, StorageError
+from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.pipeline.layout import STAGES, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.run import chosen_stages, run
@@ -122,6 +122,27 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
     map_file.unlink()
     with pytest.raises(StorageError, match="the stage `align` comes first"):
         opened(layout.alignment("llama"))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_source_may_bring_code_of_its_own_to_every_stage(finished, allowed):
+    path, out = finished
+    model = path.with_name("llama")
+    shutil.copytree(DEMO / "sources" / "llama", model)
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config"}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    (model / "code.py").write_text(
+        "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'homemade'\n"
+    )
+    recipe = load_recipe(path, [f"sources.0.model={model}", f"sources.0.trust_remote_code={str(allowed).lower()}"])
+    shutil.rmtree(out / "targets" / "llama")
+    if allowed:
+        run(recipe, out, only="distill", say=quiet)
+        assert artifact.problems(out / "targets" / "llama") == []
+    else:
+        with pytest.raises(CaptureError, match="wants to run Python code of its own"):
+            run(recipe, out, only="distill", say=quiet)
 
 
 def test_a_map_of_other_tokenizers_is_refused(first):
