@@ -90,7 +90,10 @@ class TrainingSettings(_Section):
     """The loss and the training run."""
 
     lm_weight: float = Field(
-        default=0.9, ge=0, le=1, description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning."
+        default=0.9,
+        ge=0,
+        le=1,
+        description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning. `lm_weighting: soft` has its own.",
     )
     lm_weighting: Literal["constant", "soft", "hard_and_decay"] = Field(
         default="constant",

@@ -51,7 +51,8 @@ def distill(context: Context) -> list[Path]:
 
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
-    return settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
+    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
+    return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
 
 
 def check_made(context: Context) -> None:

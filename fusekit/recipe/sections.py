@@ -239,8 +239,8 @@ class Recipe(Section):
 
     @property
     def wants_baseline(self) -> bool:
-        """Whether plain fine-tuning is trained beside the targets, to compare them with; at lm_weight 1 it is one."""
-        return self.evaluate is not None and self.evaluate.baseline and self.distill.lm_weight < 1
+        """Whether plain fine-tuning is trained beside the targets, to compare them with, unless it is the target."""
+        return self.evaluate is not None and self.evaluate.baseline and not self.settings.plain
 
     def alignment_of(self, source: Source) -> AlignmentSettings:
         """The section ``alignment`` with what differs for a source."""
