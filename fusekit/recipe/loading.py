@@ -194,8 +194,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def _report(error: ValidationError, layers: _Layers, top: Document) -> str:
     """One line per mistake, in the order of the files' lines."""
     found: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False, include_context=False):
-        path = _path_in(layers.data, detail["loc"])
+    for detail in error.errors(include_url=False):
+        named = detail.get("ctx", {}).get("paths", [detail["loc"]])  # several, where values clash
+        path = max((_path_in(layers.data, location) for location in named), key=len)
         label = ".".join(map(str, path)) or "recipe"
         if detail["type"] == "missing":
             message = f"`{detail['loc'][-1]}` is missing{' in ' + label if path else ''}"

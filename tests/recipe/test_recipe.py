@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -105,6 +106,32 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
     path = write(SMALL + "fusion:\n  function: reward_softmax\n")
     with pytest.raises(RecipeError, match=r"line 4: fusion: .* no recipe can name: use it from Python"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("alignment:\n  vocabulary: none\n", [], [r"line 5: alignment.vocabulary: loss ce .* needs a vocabulary map"]),
+        ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
+        ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
+        ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
+        ("preset: uld\n", ["alignment.tokens=dtw"], ["--set alignment.tokens=dtw: .*where tokens is span, not dtw"]),
+        (
+            "alignment: {vocabulary: none, tokens: dtw}\n",
+            ["sources.0.name=second"],
+            ["line 2: .*two sources are called", "line 4: .*tokens is span, not dtw", "line 4: .*loss ce compares"],
+        ),
+    ],
+)
+def test_values_that_clash_are_mistakes_like_others(write, text, overrides, expected):
+    path = write(SMALL + text)
+    arguments = [str(path), *(part for override in overrides for part in ("--set", override))]
+    for command in ("validate", "plan"):
+        error = CliRunner().invoke(cli, [command, *arguments, "--set", "merge=null"]).exception
+        assert isinstance(error, RecipeError)
+        rows = str(error).splitlines()[-len(expected) :]
+        for row, says in zip(rows, expected, strict=True):
+            assert re.search(says, row), (says, rows)
 
 
 def test_unknown_preset(write):
