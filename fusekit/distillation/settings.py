@@ -156,9 +156,15 @@ class Clash(NamedTuple):
 
 def clashes(alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings) -> list[Clash]:
     """What of these sections, each right by itself, does not go together."""
-    if alignment.vocabulary != "none":
-        return []
     none, found = ("alignment", "vocabulary"), []
+    if (training.loss, training.truncation) == ("reverse_kl", "renormalize"):
+        says = (
+            "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
+            "truncation tail"
+        )
+        found.append(Clash(says, (("training", "loss"), ("training", "truncation"))))
+    if alignment.vocabulary != "none":
+        return found
     if training.loss != "uld_topk":
         says = (
             f"loss {training.loss} compares probabilities token by token, so it needs a vocabulary map, not "

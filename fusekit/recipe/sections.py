@@ -208,12 +208,16 @@ class Recipe(Section):
 
     _places: Places = PrivateAttr(default_factory=Places)
 
-    def place(self, path: KeyPath) -> str:
-        """Where the value at ``path``, or the nearest that encloses it, was written: a file and a line, or the path."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self._places.by_path:
-                return self._places.by_path[path[:length]]
-        return ".".join(map(str, path))
+    def place(self, *paths: KeyPath) -> str:
+        """Where a value, or the nearest that encloses it, was written: a file and a line, or its path.
+
+        paths: of the value; several where values clash, of which the recipe may have written only one.
+        """
+        for length in range(max(map(len, paths)), 0, -1):
+            for path in paths:
+                if len(path) >= length and path[:length] in self._places.by_path:
+                    return self._places.by_path[path[:length]]
+        return ".".join(map(str, paths[0]))
 
     @field_validator("fusion")
     @classmethod

@@ -115,6 +115,7 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
         ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
         ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
         ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
+        ("distill:\n  loss: reverse_kl\npreset: fusellm\n", [], ["line 5: distill.loss: .* renormalize is infinite"]),
         ("preset: uld\n", ["alignment.tokens=dtw"], ["--set alignment.tokens=dtw: .*where tokens is span, not dtw"]),
         (
             "alignment: {vocabulary: none, tokens: dtw}\n",
@@ -291,6 +292,35 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match=r"--set merge.parameters.select_topk=7: .*cannot be 7"):
         check_recipe(load_recipe(write(SMALL), ["merge.parameters.select_topk=7"]))
+
+
+def test_settings_that_can_never_train_are_refused_before_anything_is_captured(write, tmp_path, monkeypatch):
+    text = (
+        SMALL + "represent: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  micro_batch_size: 4\n"
+        "  scheduler: cosin\n  lora: {lora_alhpa: 4}\n  trainer: {warmpu_steps: 1,\n    learning_rate: 1}\n"
+    )
+    path, merge = write(text), "merge.dtype=bf17"
+    for command in (["validate", str(path)], ["run", str(path), str(tmp_path / "out")], ["plan", str(path)]):
+        error = CliRunner().invoke(cli, [*command, "--set", merge]).exception
+        assert isinstance(error, RecipeError)
+        for line, says in (
+            (5, "represent.temperature is 2.0, but distill.temperature 1.0"),
+            (7, "batch_size 10 (rows per optimizer step) cannot be divided by micro_batch_size 4 x 1 processes"),
+            (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
+            (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
+            (11, "trainer.warmpu_steps is no field of TrainingArguments"),
+            (12, "trainer.learning_rate is set by learning_rate"),
+        ):
+            assert f"{path}, line {line}: {says}" in str(error)
+        assert f"--set {merge}: " in str(error)  # the other sections' mistakes too
+    assert not (tmp_path / "out").exists()
+    check_recipe(load_recipe(path), ["merge", "evaluate"])  # nothing is trained
+    # Which batches can be divided depends on the processes of the run.
+    even = load_recipe(write(SMALL), ["distill.batch_size=10", "distill.micro_batch_size=5"])
+    check_recipe(even)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RecipeError, match=r"--set distill.batch_size=10: batch_size 10 .* 5 x 4 processes"):
+        check_recipe(even)
 
 
 @pytest.mark.parametrize("changed", ["fusion.mode=joint", "sources=[{model: org/first}]"])
