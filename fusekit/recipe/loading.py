@@ -113,6 +113,8 @@ def _include(layers: _Layers, path: Path, folder: Path, through: tuple[Path, ...
         raise RecipeError(f"{path}, line {document.line(('include',))}: include is a file name or a list of them")
     for index, name in enumerate(includes):
         where = f"{path}, line {document.line(('include', index))}"
+        if "\0" in name:  # which no file system has
+            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
         included = (path.parent / name).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")

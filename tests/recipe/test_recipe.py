@@ -190,6 +190,9 @@ def test_includes_stay_in_the_folder_and_do_not_turn_in_circles(write, tmp_path)
     path.write_text("include: link.yml\n")
     with pytest.raises(RecipeError, match="outside the recipe's folder"):
         load_recipe(path)
+    path.write_text('include: "a\\0.yml"\n')
+    with pytest.raises(RecipeError, match=r"line 1: there is no file 'a\\x00\.yml'"):
+        load_recipe(path)
     write("include: b.yml\n", "a.yml")
     with pytest.raises(RecipeError, match="includes itself"):
         load_recipe(write("include: a.yml\n", "b.yml"))
