@@ -109,7 +109,7 @@ def train(study: Study, arm: str, seed: int, say: Say) -> list[Path]:
         read_rows_file(layout.data),
         layout.representation(PIVOT),
         {
-            source.label: Source(layout.representation(source.label), source.model, recipe.alignment_of(source))
+            source.label: Source(layout.representation(source.label), choice_of(source), recipe.alignment_of(source))
             for source in recipe.sources
         },
         readers.reader(PIVOT),

@@ -234,8 +234,8 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
     read = rows if options["limit"] is None else islice(rows, options["limit"])
     if not options["pack"] or reader is None:
         return list(read)
-    names = [source.tokenizer or Store.open(source.store).spec.model for source in sources]
-    tokenizers = [reader, *(_row_tokenizer(name, None) for name in names)]
+    models = [source.tokenizer_choice(Store.open(source.store).spec.model).model for source in sources]
+    tokenizers = [reader, *(_row_tokenizer(model, None) for model in models)]
     return list(pack_text(read, tokenizers, options["max_length"]))
 
 

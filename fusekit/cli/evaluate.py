@@ -82,6 +82,8 @@ def evaluate(
     """
     if not files and not options["tasks"]:
         raise click.UsageError("give held-out rows (--data), or tasks of lm-eval (--lm-eval)")
+    if not all(options["tasks"]):
+        raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
     from fusekit.evaluation import lm_eval
     from fusekit.evaluation.metrics import Score, evaluate_model
     from fusekit.evaluation.table import table

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
@@ -60,14 +61,9 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         DistillationError: a field that transformers does not know (with the nearest), that belongs elsewhere, whose
             value it refuses, or a batch that cannot be divided.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name in settings.trainer:
-        if name in _ELSEWHERE:
-            raise DistillationError(f"trainer.{name} is set by {_ELSEWHERE[name]}")
-        if name in _IMPOSSIBLE:
-            raise DistillationError(f"trainer.{name} cannot be set: {_IMPOSSIBLE[name]}")
-        if name not in known:
-            raise DistillationError(f"trainer.{name} is no field of TrainingArguments{nearest(name, known)}")
+    if wrong := wrong_fields(settings.trainer):
+        raise DistillationError("; ".join(wrong.values()))
+    known = _known_fields()
     fields: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
@@ -76,7 +72,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         "warmup_steps": settings.warmup,
         "weight_decay": settings.weight_decay,
         "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": accumulation(settings, int(os.environ.get("WORLD_SIZE", "1"))),
+        "gradient_accumulation_steps": accumulation(settings, processes()),
         "bf16": settings.bf16,
         # The newer name of the two; the older is an alias that warns.
         ("activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"): (
@@ -91,6 +87,34 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         return TrainingArguments(**fields, **{**defaults, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {error}") from error
+
+
+def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Why each field of ``trainer`` that cannot be set there cannot, by its name."""
+    known, wrong = _known_fields(), {}
+    for name in trainer:
+        if name in _ELSEWHERE:
+            wrong[name] = f"trainer.{name} is set by {_ELSEWHERE[name]}"
+        elif name in _IMPOSSIBLE:
+            wrong[name] = f"trainer.{name} cannot be set: {_IMPOSSIBLE[name]}"
+        elif name not in known:
+            wrong[name] = f"trainer.{name} is no field of TrainingArguments{nearest(name, known)}"
+    return wrong
+
+
+def _known_fields() -> set[str]:
+    return {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def wrong_scheduler(name: str) -> str | None:
+    """Why transformers has no scheduler of this name, None where it has."""
+    known = [scheduler.value for scheduler in SchedulerType]
+    return None if name in known else f"scheduler {name!r} is none that transformers knows{nearest(name, known)}"
+
+
+def processes() -> int:
+    """How many the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation(settings: TrainingSettings, processes: int) -> int:

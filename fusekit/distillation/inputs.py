@@ -31,16 +31,22 @@ class Source:
 
     Attributes:
         store: folder of what it said about the rows.
-        tokenizer: folder or hub name of its tokenizer; None for the model that the store names.
+        tokenizer: the model that has its tokenizer, a folder or hub name where nothing else has to be said of it; None
+            for the model that the store names.
         alignment: settings of its own; None for the run's.
         vocabulary_map: folder of the map that was made of the same rows
             (:func:`fusekit.distillation.vocabulary_maps.write_map`); None to make it here.
     """
 
     store: Path
-    tokenizer: str | None = None
+    tokenizer: ModelChoice | str | None = None
     alignment: AlignmentSettings | None = None
     vocabulary_map: Path | None = None
+
+    def tokenizer_choice(self, stored: str) -> ModelChoice:
+        """The model that has its tokenizer. stored: the one that the store names."""
+        choice = self.tokenizer or stored
+        return choice if isinstance(choice, ModelChoice) else ModelChoice(choice)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     projections = {}
     for name, store in stores.items():
         source = inputs.sources[name]
-        theirs = load_tokenizer(find_checkpoint(ModelChoice(source.tokenizer or store.spec.model), weights=False))
+        theirs = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
         reading = _Reading(name, theirs, _sample(store, rows))
         reading.check()
         how = source.alignment or settings.alignment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,25 @@ def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
 def _with_adapter(model: Any, fields: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for name in fields:
-        if name not in known:
-            raise DistillationError(f"lora.{name} is no field of peft's LoraConfig{nearest(name, known)}")
+    if wrong := wrong_lora_fields(fields):
+        raise DistillationError("; ".join(wrong.values()))
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise DistillationError(f"peft refuses the lora settings: {error}") from error
+
+
+def wrong_lora_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Why each field of ``lora`` that peft does not know cannot be set, by its name."""
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    return {
+        name: f"lora.{name} is no field of peft's LoraConfig{nearest(name, known)}"
+        for name in fields
+        if name not in known
+    }
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -30,7 +30,7 @@ class Target:
 
 
 def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
-    """The models that settings ask for: one per source, one from all, or, at lm_weight 1, one from the text alone.
+    """The models that settings ask for: one per source, one from all, or, of plain settings, one from the text alone.
 
     Raises DistillationError when there is no source to learn from, or one has a name that cannot be a folder's.
     """

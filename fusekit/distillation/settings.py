@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -90,7 +90,10 @@ class TrainingSettings(_Section):
     """The loss and the training run."""
 
     lm_weight: float = Field(
-        default=0.9, ge=0, le=1, description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning."
+        default=0.9,
+        ge=0,
+        le=1,
+        description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning. `lm_weighting: soft` has its own.",
     )
     lm_weighting: Literal["constant", "soft", "hard_and_decay"] = Field(
         default="constant",
@@ -144,6 +147,43 @@ class TrainingSettings(_Section):
         return name
 
 
+class Clash(NamedTuple):
+    """Values that cannot be had together. says: why, with the way out. values: section and field of each."""
+
+    says: str
+    values: tuple[tuple[str, str], ...]
+
+
+def clashes(alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings) -> list[Clash]:
+    """What of these sections, each right by itself, does not go together."""
+    none, found = ("alignment", "vocabulary"), []
+    if (training.loss, training.truncation) == ("reverse_kl", "renormalize"):
+        says = (
+            "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
+            "truncation tail"
+        )
+        found.append(Clash(says, (("training", "loss"), ("training", "truncation"))))
+    if alignment.vocabulary != "none":
+        return found
+    if training.loss != "uld_topk":
+        says = (
+            f"loss {training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
+            "vocabulary none"
+        )
+        found.append(Clash(says, (("training", "loss"), none)))
+    if alignment.tokens != "span":
+        says = "without a vocabulary map rows are taken where tokens is span, not dtw"
+        found.append(Clash(says, (("alignment", "tokens"), none)))
+    if fusion.function != "min_ce" or fusion.level != "sequence":
+        says = (
+            f"with vocabulary none the candidates' ids are of different vocabularies, so function {fusion.function} at "
+            f"level {fusion.level} cannot add or compare them: use min_ce at level sequence"
+        )
+        changed = ("fusion", "level" if fusion.function == "min_ce" else "function")
+        found.append(Clash(says, (changed, none)))
+    return found
+
+
 class DistillSettings(_Section):
     """All settings of a run but its inputs. ``preset`` names where the values came from; they are all written out."""
 
@@ -153,21 +193,9 @@ class DistillSettings(_Section):
     training: TrainingSettings = TrainingSettings()
 
     @model_validator(mode="after")
-    def _one_vocabulary(self) -> DistillSettings:
-        if self.alignment.vocabulary == "none" and self.training.loss != "uld_topk":
-            raise ValueError(
-                f"loss {self.training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
-                "vocabulary none"
-            )
-        if self.alignment.vocabulary == "none":
-            if self.alignment.tokens != "span":
-                raise ValueError("without a vocabulary map rows are taken where tokens is span, not dtw")
-            if self.fusion.function != "min_ce" or self.fusion.level != "sequence":
-                raise ValueError(
-                    f"with vocabulary none the candidates' ids are of different vocabularies, so function "
-                    f"{self.fusion.function} at level {self.fusion.level} cannot add or compare them: use min_ce at "
-                    "level sequence"
-                )
+    def _fit_together(self) -> DistillSettings:
+        if found := clashes(self.alignment, self.fusion, self.training):
+            raise ValueError("; ".join(clash.says for clash in found))
         return self
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fusekit.errors import StorageError
+from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT, STAGES
 from fusekit.pipeline.stages import Context, align_inputs
 from fusekit.recipe import Recipe
@@ -12,16 +12,27 @@ from fusekit.storage import artifact
 
 
 def check_recipe(recipe: Recipe, stages: Collection[str] = STAGES) -> None:
-    """Refuse now what a late stage would refuse after hours: a merge, or tasks of lm-eval, that cannot be.
+    """Refuse now what a late stage would refuse after hours: a training, a merge, tasks of lm-eval that cannot be.
 
     stages: those that are to be done. Raises RecipeError with every problem and where it was written.
     """
-    from fusekit.evaluation import lm_eval
-    from fusekit.pipeline.merging import check_section
+    from fusekit.pipeline import distilling, merging
 
-    if "merge" in stages:
-        check_section(recipe)
-    if "evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
+    found = []
+    for stage, check in (("distill", distilling.check_section), ("merge", merging.check_section), ("evaluate", _tasks)):
+        try:
+            if stage in stages:
+                check(recipe)
+        except RecipeError as error:
+            found.append(str(error))
+    if found:
+        raise RecipeError("\n".join(found))
+
+
+def _tasks(recipe: Recipe) -> None:
+    from fusekit.evaluation import lm_eval
+
+    if recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
         lm_eval.check(recipe.evaluate.lm_eval)
 
 

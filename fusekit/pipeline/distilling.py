@@ -9,10 +9,12 @@ from typing import Any
 from fusekit.distillation import overwriting, provenance
 from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import StorageError
+from fusekit.errors import DistillationError, RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context, alignment_of
+from fusekit.recipe import Recipe
+from fusekit.safe_yaml import KeyPath
 from fusekit.storage import artifact
 
 
@@ -27,7 +29,7 @@ def distill(context: Context) -> list[Path]:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.vocabulary != "none" else None
-        sources[source.label] = Source(layout.representation(source.label), source.model, how, folder)
+        sources[source.label] = Source(layout.representation(source.label), choice_of(source), how, folder)
     inputs = Inputs(
         choice_of(recipe.pivot), context.rows, layout.representation(PIVOT), sources, context.readers.reader(PIVOT)
     )
@@ -51,7 +53,39 @@ def distill(context: Context) -> list[Path]:
 
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
-    return settings.model_copy(update={"training": settings.training.model_copy(update={"lm_weight": 1.0})})
+    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
+    return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
+
+
+def check_section(recipe: Recipe) -> None:
+    """Refuse settings that no training can have. Raises RecipeError with each and where it was written.
+
+    What depends on the machine, as bfloat16, is refused when the training begins; the rows of a step have to be divided
+    among the processes that are there now.
+    """
+    from fusekit.distillation.arguments import accumulation, processes, wrong_fields, wrong_scheduler
+    from fusekit.distillation.models import wrong_lora_fields
+
+    values, captured = recipe.distill, recipe.represent.temperature
+    found: dict[KeyPath, str] = {
+        ("distill", "trainer", name): says for name, says in wrong_fields(values.trainer).items()
+    }
+    found |= {("distill", "lora", name): says for name, says in wrong_lora_fields(values.lora or {}).items()}
+    if says := wrong_scheduler(values.scheduler):
+        found["distill", "scheduler"] = says
+    lines = [f"{recipe.place(path)}: {says}" for path, says in found.items()]
+    try:
+        accumulation(values, processes())
+    except DistillationError as error:
+        lines.append(f"{recipe.place(('distill', 'batch_size'), ('distill', 'micro_batch_size'))}: {error}")
+    if captured != values.temperature:
+        lines.append(
+            f"{recipe.place(('distill', 'temperature'), ('represent', 'temperature'))}: represent.temperature is "
+            f"{captured}, but distill.temperature {values.temperature}: a loss needs rows of its own temperature, so "
+            "set both alike"
+        )
+    if lines:
+        raise RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"distill: {len(lines)} problems", *lines]))
 
 
 def check_made(context: Context) -> None:

@@ -113,6 +113,8 @@ def _include(layers: _Layers, path: Path, folder: Path, through: tuple[Path, ...
         raise RecipeError(f"{path}, line {document.line(('include',))}: include is a file name or a list of them")
     for index, name in enumerate(includes):
         where = f"{path}, line {document.line(('include', index))}"
+        if "\0" in name:  # which no file system has
+            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
         included = (path.parent / name).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")
@@ -194,14 +196,16 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def _report(error: ValidationError, layers: _Layers, top: Document) -> str:
     """One line per mistake, in the order of the files' lines."""
     found: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False, include_context=False):
-        path = _path_in(layers.data, detail["loc"])
+    for detail in error.errors(include_url=False):
+        named = detail.get("ctx", {}).get("paths", [detail["loc"]])  # several, where values clash
+        path = max((_path_in(layers.data, location) for location in named), key=len)
         label = ".".join(map(str, path)) or "recipe"
         if detail["type"] == "missing":
             message = f"`{detail['loc'][-1]}` is missing{' in ' + label if path else ''}"
         elif detail["type"] == "extra_forbidden":
-            path = (*path, str(detail["loc"][-1])) if path != detail["loc"] else path
-            message = f"unknown key {path[-1]!r}{nearest(str(path[-1]), _fields(path[:-1]))}"
+            *within, key = detail["loc"]
+            path = path if path[-1:] == (key,) else (*path, key)
+            message = f"unknown key {key!r}{nearest(str(key), _fields(within))}"
         else:
             text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
             message = f"{label}: {text}" + (f", not {detail['input']!r}" if _short(detail["input"]) else "")
@@ -220,7 +224,8 @@ def _short(value: Any) -> bool:
 
 
 def _path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
-    """The part of a pydantic location that is in the data: names of union members are not."""
+    """The part of a pydantic location that is in the data: names of union members, and what a short form leaves out,
+    are not."""
     path: KeyPath = ()
     for part in location:
         if isinstance(data, Mapping) and part in data:
@@ -230,12 +235,12 @@ def _path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
     return path
 
 
-def _fields(path: KeyPath) -> list[str]:
-    """The keys of the section at ``path``."""
-    model: Any = Recipe
-    for part in path:
-        annotation = model.model_fields[part].annotation if isinstance(part, str) else model
-        model = _section(annotation) or Recipe
+def _fields(location: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a pydantic location."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or Recipe
     return list(model.model_fields)
 
 

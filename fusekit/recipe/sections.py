@@ -5,13 +5,20 @@ Every default here is the default of the preset ``fusekit``; presets.py has the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
+from fusekit.distillation.settings import (
+    AlignmentSettings,
+    DistillSettings,
+    FusionSettings,
+    TrainingSettings,
+    clashes,
+)
 from fusekit.evaluation.settings import LmEval
 from fusekit.safe_yaml import KeyPath
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
@@ -201,12 +208,16 @@ class Recipe(Section):
 
     _places: Places = PrivateAttr(default_factory=Places)
 
-    def place(self, path: KeyPath) -> str:
-        """Where the value at ``path``, or the nearest that encloses it, was written: a file and a line, or the path."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self._places.by_path:
-                return self._places.by_path[path[:length]]
-        return ".".join(map(str, path))
+    def place(self, *paths: KeyPath) -> str:
+        """Where a value, or the nearest that encloses it, was written: a file and a line, or its path.
+
+        paths: of the value; several where values clash, of which the recipe may have written only one.
+        """
+        for length in range(max(map(len, paths)), 0, -1):
+            for path in paths:
+                if len(path) >= length and path[:length] in self._places.by_path:
+                    return self._places.by_path[path[:length]]
+        return ".".join(map(str, paths[0]))
 
     @field_validator("fusion")
     @classmethod
@@ -219,18 +230,26 @@ class Recipe(Section):
         return fusion
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
+        found: list[tuple[str, list[KeyPath]]] = [(says, [("sources",)]) for says in self._wrong_names()]
+        for clash in clashes(self.alignment, self.fusion, self.distill):
+            values: list[KeyPath] = [({"training": "distill"}.get(name, name), key) for name, key in clash.values]
+            found.append((clash.says, values))
+        if found:
+            raise ValidationError.from_exception_data("Recipe", [_mistake(says, paths, self) for says, paths in found])
+        return self
+
+    def _wrong_names(self) -> Iterator[str]:
         labels = [source.label for source in self.sources]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"two sources are called {twice[0]!r}: give one a `name` of its own")
+            yield f"two sources are called {twice[0]!r}: give one a `name` of its own"
         for label in labels:
             if label in _OTHER_FOLDERS or label.endswith(".training") or not label or label.startswith("."):
-                raise ValueError(
+                yield (
                     f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
                     "another `name`"
                 )
-        return self
 
     @property
     def settings(self) -> DistillSettings:
@@ -239,9 +258,15 @@ class Recipe(Section):
 
     @property
     def wants_baseline(self) -> bool:
-        """Whether plain fine-tuning is trained beside the targets, to compare them with; at lm_weight 1 it is one."""
-        return self.evaluate is not None and self.evaluate.baseline and self.distill.lm_weight < 1
+        """Whether plain fine-tuning is trained beside the targets, to compare them with, unless it is the target."""
+        return self.evaluate is not None and self.evaluate.baseline and not self.settings.plain
 
     def alignment_of(self, source: Source) -> AlignmentSettings:
         """The section ``alignment`` with what differs for a source."""
         return self.alignment.model_copy(update=source.alignment.model_dump(exclude_none=True))
+
+
+def _mistake(says: str, paths: Sequence[KeyPath], recipe: Recipe) -> InitErrorDetails:
+    """Of several values together. The context has the paths of all: the recipe may have written only one of them."""
+    error = PydanticCustomError("clash", "{says}", {"says": says, "paths": paths})
+    return InitErrorDetails(type=error, loc=paths[0], input=recipe)

@@ -55,7 +55,8 @@ def parse_record(record: object, parse: Parse, where: str, dataset: str) -> Row:
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: a row is {_kind(record)}, not an object")
     named = record.get("dataset")
-    return Row(parse(record, where), named if isinstance(named, str) and named else dataset)
+    named = _encodable(named, "dataset", where) if isinstance(named, str) and named else dataset
+    return Row(parse(record, where), named)
 
 
 def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -69,7 +70,7 @@ def _sharegpt(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     messages = _turns(turns, "from", "value", where)
     system = record.get("system")
     if isinstance(system, str) and system and (not messages or messages[0].role != "system"):
-        return (Message("system", system), *messages)
+        return (Message("system", _encodable(system, "system", where)), *messages)
     return messages
 
 
@@ -117,11 +118,15 @@ def _text(record: Mapping[str, Any], key: str, where: str, *, optional: bool = F
         return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {_kind(value) if key in record else 'missing'}, not text")
+    return _encodable(value, key, where)
+
+
+def _encodable(value: str, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: {key!r} has half of a surrogate pair at character {error.start}, which no tokenizer can encode"
+            f"{where}: {key!r} has half of a surrogate pair at character {error.start}, which cannot be encoded"
         ) from error
     return value
 

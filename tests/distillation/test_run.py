@@ -17,7 +17,7 @@ from fusekit.distillation import run as distillation_run
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import DistillationError, FusekitError, StorageError
+from fusekit.errors import CaptureError, DistillationError, FusekitError, StorageError
 from fusekit.representation import CapturedRow
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.storage import Store, StoreSpec, StoreWriter, artifact, output_lock
@@ -319,6 +319,9 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
     wrong = Source(world / "stores" / "source1", tokenizer=str(world / "source2"))
     with pytest.raises(DistillationError, match="source1 was captured with another tokenizer"):
         distill(with_source(world, "source1", wrong), settings(), tmp_path / "b")
+    revised = Source(world / "stores" / "source1", tokenizer=ModelChoice(str(world / "source1"), revision="v1"))
+    with pytest.raises(CaptureError, match="the revision 'v1' has no meaning there"):  # a folder has none
+        distill(with_source(world, "source1", revised), settings(), tmp_path / "f")
     with pytest.raises(DistillationError, match="pivot's store was captured from"):
         distill(inputs(world, pivot_store=world / "stores" / "qwen2"), settings(), tmp_path / "c")
     with pytest.raises(DistillationError, match="no source to learn from"):

@@ -15,6 +15,7 @@ from fusekit.cli import cli
 from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, LmEvalTask
+from fusekit.recipe import load_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 PIVOT = str(DEMO / "models" / "numbers")
@@ -74,6 +75,25 @@ def test_a_misspelled_option_is_told_with_its_line(tmp_path):
     result = CliRunner().invoke(cli, ["validate", str(path)])
     assert "unknown key 'include_paths'; did you mean 'include_path'?" in str(result.exception)
     assert "line" in str(result.exception)
+
+
+def test_a_misspelled_option_of_a_task_in_a_list_alone_is_told_with_its_line(tmp_path):
+    path = recipe(tmp_path, lm_eval=["hellaswag", {"task": "gsm8k", "num_few_shot": 8}])
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "num_few_shot" in text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path}, line {line}: unknown key 'num_few_shot'; did you mean 'num_fewshot'?"
+    path = recipe(tmp_path, lm_eval=[{"task": "gsm8k", "tusk": 8}])  # a key of the task's own, not of the section
+    with pytest.raises(RecipeError, match=r"unknown key 'tusk'; did you mean 'task'\?"):
+        load_recipe(path)
+
+
+def test_a_task_without_a_name_is_refused(tmp_path):
+    result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--lm-eval", ""])
+    assert result.exit_code == 2
+    assert "--lm-eval names no task" in result.output
+    with pytest.raises(RecipeError, match=r"evaluate\.lm_eval.*at least 1 character"):
+        load_recipe(recipe(tmp_path, lm_eval=["hellaswag", ""]))
 
 
 def test_without_lm_eval_the_command_that_installs_it_is_named_at_once(tmp_path, monkeypatch):

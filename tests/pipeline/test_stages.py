@@ -15,9 +15,11 @@ from click.testing import CliRunner
 
 from fusekit.cli import cli
 from fusekit.cli.stopping import command_again
+from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
-from fusekit.errors import FusekitError, RecipeError, StorageError
+from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
+from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import STAGES, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.run import chosen_stages, run
@@ -122,6 +124,51 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
     map_file.unlink()
     with pytest.raises(StorageError, match="the stage `align` comes first"):
         opened(layout.alignment("llama"))
+
+
+@pytest.mark.parametrize("weighting", ["constant", "soft", "hard_and_decay"])
+def test_the_baseline_learns_from_the_text_alone_whatever_the_weighting(tmp_path, weighting):
+    recipe = load_recipe(write_recipe(tmp_path, ["llama"]), [f"distill.lm_weighting={weighting}"])
+    assert not recipe.settings.plain
+    alone = plain(recipe.settings)
+    assert alone.plain
+    assert {LM_WEIGHTS[alone.training.lm_weighting](alone.training.lm_weight, [0.5], at) for at in (0.0, 1.0)} == {1.0}
+    # Of `soft` lm_weight decides nothing: there are targets to compare the baseline with.
+    ones = load_recipe(tmp_path / "recipe.yml", [f"distill.lm_weighting={weighting}", "distill.lm_weight=1"])
+    assert ones.wants_baseline == (weighting == "soft") == (not ones.settings.plain)
+
+
+def test_a_weighting_by_rows_has_a_baseline_too(finished):
+    path, out = finished
+    shutil.rmtree(out / "targets")
+    shutil.rmtree(out / "baselines")
+    run(load_recipe(path, ["distill.lm_weighting=soft", "distill.epochs=1"]), out, only="distill", say=quiet)
+    record = json.loads((out / "baselines" / "sft" / "training.json").read_text())
+    assert record["sources"] == []
+    assert record["settings"]["training"]["lm_weight"] == 1
+    assert not any(line.get("fusion_loss") for line in record["log"])
+    assert json.loads((out / "targets" / "llama" / "training.json").read_text())["sources"] == ["llama"]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_source_may_bring_code_of_its_own_to_every_stage(finished, allowed):
+    path, out = finished
+    model = path.with_name("llama")
+    shutil.copytree(DEMO / "sources" / "llama", model)
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config"}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    (model / "code.py").write_text(
+        "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'homemade'\n"
+    )
+    recipe = load_recipe(path, [f"sources.0.model={model}", f"sources.0.trust_remote_code={str(allowed).lower()}"])
+    shutil.rmtree(out / "targets" / "llama")
+    if allowed:
+        run(recipe, out, only="distill", say=quiet)
+        assert artifact.problems(out / "targets" / "llama") == []
+    else:
+        with pytest.raises(CaptureError, match="wants to run Python code of its own"):
+            run(recipe, out, only="distill", say=quiet)
 
 
 def test_a_map_of_other_tokenizers_is_refused(first):

@@ -100,6 +100,17 @@ def test_a_measured_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypat
     assert "it can run" in text
 
 
+def test_a_weighting_by_rows_is_planned_with_one_baseline(tmp_path):
+    sources = [{"model": str(DEMO / "sources" / name)} for name in ("llama", "neox")]
+    recipe = write_recipe(tmp_path, sources=sources, distill={"lm_weighting": "soft"})
+    found = states(make_plan(load_recipe(recipe), "recipe.yml", None, measured=False))
+    assert [name for name in found if name.startswith("distill")] == [
+        "distill llama",
+        "distill neox",
+        "distill baseline",
+    ]
+
+
 def test_tokens_are_those_that_a_run_counts(captured):
     recipe, out = captured
     plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)

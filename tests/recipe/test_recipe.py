@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -107,6 +108,33 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("alignment:\n  vocabulary: none\n", [], [r"line 5: alignment.vocabulary: loss ce .* needs a vocabulary map"]),
+        ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
+        ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
+        ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
+        ("distill:\n  loss: reverse_kl\npreset: fusellm\n", [], ["line 5: distill.loss: .* renormalize is infinite"]),
+        ("preset: uld\n", ["alignment.tokens=dtw"], ["--set alignment.tokens=dtw: .*where tokens is span, not dtw"]),
+        (
+            "alignment: {vocabulary: none, tokens: dtw}\n",
+            ["sources.0.name=second"],
+            ["line 2: .*two sources are called", "line 4: .*tokens is span, not dtw", "line 4: .*loss ce compares"],
+        ),
+    ],
+)
+def test_values_that_clash_are_mistakes_like_others(write, text, overrides, expected):
+    path = write(SMALL + text)
+    arguments = [str(path), *(part for override in overrides for part in ("--set", override))]
+    for command in ("validate", "plan"):
+        error = CliRunner().invoke(cli, [command, *arguments, "--set", "merge=null"]).exception
+        assert isinstance(error, RecipeError)
+        rows = str(error).splitlines()[-len(expected) :]
+        for row, says in zip(rows, expected, strict=True):
+            assert re.search(says, row), (says, rows)
+
+
 def test_unknown_preset(write):
     with pytest.raises(RecipeError, match=r"line 4: unknown preset 'fusechatt'; did you mean 'fusechat'"):
         load_recipe(write(SMALL + "preset: fusechatt\n"))
@@ -161,6 +189,9 @@ def test_includes_stay_in_the_folder_and_do_not_turn_in_circles(write, tmp_path)
     (tmp_path / "inner" / "link.yml").symlink_to(tmp_path / "outside.yml")
     path.write_text("include: link.yml\n")
     with pytest.raises(RecipeError, match="outside the recipe's folder"):
+        load_recipe(path)
+    path.write_text('include: "a\\0.yml"\n')
+    with pytest.raises(RecipeError, match=r"line 1: there is no file 'a\\x00\.yml'"):
         load_recipe(path)
     write("include: b.yml\n", "a.yml")
     with pytest.raises(RecipeError, match="includes itself"):
@@ -264,6 +295,35 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match=r"--set merge.parameters.select_topk=7: .*cannot be 7"):
         check_recipe(load_recipe(write(SMALL), ["merge.parameters.select_topk=7"]))
+
+
+def test_settings_that_can_never_train_are_refused_before_anything_is_captured(write, tmp_path, monkeypatch):
+    text = (
+        SMALL + "represent: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  micro_batch_size: 4\n"
+        "  scheduler: cosin\n  lora: {lora_alhpa: 4}\n  trainer: {warmpu_steps: 1,\n    learning_rate: 1}\n"
+    )
+    path, merge = write(text), "merge.dtype=bf17"
+    for command in (["validate", str(path)], ["run", str(path), str(tmp_path / "out")], ["plan", str(path)]):
+        error = CliRunner().invoke(cli, [*command, "--set", merge]).exception
+        assert isinstance(error, RecipeError)
+        for line, says in (
+            (5, "represent.temperature is 2.0, but distill.temperature 1.0"),
+            (7, "batch_size 10 (rows per optimizer step) cannot be divided by micro_batch_size 4 x 1 processes"),
+            (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
+            (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
+            (11, "trainer.warmpu_steps is no field of TrainingArguments"),
+            (12, "trainer.learning_rate is set by learning_rate"),
+        ):
+            assert f"{path}, line {line}: {says}" in str(error)
+        assert f"--set {merge}: " in str(error)  # the other sections' mistakes too
+    assert not (tmp_path / "out").exists()
+    check_recipe(load_recipe(path), ["merge", "evaluate"])  # nothing is trained
+    # Which batches can be divided depends on the processes of the run.
+    even = load_recipe(write(SMALL), ["distill.batch_size=10", "distill.micro_batch_size=5"])
+    check_recipe(even)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RecipeError, match=r"--set distill.batch_size=10: batch_size 10 .* 5 x 4 processes"):
+        check_recipe(even)
 
 
 @pytest.mark.parametrize("changed", ["fusion.mode=joint", "sources=[{model: org/first}]"])

@@ -101,6 +101,8 @@ BAD = [
     ('{"messages": [{"role": "user", "content": null}]}', r"message 0: 'content' is null, not text"),
     ('{"messages": [{"role": "user"}]}', r"message 0: 'content' is missing, not text"),
     ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
+    ('{"text": "a", "dataset": "b\\ud800"}', "'dataset' has half of a surrogate pair at character 1"),
+    ('{"system": "\\ud800", "conversations": []}', "'system' has half of a surrogate pair at character 0"),
     (f'{GOOD}\n{{"text": "x"}}\n', r"line 2"),
 ]
 
