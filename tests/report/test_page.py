@@ -263,6 +263,18 @@ def test_while_a_run_is_going_on_the_card_is_left_to_it(tmp_path: Path) -> None:
     assert (run / "merged" / "README.md").read_text() == "# The card of mergekit\n"
 
 
+def test_beside_a_run_the_half_of_its_page_is_left_to_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    theirs = run / ".report.html.0.tmp"  # what the run has written of its own page so far
+    theirs.write_text("half")
+    with output_lock(run.resolve()):
+        result = CliRunner().invoke(cli, ["report", str(run)])
+    assert result.exit_code == 0
+    assert theirs.read_text() == "half"
+    assert (run / "report.html").read_text().endswith("</html>\n")
+    assert [path.name for path in run.glob(".*.tmp")] == [theirs.name]
+
+
 def test_a_manifest_of_another_version_does_not_hide_the_rest(tmp_path: Path) -> None:
     run = make_run(tmp_path / "out")
     manifest = json.loads((run / "merged" / artifact.MANIFEST).read_text())
