@@ -346,8 +346,7 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
         folder = layout.evaluation(name)
         if not artifact.is_kept(folder, inputs):
             started = time.monotonic()
-            if not _is_input(name):
-                require_whole(Path(choice.model))
+            _require_whole(name, choice)
             scores = evaluate_model(
                 choice, rows, metrics=section.metrics, template=template, batch_tokens=section.batch_tokens
             )
@@ -380,11 +379,15 @@ def _lm_eval(
     def say(line: str) -> None:
         context.say(f"evaluate {name}: {line}")
 
+    def load() -> lm_eval.Harness:
+        _require_whole(name, model[0])
+        return lm_eval.load_harness(*model, settings, say)
+
     return lm_eval.cached_scores(
         settings,
         context.layout.evaluation(f"{lm_eval.FOLDER}/{name}"),
         identity,
-        load=lambda: lm_eval.load_harness(*model, settings, say),
+        load=load,
         made=context.made,
         say=say,
     )
@@ -398,6 +401,12 @@ def _identity(model: str, context: Context, name: str) -> str:
     if _is_input(name):
         return context.readers.fingerprint(name.removeprefix("sources/"))
     return weights_hash(Path(model))
+
+
+def _require_whole(name: str, choice: ModelChoice) -> None:
+    """Refuse a model that the run has made and whose bytes are not those that its scores would be kept for."""
+    if not _is_input(name):
+        require_whole(Path(choice.model))
 
 
 def _is_input(name: str) -> bool:
