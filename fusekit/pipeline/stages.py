@@ -315,12 +315,15 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     section = context.recipe.evaluate
     if section is None:
         return None
+    from fusekit.evaluation.held_out import held_out_hash, held_out_rows
     from fusekit.evaluation.metrics import evaluate_model
 
     layout = context.layout
     paths = _paths(section.path)
-    held_out = {path: _file_hash(path) for path in paths}
-    rows = list(chain.from_iterable(read_rows(path, limit=section.limit) for path in paths))
+    how = section.model_dump(include={"limit", "split", "revision", "name"})
+    read = {path: held_out_rows(path, **how) for path in paths}
+    held_out = {path: held_out_hash(path, _file_hash(path), section.limit, rows) for path, rows in read.items()}
+    rows = list(chain.from_iterable(read[path] for path in paths))
     pivot = context.recipe.pivot
     models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
     own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
@@ -421,7 +424,7 @@ def _reads(choice: ModelChoice, template: str) -> str:
 
 
 def _file_hash(path: str) -> str | None:
-    """Of a local file or the files of a folder; None for a data set on the hub, which its revision names."""
+    """Of a local file or the files of a folder; None for a data set on the hub."""
     local = Path(path).expanduser()
     try:
         if local.is_file():
