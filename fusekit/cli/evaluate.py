@@ -25,8 +25,11 @@ METRICS = ("bits_per_byte", "exact_match")
     "--data",
     "files",
     multiple=True,
-    help="Held-out rows: a file or a hub id; may be given several times.",
+    help="Held-out rows: a file, a folder or a hub id; may be given several times.",
 )
+@click.option("--split", default="test", show_default=True, help="Of a data set on the hub.")
+@click.option("--data-name", help="Configuration of a data set on the hub.")
+@click.option("--data-revision", help="Revision of a data set on the hub.")
 @click.option(
     "--metric",
     "metrics",
@@ -48,7 +51,9 @@ METRICS = ("bits_per_byte", "exact_match")
 @click.option("--apply-chat-template", is_flag=True, help="Put prompts of --lm-eval into the model's chat template.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Rows, for --lm-eval.")
 @click.option("--run-unsafe-code", is_flag=True, help="Run code that a model wrote, where a task of --lm-eval does so.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most rows of each file, and of each task.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Most rows of each file, also of each in a folder, and of each task."
+)
 @click.option("--chat-template", default="own", show_default=True, help="own, a shipped template, or a jinja file.")
 @click.option(
     "--dtype",
@@ -85,15 +90,18 @@ def evaluate(
     if not all(options["tasks"]):
         raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
     from fusekit.evaluation import lm_eval
+    from fusekit.evaluation.held_out import held_out_rows
     from fusekit.evaluation.metrics import Score, evaluate_model
     from fusekit.evaluation.table import table
-    from fusekit.representation import read_rows
     from fusekit.representation.checkpoint import ModelChoice
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of scoring, not after
         raise StorageError(f"{json_file}: there is no folder {json_file.parent} to write the scores to: make it first")
     drop_noise()
-    rows = [row for file in files for row in read_rows(file, limit=limit)]
+    split, name, revision = options["split"], options["data_name"], options["data_revision"]
+    rows = [
+        row for file in files for row in held_out_rows(file, limit=limit, split=split, name=name, revision=revision)
+    ]
     settings = _lm_eval_settings(options, limit)
     results: dict[str, dict[str, dict[str, Score]]] = {}
     figures: dict[str, dict[str, dict[str, Any]]] = {}

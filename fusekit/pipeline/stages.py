@@ -315,12 +315,15 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
     section = context.recipe.evaluate
     if section is None:
         return None
+    from fusekit.evaluation.held_out import held_out_hash, held_out_rows
     from fusekit.evaluation.metrics import evaluate_model
 
     layout = context.layout
     paths = _paths(section.path)
-    held_out = {path: _file_hash(path) for path in paths}
-    rows = list(chain.from_iterable(read_rows(path, limit=section.limit) for path in paths))
+    how = section.model_dump(include={"limit", "split", "revision", "name"})
+    read = {path: held_out_rows(path, **how) for path in paths}
+    held_out = {path: held_out_hash(path, _file_hash(path), section.limit, rows) for path, rows in read.items()}
+    rows = list(chain.from_iterable(read[path] for path in paths))
     pivot = context.recipe.pivot
     models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
     own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
@@ -346,8 +349,7 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
         folder = layout.evaluation(name)
         if not artifact.is_kept(folder, inputs):
             started = time.monotonic()
-            if not _is_input(name):
-                require_whole(Path(choice.model))
+            _require_whole(name, choice)
             scores = evaluate_model(
                 choice, rows, metrics=section.metrics, template=template, batch_tokens=section.batch_tokens
             )
@@ -380,11 +382,15 @@ def _lm_eval(
     def say(line: str) -> None:
         context.say(f"evaluate {name}: {line}")
 
+    def load() -> lm_eval.Harness:
+        _require_whole(name, model[0])
+        return lm_eval.load_harness(*model, settings, say)
+
     return lm_eval.cached_scores(
         settings,
         context.layout.evaluation(f"{lm_eval.FOLDER}/{name}"),
         identity,
-        load=lambda: lm_eval.load_harness(*model, settings, say),
+        load=load,
         made=context.made,
         say=say,
     )
@@ -400,6 +406,12 @@ def _identity(model: str, context: Context, name: str) -> str:
     return weights_hash(Path(model))
 
 
+def _require_whole(name: str, choice: ModelChoice) -> None:
+    """Refuse a model that the run has made and whose bytes are not those that its scores would be kept for."""
+    if not _is_input(name):
+        require_whole(Path(choice.model))
+
+
 def _is_input(name: str) -> bool:
     """Whether a model that is evaluated was given to the run, not made by it."""
     return name == PIVOT or name.startswith("sources/")
@@ -412,7 +424,7 @@ def _reads(choice: ModelChoice, template: str) -> str:
 
 
 def _file_hash(path: str) -> str | None:
-    """Of a local file or the files of a folder; None for a data set on the hub, which its revision names."""
+    """Of a local file or the files of a folder; None for a data set on the hub."""
     local = Path(path).expanduser()
     try:
         if local.is_file():

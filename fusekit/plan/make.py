@@ -14,6 +14,7 @@ from fusekit.distillation import estimate as training
 from fusekit.distillation.outputs import Target, targets_of
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
+from fusekit.evaluation.held_out import held_out_rows
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
 from fusekit.pipeline.distilling import plain
@@ -25,7 +26,7 @@ from fusekit.plan.figures import REFUSED, REUSED, Plan, Step
 from fusekit.plan.models import SAID, Known, Models, find_models
 from fusekit.plan.reuse import Output, foreign, step_for
 from fusekit.recipe import Recipe
-from fusekit.representation import Row, read_rows
+from fusekit.representation import Row
 from fusekit.representation import estimate as capture
 from fusekit.representation.processes import Processes
 from fusekit.representation.reading import is_on_hub
@@ -309,7 +310,7 @@ class _Job:
         paths = [section.path] if isinstance(section.path, str) else section.path
         try:
             there = [path for path in paths if not is_on_hub(path)]
-            return list(chain.from_iterable(read_rows(path, limit=section.limit) for path in there))
+            return list(chain.from_iterable(held_out_rows(path, limit=section.limit) for path in there))
         except FusekitError as error:
             self.plan.refused.append(f"evaluate: {error}")
             return []

@@ -167,10 +167,15 @@ class Evaluate(Section):
     path: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="Files, folders or hub ids of rows that nothing is trained on."
     )
+    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
+    split: str = Field(default="test", description="Split of a data set on the hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     metrics: list[Literal["bits_per_byte", "exact_match"]] = Field(
         default=["bits_per_byte"], description="`exact_match` generates the answers, and takes longer."
     )
-    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows of each file; null: all.")
+    limit: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Most rows of each file, of a folder too; null: all."
+    )
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
     batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
     lm_eval: LmEval | None = Field(

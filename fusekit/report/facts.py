@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 from fusekit import safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
 from fusekit.errors import FusekitError, StorageError
-from fusekit.pipeline.layout import PIVOT, Layout
+from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
+from fusekit.report import present, text
 from fusekit.report.models import ModelFacts, read_models
-from fusekit.report.records import Coefficients, Counts, Quality, Results, Training
+from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training
 from fusekit.storage import Store, artifact
 from fusekit.storage.artifact import Artifact
 
@@ -38,12 +39,14 @@ class Facts:
         counts: of the rows of data.
         stores: by model; those that are not finished too.
         qualities, samples: of alignments, by source.
-        targets: what the trained models were made from, by name.
+        targets: what the trained models of the recipe were made from, by name.
         training: names of targets that are being trained, or were when the run was stopped.
         baseline: plain fine-tuning on the same rows.
-        merged: the manifest of the merged model. merge_recipe: mergekit's. coefficients: by tensor.
-        results: scores.
+        merged: the manifest of the merged model. merge_recipe: mergekit's. coefficients: by tensor. All None where
+            what is there was merged from other targets than the recipe's, or the recipe merges nothing.
+        results: scores of the models that are there now.
         artifacts: manifests by place in the folder. captures: times of stores.
+        others: what is there of an earlier recipe and is left out, a sentence each.
         problems: what cannot be read, a line each.
     """
 
@@ -64,6 +67,7 @@ class Facts:
     results: Results | None = None
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     captures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def value(self, path: str) -> Any:
@@ -99,18 +103,24 @@ def read_facts(out: Path) -> Facts:
 class _Reader:
     layout: Layout
     problems: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def read(self) -> Facts:
         layout, recipe = self.layout, _recipe(self.layout)
         sources = [source_name(entry) for entry in recipe["sources"]]
-        targets = {
-            path.parent.name: found
-            for path in sorted(layout.targets.glob(f"*/{TRAINING}"))
-            if (found := self.record(path, Training)) is not None
-        }
+        wanted = present.target_names(recipe, layout)
+        targets = self.each(wanted, lambda name: layout.targets / name, lambda p: self.record(p / TRAINING, Training))
         begun = sorted(path.name.removesuffix(".training") for path in layout.targets.glob("*.training"))
-        artifacts = self.artifacts()
-        merged = artifacts.get(layout.merged.name)
+        artifacts = self.artifacts(sources, wanted)
+        merged = self.merged(recipe, artifacts, wanted)
+        merge_recipe = self.tried(layout.merge_recipe, lambda: _mapping(layout.merge_recipe))
+        baseline = self.record(layout.baselines / "sft" / TRAINING, Training)
+        models = dict.fromkeys([PIVOT, *(f"sources/{name}" for name in sources)])
+        models |= {BASELINE: None} if baseline else {}
+        models |= {f"targets/{name}": None for name in targets}
+        if merged is not None:
+            models |= {f"targets/{name}": made for name, made in present.merged_targets(merged).items()}
+            models |= {present.MERGED: None}
         return Facts(
             layout,
             recipe,
@@ -121,16 +131,52 @@ class _Reader:
             qualities=self.each(sources, layout.alignment, lambda p: self.record(p / "quality.json", Quality)),
             samples=self.each(sources, layout.alignment, lambda p: read_samples(p / "samples.json")),
             targets=dict(sorted(targets.items(), key=lambda item: _place(item[0], sources))),
-            training=[name for name in begun if name not in targets],
-            baseline=self.record(layout.baselines / "sft" / TRAINING, Training),
+            training=[name for name in begun if name not in targets and not name.startswith(".")],
+            baseline=baseline,
             merged=merged,
-            merge_recipe=self.tried(layout.merge_recipe, lambda: _mapping(layout.merge_recipe)),
+            merge_recipe=merge_recipe if merged else None,
             coefficients=self.record(layout.merged / COEFFICIENTS, Coefficients) if merged else None,
-            results=self.record(layout.results, Results),
+            results=self.results(recipe, models, artifacts),
             artifacts=artifacts,
             captures=self.tried(layout.times, lambda: _captures(layout.times)) or {},
+            others=self.others,
             problems=self.problems,
         )
+
+    def merged(self, recipe: dict[str, Any], artifacts: dict[str, Artifact], wanted: list[str]) -> Artifact | None:
+        """The manifest of the merged model if it is the recipe's; else it is said, and is no artifact of the run."""
+        merged = artifacts.get(present.MERGED)
+        why = merged and present.merged_of_others(recipe, self.layout, merged, wanted)
+        if not why:
+            return merged
+        self.others.append(f"The merged model in merged/ is left out, and its card is not touched: {why}.")
+        del artifacts[present.MERGED]
+        return None
+
+    def results(
+        self, recipe: dict[str, Any], models: dict[str, str | None], artifacts: dict[str, Artifact]
+    ) -> Results | None:
+        """The scores of models that are there now."""
+        found = self.record(self.layout.results, Results)
+        if found is None:
+            return None
+        if recipe.get("evaluate") is None:
+            self.others.append("The scores in results.json are left out: the recipe has no evaluation.")
+            return None
+        scored = {
+            name: (
+                artifacts.get(f"evaluation/{name}"),
+                self.record(self.layout.evaluation(name) / "scores.json", Scores),
+            )
+            for name in models
+        }
+        reasons: dict[str, list[str]] = {}
+        for name, why in present.scores_of_others(self.layout, found, scored, models).items():
+            reasons.setdefault(why, []).append(name)
+            artifacts.pop(f"evaluation/{name}", None)
+        self.others += [f"The scores of {text.listed(who)} are left out: {why}." for why, who in reasons.items()]
+        left = {name for names in reasons.values() for name in names}
+        return found.model_copy(update={"models": {n: s for n, s in found.models.items() if n not in left}})
 
     def tried(self, path: Path, load: Callable[[], Loaded]) -> Loaded | None:
         """What ``load`` returns; None where the path is not there, or is damaged, which is then said."""
@@ -159,11 +205,12 @@ class _Reader:
         found = {name: self.tried(folder(name), lambda name=name: load(folder(name))) for name in names}  # type: ignore[misc]
         return {name: value for name, value in found.items() if value}
 
-    def artifacts(self) -> dict[str, Artifact]:
-        """Manifests of stages, in the order of the stages."""
+    def artifacts(self, sources: list[str], targets: list[str]) -> dict[str, Artifact]:
+        """Manifests of stages, in the order of the stages; of pairs and targets those that the recipe has."""
         layout = self.layout
-        folders = [layout.data, *sorted(layout.alignment("x").parent.glob("*"))]
-        folders += [*sorted(layout.targets.glob("*")), *sorted(layout.baselines.glob("*")), layout.merged]
+        folders = [layout.data, *(layout.alignment(name) for name in sorted(sources))]
+        folders += [layout.targets / name for name in sorted(targets)]
+        folders += [*sorted(layout.baselines.glob("*")), layout.merged]
         folders += sorted(path.parent for path in layout.evaluation("x").parent.rglob(artifact.MANIFEST))
         found = {}
         for folder in folders:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, RootModel
 
 
 class _Record(BaseModel):
@@ -107,6 +107,10 @@ class Results(_Record):
 
     models: dict[str, dict[str, dict[str, float | None]]]
     lm_eval: dict[str, Task] = {}
+
+
+class Scores(RootModel[dict[str, dict[str, float | None]]]):
+    """``evaluation/MODEL/scores.json``: metric -> skill -> value."""
 
 
 def _finite(value: object) -> TypeGuard[float]:

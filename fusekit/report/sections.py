@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
 from fusekit.recipe.presets import PRESETS
-from fusekit.report import provenance, text
+from fusekit.report import present, provenance, text
 from fusekit.report.curves import Chart, chart
 from fusekit.report.facts import Facts
 from fusekit.report.graph import MOST_CHARACTERS, Graph, Node, graph
@@ -101,8 +101,8 @@ def lead(facts: Facts) -> list[str]:
     first = f"One model, the pivot, learned from {len(facts.sources)} other{'' if one else 's'}: {names}."
     across = "although each model reads text through its own tokenizer."
     last = "The result has the architecture and the tokenizer of the pivot, and costs no more to run."
-    merged = facts.merged is not None and not joint and len(facts.targets) > 1
-    between = f"The {len(facts.targets)} targets were then merged into one model." if merged else ""
+    merged = len(present.merged_targets(facts.merged)) if facts.merged is not None and not joint else 0
+    between = f"The {merged} targets were then merged into one model." if merged > 1 else ""
     return [part for part in (first, f"{taught}, {across}", between, last) if part]
 
 

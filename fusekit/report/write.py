@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def write_report(out: Path, *, with_card: bool = True) -> list[str]:
     if with_card and facts.merged is not None and (wrote := _write_card(facts)):
         said += wrote
         facts = read_facts(out)  # the page says what the artifacts hold, this card too
-    return said + _write_page(facts)
+    return said + _write_page(facts, locked=with_card)
 
 
 def _write_card(facts: Facts) -> list[str]:
@@ -43,11 +44,13 @@ def _write_card(facts: Facts) -> list[str]:
     return _tried(lambda: artifact.replace_file(folder, CARD, data), folder / CARD)
 
 
-def _write_page(facts: Facts) -> list[str]:
+def _write_page(facts: Facts, *, locked: bool) -> list[str]:
+    """locked: whether no other process writes this run; else the half-written page has a name of its own."""
     path, data = facts.layout.report, _encoded(page(facts))
     if path.is_file() and path.read_bytes() == data:
         return []
-    commit_file(path, lambda file: file.write(data))
+    # What a process that dies leaves behind: the next that has the lock overwrites it, or `fusekit clean` removes it.
+    commit_file(path, lambda file: file.write(data), rank=0 if locked else uuid.uuid4().int)
     return [str(path)]
 
 

@@ -48,15 +48,7 @@ def read_rows(
         raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
     local = Path(path).expanduser()
     if local.is_dir():
-        if other := _other_folder(local):
-            raise DataError(
-                f"{path} is {other}, not rows of data: give files of rows ({', '.join(READERS)}), a folder of such "
-                "files, or the id of a data set on the hub"
-            )
-        files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
-        if not files:
-            raise DataError(f"{local} is a folder without a file that ends in {', '.join(READERS)}")
-        rows: Iterator[Row] = (row for file in files for row in _rows_of_file(file))
+        rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file)))
     elif local.exists():
         rows = _rows_of_file(local)
     elif isinstance(path, Path) or not is_on_hub(path):
@@ -65,6 +57,25 @@ def read_rows(
         records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
         rows = _rows_of_records(records, str(path))
     return rows if limit is None else islice(rows, limit)
+
+
+def files_of(path: str | Path) -> list[str | Path]:
+    """The files of rows in a folder, in order of their names; anything else as it is.
+
+    Raises DataError for a folder without such a file, or of something else.
+    """
+    local = Path(path).expanduser()
+    if not local.is_dir():
+        return [path]
+    if other := _other_folder(local):
+        raise DataError(
+            f"{path} is {other}, not rows of data: give files of rows ({', '.join(READERS)}), a folder of such "
+            "files, or the id of a data set on the hub"
+        )
+    files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    if not files:
+        raise DataError(f"{local} is a folder without a file that ends in {', '.join(READERS)}")
+    return list(files)
 
 
 def is_on_hub(path: str) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
+from fusekit.evaluation import lm_eval
+from fusekit.evaluation.settings import LmEval
+from fusekit.pipeline import stages
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import STAGES, Layout
 from fusekit.pipeline.readers import Readers, choice_of
@@ -208,6 +212,18 @@ def test_a_target_with_a_flipped_bit_is_named_and_not_merged(finished):
     (out / "targets" / "llama" / "manifest.json").unlink()
     with pytest.raises(FusekitError, match=r"targets/llama has no manifest\.json.*remove it"):
         run(load_recipe(path), out, only="distill", say=quiet)
+
+
+def test_lm_eval_does_not_score_a_model_that_is_damaged(finished, monkeypatch):
+    monkeypatch.setattr(lm_eval, "_inputs", lambda *_: {})  # which asks lm-eval for its version
+    path, out = finished
+    target = out / "targets" / "llama"
+    flip(target / "model.safetensors")
+    recipe = load_recipe(path)
+    context = Context(recipe, Layout(out), Readers(recipe), quiet)
+    model, asked = replace(choice_of(recipe.pivot), model=str(target)), LmEval(tasks=["sums"])
+    with pytest.raises(StorageError, match="its content is not what was written\nIt is not used"):
+        stages._lm_eval(context, asked, "targets/llama", (model, "own"), {"model": "x"})
 
 
 def test_align_needs_no_capture(tmp_path):

@@ -8,14 +8,18 @@ import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from fusekit.cli import cli
 from fusekit.errors import StorageError
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.report.facts import read_facts
 from fusekit.report.page import page
+from fusekit.report.write import write_report
 from fusekit.storage import artifact, output_lock
 from tests.report.worlds import HOSTILE, STAGES, make_run
 
@@ -210,6 +214,119 @@ def test_damaged_files_are_named_and_left_out(out: Path, tmp_path: Path, content
     assert found.text.count("Cannot be read, and is left out: ") >= len(DAMAGED) - 1
 
 
+def edit(run: Path, **changes: Any) -> None:
+    """Save another recipe, as a run does as soon as what is there is of it."""
+    path = run / "recipe.resolved.yml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes, sort_keys=False))
+
+
+def merge_anew(run: Path, *targets: str) -> None:
+    shutil.rmtree(run / "merged")
+
+    def write(into: Path) -> None:
+        (into / "model.safetensors").write_bytes(b"others")
+        (into / "README.md").write_text("# The card of mergekit\n")
+
+    inputs = {"targets": {name: weights_hash(run / "targets" / name) for name in targets}}
+    artifact.publish(run / "merged", "merge", inputs, write)
+
+
+def written(run: Path) -> tuple[str, str]:
+    """The text of the page, and the card."""
+    write_report(run)
+    return Page((run / "report.html").read_text()).text, (run / "merged" / "README.md").read_text()
+
+
+def test_scores_of_the_merged_model_before_are_not_those_of_the_new_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    shutil.copytree(run / "targets" / "one", run / "targets" / "three")
+    edit(run, sources=[{"model": name} for name in ("one", "two", "three")])
+    merge_anew(run, "one", "two", "three")
+    text, card = written(run)
+    assert "The scores of merged are left out: they are of another model than the one that is there now." in text
+    assert "The 3 targets were then merged" in text
+    assert "The 3 targets were then merged" in card
+    assert "1.510" not in text + card
+    assert "1.760" in text
+    edit(run, evaluate=None)
+    text, card = written(run)
+    assert "The scores in results.json are left out: the recipe has no evaluation." in text
+    assert "bits per byte" not in (text + card).lower()
+
+
+def test_scores_that_were_made_anew_are_not_told_by_the_results_of_before(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    known = artifact.read(run / "evaluation" / "merged")
+    assert known is not None
+    (run / "evaluation" / "merged" / "scores.json").write_text('{"bits_per_byte": {"add": 9.5}}')
+    text, _ = written(run)
+    assert "The scores of merged are left out: they were made anew, and results.json does not have them yet." in text
+    assert "1.510" not in text
+
+
+def test_a_merged_model_of_another_recipe_is_absent_and_its_card_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    _, before = written(run)
+    edit(run, merge=None, sources=[{"model": name} for name in ("one", "two", "three")])
+    text, card = written(run)
+    assert card == before
+    assert "merged/ is left out, and its card is not touched: the recipe merges nothing." in text
+    assert "The scores of merged are left out" in text
+    assert "were then merged" not in text
+    edit(run, merge={"merge_method": "linear"})
+    text, card = written(run)
+    assert card == before
+    assert "it was merged from one and two, and the recipe's targets are one, three and two." in text
+    assert "The targets are not merged yet." in text
+
+
+def test_a_target_that_was_trained_anew_is_not_the_one_that_was_merged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    _, before = written(run)
+    (run / "targets" / "two" / "model.safetensors").write_text("other weights")
+    artifact.seal(run / "targets" / "two", "distill", {"target": "two"})
+    text, card = written(run)
+    assert card == before
+    assert "merged/ is left out, and its card is not touched: it was merged before the present two was made." in text
+    assert "The scores of targets/two are left out: they are of another model than the one that is there now." in text
+    assert "2.010" in text  # targets/one, which is as it was
+
+
+def test_targets_that_the_recipe_does_not_have_do_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out", ("one", "two", "three"))
+    edit(run, sources=[{"model": name} for name in ("one", "two")])
+    merge_anew(run, "one", "two")
+    shutil.copytree(run / "targets" / "one", run / "targets" / ".one.staging-1a2b3c4d")
+    text, card = written(run)
+    assert list(read_facts(run).targets) == ["one", "two"]
+    for found in (text, card):
+        assert "The 2 targets were then merged" in found
+        assert "three" not in found.replace("targets/three", "").replace("sources/three", "")
+        assert "staging" not in found
+    assert "The scores of sources/three and targets/three are left out" in text
+
+
+def test_of_a_recipe_that_this_version_cannot_read_every_target_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    edit(run, ancient=True)
+    (run / "targets" / "two.training").mkdir()
+    facts = read_facts(run)
+    assert (list(facts.targets), facts.others) == (["one", "two"], [])
+    assert facts.merged is not None
+
+
+def test_names_in_the_results_lead_nowhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    results = json.loads((run / "results.json").read_text())
+    results["models"] |= dict.fromkeys(("/etc", "../../x", "a\x00b"), results["models"]["pivot"])
+    (run / "results.json").write_text(json.dumps(results))
+    facts = read_facts(run)
+    assert facts.results is not None
+    assert facts.problems == []
+    assert len(facts.results.models) == 7
+    assert Page(page(facts)).wrong == []
+
+
 def test_a_folder_that_is_no_run_is_refused(out: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"is no run of fusekit: it has no recipe\.resolved\.yml"):
         read_facts(tmp_path)
@@ -263,10 +380,23 @@ def test_while_a_run_is_going_on_the_card_is_left_to_it(tmp_path: Path) -> None:
     assert (run / "merged" / "README.md").read_text() == "# The card of mergekit\n"
 
 
+def test_beside_a_run_the_half_of_its_page_is_left_to_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out")
+    theirs = run / ".report.html.0.tmp"  # what the run has written of its own page so far
+    theirs.write_text("half")
+    with output_lock(run.resolve()):
+        result = CliRunner().invoke(cli, ["report", str(run)])
+    assert result.exit_code == 0
+    assert theirs.read_text() == "half"
+    assert (run / "report.html").read_text().endswith("</html>\n")
+    assert [path.name for path in run.glob(".*.tmp")] == [theirs.name]
+
+
 def test_a_manifest_of_another_version_does_not_hide_the_rest(tmp_path: Path) -> None:
     run = make_run(tmp_path / "out")
     manifest = json.loads((run / "merged" / artifact.MANIFEST).read_text())
     (run / "merged" / artifact.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
     text = Page(page(read_facts(run))).text
     assert "Cannot be read, and is left out: merged" in text
-    assert "1.510" in text
+    assert "The scores of merged are left out: the recipe has no such model, or it is not there." in text
+    assert "1.760" in text  # of a target

@@ -12,6 +12,7 @@ import yaml
 from fusekit.alignment.quality import AlignmentQuality
 from fusekit.alignment.samples import Group, Sample, Token, write_samples
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
 from fusekit.storage import artifact
@@ -142,6 +143,8 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
         "log": log,
     }
     _json(folder / "training.json", record)
+    (folder / "model.safetensors").write_text(name)
+    artifact.seal(folder, "distill", {"target": name}, {"seconds": 12.5})
 
 
 def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
@@ -161,7 +164,8 @@ def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any])
         (into / "README.md").write_text("# The card of mergekit\n")
         _json(into / "coefficients.json", record.as_dict())
 
-    artifact.publish(out / "merged", "merge", {"targets": dict.fromkeys(sources, "x")}, write, made)
+    inputs = {"targets": {name: weights_hash(out / "targets" / name) for name in sources}}
+    artifact.publish(out / "merged", "merge", inputs, write, made)
     merge = {
         "models": [{"model": path} for path in ids],
         "base_model": "/home/me/pivot",
@@ -174,11 +178,13 @@ def _evaluate(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, An
     names = ["pivot", "baseline", *(f"sources/{s}" for s in sources), *(f"targets/{s}" for s in sources), "merged"]
     models = {}
     for number, name in enumerate(names):
+        place = out / ("baselines/sft" if name == "baseline" else name)
+        made_of = {"model": weights_hash(place) if place.is_dir() else "another's"}
+        scores = out / "evaluation" / name
         bits = {f"{skill}{evil}": 3.0 - 0.25 * number + 0.01 * at for at, skill in enumerate(SKILLS)}
         models[name] = {"bits_per_byte": bits, "lm_eval": {"arc_easy": 0.4 + 0.02 * number}}
-        artifact.publish(
-            out / "evaluation" / name, "evaluate", {}, lambda into, b=bits: _json(into / "scores.json", b), made
-        )
+        own = {"bits_per_byte": bits}
+        artifact.publish(scores, "evaluate", made_of, lambda into, s=own: _json(into / "scores.json", s), made)
     _json(out / "results.json", {"models": models})
 
 
