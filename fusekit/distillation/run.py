@@ -234,7 +234,7 @@ def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """folder: what was made from ``before``; without it the target is made anew, whatever command it is made by."""
-    changed = provenance.differences(dict(before), dict(now))
+    changed = artifact.differences(dict(before), dict(now))
     if changed:
         raise DistillationError(
             f"{folder} was made from something else, so it cannot be gone on with: {'; '.join(changed)}. Go back to "

@@ -65,9 +65,3 @@ def check_alignments(context: Context) -> None:
         folder = context.layout.alignment(name)
         if context.done(folder, align_inputs(context, name, context.rows)) is None:
             raise StorageError(f"{folder} is not there: the stage `align` comes first")
-
-
-def check_results(context: Context) -> None:
-    """Refuse to go on without scores where the recipe asks for them. Raises StorageError."""
-    if context.recipe.evaluate is not None and not context.layout.results.is_file():
-        raise StorageError(f"{context.layout.results} is not there: the stage `evaluate` comes first")

@@ -90,7 +90,7 @@ def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
         raise StorageError(f"{folder} is not there: the stage `distill` comes first")
     expected = expected_facts(context, str(known.inputs.get("target")), settings)
     before = {name: known.inputs.get(name, "not given") for name in expected}
-    if changed := provenance.differences(before, expected):
+    if changed := artifact.differences(before, expected):
         raise StorageError(
             f"{folder} was made from something else:\n  "
             + "\n  ".join(changed)

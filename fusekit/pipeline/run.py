@@ -42,11 +42,12 @@ class Stage:
         needs: the stages whose artifacts it reads.
         do: makes what is missing; called in every process.
         check: refuses artifacts that are not there, or were made from something else; called in the first process.
+            Of a stage that others need.
     """
 
     needs: tuple[str, ...]
     do: Callable[[Context, Processes], object]
-    check: Callable[[Context], object]
+    check: Callable[[Context], object] = lambda _: None
 
 
 def _represent(context: Context, processes: Processes) -> None:
@@ -89,13 +90,9 @@ _STAGES: dict[str, Stage] = {
     "align": Stage(("data",), _align, checks.check_alignments),
     "distill": Stage(("data", "represent", "align"), _distill, distilling.check_targets),
     "merge": Stage(("data", "distill"), _in_first(merging.merge), merging.check_merged),
-    "evaluate": Stage(
-        ("data", "distill", "merge"),
-        _in_first(_evaluate),
-        checks.check_results,
-    ),
+    "evaluate": Stage(("data", "distill", "merge"), _in_first(_evaluate)),
     # Reads what is there of all others, and says what is not.
-    "report": Stage((), _in_first(report_stage.report), lambda _: None),
+    "report": Stage((), _in_first(report_stage.report)),
 }
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusekit.distillation import checkpoints, provenance
+from fusekit.distillation import checkpoints
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
@@ -112,7 +112,7 @@ class Output:
             step.notes.append("it is there, but the stores that it was made from are not: compared once they are")
             return
         expected = distilling.expected_facts(self.context, target.name, settings)
-        if changed := provenance.differences({name: before.get(name, "not given") for name in expected}, expected):
+        if changed := artifact.differences({name: before.get(name, "not given") for name in expected}, expected):
             _refuse(step, changed)
             return
         if published:

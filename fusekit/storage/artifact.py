@@ -184,12 +184,17 @@ def problems(folder: Path) -> list[str]:
 
 def differences(before: Inputs, now: Inputs) -> list[str]:
     """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
-    ours, theirs = dict(_flat("", plain(before))), dict(_flat("", plain(now)))
+    ours, theirs = flat(plain(before)), flat(plain(now))
     return [
         f"{name}: {_shown(ours, name)}, now {_shown(theirs, name)}"
         for name in dict.fromkeys([*ours, *theirs])
         if (name in ours) != (name in theirs) or ours[name] != theirs[name]
     ]
+
+
+def flat(inputs: Mapping[str, Any]) -> Inputs:
+    """Nested values by the path of their names, with dots: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    return dict(_flat("", inputs))
 
 
 def plain(inputs: Inputs) -> Inputs:

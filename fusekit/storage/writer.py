@@ -39,7 +39,9 @@ from fusekit.storage.manifest import (
 )
 from fusekit.storage.shards import Blobs, facts_of, file_hash, write_shard
 
-_OURS = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+"""Names of the files of a store, and of what an interrupted writer leaves."""
+
 _MOST_SHOWN = 5
 
 
@@ -283,7 +285,7 @@ def remove_store(path: Path | str) -> None:
         _refuse_foreign(folder)
     remove(folder / MANIFEST)
     for file in sorted(folder.iterdir()):
-        if _OURS.fullmatch(file.name):
+        if OF_STORES.fullmatch(file.name):
             remove(file)
 
 
@@ -326,7 +328,7 @@ def _make(path: Path) -> None:
 
 def _refuse_foreign(path: Path) -> None:
     """A folder without a manifest has to be empty but for what an interrupted writer leaves."""
-    foreign = sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name))
+    foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
     if foreign:
         raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
 
