@@ -1,11 +1,14 @@
-"""What stages that are not done in a run have left behind: refused where a later stage could not build on it."""
+"""What is in an output before a run: refused where a stage could not build on it, or would replace what is not its."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
+from fusekit.distillation import overwriting
+from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import StorageError
-from fusekit.pipeline.layout import PIVOT, STAGES
+from fusekit.pipeline.layout import BASELINE, PIVOT, STAGES
 from fusekit.pipeline.stages import Context, align_inputs
 from fusekit.recipe import Recipe
 from fusekit.storage import artifact
@@ -23,6 +26,52 @@ def check_recipe(recipe: Recipe, stages: Collection[str] = STAGES) -> None:
         check_section(recipe)
     if "evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
         lm_eval.check(recipe.evaluate.lm_eval)
+
+
+def check_places(context: Context, stages: Collection[str] = STAGES) -> None:
+    """Refuse folders that these stages are to fill, but that hold what no run made: now, and not after hours.
+
+    Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
+    """
+    from fusekit.pipeline.merging import check_place
+    from fusekit.storage.writer import refuse_foreign
+
+    for stage in stages:
+        for folder in _places(context, stage):
+            if not overwriting.is_former(folder):
+                artifact.refuse_occupied(folder)
+    if "represent" in stages:
+        for folder in map(context.layout.representation, context.readers.names):
+            if folder.is_dir() and not (folder / artifact.MANIFEST).exists():
+                refuse_foreign(folder)
+    if "merge" in stages:
+        check_place(context)
+
+
+def _places(context: Context, stage: str) -> list[Path]:
+    """The artifacts that a stage publishes."""
+    recipe, layout = context.recipe, context.layout
+    if stage == "data":
+        return [layout.data]
+    if stage == "align":
+        return [layout.alignment(source.label) for source in recipe.sources]
+    if stage == "distill":
+        return [*context.targets, *([layout.baselines / PLAIN] if recipe.wants_baseline else [])]
+    if stage == "evaluate" and recipe.evaluate is not None:
+        return [layout.evaluation(name) for name in evaluated(context)]
+    return []
+
+
+def evaluated(context: Context) -> list[str]:
+    """Names of the models that the stage ``evaluate`` scores."""
+    recipe = context.recipe
+    return [
+        PIVOT,
+        *([BASELINE] if recipe.wants_baseline else []),
+        *(f"sources/{source.label}" for source in recipe.sources),
+        *(f"targets/{folder.name}" for folder in context.targets),
+        *(["merged"] if recipe.merge is not None else []),
+    ]
 
 
 def check_stores(context: Context) -> None:

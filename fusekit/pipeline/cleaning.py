@@ -225,14 +225,11 @@ def _left_behind(layout: Layout) -> list[Path]:
 
 
 def _in_artifact(folder: Path) -> list[str]:
-    """What in a folder its manifest does not list; everything, where there is no manifest that can be read."""
+    """What in a folder its manifest does not list; one that cannot be read vouches for nothing."""
     try:
-        known = artifact.read(folder)
+        return artifact.foreign(folder)
     except StorageError:
-        known = None
-    there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    ours = {artifact.MANIFEST, *known.files} if known is not None else set()
-    return [name for name in there if name not in ours]
+        return [artifact.MANIFEST]
 
 
 def _in_store(folder: Path) -> list[str]:

@@ -98,7 +98,7 @@ class StoreWriter:
         if manifest is not None and rank == 0 and _holds_nothing(self.path, manifest):
             manifest = None  # of a run that ended before its first shard: nothing was made from what it names
         if manifest is None:
-            _refuse_foreign(self.path)
+            refuse_foreign(self.path)
         else:
             self._compare(manifest, extend)
         sweep(self.path, rank, world)
@@ -282,7 +282,7 @@ def remove_store(path: Path | str) -> None:
                 f"{folder / MANIFEST} is not of a store of captured rows: nothing was removed; choose another folder, "
                 "or remove that one yourself"
             )
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
     remove(folder / MANIFEST)
     for file in sorted(folder.iterdir()):
         if OF_STORES.fullmatch(file.name):
@@ -326,8 +326,8 @@ def _make(path: Path) -> None:
         raise disk_fault(error, path) or StorageError(f"{path}: cannot be made: {error}") from error
 
 
-def _refuse_foreign(path: Path) -> None:
-    """A folder without a manifest has to be empty but for what an interrupted writer leaves."""
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder without a manifest that is not empty but for what an interrupted writer leaves: StorageError."""
     foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
     if foreign:
         raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
