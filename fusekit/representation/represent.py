@@ -90,8 +90,10 @@ def represent(
         say(f"top_k is {k}, but the vocabulary has {vocabulary} ids: all of them are kept")
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
 
-    def spec() -> StoreSpec:
-        # Estimates and downloads come before anything is compared or written.
+    prepared: list[bool] = []
+
+    def prepare() -> None:
+        prepared.append(True)
         tokens, kept = _tokens(tokenizer, rows), settings.selection.k
         needs = disk_needs(checkpoint, Path(out), rows=len(rows), tokens=tokens, vocabulary=vocabulary, top_k=kept)
         needs += memory_needs(checkpoint, settings.batch_tokens, processes)
@@ -100,14 +102,21 @@ def represent(
         if not settings.ignore_estimates:
             refuse(needs)
         checkpoint.fetch(bar=not settings.options.quiet)
+
+    def spec() -> StoreSpec:
+        known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
+        # Estimates and downloads come before anything is written; where all is there, nothing will be.
+        if known is None or not _is_there(Path(out), known):
+            prepare()
         wanted = store_spec(checkpoint, tokenizer, rows, vocabulary, settings)
         # A folder of the same weights may have been moved, or be spelled in another way.
-        known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
         if known and known.spec.model_fingerprint == wanted.model_fingerprint:
             wanted = wanted.model_copy(update={"model": known.spec.model})
         return wanted
 
     def load() -> Teacher:
+        if processes.is_first and not prepared:
+            prepare()  # a shard is there, but damaged
         checkpoint.fetch()
         model = load_model(checkpoint, processes.device)
         return Teacher(
@@ -164,6 +173,12 @@ def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
     known = max((size for size in sizes if isinstance(size, int)), default=0)
     return max(known, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
+
+
+def _is_there(folder: Path, manifest: Manifest) -> bool:
+    """Whether a store is complete, as far as the sizes of its shards tell. Raises OSError."""
+    shards = ((folder / record.file, record.size) for record in manifest.shards)
+    return manifest.complete and all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
 def _tokens(tokenizer: RowTokenizer, rows: Sequence[Row]) -> int:
