@@ -9,7 +9,8 @@ from fusekit.distillation import overwriting
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import StorageError
 from fusekit.pipeline.layout import BASELINE, PIVOT, STAGES
-from fusekit.pipeline.stages import Context, align_inputs
+from fusekit.pipeline.stages import Context, align_inputs, rows_of
+from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
 from fusekit.storage import artifact
 
@@ -75,13 +76,13 @@ def evaluated(context: Context) -> list[str]:
 
 
 def check_stores(context: Context) -> None:
-    """Refuse captures that are not whole, or that another recipe made; the models need not be at hand.
+    """Refuse captures that are not whole, or that another recipe made; weights on the hub are not fetched.
 
     Raises StorageError naming what differs, and the way out.
     """
+    from fusekit.representation.capture import data_fingerprint
     from fusekit.storage import Store
 
-    section = context.recipe.represent
     for name in context.readers.names:
         folder = context.layout.representation(name)
         if not (folder / artifact.MANIFEST).is_file():
@@ -90,15 +91,10 @@ def check_stores(context: Context) -> None:
             spec = Store.open(folder).spec
         except StorageError as error:
             raise StorageError(f"{error}\nThe stage `represent` makes what is missing") from error
-        expected = {
-            "tokenizer": context.readers.reader(name).fingerprint,
-            "top_k": min(section.top_k, spec.vocabulary),
-            "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
-            "temperature": section.temperature,
-            "max_error": section.max_error,
-        }
-        before = {key: getattr(spec, key) for key in expected}
-        if changed := artifact.differences(before, expected):
+        before = artifact.flat(spec.model_dump())
+        expected = store_facts(context, name, before, thorough=True)
+        expected["data"] = data_fingerprint(rows_of(context, name, context.rows))
+        if changed := artifact.differences({key: before.get(key, "not given") for key in expected}, expected):
             raise StorageError(
                 f"{folder} was made from something else:\n  "
                 + "\n  ".join(changed)

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusekit.errors import CaptureError
 from fusekit.representation.capture import CaptureOptions, capture, data_fingerprint
-from fusekit.representation.checkpoint import Checkpoint
+from fusekit.representation.checkpoint import Checkpoint, ModelChoice
 from fusekit.representation.estimate import disk_needs, memory_needs, refuse
 from fusekit.representation.load import load_model, longest_input, valid_ids
 from fusekit.representation.processes import Processes
@@ -22,7 +21,7 @@ from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
 from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
-from fusekit.storage.manifest import MANIFEST, Manifest, read_json
+from fusekit.storage.manifest import MANIFEST, Manifest, Setting, read_json
 
 ROWS_PER_SHARD = 1024
 
@@ -146,12 +145,6 @@ def store_spec(
     fingerprint: of the weights, where it is known already.
     """
     choice, selection = checkpoint.choice, settings.selection
-    details: dict[str, Any] = {
-        "dtype": choice.dtype,
-        "quantization": json.dumps(choice.quantization, sort_keys=True) if choice.quantization else None,
-        "attn_implementation": choice.attn_implementation,
-        "train_on": tokenizer.train_on,
-    }
     return StoreSpec(
         model=choice.model,
         model_fingerprint=fingerprint or checkpoint.fingerprint(),
@@ -163,8 +156,18 @@ def store_spec(
         temperature=selection.temperature,
         max_error=settings.max_error,
         rows_per_shard=settings.rows_per_shard,
-        details=details | settings.details,
+        details=details_of(choice, tokenizer.train_on) | settings.details,
     )
+
+
+def details_of(choice: ModelChoice, train_on: str) -> dict[str, Setting]:
+    """How a model is loaded, and what it is to learn from: what else decides the values of a store."""
+    return {
+        "dtype": choice.dtype,
+        "quantization": json.dumps(choice.quantization, sort_keys=True) if choice.quantization else None,
+        "attn_implementation": choice.attn_implementation,
+        "train_on": train_on,
+    }
 
 
 def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
