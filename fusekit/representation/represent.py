@@ -151,7 +151,7 @@ def store_spec(
         tokenizer=tokenizer.fingerprint,
         data=data_fingerprint(rows),
         vocabulary=vocabulary,
-        top_k=selection.k,
+        top_k=min(selection.k, vocabulary),
         keep_mass=selection.keep_mass if selection.keep_mass < 1 else None,
         temperature=selection.temperature,
         max_error=settings.max_error,
