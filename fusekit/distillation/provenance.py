@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import map_hash
 from fusekit.representation.rows import Row
+from fusekit.storage import artifact
 from fusekit.storage.store import Store
 
 Facts = dict[str, Any]
@@ -68,7 +68,7 @@ def facts_of_run(
         "stores": {name: _store(store) for name, store in stores.items()},
         "projections": {name: _projection(how) for name, how in (projections or {}).items()},
     }
-    return dict(_flat("", nested))
+    return artifact.flat(nested)
 
 
 def facts_of_alignment(how: AlignmentSettings) -> Facts:
@@ -97,28 +97,3 @@ def _projection(how: Projection) -> dict[str, Any]:
 
 def _digest(lines: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        return [(prefix, value)]
-    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]
-
-
-def differences(before: Facts, now: Facts) -> list[str]:
-    """One line per fact that differs: ``training.learning_rate: 1e-05, now 2e-05``."""
-    names = [*before, *(name for name in now if name not in before)]
-    return [
-        f"{name}: {_shown(before, name)}, now {_shown(now, name)}"
-        for name in names
-        if name not in before or name not in now or _plain(before[name]) != _plain(now[name])
-    ]
-
-
-def _shown(facts: Facts, name: str) -> str:
-    return repr(facts[name]) if name in facts else "not given"
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(value, default=str))

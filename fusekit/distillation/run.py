@@ -97,6 +97,10 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         raise DistillationError(
             f"{there[0]} is there already: resume goes on with it, overwrite replaces it; nothing was touched"
         )
+    if resume:
+        for target in targets:
+            if not overwriting.is_former(target.folder):
+                artifact.refuse_occupied(target.folder)
     if overwrite:
         for target in targets:
             shutil.rmtree(target.work, ignore_errors=True)
@@ -215,18 +219,12 @@ class _Work:
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
     """Whether the target is published already, and not one that is being made anew.
 
-    Raises DistillationError when it was made from something else, or has no manifest that tells; StorageError when that
-    is damaged.
+    Raises DistillationError when it was made from something else; StorageError when its manifest is damaged.
     """
     if overwriting.is_former(target.folder):
         return False
     known = artifact.read(target.folder)
     if known is None:
-        if target.folder.is_dir() and any(target.folder.iterdir()):
-            raise DistillationError(
-                f"{target.folder} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it to "
-                "make it anew"
-            )
         return False
     _refuse_changes(target.folder, known.inputs, facts)
     return True
@@ -234,7 +232,7 @@ def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """folder: what was made from ``before``; without it the target is made anew, whatever command it is made by."""
-    changed = provenance.differences(dict(before), dict(now))
+    changed = artifact.differences(dict(before), dict(now))
     if changed:
         raise DistillationError(
             f"{folder} was made from something else, so it cannot be gone on with: {'; '.join(changed)}. Go back to "

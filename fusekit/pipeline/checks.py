@@ -1,12 +1,16 @@
-"""What stages that are not done in a run have left behind: refused where a later stage could not build on it."""
+"""What is in an output before a run: refused where a stage could not build on it, or would replace what is not its."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
+from fusekit.distillation import overwriting
+from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError, StorageError
-from fusekit.pipeline.layout import PIVOT, STAGES
-from fusekit.pipeline.stages import Context, align_inputs
+from fusekit.pipeline.layout import BASELINE, PIVOT, STAGES
+from fusekit.pipeline.stages import Context, align_inputs, rows_of
+from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
 from fusekit.storage import artifact
 
@@ -36,14 +40,60 @@ def _tasks(recipe: Recipe) -> None:
         lm_eval.check(recipe.evaluate.lm_eval)
 
 
+def check_places(context: Context, stages: Collection[str] = STAGES) -> None:
+    """Refuse folders that these stages are to fill, but that hold what no run made: now, and not after hours.
+
+    Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
+    """
+    from fusekit.pipeline.merging import check_place
+    from fusekit.storage.writer import refuse_foreign
+
+    for stage in stages:
+        for folder in _places(context, stage):
+            if not overwriting.is_former(folder):
+                artifact.refuse_occupied(folder)
+    if "represent" in stages:
+        for folder in map(context.layout.representation, context.readers.names):
+            if folder.is_dir() and not (folder / artifact.MANIFEST).exists():
+                refuse_foreign(folder)
+    if "merge" in stages:
+        check_place(context)
+
+
+def _places(context: Context, stage: str) -> list[Path]:
+    """The artifacts that a stage publishes."""
+    recipe, layout = context.recipe, context.layout
+    if stage == "data":
+        return [layout.data]
+    if stage == "align":
+        return [layout.alignment(source.label) for source in recipe.sources]
+    if stage == "distill":
+        return [*context.targets, *([layout.baselines / PLAIN] if recipe.wants_baseline else [])]
+    if stage == "evaluate" and recipe.evaluate is not None:
+        return [layout.evaluation(name) for name in evaluated(context)]
+    return []
+
+
+def evaluated(context: Context) -> list[str]:
+    """Names of the models that the stage ``evaluate`` scores."""
+    recipe = context.recipe
+    return [
+        PIVOT,
+        *([BASELINE] if recipe.wants_baseline else []),
+        *(f"sources/{source.label}" for source in recipe.sources),
+        *(f"targets/{folder.name}" for folder in context.targets),
+        *(["merged"] if recipe.merge is not None else []),
+    ]
+
+
 def check_stores(context: Context) -> None:
-    """Refuse captures that are not whole, or that another recipe made; the models need not be at hand.
+    """Refuse captures that are not whole, or that another recipe made; weights on the hub are not fetched.
 
     Raises StorageError naming what differs, and the way out.
     """
+    from fusekit.representation.capture import data_fingerprint
     from fusekit.storage import Store
 
-    section = context.recipe.represent
     for name in context.readers.names:
         folder = context.layout.representation(name)
         if not (folder / artifact.MANIFEST).is_file():
@@ -52,15 +102,10 @@ def check_stores(context: Context) -> None:
             spec = Store.open(folder).spec
         except StorageError as error:
             raise StorageError(f"{error}\nThe stage `represent` makes what is missing") from error
-        expected = {
-            "tokenizer": context.readers.reader(name).fingerprint,
-            "top_k": min(section.top_k, spec.vocabulary),
-            "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
-            "temperature": section.temperature,
-            "max_error": section.max_error,
-        }
-        before = {key: getattr(spec, key) for key in expected}
-        if changed := artifact.differences(before, expected):
+        before = artifact.flat(spec.model_dump())
+        expected = store_facts(context, name, before, thorough=True)
+        expected["data"] = data_fingerprint(rows_of(context, name, context.rows))
+        if changed := artifact.differences({key: before.get(key, "not given") for key in expected}, expected):
             raise StorageError(
                 f"{folder} was made from something else:\n  "
                 + "\n  ".join(changed)
@@ -76,9 +121,3 @@ def check_alignments(context: Context) -> None:
         folder = context.layout.alignment(name)
         if context.done(folder, align_inputs(context, name, context.rows)) is None:
             raise StorageError(f"{folder} is not there: the stage `align` comes first")
-
-
-def check_results(context: Context) -> None:
-    """Refuse to go on without scores where the recipe asks for them. Raises StorageError."""
-    if context.recipe.evaluate is not None and not context.layout.results.is_file():
-        raise StorageError(f"{context.layout.results} is not there: the stage `evaluate` comes first")

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusekit.distillation.outputs import PLAIN, targets_of
+from fusekit.distillation.overwriting import NOTE
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.pipeline.layout import BASELINE, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
 from fusekit.storage import artifact, disk_fault, output_lock
+from fusekit.storage.writer import OF_STORES
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
-_OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
 _OF_TRAININGS = re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp")
-_NOTE = ".overwriting.json"
 WORK = ".training"
 
 
@@ -159,7 +159,7 @@ def _others(found: Findings, folder: Path, wanted: set[str], why: str, foreign: 
 
 def _trainings(found: Findings, folder: Path, wanted: set[str]) -> None:
     """Checkpoints of targets that are whole, or that nobody wants. One that is being made anew keeps its own."""
-    anew = (folder / _NOTE).exists()
+    anew = (folder / NOTE).exists()
     for path in _folders(folder):
         name = path.name.removesuffix(WORK)
         if name == path.name:
@@ -225,21 +225,18 @@ def _left_behind(layout: Layout) -> list[Path]:
 
 
 def _in_artifact(folder: Path) -> list[str]:
-    """What in a folder its manifest does not list; everything, where there is no manifest that can be read."""
+    """What in a folder its manifest does not list; one that cannot be read vouches for nothing."""
     try:
-        known = artifact.read(folder)
+        return artifact.foreign(folder)
     except StorageError:
-        known = None
-    there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    ours = {artifact.MANIFEST, *known.files} if known is not None else set()
-    return [name for name in there if name not in ours]
+        return [artifact.MANIFEST]
 
 
 def _in_store(folder: Path) -> list[str]:
     names = [path.name for path in sorted(folder.iterdir())]
     if not any(name.startswith(("manifest", "shard-")) for name in names):
         return names
-    return [name for name in names if not _OF_STORES.fullmatch(name)]
+    return [name for name in names if not OF_STORES.fullmatch(name)]
 
 
 def _in_training(folder: Path) -> list[str]:

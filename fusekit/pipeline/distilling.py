@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fusekit.errors import DistillationError, RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context, alignment_of
+from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
 from fusekit.safe_yaml import KeyPath
 from fusekit.storage import artifact
@@ -122,9 +124,9 @@ def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
     known = artifact.read(folder)
     if known is None:
         raise StorageError(f"{folder} is not there: the stage `distill` comes first")
-    expected = expected_facts(context, str(known.inputs.get("target")), settings)
+    expected = expected_facts(context, str(known.inputs.get("target")), settings, known.inputs)
     before = {name: known.inputs.get(name, "not given") for name in expected}
-    if changed := provenance.differences(before, expected):
+    if changed := artifact.differences(before, expected):
         raise StorageError(
             f"{folder} was made from something else:\n  "
             + "\n  ".join(changed)
@@ -132,10 +134,13 @@ def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
         )
 
 
-def expected_facts(context: Context, target: str, settings: DistillSettings) -> dict[str, Any]:
+def expected_facts(
+    context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]
+) -> dict[str, Any]:
     """The facts of a target that the recipe, its rows and the captures that are here determine.
 
-    target: its name. settings: that it is trained with.
+    target: its name. settings: that it is trained with. before: the facts of the one that is there, which tell how
+    models were called.
     """
     from fusekit.distillation.joining import join
     from fusekit.storage import Store
@@ -150,6 +155,11 @@ def expected_facts(context: Context, target: str, settings: DistillSettings) -> 
         {model: Store.open(folder) for model, folder in folders.items() if (folder / artifact.MANIFEST).is_file()},
     )
     facts = {key: value for key, value in facts.items() if value != {}}  # an empty section
+    for model in folders:  # the captures may be of another recipe, or elsewhere
+        of_store = f"stores.{model}."
+        captured = {key.removeprefix(of_store): value for key, value in before.items() if key.startswith(of_store)}
+        said = store_facts(context, model, captured, thorough=False)
+        facts |= {f"{of_store}{key}": value for key, value in said.items()}
     for teacher in teachers if not settings.plain else ():
         how = provenance.facts_of_alignment(alignment_of(context, teacher))
         facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}

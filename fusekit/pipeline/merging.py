@@ -13,9 +13,9 @@ import yaml
 from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, merge_inputs
-from fusekit.pipeline.vouching import require_whole
+from fusekit.pipeline.vouching import require_whole, weights_hash
 from fusekit.recipe import Recipe
-from fusekit.storage import artifact, commit_file
+from fusekit.storage import artifact, commit_file, output_lock, recover
 
 
 def merge(context: Context) -> None:
@@ -33,6 +33,8 @@ def merge(context: Context) -> None:
     layout, targets = context.layout, context.targets
     models = _models(context.recipe, targets, str(context.readers.checkpoint(PIVOT).folder))
     inputs, final = merge_inputs(context, targets), layout.merged
+    with output_lock(final):
+        recover(final)  # of a process that died between moving a former model aside and putting the new one in place
     known = artifact.read(final)
     text = (
         "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
@@ -41,13 +43,10 @@ def merge(context: Context) -> None:
     if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
         _write_recipe(layout.merge_recipe, text)  # it may be gone, or name the places that the targets had before
         return
-    if known is None and final.is_dir() and any(final.iterdir()):
-        raise StorageError(
-            f"{final} has no {artifact.MANIFEST}, so it is not known what it was made from: remove it to make it anew"
-        )
     # Of other targets it is out of date, and is replaced; of the same ones somebody may still want it.
     if known is not None and known.inputs.get("targets") == inputs["targets"]:
         context.done(final, inputs)  # says what differs
+    artifact.refuse_foreign(final)
     for path in targets:
         require_whole(path)
     _write_recipe(layout.merge_recipe, text)
@@ -70,6 +69,16 @@ def merge(context: Context) -> None:
     options = MergeOptions(**{"quiet": True, "random_seed": context.recipe.seed, **context.merge_options})
     merged = run_merge(layout.merge_recipe, final, options, settings)
     context.say(f"merge: {merged}")
+
+
+def check_place(context: Context) -> None:
+    """Refuse a merged model that is to be replaced, but holds files that are not of the run. Raises StorageError."""
+    if context.recipe.merge is None:
+        return
+    final, known = context.layout.merged, artifact.read(context.layout.merged)
+    there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
+    if known is None or known.inputs.get("targets") != there or len(there) < len(context.targets):
+        artifact.refuse_foreign(final)
 
 
 def check_section(recipe: Recipe) -> None:

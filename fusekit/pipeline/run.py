@@ -42,11 +42,12 @@ class Stage:
         needs: the stages whose artifacts it reads.
         do: makes what is missing; called in every process.
         check: refuses artifacts that are not there, or were made from something else; called in the first process.
+            Of a stage that others need.
     """
 
     needs: tuple[str, ...]
     do: Callable[[Context, Processes], object]
-    check: Callable[[Context], object]
+    check: Callable[[Context], object] = lambda _: None
 
 
 def _represent(context: Context, processes: Processes) -> None:
@@ -89,13 +90,9 @@ _STAGES: dict[str, Stage] = {
     "align": Stage(("data",), _align, checks.check_alignments),
     "distill": Stage(("data", "represent", "align"), _distill, distilling.check_targets),
     "merge": Stage(("data", "distill"), _in_first(merging.merge), merging.check_merged),
-    "evaluate": Stage(
-        ("data", "distill", "merge"),
-        _in_first(_evaluate),
-        checks.check_results,
-    ),
+    "evaluate": Stage(("data", "distill", "merge"), _in_first(_evaluate)),
     # Reads what is there of all others, and says what is not.
-    "report": Stage((), _in_first(report_stage.report), lambda _: None),
+    "report": Stage((), _in_first(report_stage.report)),
 }
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
@@ -147,7 +144,7 @@ def run(
 
         def claim() -> None:
             held.enter_context(output_lock(layout.out))
-            _claim(layout, recipe)
+            _claim(context, chosen)
             held.enter_context(log.around())
 
         # Before the output is touched: a recipe that cannot be done leaves nothing behind.
@@ -192,11 +189,13 @@ def _made(context: Context, chosen: list[str]) -> Run:
     return Run(context.layout.out, context.targets if after else [], results)
 
 
-def _claim(layout: Layout, recipe: Recipe) -> None:
+def _claim(context: Context, chosen: list[str]) -> None:
     """Refuse a folder that holds something else; save the recipe of the first run."""
+    layout, recipe = context.layout, context.recipe
     layout.out.mkdir(parents=True, exist_ok=True)
     if foreign := foreign_to_runs(layout):
         raise StorageError(foreign)
+    checks.check_places(context, chosen)
     if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
         _save(layout, recipe)
     elif layout.recipe.read_bytes() != _text(recipe):
@@ -219,9 +218,15 @@ def _settle(layout: Layout, recipe: Recipe, decided: bool) -> None:
 
 
 def foreign_to_runs(layout: Layout) -> str | None:
-    """Why a folder that exists is not the output of a run, None where it is one or empty. Raises OSError."""
-    foreign = sorted(p.name for p in layout.out.iterdir() if p.name not in OURS and not p.name.startswith("."))
-    if not foreign or layout.recipe.exists():
+    """Why a folder that exists is not the output of a run, None where it is one or empty. Raises OSError.
+
+    Files of a run are there only beside its recipe; of folders that are called like a run's the stages ask further.
+    """
+    if layout.recipe.exists():
+        return None
+    there = sorted(path for path in layout.out.iterdir() if not path.name.startswith("."))
+    foreign = [path.name for path in there if path.name not in OURS or path.is_file()]
+    if not foreign:
         return None
     return f"{layout.out} is no run of fusekit, but holds {foreign[0]!r}: choose another folder, or empty it"
 

@@ -71,7 +71,7 @@ class Context:
     @property
     def targets(self) -> list[Path]:
         """Where the targets of the recipe are, or will be."""
-        from fusekit.distillation.run import targets_of
+        from fusekit.distillation.outputs import targets_of
 
         names = [source.label for source in self.recipe.sources]
         return [target.folder for target in targets_of(self.recipe.settings, names, self.layout.targets)]
@@ -348,6 +348,7 @@ def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
         inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
         folder = layout.evaluation(name)
         if not artifact.is_kept(folder, inputs):
+            artifact.refuse_foreign(folder)  # now, not once the scores are there
             started = time.monotonic()
             _require_whole(name, choice)
             scores = evaluate_model(

@@ -8,7 +8,7 @@ from typing import Any
 from fusekit.models.need import Need
 
 TO_DO, GOES_ON, REUSED, REFUSED = "to do", "goes on", "reused", "refused"
-"""Nothing is there; a part is; all of it, from the same inputs; something made from other inputs."""
+"""Nothing is there; a part is; all of it, from the same inputs; something made from other inputs, or by no run."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from fusekit.errors import FusekitError
 from fusekit.evaluation.held_out import held_out_rows
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
+from fusekit.pipeline.checks import evaluated
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.pipeline.stages import ALIGNED_TEXTS
@@ -320,17 +321,12 @@ class _Job:
         section, rows = self.recipe.evaluate, self._held_out
         if section is None:
             return
-        names = [
-            PIVOT,
-            *([BASELINE] if self.recipe.wants_baseline else []),
-            *(f"sources/{s.label}" for s in self.recipe.sources),
-        ]
-        names += [f"targets/{t.name}" for t in targets_of(self.recipe.settings, *self._labels_and_place())]
-        names += ["merged"] if self.recipe.merge is not None else []
+        names = evaluated(self.output.context)
         step = self.step("evaluate", f"{len(names)} models")
         done = sum((self.output.layout.evaluation(name) / "manifest.json").is_file() for name in names)
         if done and self.output.is_there:
             step.notes.append(f"{done} are scored already; they are scored again only if they or the rows changed")
+        self.output.scores(step)
         if not rows:
             self.plan.unknown.append("evaluate: how many rows are held out")
             return

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusekit.distillation import checkpoints, provenance
+from fusekit.distillation import checkpoints, overwriting
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
-from fusekit.pipeline import distilling, stages
+from fusekit.pipeline import checks, distilling, merging, stages
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.rows_file import read_rows_file
 from fusekit.pipeline.stages import Context
@@ -21,6 +21,7 @@ from fusekit.representation import Row
 from fusekit.representation.represent import store_spec, vocabulary_size
 from fusekit.storage import Store, artifact
 from fusekit.storage.manifest import MANIFEST, Manifest, keys_hash, read_json
+from fusekit.storage.writer import refuse_foreign
 
 HASHED_BYTES = 40 << 30
 """Weights in folders are read through to be compared with what an artifact was made from, up to this size."""
@@ -56,6 +57,8 @@ class Output:
         folder = self.layout.representation(name)
         if self.is_there and (folder / MANIFEST).is_file():
             self._try(step, lambda: self._store(step, name, folder))
+        elif self.is_there and folder.is_dir():
+            self._try(step, lambda: refuse_foreign(folder))
 
     def _store(self, step: Step, name: str, folder: Path) -> None:
         manifest = read_json(folder / MANIFEST, Manifest)
@@ -93,15 +96,16 @@ class Output:
 
     def alignment(self, step: Step, source: str) -> None:
         """Of a pair."""
-        rows = self.rows
-        if rows is None:
-            return
-        self._artifact(step, self.layout.alignment(source), lambda: stages.align_inputs(self.context, source, rows))
+        rows, folder = self.rows, self.layout.alignment(source)
+        if rows is not None:
+            self._artifact(step, folder, lambda: stages.align_inputs(self.context, source, rows))
+        else:
+            self._is_free(step, folder)
 
     def target(self, step: Step, target: Target, settings: DistillSettings) -> None:
         """A published target, or the checkpoints of one that was begun."""
         begun = (target.folder / artifact.MANIFEST).is_file() or (target.work / FACTS).is_file()
-        if self.is_there and begun:
+        if self._is_free(step, target.folder) and begun:
             self._try(step, lambda: self._target(step, target, settings))
 
     def _target(self, step: Step, target: Target, settings: DistillSettings) -> None:
@@ -111,8 +115,8 @@ class Output:
         if self.rows is None or any(name not in self._complete for name in (PIVOT, *target.sources)):
             step.notes.append("it is there, but the stores that it was made from are not: compared once they are")
             return
-        expected = distilling.expected_facts(self.context, target.name, settings)
-        if changed := provenance.differences({name: before.get(name, "not given") for name in expected}, expected):
+        expected = distilling.expected_facts(self.context, target.name, settings, before)
+        if changed := artifact.differences({name: before.get(name, "not given") for name in expected}, expected):
             _refuse(step, changed)
             return
         if published:
@@ -123,9 +127,19 @@ class Output:
             step.state = GOES_ON
             step.notes.append(f"goes on from step {good}; its figures are those of the whole training")
 
+    def scores(self, step: Step) -> None:
+        """Of all models: where they go."""
+        for name in checks.evaluated(self.context):
+            if not self._is_free(step, self.layout.evaluation(name)):
+                return
+
     def merged(self, step: Step, targets: list[Path], ready: bool) -> None:
         """The merged model. ready: whether all targets are there and of use."""
-        known = self._try(step, lambda: artifact.read(self.layout.merged)) if self.is_there else None
+        if self.is_there:
+            self._try(step, lambda: merging.check_place(self.context))
+        if not self.is_there or step.state == REFUSED:
+            return
+        known = artifact.read(self.layout.merged)
         if known is None:
             return
         if not ready:
@@ -144,7 +158,7 @@ class Output:
 
     def _artifact(self, step: Step, folder: Path, inputs: Callable[[], artifact.Inputs]) -> bool:
         """Compare an artifact. Returns whether one is there that could be compared."""
-        known = self._try(step, lambda: artifact.read(folder)) if self.is_there else None
+        known = artifact.read(folder) if self._is_free(step, folder) else None
         now = self._try(step, inputs) if known is not None else None
         if known is None or now is None:
             return False
@@ -153,6 +167,12 @@ class Output:
         else:
             step.state = REUSED
         return True
+
+    def _is_free(self, step: Step, folder: Path) -> bool:
+        """Whether an artifact may come to a folder of the output: it is there already, or nothing is; else refuse."""
+        if self.is_there and not overwriting.is_former(folder):
+            self._try(step, lambda: artifact.refuse_occupied(folder))
+        return self.is_there and step.state != REFUSED
 
     def _try(self, step: Step, work: Callable[[], Any]) -> Any:
         """What ``work`` gives; an error becomes the step's."""

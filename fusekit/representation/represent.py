@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusekit.errors import CaptureError
 from fusekit.representation.capture import CaptureOptions, capture, data_fingerprint
-from fusekit.representation.checkpoint import Checkpoint
+from fusekit.representation.checkpoint import Checkpoint, ModelChoice
 from fusekit.representation.estimate import disk_needs, memory_needs, refuse
 from fusekit.representation.load import load_model, longest_input, valid_ids
 from fusekit.representation.processes import Processes
@@ -22,7 +21,7 @@ from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
 from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
-from fusekit.storage.manifest import MANIFEST, Manifest, read_json
+from fusekit.storage.manifest import MANIFEST, Manifest, Setting, read_json
 
 ROWS_PER_SHARD = 1024
 
@@ -90,8 +89,10 @@ def represent(
         say(f"top_k is {k}, but the vocabulary has {vocabulary} ids: all of them are kept")
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
 
-    def spec() -> StoreSpec:
-        # Estimates and downloads come before anything is compared or written.
+    prepared: list[bool] = []
+
+    def prepare() -> None:
+        prepared.append(True)
         tokens, kept = _tokens(tokenizer, rows), settings.selection.k
         needs = disk_needs(checkpoint, Path(out), rows=len(rows), tokens=tokens, vocabulary=vocabulary, top_k=kept)
         needs += memory_needs(checkpoint, settings.batch_tokens, processes)
@@ -100,14 +101,21 @@ def represent(
         if not settings.ignore_estimates:
             refuse(needs)
         checkpoint.fetch(bar=not settings.options.quiet)
+
+    def spec() -> StoreSpec:
+        known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
+        # Estimates and downloads come before anything is written; where all is there, nothing will be.
+        if known is None or not _is_there(Path(out), known):
+            prepare()
         wanted = store_spec(checkpoint, tokenizer, rows, vocabulary, settings)
         # A folder of the same weights may have been moved, or be spelled in another way.
-        known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
         if known and known.spec.model_fingerprint == wanted.model_fingerprint:
             wanted = wanted.model_copy(update={"model": known.spec.model})
         return wanted
 
     def load() -> Teacher:
+        if processes.is_first and not prepared:
+            prepare()  # a shard is there, but damaged
         checkpoint.fetch()
         model = load_model(checkpoint, processes.device)
         return Teacher(
@@ -137,25 +145,29 @@ def store_spec(
     fingerprint: of the weights, where it is known already.
     """
     choice, selection = checkpoint.choice, settings.selection
-    details: dict[str, Any] = {
-        "dtype": choice.dtype,
-        "quantization": json.dumps(choice.quantization, sort_keys=True) if choice.quantization else None,
-        "attn_implementation": choice.attn_implementation,
-        "train_on": tokenizer.train_on,
-    }
     return StoreSpec(
         model=choice.model,
         model_fingerprint=fingerprint or checkpoint.fingerprint(),
         tokenizer=tokenizer.fingerprint,
         data=data_fingerprint(rows),
         vocabulary=vocabulary,
-        top_k=selection.k,
+        top_k=min(selection.k, vocabulary),
         keep_mass=selection.keep_mass if selection.keep_mass < 1 else None,
         temperature=selection.temperature,
         max_error=settings.max_error,
         rows_per_shard=settings.rows_per_shard,
-        details=details | settings.details,
+        details=details_of(choice, tokenizer.train_on) | settings.details,
     )
+
+
+def details_of(choice: ModelChoice, train_on: str) -> dict[str, Setting]:
+    """How a model is loaded, and what it is to learn from: what else decides the values of a store."""
+    return {
+        "dtype": choice.dtype,
+        "quantization": json.dumps(choice.quantization, sort_keys=True) if choice.quantization else None,
+        "attn_implementation": choice.attn_implementation,
+        "train_on": train_on,
+    }
 
 
 def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
@@ -164,6 +176,12 @@ def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
     known = max((size for size in sizes if isinstance(size, int)), default=0)
     return max(known, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
+
+
+def _is_there(folder: Path, manifest: Manifest) -> bool:
+    """Whether a store is complete, as far as the sizes of its shards tell. Raises OSError."""
+    shards = ((folder / record.file, record.size) for record in manifest.shards)
+    return manifest.complete and all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
 def _tokens(tokenizer: RowTokenizer, rows: Sequence[Row]) -> int:

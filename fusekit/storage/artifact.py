@@ -73,9 +73,11 @@ def publish(
     The caller holds the lock of the run. What a process that died left behind is removed first.
 
     Raises:
-        StorageError: the disk failed. Whatever ``write`` raises. ``final`` is then as it was.
+        StorageError: the disk failed; ``final`` holds files that are not its own (:func:`refuse_foreign`). Whatever
+            ``write`` raises. ``final`` is then as it was.
     """
     recover(final)
+    refuse_foreign(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     with staging(final) as folder:
         try:
@@ -178,18 +180,56 @@ def problems(folder: Path) -> list[str]:
             found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
         elif file_hash(path) != file.xxh3:
             found.append(f"{path}: its content is not what was written")
-    foreign = sorted(name for name in there - artifact.files.keys() if not _is_own(folder, name, artifact))
-    return found + [f"{folder / name}: {_FOREIGN}" for name in foreign]
+    return found + [f"{folder / name}: {_FOREIGN}" for name in _not_listed(folder, artifact)]
+
+
+def foreign(folder: Path) -> list[str]:
+    """Files in a folder that its manifest does not list, in order; all of them where there is no manifest.
+
+    Raises StorageError for a damaged manifest.
+    """
+    return _not_listed(folder, read(folder))
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace a folder that holds what is not its artifact's: that would be lost.
+
+    A file that the manifest lists does not count, whatever it holds by now. Raises StorageError naming the first file,
+    and the way out; also for a damaged manifest.
+    """
+    if not folder.exists() or not (found := foreign(folder)):
+        return
+    what = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+    if (folder / MANIFEST).is_file():
+        raise StorageError(
+            f"{folder} is to be made anew, but holds {what}, which its {MANIFEST} does not list: move that away, or "
+            "choose another output; nothing was touched"
+        )
+    raise StorageError(
+        f"{folder} has no {MANIFEST} that says what it was made from, but holds {what}: move it away if it is yours, "
+        "remove it to make it anew, or choose another output; nothing was touched"
+    )
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Refuse a folder that an artifact is to come to, if it is not empty and no artifact: :func:`refuse_foreign`."""
+    if read(folder) is None:
+        refuse_foreign(folder)
 
 
 def differences(before: Inputs, now: Inputs) -> list[str]:
     """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
-    ours, theirs = dict(_flat("", plain(before))), dict(_flat("", plain(now)))
+    ours, theirs = flat(plain(before)), flat(plain(now))
     return [
         f"{name}: {_shown(ours, name)}, now {_shown(theirs, name)}"
         for name in dict.fromkeys([*ours, *theirs])
         if (name in ours) != (name in theirs) or ours[name] != theirs[name]
     ]
+
+
+def flat(inputs: Mapping[str, Any]) -> Inputs:
+    """Nested values by the path of their names, with dots: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    return dict(_flat("", inputs))
 
 
 def plain(inputs: Inputs) -> Inputs:
@@ -210,6 +250,15 @@ def file_hash(path: Path) -> str:
 def joined_hash(lines: Iterable[str]) -> str:
     """xxh3-128 of lines."""
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def _not_listed(folder: Path, artifact: Artifact | None) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    there = sorted(path.relative_to(folder).as_posix() for path in paths)
+    if artifact is None:
+        return there
+    ours = {MANIFEST, *artifact.files}
+    return [name for name in there if name not in ours and not _is_own(folder, name, artifact)]
 
 
 def _is_own(folder: Path, name: str, artifact: Artifact) -> bool:

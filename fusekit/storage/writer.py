@@ -39,7 +39,9 @@ from fusekit.storage.manifest import (
 )
 from fusekit.storage.shards import Blobs, facts_of, file_hash, write_shard
 
-_OURS = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+"""Names of the files of a store, and of what an interrupted writer leaves."""
+
 _MOST_SHOWN = 5
 
 
@@ -96,7 +98,7 @@ class StoreWriter:
         if manifest is not None and rank == 0 and _holds_nothing(self.path, manifest):
             manifest = None  # of a run that ended before its first shard: nothing was made from what it names
         if manifest is None:
-            _refuse_foreign(self.path)
+            refuse_foreign(self.path)
         else:
             self._compare(manifest, extend)
         sweep(self.path, rank, world)
@@ -280,10 +282,10 @@ def remove_store(path: Path | str) -> None:
                 f"{folder / MANIFEST} is not of a store of captured rows: nothing was removed; choose another folder, "
                 "or remove that one yourself"
             )
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
     remove(folder / MANIFEST)
     for file in sorted(folder.iterdir()):
-        if _OURS.fullmatch(file.name):
+        if OF_STORES.fullmatch(file.name):
             remove(file)
 
 
@@ -324,9 +326,9 @@ def _make(path: Path) -> None:
         raise disk_fault(error, path) or StorageError(f"{path}: cannot be made: {error}") from error
 
 
-def _refuse_foreign(path: Path) -> None:
-    """A folder without a manifest has to be empty but for what an interrupted writer leaves."""
-    foreign = sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name))
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder without a manifest that is not empty but for what an interrupted writer leaves: StorageError."""
+    foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
     if foreign:
         raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
 

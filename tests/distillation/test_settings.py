@@ -6,9 +6,10 @@ import pytest
 
 from fusekit.alignment import build_vocabulary_map
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.provenance import differences, facts_of_alignment, facts_of_run
+from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.errors import DistillationError
+from fusekit.storage.artifact import differences
 from tests.distillation import worlds
 
 

@@ -80,18 +80,15 @@ def test_what_a_later_stage_needs_is_checked_not_made(finished):
         "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
     }
     for override, said in (
-        ("represent.top_k=4", None),  # the merge does not read captures; the targets say what they were made from
+        ("represent.top_k=4", r"targets/llama was made from something else:\n  stores\.pivot\.top_k: 8, now 4"),
         (
             "distill.learning_rate=0.01",
             r"targets/llama was made from something else:\n  training.learning_rate: 0.0003",
         ),
         ("alignment.vocabulary=ms", r"projections.llama.vocabulary: 'prefix', now 'ms'"),
     ):
-        if said is None:
+        with pytest.raises(StorageError, match=said):
             run(load_recipe(path, [override]), out, start="merge", say=quiet)
-        else:
-            with pytest.raises(StorageError, match=said):
-                run(load_recipe(path, [override]), out, start="merge", say=quiet)
     for override, said in (
         ("represent.top_k=4", r"representations/pivot was made from something else:\n  top_k: 8, now 4"),
         ("alignment.vocabulary=ms", r"alignment/llama was made from something else:\n  vocabulary: 'prefix', now 'ms'"),

@@ -133,6 +133,13 @@ def test_what_is_there_is_reused_and_nothing_in_it_is_touched(captured):
     assert plan.can_run
 
 
+def test_more_entries_than_there_are_ids_are_all_ids_in_a_plan_too(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["represent.top_k=99999", "data.limit=2"])
+    run(recipe, tmp_path / "out", until="represent", say=lambda _: None, quiet=True)
+    found = states(make_plan(recipe, "recipe.yml", tmp_path / "out", measured=False))
+    assert found["represent pivot"] == found["represent llama"] == REUSED
+
+
 @pytest.mark.parametrize(
     ("override", "refused", "difference"),
     [

@@ -247,6 +247,19 @@ def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mou
     assert list(small.iterdir()) == [small / ".out.fusekit.lock"] or list(small.iterdir()) == []
 
 
+def test_a_store_that_is_whole_asks_for_nothing_one_that_is_not_does(data, tmp_path, monkeypatch):
+    out, huge = tmp_path / "out", settings(batch_tokens=10**10)
+    run(data, out)
+    before = files(out)
+    assert len(run(data, out, huge)) == 20
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(bytes(path.stat().st_size))):
+        damage(out / "shard-00001.safetensors")
+        with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
+            run(data, out, huge)
+        run(data, out)
+    assert files(out) == before
+
+
 def invoke(*args, status=0):
     done = CliRunner().invoke(cli, [str(arg) for arg in args])
     assert done.exit_code == status, done.output

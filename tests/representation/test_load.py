@@ -147,11 +147,14 @@ def test_ids_that_are_tokens_and_the_longest_input(model):
 
 
 DRIVER = """
-import contextlib, io, json, os, sys, time
+import contextlib, io, json, os, pathlib, sys, time
 from fusekit.cli import main
 results = []
 for environment, args in json.load(sys.stdin):
     os.environ.update(environment)
+    for path in pathlib.Path(os.environ["HF_HOME"]).rglob(os.environ.get("FORGOTTEN", "none")):
+        path.resolve().unlink()
+        path.unlink()
     text, started, status = io.StringIO(), time.monotonic(), 0
     sys.argv = ["fusekit", "represent", *args]
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
@@ -189,6 +192,7 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
                     ({}, ["demo/gated", *common, "gated", *rest]),
                     ({}, ["demo/misspelled", *common, "none", *rest]),
                     ({}, ["demo/numbers", *common, "out2", "--revision", "nope", *rest]),
+                    ({"FORGOTTEN": "model.safetensors"}, ["demo/numbers", *common, "out", *rest]),
                 ]
             ),
             capture_output=True,
@@ -198,8 +202,10 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
         )
         assert done.returncode == 0, done.stderr
         commit = sound.commit()
-    fine, gated, misspelled, revision = json.loads(done.stdout)
-    assert fine[0] == 0, fine[1]
+        fetched = [line for line in hub.bytes_sent_of("model.safetensors") if "/numbers/" in line]
+    fine, gated, misspelled, revision, again = json.loads(done.stdout)
+    assert fine[0] == again[0] == 0, fine[1] + again[1]
+    assert len(fetched) == 1  # nothing is left to capture: the weights that are gone are not missed
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["spec"]["model_fingerprint"] == f"commit {commit}"
     for result, expected in [

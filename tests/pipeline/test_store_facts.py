@@ -1,0 +1,90 @@
+"""A part of a run is refused where the recipe says of the captures what they are not; what only moved is not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fusekit.errors import CaptureError, StorageError
+from fusekit.pipeline.run import run
+from fusekit.plan.make import make_plan
+from fusekit.recipe import load_recipe
+from tests.helpers import edit_tensors
+from tests.pipeline.worlds import DEMO, stamps
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A model with the tokenizer of the source, and other weights."""
+    shutil.copytree(DEMO / "sources" / "llama", tmp_path / "other")
+    edit_tensors(tmp_path / "other", lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    return tmp_path / "other"
+
+
+def calling(model: Path | str) -> list[str]:
+    """The recipe with another model under the source's name."""
+    return [f"sources.0.model={model}", "sources.0.name=llama"]
+
+
+@pytest.mark.parametrize("stage", ["distill", "merge", "evaluate"])
+def test_another_source_is_refused_by_whatever_stage_begins(stage, finished, other):
+    path, out = finished
+    before = stamps(out)
+    with pytest.raises(
+        StorageError, match=rf"was made from something else:\n(.*\n)*.*model: '.*/llama', now '{other}'"
+    ):
+        run(load_recipe(path, calling(other)), out, start=stage, say=lambda _: None)
+    after = stamps(out)
+    assert {name for name in after if before.get(name) != after[name]} <= {"logs/run.log", "logs/begun.yml"}
+
+
+@pytest.mark.parametrize("stage", ["distill", "merge"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("represent.rows_per_shard=7", "rows_per_shard: 1024, now 7"),
+        ("represent.temperature=2.0", "temperature: 1.0, now 2.0"),
+        ("sources.0.load={dtype: bfloat16}", "details.dtype: 'float32', now 'bfloat16'"),
+        ("sources.0.load={dtype: float32, quantization: {load_in_4bit: true}}", "details.quantization: None, now '{"),
+        ("sources.0.chat_template=chatml", "tokenizer: '"),
+    ],
+)
+def test_other_settings_are_refused(stage, override, said, finished):
+    path, out = finished
+    with pytest.raises(StorageError, match=said):
+        run(load_recipe(path, [override]), out, start=stage, say=lambda _: None)
+
+
+def test_weights_that_changed_in_place_are_refused_before_they_are_trained_with(finished, other):
+    path, out = finished
+    shutil.rmtree(other)
+    shutil.copytree(DEMO / "sources" / "llama", other)
+    recipe = load_recipe(path, calling(other))
+    run(recipe, out, start="distill", say=lambda _: None)  # the same weights at another place
+    shutil.rmtree(out / "representations" / "llama")
+    shutil.rmtree(out / "targets" / "llama")
+    run(recipe, out, until="distill", say=lambda _: None)
+    edit_tensors(other, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    with pytest.raises(StorageError, match=r"representations/llama was made from something else:\n  model_fingerprint"):
+        run(recipe, out, start="distill", say=lambda _: None)
+
+
+def test_a_model_that_moved_or_is_gone_is_the_one_that_taught(finished, tmp_path, monkeypatch):
+    path, out = finished
+    shutil.copytree(DEMO / "sources" / "llama", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for spelled in (tmp_path / "moved", "./moved"):
+        for stage in ("distill", "merge"):
+            run(load_recipe(path, calling(spelled)), out, start=stage, until="merge", say=lambda _: None)
+    plan = make_plan(load_recipe(path, calling("./moved")), "recipe.yml", out, measured=False)
+    assert plan.can_run
+    assert {step.state for step in plan.steps if step.stage in ("represent", "distill", "merge")} == {"reused"}
+    shutil.rmtree(out / "representations" / "llama")
+    shutil.rmtree(out / "targets" / "llama")
+    run(load_recipe(path, calling("./moved")), out, until="merge", say=lambda _: None)
+    shutil.rmtree(tmp_path / "moved")
+    run(load_recipe(path, calling("./moved")), out, start="merge", until="merge", say=lambda _: None)
+    with pytest.raises(CaptureError, match=r"there is no folder \./gone"):
+        run(load_recipe(path, calling("./gone")), out, start="merge", until="merge", say=lambda _: None)
