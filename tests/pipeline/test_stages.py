@@ -153,23 +153,25 @@ def test_a_weighting_by_rows_has_a_baseline_too(finished):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_source_may_bring_code_of_its_own_to_every_stage(finished, allowed):
-    path, out = finished
+    path, _ = finished
     model = path.with_name("llama")
     shutil.copytree(DEMO / "sources" / "llama", model)
     config = json.loads((model / "config.json").read_text())
-    own = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config"}}
-    (model / "config.json").write_text(json.dumps(config | own))
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "homemade", "auto_map": own}))
     (model / "code.py").write_text(
-        "from transformers import LlamaConfig\nclass Config(LlamaConfig):\n    model_type = 'homemade'\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'homemade'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     )
     recipe = load_recipe(path, [f"sources.0.model={model}", f"sources.0.trust_remote_code={str(allowed).lower()}"])
-    shutil.rmtree(out / "targets" / "llama")
+    out = path.with_name("with-code")
     if allowed:
-        run(recipe, out, only="distill", say=quiet)
+        run(recipe, out, until="distill", say=quiet)
         assert artifact.problems(out / "targets" / "llama") == []
     else:
         with pytest.raises(CaptureError, match="wants to run Python code of its own"):
-            run(recipe, out, only="distill", say=quiet)
+            run(recipe, out, until="distill", say=quiet)
 
 
 def test_a_map_of_other_tokenizers_is_refused(first):

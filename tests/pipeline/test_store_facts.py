@@ -45,7 +45,7 @@ def test_another_source_is_refused_by_whatever_stage_begins(stage, finished, oth
     ("override", "said"),
     [
         ("represent.rows_per_shard=7", "rows_per_shard: 1024, now 7"),
-        ("represent.temperature=2.0", "temperature: 1.0, now 2.0"),
+        ("represent.max_error=0.1", "max_error: 0.2, now 0.1"),
         ("sources.0.load={dtype: bfloat16}", "details.dtype: 'float32', now 'bfloat16'"),
         ("sources.0.load={dtype: float32, quantization: {load_in_4bit: true}}", "details.quantization: None, now '{"),
         ("sources.0.chat_template=chatml", "tokenizer: '"),
