@@ -37,8 +37,11 @@ from fusekit.storage.faults import existing_parent, free_bytes, human
 SMALL_FILES = 2 << 20
 """Of a checkpoint besides its weights, where they are not at hand to be added up."""
 
-PAGE_BYTES = 100_000
-"""Of an alignment's figures and its page of three texts."""
+PAGE_BYTES = 110_000
+"""Of an alignment's figures, its page of three texts and their tokens."""
+
+MAP_BYTES = 16
+"""Of a vocabulary map, per token of the source: an entry and where its row ends."""
 
 SCORE_BYTES = 1000
 """Of the scores of one model."""
@@ -198,10 +201,7 @@ class _Job:
         """The figures of a store, of which ``share`` is to be made. counts: rows, tokens, labels of all of it."""
         assert known.checkpoint is not None
         tokens, labels = counts["tokens"], counts["labels"]
-        reader = self.models.tokenizers.get(known.name)
-        shape = capture.shape_of(known.checkpoint.config)
-        vocabulary = shape.vocabulary if reader is None else vocabulary_size(known.checkpoint, reader)
-        sizes = counts | {"vocabulary": vocabulary, "top_k": self.recipe.represent.top_k}
+        sizes = counts | {"vocabulary": self._vocabulary(known), "top_k": self.recipe.represent.top_k}
         # What the stage asks for takes every token for a label; what is expected does not.
         step.disk_at_most = round(share * capture.store_bytes(**(sizes | {"labels": tokens})))
         step.disk = round(share * capture.store_bytes(**sizes))
@@ -214,18 +214,26 @@ class _Job:
             step.seconds = speed.load + share * tokens / speed.tokens if speed.tokens else None
         step.pflop = 2 * self._active(known) * share * tokens / 1e15
 
+    def _vocabulary(self, known: Known) -> int:
+        assert known.checkpoint is not None
+        reader = self.models.tokenizers.get(known.name)
+        shape = capture.shape_of(known.checkpoint.config)
+        return shape.vocabulary if reader is None else vocabulary_size(known.checkpoint, reader)
+
     def _active(self, known: Known) -> int:
         assert known.checkpoint is not None
         return known.active or training.parameters(known.checkpoint)
 
     def alignments(self) -> None:
-        """The quality of every pair; small."""
+        """The quality and the vocabulary map of every pair; small."""
         for source in self.recipe.sources:
             step = self.step("align", source.label)
             self.output.alignment(step, source.label)
             if not step.work:
                 continue
-            step.disk = step.disk_at_most = PAGE_BYTES
+            known = self.models.known[source.label]
+            tokens = self._vocabulary(known) if known.checkpoint is not None else 0
+            step.disk = step.disk_at_most = PAGE_BYTES + MAP_BYTES * tokens
             step.rows = min(self.rows.count, ALIGNED_TEXTS) if self.rows.count is not None else None
             pivot, theirs = (self.models.tokenizers.get(name) for name in (PIVOT, source.label))
             texts = [row.messages[-1].content for row in self.rows.sample[:ALIGNED_TO_TIME] if row.messages[-1].content]

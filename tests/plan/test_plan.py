@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from fusekit import shipped_recipes
 from fusekit.cli import cli
+from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.pipeline import stages
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.readers import Readers
@@ -23,7 +24,7 @@ from fusekit.pipeline.run import run
 from fusekit.pipeline.stages import Context
 from fusekit.plan import data as plan_data
 from fusekit.plan.figures import GOES_ON, REFUSED, REUSED, TO_DO, Plan
-from fusekit.plan.make import make_plan
+from fusekit.plan.make import PAGE_BYTES, make_plan
 from fusekit.plan.table import WIDTH, table
 from fusekit.recipe import load_recipe
 from fusekit.representation.represent import represent
@@ -120,6 +121,9 @@ def test_tokens_are_those_that_a_run_counts(captured):
     assert step.tokens == sum(shard["tokens"] for shard in store["shards"])
     on_disk = sum(path.stat().st_size for path in (out / "representations" / "llama").glob("shard-*.safetensors"))
     assert on_disk <= step.disk_at_most
+    step = next(step for step in plan.steps if (step.stage, step.name) == ("align", "llama"))
+    assert step.disk - PAGE_BYTES == pytest.approx((out / "alignment" / "llama" / NAME).stat().st_size, rel=0.2)
+    assert sum(path.stat().st_size for path in (out / "alignment" / "llama").iterdir()) < step.disk
 
 
 def test_what_is_there_is_reused_and_nothing_in_it_is_touched(captured):
