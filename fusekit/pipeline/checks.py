@@ -8,7 +8,8 @@ from pathlib import Path
 from fusekit.distillation import overwriting
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError, StorageError
-from fusekit.pipeline.layout import BASELINE, PIVOT, STAGES
+from fusekit.pipeline import evaluating
+from fusekit.pipeline.layout import PIVOT, STAGES
 from fusekit.pipeline.stages import Context, align_inputs, rows_of
 from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
@@ -70,20 +71,8 @@ def _places(context: Context, stage: str) -> list[Path]:
     if stage == "distill":
         return [*context.targets, *([layout.baselines / PLAIN] if recipe.wants_baseline else [])]
     if stage == "evaluate" and recipe.evaluate is not None:
-        return [layout.evaluation(name) for name in evaluated(context)]
+        return [layout.evaluation(name) for name in evaluating.models_of(context)]
     return []
-
-
-def evaluated(context: Context) -> list[str]:
-    """Names of the models that the stage ``evaluate`` scores."""
-    recipe = context.recipe
-    return [
-        PIVOT,
-        *([BASELINE] if recipe.wants_baseline else []),
-        *(f"sources/{source.label}" for source in recipe.sources),
-        *(f"targets/{folder.name}" for folder in context.targets),
-        *(["merged"] if recipe.merge is not None else []),
-    ]
 
 
 def check_stores(context: Context) -> None:

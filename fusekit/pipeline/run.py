@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fusekit.errors import RecipeError, StorageError
-from fusekit.pipeline import checks, distilling, merging, report_stage, stages
+from fusekit.pipeline import checks, distilling, evaluating, merging, report_stage, stages
 from fusekit.pipeline.layout import OURS, STAGES, Layout
 from fusekit.pipeline.log import RunLog
 from fusekit.pipeline.readers import Readers
@@ -69,7 +69,7 @@ def _distill(context: Context, processes: Processes) -> None:
 
 def _evaluate(context: Context) -> None:
     distilling.check_baseline(context)  # only this stage needs it
-    stages.evaluate(context, context.targets)
+    evaluating.evaluate(context)
 
 
 def _in_first(do: Callable[[Context], object]) -> Callable[[Context, Processes], object]:
@@ -151,7 +151,7 @@ def run(
         processes.first_then_all(lambda: checks.check_recipe(recipe, chosen))
         processes.first_then_all(claim)
         if "evaluate" in chosen:
-            processes.first_then_all(partial(stages.check_held_out, context))
+            processes.first_then_all(partial(evaluating.check_held_out, context))
         needed = {need for name in chosen for need in _STAGES[name].needs}
         for name in STAGES:
             if name == "report" and name in chosen:

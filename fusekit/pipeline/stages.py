@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -15,18 +14,13 @@ from typing import Any
 from fusekit.diagnosis import circumstances
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import FusekitError, RecipeError, StorageError
-from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import LmEval
-from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
-from fusekit.pipeline.readers import Readers, choice_of
+from fusekit.pipeline.layout import PIVOT, Layout
+from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
-from fusekit.pipeline.vouching import require_whole, weights_hash
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
-from fusekit.representation import ChatTemplate, Row, RowTokenizer, pack_text, prepare, read_rows
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.representation.reading import is_on_hub
-from fusekit.storage import artifact, commit_file
+from fusekit.representation import Row, pack_text, prepare, read_rows
+from fusekit.storage import artifact
 from fusekit.storage.artifact import Artifact, Inputs
 
 Say = Callable[[str], None]
@@ -100,7 +94,7 @@ class Context:
 def data(context: Context) -> list[Row]:
     """Read, filter and cut the rows, alike for the models of the recipe."""
     section = context.recipe.data
-    paths = _paths(section.path)
+    paths = paths_of(section.path)
     inputs = data_inputs(context)
     folder = context.layout.data
     if context.done(folder, inputs) is None:
@@ -125,7 +119,7 @@ def data(context: Context) -> list[Row]:
 
         def write(into: Path) -> None:
             write_rows(into, prepared.rows)
-            _write_json(into / "counts.json", prepared.counts.as_dict())
+            write_json(into / "counts.json", prepared.counts.as_dict())
 
         made = context.made(started) | {
             "for": {n: context.readers.reader(n).fingerprint for n in context.readers.names}
@@ -152,10 +146,11 @@ def data_inputs(context: Context) -> Inputs:
     """What the rows are made from."""
     section = context.recipe.data
     said = section.model_dump(mode="json", exclude={"size"})  # a size is for plans alone
-    return said | {"files": {path: _file_hash(path) for path in _paths(section.path)}}
+    return said | {"files": {path: hash_of(path) for path in paths_of(section.path)}}
 
 
-def _paths(path: str | list[str]) -> list[str]:
+def paths_of(path: str | list[str]) -> list[str]:
+    """The paths of a recipe's ``path``, which may be one."""
     return [path] if isinstance(path, str) else path
 
 
@@ -299,132 +294,7 @@ def merge_inputs(context: Context, targets: list[Path]) -> Inputs:
     }
 
 
-def check_held_out(context: Context) -> None:
-    """Refuse held-out rows that are not there or no rows, as far as the first of each file tells; the hub is not asked.
-
-    Raises DataError, RecipeError.
-    """
-    section = context.recipe.evaluate
-    for path in _paths(section.path) if section is not None else []:
-        if not is_on_hub(path) and next(read_rows(path, limit=1), None) is None:
-            raise RecipeError(f"evaluate: there are no rows in {path}")
-
-
-def evaluate(context: Context, targets: list[Path]) -> dict[str, Any] | None:
-    """Score every model on the held-out rows; those that are scored already are not scored again."""
-    section = context.recipe.evaluate
-    if section is None:
-        return None
-    from fusekit.evaluation.held_out import held_out_hash, held_out_rows
-    from fusekit.evaluation.metrics import evaluate_model
-
-    layout = context.layout
-    paths = _paths(section.path)
-    how = section.model_dump(include={"limit", "split", "revision", "name"})
-    read = {path: held_out_rows(path, **how) for path in paths}
-    held_out = {path: held_out_hash(path, _file_hash(path), section.limit, rows) for path, rows in read.items()}
-    rows = list(chain.from_iterable(read[path] for path in paths))
-    pivot = context.recipe.pivot
-    models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
-    own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
-    if context.recipe.wants_baseline:
-        models[BASELINE] = (replace(own, model=str(layout.baselines / "sft")), pivot.chat_template)
-    for source in context.recipe.sources:
-        template = "own" if source.chat_template == PIVOT else source.chat_template
-        models[f"sources/{source.label}"] = (choice_of(source), template)
-    for path in targets:
-        models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
-    if context.recipe.merge is not None:
-        models["merged"] = (replace(own, model=str(layout.merged)), pivot.chat_template)
-    results: dict[str, Any] = {}
-    figures: dict[str, Any] = {}
-    for name, (choice, template) in models.items():
-        identity = {
-            "model": _identity(choice.model, context, name),
-            "load": {"dtype": choice.dtype, "quantization": choice.quantization},
-            "chat_template": template,
-            "reads": _reads(choice, template),
-        }
-        inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
-        folder = layout.evaluation(name)
-        if not artifact.is_kept(folder, inputs):
-            artifact.refuse_foreign(folder)  # now, not once the scores are there
-            started = time.monotonic()
-            _require_whole(name, choice)
-            scores = evaluate_model(
-                choice, rows, metrics=section.metrics, template=template, batch_tokens=section.batch_tokens
-            )
-            plain = {metric: {key: score.value for key, score in found.items()} for metric, found in scores.items()}
-            artifact.publish(
-                folder,
-                "evaluate",
-                inputs,
-                lambda into, plain=plain: _write_json(into / "scores.json", plain),  # type: ignore[misc]
-                context.made(started),
-            )
-            context.say(f"evaluate {name}: {_means(plain)}")
-        results[name] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        if section.lm_eval is not None:
-            figures[name] = _lm_eval(context, section.lm_eval, name, (choice, template), identity)
-            results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
-    document = {"models": results}
-    if section.lm_eval is not None:
-        document["lm_eval"] = lm_eval.described(figures)
-    data_out = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-    commit_file(layout.results, lambda file: file.write(data_out))
-    return document
-
-
-def _lm_eval(
-    context: Context, settings: LmEval, name: str, model: tuple[ModelChoice, str], identity: Inputs
-) -> dict[str, dict[str, Any]]:
-    """A model's figures on the tasks of lm-eval, by task."""
-
-    def say(line: str) -> None:
-        context.say(f"evaluate {name}: {line}")
-
-    def load() -> lm_eval.Harness:
-        _require_whole(name, model[0])
-        return lm_eval.load_harness(*model, settings, say)
-
-    return lm_eval.cached_scores(
-        settings,
-        context.layout.evaluation(f"{lm_eval.FOLDER}/{name}"),
-        identity,
-        load=load,
-        made=context.made,
-        say=say,
-    )
-
-
-def _means(scores: Mapping[str, Mapping[str, float]]) -> str:
-    return ", ".join(f"{metric} {math.fsum(found.values()) / len(found):.4f}" for metric, found in scores.items())
-
-
-def _identity(model: str, context: Context, name: str) -> str:
-    if _is_input(name):
-        return context.readers.fingerprint(name.removeprefix("sources/"))
-    return weights_hash(Path(model))
-
-
-def _require_whole(name: str, choice: ModelChoice) -> None:
-    """Refuse a model that the run has made and whose bytes are not those that its scores would be kept for."""
-    if not _is_input(name):
-        require_whole(Path(choice.model))
-
-
-def _is_input(name: str) -> bool:
-    """Whether a model that is evaluated was given to the run, not made by it."""
-    return name == PIVOT or name.startswith("sources/")
-
-
-def _reads(choice: ModelChoice, template: str) -> str:
-    """Of a model's tokenizer and the content of its chat template, whatever file they are in."""
-    tokenizer = load_tokenizer(find_checkpoint(choice))
-    return RowTokenizer(tokenizer, ChatTemplate.chosen(template)).fingerprint
-
-
-def _file_hash(path: str) -> str | None:
+def hash_of(path: str) -> str | None:
     """Of a local file or the files of a folder; None for a data set on the hub."""
     local = Path(path).expanduser()
     try:
@@ -442,5 +312,6 @@ def _rows_hash(rows: list[Row]) -> str:
     return artifact.joined_hash(f"{row.key} {row.cut}" for row in rows)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value to a file of an artifact that is being made."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,8 +17,8 @@ from fusekit.errors import FusekitError
 from fusekit.evaluation.held_out import held_out_rows
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
-from fusekit.pipeline.checks import evaluated
 from fusekit.pipeline.distilling import plain
+from fusekit.pipeline.evaluating import models_of
 from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.pipeline.stages import ALIGNED_TEXTS
 from fusekit.plan import measure as timing
@@ -329,7 +329,7 @@ class _Job:
         section, rows = self.recipe.evaluate, self._held_out
         if section is None:
             return
-        names = evaluated(self.output.context)
+        names = list(models_of(self.output.context))
         step = self.step("evaluate", f"{len(names)} models")
         done = sum((self.output.layout.evaluation(name) / "manifest.json").is_file() for name in names)
         if done and self.output.is_there:

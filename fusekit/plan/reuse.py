@@ -10,7 +10,7 @@ from fusekit.distillation import checkpoints, overwriting
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
-from fusekit.pipeline import checks, distilling, merging, stages
+from fusekit.pipeline import distilling, evaluating, merging, stages
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.rows_file import read_rows_file
 from fusekit.pipeline.stages import Context
@@ -129,7 +129,7 @@ class Output:
 
     def scores(self, step: Step) -> None:
         """Of all models: where they go."""
-        for name in checks.evaluated(self.context):
+        for name in evaluating.models_of(self.context):
             if not self._is_free(step, self.layout.evaluation(name)):
                 return
 

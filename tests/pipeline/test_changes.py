@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fusekit.errors import StorageError
-from fusekit.pipeline import stages
+from fusekit.pipeline import evaluating, stages
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.run import run
@@ -59,13 +59,15 @@ def test_scores_are_made_anew_when_the_template_or_the_questions_change(recipe, 
     loaded = load_recipe(recipe)
     said: list[str] = []
     context = Context(loaded, Layout(tmp_path / "out"), Readers(loaded), said.append)
-    stages.evaluate(context, [])
+    every = evaluating.models_of(context)
+    models = {name: every[name] for name in ("pivot", "sources/llama")}
+    evaluating.evaluate(context, models)
     assert [line.split(":")[0] for line in said] == ["evaluate pivot", "evaluate sources/llama"]
-    stages.evaluate(context, [])
+    evaluating.evaluate(context, models)
     assert len(said) == 2
     template = tmp_path / "pivot" / "chat_template.jinja"
     template.write_text(template.read_text() + "\n")
-    stages.evaluate(context, [])
+    evaluating.evaluate(context, models)
     assert len(said) == 3
     assert said[2].startswith("evaluate pivot")
     assert json.loads(context.layout.results.read_text())["models"].keys() == {"pivot", "sources/llama"}

@@ -22,7 +22,7 @@ from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
-from fusekit.pipeline import stages
+from fusekit.pipeline import evaluating
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import STAGES, Layout
 from fusekit.pipeline.readers import Readers, choice_of
@@ -222,7 +222,7 @@ def test_lm_eval_does_not_score_a_model_that_is_damaged(finished, monkeypatch):
     context = Context(recipe, Layout(out), Readers(recipe), quiet)
     model, asked = replace(choice_of(recipe.pivot), model=str(target)), LmEval(tasks=["sums"])
     with pytest.raises(StorageError, match="its content is not what was written\nIt is not used"):
-        stages._lm_eval(context, asked, "targets/llama", (model, "own"), {"model": "x"})
+        evaluating._lm_eval(context, asked, "targets/llama", (model, "own"), {"model": "x"})
 
 
 def test_align_needs_no_capture(tmp_path):
