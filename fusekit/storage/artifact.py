@@ -147,7 +147,10 @@ def read(folder: Path) -> Artifact | None:
     except FileNotFoundError:
         return None
     except (ValidationError, ValueError, RecursionError) as error:
-        raise StorageError(f"{folder / MANIFEST} is damaged: {str(error).splitlines()[0]}; remove {folder}") from error
+        raise StorageError(
+            f"{folder / MANIFEST} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run "
+            "of fusekit made it"
+        ) from error
     except OSError as error:
         raise disk_fault(error, folder) or StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
 
