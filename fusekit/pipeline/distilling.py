@@ -124,9 +124,7 @@ def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
     known = artifact.read(folder)
     if known is None:
         raise StorageError(f"{folder} is not there: the stage `distill` comes first")
-    expected = expected_facts(context, str(known.inputs.get("target")), settings, known.inputs)
-    before = {name: known.inputs.get(name, "not given") for name in expected}
-    if changed := artifact.differences(before, expected):
+    if changed := differences(context, str(known.inputs.get("target")), settings, known.inputs):
         raise StorageError(
             f"{folder} was made from something else:\n  "
             + "\n  ".join(changed)
@@ -134,18 +132,46 @@ def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
         )
 
 
-def expected_facts(
+def differences(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> list[str]:
+    """One line per fact of a target that is otherwise in the recipe, its rows and the captures that are here.
+
+    target: its name. settings: that it is trained with. before: the facts of the one that is there.
+    """
+    expected = _expected_facts(context, target, settings, before)
+    known = {name: before.get(name, "not given") for name in expected}
+    return artifact.differences(known | _not_asked_for(context, target, before, expected), expected)
+
+
+def _not_asked_for(
+    context: Context, target: str, before: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Facts that a target has and the recipe no longer asks for: settings, and teachers by what models they are."""
+    models = tuple(f"stores.{model}." for model in (PIVOT, *_teachers(context, target)))
+    settings = ("training.", "fusion.")
+    return {
+        name: value
+        for name, value in before.items()
+        if name not in expected
+        and value != {}  # an empty section
+        and (
+            name.startswith(settings)
+            or (name.startswith("stores.") and name.endswith(".model") and not name.startswith(models))
+        )
+    }
+
+
+def _teachers(context: Context, target: str) -> list[str]:
+    return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
+
+
+def _expected_facts(
     context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The facts of a target that the recipe, its rows and the captures that are here determine.
-
-    target: its name. settings: that it is trained with. before: the facts of the one that is there, which tell how
-    models were called.
-    """
+    """What the recipe, its rows and the captures that are here determine; ``before`` tells how models were called."""
     from fusekit.distillation.joining import join
     from fusekit.storage import Store
 
-    teachers = [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
+    teachers = _teachers(context, target)
     folders = {model: context.layout.representation(model) for model in (PIVOT, *teachers)}
     facts = provenance.facts_of_run(
         target,

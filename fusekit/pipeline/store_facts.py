@@ -23,7 +23,8 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
         thorough: read the weights of a folder through.
 
     Raises:
-        CaptureError: the model cannot be found, and is called otherwise than before, or has a revision.
+        CaptureError: the model cannot be found, and is called otherwise than before, or has a revision that is not the
+            commit that it was.
     """
     from fusekit.representation.represent import details_of, vocabulary_size
 
@@ -41,7 +42,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     try:
         checkpoint, reader = context.readers.checkpoint(name), context.readers.reader(name)
     except CaptureError:
-        if not is_called_the_same or choice.revision is not None:
+        if not is_called_the_same or not _is_commit(choice.revision, before):
             raise
         return facts  # it has served, and may be gone
     facts |= {"tokenizer": reader.fingerprint, "vocabulary": vocabulary_size(checkpoint, reader)}
@@ -50,3 +51,8 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     if (fingerprint := context.readers.fingerprint(name)) != before.get("model_fingerprint"):
         facts |= {"model": choice.model, "model_fingerprint": fingerprint}
     return facts
+
+
+def _is_commit(revision: str | None, before: Mapping[str, Any]) -> bool:
+    """Whether a revision names what was captured, as far as that can be told without the hub."""
+    return revision is None or before.get("model_fingerprint") == f"commit {revision}"

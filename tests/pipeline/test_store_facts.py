@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from fusekit.errors import CaptureError, StorageError
 from fusekit.pipeline.run import run
@@ -26,6 +28,45 @@ def other(tmp_path: Path) -> Path:
 def calling(model: Path | str) -> list[str]:
     """The recipe with another model under the source's name."""
     return [f"sources.0.model={model}", "sources.0.name=llama"]
+
+
+def with_facts(target: Path, facts: dict[str, object]) -> None:
+    """The target as if it had been made from these, too."""
+    manifest = json.loads((target / "manifest.json").read_text())
+    (target / "manifest.json").write_text(json.dumps(manifest | {"inputs": manifest["inputs"] | facts}))
+
+
+@pytest.mark.parametrize("stage", ["distill", "merge"])
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("training.trainer.max_grad_norm", 0.01), ("training.lora.r", 4), ("stores.neox.model", "org/neox")],
+)
+def test_what_the_recipe_no_longer_asks_for_is_a_difference(stage, fact, value, finished):
+    path, out = finished
+    with_facts(out / "targets" / "llama", {fact: value, fact.replace("model", "tokenizer"): value})
+    with pytest.raises(
+        StorageError, match=rf"targets/llama was made from something else:\n  {fact}: {value!r}, now not"
+    ):
+        run(load_recipe(path), out, start=stage, say=lambda _: None)
+    plan = make_plan(load_recipe(path), "recipe.yml", out, measured=False)
+    assert any(fact in line for line in plan.refused)
+
+
+def test_a_pinned_source_that_is_not_at_hand_is_the_commit_that_it_was(finished, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path, out = finished
+    commit, other = "a" * 40, "b" * 40
+    facts = {"stores.llama.model": "nobody/gone", "stores.llama.model_fingerprint": f"commit {commit}"}
+    with_facts(out / "targets" / "llama", facts)
+    shutil.rmtree(out / "representations" / "llama")
+    for revision, expected in ((None, True), (commit, True), (other, False), ("v1", False)):
+        changes = calling("nobody/gone") + ([f"sources.0.revision={revision}"] if revision else [])
+        recipe = load_recipe(path, changes)
+        if expected:
+            run(recipe, out, only="merge", say=lambda _: None)
+        else:
+            with pytest.raises(CaptureError, match=r"nobody/gone is not in the cache"):
+                run(recipe, out, only="merge", say=lambda _: None)
 
 
 @pytest.mark.parametrize("stage", ["distill", "merge", "evaluate"])
