@@ -204,6 +204,8 @@ class _Work:
             "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }
         made = {"fusekit": fusekit.__version__, "seconds": seconds}
+        if not overwriting.is_former(self.target.folder):
+            artifact.refuse_occupied(self.target.folder)  # what came there while this was training
         with staging(self.target.folder) as stage:
             try:
                 models.write_result(model, state, self.opened.checkpoint, self.settings.training, stage.path)

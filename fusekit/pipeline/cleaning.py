@@ -188,6 +188,7 @@ def _scores(found: Findings, layout: Layout, models: set[str], tasks: set[str]) 
 def _scored(layout: Layout) -> list[Path]:
     folder = layout.evaluation("")
     places = [path.parent for path in sorted(folder.rglob(artifact.MANIFEST))]
+    places = [place for place in places if place not in (folder, folder / lm_eval.FOLDER)]  # not of ours there
     return [place for place in places if not any(part.startswith(".") for part in place.relative_to(folder).parts)]
 
 

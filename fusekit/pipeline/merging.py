@@ -76,8 +76,18 @@ def check_place(context: Context) -> None:
     if context.recipe.merge is None:
         return
     final, known = context.layout.merged, artifact.read(context.layout.merged)
+    if known is None:
+        artifact.refuse_foreign(final)
+        if content := sorted(final.iterdir()) if final.is_dir() else []:
+            raise StorageError(
+                f"{final} holds {content[0].name}, a folder that no run made: move it away, or choose another output; "
+                "nothing was touched"
+            )
+        return
+    merged = dict(known.inputs.get("targets") or {})
     there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
-    if known is None or known.inputs.get("targets") != there or len(there) < len(context.targets):
+    # A target that is to be trained again may come out as the one that was merged: the merge asks once it is there.
+    if merged.keys() != {path.name for path in context.targets} or any(merged[name] != there[name] for name in there):
         artifact.refuse_foreign(final)
 
 

@@ -59,6 +59,8 @@ def test_scores_of_lm_eval_that_nobody_asks_for_go(finished):
             out / "evaluation" / "lm_eval" / place, "evaluate", {}, lambda into: (into / "scores.json").write_text("{}")
         )
     (out / "evaluation" / "lm_eval" / "pivot" / "old" / "notes.txt").write_text("mine")
+    for place in ("evaluation", "evaluation/lm_eval"):
+        (out / place / "manifest.json").write_text("mine")
     asks = path.with_name("asks.yml")
     recipe = yaml.safe_load(path.read_text())
     recipe["evaluate"]["lm_eval"] = ["sums", "own/sums"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.errors import StorageError
+from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.run import run
 from fusekit.plan.figures import REFUSED
 from fusekit.plan.make import make_plan
@@ -78,6 +78,42 @@ def test_a_file_beside_merged_weights_is_not_lost_when_they_are_made_anew(finish
     manifest.write_text(json.dumps(whole | {"inputs": whole["inputs"] | {"targets": {"llama": "0" * 32}}}))
     run(load_recipe(recipe), out, start="merge", say=lambda _: None)
     assert artifact.problems(out / "merged") == []
+
+
+def test_a_file_beside_merged_weights_stays_while_a_target_is_trained_again(finished):
+    recipe, out = finished
+    mine = out / "merged" / "model-q4.gguf"
+    mine.write_text("mine")
+    shutil.rmtree(out / "targets" / "llama")
+    run(load_recipe(recipe), out, until="merge", say=lambda _: None)
+    assert mine.read_text() == "mine"
+    assert (out / "targets" / "llama" / "model.safetensors").is_file()
+
+
+def test_a_folder_in_the_place_of_the_merged_model_is_told_at_the_start(finished):
+    recipe, out = finished
+    shutil.rmtree(out / "merged")
+    (out / "merged" / "notes").mkdir(parents=True)
+    refused(recipe, out, "merged holds notes, a folder that no run made", "merge linear")
+    assert (out / "merged" / "notes").is_dir()
+
+
+def test_a_file_that_comes_while_a_target_is_trained_is_not_lost(finished):
+    recipe, out = finished
+    target = out / "targets" / "llama"
+    shutil.rmtree(target)
+
+    def say(line: str) -> None:
+        if "step 10 of" in line:
+            target.mkdir()
+            (target / "notes.txt").write_text("mine")
+
+    with pytest.raises(FusekitError, match=r"targets/llama has no manifest\.json .* but holds notes\.txt"):
+        run(load_recipe(recipe), out, until="distill", say=say)
+    assert (target / "notes.txt").read_text() == "mine"
+    shutil.rmtree(target)
+    run(load_recipe(recipe), out, until="merge", say=lambda _: None)
+    assert artifact.problems(target) == []
 
 
 def test_a_file_beside_scores_is_not_lost_when_they_are_made_anew(finished):
