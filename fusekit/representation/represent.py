@@ -117,18 +117,28 @@ def represent(
         if processes.is_first and not prepared:
             prepare()  # a shard is there, but damaged
         checkpoint.fetch()
-        model = load_model(checkpoint, processes.device)
-        return Teacher(
-            model,
-            valid_ids(tokenizer.tokenizer),
-            settings.selection,
-            batch_tokens=settings.batch_tokens,
-            name=checkpoint.choice.model,
-            notify=say,
-            longest=longest_input(checkpoint),
-        )
+        return _teacher(checkpoint, tokenizer, settings, processes, say)
 
     return capture(rows, tokenizer, load, out=out, spec=spec, options=settings.options, processes=processes)
+
+
+def _teacher(
+    checkpoint: Checkpoint,
+    tokenizer: RowTokenizer,
+    settings: Settings,
+    processes: Processes,
+    notify: Callable[[str], None],
+) -> Teacher:
+    """Load the model, whose files are all here."""
+    return Teacher(
+        load_model(checkpoint, processes.device),
+        valid_ids(tokenizer.tokenizer),
+        settings.selection,
+        batch_tokens=settings.batch_tokens,
+        name=checkpoint.choice.model,
+        notify=notify,
+        longest=longest_input(checkpoint),
+    )
 
 
 def store_spec(
