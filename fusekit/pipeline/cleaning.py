@@ -14,7 +14,7 @@ from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.distillation.overwriting import NOTE
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
-from fusekit.pipeline.layout import BASELINE, OURS, PIVOT, STAGES, Layout
+from fusekit.pipeline.layout import BASELINE, MERGED, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
 from fusekit.storage import artifact, disk_fault, output_lock
 from fusekit.storage.writer import OF_STORES
@@ -92,7 +92,7 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     if not merges:
         found.add(layout.merged, "the recipe merges nothing", _in_artifact)
     models = {PIVOT, *(f"sources/{name}" for name in sources), *(f"targets/{name}" for name in targets)}
-    models |= {name for name, wanted in (("merged", merges), (BASELINE, baseline)) if wanted}
+    models |= {name for name, wanted in ((MERGED, merges), (BASELINE, baseline)) if wanted}
     tasks = {
         lm_eval.folder_of(task.task)
         for known in recipes

@@ -15,7 +15,7 @@ from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
-from fusekit.pipeline.layout import BASELINE, PIVOT
+from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context, hash_of, paths_of, write_json
 from fusekit.pipeline.vouching import require_whole, weights_hash
@@ -26,8 +26,6 @@ from fusekit.representation.load import load_tokenizer
 from fusekit.representation.reading import is_on_hub
 from fusekit.storage import artifact, commit_file
 from fusekit.storage.artifact import Inputs
-
-MERGED = "merged"
 
 
 def check_held_out(context: Context) -> None:

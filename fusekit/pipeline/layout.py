@@ -7,6 +7,7 @@ from pathlib import Path
 
 PIVOT = "pivot"
 BASELINE = "baseline"
+MERGED = "merged"
 
 STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
@@ -71,7 +72,7 @@ class Layout:
     @property
     def merged(self) -> Path:
         """The merged model."""
-        return self.out / "merged"
+        return self.out / MERGED
 
     def evaluation(self, model: str) -> Path:
         """Scores of one model."""

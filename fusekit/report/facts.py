@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from fusekit import safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
 from fusekit.errors import FusekitError, StorageError
-from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
+from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.report import present, text
 from fusekit.report.models import ModelFacts, read_models
 from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training
@@ -120,7 +120,7 @@ class _Reader:
         models |= {f"targets/{name}": None for name in targets}
         if merged is not None:
             models |= {f"targets/{name}": made for name, made in present.merged_targets(merged).items()}
-            models |= {present.MERGED: None}
+            models |= {MERGED: None}
         return Facts(
             layout,
             recipe,
@@ -145,12 +145,12 @@ class _Reader:
 
     def merged(self, recipe: dict[str, Any], artifacts: dict[str, Artifact], wanted: list[str]) -> Artifact | None:
         """The manifest of the merged model if it is the recipe's; else it is said, and is no artifact of the run."""
-        merged = artifacts.get(present.MERGED)
+        merged = artifacts.get(MERGED)
         why = merged and present.merged_of_others(recipe, self.layout, merged, wanted)
         if not why:
             return merged
         self.others.append(f"The merged model in merged/ is left out, and its card is not touched: {why}.")
-        del artifacts[present.MERGED]
+        del artifacts[MERGED]
         return None
 
     def results(

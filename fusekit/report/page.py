@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fusekit.alignment.html import LEGEND, SAMPLE_STYLE, drawn
 from fusekit.alignment.samples import LOST, MEANING, Sample
-from fusekit.pipeline.layout import BASELINE, PIVOT
+from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.report import provenance, results, sections, text
 from fusekit.report.coefficients import Cell, HeatMap, heat_map
 from fusekit.report.facts import Facts
@@ -39,7 +39,7 @@ _EXPLAINED = {
     "bits_per_byte": "Bits per byte: what a model needs to guess a byte of the right answers. Lower is better.",
     "exact_match": "Exact match: how often a model writes the right answer itself. Higher is better.",
 }
-_TITLES = {PIVOT: "pivot", BASELINE: "plain fine-tuning", results.MERGED: "merged model"}
+_TITLES = {PIVOT: "pivot", BASELINE: "plain fine-tuning", MERGED: "merged model"}
 
 
 def page(facts: Facts) -> str:
@@ -144,7 +144,7 @@ def _bars(head: results.Headline, colours: dict[str, str]) -> list[Bar]:
             cell.shown,
             round(80 * max(cell.value or 0.0, 0.0) / (most or 1.0), 2),
             colour(model),
-            model == results.MERGED,
+            model == MERGED,
         )
         for model, cell in cells.items()
     ]

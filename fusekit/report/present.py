@@ -20,7 +20,6 @@ from fusekit.report import text
 from fusekit.report.records import Results, Scores
 from fusekit.storage.artifact import Artifact
 
-MERGED = "merged"
 _MODELS = "targets/"
 
 

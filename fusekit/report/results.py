@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fusekit.pipeline.layout import BASELINE, PIVOT
+from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.report import text
 from fusekit.report.records import Results, Task
 
-MERGED = "merged"
 MEAN = "mean"
 REFERENCES = (PIVOT, BASELINE)
 
