@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fusekit.alignment.policies import source_positions
     from fusekit.alignment.projection import Rows
     from fusekit.alignment.row_cases import Case, plan_rows
-    from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
+    from fusekit.alignment.rows import AlignedRows, Predictions, project_rows, project_rows_by_rule
     from fusekit.alignment.statistics import MappingStatistics, count_mappings
     from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
     from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
@@ -29,6 +29,7 @@ __all__ = [
     "AlignedRows",
     "Case",
     "MappingStatistics",
+    "Predictions",
     "Rows",
     "Surfaces",
     "TokenAlignment",
@@ -50,6 +51,7 @@ _MODULES = {
     "AlignedRows": "rows",
     "Case": "row_cases",
     "MappingStatistics": "statistics",
+    "Predictions": "rows",
     "Rows": "projection",
     "Surfaces": "surfaces",
     "TokenAlignment": "alignment",

@@ -19,6 +19,24 @@ from fusekit.errors import AlignmentError
 
 _WORDS = (Kind.ORDINARY, Kind.BYTE, Kind.ADDED)
 LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
+TAILS = ("back_off", "pivot_share", "listed_share", "drop", "keep")
+NEED_PIVOT = ("back_off", "pivot_share")
+"""Of :data:`TAILS`: those that need the pivot's own predictions."""
+
+RowsLike = Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says after each of n tokens of a text.
+
+    Attributes:
+        rows: top-k rows [n, k] over its own vocabulary.
+        actual: float64 [n], the log-probability of the next token; NaN where it is not known. The last is not used.
+    """
+
+    rows: RowsLike
+    actual: npt.ArrayLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +68,11 @@ class AlignedRows:
 def project_rows(
     alignment: TokenAlignment,
     vocabulary_map: VocabularyMap,
-    source_rows: Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    source_rows: RowsLike,
     actual_logprobs: npt.ArrayLike,
     *,
+    pivot: Predictions | None = None,
+    tail: str = "listed_share",
     conditioning: bool = True,
     one_hot: bool = False,
     collisions: str = "add",
@@ -64,6 +84,19 @@ def project_rows(
         vocabulary_map: made with the same two tokenizers.
         source_rows: ``(ids [m, k], logprobs [m, k], tail [m])``: row j is the source's prediction after its token j.
         actual_logprobs: float [m], the log-probability that row j gives to source token j + 1; the last is not used.
+        pivot: the pivot's own predictions at its n positions; ``back_off`` and ``pivot_share`` need them.
+        tail: what becomes of the probability outside the source's top k. At a position inside a source token only the
+            part of it may stay whose tokens begin with the bytes b consumed. That part is estimated as
+
+            * ``pivot_share``: the pivot's probability of the tokens that spell b;
+            * ``listed_share``: the share of the listed mass that begins with b;
+            * ``drop``: nothing. The next token's own probability is known, so something always stays;
+            * ``keep``: all of it, which breaks the chain rule: such rows know less than the source;
+            * ``back_off``: as ``pivot_share``, and at every position the tail is distributed like the pivot's own row.
+              Then the row is the source's distribution with its tail replaced by the pivot's, conditioned on b, and
+              the probabilities of the labels inside a source token multiply to that of the token.
+
+            Where the pivot's prediction is not known, ``listed_share`` takes the place of the first and the last.
         conditioning: condition rows on the first bytes of a token: at positions inside a source token on the bytes
             read since, at the end of a label inside a source token on the bytes that are left of it.
         one_hot: put a one-hot on the next label where there is no row, as the papers do.
@@ -73,29 +106,46 @@ def project_rows(
         :class:`AlignedRows`. Where a source is certain of the text, its row is certain of the pivot's label.
 
     Raises:
-        AlignmentError: rows that do not fit the alignment or are no distributions.
+        AlignmentError: rows that do not fit the alignment or are no distributions, an unknown ``tail``, or one that
+            needs ``pivot`` without it.
     """
+    if tail not in TAILS:
+        raise AlignmentError(f"unknown tail {tail!r}: there are {', '.join(TAILS)}")
+    if tail in NEED_PIVOT and pivot is None:
+        raise AlignmentError(f"tail {tail!r} needs the pivot's own predictions: pass pivot, or use 'listed_share'")
     if alignment.method != "span":
         raise AlignmentError(f"rows need an alignment of method 'span', not {alignment.method!r}: see source_positions")
-    ids, logprobs, tail = source_rows
-    rows = checked_rows(ids, logprobs, tail, vocabulary_map.matrix.shape[0])
-    actual = _checked_actual(actual_logprobs, rows, len(alignment.source))
+    ids, logprobs, rest_of = source_rows
+    rows = checked_rows(ids, logprobs, rest_of, vocabulary_map.matrix.shape[0])
+    actual = _checked_actual(actual_logprobs, rows, len(alignment.source), "source")
     steps = _readable(plan_rows(alignment, conditioning), alignment, vocabulary_map)
     spaced = np.zeros(len(steps.base), bool)
     if conditioning:
         steps, spaced = _spaced(steps, alignment, vocabulary_map)
     at = np.flatnonzero(steps.base >= 0)
     base = steps.base[at]
-    entries = _entries(alignment, rows, actual, base)
+    entries = _entries(alignment.source_ids, rows, actual, base)
     label = entries.actual * _completing(steps, at, actual)
     crossing = np.flatnonzero(steps.overhang[at] > 0)
     before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
-    begun = _entries(alignment, rows, actual, before)
+    begun = _entries(alignment.source_ids, rows, actual, before)
     label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
     targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries, spaced=spaced)
+    ours = _of_pivot(alignment, vocabulary_map, pivot)
+    listed = entries.mass.sum(axis=1) + entries.actual
+    kept = mass.sum(axis=1) + rest + entries.actual
+    share = np.divide(kept, listed, out=np.ones(len(at)), where=listed > 0)
+    unlisted = entries.tail * _staying(tail, alignment, steps, at, share=share, ours=ours)
     rest = rest + (entries.actual - label)
     targets = np.concatenate([alignment.pivot_ids[at + 1][:, None], targets], axis=1)
-    mass = np.concatenate([label[:, None], np.where(targets[:, 1:] >= 0, mass, 0.0)], axis=1)
+    mass = np.concatenate([label[:, None], mass], axis=1)
+    if tail == "back_off":
+        more, shares = _like_pivot(alignment, at, ours)
+        targets = np.concatenate([targets, more], axis=1)
+        mass = np.concatenate([mass, unlisted[:, None] * shares], axis=1)
+        unlisted = unlisted * (1.0 - shares.sum(axis=1))
+    rest = rest + unlisted
+    mass = np.where(targets >= 0, mass, 0.0)
     # A conditioned row has lost the entries that the text has ruled out since.
     total = np.where(steps.consumed[at] > 0, mass.sum(axis=1) + rest, 1.0)
     scale = 1.0 / np.where(total > 0, total, 1.0)
@@ -104,11 +154,23 @@ def project_rows(
     return _placed(alignment, steps, at, merged, one_hot)
 
 
-def _checked_actual(actual_logprobs: npt.ArrayLike, rows: Rows, m: int) -> FloatArray:
+def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions | None) -> Predictions:
+    """The pivot's rows and log-probabilities, checked; where there are none, rows of nothing and NaN."""
+    n = len(alignment.pivot)
+    if given is None:
+        return Predictions(Rows(np.zeros((n, 0), np.int64), np.zeros((n, 0)), np.ones(n)), np.full(n, np.nan))
+    ids, logprobs, tail = given.rows
+    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[1])
+    known = np.asarray(given.actual, np.float64)
+    actual = _checked_actual(np.where(np.isnan(known), 0.0, known), rows, n, "pivot")
+    return Predictions(rows, np.where(np.isnan(known), np.nan, actual))
+
+
+def _checked_actual(actual_logprobs: npt.ArrayLike, rows: Rows, m: int, side: str) -> FloatArray:
     actual = np.asarray(actual_logprobs, np.float64)
     if len(rows.tail) != m or actual.shape != (m,):
         raise AlignmentError(
-            f"the text has {m} source tokens, but there are {len(rows.tail)} rows and actual_logprobs is {actual.shape}"
+            f"the text has {m} {side} tokens, but there are {len(rows.tail)} rows and actual_logprobs is {actual.shape}"
         )
     wrong = np.flatnonzero(~(actual[:-1] <= LOGPROB_TOLERANCE))
     if len(wrong):
@@ -175,9 +237,10 @@ class _Entries:
     tail: FloatArray  # [a]
 
 
-def _entries(alignment: TokenAlignment, rows: Rows, actual: FloatArray, base: IntArray) -> _Entries:
+def _entries(text: IntArray, rows: Rows, actual: FloatArray, base: IntArray) -> _Entries:
+    """The rows at positions ``base`` of a text of these tokens."""
     ids, mass = rows.ids[base], np.exp(rows.logprobs[base])
-    listed = (ids >= 0) & (ids == alignment.source_ids[base + 1][:, None])
+    listed = (ids >= 0) & (ids == text[base + 1][:, None])
     in_list = listed.any(axis=1)
     # A token outside the top k is in the tail; its probability is known, so it becomes an entry of its own.
     outside = np.minimum(np.exp(actual[base]), rows.tail[base])
@@ -195,9 +258,11 @@ def _carry(
     *,
     spaced: BoolArray,
 ) -> tuple[IntArray, FloatArray, FloatArray]:
-    """All entries but s in the pivot's vocabulary: projected at links, conditioned and projected within tokens."""
-    targets, mass, lost = vocabulary_map.spread(entries.ids, entries.mass)
-    rest = entries.tail + lost
+    """All entries but s in the pivot's vocabulary: projected at links, conditioned and projected within tokens.
+
+    Returns targets and mass [a, e], and [a] the mass of the entries that map nowhere.
+    """
+    targets, mass, rest = vocabulary_map.spread(entries.ids, entries.mass)
     within = np.flatnonzero((steps.consumed[at] > 0) | spaced[at])
     if not len(within):
         return targets, mass, rest
@@ -210,8 +275,54 @@ def _carry(
     left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
     targets[within], mass[within] = -1, 0.0
     targets[within, : left.shape[1]], mass[within, : left.shape[1]] = left, left_mass
-    rest[within] = entries.tail[within] + np.where(left < 0, left_mass, 0.0).sum(axis=1)
+    mass[within] = np.where(targets[within] >= 0, mass[within], 0.0)
+    rest[within] = np.where(left < 0, left_mass, 0.0).sum(axis=1)
     return targets, mass, rest
+
+
+def _staying(
+    tail: str, alignment: TokenAlignment, steps: Steps, at: IntArray, *, share: FloatArray, ours: Predictions
+) -> FloatArray:
+    """The share of the source's tail whose tokens begin with the bytes consumed: float64 [a], 1 at links.
+
+    share: float64 [a], the share of the listed mass that begins with them.
+    """
+    if tail == "drop":
+        share = np.zeros(len(at))
+    elif tail == "keep":
+        share = np.ones(len(at))
+    elif tail in NEED_PIVOT:
+        read = _read_by_pivot(alignment, steps, at, np.asarray(ours.actual))
+        share = np.where(np.isnan(read), share, np.exp(read))
+    return np.where(steps.consumed[at] > 0, share, 1.0)
+
+
+def _read_by_pivot(alignment: TokenAlignment, steps: Steps, at: IntArray, actual: FloatArray) -> FloatArray:
+    """The log-probability that the pivot gave to its tokens since the end of ``base``: float64 [a], NaN if unknown.
+
+    A token that began before that end says how probable the text on both sides is, so it is left out.
+    """
+    begin = alignment.source_ends[steps.base[at]]
+    # The last position at or before that end, or the first one after it.
+    first = np.minimum(np.searchsorted(alignment.pivot_ends, begin, side="left"), at)
+    last = np.searchsorted(alignment.pivot_ends, begin, side="right") - 1
+    first = np.maximum(last, first)
+    known = np.concatenate([[0], np.cumsum(~np.isnan(actual))])
+    running = np.concatenate([[0.0], np.cumsum(np.nan_to_num(actual))])
+    whole = known[at] - known[first] == at - first
+    return np.where(whole & (first < at), running[at] - running[first], np.nan)
+
+
+def _like_pivot(alignment: TokenAlignment, at: IntArray, ours: Predictions) -> tuple[IntArray, FloatArray]:
+    """The pivot's own rows at positions ``at``, the label an entry of its own: ids and probabilities [a, k' + 1]."""
+    actual = np.asarray(ours.actual)
+    known = ~np.isnan(actual[at])
+    ids, logprobs, tail = ours.rows
+    rows = Rows(np.asarray(ids), np.asarray(logprobs), np.asarray(tail))
+    entries = _entries(alignment.pivot_ids, rows, np.nan_to_num(actual), at)
+    ids = np.concatenate([alignment.pivot_ids[at + 1][:, None], entries.ids], axis=1)
+    mass = np.concatenate([entries.actual[:, None], entries.mass], axis=1)
+    return np.where(known[:, None], ids, -1), np.where(known[:, None], mass, 0.0)
 
 
 def _remainders(

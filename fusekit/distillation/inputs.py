@@ -237,4 +237,4 @@ def _projection(
             source_roles=theirs.roles(),
             size=vocabulary,
         )
-    return Projection(made, how.tokens, how.conditioning, how.one_hot, how.collisions)
+    return Projection(made, how.tokens, how.tail, how.conditioning, how.one_hot, how.collisions)

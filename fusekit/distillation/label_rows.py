@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment, align_tokens
-from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
+from fusekit.alignment.arrays import BoolArray, IntArray
 from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case, plan_rows
-from fusekit.alignment.rows import AlignedRows, project_rows, project_rows_by_rule
+from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.distillation.remembering import RememberingMap
 from fusekit.distillation.warping import warp_tokens
@@ -29,11 +29,12 @@ class Projection:
             have read the same bytes, whatever comes next.
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
             position rule of the map's method; positions without a row get a one-hot on the label, as there.
-        conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
+        tail, conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
     """
 
     vocabulary_map: VocabularyMap | None
     tokens: str = "span"
+    tail: str = "listed_share"
     conditioning: bool = True
     one_hot: bool = False
     collisions: str = "add"
@@ -46,11 +47,16 @@ class Projection:
         if self.vocabulary_map is not None:
             object.__setattr__(self, "vocabulary_map", RememberingMap.of(self.vocabulary_map))
 
-    def apply(self, alignment: TokenAlignment, rows: Rows, actual: FloatArray) -> AlignedRows:
-        """Rows [m, k] after each source token, and the log-probability of the next one, at the pivot's positions."""
+    @property
+    def needs_pivot(self) -> bool:
+        """Whether the pivot's own predictions take part."""
+        return self.vocabulary_map is not None and self.tokens == "span" and self.tail in NEED_PIVOT
+
+    def apply(self, alignment: TokenAlignment, said: Predictions, pivot: Predictions | None = None) -> AlignedRows:
+        """What a source said after each of its tokens, at the pivot's positions. pivot: what the pivot itself said."""
         if self.vocabulary_map is None:
-            return _as_they_are(alignment, rows)
-        return _PROJECT[self.tokens](alignment, rows, actual, self, self.vocabulary_map)
+            return _as_they_are(alignment, Rows(*said.rows))
+        return _PROJECT[self.tokens](alignment, said, pivot, self, self.vocabulary_map)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,9 @@ class LabelRows:
     cases: IntArray
 
 
-def label_rows(row: Row, pivot: TokenizedRow, source: CapturedRow, projection: Projection) -> LabelRows:
+def label_rows(
+    row: Row, pivot: TokenizedRow, source: CapturedRow, projection: Projection, own: CapturedRow | None = None
+) -> LabelRows:
     """The source's rows at the pivot's labels.
 
     The row that predicts the label at position p stands at p - 1, on either side. Both sides of a message are aligned
@@ -82,6 +90,7 @@ def label_rows(row: Row, pivot: TokenizedRow, source: CapturedRow, projection: P
         pivot: the row as the pivot reads it.
         source: what the source said about the same row; it may end earlier.
         projection: how.
+        own: what the pivot said about the row, with these tokens; a projection whose ``tail`` is the pivot's needs it.
 
     Raises:
         DistillationError: the row has no message that the pivot's tokens belong to.
@@ -100,8 +109,12 @@ def label_rows(row: Row, pivot: TokenizedRow, source: CapturedRow, projection: P
         at = label_of[start + 1 : start + len(ours)]
         labelled = np.flatnonzero(at >= 0)
         alignment = align_tokens(row.messages[message].content, ours, theirs)
-        rows, actual, missing = _source_rows(source, known, source_start, len(theirs))
-        aligned = projection.apply(alignment, rows, actual)
+        said, missing = _predictions(source, known, source_start, len(theirs))
+        pivots = None
+        if own is not None:
+            pivots, unknown = _predictions(own, label_of, start, len(ours))
+            pivots = Predictions(pivots.rows, np.where(unknown, np.nan, pivots.actual))
+        aligned = projection.apply(alignment, said, pivots)
         certain = _certain(alignment, aligned, missing, projection)
         pieces.append(_Piece(at[labelled], labelled, aligned, certain, alignment.source_at >= 0))
     return _at_labels(n, pieces)
@@ -123,8 +136,8 @@ def _label_indices(tokens: TokenizedRow) -> IntArray:
     return np.where(tokens.labels, np.cumsum(tokens.labels) - 1, -1)
 
 
-def _source_rows(source: CapturedRow, known: IntArray, start: int, m: int) -> tuple[Rows, FloatArray, BoolArray]:
-    """Rows [m, k] after each of m tokens from ``start``, log-probabilities of the next tokens, and which are missing.
+def _predictions(source: CapturedRow, known: IntArray, start: int, m: int) -> tuple[Predictions, BoolArray]:
+    """What a model said after each of m tokens from ``start``, and where it said nothing (bool [m]).
 
     What a source is not asked to learn it was not asked about either: such a position has an empty row.
     """
@@ -133,21 +146,24 @@ def _source_rows(source: CapturedRow, known: IntArray, start: int, m: int) -> tu
     missing = at < 0
     if not len(source.actual):
         width = source.rows.ids.shape[1]
-        return Rows(np.full((m, width), -1), np.full((m, width), -np.inf), np.ones(m)), np.zeros(m), missing
+        nothing = Rows(np.full((m, width), -1), np.full((m, width), -np.inf), np.ones(m))
+        return Predictions(nothing, np.zeros(m)), missing
     ids = np.where(missing[:, None], -1, source.rows.ids[at])
     logprobs = np.where(missing[:, None], -np.inf, source.rows.logprobs[at])
     tail = np.where(missing, 1.0, source.rows.tail[at])
-    return Rows(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at]), missing
+    return Predictions(Rows(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at])), missing
 
 
 def _by_span(
-    alignment: TokenAlignment, rows: Rows, actual: FloatArray, how: Projection, into: VocabularyMap
+    alignment: TokenAlignment, said: Predictions, pivot: Predictions | None, how: Projection, into: VocabularyMap
 ) -> AlignedRows:
     return project_rows(
         alignment,
         into,
-        rows,
-        actual,
+        said.rows,
+        said.actual,
+        pivot=pivot,
+        tail=how.tail,
         conditioning=how.conditioning,
         one_hot=how.one_hot,
         collisions=how.collisions,
@@ -155,10 +171,10 @@ def _by_span(
 
 
 def _by_warping(
-    alignment: TokenAlignment, rows: Rows, _actual: FloatArray, how: Projection, into: VocabularyMap
+    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, how: Projection, into: VocabularyMap
 ) -> AlignedRows:
     rule = _RULE_OF_MAP.get(into.method, "em")
-    return project_rows_by_rule(warp_tokens(alignment, into), into, rows, rule, collisions=how.collisions)
+    return project_rows_by_rule(warp_tokens(alignment, into), into, said.rows, rule, collisions=how.collisions)
 
 
 def _as_they_are(alignment: TokenAlignment, rows: Rows) -> AlignedRows:
@@ -170,7 +186,8 @@ def _as_they_are(alignment: TokenAlignment, rows: Rows) -> AlignedRows:
     return AlignedRows(taken, cases, np.where(linked, at, -1))
 
 
-_PROJECT: dict[str, Callable[[TokenAlignment, Rows, FloatArray, Projection, VocabularyMap], AlignedRows]] = {
+_Project = Callable[[TokenAlignment, Predictions, "Predictions | None", Projection, VocabularyMap], AlignedRows]
+_PROJECT: dict[str, _Project] = {
     "span": _by_span,
     "dtw": _by_warping,
 }

@@ -6,13 +6,47 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fusekit.alignment.arrays import FloatArray
 from fusekit.alignment.projection import Rows
+from fusekit.alignment.row_cases import Case
 from fusekit.distillation.fusion import METRICS
+from fusekit.distillation.label_rows import LabelRows
 from fusekit.errors import DistillationError
 from fusekit.representation.tokenized_row import CapturedRow, Part, TokenizedRow
 
+PROJECTED = "projected_ce"
+"""The metric of what is taught, not of the model: see :func:`projected_ce`."""
+
 Place = tuple[int, int, bool]
 """Where a token ends: message, bytes of its content consumed, and whether the turn is ended too."""
+
+
+def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]]) -> list[float]:
+    """The mean cross-entropy of each candidate's rows on the pivot's labels, over the labels that all of them teach.
+
+    A one-hot that stands in for a missing row is the label itself and says nothing of a teacher, so it does not count.
+    Where no label is taught by all, each candidate's own labels count.
+
+    Args:
+        candidates: each one's rows in the pivot's vocabulary (:class:`Rows` teach every label), and minus the
+            log-probability that they give to each of the n labels: float64 [n].
+
+    Returns:
+        Nats per label, one number per candidate; infinite for one that teaches nothing.
+
+    Raises:
+        DistillationError: rows in another vocabulary.
+    """
+    taught, losses = [], []
+    for rows, nll in candidates:
+        if nll is None:
+            raise DistillationError(f"metric {PROJECTED} needs rows in the pivot's vocabulary: use bits_per_byte")
+        losses.append(nll)
+        everywhere = np.ones(len(nll), bool)
+        taught.append(everywhere if isinstance(rows, Rows) else rows.taught & (rows.cases != Case.ONE_HOT))
+    common = np.logical_and.reduce(taught)
+    counted = [common if common.any() else own for own in taught]
+    return [float(nll[at].mean()) if at.any() else np.inf for nll, at in zip(losses, counted, strict=True)]
 
 
 def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:

@@ -12,7 +12,7 @@ Preset = dict[str, dict[str, Any]]
 
 # As the papers do it: source entries that meet on one pivot entry keep the largest, and positions without a row get a
 # one-hot on the label. Tokens are aligned exactly; `tokens: dtw` is the papers' own.
-_PAPERS_ALIGNMENT: dict[str, Any] = {"conditioning": False, "one_hot": True, "collisions": "max"}
+_PAPERS_ALIGNMENT: dict[str, Any] = {"conditioning": False, "tail": "keep", "one_hot": True, "collisions": "max"}
 
 PRESETS: dict[str, Preset] = {
     "fusekit": {},
@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
     # same text, cut off after the top k.
     "uld": {
         "alignment": {"vocabulary": "none"},
-        "fusion": {"mode": "pairwise", "include_pivot": False},
+        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
         "training": {"loss": "uld_topk"},
     },
 }

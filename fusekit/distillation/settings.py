@@ -39,6 +39,13 @@ class AlignmentSettings(_Section):
         default=True,
         description="Where the pivot stands within a source token, condition the source's row on what is read of it.",
     )
+    tail: Literal["back_off", "pivot_share", "listed_share", "drop", "keep"] = Field(
+        default="back_off",
+        description="What becomes of the probability outside a source's top k. Inside a source token only the part "
+        "that begins with the bytes consumed may stay: `pivot_share` estimates it by the pivot's probability of them, "
+        "`listed_share` by the top k, `drop` as zero; `keep` keeps all of it. `back_off` is `pivot_share`, and "
+        "distributes the tail like the pivot's own prediction.",
+    )
     one_hot: bool = Field(
         default=False, description="A one-hot on the label where no row is; `dtw` always has it, as in the papers."
     )
@@ -64,8 +71,10 @@ class FusionSettings(_Section):
     level: Literal["sequence", "token"] = Field(
         default="sequence", description="Choose or weigh once per row, or at every label."
     )
-    metric: Literal["bits_per_byte", "token_ce"] = Field(
-        default="bits_per_byte", description="What rows are judged by; `token_ce` is the papers'."
+    metric: Literal["projected_ce", "bits_per_byte", "token_ce"] = Field(
+        default="projected_ce",
+        description="What a teacher is judged by: `projected_ce` is the cross-entropy of its projected rows on the "
+        "pivot's labels; `bits_per_byte` and `token_ce` (the papers') are its own, in its own tokens.",
     )
     include_pivot: bool = Field(
         default=True, description="Whether what the pivot said before training is among the candidates."
@@ -165,6 +174,9 @@ def clashes(alignment: AlignmentSettings, fusion: FusionSettings, training: Trai
         found.append(Clash(says, (("training", "loss"), ("training", "truncation"))))
     if alignment.vocabulary != "none":
         return found
+    if fusion.metric == "projected_ce" and fusion.include_pivot:
+        says = "with vocabulary none no row is projected, so metric projected_ce does not exist: use bits_per_byte"
+        found.append(Clash(says, (("fusion", "metric"), none)))
     if training.loss != "uld_topk":
         says = (
             f"loss {training.loss} compares probabilities token by token, so it needs a vocabulary map, not "

@@ -15,7 +15,7 @@ from fusekit.alignment.row_cases import Case
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused
 from fusekit.distillation.joining import Captures, Joined, join
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
-from fusekit.distillation.metrics import metrics_of
+from fusekit.distillation.metrics import PROJECTED, metrics_of, projected_ce
 from fusekit.distillation.sampling import IGNORED
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.training_log import CASE, CHOSEN, count_names
@@ -95,6 +95,12 @@ class FusionDataset(Dataset[Example]):
                 "the pivot's own opinion is asked for, but there is no store of it: capture it, or set include_pivot "
                 "to false"
             )
+        for name in self.sources:
+            if pivot is None and self.projections[name].needs_pivot:
+                raise DistillationError(
+                    f"alignment.tail is {self.projections[name].tail} for {name}, which needs what the pivot said, but "
+                    "there is no store of it: capture the pivot, or use listed_share"
+                )
         self.joined: Joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
         self.rows = self.joined.rows
         if pivot is not None and tokenizer is None:
@@ -157,12 +163,16 @@ class FusionDataset(Dataset[Example]):
             captured[PIVOT], rows[PIVOT] = own, own.rows
         for name, source in self.sources.items():
             if row.key in source:
-                captured[name], rows[name] = self._projected(row, tokens, name, source)
+                captured[name], rows[name] = self._projected(row, tokens, own, name, source)
         if not captured:
             return {}
-        metrics = metrics_of(list(captured.values()), self.fusion.metric)
+        losses = {name: self._label_nll(captured[name], name, rows[name], labels) for name in captured}
+        if self.fusion.metric == PROJECTED:
+            metrics = projected_ce([(rows[name], losses[name]) for name in captured])
+        else:
+            metrics = metrics_of(list(captured.values()), self.fusion.metric)
         candidates = [
-            self._candidate(captured[name], name, rows[name], metric, labels)
+            self._candidate(captured[name], name, rows[name], metric, losses[name])
             for name, metric in zip(captured, metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
@@ -179,25 +189,28 @@ class FusionDataset(Dataset[Example]):
             "cross_entropies": np.array(metrics),
         }
 
-    def _projected(self, row: Row, tokens: TokenizedRow, name: str, source: Captures) -> tuple[CapturedRow, LabelRows]:
+    def _projected(
+        self, row: Row, tokens: TokenizedRow, own: CapturedRow | None, name: str, source: Captures
+    ) -> tuple[CapturedRow, LabelRows]:
         captured = source.get(row.key)
         assert captured is not None  # the key is in it
         try:
-            return captured, label_rows(row, tokens, captured, self.projections[name])
+            return captured, label_rows(row, tokens, captured, self.projections[name], own)
         except AlignmentError as error:
             raise DistillationError(f"row {row.key} of {name}: {error}") from error
 
     def _candidate(
-        self, said: CapturedRow, name: str, given: LabelRows | Rows, metric: float, labels: IntArray
+        self, said: CapturedRow, name: str, given: LabelRows | Rows, metric: float, nll: FloatArray | None
     ) -> Candidate:
-        taught = given.taught if isinstance(given, LabelRows) else np.ones(len(labels), bool)
+        taught = given.taught if isinstance(given, LabelRows) else np.ones(len(said.actual), bool)
         rows = given.rows if isinstance(given, LabelRows) else given
-        nll = None
-        if self.fusion.level == "token" and name == PIVOT:
-            nll = -said.actual  # known also where the label is not listed, where the rows have only a bound
-        elif self.fusion.level == "token" and self.projections[name].vocabulary_map is not None:
-            nll = label_nll(rows, labels)
         return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(said.tokens.key))
+
+    def _label_nll(self, said: CapturedRow, name: str, given: LabelRows | Rows, labels: IntArray) -> FloatArray | None:
+        """Nats per label of the pivot; None for rows in another vocabulary."""
+        if isinstance(given, Rows):
+            return -said.actual  # known also where the label is not listed, where the rows have only a bound
+        return label_nll(given.rows, labels) if self.projections[name].vocabulary_map is not None else None
 
 
 def label_nll(rows: Rows, labels: IntArray) -> FloatArray:

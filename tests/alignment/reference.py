@@ -205,8 +205,18 @@ class RowReference:
         self.pivot_ids, self.source_ids = alignment.pivot_ids.tolist(), alignment.source_ids.tolist()
         self.pivot_ends, self.source_ends = alignment.pivot_ends.tolist(), alignment.source_ends.tolist()
 
-    def row(self, i: int, rows: list[tuple[dict[int, float], float]], actual: list[float]) -> dict[int, float] | None:
-        """``rows[j]`` is ({source id: probability}, tail), ``actual[j]`` the probability of source token j + 1."""
+    def row(
+        self,
+        i: int,
+        rows: list[tuple[dict[int, float], float]],
+        actual: list[float],
+        kind: str = "listed_share",
+        own: tuple[list[tuple[dict[int, float], float]], list[float | None]] | None = None,
+    ) -> dict[int, float] | None:
+        """``rows[j]`` is ({source id: probability}, tail), ``actual[j]`` the probability of source token j + 1.
+
+        kind: what becomes of the tail. own: the same of the pivot, whose probabilities may be None.
+        """
         end = self.pivot_ends[i]
         before = [j for j, other in enumerate(self.source_ends) if other <= end]
         if i + 1 >= len(self.pivot_ids) or not before or before[-1] + 1 >= len(self.source_ids):
@@ -233,7 +243,18 @@ class RowReference:
                 listed = dict(rows[j - 1][0])
                 known = listed.pop(self.source_ids[j], min(actual[j - 1], rows[j - 1][1]))
                 share *= known + sum(p for id_, p in listed.items() if self.of[id_].startswith(left))
-        target: dict[int, float] = {label: share, -1: certain - share + tail}
+        if read:
+            tail *= self.staying(i, base, certain, entries, kind, own)
+        target: dict[int, float] = {label: share, -1: certain - share}
+        if kind == "back_off" and own is not None and own[1][i] is not None:
+            theirs, left = dict(own[0][i][0]), own[0][i][1]
+            if label not in theirs:
+                theirs[label] = min(own[1][i], left)
+                left -= theirs[label]
+            for id_, probability in theirs.items():
+                target[id_] = target.get(id_, 0.0) + tail * probability
+            tail *= left
+        target[-1] += tail
         for id_, probability in entries.items():
             if not self.of[id_].startswith(read):
                 continue
@@ -241,3 +262,23 @@ class RowReference:
             target[to] = target.get(to, 0.0) + probability
         total = sum(target.values()) if read else 1.0
         return {to: p / total for to, p in target.items()}
+
+    def staying(self, i: int, base: int, certain: float, entries: dict[int, float], kind: str, own: Any) -> float:
+        """The share of the tail that begins with the bytes read since ``base``."""
+        if kind in ("keep", "drop"):
+            return float(kind == "keep")
+        read = self.text[self.source_ends[base] : self.pivot_ends[i]]
+        kept = certain + sum(p for id_, p in entries.items() if self.of[id_].startswith(read))
+        listed = kept / (certain + sum(entries.values()))
+        if kind == "listed_share":
+            return listed
+        before = [q for q in range(i + 1) if self.pivot_ends[q] <= self.source_ends[base]]
+        # Without a position at the end of base: the tokens after the one that crosses it.
+        at_end = before and self.pivot_ends[before[-1]] == self.source_ends[base]
+        first = before[-1] if at_end else len(before)
+        product = 1.0
+        for q in range(first, i):
+            if own[1][q] is None:
+                return listed
+            product *= own[1][q]
+        return product if first < i else listed

@@ -9,6 +9,8 @@ import pytest
 
 from fusekit.alignment import (
     Case,
+    Predictions,
+    Rows,
     align,
     align_tokens,
     plan_rows,
@@ -18,6 +20,7 @@ from fusekit.alignment import (
     tokenize,
     vocabulary_surfaces,
 )
+from fusekit.alignment.rows import TAILS
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.maps import target, vocabulary_map
@@ -94,8 +97,9 @@ def test_rows_are_distributions(pivot, source, method):
             assert (found.rows.tail >= -1e-12).all()
 
 
+@pytest.mark.parametrize("kind", TAILS)
 @pytest.mark.parametrize(("pivot", "source"), [("mistral", "qwen"), ("qwen", "mistral"), ("deepseek", "cl100k")])
-def test_rows_equal_a_loop_over_every_position(pivot, source):
+def test_rows_equal_a_loop_over_every_position(pivot, source, kind):
     mapping = vocabulary_map(pivot, source)
     of = vocabulary_surfaces(load(source)).of
     taught = 0
@@ -129,9 +133,10 @@ def test_rows_equal_a_loop_over_every_position(pivot, source):
             lambda rest, mapping=mapping: int(mapping.remainders([rest])[0]),
         )
         actual_known = np.log(np.maximum(known, 1e-300))
-        found = project_rows(alignment, mapping, rows, actual_known)
+        own, of_pivot = predictions(alignment, len(mapping.pivot), seed)
+        found = project_rows(alignment, mapping, rows, actual_known, pivot=own, tail=kind)
         for i in np.flatnonzero(found.taught).tolist():
-            expected = slow.row(i, plain, known)
+            expected = slow.row(i, plain, known, kind, of_pivot)
             listed = {int(t): float(np.exp(p)) for t, p in zip(found.rows.ids[i], found.rows.logprobs[i], strict=True)}
             listed.pop(-1, None)
             listed[-1] = float(found.rows.tail[i])
@@ -139,6 +144,27 @@ def test_rows_equal_a_loop_over_every_position(pivot, source):
             assert listed == pytest.approx(expected, abs=1e-8), (text, i, Case(int(found.cases[i])))
             taught += 1
     assert taught > 250
+
+
+def predictions(alignment, vocabulary: int, seed: int):
+    """Some predictions of the pivot, a few of them not known; and the same as plain values."""
+    generator = np.random.default_rng(seed)
+    n, k = len(alignment.pivot), 6
+    ids = generator.integers(0, vocabulary, (n, k))
+    ids[::3, 2] = np.roll(alignment.pivot_ids, -1)[::3]
+    ids = np.array([list(dict.fromkeys(row)) + [-1] * (k - len(set(row))) for row in ids.tolist()])
+    mass = np.where(ids >= 0, generator.dirichlet(np.ones(k + 1), n)[:, :k], 0.0)
+    tail = 1 - mass.sum(axis=1)
+    listed = ids == np.roll(alignment.pivot_ids, -1)[:, None]
+    actual = np.where(listed.any(axis=1), (mass * listed).sum(axis=1), tail * generator.random(n))
+    unknown = generator.random(n) < 0.1
+    plain = [
+        ({int(i): float(p) for i, p in zip(a, b, strict=True) if i >= 0}, float(c))
+        for a, b, c in zip(ids, mass, tail, strict=True)
+    ]
+    with np.errstate(divide="ignore"):
+        given = Predictions(Rows(ids, np.log(mass), tail), np.where(unknown, np.nan, np.log(actual)))
+    return given, (plain, [None if u else float(a) for a, u in zip(actual, unknown, strict=True)])
 
 
 @functools.cache
@@ -202,9 +228,45 @@ def test_closing_multiplies_and_conditioning_renormalises():
     q1, q2 = alignment.pivot_ids[2], alignment.pivot_ids[3]
     # After "a ": 123, 12 and 1 all begin with 1.
     assert dict(entries(found, 1)) == pytest.approx({q1: 0.7, load("qwen").convert_tokens_to_ids("9"): 0.2})
-    # Within 123 after 1: 9 is ruled out; of 1 itself nothing is left, so what follows is unknown: the tail.
-    assert dict(entries(found, 2)) == pytest.approx({q2: 0.6 / 0.8})
-    assert found.rows.tail[2] == pytest.approx(0.2 / 0.8)
+    # Within 123 after 1: 9 is ruled out, and with it 2 ninths of the tail; of 1 itself nothing is left, so what follows
+    # is unknown and belongs to the tail.
+    stays = 0.1 * 7 / 9
+    assert dict(entries(found, 2)) == pytest.approx({q2: 0.6 / (0.7 + stays)})
+    assert found.rows.tail[2] == pytest.approx((0.1 + stays) / (0.7 + stays))
+
+
+def test_back_off_by_hand_multiplies_to_the_probability_of_the_source_token():
+    """The pivot reads 1, 2, 3 where the source's token is 123, which its top k does not hold."""
+    alignment, mapping = align("a 1234", load("qwen"), load("cl100k")), vocabulary_map("qwen", "cl100k")
+    t12, other = (load("cl100k").convert_tokens_to_ids(d) for d in ("12", "9"))
+    q1, q2, q3, q9 = (load("qwen").convert_tokens_to_ids(d) for d in "1239")
+    with np.errstate(divide="ignore"):
+        rows = (np.array([[-1, -1], [t12, other], [-1, -1], [-1, -1]]), np.log([[0, 0], [0.2, 0.3], [0, 0], [0, 0]]))
+        rows = (*rows, np.array([1.0, 0.5, 1.0, 1.0]))
+        actual = np.log([1.0, 0.1, 1.0, 1.0])
+        own = np.full((6, 2), -1), np.full((6, 2), -np.inf), np.ones(6)
+        own[0][1], own[1][1], own[2][1] = [q1, q9], np.log([0.6, 0.3]), 0.1
+        own[0][2], own[1][2], own[2][2] = [q2, -1], np.log([0.5, 0.0]), 0.5
+        said = Predictions(own, np.log([1.0, 0.6, 0.5, 0.25, 1.0, 1.0]))
+    found = project_rows(alignment, mapping, rows, actual, pivot=said, tail="back_off")
+    # After "a ", the tail of .5 holds 123 with .1; the other .4 is distributed like the pivot's row.
+    assert dict(entries(found, 1)) == pytest.approx({q1: 0.2 + 0.1 + 0.4 * 0.6, q9: 0.3 + 0.4 * 0.3})
+    assert found.rows.tail[1] == pytest.approx(0.4 * 0.1)
+    # After 1, of which the pivot says .6: 12 (.2), 123 (.1) and .24 of the tail are left.
+    assert dict(entries(found, 2)) == pytest.approx({q2: (0.3 + 0.24 * 0.5) / 0.54})
+    # After 2: of 12 nothing is left, 123 goes on with 3, and .12 of the tail is like the pivot.
+    assert dict(entries(found, 3)) == pytest.approx({q3: (0.1 + 0.12 * 0.25) / (0.2 + 0.1 + 0.12)})
+    labels = np.exp(found.rows.logprobs[1:4])[found.rows.ids[1:4] == np.array([[q1], [q2], [q3]])]
+    assert np.prod(labels) == pytest.approx(0.54 * (0.42 / 0.54) * (0.13 / 0.42))
+
+
+def test_a_tail_that_is_unknown_or_needs_the_pivot_is_refused():
+    alignment = align("a 1234", load("qwen"), load("cl100k"))
+    rows, actual = certain_rows(alignment)
+    with pytest.raises(AlignmentError, match=r"'shrink'.*back_off"):
+        project_rows(alignment, vocabulary_map("qwen", "cl100k"), rows, actual, tail="shrink")
+    with pytest.raises(AlignmentError, match=r"'back_off'.*pivot"):
+        project_rows(alignment, vocabulary_map("qwen", "cl100k"), rows, actual, tail="back_off")
 
 
 def entries(found, i):
@@ -328,11 +390,12 @@ def test_a_space_that_only_the_source_brings_is_conditioned_on():
     unmarked = source.convert_tokens_to_ids("ing")  # not after a space: the text has ruled it out
     rows, actual = opening_rows(alignment, {marked["Hi"]: 0.4, marked["The"]: 0.2, unmarked: 0.2, marked["It"]: 0.1})
     found = project_rows(alignment, vocabulary_map("qwen", "mistral"), rows, actual).rows
-    expected = {"Hi": 0.4 / 0.8, "The": 0.2 / 0.8, "It": 0.1 / 0.8}
+    stays = 0.1 * 7 / 9  # of the tail, as of what is listed
+    expected = {"Hi": 0.4 / (0.7 + stays), "The": 0.2 / (0.7 + stays), "It": 0.1 / (0.7 + stays)}
     ids = {pivot.convert_tokens_to_ids(word): mass for word, mass in expected.items()}
     listed = {int(i): float(np.exp(p)) for i, p in zip(found.ids[0], found.logprobs[0], strict=True) if i >= 0}
     assert listed == pytest.approx(ids)
-    assert found.tail[0] == pytest.approx(0.1 / 0.8)
+    assert found.tail[0] == pytest.approx(stays / (0.7 + stays))
 
 
 def test_a_space_that_only_the_pivot_brings_is_put_before_the_entries():
