@@ -87,6 +87,16 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
     return [Need(what, needed * shared + mapped, tightest.available, tightest.source)]
 
 
+def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
+    """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
+    weights, tightest = loaded_bytes(checkpoint), min(memory_limits(), key=lambda limit: limit.available)
+    what = f"{checkpoint.choice.model}, dequantised"
+    return [
+        Need(f"memory of {what}", weights, tightest.available, tightest.source),
+        Need(f"disk of {what}", weights, free_bytes(folder), f"free on the disk of {existing_parent(folder)}"),
+    ]
+
+
 def loaded_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weights once they are loaded."""
     choice = checkpoint.choice
