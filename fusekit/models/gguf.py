@@ -34,6 +34,7 @@ class GgufHeader:
         file: its name within the folder or repository.
         architecture: ggml's name of it, ``llama``.
         parameters: elements of all tensors.
+        tokens: of its vocabulary.
         dtype: torch's name of the dtype that holds the values: of a file without blocks its own, else float32, which
             holds a dequantised block exactly.
         format: ggml's name of how the weights are stored, ``Q4_K_M``.
@@ -43,6 +44,7 @@ class GgufHeader:
     file: str
     architecture: str
     parameters: int
+    tokens: int
     dtype: str
     format: str
     left_out: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
         file,
         str(metadata["general.architecture"]),
         elements.total(),
+        int(metadata.get("tokenizer.ggml.tokens", 0)),
         _dtype(set(elements)),
         _format(metadata, elements),
         tuple(_left_out(metadata, tensors)),
@@ -222,7 +225,7 @@ def _format(metadata: dict[str, Any], elements: Counter[str]) -> str:
         name = LlamaFileType(metadata["general.file_type"]).name
     except (KeyError, ValueError):
         return elements.most_common(1)[0][0] if elements else "empty"
-    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return str(name).removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 def _left_out(metadata: dict[str, Any], tensors: list[Tensor]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from fusekit.alignment.arrays import IntArray
 from fusekit.diagnosis import circumstances
 from fusekit.errors import CaptureError, StorageError
-from fusekit.models.gguf import split
+from fusekit.models.gguf import GgufHeader, split
 from fusekit.models.need import refuse_lacking
 from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.representation.estimate import dequantise_needs
@@ -30,20 +31,26 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     choice = checkpoint.choice
     with _explained(checkpoint, "the tokenizer"):
-        if checkpoint.gguf is not None:
-            size = checkpoint.weights[checkpoint.gguf.file]
-            return _gguf_tokenizer(checkpoint.folder, checkpoint.gguf.file, choice.model, size)
+        if (header := checkpoint.gguf) is not None:
+            return _gguf_tokenizer(checkpoint.folder, header, choice.model, checkpoint.weights[header.file])
         return AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=choice.trust_remote_code, local_files_only=True
         )
 
 
 @lru_cache(maxsize=8)
-def _gguf_tokenizer(folder: Path, file: str, name: str, _size: int) -> Any:
+def _gguf_tokenizer(folder: Path, header: GgufHeader, name: str, _size: int) -> Any:
     """The tokenizer in a GGUF file, which takes seconds: half a minute of a large vocabulary."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=header.file, local_files_only=True)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [token for token in state["added_tokens"] if token["id"] < header.tokens]
+    if len(own) < len(state["added_tokens"]):
+        # transformers adds GPT-2's <|endoftext|> to any byte-level BPE: the model has no row for it.
+        backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": own}))
+        tokenizer = type(tokenizer)(tokenizer_object=backend, **tokenizer.init_kwargs)
     tokenizer.name_or_path = name
     return tokenizer
 
