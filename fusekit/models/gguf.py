@@ -34,6 +34,7 @@ class GgufHeader:
         file: its name within the folder or repository.
         architecture: ggml's name of it, ``llama``.
         parameters: elements of all tensors.
+        largest: elements of the largest of them.
         tokens: of its vocabulary.
         dtype: torch's name of the dtype that holds the values: of a file without blocks its own, else float32, which
             holds a dequantised block exactly.
@@ -44,6 +45,7 @@ class GgufHeader:
     file: str
     architecture: str
     parameters: int
+    largest: int
     tokens: int
     dtype: str
     format: str
@@ -121,6 +123,7 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
         file,
         str(metadata["general.architecture"]),
         elements.total(),
+        max((math.prod(shape) for _, shape, _, _ in tensors), default=0),
         int(metadata.get("tokenizer.ggml.tokens", 0)),
         _dtype(set(elements)),
         _format(metadata, elements),

@@ -75,6 +75,7 @@ def test_a_gguf_file_reads_text_as_its_model_does(files):
 def test_sizes_and_dtypes_come_from_the_header(files, kind, dtype):
     checkpoint = find_checkpoint(ModelChoice(str(files[kind])))
     assert checkpoint.gguf.parameters == PARAMETERS
+    assert checkpoint.gguf.largest == 768 * 128
     assert (checkpoint.gguf.architecture, checkpoint.gguf.format) == ("llama", kind)
     assert checkpoint.config["dtype"] == dtype
     size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
