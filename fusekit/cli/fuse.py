@@ -70,7 +70,7 @@ def fuse(
 
 def _trusting(recipe: Recipe) -> list[str]:
     """Overrides that let every model's code run; says so, whatever else is quiet."""
-    names = ", ".join([recipe.pivot.model, *(source.model for source in recipe.sources)])
+    names = ", ".join([recipe.pivot.path, *(source.path for source in recipe.sources)])
     click.echo(
         f"warning: --trust-remote-code: Python code that comes with any of these models may run: {names}. To allow it "
         "for one model, set `trust_remote_code: true` there in the recipe",

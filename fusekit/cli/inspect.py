@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusekit.errors import AlignmentError
+from fusekit.models.gguf import split
 
 if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
@@ -50,7 +51,7 @@ def alignment(
 ) -> None:
     """Align the tokenizers PIVOT and SOURCE over texts: what links, what is lost and why.
 
-    PIVOT and SOURCE are folders or hub names that transformers can load, or tokenizer.json files.
+    PIVOT and SOURCE are folders or hub names that transformers can load, or GGUF or tokenizer.json files.
     """
     from fusekit.alignment import align, vocabulary_surfaces
     from fusekit.alignment.html import page
@@ -112,13 +113,18 @@ def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokeniz
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a ``tokenizer.json`` file, or a folder or hub name; code from a model is never run.
+    """A tokenizer from a ``tokenizer.json`` or GGUF file, or a folder or hub name; code from a model is never run.
 
     Raises:
         AlignmentError: it cannot be loaded; says why.
     """
     path = Path(name)
     try:
+        if split(name) is not None:
+            from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+            from fusekit.representation.load import load_tokenizer as load
+
+            return load(find_checkpoint(ModelChoice(name), weights=False))
         if path.is_file():
             from tokenizers import Tokenizer
 

@@ -62,7 +62,7 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> Non
         click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
     else:
         names = ", ".join(source.label for source in loaded.sources)
-        click.echo(f"{recipe}: valid; pivot {loaded.pivot.model}, {len(loaded.sources)} source(s): {names}")
+        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {len(loaded.sources)} source(s): {names}")
 
 
 @click.command()

@@ -150,9 +150,9 @@ def represent(context: click.Context, /, **options: Any) -> None:
 
     With a recipe its own settings hold, as in the stage represent of fusekit run.
 
-    MODEL: a folder or a name on the hub. DATA: files (.json, .jsonl, .parquet, .txt), folders or data sets on the hub,
-    one or several. OUT: a folder; a run that was stopped goes on there. Under `accelerate launch -m fusekit.cli` or
-    `torchrun -m fusekit.cli` each process takes its share.
+    MODEL: a folder, a name on the hub or a GGUF file. DATA: files (.json, .jsonl, .parquet, .txt), folders or data
+    sets on the hub, one or several. OUT: a folder; a run that was stopped goes on there. Under `accelerate launch -m
+    fusekit.cli` or `torchrun -m fusekit.cli` each process takes its share.
     """
     from fusekit.representation.processes import OtherProcessError, Processes
 

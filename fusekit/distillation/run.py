@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.processes import is_main, on_main
 from fusekit.distillation.settings import DistillSettings
-from fusekit.distillation.targets import FusionDataset
+from fusekit.distillation.targets import PIVOT, FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
+from fusekit.models.gguf import split
+from fusekit.representation.load import dequantise
 from fusekit.representation.processes import Processes
 from fusekit.storage import artifact
 from fusekit.storage.commit import commit_file
@@ -78,12 +80,22 @@ def distill(
     with ExitStack() as stack:
         training_arguments(settings.training, targets[0].work)  # starts the processes' group, and checks the fields
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
+        inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
         for target in targets:
             _Work.of(target, opened, settings, tell).make(resume, ignore_estimates)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
         on_main(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
+
+
+def _with_plain_pivot(inputs: Inputs, out: Path, overwrite: bool, ignore_estimates: bool, say: Say) -> Inputs:
+    """Dequantise a pivot that is a GGUF file beside the targets, unless a run has done so: each target begins as it."""
+    if split(inputs.pivot.model) is None or inputs.pivot.dequantised is not None:
+        return inputs
+    folder = out / PIVOT
+    on_main(lambda: dequantise(inputs.pivot, folder, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say))
+    return replace(inputs, pivot=replace(inputs.pivot, dequantised=folder))
 
 
 def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool, overwrite: bool) -> None:

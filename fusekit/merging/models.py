@@ -13,10 +13,15 @@ from transformers import CONFIG_MAPPING
 
 from fusekit.errors import MergeError, RecipeError
 from fusekit.merging.references import PinnedModel, pinned_model, references
-from fusekit.models import hub
+from fusekit.models import gguf, hub
 from fusekit.models.headers import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.problems import Problems, nearest
 from fusekit.safe_yaml import KeyPath
+
+_NO_GGUF = (
+    'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
+    "fusekit.representation.load import dequantise; dequantise('{}', 'FOLDER')\")"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,10 @@ def _resolve_one(reference: Any, place: KeyPath, weights: bool, access: Access) 
     spelling = str(reference)
     may_run_code = access.may_run_code(spelling)
     folder, snapshot = _locate(reference.model, access)
+    names = snapshot.sizes if snapshot else [path.name for path in folder.iterdir()]
+    if weights and weight_entry(names) is None and (there := gguf.among(names)):
+        example = f"{reference.model.path.rstrip('/')}/{there[0]}"
+        raise MergeError(f"{spelling} has no weights but GGUF files, {_NO_GGUF.format(example)}")
     small = [*hub.SMALL_FILES, *(["*.py"] if may_run_code else [])]
     if snapshot:
         snapshot.fetch(small)
@@ -119,6 +128,8 @@ def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
     local = Path(name)
     if not name or "\0" in name:
         raise MergeError(f"{name!r} is not the name of a model")
+    if gguf.split(name) is not None:
+        raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
     try:
         if local.is_dir():
             if path.revision:

@@ -65,7 +65,7 @@ def _places(context: Context, stage: str) -> list[Path]:
     """The artifacts that a stage publishes."""
     recipe, layout = context.recipe, context.layout
     if stage == "data":
-        return [layout.data]
+        return [layout.pivot, layout.data]
     if stage == "align":
         return [layout.alignment(source.label) for source in recipe.sources]
     if stage == "distill":

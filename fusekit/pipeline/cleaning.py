@@ -14,6 +14,7 @@ from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.distillation.overwriting import NOTE
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
+from fusekit.models.gguf import SUFFIX
 from fusekit.pipeline.layout import BASELINE, MERGED, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
 from fusekit.storage import artifact, disk_fault, output_lock
@@ -88,6 +89,8 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     for folder, wanted in ((layout.targets, targets), (layout.baselines, {PLAIN} if baseline else set())):
         _others(found, folder, wanted, "the recipe asks for no such target", _in_artifact)
         _trainings(found, folder, wanted)
+    if not any(known.pivot.path.endswith(SUFFIX) for known in recipes):
+        found.add(layout.pivot, "the recipe's pivot is no GGUF file", _in_artifact)
     merges = any(known.merge is not None for known in recipes)
     if not merges:
         found.add(layout.merged, "the recipe merges nothing", _in_artifact)

@@ -12,7 +12,6 @@ from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError, RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
-from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context, alignment_of
 from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
@@ -31,10 +30,10 @@ def distill(context: Context) -> list[Path]:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.vocabulary != "none" else None
-        sources[source.label] = Source(layout.representation(source.label), choice_of(source), how, folder)
-    inputs = Inputs(
-        choice_of(recipe.pivot), context.rows, layout.representation(PIVOT), sources, context.readers.reader(PIVOT)
-    )
+        choice = context.readers.choice(source.label)
+        sources[source.label] = Source(layout.representation(source.label), choice, how, folder)
+    reader = context.readers.reader(PIVOT)
+    inputs = Inputs(context.readers.choice(PIVOT), context.rows, layout.representation(PIVOT), sources, reader)
     settings = recipe.settings
 
     def make(inputs: Inputs, settings: DistillSettings, out: Path) -> list[Path]:

@@ -16,9 +16,8 @@ from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
-from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context, hash_of, paths_of, write_json
-from fusekit.pipeline.vouching import require_whole, weights_hash
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe.sections import Evaluate
 from fusekit.representation import ChatTemplate, Row, RowTokenizer, read_rows
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
@@ -42,14 +41,14 @@ def check_held_out(context: Context) -> None:
 def models_of(context: Context) -> dict[str, tuple[ModelChoice, str]]:
     """The models that are scored by name, each with its chat template."""
     recipe, layout = context.recipe, context.layout
-    pivot = recipe.pivot
-    models = {PIVOT: (choice_of(pivot), pivot.chat_template)}
-    own = replace(choice_of(pivot), revision=None)  # what was made of the pivot is loaded as the pivot is
+    pivot, choice = recipe.pivot, context.readers.choice(PIVOT)
+    models = {PIVOT: (choice, pivot.chat_template)}
+    own = replace(choice, revision=None, dequantised=None)  # what was made of the pivot is loaded as the pivot is
     if recipe.wants_baseline:
         models[BASELINE] = (replace(own, model=str(layout.baselines / PLAIN)), pivot.chat_template)
     for source in recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
-        models[f"sources/{source.label}"] = (choice_of(source), template)
+        models[f"sources/{source.label}"] = (context.readers.choice(source.label), template)
     for path in context.targets:
         models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
     if recipe.merge is not None:
@@ -160,7 +159,7 @@ def _identity(model: str, context: Context, name: str) -> str:
 def _require_whole(name: str, choice: ModelChoice) -> None:
     """Refuse a model that the run has made and whose bytes are not those that its scores would be kept for."""
     if not _is_input(name):
-        require_whole(Path(choice.model))
+        artifact.require_whole(Path(choice.model))
 
 
 def _is_input(name: str) -> bool:

@@ -14,6 +14,7 @@ STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report"
 
 OURS = {
     "recipe.resolved.yml",
+    "pivot",
     "data",
     "representations",
     "alignment",
@@ -40,6 +41,11 @@ class Layout:
     def recipe(self) -> Path:
         """Every value of the recipe, presets and defaults written out."""
         return self.out / "recipe.resolved.yml"
+
+    @property
+    def pivot(self) -> Path:
+        """The pivot as a plain checkpoint, where it is a GGUF file."""
+        return self.out / PIVOT
 
     @property
     def data(self) -> Path:

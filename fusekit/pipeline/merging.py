@@ -13,7 +13,7 @@ import yaml
 from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, merge_inputs
-from fusekit.pipeline.vouching import require_whole, weights_hash
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.storage import artifact, commit_file, output_lock, recover
 
@@ -48,7 +48,7 @@ def merge(context: Context) -> None:
         context.done(final, inputs)  # says what differs
     artifact.refuse_foreign(final)
     for path in targets:
-        require_whole(path)
+        artifact.require_whole(path)
     _write_recipe(layout.merge_recipe, text)
     started = time.monotonic()
 
@@ -104,7 +104,7 @@ def check_section(recipe: Recipe) -> None:
     from fusekit.safe_yaml import Document
 
     targets = targets_of(recipe.settings, [source.label for source in recipe.sources], Path("targets"))
-    data = _models(recipe, [target.folder for target in targets], recipe.pivot.model) | dict(recipe.merge)
+    data = _models(recipe, [target.folder for target in targets], recipe.pivot.path) | dict(recipe.merge)
     problems = Problems(Document(data, "", "merge", {}))
     check(data, problems)
     found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
@@ -168,8 +168,8 @@ def _names(context: Context, targets: list[Path], models: Mapping[str, Any]) -> 
     """What models are called where paths of this machine are nobody's business."""
     names = {str(path): f"targets/{path.name}" for path in targets}
     if "base_model" in models:
-        snapshot = context.readers.checkpoint(PIVOT).snapshot
-        names[models["base_model"]] = snapshot.repository if snapshot else Path(models["base_model"]).name
+        checkpoint = context.readers.checkpoint(PIVOT)
+        names[models["base_model"]] = checkpoint.repository or Path(checkpoint.choice.model).name
     return names
 
 

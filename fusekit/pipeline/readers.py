@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from fusekit.errors import DataError
 from fusekit.pipeline.layout import PIVOT
@@ -16,7 +17,7 @@ from fusekit.representation.load import load_tokenizer
 def choice_of(model: Pivot) -> ModelChoice:
     """How a model of a recipe is loaded."""
     return ModelChoice(
-        model.model,
+        model.path,
         revision=model.revision,
         dtype=model.load.dtype,
         device_map=model.load.device_map,
@@ -29,9 +30,13 @@ def choice_of(model: Pivot) -> ModelChoice:
 
 @dataclass(eq=False)
 class Readers:
-    """The pivot and the sources of a recipe by name; each is looked up once."""
+    """The pivot and the sources of a recipe by name; each is looked up once.
+
+    pivot: where the pivot is a plain checkpoint, or will be, if the recipe has it as a GGUF file.
+    """
 
     recipe: Recipe
+    pivot: Path | None = None
     _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
@@ -47,6 +52,11 @@ class Readers:
             return self.recipe.pivot
         return next(source for source in self.recipe.sources if source.label == name)
 
+    def choice(self, name: str) -> ModelChoice:
+        """How a model is loaded."""
+        choice = choice_of(self.model(name))
+        return replace(choice, dequantised=self.pivot) if name == PIVOT else choice
+
     def add(self, name: str, checkpoint: Checkpoint) -> None:
         """Take a model that was found already."""
         self._checkpoints[name] = checkpoint
@@ -54,7 +64,7 @@ class Readers:
     def checkpoint(self, name: str) -> Checkpoint:
         """The model on disk or on the hub. Raises CaptureError."""
         if name not in self._checkpoints:
-            self._checkpoints[name] = find_checkpoint(choice_of(self.model(name)))
+            self._checkpoints[name] = find_checkpoint(self.choice(name))
         return self._checkpoints[name]
 
     def fingerprint(self, name: str) -> str:

@@ -54,8 +54,7 @@ def describe(context: Context) -> None:
         before = known.get(name)
         try:
             checkpoint = context.readers.checkpoint(name)
-            commit = checkpoint.snapshot.commit if checkpoint.snapshot else None
-            if before is None or None in (before.parameters, before.tokenizer) or before.commit != commit:
+            if before is None or None in (before.parameters, before.tokenizer) or before.commit != checkpoint.commit:
                 before = facts_of(checkpoint, context.readers.reader(name).tokenizer)
         except FusekitError:  # it has served, and may be gone
             pass

@@ -52,6 +52,8 @@ class Stage:
 
 def _represent(context: Context, processes: Processes) -> None:
     for name in context.readers.names:
+        for line in context.readers.checkpoint(name).notices:
+            context.say(f"represent {name}: {line}")
         with report_stage.timed(context, name, processes.is_first):
             stages.represent(context, name, context.rows)
     processes.first_then_all(partial(report_stage.describe, context))
@@ -139,7 +141,8 @@ def run(
             log.write(line)
             say(line)
 
-    context = Context(recipe, layout, Readers(recipe), tell, quiet, dict(merge_options or {}), ignore_estimates)
+    readers = Readers(recipe, layout.pivot)
+    context = Context(recipe, layout, readers, tell, quiet, dict(merge_options or {}), ignore_estimates)
     with ExitStack() as held:
 
         def claim() -> None:
@@ -150,6 +153,8 @@ def run(
         # Before the output is touched: a recipe that cannot be done leaves nothing behind.
         processes.first_then_all(lambda: checks.check_recipe(recipe, chosen))
         processes.first_then_all(claim)
+        if chosen != ["report"]:
+            processes.first_then_all(partial(stages.dequantised_pivot, context))
         if "evaluate" in chosen:
             processes.first_then_all(partial(evaluating.check_held_out, context))
         needed = {need for name in chosen for need in _STAGES[name].needs}

@@ -14,6 +14,7 @@ from typing import Any
 from fusekit.diagnosis import circumstances
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import FusekitError, RecipeError, StorageError
+from fusekit.models.gguf import split
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
@@ -89,6 +90,15 @@ class Context:
                 + f"\nGo back to what it was, remove {folder} to make it anew, or choose another output"
             )
         return found
+
+
+def dequantised_pivot(context: Context) -> None:
+    """Make a plain checkpoint of a pivot that is a GGUF file, once: it is what every stage reads."""
+    from fusekit.representation.load import dequantise
+
+    choice = context.readers.choice(PIVOT)
+    if choice.dequantised is not None and split(choice.model) is not None:
+        dequantise(choice, choice.dequantised, ignore_estimates=context.ignore_estimates, say=context.say)
 
 
 def data(context: Context) -> list[Row]:
@@ -220,7 +230,7 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
         return
     started = time.monotonic()
     made = vocabulary_map(context, source, rows)
-    quality = AlignmentQuality(recipe.pivot.model, context.readers.model(source).model)
+    quality = AlignmentQuality(recipe.pivot.path, context.readers.model(source).path)
     shown: dict[str, list[Any]] = {}  # by the source of data, so that each has its examples
     more: list[Any] = []
     texts = (

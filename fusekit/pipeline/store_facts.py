@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusekit.errors import CaptureError
-from fusekit.pipeline.readers import choice_of
 from fusekit.pipeline.stages import Context
 
 
@@ -28,7 +27,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     """
     from fusekit.representation.represent import details_of, vocabulary_size
 
-    section, choice = context.recipe.represent, choice_of(context.readers.model(name))
+    section, choice = context.recipe.represent, context.readers.choice(name)
     details = details_of(choice, context.recipe.data.train_on)
     facts: dict[str, Any] = {
         "top_k": min(section.top_k, before.get("vocabulary", section.top_k)),
@@ -55,4 +54,5 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
 
 def _is_commit(revision: str | None, before: Mapping[str, Any]) -> bool:
     """Whether a revision names what was captured, as far as that can be told without the hub."""
-    return revision is None or before.get("model_fingerprint") == f"commit {revision}"
+    captured = str(before.get("model_fingerprint")).split()[:2]  # a GGUF file's name may follow
+    return revision is None or captured == ["commit", revision]

@@ -1,4 +1,4 @@
-"""Models that a run has made: what identifies them, and whether they still are what was committed."""
+"""Models that a run has made: what identifies them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,6 @@ def weights_hash(folder: Path) -> str:
     files = _manifest(folder).files
     names = sorted(name for name in files if "/" not in name and Path(name).suffix in (".safetensors", ".jinja"))
     return artifact.joined_hash(files[name].xxh3 for name in [*names, *(name for name in _DECIDE if name in files)])
-
-
-def require_whole(folder: Path) -> None:
-    """Read a model through and compare it with its manifest. Raises StorageError naming every file that differs."""
-    _manifest(folder)
-    wrong = [line for line in artifact.problems(folder) if not line.endswith("is not of this artifact")]
-    if wrong:
-        raise StorageError(
-            f"{folder} is not what was committed:\n  "
-            + "\n  ".join(wrong)
-            + "\nIt is not used. Put back what it was, or "
-            f"remove {folder} and give the same command again: it alone is made anew"
-        )
 
 
 def _manifest(folder: Path) -> Artifact:

@@ -15,11 +15,12 @@ from fusekit.distillation.outputs import Target, targets_of
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.evaluation.held_out import held_out_rows
+from fusekit.models.gguf import SUFFIX
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.evaluating import models_of
-from fusekit.pipeline.layout import BASELINE, PIVOT
+from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.stages import ALIGNED_TEXTS
 from fusekit.plan import measure as timing
 from fusekit.plan.data import Rows, count_rows
@@ -65,12 +66,13 @@ def make_plan(recipe: Recipe, name: str, out: Path | None = None, *, measured: b
         FusekitError: settings that no run could have.
     """
     plan = Plan(name, str(out) if out is not None else None)
-    models = find_models(recipe)
+    models = find_models(recipe, Layout(out.resolve()).pivot if out is not None else None)
     plan.refused += models.refused
     plan.unknown += models.unknown
     if out is not None and (why := foreign(out)):
         plan.refused.append(why)
     job = _Job(recipe, out, models, Output(recipe, out, models), plan)
+    job.pivot()
     job.data()
     if measured:
         job.time_models()
@@ -109,6 +111,19 @@ class _Job:
         step = step_for(stage, name)
         self.plan.steps.append(step)
         return step
+
+    def pivot(self) -> None:
+        """A plain checkpoint of a pivot that is a GGUF file."""
+        known = self.models.pivot
+        if not known.model.endswith(SUFFIX):
+            return
+        step = self.step(PIVOT, "dequantised")
+        self.output.pivot(step)
+        if not step.work or known.checkpoint is None:
+            return
+        memory, disk = capture.dequantise_needs(known.checkpoint, existing_parent(self.place))
+        step.memory, step.disk, step.disk_at_most = memory.needed, disk.needed, disk.needed
+        self.plan.needs += [memory, disk]
 
     def data(self) -> None:
         """Count rows and tokens; the run's own rows, where they are there."""

@@ -15,7 +15,7 @@ from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import ModelSize, Pivot
 from fusekit.representation import RowTokenizer
-from fusekit.representation.checkpoint import Checkpoint, find_checkpoint
+from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.representation.estimate import itemsize
 
 LOCAL, CACHED, HUB, SAID = "folder", "cache", "hub", "recipe"
@@ -66,19 +66,20 @@ class Models:
         return self.known[PIVOT]
 
 
-def find_models(recipe: Recipe) -> Models:
+def find_models(recipe: Recipe, pivot: Path | None = None) -> Models:
     """Look every model up, all at once: each waits for the hub no longer than one would.
 
+    pivot: where a run makes a plain checkpoint of a pivot that is a GGUF file.
     Nothing is loaded and no weights are fetched; the hub's client keeps the small files that it fetches in its cache.
     """
-    readers = Readers(recipe)
+    readers = Readers(recipe, pivot)
     names = readers.names
     with ThreadPoolExecutor(len(names)) as pool:
-        found = dict(zip(names, pool.map(lambda name: _look_up(readers.model(name)), names), strict=True))
+        found = dict(zip(names, pool.map(lambda name: _look_up(readers.choice(name)), names), strict=True))
     models = Models({}, readers)
     for name in names:
         section, checkpoint = readers.model(name), found[name]
-        known = Known(name, section.model)
+        known = Known(name, section.path)
         if isinstance(checkpoint, Checkpoint):
             readers.add(name, checkpoint)
             known.checkpoint, known.origin = checkpoint, _origin(checkpoint)
@@ -97,26 +98,26 @@ def find_models(recipe: Recipe) -> Models:
     return models
 
 
-def _look_up(section: Pivot) -> Checkpoint | FusekitError:
+def _look_up(choice: ModelChoice) -> Checkpoint | FusekitError:
     try:
-        return find_checkpoint(choice_of(section))
+        return find_checkpoint(choice, download=False)
     except HubUnreachableError as error:
         return error
     except FusekitError as error:
-        return _without_weights(section) or error
+        return _without_weights(choice) or error
 
 
-def _without_weights(section: Pivot) -> Checkpoint | None:
+def _without_weights(choice: ModelChoice) -> Checkpoint | None:
     """A model of which only the small files are cached, where the hub does not answer: as large as its index says."""
     try:
-        found = find_checkpoint(choice_of(section), weights=False)
+        found = find_checkpoint(choice, weights=False, download=False)
         if found.snapshot is None or found.snapshot.online:
             return None
         index = json.loads((found.folder / "model.safetensors.index.json").read_bytes())
         total = int(index["metadata"]["total_size"])
     except (FusekitError, OSError, ValueError, KeyError, TypeError):
         return None
-    notices = [*found.notices, f"{section.model}: its weights are not in the cache, so a run has to reach the hub"]
+    notices = [*found.notices, f"{choice.model}: its weights are not in the cache, so a run has to reach the hub"]
     return replace(found, weights={"model.safetensors": total}, notices=notices)
 
 

@@ -18,6 +18,7 @@ from fusekit.plan.figures import GOES_ON, REFUSED, REUSED, TO_DO, Step
 from fusekit.plan.models import Models
 from fusekit.recipe import Recipe
 from fusekit.representation import Row
+from fusekit.representation.load import dequantised_from
 from fusekit.representation.represent import store_spec, vocabulary_size
 from fusekit.storage import Store, artifact
 from fusekit.storage.manifest import MANIFEST, Manifest, keys_hash, read_json
@@ -45,6 +46,11 @@ class Output:
         self.context = Context(recipe, self.layout, models.readers, lambda _line: None, quiet=True)
         self.rows: list[Row] | None = None
         self._complete: dict[str, Store] = {}
+
+    def pivot(self, step: Step) -> None:
+        """Of a pivot that is a GGUF file."""
+        folder, choice = self.layout.pivot, self.context.readers.choice(PIVOT)
+        self._artifact(step, folder, lambda: dequantised_from(choice, artifact.read(folder)))
 
     def data(self, step: Step) -> None:
         """Also keeps the rows, where they are there and of use."""

@@ -41,8 +41,8 @@ def _row(step: Step, tflops: float | None) -> tuple[str, ...]:
     return (
         _name(step),
         step.state,
-        f"{step.rows:,}" if step.rows is not None else ("" if step.stage == "merge" else "?"),
-        _count(step.tokens) if step.tokens is not None else ("" if step.stage in ("align", "merge") else "?"),
+        f"{step.rows:,}" if step.rows is not None else ("" if step.stage in ("pivot", "merge") else "?"),
+        _count(step.tokens) if step.tokens is not None else ("" if step.stage in ("pivot", "align", "merge") else "?"),
         human(step.disk) if step.disk is not None else "?",
         human(step.memory) if step.memory is not None else ("" if step.stage in ("data", "align", "evaluate") else "?"),
         _time(step.seconds, step.pflop, tflops),

@@ -20,6 +20,7 @@ from fusekit.distillation.settings import (
     clashes,
 )
 from fusekit.evaluation.settings import LmEval
+from fusekit.models.gguf import SUFFIX
 from fusekit.safe_yaml import KeyPath
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
@@ -82,13 +83,35 @@ class DataSize(Section):
 class Pivot(Section):
     """The model whose architecture and tokenizer the result has."""
 
-    model: str = Field(description="A folder, or a name on the Hugging Face hub.")
+    model: str = Field(description="A folder, or a name on the Hugging Face hub; or the path of a GGUF file.")
+    gguf_file: str | None = Field(
+        default=None, description="Name of a GGUF file in `model`, as for transformers: the weights are dequantised."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     chat_template: str = Field(default="own", description="`own`, the name of a shipped template, or a jinja file.")
     load: Load = Field(default=Load(), description="How transformers loads the model.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with this model.")
     allow_pickle: bool = Field(default=False, description="Read pickled weights of this model.")
     size: ModelSize | None = Field(default=None, description="For `fusekit plan` where the model is not at hand.")
+
+    @property
+    def path(self) -> str:
+        """The model, or the GGUF file in it."""
+        return self.model if self.gguf_file is None else f"{self.model.rstrip('/')}/{self.gguf_file}"
+
+    @model_validator(mode="after")
+    def _gguf(self) -> Pivot:
+        file = self.gguf_file
+        if file is not None and (not file.endswith(SUFFIX) or file.startswith("/") or ".." in file.split("/")):
+            raise ValueError(f"gguf_file is {file!r}: it is the name of a {SUFFIX} file in {self.model}")
+        if file is not None and self.model.endswith(SUFFIX):
+            raise ValueError(f"model is the GGUF file {self.model} already: leave out gguf_file ({file})")
+        if self.path.endswith(SUFFIX) and self.load.quantization:
+            raise ValueError(
+                f"{self.path} is a GGUF file, which is dequantised when it is loaded: leave out load.quantization, or "
+                "name the original model"
+            )
+        return self
 
 
 class SourceAlignment(Section):
@@ -107,7 +130,7 @@ class Source(Pivot):
     """A model that knows something."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = Field(
-        default=None, description="What folders and reports call it; null: the last part of `model`."
+        default=None, description="What folders and reports call it; null: the last part of `model` or `gguf_file`."
     )
     chat_template: str = Field(
         default="own", description="`own`, `pivot` (the papers'), the name of a shipped template, or a jinja file."
@@ -119,7 +142,12 @@ class Source(Pivot):
     @property
     def label(self) -> str:
         """What folders and reports call the source."""
-        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+        return self.name or last_part(self.path)
+
+
+def last_part(path: str) -> str:
+    """What a model is called where its place does not matter."""
+    return path.rstrip("/").rsplit("/", 1)[-1].removesuffix(SUFFIX)
 
 
 class Data(Section):

@@ -14,6 +14,7 @@ from fusekit import safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
+from fusekit.recipe.sections import last_part
 from fusekit.report import present, text
 from fusekit.report.models import ModelFacts, read_models
 from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training
@@ -80,14 +81,19 @@ class Facts:
     def model_name(self, name: str) -> str:
         """What the recipe calls the model of the pivot or a source."""
         if name == PIVOT:
-            return str(self.value("pivot.model"))
-        found = [entry.get("model") for entry in self.recipe["sources"] if source_name(entry) == name]
-        return str(found[0]) if found else name
+            return model_path(self.recipe["pivot"])
+        return next((model_path(entry) for entry in self.recipe["sources"] if source_name(entry) == name), name)
 
 
 def source_name(entry: Mapping[str, Any]) -> str:
     """What a run calls a source (:attr:`fusekit.recipe.sections.Source.label`)."""
-    return str(entry.get("name") or str(entry.get("model", "")).rstrip("/").rsplit("/", 1)[-1])
+    return str(entry.get("name") or last_part(model_path(entry)))
+
+
+def model_path(entry: Mapping[str, Any]) -> str:
+    """The model of the pivot or a source (:attr:`fusekit.recipe.sections.Pivot.path`)."""
+    model, file = str(entry.get("model", "")), entry.get("gguf_file")
+    return f"{model.rstrip('/')}/{file}" if file else model
 
 
 def read_facts(out: Path) -> Facts:

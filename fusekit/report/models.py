@@ -48,7 +48,7 @@ class ModelFacts(BaseModel):
         architecture: class name in its configuration. model_type: transformers' name for it.
         layers, width, vocabulary: of its configuration.
         parameters: elements of its tensors; None where they were not at hand.
-        dtype: of the weights on disk.
+        dtype: of the weights on disk; of a GGUF file how they are stored (``GGUF Q4_K_M``).
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -79,20 +79,20 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any = None) -> ModelFacts:
         found = (part.get(name) for part in layered for name in names)
         return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
+    gguf = checkpoint.gguf
     classes = config.get("architectures")
     dtype = config.get("dtype") or config.get("torch_dtype")
-    snapshot = checkpoint.snapshot
     return ModelFacts(
         model=checkpoint.choice.model,
-        repository=snapshot.repository if snapshot else None,
-        commit=snapshot.commit if snapshot else None,
+        repository=checkpoint.repository,
+        commit=checkpoint.commit,
         architecture=str(classes[0]) if isinstance(classes, list) and classes else None,
         model_type=str(config["model_type"]) if "model_type" in config else None,
         layers=number("num_hidden_layers", "n_layer"),
         width=number("hidden_size", "n_embd"),
         vocabulary=number("vocab_size"),
-        parameters=count_parameters(checkpoint.folder, checkpoint.weights),
-        dtype=str(dtype) if dtype else None,
+        parameters=gguf.parameters if gguf else count_parameters(checkpoint.folder, checkpoint.weights),
+        dtype=f"GGUF {gguf.format}" if gguf else str(dtype) if dtype else None,
         tokenizer=describe_tokenizer(tokenizer) if tokenizer is not None else None,
     )
 

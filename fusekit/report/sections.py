@@ -67,7 +67,7 @@ def _model_row(facts: Facts, name: str, entry: Mapping[str, Any], colour: str) -
         name,
         "pivot" if name == PIVOT else "source",
         colour,
-        known.repository or known.model,
+        known.repository if known.repository and not known.model.endswith(".gguf") else known.model,
         f"{HUB}{known.repository}" if known.repository else None,
         (known.architecture or "").removesuffix("ForCausalLM") or text.NO_VALUE,
         ", ".join(filter(None, [*sizes, known.dtype or ""])),

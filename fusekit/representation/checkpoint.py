@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from fusekit.errors import CaptureError
-from fusekit.models import hub
-from fusekit.models.headers import is_pickle, read_index, weight_entry
+from fusekit.models import gguf, hub
+from fusekit.models.headers import DTYPES, is_pickle, read_index, weight_entry
+from fusekit.storage import artifact
 
 _HASHED_AT_A_TIME = 16 << 20
 
@@ -22,7 +24,7 @@ class ModelChoice:
     """A model and how to load it; what is not said here is transformers' to decide.
 
     Attributes:
-        model: a folder, or a name on the hub.
+        model: a folder, or a name on the hub; or a GGUF file in either, ``folder/x.gguf``, ``owner/name/x.gguf``.
         revision: branch, tag or commit on the hub.
         dtype: of the weights; ``auto`` is the checkpoint's.
         device_map: as for ``from_pretrained``; None for one device, the process's own.
@@ -30,6 +32,8 @@ class ModelChoice:
         attn_implementation: as for ``from_pretrained``.
         trust_remote_code: run Python code that comes with this model.
         allow_pickle: read pickled weights of this model (still with ``weights_only``).
+        dequantised: folder of a plain checkpoint that :func:`fusekit.representation.load.dequantise` makes of a GGUF
+            file; read in its place once it is there.
     """
 
     model: str
@@ -40,6 +44,7 @@ class ModelChoice:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    dequantised: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,12 @@ class Checkpoint:
     Attributes:
         choice: what was asked for.
         folder: on disk; for a model on the hub, where its files are or will be.
-        config: content of its config.json.
+        config: content of its config.json; of a GGUF file what transformers makes of its header.
         weights: bytes of each weight file.
         snapshot: the commit on the hub, None for a folder.
         notices: lines for the user.
+        gguf: the header of a GGUF file.
+        identity: the fingerprint of the GGUF file that a plain checkpoint was made of.
     """
 
     choice: ModelChoice
@@ -61,6 +68,8 @@ class Checkpoint:
     weights: dict[str, int]
     snapshot: hub.Snapshot | None = None
     notices: list[str] = field(default_factory=list)
+    gguf: gguf.GgufHeader | None = None
+    identity: str | None = None
 
     @property
     def download_bytes(self) -> int:
@@ -68,7 +77,26 @@ class Checkpoint:
         return sum(self.weights[name] for name in self.snapshot.missing(self.weights)) if self.snapshot else 0
 
     @property
+    def repository(self) -> str | None:
+        """On the hub; None for a model in a folder."""
+        if self.snapshot:
+            return self.snapshot.repository
+        parts = gguf.split(self.choice.model)
+        return parts[0] if parts and self.commit else None
+
+    @property
+    def commit(self) -> str | None:
+        """On the hub, also of the GGUF file that a plain checkpoint was made of."""
+        if self.snapshot:
+            return self.snapshot.commit
+        kind, _, rest = (self.identity or "").partition(" ")
+        return rest.split()[0] if kind == "commit" else None
+
+    @property
     def weight_bytes(self) -> int:
+        """Bytes of the weights in the dtype of the configuration: of a GGUF file once they are dequantised."""
+        if self.gguf is not None:
+            return self.gguf.parameters * _ITEMSIZES[self.gguf.dtype]
         return sum(self.weights.values())
 
     def fetch(self, *, bar: bool = False) -> None:
@@ -79,10 +107,18 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
 
-        Call it after :meth:`fetch`. A folder is read once from end to end, as it will be again to be loaded.
+        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Call it after :meth:`fetch`. A folder is
+        read once from end to end, as it will be again to be loaded.
         """
+        if self.identity is not None:
+            return self.identity
         if self.snapshot:
-            return f"commit {self.snapshot.commit}"
+            return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
+        if self.gguf is not None:
+            try:
+                return f"xxh3 {artifact.file_hash(self.folder / self.gguf.file)}"
+            except OSError as error:
+                raise CaptureError(f"{self.choice.model} cannot be read: {error}") from error
         digest = xxhash.xxh3_128(json.dumps(_identity(self.config), sort_keys=True).encode())
         for name in sorted(self.weights):
             digest.update(f"\0{name}\0".encode())
@@ -100,23 +136,92 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
 
 
-def find_checkpoint(choice: ModelChoice, *, weights: bool = True) -> Checkpoint:
+def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool = True) -> Checkpoint:
     """The model that a choice means, with its configuration and tokenizer on disk, but not yet its weights.
 
-    weights: False where only its tokenizer is wanted.
+    A GGUF file has all of these in one, and is fetched whole.
+
+    Args:
+        choice: the model.
+        weights: False where only its tokenizer is wanted; there is no configuration of a GGUF file then.
+        download: False to refuse a GGUF file that would have to be fetched.
 
     Raises:
+        HubUnreachableError: a GGUF file is not here and ``download`` is False.
         CaptureError: missing, gated, unreachable or incomplete; pickled weights or code of its own without leave. Says
             what to do.
     """
     notices: list[str] = []
+    if (parts := gguf.split(choice.model)) is not None:
+        return _dequantised(choice) or _find_gguf(choice, *parts, weights=weights, download=download)
     folder, snapshot = _locate(choice, notices)
+    names = _names(folder, snapshot)
+    if weight_entry(names) is None and gguf.among(names) and (weights or "config.json" not in names):
+        raise CaptureError(f"{choice.model} {gguf.only_gguf(choice.model, names)}")
     if snapshot:
         snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
     config = _read_json(choice, folder / "config.json")
     _refuse_code(choice, folder, config)
     sizes = _weights(choice, folder, snapshot) if weights else {}
     return Checkpoint(choice, folder, config, sizes, snapshot, notices)
+
+
+_ITEMSIZES = dict(DTYPES.values())
+
+
+def _dequantised(choice: ModelChoice) -> Checkpoint | None:
+    """The plain checkpoint that was made of a GGUF file, None where there is none yet."""
+    folder = choice.dequantised
+    known = artifact.read(folder) if folder is not None else None
+    if folder is None or known is None:
+        return None
+    config = _read_json(choice, folder / "config.json")
+    return Checkpoint(choice, folder, config, _weights(choice, folder, None), identity=str(known.inputs.get("gguf")))
+
+
+def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, download: bool) -> Checkpoint:
+    if choice.quantization:
+        raise CaptureError(
+            f"{choice.model} is a GGUF file, which is dequantised when it is loaded: the quantization "
+            f"{choice.quantization.get('quant_method')!r} does not apply; leave it out, or take the original model"
+        )
+    notices: list[str] = []
+    folder, snapshot = _locate(replace(choice, model=place), notices)
+    if file not in _names(folder, snapshot):
+        there = ", ".join(gguf.among(_names(folder, snapshot))) or "none"
+        raise CaptureError(f"{choice.model}: there is no file {file} in {place}; GGUF files there: {there}")
+    if snapshot and snapshot.missing([file]):
+        if not download:
+            raise hub.HubUnreachableError(
+                f"{choice.model} is not in the cache: what is in its header is known once it is fetched "
+                f"({snapshot.sizes[file]:,} bytes)"
+            )
+        snapshot.fetch([file], bar=True)
+    header = gguf.read_header(folder, file, choice.model)
+    size = (folder / file).stat().st_size
+    notices += [f"{choice.model}: transformers does not read {line}" for line in header.left_out]
+    config = dict(_gguf_config(folder, file, choice.model, header.architecture, size)) if weights else {}
+    found = Checkpoint(choice, folder, config, {file: size}, snapshot, notices, header)
+    return replace(found, config=config | {"dtype": header.dtype})
+
+
+@lru_cache(maxsize=16)
+def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: int) -> dict[str, Any]:
+    """What transformers makes of the header of a GGUF file, which takes it seconds: half a minute of a large one."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=file, local_files_only=True)
+    except Exception as error:  # transformers' and gguf's own, of many kinds
+        raise CaptureError(
+            f"{label}: transformers cannot read a GGUF file of the architecture {architecture!r}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; take the original model"
+        ) from error
+    config = {name: value for name, value in config.items() if name != "_model_name_or_path"}
+    if "architectures" not in config and config.get("model_type") in NAMES:
+        config["architectures"] = [NAMES[config["model_type"]]]
+    return config
 
 
 def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot | None]:
@@ -127,11 +232,16 @@ def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot
             raise CaptureError(f"{name} is a local folder: the revision {choice.revision!r} has no meaning there")
         return local.resolve(), None
     if local.exists():
-        raise CaptureError(f"{name} is a file: give the folder of the model")
+        raise CaptureError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
     if not name or name[0] in "/~." or name.count("/") > 1:
         raise CaptureError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
     snapshot = hub.find(name, choice.revision, None, notices)
     return snapshot.folder, snapshot
+
+
+def _names(folder: Path, snapshot: hub.Snapshot | None) -> set[str]:
+    """The files of a model, wherever they are yet."""
+    return set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
 
 
 def _read_json(choice: ModelChoice, path: Path) -> dict[str, Any]:
@@ -163,7 +273,7 @@ def _refuse_code(choice: ModelChoice, folder: Path, config: dict[str, Any]) -> N
 
 def _weights(choice: ModelChoice, folder: Path, snapshot: hub.Snapshot | None) -> dict[str, int]:
     """Bytes by name of the files that hold the weights."""
-    names = set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
+    names = _names(folder, snapshot)
     entry = weight_entry(names)
     if entry is None:
         where = "in the cache, and the hub cannot be reached" if snapshot and not snapshot.online else f"in {folder}"

@@ -69,7 +69,7 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
 def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes) -> list[Need]:
     """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
     weights = loaded_bytes(checkpoint)
-    needed = weights + working_bytes(checkpoint, batch_tokens)
+    needed = weights + max(working_bytes(checkpoint, batch_tokens), dequantising_bytes(checkpoint))
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
     if processes.device.type == "cuda":
         count = torch.cuda.device_count()
@@ -77,7 +77,8 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
         free = sum(torch.cuda.mem_get_info(i)[0] for i in devices)
         if checkpoint.choice.device_map:  # what does not fit on the GPUs stays in main memory
             free += min(limit.available for limit in memory_limits())
-        return [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
+        needs = [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
+        return needs + (_host_needs(checkpoint) if checkpoint.gguf is not None else [])
     if processes.device.type != "cpu":
         return []
     tightest = min(memory_limits(), key=lambda limit: limit.available)
@@ -85,6 +86,26 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
     mapped = max(checkpoint.weights.values(), default=0) if tightest.address_space else 0
     what += f" in {shared} processes" if shared > 1 else ""
     return [Need(what, needed * shared + mapped, tightest.available, tightest.source)]
+
+
+def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
+    """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
+    what, free = f"disk of {checkpoint.choice.model}, dequantised", free_bytes(folder)
+    disk = Need(what, loaded_bytes(checkpoint), free, f"free on the disk of {existing_parent(folder)}")
+    return [*_host_needs(checkpoint), disk]
+
+
+def _host_needs(checkpoint: Checkpoint) -> list[Need]:
+    """Main memory to dequantise a GGUF file, wherever its weights go from there."""
+    tightest = min(memory_limits(), key=lambda limit: limit.available)
+    needed = loaded_bytes(checkpoint) + dequantising_bytes(checkpoint)
+    what = f"main memory to dequantise {checkpoint.choice.model}"
+    return [Need(what, needed, tightest.available, tightest.source)]
+
+
+def dequantising_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes besides the weights while a GGUF file is loaded: its largest tensor in float32, twice. Else 0."""
+    return 2 * 4 * checkpoint.gguf.largest if checkpoint.gguf is not None else 0
 
 
 def loaded_bytes(checkpoint: Checkpoint) -> int:

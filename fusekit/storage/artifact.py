@@ -186,6 +186,18 @@ def problems(folder: Path) -> list[str]:
     return found + [f"{folder / name}: {_FOREIGN}" for name in _not_listed(folder, artifact)]
 
 
+def require_whole(folder: Path) -> None:
+    """Read an artifact through and compare it with its manifest. Raises StorageError naming every file that differs."""
+    wrong = [line for line in problems(folder) if not line.endswith(_FOREIGN)]
+    if wrong:
+        raise StorageError(
+            f"{folder} is not what was committed:\n  "
+            + "\n  ".join(wrong)
+            + "\nIt is not used. Put back what it was, or "
+            f"remove {folder} and give the same command again: it alone is made anew"
+        )
+
+
 def foreign(folder: Path) -> list[str]:
     """Files in a folder that its manifest does not list, in order; all of them where there is no manifest.
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fusekit.distillation.run import Target, _begin, _start
 from fusekit.errors import FusekitError
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
-from fusekit.pipeline.vouching import require_whole, weights_hash
+from fusekit.pipeline.vouching import weights_hash
 from fusekit.representation import Message, Row
 from fusekit.storage import artifact
 
@@ -41,7 +41,7 @@ READERS: dict[str, Callable[[Target], object]] = {
     "data/manifest.json": lambda target: artifact.problems(target.folder.parent / "data"),
     "data/rows.jsonl": lambda target: read_rows_file(target.folder.parent / "data"),
     "one/manifest.json": lambda target: (
-        require_whole(target.folder.parent / "one"),
+        artifact.require_whole(target.folder.parent / "one"),
         weights_hash(target.folder.parent / "one"),
     ),
     "two.training/made_from.json": resumed,

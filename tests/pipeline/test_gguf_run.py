@@ -1,0 +1,176 @@
+"""GGUF files in a run: a source as it is, a pivot dequantised once; and in every command that reads a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from fusekit.cli import cli as commands
+from fusekit.errors import MergeError, RecipeError, StorageError
+from fusekit.pipeline import cleaning
+from fusekit.pipeline.run import run
+from fusekit.plan.figures import REFUSED, REUSED, TO_DO
+from fusekit.plan.make import make_plan
+from fusekit.recipe import load_recipe
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.storage import Store, artifact
+from tests.gguf_files import write_gguf
+from tests.pipeline.worlds import DEMO, stamps, write_recipe
+
+
+def quiet(_line: str) -> None:
+    """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a pivot and a source as GGUF, a recipe of them, and its finished run."""
+    folder = tmp_path_factory.mktemp("world")
+    write_gguf(DEMO / "models" / "pivot", folder / "pivot.Q8_0.gguf", "Q8_0")
+    (folder / "models").mkdir()
+    write_gguf(DEMO / "sources" / "llama", folder / "models" / "llama.F16.gguf", "F16")
+    path = write_recipe(folder, ["llama"])
+    recipe = yaml.safe_load(path.read_text())
+    recipe["pivot"] = {"model": str(folder / "pivot.Q8_0.gguf")}
+    recipe["sources"] = [{"model": str(folder / "models"), "gguf_file": "llama.F16.gguf", "load": {"dtype": "float32"}}]
+    path.write_text(yaml.safe_dump(recipe))
+    run(load_recipe(path), folder / "out", say=quiet)
+    return folder
+
+
+def test_a_run_of_gguf_files_leaves_what_any_run_leaves(world):
+    out = world / "out"
+    assert load_recipe(world / "recipe.yml").sources[0].label == "llama.F16"
+    manifests = {str(path.parent.relative_to(out)) for path in out.rglob("manifest.json")}
+    assert {"pivot", "data", "representations/llama.F16", "targets/llama.F16", "merged"} <= manifests
+    assert not [line for path in ("pivot", "targets/llama.F16", "merged") for line in artifact.problems(out / path)]
+    spec = Store.open(out / "representations" / "pivot").spec
+    assert spec.model == str(world / "pivot.Q8_0.gguf")
+    assert spec.model_fingerprint == find_checkpoint(ModelChoice(spec.model)).fingerprint()
+    trained, began = (load_file(out / name / "model.safetensors") for name in ("targets/llama.F16", "pivot"))
+    assert {name: (t.shape, t.dtype) for name, t in trained.items()} == {
+        name: (t.shape, t.dtype) for name, t in began.items()
+    }
+    scores = json.loads((out / "results.json").read_text())["models"]
+    assert {"pivot", "sources/llama.F16", "targets/llama.F16", "merged", "baseline"} == set(scores)
+
+
+def test_report_and_card_name_the_files(world):
+    out = world / "out"
+    models = json.loads((out / "models.json").read_text())
+    assert models["pivot"]["model"].endswith("pivot.Q8_0.gguf")
+    assert models["llama.F16"]["dtype"] == "GGUF F16"
+    assert models["llama.F16"]["architecture"] == "LlamaForCausalLM"
+    assert models["llama.F16"]["parameters"] > 0
+    card = (out / "merged" / "README.md").read_text()
+    assert "`pivot.Q8_0.gguf`" in card
+    assert "`llama.F16.gguf`" in card
+    assert str(world) not in card
+    assert "pivot.Q8_0.gguf" in (out / "report.html").read_text()
+
+
+def test_a_rerun_does_nothing_even_where_the_pivots_file_is_gone(world, tmp_path):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    text = (copy / "recipe.yml").read_text().replace(str(world / "rows"), str(copy / "rows"))
+    (copy / "recipe.yml").write_text(text)
+    recipe, out = load_recipe(world / "recipe.yml"), copy / "out"
+    before = {name: stamp for name, stamp in stamps(out).items() if not name.startswith("logs")}
+    said: list[str] = []
+    run(recipe, out, say=said.append)
+    assert not any("dequantising" in line for line in said)
+    changed = {name for name, stamp in stamps(out).items() if before.get(name, stamp) != stamp}
+    assert not {name for name in changed if name.split("/")[0] in ("pivot", "targets", "representations", "data")}
+
+
+def test_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "pivot.gguf"
+    shutil.copytree(world / "out", out)
+    shutil.copyfile(world / "pivot.Q8_0.gguf", file)
+    recipe = load_recipe(world / "recipe.yml", [f"pivot.model={file}"])
+    plan = make_plan(recipe, "r", out, measured=False)
+    assert [step.state for step in plan.steps if step.stage == "pivot"] == [REUSED]  # the same file elsewhere
+    write_gguf(DEMO / "models" / "pivot", file, "F16")
+    with pytest.raises(StorageError, match=r"out/pivot was made from something else:\n  gguf: 'xxh3"):
+        run(recipe, out, say=quiet)
+    plan = make_plan(recipe, "r", out, measured=False)
+    assert [step.state for step in plan.steps if step.stage == "pivot"] == [REFUSED]
+    new = make_plan(recipe, "r", tmp_path / "new", measured=False)
+    (step,) = [step for step in new.steps if step.stage == "pivot"]
+    assert (step.state, step.disk) == (TO_DO, find_checkpoint(ModelChoice(str(file))).weight_bytes)
+    assert not new.refused
+
+
+def test_clean_keeps_the_pivot_of_a_gguf_recipe_alone(world, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(world / "out", out)
+    with cleaning.claimed(out) as layout:
+        assert layout.pivot not in [item.path for item in cleaning.unneeded(layout).items]
+        plain = load_recipe(world / "recipe.yml", [f"pivot.model={DEMO / 'models' / 'pivot'}"])
+        assert layout.pivot in [item.path for item in cleaning.unneeded(layout, plain).items]
+    verified = CliRunner().invoke(commands, ["verify", str(out)])
+    assert verified.exit_code == 0, verified.output
+    assert f"{out / 'pivot'}: " in verified.output
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sources.0.gguf_file=model.bin", r"gguf_file is 'model\.bin'"),
+        ("sources.0.gguf_file=../x.gguf", r"gguf_file is '\.\./x\.gguf'"),
+        ("pivot.gguf_file=x.gguf", r"pivot\.Q8_0\.gguf already.*x\.gguf"),
+        ("sources.0.load.quantization={quant_method: bitsandbytes}", r"llama\.F16\.gguf.*load\.quantization"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(world, override, says):
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(world / "recipe.yml", [override])
+
+
+def test_commands_take_the_path_of_a_file(world, tmp_path):
+    source, pivot = world / "models" / "llama.F16.gguf", world / "pivot.Q8_0.gguf"
+    rows, invoke = str(world / "rows.jsonl"), CliRunner().invoke
+
+    def done(*args: object) -> str:
+        result = invoke(commands, [str(arg) for arg in args])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        return result.output
+
+    done("represent", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
+    done("represent", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
+    assert "no rows shown" not in done("inspect", "store", tmp_path / "source")
+    linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
+    assert "linked      100.0 %" in linked or "with a row" in linked
+    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metric", "bits_per_byte")
+    distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
+    distil += ["--source-store", f"llama={tmp_path / 'source'}", "--epochs", "1", "--batch-size", "6"]
+    done(*distil, "--micro-batch-size", "6")
+    assert {path.parent.name for path in (tmp_path / "out").rglob("manifest.json")} == {"pivot", "llama"}
+    before = stamps(tmp_path / "out" / "pivot")
+    done(*distil, "--micro-batch-size", "6", "--resume")
+    assert stamps(tmp_path / "out" / "pivot") == before
+
+
+def test_a_merge_refuses_gguf_files_with_the_way_out(world, tmp_path):
+    from mergekit.options import MergeOptions
+
+    from fusekit.merging import Settings, merge
+
+    for model in (world / "pivot.Q8_0.gguf", world / "models"):
+        recipe = tmp_path / "merge.yml"
+        recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(model)}]}))
+        with pytest.raises(MergeError, match=r"(?s)GGUF file.*dequantise\('.*\.gguf', 'FOLDER'\)"):
+            merge(recipe, tmp_path / "out", MergeOptions(quiet=True), Settings())
+
+
+def test_commands_that_read_no_gguf_need_no_gguf():
+    script = "import sys; sys.modules['gguf'] = None\nimport fusekit.pipeline.run, fusekit.plan.make, fusekit.cli.merge"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,273 @@
+"""GGUF files as models: what their headers say, what is loaded of them, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusekit.alignment import align
+from fusekit.errors import CaptureError, StorageError
+from fusekit.models import gguf as headers
+from fusekit.models.gguf import read_header, split
+from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.estimate import loaded_bytes
+from fusekit.representation.load import dequantise, load_model, load_tokenizer
+from fusekit.representation.row_tokenizer import RowTokenizer
+from fusekit.storage import artifact
+from tests.gguf_files import write_gguf
+from tests.merging.hub_server import Hub, Repository
+from tests.merging.processes import ENVIRONMENT
+from tests.representation.conftest import DEMO
+
+CPU = torch.device("cpu")
+PIVOT = DEMO / "pivot"
+PARAMETERS = 951_424  # 768*128 + 4*(4*128*128 + 3*128*384 + 2*128) + 128
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """The demo's pivot as GGUF, by the type of its matrices."""
+    folder = tmp_path_factory.mktemp("gguf")
+    return {kind: write_gguf(PIVOT, folder / f"pivot.{kind}.gguf", kind) for kind in ("F32", "F16", "BF16", "Q8_0")}
+
+
+def logits(choice: ModelChoice) -> torch.Tensor:
+    model = load_model(find_checkpoint(choice), CPU)
+    ids = torch.arange(7, 71).reshape(2, 32)
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+# The demo's weights are bfloat16: F32 and BF16 hold them exactly, F16 where they are not tiny.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "most"), [("F32", "float32", 1e-5), ("F16", "float32", 1e-4), ("Q8_0", "float32", 0.3)]
+)
+def test_a_gguf_file_predicts_what_its_model_does(files, kind, dtype, most):
+    expected = logits(ModelChoice(str(PIVOT), dtype=dtype))
+    found = logits(ModelChoice(str(files[kind]), dtype=dtype))
+    error = (found - expected).abs().max().item()
+    assert error <= most
+    assert (kind == "Q8_0") == (error > 1e-3)
+
+
+def test_a_gguf_file_reads_text_as_its_model_does(files):
+    theirs, ours = (load_tokenizer(find_checkpoint(ModelChoice(str(path)))) for path in (PIVOT, files["F32"]))
+    text = "12+34=46, naïve 中文 \n\n x" * 3
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == (theirs.bos_token, theirs.eos_token, theirs.pad_token)
+    assert ours.chat_template == theirs.chat_template
+    assert ours.get_vocab() == theirs.get_vocab()  # no <|endoftext|>, for which the model has no row
+    assert ours.name_or_path == str(files["F32"])
+    found = align(text, theirs, ours)
+    assert found.pivot.ends.tolist() == found.source.ends.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32")]
+)
+def test_sizes_and_dtypes_come_from_the_header(files, kind, dtype):
+    checkpoint = find_checkpoint(ModelChoice(str(files[kind])))
+    assert checkpoint.gguf.parameters == PARAMETERS
+    assert checkpoint.gguf.largest == 768 * 128
+    assert (checkpoint.gguf.architecture, checkpoint.gguf.format) == ("llama", kind)
+    assert checkpoint.config["dtype"] == dtype
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    assert loaded_bytes(checkpoint) == checkpoint.weight_bytes == PARAMETERS * size
+    smaller = find_checkpoint(ModelChoice(str(files[kind]), dtype="bfloat16"))
+    assert loaded_bytes(smaller) == PARAMETERS * 2
+    model = load_model(checkpoint, CPU)
+    assert (model.dtype, model.num_parameters()) == (getattr(torch, dtype), PARAMETERS)
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_fingerprint_is_that_of_the_file_wherever_it_is(files, tmp_path):
+    before = find_checkpoint(ModelChoice(str(files["Q8_0"]))).fingerprint()
+    shutil.copyfile(files["Q8_0"], tmp_path / "other.gguf")
+    assert find_checkpoint(ModelChoice(str(tmp_path / "other.gguf"))).fingerprint() == before
+    assert find_checkpoint(ModelChoice(str(files["F16"])), weights=False).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x.gguf", (".", "x.gguf")),
+        ("/nowhere/x.gguf", ("/nowhere", "x.gguf")),
+        ("./a/b/x.gguf", ("a/b", "x.gguf")),
+        ("owner/x.gguf", ("owner", "x.gguf")),
+        ("owner/name/x.gguf", ("owner/name", "x.gguf")),
+        ("owner/name/deep/x.gguf", ("owner/name", "deep/x.gguf")),
+        ("owner/name", None),
+        ("here/sub/x.gguf", ("here/sub", "x.gguf")),
+        ("folder.gguf", None),
+    ],
+)
+def test_names_of_gguf_files(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    (tmp_path / "folder.gguf").mkdir()
+    assert split(name) == expected
+
+
+def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
+    folder = files["F32"].parent
+    with pytest.raises(CaptureError, match=rf"{folder}/pivot\.BF16\.gguf.*gguf_file: pivot\.BF16\.gguf") as refused:
+        find_checkpoint(ModelChoice(str(folder)))
+    assert all(file.name in str(refused.value) for file in files.values())
+    with pytest.raises(CaptureError, match=rf"no file other\.gguf in {folder}.*pivot\.Q8_0\.gguf"):
+        find_checkpoint(ModelChoice(f"{folder}/other.gguf"))
+
+
+def test_a_folder_with_weights_beside_a_gguf_file_is_the_weights(tmp_path, files):
+    shutil.copytree(PIVOT, tmp_path / "model")
+    shutil.copyfile(files["Q8_0"], tmp_path / "model" / "q.gguf")
+    assert find_checkpoint(ModelChoice(str(tmp_path / "model"))).gguf is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:-1], "is cut off: .* bytes"),
+        (lambda data: data[:300], "damaged"),
+        (lambda data: b"", "cannot be read|damaged"),
+        (lambda data: b"GGML" + data[4:], "no GGUF file"),
+        (lambda data: data[:4] + b"\x01" + data[5:], "version is 1"),
+        (lambda data: data[:8] + b"\xff" * 8 + data[16:], "damaged"),
+        (lambda data: data[:24] + b"\xff" * 8 + data[32:], "damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_named(files, tmp_path, change, says):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(change(files["Q8_0"].read_bytes()))
+    with pytest.raises(CaptureError, match=says) as refused:
+        find_checkpoint(ModelChoice(str(path)))
+    assert "broken.gguf" in str(refused.value)
+
+
+def test_what_transformers_cannot_load_is_refused(tmp_path, files):
+    strange = write_gguf(PIVOT, tmp_path / "strange.gguf", architecture="rwkv7")
+    with pytest.raises(CaptureError, match=r"strange\.gguf.*'rwkv7'"):
+        find_checkpoint(ModelChoice(str(strange)))
+    part = write_gguf(PIVOT, tmp_path / "part-00001-of-00003.gguf", split__count=3)
+    with pytest.raises(CaptureError, match=r"one of the 3 parts.*llama-gguf-split --merge"):
+        find_checkpoint(ModelChoice(str(part)))
+    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(CaptureError, match="'bitsandbytes'"):
+        find_checkpoint(ModelChoice(str(files["F32"]), quantization=four_bits))
+    with pytest.raises(CaptureError, match="local folder: the revision 'main'"):
+        find_checkpoint(ModelChoice(str(files["F32"]), revision="main"))
+
+
+def test_scaled_positions_are_said_to_be_left_out(tmp_path):
+    scaled = write_gguf(PIVOT, tmp_path / "scaled.gguf", llama__rope__scaling__type="yarn")
+    (line,) = find_checkpoint(ModelChoice(str(scaled))).notices
+    assert "scaled.gguf" in line
+    assert "yarn" in line
+    plain = write_gguf(PIVOT, tmp_path / "plain.gguf", llama__rope__scaling__type="none")
+    assert not find_checkpoint(ModelChoice(str(plain))).notices
+
+
+def test_without_the_package_the_extra_is_named(files, monkeypatch):
+    monkeypatch.setattr(headers, "find_spec", lambda _name: None)
+    with pytest.raises(CaptureError, match=r"pip install 'fusekit\[gguf\]'"):
+        read_header(files["F32"].parent, files["F32"].name, "m")
+
+
+def test_a_file_is_dequantised_once(files, tmp_path):
+    folder, choice = tmp_path / "plain", ModelChoice(str(files["Q8_0"]))
+    said: list[str] = []
+    dequantise(choice, folder, say=said.append)
+    dequantise(choice, folder, say=said.append)
+    assert len(said) == 1
+    known = artifact.read(folder)
+    assert known.inputs == {"gguf": find_checkpoint(choice).fingerprint(), "dtype": "auto"}
+    assert not artifact.problems(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert "quantization_config" not in config
+    assert torch.equal(logits(ModelChoice(str(folder))), logits(choice))
+    read = [RowTokenizer(load_tokenizer(find_checkpoint(ModelChoice(str(path))))) for path in (folder, choice.model)]
+    assert read[0].fingerprint == read[1].fingerprint
+
+
+def test_a_plain_checkpoint_stands_for_its_file(files, tmp_path):
+    choice = ModelChoice(str(files["F16"]), dequantised=tmp_path / "plain")
+    before = find_checkpoint(choice)
+    assert before.gguf is not None
+    dequantise(choice, tmp_path / "plain")
+    after = find_checkpoint(choice)
+    assert (after.folder, after.gguf) == (tmp_path / "plain", None)
+    assert after.fingerprint() == before.fingerprint()
+    assert after.weight_bytes == pytest.approx(before.weight_bytes, rel=0.01)
+
+
+def test_a_plain_checkpoint_of_another_file_dtype_or_content_is_refused(files, tmp_path):
+    folder = tmp_path / "plain"
+    mine = tmp_path / "mine.gguf"
+    shutil.copyfile(files["Q8_0"], mine)
+    dequantise(str(mine), folder)
+    for other in (ModelChoice(str(files["F16"])), ModelChoice(str(mine), dtype="bfloat16")):
+        with pytest.raises(StorageError, match=r"(gguf|dtype): '.*', now '"):
+            dequantise(other, folder)
+    mine.unlink()
+    dequantise(str(mine), folder)  # it has served
+    with pytest.raises(CaptureError, match=r"no file mine2\.gguf"):
+        dequantise(str(mine.with_name("mine2.gguf")), folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(StorageError, match=r"model\.safetensors: its content"):
+        dequantise(str(mine), folder)
+    dequantise(ModelChoice(str(files["F16"]), dtype="float32"), folder, overwrite=True)
+    assert not artifact.problems(folder)
+    with pytest.raises(CaptureError, match="no GGUF file"):
+        dequantise(str(PIVOT), tmp_path / "x")
+
+
+def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for kind in ("F16", "Q8_0"):
+        shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
+    repository = Repository(folder)
+    script = (
+        "from fusekit.representation.checkpoint import ModelChoice as C, find_checkpoint as find\n"
+        "from fusekit.representation.load import load_model, load_tokenizer\n"
+        "from fusekit.errors import FusekitError\n"
+        "import torch\n"
+        "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"
+        "                        (C('who/m-GGUF/m.Q8_0.gguf'), {'download': False})]:\n"
+        "    try: find(choice, **options)\n"
+        "    except FusekitError as error: print(type(error).__name__, error)\n"
+        "found = find(C('who/m-GGUF/m.Q8_0.gguf', dtype='float32'))\n"
+        "print(found.fingerprint(), found.repository, found.commit, found.gguf.parameters)\n"
+        "print(load_model(found, torch.device('cpu')).num_parameters(), len(load_tokenizer(found)))\n"
+    )
+    with Hub({"who/m-GGUF": repository}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={
+                **{key: value for key, value in ENVIRONMENT.items() if not key.startswith("HF_")},
+                **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"},
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        fetched = hub.bytes_sent_of(".gguf")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5, done.stdout + done.stderr
+    assert "m.F16.gguf, m.Q8_0.gguf" in lines[0]
+    assert "no file x.gguf in who/m-GGUF" in lines[1]
+    assert lines[2].startswith("HubUnreachableError who/m-GGUF/m.Q8_0.gguf")
+    commit = repository.commit()
+    assert lines[3] == f"commit {commit} m.Q8_0.gguf who/m-GGUF {commit} {PARAMETERS}"
+    assert lines[4] == f"{PARAMETERS} 768"
+    assert fetched
+    assert all("m.Q8_0.gguf" in request for request in fetched)
