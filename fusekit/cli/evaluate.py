@@ -63,7 +63,11 @@ METRICS = ("bits_per_byte", "exact_match")
     help="Of the weights; auto: the checkpoint's.",
 )
 @click.option("--device-map", callback=as_device_map, help="`auto`, or a JSON object, as for transformers.")
-@click.option("--batch-tokens", default=16384, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of a batch, padding included; by default what suits the device.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with these models.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of these models.")
 @click.option(
@@ -76,7 +80,7 @@ def evaluate(
     metrics: tuple[str, ...],
     limit: int | None,
     chat_template: str,
-    batch_tokens: int,
+    batch_tokens: int | None,
     json_file: Path | None,
     **options: Any,
 ) -> None:

@@ -14,7 +14,7 @@ from fusekit.errors import DistillationError
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need, refuse_lacking
 from fusekit.representation.checkpoint import Checkpoint
-from fusekit.representation.estimate import itemsize, shape_of
+from fusekit.representation.estimate import itemsize, parameters, shape_of, stored_dtype
 from fusekit.representation.processes import Processes
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
@@ -44,11 +44,6 @@ class States(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """How many parameters a checkpoint's files hold."""
-    return checkpoint.weight_bytes // itemsize(_stored(checkpoint))
 
 
 def trained_parameters(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
@@ -164,13 +159,9 @@ def is_sharded(settings: TrainingSettings) -> bool:
     )
 
 
-def _stored(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-
-
 def _width(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
     """Bytes of a trained weight."""
-    return itemsize(_stored(checkpoint) if settings.dtype == "auto" else settings.dtype)
+    return itemsize(stored_dtype(checkpoint) if settings.dtype == "auto" else settings.dtype)
 
 
 def _moments(settings: TrainingSettings, width: int) -> float:

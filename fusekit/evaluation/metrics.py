@@ -11,12 +11,13 @@ import torch
 
 from fusekit.errors import DataError
 from fusekit.evaluation.generation import Question, replies
+from fusekit.representation.batches import BATCH_TOKENS
 from fusekit.representation.chat_template import ChatTemplate
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.representation.row_tokenizer import RowTokenizer
 from fusekit.representation.rows import Row
-from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
+from fusekit.representation.teacher import Teacher
 from fusekit.representation.tokenized_row import Part, TokenizedRow
 from fusekit.representation.topk import Selection
 
@@ -36,7 +37,7 @@ def bits_per_byte(
     tokenizer: RowTokenizer,
     rows: Sequence[Row],
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     longest: int | None = None,
 ) -> dict[str, Score]:
     """Bits that a model needs per byte of the contents that are learnt (the assistant's, or all of a text).
@@ -47,7 +48,7 @@ def bits_per_byte(
         model: a transformers causal language model on its device, in any dtype.
         tokenizer: reads rows for it.
         rows: held-out rows.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_tokens: most tokens of a batch, padding included; None for what suits the device.
         longest: tokens that the model was made for; None where that is not known.
 
     Returns:
@@ -82,7 +83,7 @@ def exact_match(
     tokenizer: RowTokenizer,
     rows: Sequence[Row],
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     longest: int | None = None,
 ) -> dict[str, Score]:
     """Share of rows whose last answer a model writes by greedy decoding, space around it aside.
@@ -101,7 +102,8 @@ def exact_match(
     tokens = [asked.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, asked.name, longest)
     questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]
-    found = replies(model, asked, questions, batch_tokens)
+    # A token that is generated reads all weights, on a CPU too: many rows share the reading.
+    found = replies(model, asked, questions, batch_tokens or BATCH_TOKENS)
     right = np.array([_is_right(reply, row, asked) for reply, row in zip(found, rows, strict=True)], bool)
     names = np.array([row.dataset for row in rows], dtype=object)
     return {
@@ -170,7 +172,7 @@ def evaluate_model(
     *,
     metrics: Sequence[str] = ("bits_per_byte",),
     template: str = "own",
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Load a model and score it.
 
@@ -179,7 +181,7 @@ def evaluate_model(
         rows: held-out rows.
         metrics: names in :data:`METRICS`.
         template: ``own`` (or the shipped one that fits), the name of a shipped template, or a jinja file.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_tokens: most tokens of a batch, padding included; None for what suits the device.
 
     Returns:
         metric -> source of data -> score.

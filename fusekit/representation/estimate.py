@@ -11,6 +11,7 @@ import torch
 from fusekit.errors import CaptureError
 from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need, refuse_lacking
+from fusekit.representation.batches import batch_tokens_on
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
 from fusekit.representation.teacher import CHUNK_BYTES
@@ -66,8 +67,12 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     ]
 
 
-def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes) -> list[Need]:
-    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+def memory_needs(checkpoint: Checkpoint, batch_tokens: int | None, processes: Processes) -> list[Need]:
+    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map.
+
+    batch_tokens: None for what suits the device.
+    """
+    batch_tokens = batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
     needed = weights + working_bytes(checkpoint, batch_tokens)
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
@@ -90,7 +95,7 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
 def loaded_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weights once they are loaded."""
     choice = checkpoint.choice
-    stored = itemsize(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    stored = itemsize(stored_dtype(checkpoint))
     if choice.quantization:
         fields = choice.quantization
         bits = 4 if fields.get("load_in_4bit") else fields.get("bits") or fields.get("w_bit") or 8
@@ -102,8 +107,7 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
 def working_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
     """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits."""
     shape = shape_of(checkpoint.config)
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    width = itemsize(stored if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
+    width = itemsize(stored_dtype(checkpoint) if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
     return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + _CHUNK_COPIES * CHUNK_BYTES
 
 
@@ -128,6 +132,16 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     wide = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     layers = first("num_hidden_layers", "n_layer", "n_layers") or 32
     return Shape(hidden, wide, layers, first("vocab_size") or 32000)
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """How many parameters a checkpoint's files hold."""
+    return checkpoint.weight_bytes // itemsize(stored_dtype(checkpoint))
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that a checkpoint's configuration names; float32 where it names none."""
+    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
 
 
 def itemsize(dtype: str) -> int:
