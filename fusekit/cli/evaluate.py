@@ -95,7 +95,7 @@ def evaluate(
         raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
     from fusekit.evaluation import lm_eval
     from fusekit.evaluation.held_out import held_out_rows
-    from fusekit.evaluation.metrics import Score, evaluate_model
+    from fusekit.evaluation.metrics import Score, ends_counted, evaluate_model
     from fusekit.evaluation.table import table
     from fusekit.representation.checkpoint import ModelChoice
 
@@ -123,10 +123,14 @@ def evaluate(
             results[model]["lm_eval"] = {
                 task: Score(shown["value"], shown["documents"]) for task, shown in figures[model].items()
             }
-    tasks = lm_eval.described(figures)
-    click.echo(table(results, tasks))
+    more: dict[str, Any] = {}
+    if "bits_per_byte" in metrics and files:
+        more["ends_counted"] = ends_counted(rows)
+    if figures:
+        more["lm_eval"] = lm_eval.described(figures)
+    click.echo(table(results, more.get("lm_eval"), more.get("ends_counted")))
     if json_file is not None:
-        _write(json_file, results, tasks)
+        _write(json_file, results, more)
 
 
 def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | None:
@@ -151,7 +155,7 @@ def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | No
     return settings
 
 
-def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], tasks: dict[str, dict[str, Any]]) -> None:
+def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], more: dict[str, Any]) -> None:
     from fusekit.storage import commit_file
 
     document: dict[str, Any] = {
@@ -160,5 +164,5 @@ def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], tasks: d
             for model, found in results.items()
         }
     }
-    text = json.dumps(document | ({"lm_eval": tasks} if tasks else {}), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document | more, indent=2, ensure_ascii=False) + "\n"
     commit_file(file, lambda out: out.write(text.encode()))

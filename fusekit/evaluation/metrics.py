@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +40,12 @@ def bits_per_byte(
     *,
     batch_tokens: int | None = None,
     longest: int | None = None,
+    text_ends: bool = False,
 ) -> dict[str, Score]:
     """Bits that a model needs per byte of the contents that are learnt (the assistant's, or all of a text).
 
-    The bits of an end of turn count, its bytes do not: a model has to know when to stop.
+    The bits of an end of turn count, its bytes do not: a model has to know when to stop. No end of a plain text counts:
+    held-out text often comes in blocks that were cut from longer ones, which no file says.
 
     Args:
         model: a transformers causal language model on its device, in any dtype.
@@ -50,6 +53,7 @@ def bits_per_byte(
         rows: held-out rows.
         batch_tokens: most tokens of a batch, padding included; None for what suits the device.
         longest: tokens that the model was made for; None where that is not known.
+        text_ends: also count the end of every plain text that is whole (``TEXT``, not ``FRAGMENT``).
 
     Returns:
         By ``Row.dataset``: summed bits over summed bytes.
@@ -61,6 +65,8 @@ def bits_per_byte(
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
+    if not text_ends:
+        tokens = [_without_ends(read) if row.is_text else read for row, read in zip(rows, tokens, strict=True)]
     valid = valid_ids(tokenizer.tokenizer)
     teacher = Teacher(model, valid, Selection(k=1), batch_tokens=batch_tokens, name=tokenizer.name)
     scored = teacher.score(tokens, [row.dataset for row in rows])
@@ -76,6 +82,19 @@ def bits_per_byte(
     if empty := [name for name, size in sizes.items() if not size]:
         raise DataError(f"the rows of {empty[0]!r} have no byte to predict: is there an assistant's message in them?")
     return {name: Score(math.fsum(nats[name]) / math.log(2) / sizes[name], len(nats[name])) for name in sorted(nats)}
+
+
+def _without_ends(tokens: TokenizedRow) -> TokenizedRow:
+    return replace(tokens, labels=tokens.labels & (tokens.part != Part.END))
+
+
+def ends_counted(rows: Sequence[Row]) -> dict[str, bool]:
+    """By ``Row.dataset``: whether :func:`bits_per_byte` counts ends: those of turns, none of plain text."""
+    return {name: any(row.dataset == name and not row.is_text for row in rows) for name in _datasets(rows)}
+
+
+def _datasets(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.dataset for row in rows})
 
 
 def exact_match(
@@ -106,10 +125,7 @@ def exact_match(
     found = replies(model, asked, questions, batch_tokens or BATCH_TOKENS)
     right = np.array([_is_right(reply, row, asked) for reply, row in zip(found, rows, strict=True)], bool)
     names = np.array([row.dataset for row in rows], dtype=object)
-    return {
-        name: Score(float(right[names == name].mean()), int((names == name).sum()))
-        for name in sorted({row.dataset for row in rows})
-    }
+    return {name: Score(float(right[names == name].mean()), int((names == name).sum())) for name in _datasets(rows)}
 
 
 def _answering(tokenizer: RowTokenizer) -> RowTokenizer:
