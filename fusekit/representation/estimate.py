@@ -10,7 +10,7 @@ import torch
 
 from fusekit.errors import CaptureError
 from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need, refuse_lacking
+from fusekit.models.need import Need, main_memory, refuse_lacking
 from fusekit.representation.batches import batch_tokens_on
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
@@ -18,7 +18,8 @@ from fusekit.representation.teacher import CHUNK_BYTES
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
 _CHUNK_COPIES = 3
-"""Logits of a chunk in the model's dtype, in float32, and their exponentials."""
+"""Of a chunk of logits on an accelerator: in the model's dtype, in float32, and their exponentials. On a CPU the
+model's own are there whole, and the rest a few rows at a time."""
 
 _HIDDEN_COPIES = 6
 """Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
@@ -74,7 +75,7 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int | None, processes: Pr
     """
     batch_tokens = batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
-    needed = weights + working_bytes(checkpoint, batch_tokens)
+    needed = weights + working_bytes(checkpoint, batch_tokens, processes.device.type)
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
     if processes.device.type == "cuda":
         count = torch.cuda.device_count()
@@ -85,11 +86,8 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int | None, processes: Pr
         return [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
     if processes.device.type != "cpu":
         return []
-    tightest = min(memory_limits(), key=lambda limit: limit.available)
-    shared = processes.local if not tightest.address_space else 1
-    mapped = max(checkpoint.weights.values(), default=0) if tightest.address_space else 0
-    what += f" in {shared} processes" if shared > 1 else ""
-    return [Need(what, needed * shared + mapped, tightest.available, tightest.source)]
+    what += f" in {processes.local} processes" if processes.local > 1 else ""
+    return [main_memory(what, needed, processes.local, mapped=max(checkpoint.weights.values(), default=0))]
 
 
 def loaded_bytes(checkpoint: Checkpoint) -> int:
@@ -104,11 +102,13 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else itemsize(choice.dtype)) // stored
 
 
-def working_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
-    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits."""
+def working_bytes(checkpoint: Checkpoint, batch_tokens: int, device: str) -> int:
+    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits. device: its type."""
     shape = shape_of(checkpoint.config)
     width = itemsize(stored_dtype(checkpoint) if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
-    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + _CHUNK_COPIES * CHUNK_BYTES
+    chunk = min(CHUNK_BYTES, batch_tokens * 4 * shape.vocabulary)
+    logits = chunk * width // 4 if device == "cpu" else _CHUNK_COPIES * chunk
+    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + logits
 
 
 class Shape(NamedTuple):
