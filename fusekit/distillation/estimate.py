@@ -23,8 +23,11 @@ WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}
 Counted by ``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: of the first Llama 42, 25 and 36 (with one
 head of keys 36, 22 and 33), Qwen 2 38, 23 and 34, Qwen 3 50, 32 and 43; of the second all of them the same."""
 
-_LOGITS_COPIES = 2  # and their gradient
+_LOGITS_COPIES = 2  # and their gradient; under autocast accelerate makes float32 of what a model returns
 _LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
+
+_HEAP = 0.05
+"""Of what a training takes on a CPU: freed tensors of a few MB that the C library's heap keeps."""
 
 # Bytes per trained parameter that an optimizer keeps; AdamW's two moments in the dtype of the weights where unnamed.
 _OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion": 4.0}
@@ -70,7 +73,7 @@ def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tok
     layer = HIDDEN_BYTES[computes] * shape.hidden + WIDE_BYTES[computes] * shape.wide
     # With checkpointing a layer keeps its input alone, and one at a time is computed again.
     kept = shape.layers * shape.hidden * width + layer if settings.activation_checkpointing else shape.layers * layer
-    logits = _LOGITS_COPIES * shape.vocabulary * (4 if computes == "float32" else 2)
+    logits = _LOGITS_COPIES * shape.vocabulary * (2 if computes == "16 bits" else 4)
     return settings.micro_batch_size * row_tokens * (kept + logits)
 
 
@@ -108,7 +111,7 @@ def memory_needs(
         return [Need(what, needed, free, f"free on {processes.device}"), loading]
     if processes.device.type != "cpu":
         return []
-    return [main_memory(what, needed, processes.local)]
+    return [main_memory(what, int(needed * (1 + _HEAP)), processes.local)]
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:

@@ -68,7 +68,9 @@ def test_activations_are_those_that_autograd_keeps(fields):
     ):
         logits = model(torch.zeros((2, 65), dtype=torch.int64), use_cache=False).logits
     estimated = estimate.activation_bytes(checkpoint, settings, 65)
-    assert estimated == pytest.approx(sum(kept.values()) + 2 * logits.nbytes, rel=0.15)
+    assert estimated == pytest.approx(
+        sum(kept.values()) + 2 * logits.numel() * (4 if settings.bf16 else logits.itemsize), rel=0.15
+    )
 
 
 def test_the_gradients_of_a_tied_head_are_there_twice_and_summed():
@@ -89,7 +91,7 @@ def test_memory_is_that_of_the_whole_process():
     besides = sum(estimate.states(checkpoint, settings)) + estimate.activation_bytes(checkpoint, settings, 64)
     besides += estimate.head_gradient_bytes(checkpoint, settings)
     taken = taken_bytes()
-    assert need.needed == pytest.approx(taken + besides, rel=0.05)
+    assert need.needed == pytest.approx(taken + 1.05 * besides, rel=0.05)
     assert need.free == pytest.approx(min(limit.available for limit in memory_limits()) + taken, rel=0.2)
     (together,) = estimate.memory_needs(checkpoint, settings, 64, three)
     assert together.needed == pytest.approx(3 * need.needed, rel=0.05)
