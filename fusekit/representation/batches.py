@@ -9,7 +9,7 @@ from fusekit.storage.manifest import ROWS_PER_SHARD
 
 BATCH_TOKENS = 16384
 CPU_BATCH_TOKENS = 2048
-"""Of a forward pass on an accelerator, and on a CPU, whose caches a larger batch leaves: 22 to 31 % slower there."""
+"""Of a forward pass on an accelerator, and on a CPU, where a larger batch takes more memory and no less time."""
 
 SHARD_SECONDS = 120.0
 """Of work, about, that an interruption may cost."""
