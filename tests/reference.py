@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -133,3 +134,21 @@ def log_softmax(scores: Sequence[float]) -> list[float]:
     best = max(scores)
     total = math.log(math.fsum(math.exp(x - best) for x in scores))
     return [x - best - total for x in scores]
+
+
+def text_bits_per_byte(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], *, ends: bool) -> float:
+    """Bits of plain texts over their bytes, by the tokenizer itself and one forward each; ``ends``: of the eos too.
+
+    A first token that nothing stands before is not predicted: neither its bits nor its bytes count.
+    """
+    nats, size = [], 0
+    for text in texts:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids = encoded["input_ids"] + ([tokenizer.eos_token_id] if ends else [])
+        with torch.inference_mode():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        has_bos = ids[0] == tokenizer.bos_token_id
+        unread = "" if has_bos else text[: encoded["offset_mapping"][0][1]]
+        nats += [-float(logprobs[at - 1, ids[at]]) for at in range(1, len(ids))]
+        size += len(text.encode()) - len(unread.encode())
+    return math.fsum(nats) / math.log(2) / size

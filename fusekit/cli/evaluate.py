@@ -63,7 +63,11 @@ METRICS = ("bits_per_byte", "exact_match")
     help="Of the weights; auto: the checkpoint's.",
 )
 @click.option("--device-map", callback=as_device_map, help="`auto`, or a JSON object, as for transformers.")
-@click.option("--batch-tokens", default=16384, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of a batch, padding included; by default what suits the device.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with these models.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of these models.")
 @click.option(
@@ -76,7 +80,7 @@ def evaluate(
     metrics: tuple[str, ...],
     limit: int | None,
     chat_template: str,
-    batch_tokens: int,
+    batch_tokens: int | None,
     json_file: Path | None,
     **options: Any,
 ) -> None:
@@ -91,7 +95,7 @@ def evaluate(
         raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
     from fusekit.evaluation import lm_eval
     from fusekit.evaluation.held_out import held_out_rows
-    from fusekit.evaluation.metrics import Score, evaluate_model
+    from fusekit.evaluation.metrics import Score, ends_counted, evaluate_model
     from fusekit.evaluation.table import table
     from fusekit.representation.checkpoint import ModelChoice
 
@@ -119,10 +123,14 @@ def evaluate(
             results[model]["lm_eval"] = {
                 task: Score(shown["value"], shown["documents"]) for task, shown in figures[model].items()
             }
-    tasks = lm_eval.described(figures)
-    click.echo(table(results, tasks))
+    more: dict[str, Any] = {}
+    if "bits_per_byte" in metrics and files:
+        more["ends_counted"] = ends_counted(rows)
+    if figures:
+        more["lm_eval"] = lm_eval.described(figures)
+    click.echo(table(results, more.get("lm_eval"), more.get("ends_counted")))
     if json_file is not None:
-        _write(json_file, results, tasks)
+        _write(json_file, results, more)
 
 
 def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | None:
@@ -147,7 +155,7 @@ def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | No
     return settings
 
 
-def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], tasks: dict[str, dict[str, Any]]) -> None:
+def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], more: dict[str, Any]) -> None:
     from fusekit.storage import commit_file
 
     document: dict[str, Any] = {
@@ -156,5 +164,5 @@ def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], tasks: d
             for model, found in results.items()
         }
     }
-    text = json.dumps(document | ({"lm_eval": tasks} if tasks else {}), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document | more, indent=2, ensure_ascii=False) + "\n"
     commit_file(file, lambda out: out.write(text.encode()))

@@ -121,17 +121,13 @@ def device_map(_context: click.Context, _option: click.Parameter, value: str | N
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of the model.")
 @click.option(
     "--batch-tokens",
-    default=16384,
-    show_default=True,
     type=click.IntRange(min=1),
-    help="Most tokens of a batch, padding included.",
+    help="Most tokens of a batch, padding included; by default what suits the device.",
 )
 @click.option(
     "--rows-per-shard",
-    default=1024,
-    show_default=True,
     type=click.IntRange(min=1),
-    help="Rows that are captured anew at most when a run is interrupted.",
+    help="Rows that are captured anew at most when a run is interrupted; by default some minutes of work.",
 )
 @click.option(
     "--max-quarantined",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
 
+from fusekit.distillation.processes import shared
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
@@ -38,6 +41,7 @@ _IMPOSSIBLE = {
     "label_smoothing_factor": "fusekit computes the loss",
     "auto_find_batch_size": "it would change the rows of an optimizer step",
     "use_liger_kernel": "it computes a loss of its own",
+    "eval_strategy": "nothing is held out while training; the section evaluate scores the models",
 }
 _DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
@@ -81,25 +85,87 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         "seed": settings.seed,
         "dataloader_num_workers": settings.workers,
     }
-    # Without a device there is nothing to pin memory for, and torch warns about it.
-    defaults = _DEFAULTS | {"dataloader_pin_memory": torch.accelerator.is_available()}
+    # Without a device there is nothing to pin memory for, and bfloat16 has to be told that it is the CPU's.
+    there = torch.accelerator.is_available()
+    defaults = _DEFAULTS | {"dataloader_pin_memory": there, "use_cpu": not there}
     try:
         return TrainingArguments(**fields, **{**defaults, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {error}") from error
 
 
+def refused(settings: TrainingSettings) -> tuple[str | None, str] | None:
+    """What would keep these settings from training on this machine once the model is loaded, None where nothing would.
+
+    The arguments, and with them a trainer, its optimizer and its scheduler, are made for a model of two parameters:
+    transformers, accelerate and torch each refuse some values, some of them (fp16, tf32, 8-bit optimizers) by device or
+    package.
+
+    Args:
+        settings: whose fields are all known (:func:`wrong_fields`) and whose batch can be divided.
+
+    Returns:
+        The field that it is due to, ``trainer.optim`` for one, None where it is no single one; and what was said.
+    """
+    if processes() > 1 and not shared():
+        return None  # the arguments would wait for the other processes
+    said = _refusal(settings)
+    if said is None:
+        return None
+    given = settings.trainer
+    without = {f"trainer.{name}": {"trainer": {k: v for k, v in given.items() if k != name}} for name in given}
+    without |= {name: {name: TrainingSettings.model_fields[name].default} for name in ("bf16", "scheduler")}
+    fields = (name for name, change in without.items() if _refusal(settings.model_copy(update=change)) is None)
+    return next(fields, None), said
+
+
+def _refusal(settings: TrainingSettings) -> str | None:
+    with _environment_kept(), tempfile.TemporaryDirectory() as folder:
+        try:
+            args = training_arguments(settings, Path(folder))
+            # Sharded optimizers, and those for some modules alone, need the model itself.
+            if not (args.fsdp or args.deepspeed or args.optim_target_modules):
+                Trainer(torch.nn.Linear(1, 1), args).create_optimizer_and_scheduler(num_training_steps=10)
+        except DistillationError as error:
+            return str(error)
+        except Exception as error:  # whatever a package of an optimizer or of a logger raises
+            return f"these training arguments cannot be used here: {' '.join(str(error).split())}"
+    return None
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Training arguments tell transformers by variables how models are loaded; captures come before training."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
     """Why each field of ``trainer`` that cannot be set there cannot, by its name."""
     known, wrong = _known_fields(), {}
-    for name in trainer:
+    kinds = get_type_hints(TrainingArguments)
+    for name, value in trainer.items():
         if name in _ELSEWHERE:
             wrong[name] = f"trainer.{name} is set by {_ELSEWHERE[name]}"
         elif name in _IMPOSSIBLE:
             wrong[name] = f"trainer.{name} cannot be set: {_IMPOSSIBLE[name]}"
         elif name not in known:
             wrong[name] = f"trainer.{name} is no field of TrainingArguments{nearest(name, known)}"
+        elif not _is_of(value, kinds[name]):
+            wrong[name] = f"trainer.{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
     return wrong
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's kind, as far as that is a number or a truth value: others transformers checks."""
+    kinds = get_args(kind) or (kind,)
+    if not {*kinds} <= {int, float, bool, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _known_fields() -> set[str]:

@@ -11,22 +11,23 @@ import torch
 
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need, refuse_lacking
+from fusekit.models.need import Need, main_memory, refuse_lacking
 from fusekit.representation.checkpoint import Checkpoint
-from fusekit.representation.estimate import itemsize, shape_of
+from fusekit.representation.estimate import itemsize, parameters, shape_of, stored_dtype
 from fusekit.representation.processes import Processes
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
-HIDDEN_SAVED, WIDE_SAVED = 10, 4
-"""Tensors as wide as the hidden states, and as the feed-forward, that a layer keeps for its backward. Counted by
-``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: Llama and Qwen 10.0 and 4.0, GPT-NeoX 10.3 and 2.0."""
+HIDDEN_BYTES = {"float32": 40, "16 bits": 24, "autocast": 35}
+WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}
+"""Of what a layer keeps for its backward, per element of the hidden states and of the feed-forward, by how it computes.
+Counted by ``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: of the first Llama 42, 25 and 36 (with one
+head of keys 36, 22 and 33), Qwen 2 38, 23 and 34, Qwen 3 50, 32 and 43; of the second all of them the same."""
 
-AUTOCAST_WIDE_BYTES = 2.75
-"""Of an element of the feed-forward under bfloat16 autocast, counted likewise; the hidden states stay float32."""
-
-_LOGITS_COPIES = 2  # and their gradient
+_LOGITS_COPIES = 2  # and their gradient; under autocast accelerate makes float32 of what a model returns
 _LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
+
+_HEAP = 0.05
+"""Of what a training takes on a CPU: freed tensors of a few MB that the C library's heap keeps."""
 
 # Bytes per trained parameter that an optimizer keeps; AdamW's two moments in the dtype of the weights where unnamed.
 _OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion": 4.0}
@@ -44,11 +45,6 @@ class States(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """How many parameters a checkpoint's files hold."""
-    return checkpoint.weight_bytes // itemsize(_stored(checkpoint))
 
 
 def trained_parameters(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
@@ -73,13 +69,23 @@ def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
 def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int) -> int:
     """Bytes of a micro-batch of rows of so many tokens: what the layers keep, and the logits with their gradient."""
     shape, width = shape_of(checkpoint.config), _width(checkpoint, settings)
-    autocast = settings.bf16 and width > 2
-    layer = HIDDEN_SAVED * shape.hidden * width
-    layer += int(WIDE_SAVED * shape.wide * (AUTOCAST_WIDE_BYTES if autocast else width))
+    computes = "16 bits" if width == 2 else "autocast" if settings.bf16 else "float32"
+    layer = HIDDEN_BYTES[computes] * shape.hidden + WIDE_BYTES[computes] * shape.wide
     # With checkpointing a layer keeps its input alone, and one at a time is computed again.
     kept = shape.layers * shape.hidden * width + layer if settings.activation_checkpointing else shape.layers * layer
-    logits = _LOGITS_COPIES * shape.vocabulary * (2 if autocast else width)
+    logits = _LOGITS_COPIES * shape.vocabulary * (2 if computes == "16 bits" else 4)
     return settings.micro_batch_size * row_tokens * (kept + logits)
+
+
+def head_gradient_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of a micro-batch's gradients of embedding and head, before they are added to what is there.
+
+    A head of its own has one; of one that is tied to the embedding there are both and their sum. An adapter has none.
+    """
+    if settings.lora is not None:
+        return 0
+    shape, tied = shape_of(checkpoint.config), checkpoint.config.get("tie_word_embeddings", True)
+    return (3 if tied else 1) * shape.vocabulary * shape.hidden * _width(checkpoint, settings)
 
 
 def memory_needs(
@@ -89,7 +95,8 @@ def memory_needs(
 
     row_tokens: of the longest row. Under FSDP or DeepSpeed the states are divided among the processes.
     """
-    held, batch = states(checkpoint, settings), activation_bytes(checkpoint, settings, row_tokens)
+    held = states(checkpoint, settings)
+    batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
     shares = processes.world if is_sharded(settings) else 1
     needed = sum(held) // shares + batch
     what = (
@@ -97,19 +104,14 @@ def memory_needs(
         f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
         f"{human(batch)} for {settings.micro_batch_size} rows of {row_tokens} tokens)"
     )
-    tightest = min(memory_limits(), key=lambda limit: limit.available)
     if processes.device.type == "cuda":
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
-        host = parameters(checkpoint) * _width(checkpoint, settings) * processes.local
-        return [
-            Need(what, needed, free, f"free on {processes.device}"),
-            Need(
-                f"memory to load {checkpoint.choice.model} before training", host, tightest.available, tightest.source
-            ),
-        ]
+        host = parameters(checkpoint) * _width(checkpoint, settings)
+        loading = main_memory(f"memory to load {checkpoint.choice.model} before training", host, processes.local)
+        return [Need(what, needed, free, f"free on {processes.device}"), loading]
     if processes.device.type != "cpu":
         return []
-    return [Need(what, needed * (processes.local if shares == 1 else 1), tightest.available, tightest.source)]
+    return [main_memory(what, int(needed * (1 + _HEAP)), processes.local)]
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
@@ -164,13 +166,9 @@ def is_sharded(settings: TrainingSettings) -> bool:
     )
 
 
-def _stored(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-
-
 def _width(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
     """Bytes of a trained weight."""
-    return itemsize(_stored(checkpoint) if settings.dtype == "auto" else settings.dtype)
+    return itemsize(stored_dtype(checkpoint) if settings.dtype == "auto" else settings.dtype)
 
 
 def _moments(settings: TrainingSettings, width: int) -> float:

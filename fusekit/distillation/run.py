@@ -16,7 +16,7 @@ from transformers import set_seed
 
 import fusekit
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
-from fusekit.distillation.arguments import training_arguments
+from fusekit.distillation.arguments import refused, training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.processes import is_main, on_main
@@ -79,6 +79,8 @@ def distill(
     tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
     with ExitStack() as stack:
         training_arguments(settings.training, targets[0].work)  # starts the processes' group, and checks the fields
+        if found := refused(settings.training):
+            raise DistillationError(found[1])
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
         inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))

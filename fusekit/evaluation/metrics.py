@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 
 from fusekit.errors import DataError
 from fusekit.evaluation.generation import Question, replies
+from fusekit.representation.batches import BATCH_TOKENS
 from fusekit.representation.chat_template import ChatTemplate
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.representation.row_tokenizer import RowTokenizer
 from fusekit.representation.rows import Row
-from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
+from fusekit.representation.teacher import Teacher
 from fusekit.representation.tokenized_row import Part, TokenizedRow
 from fusekit.representation.topk import Selection
 
@@ -36,19 +38,22 @@ def bits_per_byte(
     tokenizer: RowTokenizer,
     rows: Sequence[Row],
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     longest: int | None = None,
+    text_ends: bool = False,
 ) -> dict[str, Score]:
     """Bits that a model needs per byte of the contents that are learnt (the assistant's, or all of a text).
 
-    The bits of an end of turn count, its bytes do not: a model has to know when to stop.
+    The bits of an end of turn count, its bytes do not: a model has to know when to stop. No end of a plain text counts:
+    held-out text often comes in blocks that were cut from longer ones, which no file says.
 
     Args:
         model: a transformers causal language model on its device, in any dtype.
         tokenizer: reads rows for it.
         rows: held-out rows.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_tokens: most tokens of a batch, padding included; None for what suits the device.
         longest: tokens that the model was made for; None where that is not known.
+        text_ends: also count the end of every plain text that is whole (``TEXT``, not ``FRAGMENT``).
 
     Returns:
         By ``Row.dataset``: summed bits over summed bytes.
@@ -60,6 +65,8 @@ def bits_per_byte(
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
+    if not text_ends:
+        tokens = [_without_ends(read) if row.is_text else read for row, read in zip(rows, tokens, strict=True)]
     valid = valid_ids(tokenizer.tokenizer)
     teacher = Teacher(model, valid, Selection(k=1), batch_tokens=batch_tokens, name=tokenizer.name)
     scored = teacher.score(tokens, [row.dataset for row in rows])
@@ -77,12 +84,25 @@ def bits_per_byte(
     return {name: Score(math.fsum(nats[name]) / math.log(2) / sizes[name], len(nats[name])) for name in sorted(nats)}
 
 
+def _without_ends(tokens: TokenizedRow) -> TokenizedRow:
+    return replace(tokens, labels=tokens.labels & (tokens.part != Part.END))
+
+
+def ends_counted(rows: Sequence[Row]) -> dict[str, bool]:
+    """By ``Row.dataset``: whether :func:`bits_per_byte` counts ends: those of turns, none of plain text."""
+    return {name: any(row.dataset == name and not row.is_text for row in rows) for name in _datasets(rows)}
+
+
+def _datasets(rows: Sequence[Row]) -> list[str]:
+    return sorted({row.dataset for row in rows})
+
+
 def exact_match(
     model: Any,
     tokenizer: RowTokenizer,
     rows: Sequence[Row],
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     longest: int | None = None,
 ) -> dict[str, Score]:
     """Share of rows whose last answer a model writes by greedy decoding, space around it aside.
@@ -101,13 +121,11 @@ def exact_match(
     tokens = [asked.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, asked.name, longest)
     questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]
-    found = replies(model, asked, questions, batch_tokens)
+    # A token that is generated reads all weights, on a CPU too: many rows share the reading.
+    found = replies(model, asked, questions, batch_tokens or BATCH_TOKENS)
     right = np.array([_is_right(reply, row, asked) for reply, row in zip(found, rows, strict=True)], bool)
     names = np.array([row.dataset for row in rows], dtype=object)
-    return {
-        name: Score(float(right[names == name].mean()), int((names == name).sum()))
-        for name in sorted({row.dataset for row in rows})
-    }
+    return {name: Score(float(right[names == name].mean()), int((names == name).sum())) for name in _datasets(rows)}
 
 
 def _answering(tokenizer: RowTokenizer) -> RowTokenizer:
@@ -170,7 +188,7 @@ def evaluate_model(
     *,
     metrics: Sequence[str] = ("bits_per_byte",),
     template: str = "own",
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Load a model and score it.
 
@@ -179,7 +197,7 @@ def evaluate_model(
         rows: held-out rows.
         metrics: names in :data:`METRICS`.
         template: ``own`` (or the shipped one that fits), the name of a shipped template, or a jinja file.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_tokens: most tokens of a batch, padding included; None for what suits the device.
 
     Returns:
         metric -> source of data -> score.

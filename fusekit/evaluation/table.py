@@ -15,18 +15,28 @@ _TITLES = {
 
 
 def table(
-    results: Mapping[str, Mapping[str, Mapping[str, Score]]], tasks: Mapping[str, Mapping[str, Any]] | None = None
+    results: Mapping[str, Mapping[str, Mapping[str, Score]]],
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    ends: Mapping[str, bool] | None = None,
 ) -> str:
     """Markdown, one table per metric: a row per model, a column per source of data, and their plain mean.
 
     results: model -> metric -> source of data -> score. tasks: of lm-eval, what ``results.json`` says of each; they
-    measure different things, so they have no mean.
+    measure different things, so they have no mean. ends: source of data -> whether bits per byte count ends there.
     """
     metrics = list(dict.fromkeys(metric for found in results.values() for metric in found))
     return "\n\n".join(
         _one(metric, {model: found.get(metric, {}) for model, found in results.items()}, tasks or {})
+        + (_note(ends) if metric == "bits_per_byte" and ends else "")
         for metric in metrics
     )
+
+
+def _note(ends: Mapping[str, bool]) -> str:
+    counted, others = ([name for name, counts in ends.items() if counts is which] for which in (True, False))
+    said = [f"The ends of turns count ({', '.join(counted)})."] if counted else []
+    said += [f"No end of a text counts ({', '.join(others)})."] if others else []
+    return "\n\n" + " ".join(said)
 
 
 def table_of(document: Mapping[str, Any]) -> str:
@@ -39,6 +49,7 @@ def table_of(document: Mapping[str, Any]) -> str:
             for model, found in document["models"].items()
         },
         document.get("lm_eval"),
+        document.get("ends_counted"),
     )
 
 

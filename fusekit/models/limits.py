@@ -30,6 +30,11 @@ def memory_limits() -> list[Limit]:
     return limits
 
 
+def taken_bytes() -> int:
+    """Memory that this process has taken already: interpreter, libraries, tokenizers, and what it did before."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def _cgroup_paths() -> dict[str, str]:
     """controller -> path of this process; the unified hierarchy of cgroup 2 has the name ``""``."""
     paths: dict[str, str] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fusekit.errors import FusekitError
+from fusekit.models.limits import memory_limits, taken_bytes
 from fusekit.storage.faults import human
 
 
@@ -25,6 +26,18 @@ class Need:
 
     def __str__(self) -> str:
         return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
+
+
+def main_memory(what: str, needed: int, processes: int = 1, mapped: int = 0) -> Need:
+    """Main memory of processes like this one: what each has taken already and ``needed`` besides, against the limits.
+
+    What they have taken counts on both sides, so that the figure is the processes' peak. mapped: bytes of files, which
+    a limit of a process's address space counts too.
+    """
+    tightest, taken = min(memory_limits(), key=lambda limit: limit.available), taken_bytes()
+    if tightest.address_space:
+        processes, needed = 1, needed + mapped
+    return Need(what, (taken + needed) * processes, tightest.available + taken * processes, tightest.source)
 
 
 def refuse_lacking(needs: Iterable[Need], headline: str, way_out: str, kind: type[FusekitError]) -> None:

@@ -59,12 +59,11 @@ def plain(settings: DistillSettings) -> DistillSettings:
 
 
 def check_section(recipe: Recipe) -> None:
-    """Refuse settings that no training can have. Raises RecipeError with each and where it was written.
+    """Refuse settings that no training on this machine can have. Raises RecipeError with each and where it was written.
 
-    What depends on the machine, as bfloat16, is refused when the training begins; the rows of a step have to be divided
-    among the processes that are there now.
+    The rows of a step have to be divided among the processes that are there now.
     """
-    from fusekit.distillation.arguments import accumulation, processes, wrong_fields, wrong_scheduler
+    from fusekit.distillation.arguments import accumulation, processes, refused, wrong_fields, wrong_scheduler
     from fusekit.distillation.models import wrong_lora_fields
 
     values, captured = recipe.distill, recipe.represent.temperature
@@ -79,6 +78,9 @@ def check_section(recipe: Recipe) -> None:
         accumulation(values, processes())
     except DistillationError as error:
         lines.append(f"{recipe.place(('distill', 'batch_size'), ('distill', 'micro_batch_size'))}: {error}")
+    if not lines and (found_here := refused(values)) is not None:
+        field, says = found_here
+        lines.append(f"{recipe.place(('distill', *(field or '').split('.')))}: {says}")
     if captured != values.temperature:
         lines.append(
             f"{recipe.place(('distill', 'temperature'), ('represent', 'temperature'))}: represent.temperature is "

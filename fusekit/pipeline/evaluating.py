@@ -65,6 +65,8 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
 
     Returns what ``results.json`` says, None where the recipe asks for no evaluation.
     """
+    from fusekit.evaluation.metrics import ends_counted
+
     section = context.recipe.evaluate
     if section is None:
         return None
@@ -83,7 +85,9 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
         if section.lm_eval is not None:
             figures[name] = _lm_eval(context, section.lm_eval, name, (choice, template), identity)
             results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
-    document = {"models": results}
+    document: dict[str, Any] = {"models": results}
+    if "bits_per_byte" in section.metrics:
+        document["ends_counted"] = ends_counted(rows)
     if section.lm_eval is not None:
         document["lm_eval"] = lm_eval.described(figures)
     data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -34,7 +34,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
         "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
         "temperature": section.temperature,
         "max_error": section.max_error,
-        "rows_per_shard": section.rows_per_shard,
+        **({} if section.rows_per_shard is None else {"rows_per_shard": section.rows_per_shard}),
         **{f"details.{key}": value for key, value in details.items()},
     }
     is_called_the_same = choice.model == before.get("model")

@@ -237,7 +237,7 @@ class _Job:
 
     def _active(self, known: Known) -> int:
         assert known.checkpoint is not None
-        return known.active or training.parameters(known.checkpoint)
+        return known.active or capture.parameters(known.checkpoint)
 
     def alignments(self) -> None:
         """The quality and the vocabulary map of every pair; small."""

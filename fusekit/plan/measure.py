@@ -132,7 +132,7 @@ def measure_alignment(pivot: RowTokenizer, source: RowTokenizer, texts: Sequence
     return (time.perf_counter() - started) / len(texts)
 
 
-def generating(reader: RowTokenizer, rows: Sequence[Row], batch_tokens: int) -> Callable[[Any], float | None]:
+def generating(reader: RowTokenizer, rows: Sequence[Row], batch_tokens: int | None) -> Callable[[Any], float | None]:
     """For :func:`measure_capture`: times exact match on a few held-out rows."""
 
     def measure(model: Any) -> float | None:

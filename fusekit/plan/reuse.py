@@ -79,7 +79,7 @@ class Output:
         else:
             wanted_model = checkpoint.fingerprint()
         rows = stages.rows_of(self.context, name, self.rows)
-        settings = stages.capture_settings(self.context)
+        settings = stages.capture_settings(self.context).in_shards_of(manifest.spec.rows_per_shard)
         wanted = store_spec(
             checkpoint, reader, rows, vocabulary_size(checkpoint, reader), settings, fingerprint=wanted_model
         )

@@ -25,6 +25,7 @@ from fusekit.safe_yaml import KeyPath
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
+_BATCH_TOKENS = "Tokens of a batch, padding included; null: what suits the device."
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _OTHER_FOLDERS = ("pivot", "joint", "sft")
 """What a run calls its other stores and targets."""
@@ -176,13 +177,14 @@ class Represent(Section):
         default=1.0, description="Fewer entries once they hold this probability."
     )
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Of the distributions that are kept.")
-    batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
+    batch_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description=_BATCH_TOKENS)
     max_error: Annotated[float, Field(ge=0, le=1)] = Field(
         default=DEFAULT_MAX_ERROR,
         description="Largest error of a stored log-probability, nats; 0: float32.",
     )
-    rows_per_shard: Annotated[int, Field(gt=0)] = Field(
-        default=1024, description="Rows that are captured anew at most when a run is interrupted."
+    rows_per_shard: Annotated[int, Field(gt=0)] | None = Field(
+        default=None,
+        description="Rows that are captured anew at most when a run is interrupted; null: about two minutes of work.",
     )
     max_quarantined: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="Share of the rows that may have NaN or infinite logits."
@@ -205,7 +207,7 @@ class Evaluate(Section):
         default=None, description="Most rows of each file, of a folder too; null: all."
     )
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
-    batch_tokens: Annotated[int, Field(gt=0)] = Field(default=16384, description="Tokens of a batch, padding included.")
+    batch_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description=_BATCH_TOKENS)
     lm_eval: LmEval | None = Field(
         default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
     )

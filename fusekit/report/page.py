@@ -36,7 +36,8 @@ _FUSION = {
     "reward_softmax": "All teach every row together, by their rewards.",
 }
 _EXPLAINED = {
-    "bits_per_byte": "Bits per byte: what a model needs to guess a byte of the right answers. Lower is better.",
+    "bits_per_byte": "Bits per byte: what a model needs to guess a byte of the right answers, and for the ends of its "
+    "turns. Lower is better.",
     "exact_match": "Exact match: how often a model writes the right answer itself. Higher is better.",
 }
 _TITLES = {PIVOT: "pivot", BASELINE: "plain fine-tuning", MERGED: "merged model"}

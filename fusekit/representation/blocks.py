@@ -17,7 +17,8 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
     """Pack documents into rows that have at most ``block_tokens`` tokens for every model, bos and eos included.
 
     A document that does not fit is cut where a token ends in every model's reading of it, at a character boundary; the
-    pieces of a document, in order, are the document. Only one block is in memory at a time.
+    pieces of a document, in order, are the document. One that is cut off itself (``FRAGMENT``) ends its block. Only one
+    block is in memory at a time.
 
     Args:
         documents: rows of plain text (:attr:`Row.is_text`), one message each or more.
@@ -33,9 +34,9 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
     for document in documents:
         if not document.is_text:
             raise DataError(f"row {document.key} is a conversation: only plain text is packed into blocks")
-        for _, content in document.messages:
-            if content:
-                yield from _pack(content, document.dataset, block)
+        for message in document.messages:
+            if message.content:
+                yield from _pack(message, document.dataset, block)
     if block.messages:
         yield block.close()
 
@@ -75,10 +76,10 @@ class _Block:
         return row
 
 
-def _pack(content: str, dataset: str, block: _Block) -> Iterator[Row]:
-    """Put a document into blocks; gives those that are full."""
-    data = content.encode()
-    whole = Row((Message(FRAGMENT, content),))
+def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
+    """Put a document into blocks; gives those that are full, and the one that ends where the document is cut off."""
+    data = document.content.encode()
+    whole = Row((Message(FRAGMENT, document.content),))
     readings = [tokenizer.tokenize(whole) for tokenizer in block.tokenizers]
     certain = [np.unique(r.ends[(r.ends == r.lows) & (r.ends > 0)]) for r in readings]
     borders = reduce(np.intersect1d, certain)
@@ -89,10 +90,12 @@ def _pack(content: str, dataset: str, block: _Block) -> Iterator[Row]:
     while start < len(data):
         left = tokens_at[-1] - read
         if (left <= 2 * block.room + 8).all():  # by itself it may take fewer tokens, or more, than in its document
-            rest = Message(TEXT, data[start:].decode())
-            needs = block.needs(rest) if start else left + 1
+            rest = Message(document.role, data[start:].decode())
+            needs = block.needs(rest) if start else left + (document.role == TEXT)
             if (needs <= block.room).all():
                 block.add(rest, needs, dataset)
+                if document.role == FRAGMENT:  # nothing may follow it as if it went on so
+                    yield block.close()
                 return
         first = int(np.searchsorted(borders, start, side="right"))
         fitting = first + int(np.searchsorted((tokens_at[first:-1] - read > block.room).any(axis=1), True))

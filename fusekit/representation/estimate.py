@@ -10,14 +10,16 @@ import torch
 
 from fusekit.errors import CaptureError
 from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need, refuse_lacking
+from fusekit.models.need import Need, main_memory, refuse_lacking
+from fusekit.representation.batches import batch_tokens_on
 from fusekit.representation.checkpoint import Checkpoint
 from fusekit.representation.processes import Processes
 from fusekit.representation.teacher import CHUNK_BYTES
 from fusekit.storage.faults import existing_parent, free_bytes, human
 
 _CHUNK_COPIES = 3
-"""Logits of a chunk in the model's dtype, in float32, and their exponentials."""
+"""Of a chunk of logits on an accelerator: in the model's dtype, in float32, and their exponentials. On a CPU the
+model's own are there whole, and the rest a few rows at a time."""
 
 _HIDDEN_COPIES = 6
 """Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
@@ -66,10 +68,15 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     ]
 
 
-def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes) -> list[Need]:
-    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+def memory_needs(checkpoint: Checkpoint, batch_tokens: int | None, processes: Processes) -> list[Need]:
+    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map.
+
+    batch_tokens: None for what suits the device.
+    """
+    batch_tokens = batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
-    needed = weights + max(working_bytes(checkpoint, batch_tokens), dequantising_bytes(checkpoint))
+    working = working_bytes(checkpoint, batch_tokens, processes.device.type)
+    needed = weights + max(working, dequantising_bytes(checkpoint))
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
     if processes.device.type == "cuda":
         count = torch.cuda.device_count()
@@ -81,11 +88,8 @@ def memory_needs(checkpoint: Checkpoint, batch_tokens: int, processes: Processes
         return needs + (_host_needs(checkpoint) if checkpoint.gguf is not None else [])
     if processes.device.type != "cpu":
         return []
-    tightest = min(memory_limits(), key=lambda limit: limit.available)
-    shared = processes.local if not tightest.address_space else 1
-    mapped = max(checkpoint.weights.values(), default=0) if tightest.address_space else 0
-    what += f" in {shared} processes" if shared > 1 else ""
-    return [Need(what, needed * shared + mapped, tightest.available, tightest.source)]
+    what += f" in {processes.local} processes" if processes.local > 1 else ""
+    return [main_memory(what, needed, processes.local, mapped=max(checkpoint.weights.values(), default=0))]
 
 
 def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
@@ -97,10 +101,8 @@ def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
 
 def _host_needs(checkpoint: Checkpoint) -> list[Need]:
     """Main memory to dequantise a GGUF file, wherever its weights go from there."""
-    tightest = min(memory_limits(), key=lambda limit: limit.available)
     needed = loaded_bytes(checkpoint) + dequantising_bytes(checkpoint)
-    what = f"main memory to dequantise {checkpoint.choice.model}"
-    return [Need(what, needed, tightest.available, tightest.source)]
+    return [main_memory(f"main memory to dequantise {checkpoint.choice.model}", needed)]
 
 
 def dequantising_bytes(checkpoint: Checkpoint) -> int:
@@ -111,7 +113,7 @@ def dequantising_bytes(checkpoint: Checkpoint) -> int:
 def loaded_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weights once they are loaded."""
     choice = checkpoint.choice
-    stored = itemsize(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    stored = itemsize(stored_dtype(checkpoint))
     if choice.quantization:
         fields = choice.quantization
         bits = 4 if fields.get("load_in_4bit") else fields.get("bits") or fields.get("w_bit") or 8
@@ -120,12 +122,13 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else itemsize(choice.dtype)) // stored
 
 
-def working_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
-    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits."""
+def working_bytes(checkpoint: Checkpoint, batch_tokens: int, device: str) -> int:
+    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits. device: its type."""
     shape = shape_of(checkpoint.config)
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    width = itemsize(stored if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
-    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + _CHUNK_COPIES * CHUNK_BYTES
+    width = itemsize(stored_dtype(checkpoint) if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
+    chunk = min(CHUNK_BYTES, batch_tokens * 4 * shape.vocabulary)
+    logits = chunk * width // 4 if device == "cpu" else _CHUNK_COPIES * chunk
+    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + logits
 
 
 class Shape(NamedTuple):
@@ -149,6 +152,16 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     wide = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     layers = first("num_hidden_layers", "n_layer", "n_layers") or 32
     return Shape(hidden, wide, layers, first("vocab_size") or 32000)
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """How many parameters a checkpoint's files hold."""
+    return checkpoint.weight_bytes // itemsize(stored_dtype(checkpoint))
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that a checkpoint's configuration names; float32 where it names none."""
+    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
 
 
 def itemsize(dtype: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusekit.errors import DataError
-from fusekit.representation.rows import TEXT, Message, Row
+from fusekit.representation.rows import FRAGMENT, TEXT, Message, Row
 
 ROLES = {
     "system": "system",
@@ -23,7 +23,7 @@ ROLES = {
 PAIRS = (("prompt", "response"), ("question", "answer"), ("prompt", "completion"), ("instruction", "response"))
 ACCEPTED = (
     "messages (a list of {role, content}), conversations (a list of {from, value}), instruction/input/output, "
-    "prompt/response, question/answer, or text"
+    "prompt/response, question/answer, text, or fragment (text that is cut off)"
 )
 
 Parse = Callable[[Mapping[str, Any], str], tuple[Message, ...]]
@@ -88,7 +88,8 @@ def _pair(asked: str, answered: str) -> Parse:
 
 
 def _plain(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    return (Message(TEXT, _text(record, "text", where)),)
+    role, key = (FRAGMENT, "fragment") if "fragment" in record else (TEXT, "text")
+    return (Message(role, _text(record, key, where)),)
 
 
 def _turns(turns: list[Any], role_key: str, content_key: str, where: str) -> tuple[Message, ...]:
@@ -154,5 +155,8 @@ _FORMS: list[tuple[Callable[[Mapping[str, Any]], bool], Parse]] = [
         )
         for pair in PAIRS
     ),
-    (lambda record: "text" in record and not any(key in record for key in _OTHER_KEYS), _plain),
+    (
+        lambda record: ("text" in record) != ("fragment" in record) and not any(key in record for key in _OTHER_KEYS),
+        _plain,
+    ),
 ]

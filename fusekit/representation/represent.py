@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from fusekit.errors import CaptureError
+from fusekit.representation.batches import rows_per_shard
 from fusekit.representation.capture import CaptureOptions, capture, data_fingerprint
 from fusekit.representation.checkpoint import Checkpoint, ModelChoice
-from fusekit.representation.estimate import disk_needs, memory_needs, refuse
+from fusekit.representation.estimate import disk_needs, memory_needs, parameters, refuse
 from fusekit.representation.load import load_model, longest_input, valid_ids
 from fusekit.representation.processes import Processes
 from fusekit.representation.row_tokenizer import RowTokenizer
 from fusekit.representation.rows import Row
-from fusekit.representation.teacher import DEFAULT_BATCH_TOKENS, Teacher
+from fusekit.representation.teacher import Teacher
 from fusekit.representation.topk import Selection
 from fusekit.storage import Store, StoreSpec
 from fusekit.storage.codec import DEFAULT_MAX_ERROR
 from fusekit.storage.manifest import MANIFEST, Manifest, Setting, read_json
-
-ROWS_PER_SHARD = 1024
 
 _SAMPLED_ROWS = 200
 
@@ -35,8 +35,9 @@ class Settings:
     Attributes:
         selection: what is kept of each distribution.
         max_error: bound of the rounding of stored log-probabilities, nats.
-        batch_tokens: most tokens of a batch, padding included.
-        rows_per_shard: what is lost at most when a process dies.
+        batch_tokens: most tokens of a batch, padding included; None for what suits the device.
+        rows_per_shard: what is lost at most when a process dies; None for some minutes of work by model and device,
+            and in a store that is there for what it has.
         ignore_estimates: start although disk or memory do not seem to suffice.
         details: what else decides what the store holds, to be compared when a run goes on.
         options: how the capture runs.
@@ -44,11 +45,15 @@ class Settings:
 
     selection: Selection = field(default_factory=Selection)
     max_error: float = DEFAULT_MAX_ERROR
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
-    rows_per_shard: int = ROWS_PER_SHARD
+    batch_tokens: int | None = None
+    rows_per_shard: int | None = None
     ignore_estimates: bool = False
     details: dict[str, str | int | float | bool | None] = field(default_factory=dict)
     options: CaptureOptions = field(default_factory=CaptureOptions)
+
+    def in_shards_of(self, rows: int) -> Settings:
+        """The same with so many rows per shard, unless another number is asked for."""
+        return self if self.rows_per_shard is not None else replace(self, rows_per_shard=rows)
 
 
 def represent(
@@ -90,11 +95,12 @@ def represent(
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
 
     prepared: list[bool] = []
+    tokens = cache(lambda: _tokens(tokenizer, rows))
 
     def prepare() -> None:
         prepared.append(True)
-        tokens, kept = _tokens(tokenizer, rows), settings.selection.k
-        needs = disk_needs(checkpoint, Path(out), rows=len(rows), tokens=tokens, vocabulary=vocabulary, top_k=kept)
+        kept = settings.selection.k
+        needs = disk_needs(checkpoint, Path(out), rows=len(rows), tokens=tokens(), vocabulary=vocabulary, top_k=kept)
         needs += memory_needs(checkpoint, settings.batch_tokens, processes)
         for need in needs:
             say(str(need))
@@ -102,12 +108,16 @@ def represent(
             refuse(needs)
         checkpoint.fetch(bar=not settings.options.quiet)
 
+    def new_shards() -> int:
+        return rows_per_shard(parameters(checkpoint), tokens() / max(len(rows), 1), processes.device.type)
+
     def spec() -> StoreSpec:
         known = None if settings.options.overwrite else read_json(Path(out) / MANIFEST, Manifest)
         # Estimates and downloads come before anything is written; where all is there, nothing will be.
         if known is None or not _is_there(Path(out), known):
             prepare()
-        wanted = store_spec(checkpoint, tokenizer, rows, vocabulary, settings)
+        in_shards = settings.in_shards_of(known.spec.rows_per_shard if known is not None else new_shards())
+        wanted = store_spec(checkpoint, tokenizer, rows, vocabulary, in_shards)
         # A folder of the same weights may have been moved, or be spelled in another way.
         if known and known.spec.model_fingerprint == wanted.model_fingerprint:
             wanted = wanted.model_copy(update={"model": known.spec.model})
@@ -152,8 +162,9 @@ def store_spec(
 ) -> StoreSpec:
     """What a store is made from: model, tokenizer and template, data, and every setting that changes a value.
 
-    fingerprint: of the weights, where it is known already.
+    settings: with a number of rows per shard. fingerprint: of the weights, where it is known already.
     """
+    assert settings.rows_per_shard is not None
     choice, selection = checkpoint.choice, settings.selection
     return StoreSpec(
         model=choice.model,

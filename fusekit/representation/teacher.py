@@ -11,13 +11,11 @@ import torch
 from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.projection import Rows
 from fusekit.errors import CaptureError
-from fusekit.representation.batches import plan_batches
+from fusekit.representation.batches import batch_tokens_on, plan_batches
 from fusekit.representation.forward import plain_logits, split_forward
 from fusekit.representation.memory import is_out_of_memory, release
 from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
 from fusekit.representation.topk import Scores, Selection, score_logits
-
-DEFAULT_BATCH_TOKENS = 16384
 
 CHUNK_BYTES = 256 << 20
 """Of float32 logits at a time: enough positions that reading the head's weights is not what takes the time."""
@@ -44,7 +42,7 @@ class Teacher:
         model: a transformers causal language model on its device(s), in any dtype.
         valid_ids: ids that are tokens; logits of all others, which only pad the matrix, get no mass. None: all are.
         selection: what is kept of each distribution.
-        batch_tokens: most tokens per batch, padding included.
+        batch_tokens: most tokens per batch, padding included; None for what suits the device.
         name: of the model, for messages.
         notify: called with a line when something is done in another way than planned.
         longest: most tokens of a row that the model was made for.
@@ -60,7 +58,7 @@ class Teacher:
         valid_ids: IntArray | None = None,
         selection: Selection | None = None,
         *,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        batch_tokens: int | None = None,
         name: str = "the model",
         notify: Callable[[str], None] = lambda _line: None,
         longest: int | None = None,
@@ -68,10 +66,11 @@ class Teacher:
     ) -> None:
         self.model = model.eval()
         self.selection = selection or Selection()
-        self.batch_tokens, self.name, self.notify = batch_tokens, name, notify
+        self.name, self.notify = name, notify
         self.longest, self._chunk_bytes = longest, chunk_bytes
         # With layers offloaded some parameters are on no device: the first that is on one takes the input.
         self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.batch_tokens = batch_tokens or batch_tokens_on(self.device.type)
         self.input_rows: int = model.get_input_embeddings().weight.shape[0]
         sample = np.arange(self.input_rows) if valid_ids is None else valid_ids[valid_ids < self.input_rows]
         ids = torch.from_numpy(sample[np.linspace(0, len(sample) - 1, 8).astype(np.int64)].reshape(2, 4))

@@ -18,6 +18,8 @@ from fusekit.storage.faults import disk_fault
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+ROWS_PER_SHARD = 1024
+"""Unless something else is asked for; what chooses by model and device takes no more."""
 _LARGEST_MANIFEST = 1 << 30
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -55,7 +57,7 @@ class StoreSpec(_Model):
     keep_mass: float | None = Field(default=None, gt=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
     max_error: float = Field(default=DEFAULT_MAX_ERROR, ge=0, le=1)
-    rows_per_shard: int = Field(default=2048, ge=1)
+    rows_per_shard: int = Field(default=ROWS_PER_SHARD, ge=1)
     details: dict[str, Setting] = Field(default_factory=dict)
 
     def differences(self, other: StoreSpec) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from fusekit.distillation.models import load_pivot
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.models.limits import memory_limits, taken_bytes
+from fusekit.representation import estimate as capture
 from fusekit.representation import read_rows
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
 from fusekit.representation.load import load_tokenizer
+from fusekit.representation.processes import Processes
 from fusekit.representation.row_tokenizer import RowTokenizer
+from fusekit.representation.teacher import CHUNK_BYTES
 
 PIVOT = Path(__file__).parents[2] / "demo" / "models" / "pivot"
 
@@ -40,22 +45,67 @@ def test_states_are_those_of_a_step_of_adamw(fields):
     assert held.optimizer == pytest.approx(moments, rel=0.35 if settings.lora else 0.1)
 
 
-def test_activations_are_those_that_autograd_keeps():
-    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(micro_batch_size=2)
+@pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}, {"bf16": True}], ids=str)
+def test_activations_are_those_that_autograd_keeps(fields):
+    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(micro_batch_size=2, **fields)
     model = load_pivot(checkpoint, settings).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     kept: dict[int, int] = {}
+    alive = []  # or an address is used again
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        # Under autocast weights are kept as they are computed with: estimated with the weights.
+        if storage.data_ptr() not in own and tuple(tensor.shape) not in copies:
             kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model(torch.zeros((2, 64), dtype=torch.int64), use_cache=False).logits.logsumexp(-1).sum()
-    assert loss > 0
-    assert estimate.activation_bytes(checkpoint, settings, 64) == pytest.approx(sum(kept.values()), rel=0.3)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16),
+    ):
+        logits = model(torch.zeros((2, 65), dtype=torch.int64), use_cache=False).logits
+    estimated = estimate.activation_bytes(checkpoint, settings, 65)
+    assert estimated == pytest.approx(
+        sum(kept.values()) + 2 * logits.numel() * (4 if settings.bf16 else logits.itemsize), rel=0.15
+    )
+
+
+def test_the_gradients_of_a_tied_head_are_there_twice_and_summed():
+    checkpoint = find_checkpoint(ModelChoice(str(PIVOT)))
+    one = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"] * 4
+    own = dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": False})
+    tied = dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": True})
+    assert estimate.head_gradient_bytes(own, TrainingSettings()) == one
+    assert estimate.head_gradient_bytes(tied, TrainingSettings()) == 3 * one
+    assert estimate.head_gradient_bytes(tied, TrainingSettings(dtype="bfloat16")) == 3 * one // 2
+    assert estimate.head_gradient_bytes(tied, TrainingSettings(lora={"r": 2})) == 0
+
+
+def test_memory_is_that_of_the_whole_process():
+    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings()
+    alone, three = (Processes(0, n, n, torch.device("cpu")) for n in (1, 3))
+    (need,) = estimate.memory_needs(checkpoint, settings, 64, alone)
+    besides = sum(estimate.states(checkpoint, settings)) + estimate.activation_bytes(checkpoint, settings, 64)
+    besides += estimate.head_gradient_bytes(checkpoint, settings)
+    taken = taken_bytes()
+    assert need.needed == pytest.approx(taken + 1.05 * besides, rel=0.05)
+    assert need.free == pytest.approx(min(limit.available for limit in memory_limits()) + taken, rel=0.2)
+    (together,) = estimate.memory_needs(checkpoint, settings, 64, three)
+    assert together.needed == pytest.approx(3 * need.needed, rel=0.05)
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cpu", 2), ("cuda", 12)])
+def test_a_capture_needs_no_more_logits_than_a_batch_has(device, copies):
+    checkpoint = find_checkpoint(ModelChoice(str(PIVOT), dtype="bfloat16"))
+    shape, tokens = capture.shape_of(checkpoint.config), 100
+    hidden = tokens * (6 * shape.hidden + 2 * shape.wide) * 2
+    found = capture.working_bytes(checkpoint, tokens, device)
+    assert found == hidden + tokens * shape.vocabulary * copies  # cuda: three times the chunk in float32
+    most = capture.working_bytes(checkpoint, 10**6, device) - hidden * 10**4
+    assert most == CHUNK_BYTES * copies // 4
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_loaded(tmp_path):

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from fusekit.errors import DataError
-from fusekit.evaluation import bits_per_byte, exact_match
-from fusekit.evaluation.metrics import evaluate_model
-from fusekit.representation import Message, Row, RowTokenizer
+from fusekit.evaluation import Score, bits_per_byte, exact_match
+from fusekit.evaluation.metrics import ends_counted, evaluate_model
+from fusekit.evaluation.table import table
+from fusekit.representation import Cut, Message, Row, RowTokenizer, pack_text
 from fusekit.representation.checkpoint import ModelChoice
+from fusekit.representation.teacher import Teacher
+from tests import reference
 
 DEMO = Path(__file__).parents[2] / "demo" / "models"
 
@@ -97,6 +100,51 @@ def test_with_train_on_all_every_token_counts_and_an_answer_is_still_asked_for_a
     assert exact_match(model, everything, [one]) == exact_match(model, tokenizer, [one]) == {"add": (1.0, 1)}
 
 
+TEXTS = ["Lima is the capital of Peru. 57+68=125, 11+12=23", "Reverse: abc", "sort 3 1 2"]
+
+
+@pytest.mark.parametrize("folder", ["models/numbers", "sources/qwen", "sources/neox"])
+def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_for(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = DEMO.parent / folder
+    own = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = RowTokenizer(own)
+    content = reference.text_bits_per_byte(model, own, TEXTS, ends=False)
+    with_ends = reference.text_bits_per_byte(model, own, TEXTS, ends=True)
+    whole = [Row((Message("text", text),), "t") for text in TEXTS]
+    pieces = [Row((Message("fragment", text),), "t") for text in TEXTS]
+    longer = [Row((Message("text", text + " and so on"),), "t", Cut(0, len(text))) for text in TEXTS]
+    packed = list(pack_text(pieces, [tokenizer], 200))
+    assert with_ends > content + 1e-3
+    for rows in (whole, pieces, longer, packed):
+        assert bits_per_byte(model, tokenizer, rows)["t"].value == pytest.approx(content, rel=1e-6)
+        expected = with_ends if rows is whole else content
+        found = bits_per_byte(model, tokenizer, rows, text_ends=True)
+        assert found["t"].value == pytest.approx(expected, rel=1e-6)
+    # What is captured of a row is learnt: the end of a whole text, and none where it was cut.
+    for rows, expected in ((whole, with_ends), (pieces, content), (longer, content), (packed, content)):
+        captured = Teacher(model).score([tokenizer.tokenize(row) for row in rows]).rows
+        sizes = [row.tokens.label_bytes for row in captured]
+        assert sum(row.bits_per_byte * size for row, size in zip(captured, sizes, strict=True)) == pytest.approx(
+            expected * sum(sizes), rel=1e-6
+        )
+
+
+def test_which_ends_count_is_said_by_source_of_data():
+    rows = [row("57+68=", "125"), Row((Message("text", "a"),), "wiki"), row("a", "b", "mixed")]
+    rows.append(Row((Message("fragment", "a"),), "mixed"))
+    ends = ends_counted(rows)
+    assert ends == {"add": True, "mixed": True, "wiki": False}
+    results = {
+        "model": {"bits_per_byte": {name: Score(1.0, 1) for name in ends}, "exact_match": {"add": Score(1.0, 1)}}
+    }
+    said = table(results, ends=ends)
+    assert said.count("(add, mixed)") == said.count("(wiki)") == 1
+    assert table(results) in table(results, ends={})
+
+
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
     model, tokenizer = pivot
     with pytest.raises(DataError, match="'add' have no byte to predict"):
@@ -174,6 +222,7 @@ def test_command(tmp_path):
         cli, ["evaluate", str(DEMO / "numbers"), str(DEMO / "pivot"), "--data", str(data), "--json", str(out)]
     )
     assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["ends_counted"] == {"add": True, "wrong": True}
     scores = json.loads(out.read_text())["models"]
     assert scores[str(DEMO / "numbers")]["exact_match"] == {"add": 1.0, "wrong": 0.0}
     assert scores[str(DEMO / "numbers")]["bits_per_byte"]["add"] < scores[str(DEMO / "pivot")]["bits_per_byte"]["add"]

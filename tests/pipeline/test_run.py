@@ -37,7 +37,9 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     for name in ("targets/llama", "baselines/sft", "merged"):
         assert AutoModelForCausalLM.from_pretrained(out / name).config.vocab_size == 768
         assert len(AutoTokenizer.from_pretrained(out / name)) <= 768
-    results = json.loads((out / "results.json").read_text())["models"]
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["ends_counted"].values()) == {True}
+    results = results["models"]
     assert list(results) == ["pivot", "baseline", "sources/llama", "targets/llama", "merged"]
     # Trained on the very rows, both are better than the pivot; a merge of one model is that model.
     figures = {name: found["bits_per_byte"]["add"] for name, found in results.items()}

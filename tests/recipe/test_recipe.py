@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from fusekit import shipped_recipes
 from fusekit.cli import cli
+from fusekit.distillation.arguments import training_arguments
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.pipeline.checks import check_recipe
 from fusekit.recipe import PRESETS, load_recipe
@@ -324,6 +327,44 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(RecipeError, match=r"--set distill.batch_size=10: batch_size 10 .* 5 x 4 processes"):
         check_recipe(even)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("optim", "sgdd", "sgdd is not a valid OptimizerNames"),
+        ("fsdp", "full_shards", "full_shards"),
+        ("adam_beta1", "2", "Invalid beta parameter at index 0: 2"),
+        ("adam_epsilon", "-1.0", "Invalid epsilon value: -1.0"),
+        ("max_steps", "many", "trainer.max_steps is 'many', not int"),
+        ("max_grad_norm", "1e-1x", "trainer.max_grad_norm is '1e-1x', not float"),
+        ("logging_steps", "0", "non-zero --logging_steps"),
+        ("lr_scheduler_kwargs", "{min_lr_rat: 1}", "min_lr_rat"),
+        ("eval_strategy", "steps", "trainer.eval_strategy cannot be set"),
+    ],
+)
+def test_training_arguments_that_transformers_or_torch_refuse_are_refused_at_their_line(write, field, value, says):
+    environment = dict(os.environ)
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(load_recipe(write(SMALL + f"distill:\n  seed: 1\n  trainer:\n    {field}: {value}\n")))
+    assert "recipe.yml, line 7: " in str(caught.value)
+    assert says in str(caught.value)
+    assert dict(os.environ) == environment
+
+
+def test_a_scheduler_that_lacks_what_it_needs_is_refused_at_its_line(write):
+    path = write(SMALL + "distill:\n  scheduler: cosine_with_min_lr\n")
+    with pytest.raises(RecipeError, match=r"recipe.yml, line 5: .*min_lr"):
+        check_recipe(load_recipe(path))
+    check_recipe(load_recipe(path, ["distill.trainer.lr_scheduler_kwargs={min_lr: 1.0e-7}"]))
+
+
+def test_bfloat16_needs_no_accelerator(write):
+    recipe = load_recipe(write(SMALL + "distill: {bf16: true}\n"))
+    check_recipe(recipe)
+    args = training_arguments(recipe.distill, Path("unused"))
+    assert args.bf16
+    assert args.use_cpu == (not torch.accelerator.is_available())
 
 
 @pytest.mark.parametrize("changed", ["fusion.mode=joint", "sources=[{model: org/first}]"])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.errors import DataError
-from fusekit.representation import Message, Row, RowTokenizer, pack_text
+from fusekit.representation import Message, Part, Row, RowTokenizer, pack_text
 from tests.alignment.texts import EDGE_CASES
 from tests.alignment.tokenizers import load
 
@@ -63,6 +63,21 @@ def test_the_data_set_of_a_block():
     blocks = list(pack_text([document("a", "x"), document("b", "x")], readers(), 50))
     assert [block.dataset for block in blocks] == ["x"]
     assert [block.dataset for block in pack_text([document("a", "x"), document("b", "y")], readers(), 50)] == [""]
+
+
+@pytest.mark.parametrize("size", [12, 60, 500])
+def test_text_that_is_cut_off_gets_no_end_and_nothing_follows_it(size):
+    texts = [("fragment", "a text that goes on in a "), ("text", "a whole one"), ("fragment", "cut again " * 20)]
+    rows = [Row((Message(*text),), "d") for text in texts]
+    blocks = list(pack_text(rows, readers(), size))
+    found = [message for block in blocks for message in block.messages]
+    assert "".join(content for _, content in found) == "".join(content for _, content in texts)
+    assert [role for role, _ in found].count("text") == 1
+    assert all(role == "text" for block in blocks for role, _ in block.messages[:-1])
+    for reader in readers():
+        ends = sum(int((reader.tokenize(block).part == Part.END).sum()) for block in blocks)
+        assert ends == 1
+        assert max(len(reader.tokenize(block)) for block in blocks) <= size
 
 
 def test_refusals():

@@ -9,13 +9,16 @@ from click.testing import CliRunner
 
 from fusekit.cli import cli
 from fusekit.errors import CaptureError, StorageError
+from fusekit.representation import batches
 from fusekit.representation.capture import CaptureOptions
 from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
+from fusekit.representation.estimate import parameters
 from fusekit.representation.load import load_model
 from fusekit.representation.processes import Processes
 from fusekit.representation.represent import Settings, represent
 from fusekit.representation.topk import Selection
 from fusekit.storage import Store, output_lock
+from fusekit.storage.manifest import Manifest, read_json
 from tests import reference
 from tests.helpers import edit_tensors
 from tests.merging.test_disk import mounted  # noqa: F401
@@ -144,6 +147,26 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
             change()
         assert files(out) == before
     assert run(data, out, settings(9, overwrite=True)).spec.top_k == 9
+
+
+def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, monkeypatch):
+    def bounds():
+        return read_json(tmp_path / "out" / "manifest.json", Manifest).bounds
+
+    tokens = sum(len(data[1].tokenize(row)) for row in data[0]) / len(data[0])
+    automatic = settings(rows_per_shard=None)
+    monkeypatch.setattr(batches, "CPU_BATCH_TOKENS", 1)
+    monkeypatch.setattr(batches, "CPU_FLOPS", 2 * parameters(demo()) * 10 * tokens / batches.SHARD_SECONDS)
+    assert run(data, tmp_path / "out", automatic).spec.rows_per_shard == 8  # 10 rows, as a power of two
+    assert bounds()[:3] == [0, 8, 16]
+    before = files(tmp_path / "out")
+    (tmp_path / "out" / "shard-00001.safetensors").unlink()
+    monkeypatch.setattr(batches, "CPU_FLOPS", 1e30)  # as on another kind of device
+    run(data, tmp_path / "out", automatic)
+    assert files(tmp_path / "out") == before
+    with pytest.raises(StorageError, match="rows_per_shard: 8, now 4"):
+        run(data, tmp_path / "out", settings(rows_per_shard=4))
+    assert run(data, tmp_path / "out", settings(rows_per_shard=None, overwrite=True)).spec.rows_per_shard == 1024
 
 
 def test_a_model_that_was_moved_is_the_same_model(data, tmp_path):

@@ -54,6 +54,17 @@ def test_forms(tmp_path, form, ending):
     assert len({row.key for row in rows}) == 1
 
 
+def test_text_that_is_cut_off_says_so(tmp_path):
+    rows = read_rows(write(tmp_path / "d.jsonl", [{"fragment": "goes on "}, {"text": "the end"}, {"fragment": ""}]))
+    assert [row.messages for row in rows] == [
+        (Message("fragment", "goes on "),),
+        (Message("text", "the end"),),
+        (Message("fragment", ""),),
+    ]
+    with pytest.raises(DataError, match="'fragment', 'text'"):
+        next(read_rows(write(tmp_path / "e.jsonl", [{"fragment": "a", "text": "b"}])))
+
+
 def test_the_key_is_stable():
     from fusekit.representation import Row
 

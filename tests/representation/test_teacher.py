@@ -9,7 +9,7 @@ import torch
 from fusekit.alignment.projection import Rows
 from fusekit.errors import CaptureError
 from fusekit.representation import teacher as teacher_module
-from fusekit.representation.batches import plan_batches
+from fusekit.representation.batches import batch_tokens_on, plan_batches, rows_per_shard
 from fusekit.representation.forward import SplitForward
 from fusekit.representation.teacher import Teacher
 from fusekit.representation.topk import Selection
@@ -302,3 +302,26 @@ def test_rows_come_as_the_store_takes_them():
         np.float64,
     )
     assert found.actual.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("parameters", "row_tokens", "device", "rows"),
+    [
+        (135_000_000, 512, "cpu", 32),  # 120 s at 5e10 operations a second: 43 rows
+        (135_000_000, 64, "cpu", 256),
+        (7_000_000_000, 512, "cpu", 4),  # a batch of 2048 tokens takes longer than that
+        (7_000_000_000, 4096, "cpu", 1),
+        (7_000_000_000, 512, "cuda", 1024),
+        (70_000_000_000, 2048, "cuda", 32),
+        (1_000_000, 20, "cpu", 1024),
+        (0, 0, "cpu", 1024),
+    ],
+)
+def test_a_shard_is_minutes_of_work(parameters, row_tokens, device, rows):
+    assert rows_per_shard(parameters, row_tokens, device) == rows
+
+
+def test_batches_suit_the_device_unless_their_size_is_given():
+    model = random_model("llama")
+    assert Teacher(model).batch_tokens == batch_tokens_on("cpu") < batch_tokens_on("cuda")
+    assert Teacher(model, batch_tokens=77).batch_tokens == 77
