@@ -37,8 +37,8 @@ class FusionCollator:
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
             ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
             ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]. On the host, as
-            numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies``, an array per row; ``counts``, the sum
-            of the examples' counts.
+            numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
+            ``counts``, the sum of the examples' counts.
         """
         lengths = [len(example["input_ids"]) for example in examples]
         B, longest = len(examples), max(lengths)
@@ -57,7 +57,7 @@ class FusionCollator:
             "predicting": torch.from_numpy(learnt - 1),
             "label_ids": torch.from_numpy(labels.ravel()[learnt]),
             "sizes": (labels != IGNORED).sum(axis=1),
-            "cross_entropies": [example.get("cross_entropies", _NOBODY) for example in examples],
+            **{name: [example.get(name, _NOBODY) for example in examples] for name in ("cross_entropies", "typical")},
         }
         if any("target_ids" in example for example in examples):
             batch |= _targets(examples)

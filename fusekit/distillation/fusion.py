@@ -139,13 +139,27 @@ def hard_and_decay(weight: float, cross_entropies: Sequence[float], progress: fl
     return weight + (1.0 - weight) * min(max(progress, 0.0), 1.0)
 
 
+def relative(weight: float, typical: Sequence[float], progress: float) -> float:
+    """λ + (1 - λ) · min_j CE_j / CE_pivot over the typical cross-entropies of an example's data set, the pivot's first.
+
+    Where no teacher knows more than the pivot, the text alone is learned; the better the best one is, the more it
+    teaches. It looks at the kind of example and not at the example, on whose label a good teacher disagrees exactly
+    where the label is wrong.
+    """
+    if not len(typical):
+        return 1.0
+    return weight + (1.0 - weight) * (min(typical) / typical[0] if typical[0] > 0 else 1.0)
+
+
 LM_WEIGHTS: dict[str, Callable[[float, Sequence[float], float], float]] = {
     "constant": constant,
     "soft": soft,
     "hard_and_decay": hard_and_decay,
+    "relative": relative,
 }
 """(λ of the recipe, the row's cross-entropies of all candidates, share of training that is done) -> the λ of a row, in
-λ · L_CLM + (1 - λ) · L_fusion. The authors' other weightings, by their names for them."""
+λ · L_CLM + (1 - λ) · L_fusion. The authors' other weightings, by their names for them; ``relative`` is fusekit's and
+reads the typical cross-entropies of the row's data set."""
 
 
 def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:

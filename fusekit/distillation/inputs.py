@@ -112,6 +112,11 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
             "reward_softmax needs a reward per row and model, which no store has: use it from Python "
             "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
         )
+    if settings.training.lm_weighting == "relative" and inputs.pivot_store is None and sources:
+        raise DistillationError(
+            "lm_weighting relative compares the teachers with the pivot, but there is no store of the pivot: capture "
+            "it, or use lm_weighting constant"
+        )
     checkpoint = find_checkpoint(inputs.pivot)
     on_main(checkpoint.fetch)
     fingerprint = on_main(checkpoint.fingerprint)

@@ -10,9 +10,11 @@ from fusekit.alignment.arrays import FloatArray
 from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case
 from fusekit.distillation.fusion import METRICS
+from fusekit.distillation.joining import Captures
 from fusekit.distillation.label_rows import LabelRows
 from fusekit.errors import DistillationError
 from fusekit.representation.tokenized_row import CapturedRow, Part, TokenizedRow
+from fusekit.storage.store import Store
 
 PROJECTED = "projected_ce"
 """The metric of what is taught, not of the model: see :func:`projected_ce`."""
@@ -47,6 +49,22 @@ def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]
     common = np.logical_and.reduce(taught)
     counted = [common if common.any() else own for own in taught]
     return [float(nll[at].mean()) if at.any() else np.inf for nll, at in zip(losses, counted, strict=True)]
+
+
+def typical_bits_per_byte(captures: Captures) -> dict[str, float]:
+    """The median over the captured rows of a data set of their bits per byte, by the data set's name."""
+    if isinstance(captures, Store):
+        summary = captures.summary
+        values = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))
+        names = [summary.datasets[number] for number in summary.dataset.tolist()]
+    else:
+        rows = [captures.get(key) for key in (captures.keys() if callable(captures.keys) else captures.keys)]
+        values = np.array([row.bits_per_byte for row in rows if row is not None])
+        names = [row.dataset for row in rows if row is not None]
+    by_name: dict[str, list[float]] = {}
+    for name, value in zip(names, values.tolist(), strict=True):
+        by_name.setdefault(name, []).append(value)
+    return {name: float(np.median(found)) for name, found in by_name.items()}
 
 
 def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:

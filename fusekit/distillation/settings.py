@@ -104,10 +104,11 @@ class TrainingSettings(_Section):
         le=1,
         description="λ in L = λ L_CLM + (1 - λ) L_fusion; 1 is plain fine-tuning. `lm_weighting: soft` has its own.",
     )
-    lm_weighting: Literal["constant", "soft", "hard_and_decay"] = Field(
+    lm_weighting: Literal["constant", "soft", "hard_and_decay", "relative"] = Field(
         default="constant",
-        description="What becomes of λ: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max "
-        "exp(-cross-entropy) row by row.",
+        description="How λ changes: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max exp(-cross-entropy) of "
+        "each example, `relative` is λ + (1 - λ) r, where r is the best teacher's bits per byte divided by the "
+        "pivot's, medians over the example's data set, at most 1.",
     )
     loss: str = Field(default="ce", description="L_fusion.", json_schema_extra={"enum": list(_LOSSES)})
     truncation: Literal["tail", "renormalize"] = Field(

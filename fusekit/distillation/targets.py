@@ -15,7 +15,7 @@ from fusekit.alignment.row_cases import Case
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused
 from fusekit.distillation.joining import Captures, Joined, join
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
-from fusekit.distillation.metrics import PROJECTED, metrics_of, projected_ce
+from fusekit.distillation.metrics import PROJECTED, metrics_of, projected_ce, typical_bits_per_byte
 from fusekit.distillation.sampling import IGNORED
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.training_log import CASE, CHOSEN, count_names
@@ -32,7 +32,8 @@ _CASES = [case.name.lower() for case in Case]
 Example = dict[str, Any]
 """A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
 ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
-(:class:`fusekit.distillation.losses.SparseTargets`), and the candidates' ``cross_entropies`` by the metric."""
+(:class:`fusekit.distillation.losses.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
+``typical`` bits per byte of the pivot and the sources in its data set, float64 [1 + K] (empty without the pivot's)."""
 
 
 class Tokenizes(Protocol):
@@ -136,6 +137,15 @@ class FusionDataset(Dataset[Example]):
             self._kept[index], self._room = example, self._room - size
         return dict(example)
 
+    @cached_property
+    def typical(self) -> dict[str, FloatArray]:
+        """Median bits per byte of the pivot and of each source, by data set; empty without the pivot's captures."""
+        if self.pivot is None:
+            return {}
+        models = [self.pivot, *self.sources.values()]
+        found = [typical_bits_per_byte(model) for model in models]
+        return {name: np.array([known.get(name, np.inf) for known in found]) for name in found[0]}
+
     def _made(self, index: int) -> Example:
         row = self.rows[index]
         own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
@@ -187,6 +197,7 @@ class FusionDataset(Dataset[Example]):
             "target_tail": fused.rows.tail.astype(np.float32),
             "target_taught": taught,
             "cross_entropies": np.array(metrics),
+            "typical": self.typical.get(next(iter(captured.values())).dataset, np.zeros(0)),
         }
 
     def _projected(

@@ -48,7 +48,8 @@ class Objective:
         if self.weighting == "constant":
             return self.lm_weight
         weigh = LM_WEIGHTS[self.weighting]
-        by_row = [weigh(self.lm_weight, row.tolist(), progress) for row in batch["cross_entropies"]]
+        known = batch["typical" if self.weighting == "relative" else "cross_entropies"]
+        by_row = [weigh(self.lm_weight, row.tolist(), progress) for row in known]
         return np.repeat(np.array(by_row, np.float64), batch["sizes"])
 
 

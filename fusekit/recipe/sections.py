@@ -123,6 +123,9 @@ class SourceAlignment(Section):
         default=None, description=_AS_RECIPE.format("vocabulary")
     )
     conditioning: bool | None = Field(default=None, description=_AS_RECIPE.format("conditioning"))
+    tail: Literal["back_off", "pivot_share", "listed_share", "drop", "keep"] | None = Field(
+        default=None, description=_AS_RECIPE.format("tail")
+    )
     one_hot: bool | None = Field(default=None, description=_AS_RECIPE.format("one_hot"))
     collisions: Literal["add", "max"] | None = Field(default=None, description=_AS_RECIPE.format("collisions"))
 

@@ -231,6 +231,14 @@ class TestLmWeights:
     def test_hard_and_decay(self, progress, expected):
         assert LM_WEIGHTS["hard_and_decay"](0.9, [1.0], progress) == pytest.approx(expected)
 
+    @pytest.mark.parametrize(
+        ("typical", "expected"),
+        [([2.0, 1.0], 0.6), ([1.0, 2.0], 1.0), ([2.0, np.inf, 1.5], 0.8), ([], 1.0), ([0.0, 0.0], 1.0)],
+    )
+    def test_relative(self, typical, expected):
+        """λ .2: with a teacher of half the pivot's bits per byte, .2 + .8 / 2; with a worse one the text alone."""
+        assert LM_WEIGHTS["relative"](0.2, typical, 0.5) == pytest.approx(expected)
+
 
 def test_metrics_are_those_of_the_captured_row():
     class Row:

@@ -8,11 +8,11 @@ import pickle
 import numpy as np
 import pytest
 
-from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.alignment import Case, Rows, build_vocabulary_map
 from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import join
-from fusekit.distillation.label_rows import Projection, label_rows
-from fusekit.distillation.metrics import metrics_of
+from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.metrics import metrics_of, projected_ce
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset, label_nll
 from fusekit.errors import DistillationError
@@ -33,7 +33,8 @@ def captured(rows: list[Row], side: str = "source", sharpness: float = 1.0) -> d
 
 def dataset(rows: list[Row], sources: dict[str, dict[str, CapturedRow]], **options: object) -> FusionDataset:
     given: dict[str, object] = {"pivot": captured(ROWS, "pivot"), "fusion": FusionSettings()}
-    return FusionDataset(rows, sources=sources, projections=dict.fromkeys(sources, Projection(MAP)), **given | options)  # type: ignore[arg-type]
+    given |= {"projections": dict.fromkeys(sources, Projection(MAP))}
+    return FusionDataset(rows, sources=sources, **given | options)  # type: ignore[arg-type]
 
 
 class Listed(dict[str, CapturedRow]):
@@ -110,6 +111,39 @@ def test_rows_that_the_pivots_store_lacks_are_read_or_left_out() -> None:
     assert len(read) == 9
     np.testing.assert_array_equal(read[7]["input_ids"], worlds.read(ROWS[7], PIVOT).ids)
     assert read[7]["target_taught"].any()
+
+
+def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach() -> None:
+    nll = np.array([1.0, 2.0, 4.0, 8.0])
+    rows = Rows(np.zeros((4, 1), np.int64), np.zeros((4, 1)), np.zeros(4))
+    cases = np.array([Case.SAME, Case.ONE_HOT, Case.SAME, Case.UNLINKED])
+    given = LabelRows(rows, np.array([True, True, True, False]), np.ones(4, bool), cases)
+    assert projected_ce([(rows, nll), (given, nll / 2)]) == [2.5, 1.25]
+    nothing = LabelRows(rows, np.zeros(4, bool), np.ones(4, bool), cases)
+    assert projected_ce([(rows, nll), (nothing, nll)]) == [3.75, np.inf]
+    with pytest.raises(DistillationError, match="bits_per_byte"):
+        projected_ce([(rows, nll), (given, None)])
+
+
+def test_what_is_typical_of_a_data_set_is_the_median_over_its_rows() -> None:
+    own, theirs = captured(ROWS, "pivot"), captured(ROWS, sharpness=2.0)
+    data = dataset(ROWS, {"s": theirs}, pivot=own)
+    for name in {row.dataset for row in own.values()}:
+        for at, model in enumerate((own, theirs)):
+            values = [row.bits_per_byte for row in model.values() if row.dataset == name]
+            assert data.typical[name][at] == pytest.approx(np.median(values))
+    assert data[0]["typical"].tolist() == data.typical[own[ROWS[0].key].dataset].tolist()
+    bare = dataset(ROWS, {"s": theirs}, pivot=own, projections={"s": Projection(MAP, tail="back_off")})
+    assert bare[0]["target_taught"].any()
+    with pytest.raises(DistillationError, match="back_off for s"):
+        dataset(
+            ROWS,
+            {"s": theirs},
+            pivot=None,
+            tokenizer=worlds.Reader(PIVOT),
+            fusion=FusionSettings(include_pivot=False),
+            projections={"s": Projection(MAP, tail="back_off")},
+        )
 
 
 def test_the_better_model_of_a_row_teaches_it() -> None:
