@@ -58,7 +58,6 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {
         "fine-tuning": _TEXT_ALONE,
         "fusekit": (),
-        "fusekit, λ 0.5": _HALF,
         "FuseLLM": (*_HALF, *of_preset("fusellm", tokens="dtw")),
         "ULD, λ 0.5": (*_HALF, *of_preset("uld"), *_JOINT),
     },
