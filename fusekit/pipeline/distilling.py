@@ -30,7 +30,7 @@ def distill(context: Context) -> list[Path]:
     for source in recipe.sources:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
-        folder = layout.alignment(source.label) if how.vocabulary != "none" else None
+        folder = layout.alignment(source.label) if how.map_method is not None else None
         sources[source.label] = Source(layout.representation(source.label), choice_of(source), how, folder)
     inputs = Inputs(
         choice_of(recipe.pivot), context.rows, layout.representation(PIVOT), sources, context.readers.reader(PIVOT)
