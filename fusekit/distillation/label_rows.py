@@ -198,7 +198,8 @@ _Project = Callable[[TokenAlignment, Predictions, "Predictions | None", Projecti
 def _matched(
     alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, _how: Projection, into: VocabularyMap
 ) -> AlignedRows:
-    rows = checked_rows(*said.rows, into.matrix.shape[0])
+    ids, logprobs, tail = said.rows
+    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[0])
     known = into.matrix.shape[1]
     targets = into.entries[0][np.maximum(rows.ids, 0), 0]
     # Apart while the probabilities of source tokens with equal strings are added.

@@ -111,7 +111,11 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
-        ("alignment:\n  vocabulary: none\n", [], [r"line 5: alignment.vocabulary: loss ce .* needs a vocabulary map"]),
+        (
+            "alignment:\n  vocabulary: none\n",
+            [],
+            [r"line 5: alignment.vocabulary: .*loss ce .* needs a vocabulary map"],
+        ),
         ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
         (
             "preset: gold\ndistill:\n  loss: kl\n",
