@@ -40,9 +40,10 @@ def _settings(data: FusionDataset) -> _Settings:
         _place(data.pivot),
         data.fusion.model_dump_json(),
         *(
-            (name, _place(store), of.tokens, of.conditioning, of.one_hot, of.collisions, of.vocabulary_map.method)
+            (name, _place(store), of.tokens, of.tail, of.conditioning, of.one_hot, of.collisions, method)
             for name, store in data.sources.items()
             for of in [data.projections[name]]
+            for method in [of.vocabulary_map and of.vocabulary_map.method]
         ),
     )
 

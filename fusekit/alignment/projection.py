@@ -13,6 +13,8 @@ from fusekit.errors import AlignmentError
 # Log-probabilities are stored with an error, so a row may exceed 1 by as much; more than this is another quantity.
 MASS_TOLERANCE = 1e-2
 COLLISIONS = ("add", "max")
+NO_ID = -2
+"""In place of an id: an entry with a probability, of a token that the vocabulary of the row does not have."""
 
 
 class Rows(NamedTuple):

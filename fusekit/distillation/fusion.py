@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
-from fusekit.alignment.projection import Rows, merge_entries
+from fusekit.alignment.projection import NO_ID, Rows, merge_entries
 from fusekit.errors import DistillationError
 from fusekit.representation.tokenized_row import CapturedRow
 
@@ -216,8 +216,15 @@ def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
 
 def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray) -> Rows:
     whole = [j for j in range(len(candidates)) if np.array_equal(shares[:, j], taught.astype(np.float64))]
-    if whole and np.array_equal(taught, candidates[whole[0]].taught) and taught.all():
-        return candidates[whole[0]].rows  # one candidate is all there is: its rows, bit for bit
+    if whole:  # one candidate is all there is: its rows, bit for bit
+        rows, known = candidates[whole[0]].rows, taught[:, None]
+        if taught.all():
+            return rows
+        return Rows(
+            np.where(known, rows.ids, -1), np.where(known, rows.logprobs, -np.inf), np.where(taught, rows.tail, 1.0)
+        )
+    if any((candidate.rows.ids == NO_ID).any() for candidate in candidates):
+        raise DistillationError("rows with entries that have no id cannot be added up: use min_ce at level sequence")
     ids = np.concatenate([np.where(shares[:, [j]] > 0, c.rows.ids, -1) for j, c in enumerate(candidates)], axis=1)
     mass = np.concatenate(
         [

@@ -223,10 +223,10 @@ def _projection(
     vocabulary: int,
     folder: Path | None,
 ) -> Projection:
-    if how.vocabulary == "none":
+    if how.map_method is None:
         return Projection(None)
     if folder is not None:
-        made = read_map(folder, how.vocabulary, ours.tokenizer, theirs.tokenizer)
+        made = read_map(folder, how.map_method, ours.tokenizer, theirs.tokenizer)
         if made.matrix.shape[0] < vocabulary:
             raise DistillationError(
                 f"{folder}: the vocabulary map has {made.matrix.shape[0]} rows, but the store of {theirs.name} has ids "
@@ -234,7 +234,7 @@ def _projection(
             )
     else:
         made = make_map(
-            how.vocabulary,
+            how.map_method,
             ours.tokenizer,
             theirs.tokenizer,
             rows,
@@ -242,4 +242,5 @@ def _projection(
             source_roles=theirs.roles(),
             size=vocabulary,
         )
-    return Projection(made, how.tokens, how.tail, how.conditioning, how.one_hot, how.collisions)
+    tokens = "matched" if how.vocabulary == "matched" else how.tokens
+    return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment, align_tokens
 from fusekit.alignment.arrays import BoolArray, IntArray
-from fusekit.alignment.projection import Rows
+from fusekit.alignment.projection import NO_ID, Rows, checked_rows, merge_entries
 from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
@@ -29,6 +29,7 @@ class Projection:
             have read the same bytes, whatever comes next.
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
             position rule of the map's method; positions without a row get a one-hot on the label, as there.
+            ``matched``: rows as they are, as without a map; an entry that maps nowhere stays as one without an id.
         tail, conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
     """
 
@@ -46,6 +47,11 @@ class Projection:
             raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
         if self.vocabulary_map is not None:
             object.__setattr__(self, "vocabulary_map", RememberingMap.of(self.vocabulary_map))
+
+    @property
+    def into_pivot(self) -> bool:
+        """Whether rows are carried into the pivot's vocabulary, rather than taken as they are."""
+        return self.vocabulary_map is not None and self.tokens != "matched"
 
     @property
     def needs_pivot(self) -> bool:
@@ -187,9 +193,25 @@ def _as_they_are(alignment: TokenAlignment, rows: Rows) -> AlignedRows:
 
 
 _Project = Callable[[TokenAlignment, Predictions, "Predictions | None", Projection, VocabularyMap], AlignedRows]
+
+
+def _matched(
+    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, _how: Projection, into: VocabularyMap
+) -> AlignedRows:
+    ids, logprobs, tail = said.rows
+    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+    known = into.matrix.shape[1]
+    targets = into.entries[0][np.maximum(rows.ids, 0), 0]
+    # Apart while the probabilities of source tokens with equal strings are added.
+    targets = np.where(targets >= 0, targets, known + rows.ids)
+    merged = merge_entries(np.where(rows.ids >= 0, targets, -1), np.exp(rows.logprobs), rows.tail)
+    return _as_they_are(alignment, merged._replace(ids=np.where(merged.ids >= known, NO_ID, merged.ids)))
+
+
 _PROJECT: dict[str, _Project] = {
     "span": _by_span,
     "dtw": _by_warping,
+    "matched": _matched,
 }
 _RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
 

@@ -77,7 +77,7 @@ def fusion_loss(
             ``temperature``; None for the likelihood alone.
         positions: int64 [n], increasing: which rows of the logits, flattened to [-1, V], predict the labels. None: all
             of them, in order. Passing whole logits and positions spares the copy that slicing makes.
-        loss: ``ce``, ``kl``, ``reverse_kl``, ``js``, ``uld_topk`` (docs/losses.md).
+        loss: ``ce``, ``kl``, ``reverse_kl``, ``js``, ``uld_topk``, ``gold`` (docs/losses.md).
         truncation: ``tail``: everything that the target does not list is one more outcome, on both sides.
             ``renormalize``: the listed probabilities are scaled to 1 and the student keeps its whole softmax, as
             published; biased towards peaked students, and not for ``reverse_kl``, which is infinite then.
@@ -100,7 +100,8 @@ def fusion_loss(
     if not (math.isfinite(temperature) and temperature > 0):
         raise DistillationError(f"temperature is {temperature}, it must be a number above 0")
     if targets is not None:
-        check_targets(targets, rows, None if loss == "uld_topk" else flat.shape[1], temperature)
+        size = None if loss == "uld_topk" else flat.shape[1]
+        check_targets(targets, rows, size, temperature, without_ids=loss == "gold")
         if targets.ids.device != flat.device:
             raise DistillationError(f"targets are on {targets.ids.device}, logits on {flat.device}: use targets.to()")
     by_label = _weight(lm_weight, "lm_weight", rows, flat), _weight(fusion_weight, "fusion_weight", rows, flat)

@@ -63,11 +63,20 @@ def absolute_difference(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     return difference.abs().sum(1), log_p.exp() * difference.sign()
 
 
+def with_ranked(distance: Distance, log_q: Tensor, log_p: Tensor, ranked: Tensor) -> tuple[Tensor, Tensor]:
+    """A distance, and the absolute difference in its place of the outcomes that stand by rank. ranked: bool [n, o]."""
+    value, slopes = distance(log_q.masked_fill(ranked, -math.inf), log_p.masked_fill(ranked, -math.inf))
+    sorted_q, sorted_p = log_q.masked_fill(~ranked, -math.inf), log_p.masked_fill(~ranked, -math.inf)
+    difference, of_ranked = absolute_difference(sorted_q, sorted_p)
+    return value + difference, slopes + of_ranked
+
+
 DISTANCES: dict[str, Distance] = {
     "ce": cross_entropy,
     "kl": forward_kl,
     "reverse_kl": reverse_kl,
     "js": jensen_shannon,
     "uld_topk": absolute_difference,
+    "gold": forward_kl,  # of the entries that have an id; of the others see `with_ranked`
 }
 """The distances by the name that a recipe has for them."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusekit.distillation.losses_outcomes import Distance
+from fusekit.distillation.losses_outcomes import Distance, with_ranked
 from fusekit.distillation.losses_targets import SparseTargets
 
 
@@ -39,13 +39,14 @@ class _Outcomes(NamedTuple):
     """What the targets of a chunk's c rows are to the student. k >= 1.
 
     ids: int64 [c, k], anything where not used. used: bool [c, k]. log_q: [c, k + 1], the last one for the rest.
-    taught: bool [c].
+    taught: bool [c]. ranked: bool [c, k + 1], the entries that stand for the student's largest others; None for none.
     """
 
     ids: Tensor
     used: Tensor
     log_q: Tensor
     taught: Tensor
+    ranked: Tensor | None = None
 
 
 class ChunkOfRows:
@@ -79,16 +80,17 @@ class ChunkOfRows:
         if targets is None or not targets.ids.shape[1]:
             return _no_outcomes(z)
         ids, taught = targets.ids[self.part], targets.taught[self.part]
-        used = (ids >= 0) & taught[:, None]
-        log_q = targets.logprobs[self.part].to(self.dtype).masked_fill(~used, -math.inf)
+        used, listed = (ids >= 0) & taught[:, None], (ids != -1) & taught[:, None]
+        log_q = targets.logprobs[self.part].to(self.dtype).masked_fill(~listed, -math.inf)
         log_tail = targets.tail[self.part].to(self.dtype).log()
         if batch.truncation == "renormalize":
-            some = used.any(dim=1, keepdim=True)
+            some = listed.any(dim=1, keepdim=True)
             log_q = torch.where(some, log_q - log_q.logsumexp(dim=1, keepdim=True), log_q)
             log_tail = torch.full_like(log_tail, -math.inf)
         if batch.loss == "uld_topk":
             ids, used, log_q, log_tail = _by_rank(z, used, log_q, log_tail)
-        return _Outcomes(ids, used, torch.cat([log_q, log_tail[:, None]], dim=1), taught)
+        outcomes = _Outcomes(ids, used, torch.cat([log_q, log_tail[:, None]], dim=1), taught)
+        return _rank_others(z, outcomes, listed & ~used) if batch.loss == "gold" else outcomes
 
     def _pass(self, z: Tensor, outcomes: _Outcomes, lm_weight: Tensor, fusion_weight: Tensor) -> tuple[Tensor, Tensor]:
         """One exponential per logit. z: [c, V], overwritten. Returns likelihoods and distances [c]."""
@@ -108,7 +110,10 @@ class ChunkOfRows:
 
         # Where the list leaves the student nothing, there is no such outcome and the target's dust on it is dropped.
         log_q = torch.cat([outcomes.log_q[:, :-1], outcomes.log_q[:, -1:].masked_fill(rest_sum == 0, -math.inf)], 1)
-        values, slopes = self.batch.distance(log_q, log_p)
+        if outcomes.ranked is None:
+            values, slopes = self.batch.distance(log_q, log_p)
+        else:
+            values, slopes = with_ranked(self.batch.distance, log_q, log_p, outcomes.ranked)
         values = torch.where(outcomes.taught, values, 0.0)
         if self.batch.with_gradient:
             slopes = torch.where(outcomes.taught[:, None], slopes, 0.0)
@@ -154,6 +159,27 @@ def _by_rank(z: Tensor, used: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[
     log_tail = torch.cat([log_q[:, k:], log_tail[:, None]], dim=1).logsumexp(dim=1)
     used = torch.arange(k, device=z.device) < used.sum(dim=1, keepdim=True)
     return z.topk(k, dim=1).indices, used, log_q[:, :k], log_tail
+
+
+def _rank_others(z: Tensor, outcomes: _Outcomes, others: Tensor) -> _Outcomes:
+    """The entries without an id, largest first, each for the largest logit of the student that no other stands for.
+
+    z: [c, V], afterwards as it was. others: bool [c, k]. Where the student has no token left an entry stands for none.
+    """
+    columns = outcomes.log_q[:, :-1].clamp(min=torch.finfo(z.dtype).min)
+    order = columns.masked_fill(~others, -math.inf).argsort(dim=1, descending=True, stable=True)
+    ids, used, ranked = (entries.gather(1, order) for entries in (outcomes.ids, outcomes.used, others))
+    log_q = torch.cat([outcomes.log_q.gather(1, order), outcomes.log_q[:, -1:]], dim=1)
+    rows = _listed(outcomes)
+    known = z.gather(1, rows.where)
+    z.scatter_(1, rows.where, torch.where(rows.some, -math.inf, known))
+    largest = z.topk(min(ids.shape[1], z.shape[1]), dim=1)
+    z.scatter_(1, rows.where, known)
+    ids, used = torch.where(ranked, 0, ids), used.clone()
+    k = largest.indices.shape[1]
+    ids[:, :k] = torch.where(ranked[:, :k], largest.indices, ids[:, :k])
+    used[:, :k] |= ranked[:, :k] & (largest.values > -math.inf)
+    return _Outcomes(ids, used, log_q, outcomes.taught, torch.nn.functional.pad(ranked, (0, 1)))
 
 
 def compute_dtype(flat: Tensor) -> torch.dtype:

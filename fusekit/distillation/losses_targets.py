@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusekit.alignment.projection import NO_ID
 from fusekit.errors import DistillationError
 
 
@@ -16,7 +17,8 @@ class SparseTargets:
     """Top-k target distributions of n labels, k entries at most.
 
     Attributes:
-        ids: int64 [n, k], distinct within a row; -1 for no entry.
+        ids: int64 [n, k], distinct within a row; -1 for no entry, ``NO_ID`` (-2), any number of times, for an entry
+            of a token that the student does not have, which only the loss ``gold`` compares.
         logprobs: float32 or float64 [n, k], natural logarithms; ignored where there is no entry.
         tail: float32 or float64 [n], the probability of everything that is not listed.
         taught: bool [n], whether the row teaches at all; False gives no loss, whatever the rest of the row says.
@@ -52,7 +54,9 @@ class SparseTargets:
         return SparseTargets(ids, logprobs, tail, taught, self.temperature)
 
 
-def check_targets(targets: SparseTargets, labels: int, vocabulary: int | None, temperature: float) -> None:
+def check_targets(
+    targets: SparseTargets, labels: int, vocabulary: int | None, temperature: float, *, without_ids: bool = False
+) -> None:
     """Refuse targets that a loss cannot mean anything with.
 
     Args:
@@ -60,6 +64,7 @@ def check_targets(targets: SparseTargets, labels: int, vocabulary: int | None, t
         labels: n, how many labels they are for.
         vocabulary: ids are below it; None for ids of another model's vocabulary.
         temperature: of the loss.
+        without_ids: whether the loss compares entries without an id.
 
     Raises:
         DistillationError: shapes or dtypes that do not fit, another temperature, ids outside the vocabulary or twice
@@ -81,25 +86,30 @@ def check_targets(targets: SparseTargets, labels: int, vocabulary: int | None, t
             f"{temperature:g}: a top-k row cannot be carried to another temperature; capture at {temperature:g}, or "
             f"distil at {targets.temperature:g}"
         )
-    _check_values(targets, vocabulary)
+    _check_values(targets, vocabulary, NO_ID if without_ids else -1)
 
 
-def _check_values(targets: SparseTargets, vocabulary: int | None) -> None:
+def _check_values(targets: SparseTargets, vocabulary: int | None, least: int) -> None:
     ids, taught = targets.ids, targets.taught[:, None]
-    used = (ids >= 0) & taught
-    outside = ids < -1
+    used = (ids != -1) & taught
+    outside = ids < least
     if vocabulary is not None:
         outside = outside | (ids >= vocabulary)
-    in_order = torch.where(used, ids, -1).sort(dim=1).values
+    in_order = torch.where(taught, ids, -1).sort(dim=1).values
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
     # Written so that NaN is wrong too.
     wrong = used & ~(targets.logprobs <= 1e-2) | (taught & ~((targets.tail >= 0) & (targets.tail <= 1 + 1e-2))[:, None])
     problems = torch.stack([(outside & taught).any(), twice.any(), wrong.any()]).tolist()  # one wait for the device
     if problems[0]:
         row, entry = (int(x) for x in (outside & taught).nonzero()[0])
+        out = "were the targets projected into another vocabulary?"
+        if int(ids[row, entry]) == NO_ID:
+            out = (
+                "that is an entry without an id, which only the loss gold compares; other losses need a vocabulary map"
+            )
         raise DistillationError(
             f"row {row} of the targets lists token id {int(ids[row, entry])}, the logits have {vocabulary} columns: "
-            "were the targets projected into another vocabulary?"
+            f"{out}"
         )
     if problems[1]:
         row, entry = (int(x) for x in twice.nonzero()[0])

@@ -56,4 +56,11 @@ PRESETS: dict[str, Preset] = {
         "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
         "training": {"loss": "uld_topk"},
     },
+    # As uld, but entries whose string is a token of the pivot are compared with that token; after the hybrid loss of
+    # TRL's GOLD trainer.
+    "gold": {
+        "alignment": {"vocabulary": "matched"},
+        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
+        "training": {"loss": "gold"},
+    },
 }

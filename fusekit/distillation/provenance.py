@@ -73,8 +73,8 @@ def facts_of_run(
 
 def facts_of_alignment(how: AlignmentSettings) -> Facts:
     """What of the facts of a source's projection follows from its settings alone; no map has to be made for it."""
-    if how.vocabulary == "none":
-        return {"vocabulary": "none"}
+    if how.vocabulary in ("none", "matched"):
+        return {"vocabulary": how.vocabulary}
     facts: Facts = {"tokens": how.tokens, "vocabulary": how.vocabulary, "collisions": how.collisions}
     return facts if how.tokens == "dtw" else facts | {"conditioning": how.conditioning, "one_hot": how.one_hot}
 
@@ -86,6 +86,8 @@ def _store(store: Store) -> dict[str, Any]:
 def _projection(how: Projection) -> dict[str, Any]:
     if how.vocabulary_map is None:
         return {"vocabulary": "none"}
+    if how.tokens == "matched":
+        return {"vocabulary": "matched", "xxh3": map_hash(how.vocabulary_map)}
     facts: Facts = {
         "tokens": how.tokens,
         "vocabulary": how.vocabulary_map.method,

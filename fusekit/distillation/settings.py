@@ -11,7 +11,7 @@ from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
 from fusekit.problems import nearest
 
-_LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk")
+_LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
 """Those that fusekit brings, known without importing torch."""
 CHECKPOINTS_KEPT = 2
 """Of a run, unless ``trainer.save_total_limit`` says otherwise."""
@@ -29,11 +29,12 @@ class AlignmentSettings(_Section):
         description="Which tokens correspond: `span` where both have read the same bytes (exact), `dtw` by time "
         "warping (the papers').",
     )
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "none"] = Field(
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "matched", "none"] = Field(
         default="prefix",
         description="The vocabulary map: `em` equal strings, `mined` least edit distance (FuseLLM), `ms` mapping "
         "statistics (FuseChat), `ms_released` by the released code's formula, `prefix` the first token of the pivot's "
-        "own tokenisation; `none`: rows stay in the source's vocabulary, for the loss `uld_topk`.",
+        "own tokenisation; `matched`: rows stay as they are, and entries without an equal string have no id, for the "
+        "loss `gold`; `none`: rows stay in the source's vocabulary, for the loss `uld_topk`.",
     )
     conditioning: bool = Field(
         default=True,
@@ -54,6 +55,11 @@ class AlignmentSettings(_Section):
         description="Of source entries that meet on one pivot token: the sum of their probabilities, or the largest "
         "(the papers').",
     )
+
+    @property
+    def map_method(self) -> str | None:
+        """How the vocabulary map is made, as :func:`fusekit.alignment.build_vocabulary_map` takes it; None for none."""
+        return {"none": None, "matched": "em"}.get(self.vocabulary, self.vocabulary)
 
 
 class FusionSettings(_Section):
@@ -173,24 +179,34 @@ def clashes(alignment: AlignmentSettings, fusion: FusionSettings, training: Trai
             "truncation tail"
         )
         found.append(Clash(says, (("training", "loss"), ("training", "truncation"))))
-    if alignment.vocabulary != "none":
+    vocabulary = alignment.vocabulary
+    if (training.loss == "gold") != (vocabulary == "matched"):
+        says = (
+            f"loss gold and vocabulary matched need each other, but the loss is {training.loss} and the vocabulary "
+            f"{vocabulary}: preset gold has both"
+        )
+        found.append(Clash(says, (("training", "loss"), none)))
+    if vocabulary not in ("none", "matched"):
         return found
-    if fusion.metric == "projected_ce" and fusion.include_pivot:
-        says = "with vocabulary none no row is projected, so metric projected_ce does not exist: use bits_per_byte"
+    if fusion.metric == "projected_ce":
+        says = (
+            f"with vocabulary {vocabulary} no row is projected, so metric projected_ce does not exist: use "
+            "bits_per_byte"
+        )
         found.append(Clash(says, (("fusion", "metric"), none)))
-    if training.loss != "uld_topk":
+    if vocabulary == "none" and training.loss not in ("uld_topk", "gold"):
         says = (
             f"loss {training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
             "vocabulary none"
         )
         found.append(Clash(says, (("training", "loss"), none)))
     if alignment.tokens != "span":
-        says = "without a vocabulary map rows are taken where tokens is span, not dtw"
+        says = f"with vocabulary {vocabulary} rows are taken where tokens is span, not dtw"
         found.append(Clash(says, (("alignment", "tokens"), none)))
     if fusion.function != "min_ce" or fusion.level != "sequence":
         says = (
-            f"with vocabulary none the candidates' ids are of different vocabularies, so function {fusion.function} at "
-            f"level {fusion.level} cannot add or compare them: use min_ce at level sequence"
+            f"with vocabulary {vocabulary} the candidates' entries are of different vocabularies, so function "
+            f"{fusion.function} at level {fusion.level} cannot add or compare them: use min_ce at level sequence"
         )
         changed = ("fusion", "level" if fusion.function == "min_ce" else "function")
         found.append(Clash(says, (changed, none)))

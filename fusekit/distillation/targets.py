@@ -221,7 +221,7 @@ class FusionDataset(Dataset[Example]):
         """Nats per label of the pivot; None for rows in another vocabulary."""
         if isinstance(given, Rows):
             return -said.actual  # known also where the label is not listed, where the rows have only a bound
-        return label_nll(given.rows, labels) if self.projections[name].vocabulary_map is not None else None
+        return label_nll(given.rows, labels) if self.projections[name].into_pivot else None
 
 
 def label_nll(rows: Rows, labels: IntArray) -> FloatArray:

@@ -29,7 +29,7 @@ def distill(context: Context) -> list[Path]:
     for source in recipe.sources:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
-        folder = layout.alignment(source.label) if how.vocabulary != "none" else None
+        folder = layout.alignment(source.label) if how.map_method is not None else None
         choice = context.readers.choice(source.label)
         sources[source.label] = Source(layout.representation(source.label), choice, how, folder)
     reader = context.readers.reader(PIVOT)

@@ -14,8 +14,8 @@ def vocabulary_map(context: Context, source: str, rows: list[Row]) -> Vocabulary
 
     Raises AlignmentError, DataError.
     """
-    method = alignment_of(context, source).vocabulary
-    if method == "none":
+    method = alignment_of(context, source).map_method
+    if method is None:
         return None
     pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
     sample = rows[:SAMPLED]

@@ -24,6 +24,7 @@ _AROUND: dict[str, dict[str, Any]] = {
     "fusechat": {"source": {"chat_template": "pivot"}, "merge": _sce(0.1, "fuseai")},
     "fusellm": {"data": {"train_on": "all", "pack": True}},
     "uld": {"merge": _sce(1.0, "paper")},
+    "gold": {"merge": _sce(1.0, "paper")},
 }
 
 

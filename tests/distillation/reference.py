@@ -57,6 +57,28 @@ def distance(q: Tensor, p: Tensor, loss: str) -> Tensor:
     return total
 
 
+def gold(x: Tensor, targets: Any, row: int, truncation: str) -> Tensor:
+    """Σ_matched q log(q / p) + Σ_r |q_(r) - p_(r)|, the tail as one more of the matched. x: float64 [V]."""
+    p = x.softmax(0)
+    entries = [(int(i), math.exp(lp)) for i, lp in zip(targets.ids[row], targets.logprobs[row], strict=True) if i != -1]
+    tail = float(targets.tail[row])
+    if truncation == "renormalize":
+        whole = sum(q for _, q in entries)
+        entries, tail = [(i, q / whole) for i, q in entries], 0.0
+    matched = {i: q for i, q in entries if i >= 0}
+    others = sorted((q for i, q in entries if i < 0), reverse=True)
+    left = sorted((i for i in range(len(x)) if i not in matched), key=lambda i: -float(p[i].detach()))
+    total = torch.zeros((), dtype=torch.float64)
+    for id_, q in matched.items():
+        total = total + (q * (math.log(q) - p[id_].log()) if q > 0 else 0.0)
+    for rank, q in enumerate(others):
+        total = total + (q - p[left[rank]]).abs() if rank < len(left) else total + q
+    rest = p[left[len(others) :]].sum()
+    if tail > 0 and rest > 0:
+        total = total + tail * (math.log(tail) - rest.log())
+    return total
+
+
 def fusion_loss(
     logits: Tensor,
     labels: Tensor,
@@ -75,8 +97,11 @@ def fusion_loss(
             continue
         lm = lm - x[row].log_softmax(0)[int(labels[row])]
         if targets is not None and bool(targets.taught[row]):
-            q, p = outcomes(x[row] / temperature, targets, row, loss, truncation)
-            fusion = fusion + distance(q, p, loss) * temperature**2
+            if loss == "gold":
+                value = gold(x[row] / temperature, targets, row, truncation)
+            else:
+                value = distance(*outcomes(x[row] / temperature, targets, row, loss, truncation), loss)
+            fusion = fusion + value * temperature**2
     total = lm_weight * lm + fusion_weight * fusion
     (gradient,) = torch.autograd.grad(total, x)
     return total.detach(), lm.detach(), fusion.detach(), gradient

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fusekit.alignment.projection import Rows
+from fusekit.alignment.projection import NO_ID, Rows
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, LM_WEIGHTS, METRICS, Candidate, Fused
 from fusekit.errors import DistillationError
 from tests.distillation import reference
@@ -100,6 +100,18 @@ class TestMinCE:
     def test_one_candidate_keeps_its_bits(self):
         fused = FUSION_FUNCTIONS["min_ce"]([PIVOT])
         assert all(np.array_equal(a, b) for a, b in zip(fused.rows, PIVOT.rows, strict=True))
+
+    @pytest.mark.parametrize("taught", [[True, True, True], [True, False, True], [False, False, True]])
+    def test_the_chosen_one_keeps_entries_without_an_id(self, taught):
+        own = SOURCE.rows._replace(ids=np.array([[NO_ID, NO_ID], [1, NO_ID], [NO_ID, -1]]))
+        chosen = like(SOURCE, rows=own, taught=np.array(taught))
+        fused = FUSION_FUNCTIONS["min_ce"]([PIVOT, chosen])
+        for i, known in enumerate(taught):
+            assert fused.rows.ids[i].tolist() == (own.ids[i].tolist() if known else [-1, -1])
+            assert fused.rows.tail[i] == (own.tail[i] if known else 1.0)
+        for name, level in (("avg_ce", "sequence"), ("min_ce", "token")):
+            with pytest.raises(DistillationError, match=r"have no id .* min_ce at level sequence"):
+                FUSION_FUNCTIONS[name]([PIVOT, chosen], level=level)
 
     @pytest.mark.parametrize("fields", [{"taught": np.zeros(3, bool)}, {"cross_entropy": math.nan}])
     def test_who_has_nothing_to_say_is_not_chosen(self, fields):

@@ -7,9 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment import Case, Rows, align_tokens, build_vocabulary_map, project_rows
+from fusekit.alignment import (
+    Case,
+    Predictions,
+    Rows,
+    TokenizedText,
+    VocabularyMap,
+    align_tokens,
+    build_vocabulary_map,
+    project_rows,
+    tokenize,
+)
+from fusekit.alignment.projection import NO_ID
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
-from fusekit.errors import DistillationError
+from fusekit.errors import AlignmentError, DistillationError
 from fusekit.representation import Message, Part, Row, TokenizedRow
 from fusekit.representation.rows import FRAGMENT, TEXT
 from fusekit.representation.tokenized_row import CapturedRow
@@ -26,6 +37,12 @@ TEXT_ROWS = [
 def entry(rows: Rows, at: int) -> tuple[list[tuple[int, float]], float]:
     """One row as plain numbers."""
     pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0]
+    return pairs, float(rows.tail[at])
+
+
+def numbers(rows: Rows, at: int) -> tuple[list[tuple[int, float]], float]:
+    """One row as plain numbers, with entries that have no id."""
+    pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i != -1]
     return pairs, float(rows.tail[at])
 
 
@@ -214,6 +231,52 @@ def test_rows_without_a_map_are_the_sources_own() -> None:
     assert (span.taught <= given.taught).all()
     with pytest.raises(DistillationError, match="without a vocabulary map"):
         Projection(None, tokens="dtw")
+
+
+def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_equal() -> None:
+    em = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    of = dict(zip(*em.matrix.nonzero(), strict=True))
+    kinds = set()
+    for row in worlds.conversations(6) + TEXT_ROWS:
+        pivot = worlds.read(row, PIVOT)
+        source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE), k=6)
+        own = label_rows(row, pivot, source, Projection(None))
+        given = label_rows(row, pivot, source, Projection(em, tokens="matched"))
+        assert (given.taught == own.taught).all()
+        assert (given.cases == own.cases).all()
+        for j in np.flatnonzero(given.taught):
+            (found, tail), (expected, rest) = numbers(given.rows, j), numbers(own.rows, j)
+            assert [i for i, _ in found] == [of.get(i, NO_ID) for i, _ in expected]
+            assert [p for _, p in found] == pytest.approx([p for _, p in expected])
+            assert tail == pytest.approx(rest)
+            kinds |= {i == NO_ID for i, _ in found}
+    assert kinds == {True, False}
+
+
+def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None:
+    """Source ids 10 and 11 are the pivot's 7; 12 and 13 are no tokens of the pivot."""
+    em = build_vocabulary_map(PIVOT, SOURCE, method="em")
+    matrix = em.matrix.tolil()
+    matrix[10:14] = 0
+    matrix[10, 7] = matrix[11, 7] = 1
+    made = VocabularyMap(matrix.tocsr(), "em", em.pivot, em.source)
+    text = align_tokens("a", tokenize("a", PIVOT), worlds.tokenize("a", SOURCE))
+    ours = TokenizedText(
+        np.array([1, *text.pivot.ids]), np.array([0, *text.pivot.ends]), np.array([0, *text.pivot.ends])
+    )
+    alignment = align_tokens("a", ours, ours)
+    ids, mass = np.array([[12, 10, 13, 11, -1]] * 2), np.array([[0.3, 0.25, 0.2, 0.15, 0.0]] * 2)
+    with np.errstate(divide="ignore"):
+        said = Predictions(Rows(ids, np.log(mass), np.full(2, 0.1)), np.zeros(2))
+    found = Projection(made, tokens="matched").apply(alignment, said)
+    assert found.taught.tolist() == [True, False]
+    assert found.rows.ids[0].tolist() == [7, NO_ID, NO_ID]
+    assert np.exp(found.rows.logprobs[0]) == pytest.approx([0.4, 0.3, 0.2])
+    assert found.rows.tail[0] == pytest.approx(0.1)
+    with pytest.raises(AlignmentError, match=f"token id {len(SOURCE)} is outside"):
+        Projection(made, tokens="matched").apply(
+            alignment, Predictions(said.rows._replace(ids=ids + len(SOURCE) - 13), np.zeros(2))
+        )
 
 
 def test_unknown_token_alignment_is_refused() -> None:

@@ -79,7 +79,7 @@ def test_gradcheck(loss, truncation):
 
 def test_the_references_differ_from_each_other():
     x, y, targets = ordinary()
-    values = {c: float(reference.fusion_loss(x, y, targets, *c)[2]) for c in COMBINATIONS}
+    values = {c: float(reference.fusion_loss(x, y, some_without_ids(targets, c[0]), *c)[2]) for c in COMBINATIONS}
     assert len({round(value, 6) for value in values.values()}) == len(COMBINATIONS)
 
 
@@ -396,6 +396,88 @@ def test_uld_on_whole_rows_is_the_published_loss():
     published = (x.softmax(1).sort(1).values - teacher.softmax(1).sort(1).values).abs().sum()
     torch.testing.assert_close(run(x, y, top(teacher, V), loss="uld_topk")[0].fusion, published)
     assert float(run(x, y, top(teacher, 5), loss="uld_topk")[0].fusion) < float(published)
+
+
+def some_without_ids(targets: SparseTargets, loss: str = "gold", every: int = 2) -> SparseTargets:
+    """The targets; for ``gold`` every second entry is of a token that the student does not have."""
+    if loss != "gold":
+        return targets
+    n, k = targets.ids.shape
+    chosen = (torch.arange(n)[:, None] + torch.arange(k)) % every == 0
+    return changed(targets, ids=torch.where(chosen & (targets.ids >= 0), -2, targets.ids))
+
+
+class TestGold:
+    """Entries without an id against the student's largest others, those with one by their logarithms."""
+
+    def test_worked_example(self):
+        # Pivot tokens 2, 0, 1, 201; the teacher's 2, 0, 1 and one that the pivot lacks.
+        x = torch.tensor([[0.10, 0.05, 0.05, 0.80]], dtype=torch.float64).log()
+        q = torch.tensor([[0.90, 0.04, 0.03, 0.03]], dtype=torch.float64)
+        targets = SparseTargets(torch.tensor([[0, 1, 2, -2]]), q.log(), torch.zeros(1), torch.ones(1).bool())
+        kl = float((q[0, :3] * (q[0, :3].log() - x[0, :3])).sum())
+        assert kl == pytest.approx(1.9533, abs=5e-5)
+        assert float(fusion_loss(x, torch.tensor([3]), targets, loss="gold").fusion) == pytest.approx(kl + 0.77)
+        assert kl + 0.77 == pytest.approx(2.7233, abs=5e-5)
+
+    @pytest.mark.parametrize("every", [1, 2, 3, 100])
+    @pytest.mark.parametrize("truncation", ["tail", "renormalize"])
+    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    def test_values_and_gradients_are_the_dense_ones(self, every, truncation, dtype):
+        for make in CASES.values():
+            x, y, targets = make()
+            targets, x = some_without_ids(targets, every=every), x.to(dtype)
+            settings = {"loss": "gold", "truncation": truncation, "lm_weight": 0.9, "fusion_weight": 0.1}
+            compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
+
+    @pytest.mark.parametrize("chunk", [None, 5])
+    @pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
+    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    def test_fewer_tokens_than_entries(self, size, dtype, chunk):
+        """One id is listed; the student has none to some tokens left for seven others, and of them one is padding."""
+        x, y, teacher = logits(1, size=size).to(dtype), labels(2, size=size), top(logits(3, 0.5), 8)
+        ids = torch.full_like(teacher.ids, -2)
+        ids[:, 3] = y
+        x[(torch.arange(size) == size - 1) & (y != size - 1)[:, None]] = -math.inf
+        targets = changed(teacher, ids=ids)
+        expected = reference.fusion_loss(x, y, targets, "gold")
+        compare(run(x, y, targets, loss="gold", chunk=chunk), expected, dtype)
+
+    def test_all_matched_is_the_kl_divergence_and_none_sorts(self):
+        x, y, targets = ordinary()
+        torch.testing.assert_close(run(x, y, targets, loss="gold"), run(x, y, targets, loss="kl"))
+        whole = top(logits(3) * 0.7, V)
+        nameless = changed(whole, ids=torch.full_like(whole.ids, -2))
+        torch.testing.assert_close(run(x, y, nameless, loss="gold"), run(x, y, whole, loss="uld_topk"))
+
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_temperature(self, temperature):
+        x, y, targets = ordinary()
+        targets = changed(some_without_ids(targets), temperature=temperature)
+        settings = {"loss": "gold", "temperature": temperature}
+        compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), torch.float64)
+
+    def test_gradcheck(self):
+        x, y = logits(1, rows=4, size=11), labels(2, 4, 11)
+        targets = some_without_ids(top(logits(3, rows=4, size=11) * 0.7, 4))
+
+        def total(leaf: Tensor) -> Tensor:
+            return fusion_loss(leaf, y, targets, loss="gold").total
+
+        assert torch.autograd.gradcheck(total, (x.requires_grad_(),))
+
+    @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss not in ("gold", "uld_topk")])
+    def test_other_losses_refuse_entries_without_an_id(self, loss):
+        x, y, targets = ordinary()
+        with pytest.raises(DistillationError, match=r"token id -2.* without an id.* gold"):
+            fusion_loss(x, y, some_without_ids(targets), loss=loss)
+
+    def test_an_entry_without_an_id_is_a_probability_too(self):
+        x, y, targets = ordinary()
+        with pytest.raises(DistillationError, match="no distribution"):
+            fusion_loss(x, y, changed(some_without_ids(targets), logprobs=targets.logprobs + 9), loss="gold")
+        with pytest.raises(DistillationError, match="token id -3"):
+            fusion_loss(x, y, changed(targets, ids=targets.ids * 0 - 3), loss="gold")
 
 
 def changed(targets: SparseTargets, **fields) -> SparseTargets:

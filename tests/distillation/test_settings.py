@@ -26,6 +26,24 @@ def test_rows_of_different_vocabularies_are_neither_warped_nor_added(changes: di
         DistillSettings.of("uld", changes)
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("gold", {"training": {"loss": "kl"}}, "the loss is kl and the vocabulary matched"),
+        ("gold", {"alignment": {"vocabulary": "em"}}, "the loss is gold and the vocabulary em"),
+        ("gold", {"alignment": {"vocabulary": "none"}}, "the loss is gold and the vocabulary none"),
+        ("uld", {"alignment": {"vocabulary": "matched"}}, "the loss is uld_topk and the vocabulary matched"),
+        ("gold", {"alignment": {"tokens": "dtw"}}, "vocabulary matched .* where tokens is span"),
+        ("gold", {"fusion": {"function": "avg_ce"}}, "different vocabularies, so function avg_ce"),
+        ("gold", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
+        ("uld", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
+    ],
+)
+def test_gold_needs_its_vocabulary_and_rows_as_they_are_no_projection(preset: str, changes: dict, message: str) -> None:
+    with pytest.raises(DistillationError, match=message):
+        DistillSettings.of(preset, changes)
+
+
 def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> None:
     def facts(**trainer: object) -> dict:
         return facts_of_run("s", DistillSettings.of(changes={"training": {"trainer": trainer}}), "pivot", [], {})
@@ -64,6 +82,10 @@ def test_what_a_target_does_not_use_is_no_fact_of_it() -> None:
     assert differences(facts(**fused), facts(fusion={"function": "avg_ce"}))
     # How sources are aligned is stated for each: the section's value matters only where a source takes it.
     assert not differences(facts(Projection(made)), facts(Projection(made), alignment={"tokens": "dtw"}))
+    # Rows that are taken as they are have no conditioning.
+    made_em = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), method="em")
+    assert not differences(facts(Projection(made_em, "matched")), facts(Projection(made_em, "matched", one_hot=True)))
+    assert differences(facts(Projection(made_em, "matched")), facts(Projection(made_em)))
     # Warping always has the one-hots.
     assert not differences(facts(Projection(made, "dtw")), facts(Projection(made, "dtw", one_hot=True)))
     assert facts_of_alignment(AlignmentSettings(tokens="dtw", vocabulary="ms")).keys() == {

@@ -127,6 +127,27 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
         opened(layout.alignment("llama"))
 
 
+def test_matched_entries_are_distilled_with_the_map_of_equal_strings(tmp_path):
+    """The demo's pivot and Llama have other tokenizers, so a row has entries of both kinds."""
+    changes = ["alignment.vocabulary=matched", "distill.loss=gold", "distill.epochs=1"]
+    changes += ["fusion.include_pivot=false", "fusion.metric=bits_per_byte"]
+    recipe, out = load_recipe(write_recipe(tmp_path, ["llama"]), changes), tmp_path / "out"
+    run(recipe, out, until="distill", say=quiet)
+    record = json.loads((out / "targets" / "llama" / "training.json").read_text())
+    assert all(line["fusion_loss"] > 0 and 0 < line["row_share"] <= 1 for line in record["log"] if "loss" in line)
+    facts = artifact.read(out / "targets" / "llama").inputs
+    assert {name for name in facts if name.startswith("projections.llama.")} == {
+        "projections.llama.vocabulary",
+        "projections.llama.xxh3",
+    }
+    pivot, source = (load_tokenizer(find_checkpoint(choice_at(place))) for place in ("models/pivot", "sources/llama"))
+    made = read_map(out / "alignment" / "llama", "em", pivot, source)
+    assert 0.1 < made.mapped_share < 1
+    before = stamps(out / "targets")
+    run(recipe, out, only="merge", say=quiet)
+    assert stamps(out / "targets") == before
+
+
 @pytest.mark.parametrize("weighting", ["constant", "soft", "hard_and_decay"])
 def test_the_baseline_learns_from_the_text_alone_whatever_the_weighting(tmp_path, weighting):
     recipe = load_recipe(write_recipe(tmp_path, ["llama"]), [f"distill.lm_weighting={weighting}"])

@@ -114,8 +114,17 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
-        ("alignment:\n  vocabulary: none\n", [], [r"line 5: alignment.vocabulary: loss ce .* needs a vocabulary map"]),
+        (
+            "alignment:\n  vocabulary: none\n",
+            [],
+            [r"line 5: alignment.vocabulary: .*loss ce .* needs a vocabulary map"],
+        ),
         ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
+        (
+            "preset: gold\ndistill:\n  loss: kl\n",
+            [],
+            ["line 6: distill.loss: .*the loss is kl and the vocab.* matched"],
+        ),
         ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
         ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
         ("distill:\n  loss: reverse_kl\npreset: fusellm\n", [], ["line 5: distill.loss: .* renormalize is infinite"]),
