@@ -11,6 +11,7 @@ from fusekit.alignment.quality import AlignmentQuality, Share
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import LOST, MEANING, Sample, Token, sample_of
 from fusekit.alignment.surfaces import Surfaces
+from fusekit.alignment.worth import TeacherWorth
 
 SAMPLE_STYLE = """
 .text{border:1px solid var(--line);border-radius:8px;padding:10px 12px;margin:.6em 0}
@@ -71,7 +72,7 @@ def page(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>Alignment: pivot {escape(quality.pivot)}, source {escape(quality.source)}</h1>"
-        f"{_summary(quality)}<h2>Both tokenisations</h2>{LEGEND}{texts}"
+        f"{_summary(quality)}{_worth(quality.worth)}<h2>Both tokenisations</h2>{LEGEND}{texts}"
         f"{_cases(quality)}{_shares('By script', quality.scripts)}"
         f"{_shares('By source of data', quality.data) if len(quality.data) > 1 else ''}{_groups(quality)}"
         f"{_worst(quality)}</body></html>\n"
@@ -96,18 +97,29 @@ def _percent(part: float, whole: float) -> str:
 
 def _summary(quality: AlignmentQuality) -> str:
     total = quality.total
-    survived = quality.to_dict()["mass_survived"]
-    mass = (
-        f" The map carries {100 * survived['mean']:.1f} % of a row's listed mass on average, "
-        f"{100 * survived['p10']:.1f} % or less in a tenth of the rows."
-        if survived["rows"]
-        else ""
-    )
     return (
         f"<p>{quality.texts} texts, {quality.pivot_tokens:,} pivot tokens, {quality.source_tokens:,} source tokens. "
         f"<b>{_percent(total.linked, total.positions)}</b> of the pivot's positions are linked; "
-        f"<b>{_percent(total.rows, total.positions)}</b> can be taught a row.{mass}</p>"
+        f"<b>{_percent(total.rows, total.positions)}</b> can be taught a row.</p>"
     )
+
+
+def _worth(worth: TeacherWorth | None) -> str:
+    if worth is None:
+        return ""
+    said = "<br>".join(map(escape, worth.summary))
+    body = ""
+    for case in Case:
+        if count := int(worth.labels[case]):
+            teacher, pivot = (f"{nats:.3f}" if nats is not None else "-" for nats in worth.per_label(case))
+            note = "worse than the pivot" if worth.is_worse(case) else ""
+            body += (
+                f'<tr><td>{MEANING[case.name.lower()]}</td><td class="n">{count:,}</td><td class="n">{teacher}</td>'
+                f'<td class="n">{pivot}</td><td>{note}</td></tr>'
+            )
+    head = '<tr><th>label</th><th class="n">count</th><th class="n">teacher</th><th class="n">pivot</th><th></th></tr>'
+    title = "<h2>What the teacher is worth, in nats per label</h2>"
+    return f'{title}<p>{said}</p><div class="table"><table>{head}{body}</table></div>'
 
 
 def _cases(quality: AlignmentQuality) -> str:

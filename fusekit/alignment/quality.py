@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import FloatArray, IntArray
+from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.row_cases import HAS_ROW, Case, plan_rows
+from fusekit.alignment.worth import TeacherWorth
 
 WORST = 10  # texts kept with the smallest share of positions that get a row
-BINS = 1000  # of the histogram of surviving mass, so that memory does not grow with the corpus
 SHAPES = ("1-1", "1-n", "n-1", "m-n")
 
 
@@ -52,7 +52,7 @@ class AlignmentQuality:
         group_sizes: groups by ``(pivot tokens, source tokens)``.
         scripts, data: shares by the script of the token's first character and by the name given to :meth:`add`.
         worst: ``(row share, text)`` of the texts that lose most.
-        survival: histogram of the share of a row's listed mass that the vocabulary map carried over.
+        worth: what the source's projected rows know, where captured rows were at hand.
     """
 
     pivot: str
@@ -67,24 +67,15 @@ class AlignmentQuality:
     scripts: dict[str, Share] = field(default_factory=dict)
     data: dict[str, Share] = field(default_factory=dict)
     worst: list[tuple[float, str]] = field(default_factory=list)
-    survival: IntArray = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
-    survival_sum: float = 0.0
+    worth: TeacherWorth | None = None
 
-    def add(
-        self,
-        alignment: TokenAlignment,
-        data: str = "",
-        *,
-        cases: IntArray | None = None,
-        survived: FloatArray | None = None,
-    ) -> None:
+    def add(self, alignment: TokenAlignment, data: str = "", *, cases: IntArray | None = None) -> None:
         """Count one text.
 
         Args:
             alignment: of method ``span``.
             data: the source of data that the text comes from.
             cases: int64 [n], as :class:`~fusekit.alignment.rows.AlignedRows` has them; planned from the tokens if None.
-            survived: float [r], the share of each source row's listed mass that the vocabulary map carries over.
         """
         cases = plan_rows(alignment).cases if cases is None else cases
         linked, rows = alignment.source_at >= 0, np.isin(cases, list(HAS_ROW))
@@ -104,9 +95,6 @@ class AlignmentQuality:
         if len(cases):
             share = figures[2] / max(len(cases) - 1, 1)
             self.worst = sorted([*self.worst, (share, alignment.text)], key=lambda item: item[0])[:WORST]
-        if survived is not None and len(survived):
-            self.survival += np.bincount((np.clip(survived, 0, 1) * BINS).round().astype(np.int64), minlength=BINS + 1)
-            self.survival_sum += float(np.sum(survived))
 
     def _add_groups(self, alignment: TokenAlignment) -> None:
         sizes = Counter((p.stop - p.start, s.stop - s.start) for p, s in alignment.groups)
@@ -115,16 +103,8 @@ class AlignmentQuality:
             shape = SHAPES[0] if n == m == 1 else SHAPES[1] if n == 1 else SHAPES[2] if m == 1 else SHAPES[3]
             self.shapes[shape] += count
 
-    def survived(self, percentile: float) -> float | None:
-        """A percentile (0 to 100) of the share of a row's mass that the map carried over; None without rows."""
-        total = int(self.survival.sum())
-        if not total:
-            return None
-        return float(np.searchsorted(np.cumsum(self.survival), percentile / 100 * total)) / BINS
-
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        total = int(self.survival.sum())
         return {
             "pivot": self.pivot,
             "source": self.source,
@@ -137,12 +117,8 @@ class AlignmentQuality:
             "group_sizes": {f"{n}-{m}": count for (n, m), count in sorted(self.group_sizes.items())},
             "scripts": {name: share.to_dict() for name, share in sorted(self.scripts.items())},
             "data": {name: share.to_dict() for name, share in sorted(self.data.items())},
-            "mass_survived": {
-                "rows": total,
-                "mean": self.survival_sum / total if total else None,
-                **{f"p{p}": self.survived(p) for p in (1, 10, 50, 90)},
-            },
             "worst": [{"row_share": share, "text": text} for share, text in self.worst],
+            **({"worth": self.worth.to_dict()} if self.worth is not None else {}),
         }
 
     def to_json(self) -> str:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
-from fusekit.errors import AlignmentError
+from fusekit.errors import AlignmentError, DistillationError
 from fusekit.models.gguf import split
 
 if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.alignment.worth import TeacherWorth
 
 
 @click.group()
@@ -38,6 +40,14 @@ def inspect() -> None:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="Most texts to read.")
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Texts to show.")
+@click.option(
+    "--stores",
+    type=(click.Path(exists=True, file_okay=False, path_type=Path),) * 2,
+    metavar="PIVOT_STORE SOURCE_STORE",
+    help="Measure what the source is worth as a teacher, over the rows of --data that both stores have.",
+)
+@click.option("--vocabulary", help="The vocabulary map, with --stores.  [default: prefix]")
+@click.option("--tail", help="What becomes of the source's tail, with --stores.  [default: back_off]")
 def alignment(
     pivot: str,
     source: str,
@@ -48,6 +58,9 @@ def alignment(
     json_file: Path | None,
     limit: int,
     samples: int,
+    stores: tuple[Path, Path] | None,
+    vocabulary: str | None,
+    tail: str | None,
 ) -> None:
     """Align the tokenizers PIVOT and SOURCE over texts: what links, what is lost and why.
 
@@ -59,6 +72,10 @@ def alignment(
 
     if not texts and not files:
         raise click.UsageError("give texts with --text or --data")
+    if stores is not None and not files:
+        raise click.UsageError("--stores needs the rows that they were captured from: give them with --data")
+    if stores is None and (vocabulary or tail):
+        raise click.UsageError("--vocabulary and --tail say how --stores are read: give both stores")
     pivot_tokenizer, source_tokenizer = load_tokenizer(pivot), load_tokenizer(source)
     surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     quality = AlignmentQuality(pivot, source)
@@ -70,6 +87,9 @@ def alignment(
             shown.append(found)
     if not quality.texts:
         raise AlignmentError(f"no text in {', '.join(map(str, files))}")
+    if stores is not None:
+        how = {name: value for name, value in (("vocabulary", vocabulary), ("tail", tail)) if value is not None}
+        quality.worth = _worth((pivot_tokenizer, source_tokenizer), stores, files, how, limit)
     for found in shown:
         click.echo(f"{_shortened(found)}\n")
     click.echo(_summary(quality))
@@ -206,4 +226,34 @@ def _summary(quality: AlignmentQuality) -> str:
             f"  {name:<15}{share.positions:7d}  {100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
         )
     lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.shapes.most_common()))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_worth_lines(quality.worth) if quality.worth is not None else [])])
+
+
+def _worth(
+    tokenizers: tuple[Any, Any], stores: tuple[Path, Path], files: tuple[Path, ...], how: dict[str, str], limit: int
+) -> TeacherWorth:
+    """Raises DistillationError where stores, rows and tokenizers are not of each other, or for an unknown setting."""
+    from fusekit.distillation.settings import AlignmentSettings
+    from fusekit.distillation.worth import Captured, measure_stores
+    from fusekit.representation import read_rows
+    from fusekit.storage import Store
+
+    try:
+        settings = AlignmentSettings.model_validate(how)
+    except ValidationError as error:
+        raise DistillationError(f"{how}: {error.errors()[0]['msg']}") from error
+    rows = [row for file in files for row in islice(read_rows(str(file)), limit)]
+    pivot, source = (Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True))
+    return measure_stores(rows, pivot, source, settings)
+
+
+def _worth_lines(worth: TeacherWorth) -> list[str]:
+    from fusekit.alignment.row_cases import Case
+
+    lines = ["nats per label by case: labels, teacher, pivot"]
+    for case in Case:
+        if n := int(worth.labels[case]):
+            teacher, pivot = (f"{nats:8.3f}" if nats is not None else f"{'-':>8}" for nats in worth.per_label(case))
+            worse = "   worse than the pivot" if worth.is_worse(case) else ""
+            lines.append(f"  {case.name.lower():<15}{n:7d}  {teacher}  {pivot}{worse}")
+    return [*lines, *worth.summary, *(f"warning: {line}" for line in worth.warnings)]

@@ -132,24 +132,14 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     rows = {row.key: row for row in inputs.rows}
     if pivot_store is not None:
         _refuse_other_pivot(pivot_store, fingerprint, checkpoint)
-    ours = _Reading(PIVOT, tokenizer, _sample(pivot_store, rows))
-    ours.check()
+    ours = Reading.of(PIVOT, tokenizer, pivot_store, rows)
     projections = {}
     for name, store in stores.items():
         source = inputs.sources[name]
         theirs = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
-        reading = _Reading(name, theirs, _sample(store, rows))
-        reading.check()
+        reading = Reading.of(name, theirs, store, rows)
         how = source.alignment or settings.alignment
-        make = partial(
-            _projection,
-            how,
-            ours,
-            reading,
-            inputs.rows,
-            vocabulary=store.spec.vocabulary,
-            folder=source.vocabulary_map,
-        )
+        make = partial(projection_of, how, ours, reading, inputs.rows, source.vocabulary_map)
         if shared():
             on_main(lambda make=make: make() and None)  # type: ignore[misc]  # the others find the map in the cache
         projections[name] = make()
@@ -167,14 +157,28 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
 
 
 @dataclass(frozen=True, eq=False)
-class _Reading:
-    """A tokenizer, and some rows as the model read them."""
+class Reading:
+    """A model's tokenizer, some rows as the model read them, and how many ids its store may have (0: no store)."""
 
     name: str
     tokenizer: Any
     sample: Sequence[tuple[Row, CapturedRow]]
+    vocabulary: int
 
-    def check(self) -> None:
+    @classmethod
+    def of(cls, name: str, tokenizer: Any, store: Store | None, rows: Mapping[str, Row]) -> Reading:
+        """The tokenizer of a model with what its store has of the rows, which are given by key.
+
+        Raises DistillationError when the rows were read with another tokenizer than this.
+        """
+        if store is None:
+            return cls(name, tokenizer, (), 0)
+        keys = islice((key for key in store.keys if key in rows), SAMPLED)
+        made = cls(name, tokenizer, [(rows[key], store.get(key)) for key in keys], store.spec.vocabulary)
+        made._check()
+        return made
+
+    def _check(self) -> None:
         """Raises DistillationError when the rows were read with another tokenizer than this.
 
         Tokens at the seams of a template may differ from those of the content alone, so not all have to be equal.
@@ -199,12 +203,6 @@ class _Reading:
         return roles_of((row, captured.tokens) for row, captured in self.sample)
 
 
-def _sample(store: Store | None, rows: Mapping[str, Row]) -> list[tuple[Row, CapturedRow]]:
-    if store is None:
-        return []
-    return [(rows[key], store.get(key)) for key in islice((key for key in store.keys if key in rows), SAMPLED)]
-
-
 def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) -> None:
     captured = store.spec.model_fingerprint
     if captured and captured != fingerprint:
@@ -214,23 +212,29 @@ def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) 
         )
 
 
-def _projection(
-    how: AlignmentSettings,
-    ours: _Reading,
-    theirs: _Reading,
-    rows: Sequence[Row],
-    *,
-    vocabulary: int,
-    folder: Path | None,
+def projection_of(
+    how: AlignmentSettings, ours: Reading, theirs: Reading, rows: Sequence[Row], folder: Path | None = None
 ) -> Projection:
+    """How a source's rows come to stand at the pivot's positions.
+
+    Args:
+        how: settings.
+        ours, theirs: the pivot and the source.
+        rows: that are trained on.
+        folder: of the vocabulary map; None to make it.
+
+    Raises:
+        StorageError: the map is not there, damaged or another.
+        DistillationError: it has fewer ids than the source's store.
+    """
     if how.map_method is None:
         return Projection(None)
     if folder is not None:
         made = read_map(folder, how.map_method, ours.tokenizer, theirs.tokenizer)
-        if made.matrix.shape[0] < vocabulary:
+        if made.matrix.shape[0] < theirs.vocabulary:
             raise DistillationError(
                 f"{folder}: the vocabulary map has {made.matrix.shape[0]} rows, but the store of {theirs.name} has ids "
-                f"up to {vocabulary}: remove {folder}, and the stage `align` makes it anew"
+                f"up to {theirs.vocabulary}: remove {folder}, and the stage `align` makes it anew"
             )
     else:
         made = make_map(
@@ -240,7 +244,7 @@ def _projection(
             rows,
             pivot_roles=ours.roles(),
             source_roles=theirs.roles(),
-            size=vocabulary,
+            size=theirs.vocabulary,
         )
     tokens = "matched" if how.vocabulary == "matched" else how.tokens
     return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
 from fusekit.distillation.metrics import PROJECTED, metrics_of, projected_ce, typical_bits_per_byte
 from fusekit.distillation.sampling import IGNORED
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.training_log import CASE, CHOSEN, count_names
+from fusekit.distillation.training_log import CASE, CHOSEN, count_names, of_data
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.representation.rows import Row
 from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
@@ -26,6 +27,10 @@ from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
 PIVOT = "pivot"
 KEPT_BYTES = 128 << 20
 """Of examples that a process keeps from the first epoch on; a row beyond that is made anew every time."""
+
+MOST_DATA = 64
+"""Sources of data with counts of their own: those of most rows. A run may have one for each of a thousand files."""
+OTHERS = "(others)"
 
 _CASES = [case.name.lower() for case in Case]
 
@@ -107,7 +112,10 @@ class FusionDataset(Dataset[Example]):
         if pivot is not None and tokenizer is None:
             self.rows = tuple(row for row in self.rows if row.key in pivot)
         self.candidates = ([PIVOT] if self.fusion.include_pivot and self.sources else []) + list(self.sources)
-        self.count_names = count_names(self.candidates, _CASES)
+        sizes = Counter(row.dataset for row in self.rows)
+        self._data = {name for name, _ in sizes.most_common(MOST_DATA)}
+        data = sorted(self._data) + ([OTHERS] if len(sizes) > MOST_DATA else [])
+        self.count_names = count_names(self.candidates, _CASES, data if self.candidates else ())
         self._kept: dict[int, Example] = {}
         self._room = KEPT_BYTES
 
@@ -157,6 +165,8 @@ class FusionDataset(Dataset[Example]):
         counts = {"rows": 1.0, "labels": float(len(tokens.label_positions))}
         if self.sources and counts["labels"]:
             example |= self._targets(row, tokens, own, counts)
+        data = row.dataset if row.dataset in self._data else OTHERS
+        counts |= {of_data(data, name): n for name, n in counts.items() if name == "rows" or name.startswith(CHOSEN)}
         example["counts"] = np.array([counts.get(name, 0.0) for name in self.count_names])
         return example
 

@@ -10,18 +10,37 @@ import torch
 
 from fusekit.alignment.arrays import FloatArray
 
-CHOSEN, CASE = "chosen/", "case/"
+CHOSEN, CASE, DATA = "chosen/", "case/", "data/"
 
 
-def count_names(candidates: Sequence[str], cases: Sequence[str]) -> tuple[str, ...]:
+def count_names(candidates: Sequence[str], cases: Sequence[str], data: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of an example's counts.
 
     ``rows`` and ``labels``; ``asked``: labels times sources, of which ``linked`` have a source position that has read
     the same text, and ``given`` have a row; ``taught``: labels with a target; how many rows each candidate was chosen
-    for (shares of a row where several are weighed); labels times sources by case.
+    for (shares of a row where several are weighed); labels times sources by case; and ``rows`` and ``chosen`` again for
+    each source of data (:func:`of_data`).
     """
     chosen, by_case = [CHOSEN + name for name in candidates], [CASE + name for name in cases]
-    return ("rows", "labels", "asked", "linked", "given", "taught", *chosen, *by_case)
+    by_data = [of_data(name, count) for name in data for count in ("rows", *chosen)]
+    return ("rows", "labels", "asked", "linked", "given", "taught", *chosen, *by_case, *by_data)
+
+
+def of_data(data: str, count: str) -> str:
+    """The name of a count over one source of data: ``data/NAME/rows``, ``data/NAME/chosen/CANDIDATE``."""
+    return f"{DATA}{data}/{count}"
+
+
+def counts_by_data(counts: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The counts of each source of data, by its name and theirs, of all counts."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in counts.items():
+        if name.startswith(DATA):
+            data, slash, candidate = name.removeprefix(DATA).rpartition(f"/{CHOSEN}")
+            if not slash:
+                data, _, candidate = name.removeprefix(DATA).rpartition("/")
+            found.setdefault(data, {})[f"{CHOSEN}{candidate}" if slash else candidate] = value
+    return found
 
 
 def shares(counts: Mapping[str, float]) -> dict[str, float]:

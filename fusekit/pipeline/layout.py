@@ -60,6 +60,10 @@ class Layout:
         """Vocabulary map and quality of a pair."""
         return self.out / "alignment" / source
 
+    def worth(self, source: str) -> Path:
+        """What a source is worth as a teacher; a file of its alignment, there once both models are captured."""
+        return self.alignment(source) / "worth.json"
+
     @property
     def targets(self) -> Path:
         """A plain checkpoint per target."""

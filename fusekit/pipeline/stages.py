@@ -213,7 +213,17 @@ def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
 
 
 def align(context: Context, source: str, rows: list[Row]) -> None:
-    """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
+    """Make the vocabulary map that a pair is distilled with, count what its alignment links and loses, and measure what
+    the teacher is worth where the models' rows are captured."""
+    from fusekit.pipeline.worth import measure_worth
+
+    inputs = align_inputs(context, source, rows)
+    if context.done(context.layout.alignment(source), inputs) is None:
+        _align(context, source, rows, inputs)
+    measure_worth(context, source, rows)
+
+
+def _align(context: Context, source: str, rows: list[Row], inputs: Inputs) -> None:
     from fusekit.alignment import align as align_text
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.html import page
@@ -224,10 +234,6 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
 
     recipe = context.recipe
     pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
-    inputs = align_inputs(context, source, rows)
-    folder = context.layout.alignment(source)
-    if context.done(folder, inputs):
-        return
     started = time.monotonic()
     made = vocabulary_map(context, source, rows)
     quality = AlignmentQuality(recipe.pivot.path, context.readers.model(source).path)
@@ -258,7 +264,7 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
         drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
         write_samples(into / "samples.json", drawn)
 
-    artifact.publish(folder, "align", inputs, write, context.made(started))
+    artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
     share = quality.total.to_dict()
     context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
 

@@ -120,6 +120,7 @@ def _method(facts: Facts) -> list[str]:
     return [
         f"Fusion: {_code(mode)}, after {paper} ([arXiv {number}]({_ARXIV}{number})), preset {preset} of fusekit",
         f"Tokenizers aligned by {tokens}, vocabularies mapped by {vocabulary}",
+        *(f"{_code(source)} as a teacher: {_escaped(worth.summary[0])}" for source, worth in facts.worths.items()),
         f"Teachers chosen by {fused}; {_escaped(str(weight))} of the loss is that of the text, the rest is {loss}",
         f"Merge: {_escaped(name)}{link}, by [mergekit](https://github.com/arcee-ai/mergekit) "
         "([arXiv 2403.13257](https://arxiv.org/abs/2403.13257))",

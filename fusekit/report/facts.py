@@ -17,7 +17,7 @@ from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.recipe.sections import last_part
 from fusekit.report import present, text
 from fusekit.report.models import ModelFacts, read_models
-from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training
+from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training, Worth
 from fusekit.storage import Store, artifact
 from fusekit.storage.artifact import Artifact
 
@@ -39,7 +39,7 @@ class Facts:
         models: of the pivot and the sources, as far as they were noted down.
         counts: of the rows of data.
         stores: by model; those that are not finished too.
-        qualities, samples: of alignments, by source.
+        qualities, samples: of alignments, by source. worths: what the source is worth as a teacher.
         targets: what the trained models of the recipe were made from, by name.
         training: names of targets that are being trained, or were when the run was stopped.
         baseline: plain fine-tuning on the same rows.
@@ -59,6 +59,7 @@ class Facts:
     stores: dict[str, Store] = field(default_factory=dict)
     qualities: dict[str, Quality] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    worths: dict[str, Worth] = field(default_factory=dict)
     targets: dict[str, Training] = field(default_factory=dict)
     training: list[str] = field(default_factory=list)
     baseline: Training | None = None
@@ -136,6 +137,7 @@ class _Reader:
             stores=self.each([PIVOT, *sources], layout.representation, lambda p: Store.open(p, incomplete=True)),
             qualities=self.each(sources, layout.alignment, lambda p: self.record(p / "quality.json", Quality)),
             samples=self.each(sources, layout.alignment, lambda p: read_samples(p / "samples.json")),
+            worths=self.each(sources, layout.worth, lambda path: self.record(path, Worth)),
             targets=dict(sorted(targets.items(), key=lambda item: _place(item[0], sources))),
             training=[name for name in begun if name not in targets and not name.startswith(".")],
             baseline=baseline,

@@ -29,14 +29,6 @@ class Share(_Record):
     row_share: float
 
 
-class Survived(_Record):
-    """The share of a row's mass that a vocabulary map carried over; None where no rows were counted."""
-
-    rows: int = 0
-    mean: float | None = None
-    p10: float | None = None
-
-
 class Quality(Share):
     """``alignment/SOURCE/quality.json`` (:class:`fusekit.alignment.quality.AlignmentQuality`)."""
 
@@ -47,7 +39,28 @@ class Quality(Share):
     source_tokens: int
     cases: dict[str, int]
     data: dict[str, Share] = {}
-    mass_survived: Survived = Survived()
+
+
+class CaseWorth(_Record):
+    """Labels of one case: how many, nats per label of the teacher and of the pivot, None where there are none."""
+
+    labels: int
+    teacher: float | None = None
+    pivot: float | None = None
+    worse: bool = False
+
+
+class Worth(_Record):
+    """``alignment/SOURCE/worth.json`` (:class:`fusekit.alignment.worth.TeacherWorth`)."""
+
+    vocabulary: str
+    tokens: str
+    tail: str
+    examples: int
+    ratio: float | None = None
+    cases: dict[str, CaseWorth]
+    summary: list[str]
+    warnings: list[str]
 
 
 class Training(_Record):

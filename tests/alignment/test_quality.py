@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from fusekit.alignment import align, build_vocabulary_map, plan_rows, project_rows, vocabulary_surfaces
 from fusekit.alignment.html import page
 from fusekit.alignment.quality import AlignmentQuality, script_of
-from fusekit.alignment.row_cases import HAS_ROW
+from fusekit.alignment.row_cases import HAS_ROW, Case
+from fusekit.alignment.worth import TeacherWorth
 from fusekit.cli import cli
 from fusekit.errors import AlignmentError
 from tests.alignment.texts import EDGE_CASES
@@ -44,15 +45,22 @@ def test_figures_equal_a_loop():
     assert sum(found["cases"].values()) == positions
     shares = [item["row_share"] for item in found["worst"]]
     assert shares == sorted(shares)
-    assert found["mass_survived"]["rows"] == 0
+    assert "worth" not in found
 
 
-def test_surviving_mass():
-    quality = AlignmentQuality("a", "b")
+def test_the_page_and_the_figures_have_the_worth_where_it_was_measured():
+    quality = quality_of(["ab cd"])
     alignment = align("ab cd", load("mistral"), load("qwen"))
-    quality.add(alignment, survived=np.array([1.0, 0.5, 0.5, 0.0]))
-    found = quality.to_dict()["mass_survived"]
-    assert (found["rows"], found["mean"], found["p50"], found["p90"]) == (4, 0.5, 0.5, 1.0)
+    surfaces = vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))
+    assert "worth" not in page(quality, [alignment], surfaces)
+    quality.worth = TeacherWorth("<em>")
+    cases, nats = np.array([Case.SAME, Case.UNLINKED]), np.array([4.25, 0.0])
+    survived = np.array([0.5])
+    quality.worth.add(cases, cases == Case.SAME, teacher=nats, pivot=np.ones(2), source=4.0, survived=survived)
+    html = page(quality, [alignment], surfaces)
+    assert all(word in html for word in ("4.250", "1.000", "worse than the pivot", "&lt;em&gt;"))
+    assert "<em>" not in html
+    assert json.loads(quality.to_json())["worth"] == json.loads(json.dumps(quality.worth.to_dict()))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +168,20 @@ def test_data_that_cannot_be_read(folders, tmp_path, content, name, words):
     result = run(folders / "bert", folders / "bert", "--data", file)
     assert isinstance(result.exception, AlignmentError)
     assert all(word in str(result.exception) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--text", "a", "--stores", ".", "."], "--data"),
+        (["--text", "a", "--tail", "keep"], "--tail"),
+        (["--text", "a", "--vocabulary", "em"], "--vocabulary"),
+    ],
+)
+def test_options_that_need_each_other(folders, options, word):
+    result = run(folders / "bert", folders / "bert", *options)
+    assert result.exit_code == 2
+    assert word in result.output
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):

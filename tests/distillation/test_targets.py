@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from fusekit.distillation.joining import join
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
 from fusekit.distillation.metrics import metrics_of, projected_ce
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import FusionDataset, label_nll
+from fusekit.distillation.targets import OTHERS, FusionDataset, label_nll
+from fusekit.distillation.training_log import counts_by_data
 from fusekit.errors import DistillationError
 from fusekit.representation import CapturedRow, Message, Row
 from tests.distillation import runs, worlds
@@ -35,6 +37,25 @@ def dataset(rows: list[Row], sources: dict[str, dict[str, CapturedRow]], **optio
     given: dict[str, object] = {"pivot": captured(ROWS, "pivot"), "fusion": FusionSettings()}
     given |= {"projections": dict.fromkeys(sources, Projection(MAP))}
     return FusionDataset(rows, sources=sources, **given | options)  # type: ignore[arg-type]
+
+
+def test_who_teaches_is_counted_for_each_source_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a/b", "", "chosen/pivot"]
+    rows = [replace(row, dataset=names[min(i // 4, 2)]) for i, row in enumerate(ROWS)]
+    for most in (64, 2):
+        monkeypatch.setattr("fusekit.distillation.targets.MOST_DATA", most)
+        data = dataset(rows, {"s": captured(ROWS)})
+        counts = dict(zip(data.count_names, sum(example["counts"] for example in data), strict=True))
+        found = counts_by_data(counts)
+        assert set(found) == {*names[:most], *([OTHERS] if most == 2 else [])}
+        for name, own in found.items():
+            expected = [i for i, row in enumerate(rows) if row.dataset == name or (name == OTHERS and i == 8)]
+            assert own["rows"] == len(expected)
+            for candidate in ("chosen/pivot", "chosen/s"):
+                at = data.count_names.index(candidate)
+                assert own[candidate] == pytest.approx(sum(data[i]["counts"][at] for i in expected))
+        assert sum(own["chosen/s"] for own in found.values()) == pytest.approx(counts["chosen/s"])
+    assert not counts_by_data(dict.fromkeys(dataset(rows, {}).count_names, 1.0))
 
 
 class Listed(dict[str, CapturedRow]):

@@ -261,6 +261,34 @@ def test_align_needs_no_capture(tmp_path):
     assert artifact.problems(tmp_path / "out" / "alignment" / "llama") == []
 
 
+def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
+    recipe, out = load_recipe(write_recipe(tmp_path, ["llama"])), tmp_path / "out"
+    folder, said = out / "alignment" / "llama", []
+    worth = folder / "worth.json"
+    run(recipe, out, only=["data", "align"], say=quiet)
+    assert not worth.exists()
+    run(recipe, out, only="represent", say=quiet)
+    run(recipe, out, only="align", say=said.append)
+    first = worth.read_bytes()
+    found = json.loads(first)
+    assert (found["examples"], found["tail"]) == (24, "back_off")
+    assert artifact.problems(folder) == []
+    lines = [line for line in said if line.startswith("warning")]
+    assert len(lines) == bool(found["warnings"])
+    assert all(warning in lines[0] for warning in found["warnings"])
+    said.clear()
+    run(recipe, out, only="align", say=said.append)
+    assert (worth.read_bytes(), said) == (first, [])
+    other = load_recipe(tmp_path / "recipe.yml", ["alignment.tail=keep"])
+    run(other, out, only="align", say=quiet)
+    found = json.loads(worth.read_bytes())
+    assert found["tail"] == "keep"
+    assert artifact.problems(folder) == []
+    shutil.rmtree(out / "representations" / "llama")
+    run(other, out, only="align", say=quiet)  # what was measured stays
+    assert json.loads(worth.read_bytes()) == found
+
+
 def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
     path, out = finished
     before = stamps(out / "targets")

@@ -352,7 +352,7 @@ def test_what_the_page_says_of_a_run(html: str) -> None:
     assert "a template refuses it, or a model cannot encode it: no system turn" in text
     assert "not among the rows that one was asked about; learned without it" in text
     assert "optimizer steps whose loss or gradient was no number" in text
-    assert "In training, over 48 rows read: pivot 25.0 %, one 75.0 %." in text
+    assert "all rows 48 25.0 % 75.0 %" in text
     assert "align 3.0 s" in text
     assert "mlp.experts.*.w1" in text
     assert "… 1 more group, to the end of the text" in text
@@ -400,3 +400,17 @@ def test_a_manifest_of_another_version_does_not_hide_the_rest(tmp_path: Path) ->
     assert "Cannot be read, and is left out: merged" in text
     assert "The scores of merged are left out: the recipe has no such model, or it is not there." in text
     assert "1.760" in text  # of a target
+
+
+def test_the_page_says_what_each_teacher_is_worth_and_warns(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "out", until="align")
+    text = Page(page(read_facts(run))).text
+    assert "1.00 times" in text  # (1 + 2.5 + 1) / 4.5: of one
+    assert "1.22 times" in text  # of two, whose tokens that close a label know less than the pivot
+    assert text.count("worse than the pivot") == 1
+    assert all(word in text for word in ("3.500", "3.000", "Warning"))
+    assert "was not measured" not in text
+    (run / "alignment" / "one" / "worth.json").unlink()
+    assert "was not measured" in Page(page(read_facts(run))).text
+    (run / "alignment" / "two" / "worth.json").write_text('{"ratio": []}')
+    assert any("alignment/two/worth.json" in line for line in read_facts(run).problems)

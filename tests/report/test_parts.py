@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -20,31 +21,30 @@ from fusekit.report.records import Coefficients, Results
 from fusekit.report.results import headline, metrics_of
 from fusekit.report.sections import given_text, training_rows
 from fusekit.report.teaching import teachers_of
-from fusekit.storage import Store, artifact
+from fusekit.storage import artifact
 from fusekit.storage.artifact import joined_hash
 from tests.report.worlds import make_run
 
 
-def test_who_taught_is_what_min_ce_chooses_row_by_row(tmp_path: Path) -> None:
+def test_who_taught_is_what_training_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "out", until="distill")
     found = {teachers.target: teachers for teachers in teachers_of(read_facts(run))}
-    stores = {name: Store.open(run / "representations" / name) for name in ("pivot", "one", "two")}
     for source in ("one", "two"):
-        counts: dict[str, list[str]] = {}
-        for row in stores["pivot"]:
-            candidates = [row, *([stores[source].get(row.tokens.key)] if row.tokens.key in stores[source] else [])]
-            best = min(range(len(candidates)), key=lambda i: candidates[i].bits_per_byte)
-            counts.setdefault(row.dataset, []).append(("pivot", source)[best])
-        assert [part.dataset for part in found[source].by_data] == sorted(counts)
-        for part in found[source].by_data:
-            chosen = counts[part.dataset]
-            assert part.rows == len(chosen)
-            assert part.shares == pytest.approx({n: chosen.count(n) / len(chosen) for n in ("pivot", source)})
-        total = found[source].total
+        total, by_data = found[source].total, found[source].by_data
         assert total is not None
-        assert total.rows == 24
-        assert math.fsum(total.shares.values()) == pytest.approx(1)
-        assert found[source].counted == {"pivot": 0.25, source: 0.75}
+        assert (total.rows, total.shares) == (48, {"pivot": 0.25, source: 0.75})
+        assert [(part.dataset, part.rows) for part in by_data] == [("a", 16), ("b", 32)]
+        assert [part.shares for part in by_data] == [{"pivot": 0.5, source: 0.5}, {"pivot": 0.125, source: 0.875}]
+
+
+@pytest.mark.parametrize("counts", [{}, {"rows": 0.0}, {"rows": 4.0, "chosen/one": 3.0}])
+def test_who_taught_where_little_was_counted(tmp_path: Path, counts: dict[str, float]) -> None:
+    run = make_run(tmp_path / "out", until="distill")
+    path = run / "targets" / "one" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": counts}))
+    found = {teachers.target: teachers for teachers in teachers_of(read_facts(run))}["one"]
+    assert found.by_data == []
+    assert (found.total and found.total.shares) == ({"pivot": 0.0, "one": 0.75} if counts.get("rows") else None)
 
 
 def test_tasks_of_lm_eval_have_no_mean_and_their_own_direction() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import yaml
 
 from fusekit.alignment.quality import AlignmentQuality
+from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import Group, Sample, Token, write_samples
+from fusekit.alignment.worth import TeacherWorth
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
@@ -121,6 +123,11 @@ def _align(into: Path, number: int, evil: str) -> None:
     lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
     sample = Sample(groups=[Group(read=f"token{evil}", pivot=[token, lost], source=[token])] * 3)
     write_samples(into / "samples.json", [sample, sample.beginning(2)])
+    worth = TeacherWorth(f"prefix{evil}")
+    cases = np.array([Case.SAME, Case.CLOSES, Case.UNLINKED])
+    teacher, pivot = np.array([1.0, 2.5 + number, 0.0]), np.array([2.0, 3.0, 1.0])
+    worth.add(cases, cases != Case.UNLINKED, teacher=teacher, pivot=pivot, source=4.5)
+    _json(into / "worth.json", worth.to_dict())
 
 
 def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil: str) -> None:
@@ -131,6 +138,9 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
         log.append(line | ({"fusion_loss": 0.5 + 1 / (step + 10)} if sources else {}))
     log += [{"loss": float("nan"), "step": 110, "lm_loss": float("nan")}, {"train_runtime": 12.5, "step": 110}]
     counts = {"rows": 48.0, "labels": 400.0, "asked": 400.0, "linked": 300.0, "taught": 390.0, "chosen/pivot": 12.0}
+    for data, rows, own in ((f"a{evil}", 16.0, 8.0), ("b", 32.0, 4.0)):
+        counts |= {f"data/{data}/rows": rows, f"data/{data}/chosen/pivot": own}
+        counts |= {f"data/{data}/chosen/{source}": rows - own for source in sources}
     record = {
         "target": name,
         "sources": list(sources),

@@ -1,0 +1,115 @@
+"""What a source is worth as a teacher, measured on what it and the pivot said about the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusekit.alignment.arrays import FloatArray
+from fusekit.alignment.projection import Rows
+from fusekit.alignment.row_cases import Case
+from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.alignment.worth import TeacherWorth
+from fusekit.distillation.inputs import Reading, projection_of
+from fusekit.distillation.joining import Captures, join
+from fusekit.distillation.label_rows import Projection, label_rows
+from fusekit.distillation.metrics import last_place, until
+from fusekit.distillation.settings import AlignmentSettings
+from fusekit.distillation.targets import label_nll
+from fusekit.errors import AlignmentError, DistillationError
+from fusekit.representation.rows import Row
+from fusekit.storage.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A model's tokenizer, and the store of what it said. name: for messages."""
+
+    name: str
+    tokenizer: Any
+    store: Store
+
+
+def measure_stores(
+    rows: Sequence[Row],
+    pivot: Captured,
+    source: Captured,
+    how: AlignmentSettings,
+    *,
+    folder: Path | None = None,
+    most: int | None = None,
+) -> TeacherWorth:
+    """As :func:`measure`, of stores that are checked first.
+
+    Args:
+        rows, pivot, source: the data and who said what about them.
+        how: a source's rows come into the pivot's vocabulary.
+        folder: of the vocabulary map; None to make it.
+        most: examples to read.
+
+    Raises:
+        StorageError: the map is not there, damaged or another.
+        DistillationError: as :func:`measure`; a store was captured with another tokenizer.
+    """
+    by_key = {row.key: row for row in rows}
+    ours, theirs = (Reading.of(model.name, model.tokenizer, model.store, by_key) for model in (pivot, source))
+    return measure(rows, pivot.store, source.store, projection_of(how, ours, theirs, rows, folder), most)
+
+
+def measure(
+    rows: Sequence[Row], pivot: Captures, source: Captures, projection: Projection, most: int | None = None
+) -> TeacherWorth:
+    """Count the nats of a projected teacher, of its source and of the pivot.
+
+    Args:
+        rows: the data.
+        pivot, source: what each said about them; a row that one of them lacks does not count.
+        projection: into the pivot's vocabulary.
+        most: examples to read, evenly spaced over the rows; all if None.
+
+    Raises:
+        DistillationError: rows in another vocabulary; a model has none of the rows; captured rows are not usable.
+    """
+    into = projection.vocabulary_map
+    if into is None:
+        raise DistillationError("without a vocabulary map a teacher has no nats on the pivot's labels")
+    worth = TeacherWorth(into.method, projection.tokens, projection.tail)
+    joined = join(rows, {"the pivot": pivot, "the source": source}).rows
+    both = [row for row in joined if row.key in pivot and row.key in source]
+    picked = range(len(both)) if most is None or len(both) <= most else np.linspace(0, len(both) - 1, most, dtype=int)
+    for at in picked:
+        row = both[at]
+        own, said = pivot.get(row.key), source.get(row.key)
+        assert own is not None  # the keys are in them
+        assert said is not None
+        stops = last_place(own.tokens), last_place(said.tokens)
+        if stops[0] != stops[1]:  # figures are over the same text
+            own, said = until(own, min(stops)), until(said, min(stops))
+        try:
+            taught = label_rows(row, own.tokens, said, projection, own)
+        except AlignmentError as error:
+            raise DistillationError(f"row {row.key}: {error}") from error
+        teacher = label_nll(taught.rows, own.tokens.ids[own.tokens.label_positions])
+        by_teacher = taught.taught & (taught.cases != Case.ONE_HOT)
+        worth.add(
+            taught.cases,
+            by_teacher,
+            teacher=teacher,
+            pivot=-own.actual,
+            source=-float(said.actual.sum()),
+            survived=_survived(said.rows, into),
+        )
+    return worth
+
+
+def _survived(rows: Rows, into: VocabularyMap) -> FloatArray:
+    """Of each row, the share of the listed mass that the map carries over: float64 [n]."""
+    mass = np.where(rows.ids >= 0, np.exp(rows.logprobs), 0.0)
+    listed = mass.sum(axis=1)
+    _, _, lost = into.spread(rows.ids, mass)
+    survived: FloatArray = 1.0 - np.divide(lost, listed, out=np.zeros_like(listed), where=listed > 0)
+    return survived

@@ -1,0 +1,172 @@
+"""What a source is worth as a teacher, measured on captures of toy models, of the demo's, and of real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.alignment.row_cases import Case
+from fusekit.alignment.worth import RATIO_LIMIT
+from fusekit.cli import cli
+from fusekit.distillation.label_rows import Projection, label_rows
+from fusekit.distillation.targets import label_nll
+from fusekit.distillation.worth import measure
+from fusekit.errors import DistillationError
+from fusekit.representation.tokenized_row import CapturedRow
+from tests.distillation import worlds
+
+DEMO = Path(__file__).parents[2] / "demo"
+REAL = "FUSEKIT_REAL_MODELS"
+PAIR = ("smollm2-135m-instruct", "gemma-3-270m")
+PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
+ROWS = worlds.conversations(9)
+ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
+MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+
+
+def captured(side: str) -> dict[str, CapturedRow]:
+    tokenizer = PIVOT if side == "pivot" else SOURCE
+    return worlds.by_key([worlds.guessing(worlds.read(row, tokenizer), len(tokenizer), 4, 7) for row in ROWS])
+
+
+@pytest.mark.parametrize("tail", ["back_off", "listed_share"])
+def test_figures_equal_a_loop_over_labels(tail: str) -> None:
+    pivot, source = captured("pivot"), captured("source")
+    projection = Projection(MAP, tail=tail)
+    worth = measure(ROWS, pivot, source, projection)
+    sums: dict[Case, list[tuple[float, float]]] = {}
+    projected = nats = 0.0
+    for row in ROWS:
+        own, said = pivot[row.key], source[row.key]
+        given = label_rows(row, own.tokens, said, projection, own)
+        teacher = label_nll(given.rows, own.tokens.ids[own.tokens.label_positions])
+        for i, case in enumerate(given.cases.tolist()):
+            sums.setdefault(Case(case), []).append((float(teacher[i]), -float(own.actual[i])))
+            projected += float(teacher[i]) if given.taught[i] else -float(own.actual[i])
+        nats -= float(said.actual.sum())
+    assert worth.ratio == pytest.approx(projected / nats)
+    for case, pairs in sums.items():
+        teacher_mean, pivot_mean = worth.per_label(case)
+        assert pivot_mean == pytest.approx(np.mean([p for _, p in pairs]))
+        if case is Case.UNLINKED:
+            assert teacher_mean is None
+        else:
+            assert teacher_mean == pytest.approx(np.mean([t for t, _ in pairs]))
+    assert (worth.vocabulary, worth.tail, worth.examples) == ("prefix", tail, 9)
+
+
+def test_the_mass_that_survives_is_what_the_map_carries() -> None:
+    exact = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    pivot, source = captured("pivot"), captured("source")
+    mapped = np.diff(exact.matrix.indptr) > 0
+    shares = []
+    for said in source.values():
+        for ids, logprobs in zip(said.rows.ids, said.rows.logprobs, strict=True):
+            listed = {int(i): float(np.exp(p)) for i, p in zip(ids, logprobs, strict=True) if i >= 0}
+            shares.append(sum(p for i, p in listed.items() if mapped[i]) / sum(listed.values()))
+    found = measure(ROWS, pivot, source, Projection(exact)).to_dict()["mass_survived"]
+    assert found["rows"] == len(shares)
+    assert found["mean"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert found["mean"] < 1
+
+
+def test_a_one_hot_is_no_teacher() -> None:
+    pivot, source = captured("pivot"), captured("source")
+    plain = measure(ROWS, pivot, source, Projection(MAP, conditioning=False))
+    filled = measure(ROWS, pivot, source, Projection(MAP, conditioning=False, one_hot=True))
+    assert filled.labels[Case.ONE_HOT] > 0
+    assert filled.per_label(Case.ONE_HOT)[0] is None
+    assert filled.ratio == pytest.approx(plain.ratio)
+
+
+def test_an_examples_end_is_where_both_models_have_read() -> None:
+    pivot, source = captured("pivot"), captured("source")
+    whole = measure(ROWS, pivot, source, Projection(MAP))
+    cut = {}
+    for key, said in source.items():  # without its last label, the end of the turn
+        rows = Rows(said.rows.ids[:-1], said.rows.logprobs[:-1], said.rows.tail[:-1])
+        at = int(said.tokens.label_positions[-1])
+        kept = {name: getattr(said.tokens, name)[:at] for name in ("ids", "message", "part", "ends", "lows", "labels")}
+        cut[key] = replace(said, tokens=replace(said.tokens, **kept), rows=rows, actual=said.actual[:-1])
+    shorter = measure(ROWS, pivot, cut, Projection(MAP))
+    assert shorter.labels.sum() == whole.labels.sum() - len(ROWS)
+    assert shorter.source < whole.source
+
+
+def test_a_sample_is_spread_over_the_rows_that_both_have() -> None:
+    pivot, source = captured("pivot"), captured("source")
+    del source[ROWS[3].key]
+    assert measure(ROWS, pivot, source, Projection(MAP)).examples == 8
+    ends = {row.key: source[row.key] for row in (ROWS[0], ROWS[8])}
+    two, both_ends = (measure(ROWS, pivot, given, Projection(MAP), 2) for given in (source, ends))
+    assert two.to_dict() == both_ends.to_dict()
+
+
+def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
+    pivot, source = captured("pivot"), captured("source")
+    with pytest.raises(DistillationError, match="vocabulary map"):
+        measure(ROWS, pivot, source, Projection(None))
+    with pytest.raises(DistillationError, match=f"the source has none of the 1 rows.*{ROWS[1].key}"):
+        measure(ROWS[:1], pivot, {ROWS[1].key: source[ROWS[1].key]}, Projection(MAP))
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def worth_of(pivot: Path, source: Path, data: Path, folder: Path, *options: object) -> dict[str, Any]:
+    """What ``fusekit inspect alignment --stores`` finds out about two models."""
+    for name, model in (("pivot", pivot), ("source", source)):
+        done = invoke("represent", model, data, folder / name, "--top-k", 32, "--max-length", 256, "--quiet")
+        assert done.exit_code == 0, done.output
+    stores = ["--stores", folder / "pivot", folder / "source", "--json", folder / "found.json"]
+    done = invoke("inspect", "alignment", pivot, source, "--data", data, "--samples", 0, *stores, *options)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())["worth"]
+    assert all(f"warning: {line}" in done.output for line in found["warnings"])
+    return found
+
+
+def check(found: dict[str, Any]) -> None:
+    """The chain rule holds, and no case has a teacher that is worse than the pivot without a warning."""
+    assert found["ratio"] <= RATIO_LIMIT
+    for name, case in found["cases"].items():
+        worse = case["teacher"] is not None and case["teacher"] > case["pivot"]
+        assert case["worse"] == worse
+        assert any(f"case is {name}," in line for line in found["warnings"]) == worse, name
+
+
+def test_a_source_of_the_demo(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join((DEMO / "rows" / "train.jsonl").read_text().splitlines()[::36][:24]))
+    found = worth_of(DEMO / "models" / "pivot", DEMO / "sources" / "neox", data, tmp_path)
+    check(found)
+    assert (found["vocabulary"], found["tail"], found["examples"]) == ("prefix", "back_off", 24)
+    assert found["mass_survived"]["rows"] > 0
+
+
+TEXTS = (
+    "Die Straßenbahn hielt gegenüber dem alten Rathaus, und die Fahrgäste stiegen trotz des Regens ohne Eile aus.",
+    "Wer zum ersten Mal nach Lübeck kommt, wundert sich über die sieben Türme und die schmalen Gänge dazwischen.",
+    "Le marché du samedi commence avant l'aube : les maraîchers déchargent leurs cageots et s'interpellent.",
+    "On n'apprend pas une langue étrangère en un été, mais on y gagne le goût de recommencer l'année suivante.",
+    "The ferry leaves at seven in the morning and comes back after dark, unless the wind turns to the north.",
+    "def mean(values):\n    return sum(values) / len(values) if values else 0.0\n",
+)
+
+
+@pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no folder with {' and '.join(PAIR)}")
+def test_a_pair_of_real_models(tmp_path: Path) -> None:
+    models, data = Path(os.environ[REAL]), tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    found = worth_of(models / PAIR[0], models / PAIR[1], data, tmp_path)
+    check(found)
+    assert found["examples"] == len(TEXTS)
