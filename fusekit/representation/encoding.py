@@ -88,7 +88,7 @@ class Encoder:
         text = "".join([part.text for part in parts])
         _check_encodable(text)
         expected = [part.id for part in parts if part.id >= 0]
-        if not any(part.data and self.spells_control(part.text) for part in parts):
+        if not any(part.data and part.id < 0 and self.spells_control(part.text) for part in parts):
             ids = self.surfaces.view.encode(text)
             at = np.flatnonzero(self._is_control[ids])
             if [ids[i] for i in at.tolist()] == expected:
