@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 from fusekit.errors import DataError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Pivot, Source
 from fusekit.representation import ChatTemplate, RowTokenizer
+from fusekit.representation.chat_template import kept_date
 from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.representation.load import load_tokenizer
+from fusekit.storage import artifact
 
 
 def choice_of(model: Pivot) -> ModelChoice:
@@ -29,12 +34,22 @@ def choice_of(model: Pivot) -> ModelChoice:
 
 @dataclass(eq=False)
 class Readers:
-    """The pivot and the sources of a recipe by name; each is looked up once."""
+    """The pivot and the sources of a recipe by name; each is looked up once.
+
+    data: the folder of the prepared rows of the run, which keeps the day that templates print; None for no run.
+    """
 
     recipe: Recipe
+    data: Path | None = None
     _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def date(self) -> datetime.date:
+        """The day that templates print in this run: that on which its rows were prepared. Raises StorageError."""
+        known = artifact.read(self.data) if self.data is not None else None
+        return kept_date(known.made.get("date") if known is not None else None) or datetime.date.today()
 
     @property
     def names(self) -> list[str]:
@@ -75,7 +90,7 @@ class Readers:
                     theirs = pivot.template
                 except DataError:  # plain text needs none, and conversations are refused when the pivot reads them
                     theirs = None
-                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer)
+                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer, date=self.date)
             else:
-                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on)
+                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on, date=self.date)
         return self._readers[name]

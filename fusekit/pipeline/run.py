@@ -139,7 +139,9 @@ def run(
             log.write(line)
             say(line)
 
-    context = Context(recipe, layout, Readers(recipe), tell, quiet, dict(merge_options or {}), ignore_estimates)
+    context = Context(
+        recipe, layout, Readers(recipe, layout.data), tell, quiet, dict(merge_options or {}), ignore_estimates
+    )
     with ExitStack() as held:
 
         def claim() -> None:

@@ -19,7 +19,7 @@ from fusekit.models.limits import memory_limits
 from fusekit.models.need import Need
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.evaluating import models_of
-from fusekit.pipeline.layout import BASELINE, PIVOT
+from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.stages import ALIGNED_TEXTS
 from fusekit.plan import measure as timing
 from fusekit.plan.data import Rows, count_rows
@@ -65,7 +65,7 @@ def make_plan(recipe: Recipe, name: str, out: Path | None = None, *, measured: b
         FusekitError: settings that no run could have.
     """
     plan = Plan(name, str(out) if out is not None else None)
-    models = find_models(recipe)
+    models = find_models(recipe, None if out is None else Layout(out.resolve()).data)
     plan.refused += models.refused
     plan.unknown += models.unknown
     if out is not None and (why := foreign(out)):

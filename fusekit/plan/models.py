@@ -66,12 +66,12 @@ class Models:
         return self.known[PIVOT]
 
 
-def find_models(recipe: Recipe) -> Models:
+def find_models(recipe: Recipe, data: Path | None = None) -> Models:
     """Look every model up, all at once: each waits for the hub no longer than one would.
 
     Nothing is loaded and no weights are fetched; the hub's client keeps the small files that it fetches in its cache.
     """
-    readers = Readers(recipe)
+    readers = Readers(recipe, data)
     names = readers.names
     with ThreadPoolExecutor(len(names)) as pool:
         found = dict(zip(names, pool.map(lambda name: _look_up(readers.model(name)), names), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -40,6 +41,7 @@ class RowTokenizer:
             Of plain text everything is learnt but bos.
         foreign: the tokenizer that a template without control strings of its own was written for. The template's
             bos, eos and end of turn are written as this tokenizer's own, where it does not have them as they are.
+        date: the day that a template prints which asks for today's; None for today.
 
     Raises:
         DataError: unknown ``train_on``, no template, or one that cannot be used.
@@ -47,12 +49,18 @@ class RowTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: ChatTemplate | None = None, train_on: str = "assistant", foreign: Any = None
+        self,
+        tokenizer: Any,
+        template: ChatTemplate | None = None,
+        train_on: str = "assistant",
+        foreign: Any = None,
+        date: datetime.date | None = None,
     ) -> None:
         if train_on not in TRAIN_ON:
             raise DataError(f"train_on is {train_on!r}: it is one of {', '.join(TRAIN_ON)}")
         self.tokenizer, self.train_on = tokenizer, train_on
         self._given, self._foreign = template, foreign
+        self.date = date or datetime.date.today()
         self.encoder = Encoder(tokenizer)
 
     @cached_property
@@ -73,8 +81,20 @@ class RowTokenizer:
             template = self.template.fingerprint
         except DataError:  # plain text needs none
             template = "none"
-        parts = [self.encoder.surfaces.fingerprint, template, self.train_on, repr(self._bos)]
+        printed = self.facts.get("date", "no date")
+        parts = [self.encoder.surfaces.fingerprint, template, self.train_on, repr(self._bos), str(printed)]
         return xxhash.xxh3_128_hexdigest("\0".join(["fusekit rows 2", *parts]).encode())
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """``chat_template``: where it comes from, None for a model that has none; ``date``: the day that it prints."""
+        try:
+            template = self.template
+        except DataError:  # plain text needs none
+            return {"chat_template": None}
+        origin = template.origin if self._foreign is None else f"the pivot's: {template.origin}"
+        facts: dict[str, str | None] = {"chat_template": origin}
+        return facts | ({"date": self.date.isoformat()} if template.prints_date else {})
 
     @property
     def ends_turns(self) -> bool:
@@ -173,7 +193,8 @@ class RowTokenizer:
             own = view.added_tokens[view.roles[role]].content if role in view.roles else ""
             given = getattr(self.template, role)
             variables[f"{role}_token"] = own if given is None else given
-        return Renderer(self.template.source, variables, f"the chat template {self.template.name} for {self.name}")
+        source, name = self.template.source_on(self.date), f"the chat template {self.template.name} for {self.name}"
+        return Renderer(source, variables, name)
 
     @cached_property
     def _written_as(self) -> dict[str, tuple[str, int]]:
