@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from fusekit.alignment import align_tokens
 from fusekit.errors import DataError, FusekitError
 from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
-from tests.alignment.tokenizers import load
+from tests.alignment.tokenizers import byte_fallback, load
 from tests.representation.models import extended, model, tokenizer_for
 from tests.representation.spans import check
 
@@ -360,3 +361,17 @@ def test_plain_text_has_the_bos_that_the_tokenizer_puts_before_text():
     tokens = reader.tokenize(Row((Message("text", "one"), Message("text", "two"))))
     assert np.flatnonzero(tokens.ids == reader.tokenizer.bos_token_id).tolist() == [0]
     assert reader.fingerprint != RowTokenizer(extended("mistral", [])).fingerprint
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_bytes_that_are_added_tokens_are_text_in_contents(special):
+    backend = byte_fallback(added=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    reader = RowTokenizer(tokenizer, ChatTemplate.named("mistral"))
+    assert not [s for s in reader.encoder.strings.values() if s.startswith("<0x")]
+    for content in ("naïve,", "na<0xC3>ï", "</s>naïve,"):
+        turns = [("user", "q"), ("assistant", content)]
+        tokens = reader.tokenize(row(turns))
+        assert reader.encoder.surfaces.decode(tokens.ids[tokens.labels].tolist()).strip() in (content, "naÃï", content)
+        assert prepare([row(turns)], [reader], 500).counts.reasons == {}
+        links_of(turns, reader, model("qwen"))
