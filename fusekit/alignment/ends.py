@@ -194,8 +194,11 @@ def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
     added = surfaces.view.added_tokens
     ends = np.empty(len(ids), np.int64)
     position, fresh = 0, True  # fresh: at the start of a stretch, where a dummy space may stand
-    for i, (id_, surface) in enumerate(zip(ids, _surfaces_of(ids, surfaces), strict=True)):
-        token = added.get(id_)
+    for i, (id_, bytes_of_id) in enumerate(zip(ids, _surfaces_of(ids, surfaces), strict=True)):
+        token, surface = added.get(id_), bytes_of_id
+        if surfaces.kinds[id_] == Kind.BYTE and token is not None:  # a byte, but where the text spells its name out
+            name = token.content.encode()
+            token, surface = (token, name) if data.startswith(name, position) else (None, surface)
         if token is not None and token.lstrip:
             position = _skip_space(data, position)
         length = _match(surface, data, position, surfaces, fresh)
@@ -204,13 +207,17 @@ def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
         position += length
         if token is not None and token.rstrip:
             position = _skip_space(data, position)
-        fresh = token is not None or (fresh and length == 0)
+        # Prepend writes one space, and none after an added token that is looked for in what it has written.
+        prepends = surfaces.view.prepends
+        fresh = (fresh and not length and not prepends) if token is None else not (prepends and token.normalized)
         ends[i] = position
     return ends if position == len(data) else None
 
 
 def _match(surface: bytes, data: bytes, position: int, surfaces: Surfaces, fresh: bool) -> int | None:
     """Bytes of ``data`` at ``position`` that are the surface, None where they are not."""
+    if fresh and surfaces.view.prepends and surface.startswith(_SPACE):  # also before a space of the text's own
+        return 0 if surface == _SPACE else _match(surface[1:], data, position, surfaces, False)
     if surface and data.startswith(surface, position):
         return len(surface)
     if fresh and surface.startswith(_SPACE) and not data.startswith((_SPACE, _MARK), position):

@@ -110,6 +110,15 @@ class Surfaces:
             winners[surface] = emitted
         return winners
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that tokens spell, special and unknown ones left out; bytes that are no UTF-8 become U+FFFD.
+
+        A dummy space in front stays. A decoder of ``tokenizers`` takes an added token for a piece of its own alphabet.
+        """
+        silent = (Kind.HOLE, Kind.SPECIAL, Kind.UNKNOWN)
+        spelled = (self.of[id_] for id_ in ids if id_ < len(self) and self.kinds[id_] not in silent)
+        return b"".join(spelled).decode(errors="replace")
+
     def _unlikely(self, id_: int) -> bool:
         """Whether the vocabulary writes the entry in a form that its pre-tokenizer never produces."""
         return self.form in (Form.METASPACE, Form.BYTE_LEVEL) and " " in self.strings[id_]
@@ -241,12 +250,13 @@ def _fast_entries(view: TokenizerView, form: Form) -> Iterable[tuple[int, str, b
     for string, id_ in view.vocabulary.items():
         if id_ in unknown:
             yield id_, string, string.encode(), Kind.UNKNOWN
+        elif byte_fallback and (match := BYTE_TOKEN.fullmatch(string)):
+            # Also where it is an added token: a text rarely spells one out, and ends.py asks whether it does.
+            yield id_, string, bytes([int(match[1], 16)]), Kind.BYTE
         elif id_ in added:
             # An added token is looked for in the text as it is: it stands for its own characters.
             content = added[id_].content
             yield id_, string, content.encode(), Kind.SPECIAL if added[id_].special else Kind.ADDED
-        elif byte_fallback and (match := BYTE_TOKEN.fullmatch(string)):
-            yield id_, string, bytes([int(match[1], 16)]), Kind.BYTE
         else:
             yield id_, string, surface(string), Kind.ORDINARY
 
@@ -255,7 +265,9 @@ def _slow_entries(view: TokenizerView) -> Iterable[tuple[int, str, bytes, Kind]]
     added = view.added_tokens
     unknown = getattr(view.original, "unk_token_id", None)
     for id_, string, surface in slow_surfaces(view):
-        if id_ in added:
+        if BYTE_TOKEN.fullmatch(string) and surface == bytes([int(string[3:5], 16)]):
+            yield id_, string, surface, Kind.BYTE
+        elif id_ in added:
             kind = Kind.UNKNOWN if id_ == unknown else Kind.SPECIAL if added[id_].special else Kind.ADDED
             yield id_, string, added[id_].content.encode(), kind
         else:

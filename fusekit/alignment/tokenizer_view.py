@@ -24,8 +24,12 @@ from fusekit.errors import AlignmentError
 ROLES = ("bos", "eos", "end_of_turn")
 
 
-def _normalized(normalizer: Any, text: str) -> str:
-    return str(normalizer.normalize_str(text))
+_DUMMY_SPACES = (" ", "▁")
+
+
+def _normalized(normalizer: Any, prepends: bool, text: str) -> str:
+    normalized = str(normalizer.normalize_str(text))
+    return normalized[1:] if prepends and normalized.startswith(_DUMMY_SPACES) else normalized
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +74,17 @@ class TokenizerView:
         return dict(self.original.get_vocab())
 
     @cached_property
+    def prepends(self) -> bool:
+        """Whether the normaliser puts a space in front of every stretch of text: a dummy space, not a change of it."""
+        return any(map(_is_dummy_space, self.parts("normalizer")))
+
+    @cached_property
     def normalize(self) -> Callable[[str], str] | None:
-        """The tokenizer's own normaliser, or None when there is none that can change a text."""
-        if self.backend is None or not self.parts("normalizer"):
+        """The tokenizer's own normaliser without the dummy space, or None when there is none that can change a text."""
+        if self.backend is None or all(map(_is_dummy_space, self.parts("normalizer"))):
             return None
-        return partial(_normalized, self.backend.normalizer)  # a reader that has been used travels to other processes
+        # A partial, since a reader that has been used travels to other processes.
+        return partial(_normalized, self.backend.normalizer, self.prepends)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
@@ -112,6 +122,10 @@ class TokenizerView:
         """Id of the padding token, or None."""
         value = getattr(self.original, "pad_token_id", None)
         return None if value is None else int(value)
+
+
+def _is_dummy_space(part: dict[str, Any]) -> bool:
+    return part["type"] == "Prepend" and part.get("prepend") in _DUMMY_SPACES
 
 
 class _unlimited:  # noqa: N801  # reads as a statement

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import sys
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,7 +217,7 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
         sources[name] = Source(Path(store), tokenizer or None)
     reader = None
     if options["pivot_store"] is None or options["pack"]:
-        reader = _row_tokenizer(pivot, options["chat_template"])
+        reader = _row_tokenizer(pivot, options["chat_template"], _date_of(sources.values()))
     rows = _rows(options, list(sources.values()), reader)
     return Inputs(
         ModelChoice(pivot),
@@ -239,13 +241,22 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
     return list(pack_text(read, tokenizers, options["max_length"]))
 
 
-def _row_tokenizer(model: str, template: str | None) -> RowTokenizer:
+def _date_of(sources: Iterable[Source]) -> datetime.date | None:
+    """The day that the sources' templates printed, if one's does. Raises StorageError."""
+    from fusekit.representation.chat_template import kept_date
+    from fusekit.storage import Store
+
+    dates = (kept_date(Store.open(source.store).spec.details.get("date")) for source in sources)
+    return next((date for date in dates if date is not None), None)
+
+
+def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
     from fusekit.representation import RowTokenizer
     from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
     from fusekit.representation.load import load_tokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))
-    return RowTokenizer(tokenizer, _template(template, tokenizer))
+    return RowTokenizer(tokenizer, _template(template, tokenizer), date=date)
 
 
 def _template(name: str | None, tokenizer: Any) -> Any:

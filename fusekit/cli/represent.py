@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import sys
@@ -216,8 +217,19 @@ def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkp
     for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
         say(line)
     train_on = options["train_on"]
-    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on)
-    return checkpoint, [own, *(RowTokenizer(load_tokenizer(found), None, train_on) for found in others)]
+    date = None if options["overwrite"] else _date_of(options["out"])
+    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on, date=date)
+    others_read = [RowTokenizer(load_tokenizer(found), None, train_on, date=own.date) for found in others]
+    return checkpoint, [own, *others_read]
+
+
+def _date_of(out: Path) -> datetime.date | None:
+    """The day that templates printed when a store was begun; None for a new one. Raises StorageError."""
+    from fusekit.representation.chat_template import kept_date
+    from fusekit.storage.manifest import MANIFEST, Manifest, read_json
+
+    known = read_json(out / MANIFEST, Manifest)
+    return None if known is None else kept_date(known.spec.details.get("date"))
 
 
 def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[Row]:

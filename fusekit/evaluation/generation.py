@@ -134,6 +134,4 @@ def _device(model: Any) -> torch.device:
 
 def _text(tokenizer: RowTokenizer, reply: list[int], ends: Sequence[int]) -> str:
     stop = next((at for at, id_ in enumerate(reply) if id_ in ends), len(reply))
-    # Cleaning up would take the space before a comma that an answer may have.
-    text: str = tokenizer.tokenizer.decode(reply[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+    return tokenizer.encoder.surfaces.decode(reply[:stop])

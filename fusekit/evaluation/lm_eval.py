@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
 import importlib.metadata
 import json
@@ -99,7 +100,7 @@ class Harness:
         self._model, self._ends = model, list[int]()
         reader, arguments = copy.deepcopy(tokenizer.tokenizer), {}  # lm-eval sets a pad token
         if settings.chat_template:
-            reader.chat_template = tokenizer.template.source
+            reader.chat_template = tokenizer.template.source_on(tokenizer.date)
             written = {"bos_token": tokenizer.template.bos, "eos_token": tokenizer.template.eos}
             arguments = {name: string for name, string in written.items() if string is not None}
             self._ends = turn_ends(tokenizer)
@@ -289,11 +290,13 @@ def cached_scores(
     return figures
 
 
-def load_harness(choice: Any, template: str, settings: LmEval, say: Callable[[str], None]) -> Harness:
-    """Load a model for :class:`Harness`. choice, template: as for ``evaluate_model``; so are the errors."""
+def load_harness(
+    choice: Any, template: str, settings: LmEval, say: Callable[[str], None], date: datetime.date | None = None
+) -> Harness:
+    """Load a model for :class:`Harness`. choice, template, date: as for ``evaluate_model``; so are the errors."""
     from fusekit.evaluation.metrics import load_scored
 
-    loaded = load_scored(choice, template)
+    loaded = load_scored(choice, template, date=date)
     return Harness(loaded.model, loaded.tokenizer, settings, say)
 
 

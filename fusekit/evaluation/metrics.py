@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -132,7 +133,7 @@ def _answering(tokenizer: RowTokenizer) -> RowTokenizer:
     """As it reads rows of which only answers are learnt: what comes before an answer is then given, not asked for."""
     if tokenizer.train_on == "assistant":
         return tokenizer
-    return RowTokenizer(tokenizer.tokenizer, tokenizer.template, "assistant")
+    return RowTokenizer(tokenizer.tokenizer, tokenizer.template, "assistant", date=tokenizer.date)
 
 
 def _question(row: Row, tokens: TokenizedRow, longest: int | None) -> Question:
@@ -189,6 +190,7 @@ def evaluate_model(
     metrics: Sequence[str] = ("bits_per_byte",),
     template: str = "own",
     batch_tokens: int | None = None,
+    date: datetime.date | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Load a model and score it.
 
@@ -198,6 +200,7 @@ def evaluate_model(
         metrics: names in :data:`METRICS`.
         template: ``own`` (or the shipped one that fits), the name of a shipped template, or a jinja file.
         batch_tokens: most tokens of a batch, padding included; None for what suits the device.
+        date: the day that a template prints which asks for today's; None for today.
 
     Returns:
         metric -> source of data -> score.
@@ -209,7 +212,7 @@ def evaluate_model(
         raise DataError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
     if not rows:
         raise DataError("no held-out row to evaluate on")
-    loaded = load_scored(choice, template, rows)
+    loaded = load_scored(choice, template, rows, date)
     return {
         name: METRICS[name](loaded.model, loaded.tokenizer, rows, batch_tokens=batch_tokens, longest=loaded.longest)
         for name in metrics
@@ -224,14 +227,19 @@ class Loaded(NamedTuple):
     longest: int | None
 
 
-def load_scored(choice: ModelChoice, template: str = "own", rows: Sequence[Row] = ()) -> Loaded:
+def load_scored(
+    choice: ModelChoice, template: str = "own", rows: Sequence[Row] = (), date: datetime.date | None = None
+) -> Loaded:
     """Load a model to score it; ``rows`` that are too long for it are refused before its weights are read.
+
+    date: as for :func:`evaluate_model`.
 
     Raises:
         DataError, CaptureError: as :func:`evaluate_model`.
     """
     checkpoint = find_checkpoint(choice)
-    reads, longest = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(template)), longest_input(checkpoint)
+    reads = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(template), date=date)
+    longest = longest_input(checkpoint)
     if longest is not None and rows:
         _refuse_longer(rows, [reads.tokenize(row) for row in rows], choice.model, longest)
     checkpoint.fetch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import time
@@ -78,7 +79,7 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
             "model": _identity(choice.model, context, name),
             "load": {"dtype": choice.dtype, "quantization": choice.quantization},
             "chat_template": template,
-            "reads": _reads(choice, template),
+            "reads": _reads(choice, template, context.readers.date),
         }
         inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
         results[name] = _scores(context, name, (choice, template), inputs, rows)
@@ -118,7 +119,12 @@ def _scores(
         started = time.monotonic()
         _require_whole(name, choice)
         found = evaluate_model(
-            choice, rows, metrics=section.metrics, template=template, batch_tokens=section.batch_tokens
+            choice,
+            rows,
+            metrics=section.metrics,
+            template=template,
+            batch_tokens=section.batch_tokens,
+            date=context.readers.date,
         )
         plain = {metric: {key: score.value for key, score in by_key.items()} for metric, by_key in found.items()}
         made = context.made(started)
@@ -138,7 +144,7 @@ def _lm_eval(
 
     def load() -> lm_eval.Harness:
         _require_whole(name, model[0])
-        return lm_eval.load_harness(*model, settings, say)
+        return lm_eval.load_harness(*model, settings, say, context.readers.date)
 
     return lm_eval.cached_scores(
         settings,
@@ -171,7 +177,7 @@ def _is_input(name: str) -> bool:
     return name == PIVOT or name.startswith("sources/")
 
 
-def _reads(choice: ModelChoice, template: str) -> str:
+def _reads(choice: ModelChoice, template: str, date: datetime.date) -> str:
     """Of a model's tokenizer and the content of its chat template, whatever file they are in."""
     tokenizer = load_tokenizer(find_checkpoint(choice))
-    return RowTokenizer(tokenizer, ChatTemplate.chosen(template)).fingerprint
+    return RowTokenizer(tokenizer, ChatTemplate.chosen(template), date=date).fingerprint

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 
 from fusekit.errors import DataError
-from fusekit.pipeline.layout import PIVOT
+from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Pivot, Source
 from fusekit.representation import ChatTemplate, RowTokenizer
+from fusekit.representation.chat_template import kept_date
 from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.representation.load import load_tokenizer
+from fusekit.storage import artifact
 
 
 def choice_of(model: Pivot) -> ModelChoice:
@@ -32,14 +35,21 @@ def choice_of(model: Pivot) -> ModelChoice:
 class Readers:
     """The pivot and the sources of a recipe by name; each is looked up once.
 
-    pivot: where the pivot is a plain checkpoint, or will be, if the recipe has it as a GGUF file.
+    layout: where the run's artifacts are or will be: the plain checkpoint of a pivot that is a GGUF file, and the prepared
+        rows, which keep the day that templates print. None for no run.
     """
 
     recipe: Recipe
-    pivot: Path | None = None
+    layout: Layout | None = None
     _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def date(self) -> datetime.date:
+        """The day that templates print in this run: that on which its rows were prepared. Raises StorageError."""
+        known = artifact.read(self.layout.data) if self.layout is not None else None
+        return kept_date(known.made.get("date") if known is not None else None) or datetime.date.today()
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +65,8 @@ class Readers:
     def choice(self, name: str) -> ModelChoice:
         """How a model is loaded."""
         choice = choice_of(self.model(name))
-        return replace(choice, dequantised=self.pivot) if name == PIVOT else choice
+        pivot = self.layout.pivot if self.layout is not None else None
+        return replace(choice, dequantised=pivot) if name == PIVOT else choice
 
     def add(self, name: str, checkpoint: Checkpoint) -> None:
         """Take a model that was found already."""
@@ -85,7 +96,7 @@ class Readers:
                     theirs = pivot.template
                 except DataError:  # plain text needs none, and conversations are refused when the pivot reads them
                     theirs = None
-                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer)
+                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer, date=self.date)
             else:
-                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on)
+                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on, date=self.date)
         return self._readers[name]

@@ -141,7 +141,7 @@ def run(
             log.write(line)
             say(line)
 
-    readers = Readers(recipe, layout.pivot)
+    readers = Readers(recipe, layout)
     context = Context(recipe, layout, readers, tell, quiet, dict(merge_options or {}), ignore_estimates)
     with ExitStack() as held:
 

@@ -132,7 +132,8 @@ def data(context: Context) -> list[Row]:
             write_json(into / "counts.json", prepared.counts.as_dict())
 
         made = context.made(started) | {
-            "for": {n: context.readers.reader(n).fingerprint for n in context.readers.names}
+            "for": {n: context.readers.reader(n).fingerprint for n in context.readers.names},
+            "date": context.readers.date.isoformat(),
         }
         artifact.publish(folder, "data", inputs, write, made)
         context.say(f"data: {prepared.counts}")

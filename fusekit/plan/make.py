@@ -66,7 +66,7 @@ def make_plan(recipe: Recipe, name: str, out: Path | None = None, *, measured: b
         FusekitError: settings that no run could have.
     """
     plan = Plan(name, str(out) if out is not None else None)
-    models = find_models(recipe, Layout(out.resolve()).pivot if out is not None else None)
+    models = find_models(recipe, Layout(out.resolve()) if out is not None else None)
     plan.refused += models.refused
     plan.unknown += models.unknown
     if out is not None and (why := foreign(out)):

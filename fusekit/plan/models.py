@@ -10,7 +10,7 @@ from typing import Any
 
 from fusekit.errors import FusekitError
 from fusekit.models.hub import HubUnreachableError
-from fusekit.pipeline.layout import PIVOT
+from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import ModelSize, Pivot
@@ -66,13 +66,13 @@ class Models:
         return self.known[PIVOT]
 
 
-def find_models(recipe: Recipe, pivot: Path | None = None) -> Models:
+def find_models(recipe: Recipe, layout: Layout | None = None) -> Models:
     """Look every model up, all at once: each waits for the hub no longer than one would.
 
-    pivot: where a run makes a plain checkpoint of a pivot that is a GGUF file.
+    layout: of the run, None where it has no folder yet.
     Nothing is loaded and no weights are fetched; the hub's client keeps the small files that it fetches in its cache.
     """
-    readers = Readers(recipe, pivot)
+    readers = Readers(recipe, layout)
     names = readers.names
     with ThreadPoolExecutor(len(names)) as pool:
         found = dict(zip(names, pool.map(lambda name: _look_up(readers.choice(name)), names), strict=True))

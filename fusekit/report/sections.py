@@ -73,8 +73,15 @@ def _model_row(facts: Facts, name: str, entry: Mapping[str, Any], colour: str) -
         ", ".join(filter(None, [*sizes, known.dtype or ""])),
         text.scaled(known.parameters),
         tokenizer_words(known),
-        str(entry.get("chat_template") or "own"),
+        _template_words(facts, name, str(entry.get("chat_template") or "own")),
     )
+
+
+def _template_words(facts: Facts, name: str, said: str) -> str:
+    """Where the template came from and the day that it prints, as the store has it; else what the recipe says."""
+    details = facts.stores[name].spec.details if name in facts.stores else {}
+    origin, date = details.get("chat_template"), details.get("date")
+    return f"{origin or said}{f' ({date})' if date else ''}"
 
 
 def tokenizer_words(known: ModelFacts) -> str:

@@ -7,6 +7,7 @@ for, so a template carries the roles of the model it was written for.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -20,6 +21,10 @@ from fusekit.errors import DataError
 
 MAX_FILE = 1_000_000
 """Bytes of a template file; the longest published ones have some thirty thousand."""
+
+_DATE_CODES = [f"%{code}" for code in [*"aAbBcdDeFGhHIjmMpRSTuUVwWxXyYZ", "-d", "-m", "-H", "-I", "-j", "-y"]]
+
+_PERCENT = "\U000fae04"  # for a percent sign that begins no code
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class ChatTemplate:
         name: how errors and artifacts call it.
         source: the jinja text.
         bos, eos, end_of_turn: what they are in it; None for those of whichever tokenizer uses it.
+        origin: where it comes from, for users and artifacts; names no path, so that it stays when a folder is moved.
     """
 
     name: str
@@ -66,6 +72,25 @@ class ChatTemplate:
     bos: str | None = None
     eos: str | None = None
     end_of_turn: str | None = None
+    origin: str = "given"
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return "strftime_now" in self.source
+
+    def source_on(self, date: datetime.date) -> str:
+        """The jinja text as it would write on a day (at 0:00), whatever the clock says.
+
+        transformers passes no function on to a template, so the day is written into it.
+        """
+        if not self.prints_date:
+            return self.source
+        moment = datetime.datetime.combine(date, datetime.time())
+        values = [("%%", _PERCENT), *((code, moment.strftime(code)) for code in _DATE_CODES), (_PERCENT, "%")]
+        written = "".join(f"|replace({code!r}, {value!r})" for code, value in values)
+        # The source begins a line, as it did: white space around blocks depends on it.
+        return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{self.source}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,7 +111,7 @@ class ChatTemplate:
             raise DataError(
                 f"{name} has no chat template: name one of {', '.join(template_names())}, or give a jinja file"
             )
-        return cls(f"{name}'s own", source).with_roles_of(tokenizer)
+        return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
 
     @classmethod
     def named(cls, name: str) -> ChatTemplate:
@@ -95,7 +120,8 @@ class ChatTemplate:
             raise DataError(f"no chat template {name!r} ships with fusekit: there are {', '.join(template_names())}")
         file = resources.files("fusekit.representation") / "chat_templates" / f"{name}.jinja"
         roles = SHIPPED[name]
-        return cls(name, file.read_text(encoding="utf-8"), roles.bos, roles.eos, roles.end_of_turn)
+        source, origin = file.read_text(encoding="utf-8"), f"{name}, shipped with fusekit"
+        return cls(name, source, roles.bos, roles.eos, roles.end_of_turn, origin)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ChatTemplate:
@@ -104,7 +130,7 @@ class ChatTemplate:
         try:
             if path.stat().st_size > MAX_FILE:
                 raise DataError(f"{path} has {path.stat().st_size:,} bytes: no chat template is over {MAX_FILE:,}")
-            return cls(path.name, path.read_text(encoding="utf-8"))
+            return cls(path.name, path.read_text(encoding="utf-8"), origin=f"the file {path.name}")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"the chat template {path} cannot be read: {error}") from error
 
@@ -134,10 +160,11 @@ class ChatTemplate:
         added = {token.content for token in vocabulary_surfaces(tokenizer).view.added_tokens.values()}
         fitting = [name for name, shipped in SHIPPED.items() if shipped.markers and added.issuperset(shipped.markers)]
         if len(fitting) == 1:
-            return cls.named(fitting[0])
-        found = f"its added tokens fit {' and '.join(fitting)}" if fitting else "its added tokens fit no shipped one"
+            found = cls.named(fitting[0])
+            return dataclasses.replace(found, origin=f"{found.origin}, recognised by the tokenizer's added tokens")
+        fits = f"its added tokens fit {' and '.join(fitting)}" if fitting else "its added tokens fit no shipped one"
         raise DataError(
-            f"{_name(tokenizer)} has no chat template, and {found}: name one of {', '.join(template_names())}, "
+            f"{_name(tokenizer)} has no chat template, and {fits}: name one of {', '.join(template_names())}, "
             "or give a jinja file"
         )
 
@@ -151,6 +178,14 @@ class ChatTemplate:
             eos=self.eos or strings.get("eos"),
             end_of_turn=self.end_of_turn or strings.get("end_of_turn"),
         )
+
+
+def kept_date(value: object) -> datetime.date | None:
+    """A day as manifests keep it; None for anything else."""
+    try:
+        return datetime.date.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
 
 
 def _name(tokenizer: Any) -> str:

@@ -33,13 +33,14 @@ class Stretch(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Where a content stands, in bytes.
+    """Where a content, or a part of it, stands, in bytes.
 
     Attributes:
         message: its number.
         start, stop: in the rendered text.
         first, last: which of the content's bytes stand there; both -1 where what stands there is no part of it.
-        size: bytes of the content, those that the template drops included.
+        size: bytes of the content up to the next part, those that the template drops included.
+        low: where the part before it ended, 0 for the first.
     """
 
     message: int
@@ -48,6 +49,7 @@ class Content(NamedTuple):
     first: int
     last: int
     size: int
+    low: int = 0
 
 
 def coordinates(
@@ -136,7 +138,7 @@ def _place(
         opener = before[-1]
         dropped = max(int(highs[opener]) - begin, 0)
         ends[opener] = size if stop == begin and size else first + dropped
-        bottoms[opener] = 0
+        bottoms[opener] = content.low
 
 
 def _labels(starts: IntArray, reach: IntArray, stops: IntArray, stretches: Sequence[Stretch]) -> BoolArray:

@@ -42,7 +42,7 @@ class Encoder:
 
     Attributes:
         surfaces: of the vocabulary.
-        strings: what each control token is looked for as, by id.
+        strings: what each control token is looked for as, by id; tokens of byte fallback are none, however marked.
     """
 
     def __init__(self, tokenizer: Any, control: Sequence[int] = ()) -> None:
@@ -52,7 +52,7 @@ class Encoder:
         self.strings = {
             id_: token.content
             for id_, token in view.added_tokens.items()
-            if token.content and (token.special or id_ in wanted)
+            if token.content and (token.special or id_ in wanted) and self.surfaces.kinds[id_] != Kind.BYTE
         }
         spelled = sorted(set(self.strings.values()), key=lambda string: (-len(string), string))
         self._control = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
@@ -88,7 +88,7 @@ class Encoder:
         text = "".join([part.text for part in parts])
         _check_encodable(text)
         expected = [part.id for part in parts if part.id >= 0]
-        if not any(part.data and self.spells_control(part.text) for part in parts):
+        if not any(part.data and part.id < 0 and self.spells_control(part.text) for part in parts):
             ids = self.surfaces.view.encode(text)
             at = np.flatnonzero(self._is_control[ids])
             if [ids[i] for i in at.tolist()] == expected:
@@ -141,7 +141,7 @@ class Encoder:
         state = json.loads(view.backend.to_str())
         state["truncation"] = state["padding"] = None
         for token in state["added_tokens"]:
-            token["special"] = token["special"] or token["id"] in self.strings
+            token["special"] = token["id"] in self.strings
         copy = Tokenizer.from_str(json.dumps(state))
         size = max(copy.get_vocab_size(with_added_tokens=True), len(self.surfaces))
         alias_of = {id_: f"{nonce}{chr(0xF0000 + n)}{nonce}" for n, id_ in enumerate(sorted(self.strings))}

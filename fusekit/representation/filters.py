@@ -26,6 +26,7 @@ REASONS = {
     "refused": "a template refuses it, or a model cannot encode it",
     "cut": "kept up to where the first model reached max_length",
     "unlinked": "kept, with a message that some template rewrites: its tokens link to nothing",
+    "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learnt there",
     "unended": "kept, with an answer whose end of turn is no control token of some model: it links to nothing",
 }
 """Why a row is not used, or not as it is."""
@@ -145,6 +146,8 @@ def _fit(
         counts.add("cut", row.key)
     if any(_unlinked(row, of_model) for of_model in tokens):
         counts.add("unlinked", row.key)
+    if any(_shortened(row, of_model) for of_model in tokens):
+        counts.add("shortened", row.key)
     if any(_unended(row, of_model) for of_model in tokens):
         counts.add("unended", row.key)
     return None, row
@@ -185,6 +188,16 @@ def _unlinked(row: Row, tokens: TokenizedRow) -> bool:
     inside = set(np.unique(tokens.message[tokens.part == Part.CONTENT]).tolist())
     last = len(row.messages) if row.cut is None else row.cut.message
     return any(m.content.strip() and i not in inside for i, m in enumerate(row.messages[:last]))
+
+
+def _shortened(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether a template drops text at the beginning of an answer."""
+    for number in (i for i, message in enumerate(row.messages) if message.role == "assistant"):
+        first = int(np.argmax((tokens.message == number) & (tokens.part != Part.TEMPLATE)))
+        before = int(tokens.ends[first - 1]) if first and tokens.message[first - 1] == number else 0
+        if before and tokens.part[first] == Part.CONTENT and row.messages[number].content.encode()[:before].strip():
+            return True
+    return False
 
 
 def _unended(row: Row, tokens: TokenizedRow) -> bool:

@@ -4,13 +4,17 @@ A template is rendered with a private stand-in for every content; what is around
 That is done once per sequence of roles. A row is then rendered for real, and the two must agree: a template that trims
 contents is recognised by stand-ins with white space around them, one that does anything else with a content is asked
 about it one message at a time, and where that gives no answer either, the content is at no known place.
+
+Templates treat reasoning (``<think>...</think>`` at the start of an answer) apart: they write an empty one, change the
+white space around it, drop it in earlier turns. Its tags are the model's own tokens, and each of its parts is looked
+for. An answer that only mentions a tag is rendered with a stand-in for it, so that no template takes it for reasoning.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,12 +24,18 @@ from fusekit.representation.rows import Message
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PADDING = " \n\t"
 _STAND_IN = "\U000fae01"
+_OPEN, _CLOSE = "<think>", "</think>"
+_CONTINUED = re.compile(r"\S\s*\n</think>\s*\n")  # of reasoning that the prompt opened, so that the answer does not
+# As long as what they stand for, so that no position changes.
+_HIDDEN = {_OPEN: "\U000fae02" * len(_OPEN), _CLOSE: "\U000fae03" * len(_CLOSE)}
 
 Span = tuple[int, int]
 
 
 class Region(NamedTuple):
-    """Where the content of a message is rendered. Positions are characters.
+    """Where the content of a message, or a part of it, is rendered. Positions are characters.
+
+    A message has several where a template changes the white space around its reasoning.
 
     Attributes:
         message: its number.
@@ -49,12 +59,14 @@ class Rendered:
         regions: of the contents that have a place in it, in order.
         generated: what ``{% generation %}`` encloses, or None for a template without it.
         answers: where an answer begins in ``text``, per number of an assistant message (without ``generation``).
+        tags: the spans in ``text`` of the tags around an answer's reasoning, in order.
     """
 
     text: str
     regions: tuple[Region, ...]
     generated: tuple[Span, ...] | None
     answers: Mapping[int, int]
+    tags: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,14 +110,16 @@ class Renderer:
         skeleton = self._skeletons[roles]
         filled = _fill(skeleton, messages) if skeleton is not None else None
         if filled is not None and filled.text == text:
-            return filled
+            return replace(filled, tags=_tags(messages, text, filled.regions))
         if self.marks_generation:
             text, spans = self._jinja(messages, key, generation=True)
-        regions = self._regions(messages, text, key)
+        regions, mentions = self._regions(messages, text, key)
+        if mentions:
+            shown = self.render([_hidden(m) if i in mentions else m for i, m in enumerate(messages)], key)
+            return replace(shown, text=_shown(shown.text))
         generated = tuple(spans) if self.marks_generation else None
-        return Rendered(
-            text, regions, generated, {} if generated is not None else self._answers(messages, text, regions)
-        )
+        answers = {} if generated is not None else self._answers(messages, text, regions)
+        return Rendered(text, regions, generated, answers, _tags(messages, text, regions))
 
     def render_roles(self, roles: Sequence[str]) -> Rendered:
         """A conversation of stand-ins, to learn how the template ends a turn. Raises DataError."""
@@ -166,7 +180,7 @@ class Renderer:
         """Where each assistant message begins: after the generation prompt, where there is one and the text has it."""
         answers = {}
         for region in regions:
-            if messages[region.message].role != "assistant":
+            if messages[region.message].role != "assistant" or region.message in answers:
                 continue
             answers[region.message] = region.start
             before = messages[: region.message]
@@ -176,27 +190,47 @@ class Renderer:
             except DataError:
                 continue
             between = text[len(prompt) : region.start]
-            if text.startswith(prompt) and len(prompt) <= region.start and (prompt != bare or not between.strip()):
+            # Beyond the content's start where the prompt opens the reasoning with which the content begins.
+            if text.startswith(prompt) and len(prompt) <= region.stop and (prompt != bare or not between.strip()):
                 answers[region.message] = len(prompt)
         return answers
 
-    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[Region, ...]:
-        """Where contents are when the template rewrites some: one stand-in at a time."""
+    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[tuple[Region, ...], list[int]]:
+        """Where contents are when the template rewrites some: one stand-in at a time.
+
+        Returns also the messages that the template took for reasoning though they only mention a tag of it.
+        """
         stand_in = next(s for s in map(_stand_in, range(10**6)) if not any(s in content for _, content in messages))
         regions: list[Region] = []
-        for i, (role, content) in enumerate(messages):
-            probe = [*messages[:i], Message(role, stand_in), *messages[i + 1 :]]
+        mentions: list[int] = []
+        for i, message in enumerate(messages):
+            probe = [*messages[:i], Message(message.role, stand_in), *messages[i + 1 :]]
             try:
                 probed, _ = self._jinja(probe, key, generation=False)
             except DataError:
                 continue
             before, found, after = probed.partition(stand_in)
-            stop = len(text) - len(after)
-            fits = found and stand_in not in after and text.startswith(before) and text.endswith(after)
-            if not fits or stop < len(before) or (regions and len(before) < regions[-1].stop):
+            floor, stop = regions[-1].stop if regions else 0, len(text) - len(after)
+            if not found or stand_in in after or not text.endswith(after):
                 continue
-            regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
-        return tuple(regions)
+            content, answers = message.content, message.role == "assistant"
+            fits = text.startswith(before) and floor <= len(before) <= stop
+            if answers and (_tagged(message) or not fits):
+                mention = _tagged(message) and not _is_reasoning(message)
+                standing = _standing(content, text, floor, stop)
+                if mention and not (standing and _CONTINUED.search(content)):
+                    mentions.append(i)
+                    continue
+                if standing:
+                    regions += [Region(i, *place) for place in standing]
+                    continue
+            if fits:
+                regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
+            elif answers:  # rewritten: at no place, and learnt all the same
+                start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
+                if floor <= start <= stop:
+                    regions.append(Region(i, start, stop, None, None))
+        return tuple(regions), mentions
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeletons": {}}
@@ -204,6 +238,78 @@ class Renderer:
 
 def _stand_in(number: int) -> str:
     return f"{_STAND_IN}{number}{_STAND_IN}"
+
+
+def _tagged(message: Message) -> bool:
+    """Whether an answer has a tag of reasoning in it."""
+    return message.role == "assistant" and any(tag in message.content for tag in _HIDDEN)
+
+
+def _is_reasoning(message: Message) -> bool:
+    """Whether an answer begins with reasoning."""
+    return message.role == "assistant" and message.content.lstrip().startswith(_OPEN) and _CLOSE in message.content
+
+
+def _hidden(message: Message) -> Message:
+    content = message.content
+    for tag, private in _HIDDEN.items():
+        content = content.replace(tag, private)
+    return Message(message.role, content)
+
+
+def _shown(text: str) -> str:
+    for tag, private in _HIDDEN.items():
+        text = text.replace(private, tag)
+    return text
+
+
+def _trimmed(content: str, first: int, last: int) -> Span:
+    part = content[first:last]
+    return first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
+
+
+def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int, int]]:
+    """Where a content with reasoning stands in front of ``stop``: as it is, or with other white space at its seams.
+
+    Returns ``(start, stop, first, last)`` of each part, as in :class:`Region`; none where it does not stand there.
+    """
+    kept = len(content) - len(content.lstrip()), len(content.rstrip())
+    for first, last in ((0, len(content)), (0, kept[1]), (kept[0], len(content)), kept):
+        start = stop - (last - first)
+        if first < last and start >= floor and text.startswith(content[first:last], start):
+            return [(start, stop, first, last)]
+    begin = content.find(_OPEN) + len(_OPEN) if content.lstrip().startswith(_OPEN) else 0
+    end = content.find(_CLOSE, begin)
+    if end < 0:
+        return []
+    spans = [(0, begin), (begin, end), (end, end + len(_CLOSE)), (end + len(_CLOSE), len(content))]
+    parts = [(a, b) for a, b in (_trimmed(content, *span) for span in spans) if a < b]
+    # Possessive in effect: a part begins with no white space, so there is one way to match what is between two.
+    pattern = r"\s*".join(f"({re.escape(content[a:b])})" for a, b in parts) + r"\s*\Z"
+    found = re.compile(pattern).search(text[:stop], floor)
+    return [(*found.span(n), *part) for n, part in enumerate(parts, 1)] if found else []
+
+
+def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> tuple[Span, ...]:
+    """The spans of the tags around the reasoning with which answers begin, or which the template opens for them."""
+    found: list[Span] = []
+    opened: set[int] = set()
+    for region in regions:
+        message = messages[region.message]
+        if not _tagged(message):
+            continue
+        if _is_reasoning(message) or text[: region.start].rstrip().endswith(_OPEN):
+            opened.add(region.message)
+        if region.message not in opened:
+            continue
+        for tag in _HIDDEN:
+            if region.first is None:
+                at = text.find(tag, region.start, region.stop)
+            else:
+                at = region.start + message.content.find(tag) - region.first
+            if tag in message.content and region.start <= at <= region.stop - len(tag):
+                found.append((at, at + len(tag)))
+    return tuple(sorted(found))
 
 
 def _part_of(content: str, rendered: str) -> tuple[int | None, int | None]:

@@ -94,6 +94,11 @@ def represent(
         say(f"top_k is {k}, but the vocabulary has {vocabulary} ids: all of them are kept")
         settings = replace(settings, selection=replace(settings.selection, k=vocabulary))
 
+    if not all(row.is_text for row in rows):
+        facts = tokenizer.facts
+        day = f", which prints the date {facts['date']}" if "date" in facts else ""
+        say(f"chat template of {checkpoint.choice.model}: {facts['chat_template']}{day}")
+
     prepared: list[bool] = []
     tokens = cache(lambda: _tokens(tokenizer, rows))
 
@@ -177,7 +182,7 @@ def store_spec(
         temperature=selection.temperature,
         max_error=settings.max_error,
         rows_per_shard=settings.rows_per_shard,
-        details=details_of(choice, tokenizer.train_on) | settings.details,
+        details=details_of(choice, tokenizer.train_on) | tokenizer.facts | settings.details,
     )
 
 

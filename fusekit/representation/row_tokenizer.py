@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from fusekit.errors import DataError
 from fusekit.representation.chat_template import ChatTemplate
 from fusekit.representation.coordinates import Content, Stretch, coordinates
 from fusekit.representation.encoding import Encoder, Part
-from fusekit.representation.rendering import Rendered, Renderer, Span
+from fusekit.representation.rendering import Region, Rendered, Renderer, Span
 from fusekit.representation.rows import FRAGMENT, TEXT, Cut, Message, Row
 from fusekit.representation.tokenized_row import TokenizedRow
 
@@ -40,6 +41,7 @@ class RowTokenizer:
             Of plain text everything is learnt but bos.
         foreign: the tokenizer that a template without control strings of its own was written for. The template's
             bos, eos and end of turn are written as this tokenizer's own, where it does not have them as they are.
+        date: the day that a template prints which asks for today's; None for today.
 
     Raises:
         DataError: unknown ``train_on``, no template, or one that cannot be used.
@@ -47,12 +49,18 @@ class RowTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: ChatTemplate | None = None, train_on: str = "assistant", foreign: Any = None
+        self,
+        tokenizer: Any,
+        template: ChatTemplate | None = None,
+        train_on: str = "assistant",
+        foreign: Any = None,
+        date: datetime.date | None = None,
     ) -> None:
         if train_on not in TRAIN_ON:
             raise DataError(f"train_on is {train_on!r}: it is one of {', '.join(TRAIN_ON)}")
         self.tokenizer, self.train_on = tokenizer, train_on
         self._given, self._foreign = template, foreign
+        self.date = date or datetime.date.today()
         self.encoder = Encoder(tokenizer)
 
     @cached_property
@@ -73,8 +81,20 @@ class RowTokenizer:
             template = self.template.fingerprint
         except DataError:  # plain text needs none
             template = "none"
-        parts = [self.encoder.surfaces.fingerprint, template, self.train_on, repr(self._bos)]
-        return xxhash.xxh3_128_hexdigest("\0".join(["fusekit rows 1", *parts]).encode())
+        printed = self.facts.get("date", "no date")
+        parts = [self.encoder.surfaces.fingerprint, template, self.train_on, repr(self._bos), str(printed)]
+        return xxhash.xxh3_128_hexdigest("\0".join(["fusekit rows 2", *parts]).encode())
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """``chat_template``: where it comes from, None for a model that has none; ``date``: the day that it prints."""
+        try:
+            template = self.template
+        except DataError:  # plain text needs none
+            return {"chat_template": None}
+        origin = template.origin if self._foreign is None else f"the pivot's: {template.origin}"
+        facts: dict[str, str | None] = {"chat_template": origin}
+        return facts | ({"date": self.date.isoformat()} if template.prints_date else {})
 
     @property
     def ends_turns(self) -> bool:
@@ -102,17 +122,30 @@ class RowTokenizer:
         stretches, contents = self._layout(row)
         parts = [Part(s.text, s.id, s.content) for s in stretches if s.text]
         tokens, at = self._encoder_for_template.encode(parts)
-        return coordinates(row.key, tokens, at, stretches, contents, learn_all=self.train_on == "all")
+        bos = [] if self._writes_bos(stretches) else self._bos
+        for id_ in reversed(bos):
+            tokens = tokens.opened(id_)
+        found = coordinates(row.key, tokens, at + len(bos), stretches, contents, learn_all=self.train_on == "all")
+        found.labels[: len(bos)] = False
+        return found
+
+    def _writes_bos(self, stretches: Sequence[Stretch]) -> bool:
+        """Whether the template writes bos before the first content."""
+        before = takewhile(lambda stretch: not stretch.content, stretches)
+        return any(stretch.id in self._bos for stretch in before)
 
     @cached_property
     def _bos(self) -> list[int]:
-        """The tokens that the tokenizer puts before any text."""
+        """The tokens that the tokenizer puts before any text, or says that it does (``add_bos_token``)."""
         if not hasattr(self.tokenizer, "bos_token"):
             with_bos = self.tokenizer.encode("a").ids
         else:
             with_bos = list(self.tokenizer("a")["input_ids"])
-        plain = self.encoder.surfaces.view.encode("a")
+        view = self.encoder.surfaces.view
+        plain, bos = view.encode("a"), view.roles.get("bos")
         at = next((i for i in range(len(with_bos)) if with_bos[i : i + len(plain)] == plain), 0)
+        if at == 0 and bos is not None and (with_bos[:1] == [bos] or getattr(self.tokenizer, "add_bos_token", False)):
+            return [bos]
         return [int(id_) for id_ in with_bos[:at]]
 
     def _tokenize_text(self, row: Row) -> TokenizedRow:
@@ -160,7 +193,8 @@ class RowTokenizer:
             own = view.added_tokens[view.roles[role]].content if role in view.roles else ""
             given = getattr(self.template, role)
             variables[f"{role}_token"] = own if given is None else given
-        return Renderer(self.template.source, variables, f"the chat template {self.template.name} for {self.name}")
+        source, name = self.template.source_on(self.date), f"the chat template {self.template.name} for {self.name}"
+        return Renderer(source, variables, name)
 
     @cached_property
     def _written_as(self) -> dict[str, tuple[str, int]]:
@@ -173,11 +207,17 @@ class RowTokenizer:
             if not string or string in have or string in written:
                 continue
             own = view.roles.get(role)
+            if role == "bos" and self._begins_turns(string):
+                continue  # text, as other strings of the template
             if own is not None:
                 written[string] = (view.added_tokens[own].content, own)
             elif role == "bos":
                 written[string] = ("", -1)  # as text it would only be noise
         return written
+
+    def _begins_turns(self, string: str) -> bool:
+        """Whether the template's bos is what it begins every turn with (``<|im_start|>`` of some), so no bos."""
+        return self._around_stand_ins(_ROLE_SEQUENCES[0]).count(string) > 1
 
     @cached_property
     def _encoder_for_template(self) -> Encoder:
@@ -215,14 +255,19 @@ class RowTokenizer:
             return _Ending(-1, tail)
         return _Ending(-1, "")
 
-    def _control_stretches(self, text: str) -> list[tuple[int, int, int, str]]:
-        """``(start, stop, id, written as)`` of each control string of the template's own text; id -1 for none."""
+    def _control_stretches(self, text: str, *, begins: bool = False) -> list[tuple[int, int, int, str]]:
+        """``(start, stop, id, written as)`` of each control string of the template's own text; id -1 for none.
+
+        begins: whether the row begins with this text: only there a foreign bos becomes the model's own, and once.
+        """
         found = [(m.start, m.stop, m.id, text[m.start : m.stop]) for m in self._encoder_for_template.find_control(text)]
         for string, (own, id_) in self._written_as.items():
             start = text.find(string)
             while start >= 0:
                 found = [entry for entry in found if entry[1] <= start or entry[0] >= start + len(string)]
-                found.append((start, start + len(string), id_, own))
+                dropped = string == self.template.bos and not begins
+                found.append((start, start + len(string), -1 if dropped else id_, "" if dropped else own))
+                begins = begins and string != self.template.bos
                 start = text.find(string, start + len(string))
         return sorted(found)
 
@@ -233,12 +278,8 @@ class RowTokenizer:
         stretches: list[Stretch] = []
         contents: list[Content] = []
         position = 0
-        for piece, region in zip(pieces, [*rendered.regions, None], strict=True):
-            if region is None:
-                stretches += piece
-                break
-            stretches += piece
-            position += sum(len(stretch.text.encode()) for stretch in piece)
+        following = [*rendered.regions[1:], None]
+        for piece, region, after in zip(pieces, rendered.regions, following, strict=False):
             message = row.messages[region.message]
             text = rendered.text[region.start : region.stop]
             size = len(message.content.encode())
@@ -246,7 +287,12 @@ class RowTokenizer:
             if region.first is not None:
                 first = len(message.content[: region.first].encode())
                 last = first + len(text.encode())
+            continued = bool(contents) and contents[-1].message == region.message
             cut = row.cut if row.cut is not None and row.cut.message == region.message else None
+            if cut is not None and continued and cut.size <= first:
+                break
+            stretches += piece
+            position += sum(len(stretch.text.encode()) for stretch in piece)
             if cut is not None:
                 if first < 0:
                     raise DataError(
@@ -254,19 +300,42 @@ class RowTokenizer:
                     )
                 text = text.encode()[: max(cut.size - first, 0)].decode()
                 size, last = cut.size, first + len(text.encode())
+            if continued:
+                contents[-1] = contents[-1]._replace(size=first)
             stop = position + len(text.encode())
-            contents.append(Content(region.message, position, stop, first, last, size))
-            label = self._is_label(rendered, region.start, region.message, row.messages)
-            stretches.append(Stretch(text, -1, True, region.message, False, label))
+            low = contents[-1].last if continued else 0
+            contents.append(Content(region.message, position, stop, first, last, size, low))
+            stretches += self._content_stretches(rendered, region, text, row.messages)
             position = stop
-            if cut is not None:
+            if cut is not None and (cut.size <= last or after is None or after.message != cut.message):
                 break
+        else:
+            stretches += pieces[-1]
         return _cut_off(stretches, contents, row.cut, row.key, self._renderer.name)
 
-    def _is_label(self, rendered: Rendered, start: int, message: int, messages: Sequence[Message]) -> bool:
-        if rendered.generated is not None:
-            return any(a <= start <= b for a, b in rendered.generated) and messages[message].role == "assistant"
-        return messages[message].role == "assistant"
+    def _content_stretches(
+        self, rendered: Rendered, region: Region, text: str, messages: Sequence[Message]
+    ) -> list[Stretch]:
+        """What stands in a region up to a cut, cut at the tags of its reasoning and where it begins to be learnt."""
+        start, message = region.start, region.message
+        stop = start + len(text)
+        tags = {tag[0]: tag[1] for tag in rendered.tags if start <= tag[0] and tag[1] <= stop}
+        edges = {start, stop, *tags, *tags.values()}
+        learnt = rendered.generated or ()
+        if rendered.generated is None and messages[message].role == "assistant":
+            learnt = ((rendered.answers.get(message, start), max(stop, start)),)
+        if messages[message].role == "assistant":
+            edges |= {edge for span in learnt for edge in span if start < edge < stop}
+        else:
+            learnt = ()
+        stretches = []
+        for a, b in pairwise(sorted(edges)) if start < stop else [(start, stop)]:
+            string = rendered.text[a:b]
+            found = self._encoder_for_template.find_control(string) if tags.get(a) == b else []
+            id_ = found[0].id if len(found) == 1 and len(string) == found[0].stop - found[0].start else -1
+            label = any(x <= a and (a < y or a == b == y) for x, y in learnt)
+            stretches.append(Stretch(string, id_, True, message, False, label))
+        return stretches
 
     def _pieces(self, rendered: Rendered, messages: Sequence[Message]) -> list[list[Stretch]]:
         """What the template writes before, between and after the contents, cut at control tokens and at labels."""
@@ -276,7 +345,7 @@ class RowTokenizer:
         pieces: list[list[Stretch]] = []
         for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             text = rendered.text[start:stop]
-            control = self._control_stretches(text)
+            control = self._control_stretches(text, begins=n == 0)
             before = numbers[n - 1] if n else -1
             closing = -1
             if before >= 0 and (numbers[n] == before + 1):

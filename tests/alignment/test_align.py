@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from fusekit.alignment import align, align_tokens, tokenize, vocabulary_surfaces
+from fusekit.alignment.surfaces import Kind
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.texts import EDGE_CASES
-from tests.alignment.tokenizers import MADE, REAL, load
+from tests.alignment.tokenizers import MADE, REAL, byte_fallback, load
 
 PAIRS = list(itertools.product(REAL, repeat=2))
 
@@ -249,6 +251,57 @@ def test_added_tokens_that_swallow_the_space_around_them():
     strings = tokenizer.convert_ids_to_tokens(tokens.ids.tolist())
     assert strings == ["one", "<mask>", "two"]
     assert tokens.ends.tolist() == [3, 12, 15]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_of_byte_fallback_are_bytes_but_where_the_text_spells_them_out(special):
+    tokenizer = byte_fallback(added=special)
+    surfaces = vocabulary_surfaces(tokenizer)
+    id_ = tokenizer.token_to_id("<0xC3>")
+    assert surfaces.of[id_] == b"\xc3"
+    assert surfaces.kinds[id_] == Kind.BYTE
+    assert tokenize("naïve,", tokenizer).ends.tolist() == [2, 3, 4, 5, 6, 7]
+    spelled = tokenize("na<0xC3>ï<0x61>a", tokenizer)
+    assert spelled.ends.tolist() == [2, 8, 9, 10, 16, 17]
+    assert spelled.exact
+    alignment = align("na<0xC3>ï", tokenizer, load("qwen"))
+    assert alignment.source_at[-1] == len(alignment.source_ids) - 1
+
+
+PREPEND, LOWER, REPLACE = normalizers.Prepend("▁"), normalizers.Lowercase(), normalizers.Replace(" ", "▁")
+
+
+@pytest.mark.parametrize(
+    ("steps", "text", "ends"),
+    [
+        ([PREPEND, LOWER], "hH \u0301", [0, 1, 2, 3, 4, 5]),
+        ([LOWER, PREPEND], "hH \u0301", [0, 1, 2, 3, 4, 5]),
+        ([PREPEND, REPLACE], "▁na\u0301", [3, 5, 6, 7]),
+        ([PREPEND, REPLACE, normalizers.NFC()], " a b", [1, 2, 3, 4]),
+        ([PREPEND, normalizers.NFD()], "má", [0, 1, 3, 3, 3]),
+        ([normalizers.Strip(), PREPEND], "  hi ", [2, 3, 5]),
+        ([PREPEND, normalizers.Strip()], "  hi ", [0, 1, 2, 3, 5]),
+        ([PREPEND, LOWER], "A<s> B", [0, 1, 4, 4, 5, 6]),
+        ([PREPEND, LOWER], "", []),
+    ],
+)
+def test_a_prepended_space_is_a_dummy_beside_any_normaliser(steps, text, ends):
+    tokens = tokenize(text, byte_fallback(*steps))
+    assert tokens.ends.tolist() == ends
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(st.sampled_from("aB n▁é\u0301ｆ<s>"), max_size=12))
+@pytest.mark.parametrize("step", [LOWER, REPLACE, normalizers.NFC(), normalizers.NFD(), normalizers.NFKC()])
+def test_a_prepended_space_takes_no_end_away(step, text):
+    """Every end is where it is without the dummy space, for the same tokens."""
+    bare, prepended = tokenize(text, byte_fallback(step)), tokenize(text, byte_fallback(PREPEND, step))
+    assert (np.diff(prepended.ends) >= 0).all()
+    certain = {name: {int(e) for e in t.ends[t.lows <= t.ends]} for name, t in (("bare", bare), ("with", prepended))}
+    if "<s>" not in text:
+        assert certain["bare"] - certain["with"] <= {1, 3}  # of spaces that merge with the dummy one in front
+        assert certain["with"] - certain["bare"] <= {0} | set(range(len(text.encode())))
+    assert not text or max(certain["with"]) == len(text.encode())
 
 
 def test_print_shows_both_tokenisations():

@@ -19,7 +19,7 @@ from fusekit.errors import AlignmentError
 from tests.alignment import maps, reference
 from tests.alignment.maps import target
 from tests.alignment.texts import EDGE_CASES
-from tests.alignment.tokenizers import REAL, load
+from tests.alignment.tokenizers import REAL, byte_fallback, load
 
 
 def plain_vocabulary(name: str) -> dict[bytes, list[int]]:
@@ -59,6 +59,16 @@ def test_of_several_ids_with_one_surface_the_emitted_one_is_taken():
         emitted = set(mistral(text, add_special_tokens=False)["input_ids"]) & set(ids)
         assert id_of[surface] in (emitted or ids), surface
     assert id_of[b"1"] == mistral.convert_tokens_to_ids("1")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_byte_that_is_an_added_token_maps_as_the_byte(special):
+    source, qwen = byte_fallback(added=special), load("qwen")
+    made = build_vocabulary_map(qwen, source, "prefix", cache=False)
+    assert target(made, source.token_to_id("<0xC3>")) == qwen.convert_tokens_to_ids("Ã")
+    assert target(made, source.token_to_id("<0x3C>")) == qwen.convert_tokens_to_ids("<")
+    back = build_vocabulary_map(source, qwen, "prefix", cache=False)
+    assert target(back, qwen.convert_tokens_to_ids("Ã")) == source.token_to_id("<0xC3>")
 
 
 @pytest.mark.parametrize(("pivot", "source"), [("qwen", "mistral"), ("mistral", "anthropic")])

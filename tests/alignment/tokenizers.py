@@ -185,6 +185,22 @@ def lowercase() -> Any:
     return _fast(backend, "lowercase")
 
 
+def byte_fallback(*normalizer: Any, added: bool | None = None) -> Tokenizer:
+    """Characters and byte fallback with few merges. added: its bytes are added tokens too, special or not."""
+    merges = [("▁", "▁"), ("n", "a")]
+    letters = [*"▁ abcdefghijklmnopqrstuvwxyz,<>0x", *(first + second for first, second in merges)]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {name: n for n, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    if normalizer:
+        backend.normalizer = normalizers.Sequence(list(normalizer))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if added is not None:
+        backend.add_tokens([AddedToken(name, special=added, normalized=False) for name in names[3:259]])
+    return backend
+
+
 REAL = {f.__name__: f for f in (mistral, tekken, llama3, qwen, deepseek, anthropic, cl100k)}
 MADE = {f.__name__: f for f in (bert, unigram, legacy_llama, lowercase)}
 EXTRA = {f.__name__: f for f in (mistral_v3,)}

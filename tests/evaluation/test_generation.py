@@ -11,7 +11,7 @@ import torch
 
 from fusekit.errors import CaptureError
 from fusekit.evaluation import exact_match
-from fusekit.evaluation.generation import Question, eos_ids, plain_generation, replies, turn_ends
+from fusekit.evaluation.generation import Question, _text, eos_ids, plain_generation, replies, turn_ends
 from fusekit.representation import ChatTemplate, Message, Row, RowTokenizer
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -147,3 +147,19 @@ def test_a_template_that_ends_turns_with_text(loaded, tmp_path):
     assert exact_match(Writes("Lima\nuser: b"), reads, rows)["facts"].value == 1.0
     assert exact_match(Writes("Limas\nuser"), reads, rows)["facts"].value == 0.0
     assert np.isclose(exact_match(Writes("Lima or so\n"), reads, rows)["facts"].value, 0.0)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_replies_are_decoded_through_the_surfaces(special):
+    """A byte-level decoder takes an added letter for one of its own, which stands for another byte."""
+    from tests.alignment.tokenizers import cl100k
+
+    tokenizer = cl100k()
+    tokenizer.add_tokens(["õ", "ł"], special_tokens=special)
+    reads = RowTokenizer(tokenizer, ChatTemplate.named("chatml"))
+    ids = tokenizer("põhi", add_special_tokens=False)["input_ids"]
+    assert "\ufffd" in tokenizer.decode(ids)
+    end = tokenizer.eos_token_id
+    assert _text(reads, [*ids, end, *ids], [end]) == ("phi" if special else "põhi")
+    assert _text(reads, [*ids[:1], 10**6], [end]) == "p"  # an id that only pads the model's matrix
+    assert _text(reads, tokenizer("a , b 🤖")["input_ids"], [end]) == "a , b 🤖"

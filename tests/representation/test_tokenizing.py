@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from fusekit.alignment import align_tokens
 from fusekit.errors import DataError, FusekitError
 from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
-from tests.alignment.tokenizers import load
+from tests.alignment.tokenizers import byte_fallback, load
 from tests.representation.models import extended, model, tokenizer_for
 from tests.representation.spans import check
 
@@ -186,7 +188,7 @@ def test_a_template_that_drops_earlier_reasoning_keeps_its_links():
     assert text.ends.tolist() == [19, 24, 31, 32]
     assert text.lows.tolist() == [0, 24, 31, 32]
     links_of(turns, reader, model("openchat-3.5"))
-    assert prepare([row(turns)], [reader], 500).counts.reasons == {}
+    assert prepare([row(turns)], [reader], 500).counts.reasons == {"shortened": 1}
 
 
 def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alone():
@@ -281,3 +283,99 @@ def test_a_document_needs_an_eos():
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"has no eos token.*set tokenizer\.eos_token"):
         RowTokenizer(tokenizer).tokenize(Row((Message("text", "a"),)))
+
+
+def adds_bos(name, bos="<s>", **roles):
+    """A tokenizer that puts bos before every text, as Gemma's and Llama's do."""
+    tokenizer = extended(name, [], **roles)
+    id_ = tokenizer.convert_tokens_to_ids(bos)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, id_)]
+    )
+    assert tokenizer("a")["input_ids"][0] == id_
+    return tokenizer
+
+
+# The template's bos begins every turn, as that of a small model whose bos is <|im_start|>.
+TURNS_BEGIN_WITH_BOS = ChatTemplate(
+    "turns", ChatTemplate.named("chatml").source, "<|im_start|>", "<|im_end|>", "<|im_end|>"
+)
+BOS_AT_EVERY_QUESTION = ChatTemplate(
+    "questions",
+    "{% for m in messages %}{% if m.role == 'user' %}<bos>[{{ m.content }}]{% else %}{{ m.content }}<eos>{% endif %}"
+    "{% endfor %}",
+    "<bos>",
+    "<eos>",
+    "<eos>",
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [*(ChatTemplate.named(name) for name in ("chatml", "qwen", "mistral", "gemma", "llama-3", "vicuna")),
+     TURNS_BEGIN_WITH_BOS, BOS_AT_EVERY_QUESTION],
+    ids=lambda template: template.name,
+)  # fmt: skip
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_bos_stands_once_in_front_whatever_the_template(template, train_on):
+    tokenizer = adds_bos("mistral")
+    bos = tokenizer.bos_token_id
+    reader = RowTokenizer(tokenizer, template, train_on)
+    bare = RowTokenizer(extended("mistral", []), template, train_on)
+    tokens, without = reader.tokenize(row(TURNS[1:])), bare.tokenize(row(TURNS[1:]))
+    assert tokens.ids[0] == bos
+    assert (tokens.ids == bos).sum() == 1
+    shift = len(tokens) - len(without)
+    assert shift == (without.ids[0] != bos)
+    for field in ("ids", "message", "part", "ends", "lows", "labels"):
+        a, b = getattr(tokens, field)[1:], getattr(without, field)[1 - shift :]
+        same = a == b
+        assert same[1:].all() if shift and field == "labels" and train_on == "all" else same.all(), field
+    assert not tokens.labels[0]
+    assert tokens.label_bytes == without.label_bytes
+    cut = reader.tokenize(row(TURNS[1:], Cut(1, 2)))
+    assert cut.ids[0] == bos
+    links_of(TURNS[1:], model("openchat-3.5"), reader)
+
+
+def test_the_bos_of_a_template_that_has_none_for_the_model_is_not_made_up():
+    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
+    assert reader.tokenize(row(TURNS)).ids[0] == reader.tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_what_the_tokenizer_says_of_bos_counts_where_its_encoding_says_nothing():
+    tokenizer = extended("mistral", [])
+    tokenizer.__dict__["_add_bos_token"] = True
+    assert tokenizer.add_bos_token
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
+    reader = RowTokenizer(tokenizer, ChatTemplate.named("chatml"))
+    for text in (row(TURNS), Row((Message("text", "a b"), Message("text", "c")))):
+        tokens = reader.tokenize(text)
+        assert tokens.ids[0] == tokenizer.bos_token_id
+        assert (tokens.ids == tokenizer.bos_token_id).sum() == 1
+        assert not tokens.labels[0]
+
+
+def test_plain_text_has_the_bos_that_the_tokenizer_puts_before_text():
+    reader = RowTokenizer(adds_bos("mistral"))
+    tokens = reader.tokenize(Row((Message("text", "one"), Message("text", "two"))))
+    assert np.flatnonzero(tokens.ids == reader.tokenizer.bos_token_id).tolist() == [0]
+    assert reader.fingerprint != RowTokenizer(extended("mistral", [])).fingerprint
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_bytes_that_are_added_tokens_are_text_in_contents(special):
+    backend = byte_fallback(added=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    reader = RowTokenizer(tokenizer, ChatTemplate.named("mistral"))
+    assert not [s for s in reader.encoder.strings.values() if s.startswith("<0x")]
+    for content, ends in (
+        ("naïve,", [2, 3, 4, 5, 6, 7, 8]),
+        ("na<0xC3>ï", [2, 8, 9, 10, 11]),  # the first byte token is the text's own, by name
+        ("</s>ïn", [1, 2, 3, 4, 5, 6, 7, 8]),
+    ):
+        turns = [("user", "q"), ("assistant", content)]
+        text, _ = reader.tokenize(row(turns)).content(1)
+        assert text.ends[-len(ends) :].tolist() == ends
+        assert prepare([row(turns)], [reader], 500).counts.reasons == {}
+        links_of(turns, reader, model("qwen"))

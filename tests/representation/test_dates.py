@@ -1,0 +1,150 @@
+"""Templates that print today's date: one day per store and per run, and where a template comes from is kept."""
+
+import datetime
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fusekit.cli import cli
+from fusekit.pipeline import evaluating
+from fusekit.pipeline.layout import PIVOT, Layout
+from fusekit.pipeline.readers import Readers
+from fusekit.pipeline.run import run
+from fusekit.pipeline.stages import Context
+from fusekit.recipe import load_recipe
+from fusekit.representation import ChatTemplate, Message, Row, RowTokenizer
+from fusekit.storage import Store
+from fusekit.storage.manifest import MANIFEST
+from tests.pipeline.worlds import DEMO, stamps, write_recipe
+from tests.representation.models import tokenizer_for
+
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + ChatTemplate.named("chatml").source
+FIRST, SECOND = datetime.date(2026, 1, 31), datetime.date(2026, 2, 1)
+ROW = Row((Message("user", "q"), Message("assistant", "a")))
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Says which day it is."""
+
+    def today(day):
+        class Day(datetime.date):
+            @classmethod
+            def today(cls):
+                return day
+
+        clock = SimpleNamespace(date=Day, datetime=datetime.datetime, time=datetime.time)
+        for module in ("fusekit.pipeline.readers", "fusekit.representation.row_tokenizer"):
+            monkeypatch.setattr(f"{module}.datetime", clock)
+
+    return today
+
+
+def text_of(reader):
+    return reader.tokenizer.decode(reader.tokenize(ROW).ids.tolist())
+
+
+def test_a_template_prints_the_day_that_it_is_given(on):
+    on(SECOND)
+    qwen, dated = tokenizer_for("qwen"), ChatTemplate("dated", DATED)
+    first, today = RowTokenizer(qwen, dated, date=FIRST), RowTokenizer(qwen, dated)
+    assert text_of(first).startswith("Today: 31 Jan 2026\n")
+    assert text_of(today).startswith("Today: 01 Feb 2026\n")
+    assert first.fingerprint != today.fingerprint
+    assert first.facts == {"chat_template": "given", "date": "2026-01-31"}
+    assert text_of(pickle.loads(pickle.dumps(first))) == text_of(first)
+    plain = ChatTemplate.named("chatml")
+    assert RowTokenizer(qwen, plain, date=FIRST).fingerprint == RowTokenizer(qwen, plain).fingerprint
+    assert RowTokenizer(qwen, plain).facts == {"chat_template": "chatml, shipped with fusekit"}
+
+
+CODES = "%d %b %Y|%A, %B %-d %y|%Y-%m-%d %H:%M:%S|%j %%d %% %x"
+
+
+@pytest.mark.parametrize("around", ["{}", "\n  {{% if true %}}\n{}\n{{% endif %}}", "  {{%- set a = 1 %}}{}\n"])
+def test_all_but_the_clock_is_as_transformers_has_it(around):
+    qwen, day = tokenizer_for("qwen"), datetime.date(2025, 7, 4)
+    asking = around.format(
+        "{% if strftime_now is defined %}{{ strftime_now(CODES) }}{% endif %}".replace("CODES", repr(CODES))
+    )
+    told = around.format(
+        "{% if strftime_now is defined %}{{ DATE }}{% endif %}".replace("DATE", repr(day.strftime(CODES)))
+    )
+    shown, expected = (
+        qwen.apply_chat_template([{"role": "user", "content": "a"}], chat_template=source, tokenize=False)
+        for source in (ChatTemplate("asking", asking).source_on(day), told)
+    )
+    assert shown == expected
+
+
+def test_a_template_says_where_it_comes_from(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(DATED)
+    assert ChatTemplate.from_file(file).origin == "the file mine.jinja"
+    assert ChatTemplate.of(tokenizer_for("phi-3")).origin.startswith("phi-3, shipped with fusekit, recognised")
+    qwen, pivot = tokenizer_for("qwen"), ChatTemplate.named("gemma")
+    foreign = RowTokenizer(qwen, pivot, foreign=tokenizer_for("gemma"))
+    assert foreign.facts["chat_template"] == "the pivot's: gemma, shipped with fusekit"
+    assert RowTokenizer(tokenizer_for("mistral")).facts == {"chat_template": None}
+
+
+def captured(tmp_path, *options):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    write_recipe(tmp_path, ["llama"])
+    arguments = [str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"), str(tmp_path / "store")]
+    how = ["--chat-template", str(tmp_path / "dated.jinja"), "--rows-per-shard", "8", "--dtype", "float32"]
+    result = CliRunner().invoke(cli, ["represent", *arguments, *how, *options])
+    assert result.exit_code == 0, result.output
+    return Store.open(tmp_path / "store"), result.output
+
+
+def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
+    on(FIRST)
+    store, said = captured(tmp_path)
+    assert "the file dated.jinja, which prints the date 2026-01-31" in said
+    assert store.spec.details["date"] == "2026-01-31"
+    assert store.spec.details["chat_template"] == "the file dated.jinja"
+    before = {path.name: path.read_bytes() for path in store.path.iterdir()}
+    (store.path / "shard-00001.safetensors").unlink()
+    on(SECOND)
+    captured(tmp_path)
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    manifest = store.path / MANIFEST
+    manifest.write_text(manifest.read_text().replace("2026-01-31", "some day"))
+    result = CliRunner().invoke(cli, ["represent", str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"),
+                                      str(store.path), "--chat-template", str(tmp_path / "dated.jinja"),
+                                      "--rows-per-shard", "8", "--dtype", "float32"])  # fmt: skip
+    assert result.exit_code == 1
+    assert "details.date: 'some day', now '2026-02-01'" in str(result.exception)
+    assert captured(tmp_path, "--overwrite")[0].spec.details["date"] == "2026-02-01"
+
+
+def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    path = write_recipe(tmp_path, ["llama"])
+    content = yaml.safe_load(path.read_text())
+    content["pivot"]["chat_template"] = str(tmp_path / "dated.jinja")
+    content["sources"][0]["chat_template"] = "pivot"
+    path.write_text(yaml.safe_dump(content))
+    recipe, out = load_recipe(path), tmp_path / "out"
+    on(FIRST)
+    said = []
+    run(recipe, out, until="represent", say=said.append)
+    assert any(
+        "represent llama: chat template" in line and "the pivot's: the file dated.jinja" in line for line in said
+    )
+    before = stamps(out / "representations")
+    on(SECOND)
+    run(recipe, out, only="represent", say=said.append)
+    assert stamps(out / "representations") == before
+    layout = Layout(out)
+    assert {Store.open(layout.representation(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
+    context = Context(recipe, layout, Readers(recipe, layout), said.append)
+    models = {PIVOT: evaluating.models_of(context)[PIVOT]}
+    scores = evaluating.evaluate(context, models)
+    manifest = yaml.safe_load((layout.evaluation(PIVOT) / "manifest.json").read_text())
+    assert manifest["inputs"]["reads"] == context.readers.reader(PIVOT).fingerprint
+    assert evaluating.evaluate(context, models) == scores

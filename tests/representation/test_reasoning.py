@@ -1,0 +1,208 @@
+"""Answers that begin with reasoning, under templates in the manner of the families that treat it apart."""
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from fusekit.alignment import align_tokens
+from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
+from tests.representation.models import extended, tokenizer_for
+from tests.representation.spans import check
+
+TURN = "<|im_start|>{role}\n"
+PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+LAST = """{%- set ns = namespace(last=0) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}
+{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"""
+SPLIT = """{%- set thought = '' -%}{%- set said = m.content -%}{%- if '</think>' in m.content -%}
+{%- set thought = m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+{%- set said = m.content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"""
+OTHERS = """{%- for m in messages -%}{%- if m.role != 'assistant' -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- else -%}"""
+DONE = "{%- endif -%}{%- endfor -%}"
+
+EMPTY_ONE = (  # an empty reasoning in the last answer, none in earlier ones
+    LAST
+    + OTHERS
+    + SPLIT
+    + """{{- '<|im_start|>assistant\\n' -}}{%- if loop.index0 > ns.last -%}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -}}{%- endif -%}{{- said + '<|im_end|>\\n' -}}"""
+    + DONE
+)
+TEMPLATES = {
+    "empty one": EMPTY_ONE + PROMPT,
+    "opened by the prompt": EMPTY_ONE + PROMPT.replace("assistant\\n'", "assistant\\n<think>\\n'"),
+    "no line feeds": (
+        LAST
+        + OTHERS
+        + SPLIT
+        + """{{- '<|im_start|>assistant\\n' -}}{%- if loop.index0 > ns.last -%}
+{{- '<think>' + thought.strip() + '</think>' -}}{%- else -%}{{- '<think></think>' -}}{%- endif -%}
+{%- if said.strip() -%}{{- '\\n' + said.strip() -}}{%- endif -%}{{- '<|im_end|>\\n' -}}"""
+        + DONE
+        + PROMPT
+    ),
+    "verbatim": (
+        LAST
+        + OTHERS
+        + """{%- set c = m.content -%}{%- if '<think>' not in c and '</think>' not in c -%}
+{%- set c = '<think></think>' + c -%}{%- elif loop.index0 < ns.last -%}
+{%- set c = '<think></think>' + c.split('</think>')[-1] -%}{%- endif -%}
+{{- '<|im_start|>assistant\\n' + c + '<|im_end|>\\n' -}}"""
+        + DONE
+        + PROMPT.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    ),
+}
+THOUGHT = "<think>\nso 4\n</think>\n\nFour."
+ONE = [("user", "2+2?"), ("assistant", THOUGHT)]
+TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
+MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
+
+
+def reader_of(name):
+    tokenizer = extended("qwen", [])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])
+    return RowTokenizer(tokenizer, ChatTemplate(name, TEMPLATES[name]))
+
+
+READERS = {name: reader_of(name) for name in TEMPLATES}
+
+
+def row(turns, cut=None):
+    return Row(tuple(Message(*turn) for turn in turns), cut=cut)
+
+
+def spelled(tokens, reader, which):
+    return b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[which].tolist()).decode()
+
+
+def learnt(tokens, reader, message):
+    return spelled(tokens, reader, tokens.labels & (tokens.message == message))
+
+
+def rendered(reader, turns):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return reader.tokenizer.apply_chat_template(
+        messages, chat_template=reader.template.source, return_dict=True, add_generation_prompt=False
+    )["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("empty one", THOUGHT),
+        ("opened by the prompt", "so 4\n</think>\n\nFour."),
+        ("no line feeds", "<think>so 4</think>\nFour."),
+        ("verbatim", "so 4\n</think>\n\nFour."),
+    ],
+)
+@pytest.mark.parametrize("turns", [ONE, TWO])
+def test_all_from_the_generation_prompt_to_the_end_is_learnt(name, expected, turns):
+    reader = READERS[name]
+    tokens = reader.tokenize(row(turns))
+    assert tokens.ids.tolist() == rendered(reader, turns)
+    assert learnt(tokens, reader, len(turns) - 1) == expected + "<|im_end|>"
+    if turns is TWO:
+        first = {"verbatim": "\n\n", "no line feeds": "<think></think>\n"}.get(name, "")
+        assert learnt(tokens, reader, 1) == first + "Two.<|im_end|>"
+    think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [i for i in tokens.ids[tokens.message == len(turns) - 1].tolist() if i in think] == think
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_are_kept_and_what_is_dropped_is_counted(name):
+    rows = [row(ONE), row(TWO), row([("user", "q"), ("assistant", "plain")])]
+    counts = prepare(rows, [READERS[name]], 500).counts
+    assert counts.kept == 3
+    assert counts.reasons == {"shortened": 1}
+    assert counts.keys == {"shortened": [row(TWO).key]}
+
+
+@pytest.mark.parametrize("pair", [(a, b) for a in TEMPLATES for b in TEMPLATES if a < b])
+@pytest.mark.parametrize("content", [THOUGHT, "<think>so 4</think>Four.", " <think>\n\nso 4 </think> \nFour.\n"])
+def test_links_have_consumed_the_same_bytes_up_to_white_space(pair, content):
+    a, b = (READERS[name].tokenize(row([("user", "2+2?"), ("assistant", content)])) for name in pair)
+    (p, at_p), (s, at_s) = a.content(1), b.content(1)
+    linked = align_tokens(content, p, s).source_at
+    data = content.encode()
+    for i, j in enumerate(linked.tolist()):
+        if j >= 0:
+            assert max(p.lows[i], s.lows[j]) <= min(p.ends[i], s.ends[j])
+            assert data[min(p.ends[i], s.ends[j]) : max(p.ends[i], s.ends[j])].strip() == b""
+    words = {"so", " ", "4", "Four", "."}
+    reader = READERS[pair[0]]
+    for i in np.flatnonzero(a.part == Part.CONTENT).tolist():
+        if spelled(a, reader, [i]).strip() in words and a.message[i] == 1:
+            spaces = spelled(
+                a, reader, [i + 1]
+            ).isspace()  # of the template: what comes after them is what both predict
+            assert linked[i - at_p] >= 0 or (spaces and linked[i + 1 - at_p] >= 0)
+    ended = [np.flatnonzero((t.part == Part.END) & (t.message == 1))[0] for t in (a, b)]
+    assert linked[ended[0] - at_p] == ended[1] - at_s
+
+
+def test_ends_count_the_bytes_of_the_content():
+    tokens = READERS["no line feeds"].tokenize(row([("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]))
+    text, at = tokens.content(1)
+    assert [spelled(tokens, READERS["no line feeds"], [at + i]) for i in range(len(text))] == [
+        "\n", "<think>", "ab", "</think>", "\n", "cd", "<|im_end|>"
+    ]  # fmt: skip
+    assert text.ends.tolist() == [0, 8, 11, 21, 21, 23, 24]
+    assert text.lows.tolist() == [0, 7, 10, 19, 19, 23, 24]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("mention", MENTIONS)
+def test_an_answer_that_mentions_a_tag_is_text(name, mention):
+    reader = READERS[name]
+    think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    for turns in ([("user", "q"), ("assistant", mention)], [("user", "q"), ("assistant", mention), *ONE]):
+        tokens = reader.tokenize(row(turns))
+        assert learnt(tokens, reader, 1).endswith(mention + "<|im_end|>")
+        inside = (tokens.message == 1) & (tokens.part == Part.CONTENT)
+        assert spelled(tokens, reader, inside) == mention
+        assert not set(tokens.ids[inside].tolist()) & set(think)
+    assert prepare([row([("user", "q"), ("assistant", mention)])], [reader], 500).counts.reasons == {}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_contents_of_reasoning_never_become_control_tokens(name):
+    reader = READERS[name]
+    forged = "<think>\n<|im_end|> x </think> <|im_start|>\n</think>\n\n<think><|im_end|></think>y"
+    tokens = reader.tokenize(row([("user", "q"), ("assistant", forged)]))
+    plain = reader.tokenize(row(ONE))
+    control = [i for i in plain.ids.tolist() if i in reader._encoder_for_template.strings]
+    assert [i for i in tokens.ids.tolist() if i in reader._encoder_for_template.strings] == control
+    assert tokens.labels.any()
+
+
+def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
+    reader = RowTokenizer(
+        READERS["empty one"].tokenizer, ChatTemplate("loud", TEMPLATES["empty one"].replace("said +", "said | upper +"))
+    )
+    turns = [("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]
+    tokens = reader.tokenize(row(turns))
+    assert learnt(tokens, reader, 1).endswith("CD<|im_end|>")
+    assert not (tokens.part[tokens.message == 1] == Part.CONTENT).any()
+    assert prepare([row(turns)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_are_cut_within_reasoning(name):
+    content, reader = THOUGHT.encode(), READERS[name]
+    whole = reader.tokenize(row(ONE))
+    for size in range(1, len(content) + 1):
+        tokens = reader.tokenize(row(ONE, Cut(1, size)))
+        inside = np.flatnonzero((tokens.message == 1) & (tokens.part == Part.CONTENT))
+        assert tokens.ends[inside[-1]] == size or content[tokens.ends[inside[-1]] : size].strip() == b""
+        assert len(tokens) <= len(whole)
+        assert (tokens.ends[tokens.message == 1] <= size).all()
+
+
+def test_plain_answers_and_plain_templates_are_as_before():
+    reader = READERS["empty one"]
+    turns = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
+    tokens = reader.tokenize(row(turns))
+    assert learnt(tokens, reader, 1) == "a<|im_end|>"
+    assert learnt(tokens, reader, 3) == "<think>\n\n</think>\n\nb<|im_end|>"
+    chatml = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
+    check(row(TWO), chatml.tokenize(row(TWO)), chatml, "<|im_end|>")
