@@ -35,8 +35,8 @@ def choice_of(model: Pivot) -> ModelChoice:
 class Readers:
     """The pivot and the sources of a recipe by name; each is looked up once.
 
-    layout: where the run's artifacts are or will be: the plain checkpoint of a pivot that is a GGUF file, and the prepared
-        rows, which keep the day that templates print. None for no run.
+    layout: of the run, which has the plain checkpoint of a pivot that is a GGUF file, and the prepared rows, which keep
+        the day that templates print. None for no run.
     """
 
     recipe: Recipe
