@@ -1,6 +1,6 @@
 """What fusion adds to plain fine-tuning on the same rows, over several seeds.
 
-    python demo/fusion.py out/fusion                 # recipes/demo.yml with three seeds, and a table
+    python demo/fusion.py out/fusion                 # recipes/demo-pairwise.yml with three seeds, and a table
 
 Each seed is a run of its own (``fusekit run``) in a folder of the output; what does not depend on the seed is copied
 from the first. Runs that are there already are read, not repeated.
@@ -20,7 +20,7 @@ from fusekit.recipe import load_recipe
 from fusekit.representation import Message, Row
 from fusekit.storage import Store
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo-pairwise.yml"
 SHARED = ("data", "representations", "alignment")
 
 

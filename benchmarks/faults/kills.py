@@ -1,6 +1,6 @@
 """Kill a fusion run at random moments, start it again, and compare what it made with a run that nobody disturbed.
 
-    python -m benchmarks.faults.kills --work /tmp/kills                # ten kills of recipes/demo.yml
+    python -m benchmarks.faults.kills --work /tmp/kills                # ten kills of recipes/demo-pairwise.yml
     python -m benchmarks.faults.kills --work /tmp/kills --jobs 2       # two at a time, with one thread each
 
 1. The recipe is run once, undisturbed, and its time taken.
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the runs")
-    parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "demo.yml")
+    parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "demo-pairwise.yml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for fusekit run")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,7 @@ from typing import Any
 from fusekit.distillation.presets import PRESETS
 from fusekit.recipe import Recipe, load_recipe
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo-pairwise.yml"
 
 TRAINING_OF_A_LOSS = ("lm_weight", "loss", "truncation")
 

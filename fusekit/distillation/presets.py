@@ -1,7 +1,7 @@
 """Named sets of settings: the papers' methods and the baselines, so that a comparison is one word.
 
-Only what differs from the defaults of :mod:`fusekit.distillation.settings` is written here, apart from ``fusekit``,
-which is the defaults. docs/distillation.md lists every value beside the paper's.
+Only what differs from the defaults of :mod:`fusekit.distillation.settings` is written here.
+docs/distillation.md lists every value beside the paper's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ Preset = dict[str, dict[str, Any]]
 _PAPERS_ALIGNMENT: dict[str, Any] = {"conditioning": False, "tail": "keep", "one_hot": True, "collisions": "max"}
 
 PRESETS: dict[str, Preset] = {
-    "fusekit": {},
+    # Chosen on validation text of a real pair of models: benchmarks/real.
+    "fusekit": {"training": {"lm_weight": 0.0, "lm_weighting": "relative", "loss": "kl"}},
     # arXiv 2401.10491, sections 3 and 4.1.
     "fusellm": {
         "alignment": {**_PAPERS_ALIGNMENT, "vocabulary": "mined"},

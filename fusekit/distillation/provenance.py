@@ -76,7 +76,11 @@ def facts_of_alignment(how: AlignmentSettings) -> Facts:
     if how.vocabulary in ("none", "matched"):
         return {"vocabulary": how.vocabulary}
     facts: Facts = {"tokens": how.tokens, "vocabulary": how.vocabulary, "collisions": how.collisions}
-    return facts if how.tokens == "dtw" else facts | {"conditioning": how.conditioning, "one_hot": how.one_hot}
+    return (
+        facts
+        if how.tokens == "dtw"
+        else facts | {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
+    )
 
 
 def _store(store: Store) -> dict[str, Any]:
@@ -94,7 +98,11 @@ def _projection(how: Projection) -> dict[str, Any]:
         "collisions": how.collisions,
         "xxh3": map_hash(how.vocabulary_map),
     }
-    return facts if how.tokens == "dtw" else facts | {"conditioning": how.conditioning, "one_hot": how.one_hot}
+    return (
+        facts
+        if how.tokens == "dtw"
+        else facts | {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
+    )
 
 
 def _digest(lines: Iterable[str]) -> str:
