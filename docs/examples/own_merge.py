@@ -1,7 +1,8 @@
 """A merge method of one's own for mergekit, and the `fusekit` command that knows it.
 
     python docs/examples/own_merge.py merge docs/examples/own_merge.yml out/median
-    python docs/examples/own_merge.py run recipes/demo-pairwise.yml out/demo-median --set merge.merge_method=median_delta \
+    python docs/examples/own_merge.py run recipes/demo-pairwise.yml out/demo-median \
+        --set merge.merge_method=median_delta \
         --set 'merge.parameters={scale: 1.0}'
 
 The median of the fusion vectors, element by element, on top of the base.
