@@ -60,6 +60,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "fusekit": (),
         "FuseLLM": (*_HALF, *of_preset("fusellm", tokens="dtw")),
         "ULD, λ 0.5": (*_HALF, *of_preset("uld"), *_JOINT),
+        "GOLD, λ 0.5": (*_HALF, *of_preset("gold"), *_JOINT),
     },
     "chat": {"fine-tuning": _TEXT_ALONE, "fusekit": ()},
     "pairwise": {"fusekit": ("fusion.mode=pairwise",)},
