@@ -31,12 +31,15 @@ class Rows(NamedTuple):
     tail: FloatArray
 
 
-def checked_rows(ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, vocabulary: int) -> Rows:
+def checked_rows(
+    ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, vocabulary: int, side: str = "source"
+) -> Rows:
     """The three arrays of :class:`Rows` as int64 and float64, refused unless they are distributions.
 
     Args:
         ids, logprobs, tail: see :class:`Rows`.
         vocabulary: ids are below it.
+        side: whose rows they are, for messages.
 
     Raises:
         AlignmentError: shapes that do not fit, ids outside the vocabulary, values that are no probabilities; names the
@@ -51,8 +54,8 @@ def checked_rows(ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLik
     if rows.ids.size and (rows.ids.max() >= vocabulary or rows.ids.min() < -1):
         worst = int(rows.ids.max() if rows.ids.max() >= vocabulary else rows.ids.min())
         raise AlignmentError(
-            f"token id {worst} is outside the source's side of the vocabulary map ({vocabulary} rows): was the map "
-            "built with another tokenizer? A model whose output is padded needs source_size=<its vocab_size>"
+            f"token id {worst} is outside the {side}'s side of the vocabulary map ({vocabulary} rows): was the map "
+            f"built with another tokenizer? A model whose output is padded needs {side}_size=<its vocab_size>"
         )
     used = rows.ids >= 0
     mass = np.exp(np.where(used, rows.logprobs, -np.inf)).sum(axis=1)

@@ -92,9 +92,9 @@ def project_rows(
             * ``listed_share``: the share of the listed mass that begins with b;
             * ``drop``: nothing. The next token's own probability is known, so something always stays;
             * ``keep``: all of it, which breaks the chain rule: such rows know less than the source;
-            * ``back_off``: as ``pivot_share``, and at every position the tail is distributed like the pivot's own row.
-              Then the row is the source's distribution with its tail replaced by the pivot's, conditioned on b, and
-              the probabilities of the labels inside a source token multiply to that of the token.
+            * ``back_off``: as ``pivot_share``, and at every position the tail is distributed like the pivot's own row,
+              over tokens that the source lists too. Then the probabilities of the labels inside a source token
+              multiply to at least that of the token.
 
             Where the pivot's prediction is not known, ``listed_share`` takes the place of the first and the last.
         conditioning: condition rows on the first bytes of a token: at positions inside a source token on the bytes
@@ -139,11 +139,6 @@ def project_rows(
     rest = rest + (entries.actual - label)
     targets = np.concatenate([alignment.pivot_ids[at + 1][:, None], targets], axis=1)
     mass = np.concatenate([label[:, None], mass], axis=1)
-    if tail == "back_off":
-        more, shares = _like_pivot(alignment, at, ours)
-        targets = np.concatenate([targets, more], axis=1)
-        mass = np.concatenate([mass, unlisted[:, None] * shares], axis=1)
-        unlisted = unlisted * (1.0 - shares.sum(axis=1))
     rest = rest + unlisted
     mass = np.where(targets >= 0, mass, 0.0)
     # A conditioned row has lost the entries that the text has ruled out since.
@@ -151,6 +146,13 @@ def project_rows(
     scale = 1.0 / np.where(total > 0, total, 1.0)
     rest = np.where(total > 0, rest * scale, 1.0)
     merged = merge_entries(targets, mass * scale[:, None], rest, collisions)
+    if tail == "back_off":
+        more, shares = _like_pivot(alignment, at, ours)
+        given = (unlisted * scale)[:, None] * shares
+        both = np.concatenate([np.exp(merged.logprobs), given], axis=1)
+        # Rows are stored with an error, so the pivot's may sum to a little more than 1.
+        rest = np.maximum(merged.tail - given.sum(axis=1), 0.0)
+        merged = merge_entries(np.concatenate([merged.ids, more], axis=1), both, rest)
     return _placed(alignment, steps, at, merged, one_hot)
 
 
@@ -160,7 +162,7 @@ def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions
     if given is None:
         return Predictions(Rows(np.zeros((n, 0), np.int64), np.zeros((n, 0)), np.ones(n)), np.full(n, np.nan))
     ids, logprobs, tail = given.rows
-    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[1])
+    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[1], "pivot")
     known = np.asarray(given.actual, np.float64)
     actual = _checked_actual(np.where(np.isnan(known), 0.0, known), rows, n, "pivot")
     return Predictions(rows, np.where(np.isnan(known), np.nan, actual))

@@ -81,12 +81,14 @@ _FIELDS = {
 @click.option("--mode", type=click.Choice(["pairwise", "joint"]), help="One target per source, or one from all.")
 @click.option("--function", help="What becomes of several models' rows: min_ce, avg_ce, ...")
 @click.option("--level", type=click.Choice(["sequence", "token"]), help="Choose per row or at every label.")
-@click.option("--metric", type=click.Choice(["bits_per_byte", "token_ce"]), help="What rows are judged by.")
+@click.option(
+    "--metric", type=click.Choice(["projected_ce", "bits_per_byte", "token_ce"]), help="What a teacher is judged by."
+)
 @click.option("--tokens", type=click.Choice(["span", "dtw"]), help="Token alignment: exact, or the papers'.")
 @click.option("--vocabulary", help="Vocabulary map: em, mined, ms or prefix; matched or none.")
 @click.option("--loss", help="ce, kl, reverse_kl, js, uld_topk or gold.")
 @click.option("--truncation", type=click.Choice(["tail", "renormalize"]), help="What is done about the rest of a row.")
-@click.option("--lm-weight", type=float, help="The weight of the text itself; 1 is plain fine-tuning.")
+@click.option("--lm-weight", type=float, help="The least weight of the text itself; 1 is plain fine-tuning.")
 @click.option("--temperature", type=float, help="Of the rows and the loss.")
 @click.option("--epochs", type=float, help="Passes over the rows.")
 @click.option("--learning-rate", type=float, help="Of AdamW, at its highest.")

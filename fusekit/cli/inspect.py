@@ -242,7 +242,7 @@ def _worth(
         settings = AlignmentSettings.model_validate(how)
     except ValidationError as error:
         raise DistillationError(f"{how}: {error.errors()[0]['msg']}") from error
-    rows = [row for file in files for row in islice(read_rows(str(file)), limit)]
+    rows = list(islice((row for file in files for row in read_rows(str(file))), limit))
     pivot, source = (Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True))
     return measure_stores(rows, pivot, source, settings)
 

@@ -123,6 +123,7 @@ def _refusal(settings: TrainingSettings) -> str | None:
     with _environment_kept(), tempfile.TemporaryDirectory() as folder:
         try:
             args = training_arguments(settings, Path(folder))
+            args.push_to_hub = False  # a trial leaves nothing outside
             # Sharded optimizers, and those for some modules alone, need the model itself.
             if not (args.fsdp or args.deepspeed or args.optim_target_modules):
                 Trainer(torch.nn.Linear(1, 1), args).create_optimizer_and_scheduler(num_training_steps=10)

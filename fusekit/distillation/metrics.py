@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import Captures
 from fusekit.distillation.label_rows import LabelRows
 from fusekit.errors import DistillationError
+from fusekit.representation.rows import Row
 from fusekit.representation.tokenized_row import CapturedRow, Part, TokenizedRow
 from fusekit.storage.store import Store
 
@@ -51,19 +52,22 @@ def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]
     return [float(nll[at].mean()) if at.any() else np.inf for nll, at in zip(losses, counted, strict=True)]
 
 
-def typical_bits_per_byte(captures: Captures) -> dict[str, float]:
-    """The median over the captured rows of a data set of their bits per byte, by the data set's name."""
+def typical_bits_per_byte(captures: Captures, rows: Iterable[Row]) -> dict[str, float]:
+    """The median of a model's bits per byte over the rows of a data set, by the name that the rows have for it.
+
+    Rows that the model lacks do not count; a data set of which it has no row is left out.
+    """
     if isinstance(captures, Store):
         summary = captures.summary
-        values = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))
-        names = [summary.datasets[number] for number in summary.dataset.tolist()]
+        bits = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))
+        values = dict(zip(captures.keys, bits.tolist(), strict=True))
     else:
-        rows = [captures.get(key) for key in (captures.keys() if callable(captures.keys) else captures.keys)]
-        values = np.array([row.bits_per_byte for row in rows if row is not None])
-        names = [row.dataset for row in rows if row is not None]
+        keys = captures.keys() if callable(captures.keys) else captures.keys
+        values = {key: said.bits_per_byte for key in keys if (said := captures.get(key)) is not None}
     by_name: dict[str, list[float]] = {}
-    for name, value in zip(names, values.tolist(), strict=True):
-        by_name.setdefault(name, []).append(value)
+    for row in rows:
+        if row.key in values:
+            by_name.setdefault(row.dataset, []).append(values[row.key])
     return {name: float(np.median(found)) for name, found in by_name.items()}
 
 

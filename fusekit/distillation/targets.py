@@ -151,7 +151,7 @@ class FusionDataset(Dataset[Example]):
         if self.pivot is None:
             return {}
         models = [self.pivot, *self.sources.values()]
-        found = [typical_bits_per_byte(model) for model in models]
+        found = [typical_bits_per_byte(model, self.rows) for model in models]
         return {name: np.array([known.get(name, np.inf) for known in found]) for name in found[0]}
 
     def _made(self, index: int) -> Example:
@@ -207,7 +207,7 @@ class FusionDataset(Dataset[Example]):
             "target_tail": fused.rows.tail.astype(np.float32),
             "target_taught": taught,
             "cross_entropies": np.array(metrics),
-            "typical": self.typical.get(next(iter(captured.values())).dataset, np.zeros(0)),
+            "typical": self.typical.get(row.dataset, np.zeros(0)),
         }
 
     def _projected(

@@ -75,8 +75,8 @@ def measure(
         DistillationError: rows in another vocabulary; a model has none of the rows; captured rows are not usable.
     """
     into = projection.vocabulary_map
-    if into is None:
-        raise DistillationError("without a vocabulary map a teacher has no nats on the pivot's labels")
+    if into is None or not projection.into_pivot:
+        raise DistillationError("rows that no vocabulary map projects have no nats on the pivot's labels")
     worth = TeacherWorth(into.method, projection.tokens, projection.tail)
     joined = join(rows, {"the pivot": pivot, "the source": source}).rows
     both = [row for row in joined if row.key in pivot and row.key in source]

@@ -30,7 +30,7 @@ def measure_worth(context: Context, source: str, rows: list[Row]) -> None:
 
     how = alignment_of(context, source)
     pivot, theirs = _captured(context, PIVOT, rows), _captured(context, source, rows)
-    if how.vocabulary == "none" or pivot is None or theirs is None:
+    if how.vocabulary in ("none", "matched") or pivot is None or theirs is None:
         return
     path, folder = context.layout.worth(source), context.layout.alignment(source)
     of = {"alignment": how.model_dump(mode="json"), "pivot": _shards(pivot), "source": _shards(theirs)}

@@ -199,7 +199,7 @@ def _batches(
     """Micro-batches of rows of like length, as an optimizer step has them, in an order that mixes lengths."""
     some = [row for row in rows if row.key in captured]
     some.sort(key=lambda row: -sum(len(message.content) for message in row.messages))
-    own = fusion.model_copy(update={"include_pivot": True})
+    own = fusion.model_copy(update={"include_pivot": True, "level": "sequence", "metric": "token_ce"})
     data = FusionDataset(
         some, pivot=captured, sources={"itself": captured}, projections={"itself": Projection(None)}, fusion=own
     )

@@ -111,9 +111,13 @@ def _method(facts: Facts) -> list[str]:
     mode = str(facts.value("fusion.mode"))
     paper, number = _PAPERS.get(mode, _PAPERS["pairwise"])
     preset = _code(str(facts.value("preset")))
-    loss, weight = _code(str(facts.value("distill.loss"))), facts.value("distill.lm_weight")
+    loss, weight = _code(str(facts.value("distill.loss"))), _escaped(str(facts.value("distill.lm_weight")))
     fused = f"{_code(str(facts.value('fusion.function')))} on {_code(str(facts.value('fusion.metric')))}"
     tokens, vocabulary = _code(str(facts.value("alignment.tokens"))), _code(str(facts.value("alignment.vocabulary")))
+    weighting = str(facts.value("distill.lm_weighting"))
+    share = f"{weight} of the loss is that of the text, the rest is {loss}"
+    if weighting != "constant":
+        share = f"the weight of the text is {_code(weighting)} from {weight} on, the rest of the loss is {loss}"
     merge = str(facts.value("merge.merge_method"))
     name, paper_of_merge = _METHODS.get(merge, (merge, None))
     link = f" ([arXiv {paper_of_merge}]({_ARXIV}{paper_of_merge}))" if paper_of_merge else ""
@@ -121,7 +125,7 @@ def _method(facts: Facts) -> list[str]:
         f"Fusion: {_code(mode)}, after {paper} ([arXiv {number}]({_ARXIV}{number})), preset {preset} of fusekit",
         f"Tokenizers aligned by {tokens}, vocabularies mapped by {vocabulary}",
         *(f"{_code(source)} as a teacher: {_escaped(worth.summary[0])}" for source, worth in facts.worths.items()),
-        f"Teachers chosen by {fused}; {_escaped(str(weight))} of the loss is that of the text, the rest is {loss}",
+        f"Teachers chosen by {fused}; {share}",
         f"Merge: {_escaped(name)}{link}, by [mergekit](https://github.com/arcee-ai/mergekit) "
         "([arXiv 2403.13257](https://arxiv.org/abs/2403.13257))",
     ]

@@ -76,7 +76,7 @@ def test_rows_are_joined_by_key_whatever_their_order() -> None:
     for i in range(len(ROWS)):
         for name, value in straight[i].items():
             np.testing.assert_array_equal(value, reversed_[i][name])
-            if i != 4:
+            if i != 4 and name != "typical":  # a median over all rows
                 np.testing.assert_array_equal(value, partial[i][name])
     match = partial.joined.matches["s"]
     assert (match.matched, match.missing, match.surplus) == (8, (ROWS[4].key,), (extra.key,))
@@ -149,11 +149,13 @@ def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach()
 def test_what_is_typical_of_a_data_set_is_the_median_over_its_rows() -> None:
     own, theirs = captured(ROWS, "pivot"), captured(ROWS, sharpness=2.0)
     data = dataset(ROWS, {"s": theirs}, pivot=own)
-    for name in {row.dataset for row in own.values()}:
+    names = {row.dataset for row in ROWS}
+    for name in names:
         for at, model in enumerate((own, theirs)):
-            values = [row.bits_per_byte for row in model.values() if row.dataset == name]
+            values = [model[row.key].bits_per_byte for row in ROWS if row.dataset == name]
             assert data.typical[name][at] == pytest.approx(np.median(values))
-    assert data[0]["typical"].tolist() == data.typical[own[ROWS[0].key].dataset].tolist()
+    assert names == data.typical.keys()
+    assert data[0]["typical"].tolist() == data.typical[ROWS[0].dataset].tolist()
     bare = dataset(ROWS, {"s": theirs}, pivot=own, projections={"s": Projection(MAP, tail="back_off")})
     assert bare[0]["target_taught"].any()
     with pytest.raises(DistillationError, match="back_off for s"):
