@@ -141,11 +141,11 @@ def hard_and_decay(weight: float, cross_entropies: Sequence[float], progress: fl
 
 
 def relative(weight: float, typical: Sequence[float], progress: float) -> float:
-    """λ + (1 - λ) · min_j CE_j / CE_pivot over the typical cross-entropies of an example's data set, the pivot's first.
+    """λ + (1 - λ) · CE_best / CE_pivot, cross-entropies of an example's data set: the pivot's, then the best models'.
 
-    Where no teacher knows more than the pivot, the text alone is learned; the better the best one is, the more it
-    teaches. It looks at the kind of example and not at the example, on whose label a good teacher disagrees exactly
-    where the label is wrong.
+    Where no teacher knows more than the pivot, the text alone is learned; the better teachers are, the more they teach.
+    It looks at the kind of example and not at the example, on whose label a good teacher disagrees exactly where the
+    label is wrong.
     """
     if not len(typical):
         return 1.0

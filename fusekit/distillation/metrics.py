@@ -52,23 +52,32 @@ def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]
     return [float(nll[at].mean()) if at.any() else np.inf for nll, at in zip(losses, counted, strict=True)]
 
 
-def typical_bits_per_byte(captures: Captures, rows: Iterable[Row]) -> dict[str, float]:
-    """The median of a model's bits per byte over the rows of a data set, by the name that the rows have for it.
+def typical_bits_per_byte(rows: Iterable[Row], pivot: Captures, sources: Iterable[Captures]) -> dict[str, FloatArray]:
+    """How well a data set is known: bits per byte of the pivot, and of the best model of each row, means over its rows.
 
-    Rows that the model lacks do not count; a data set of which it has no row is left out.
+    Args:
+        rows: of the run; those that the pivot lacks do not count.
+        pivot, sources: what each said about them. For a row that a source lacks the others count.
+
+    Returns:
+        By the rows' name for their data set, float64 [2]: the pivot's, and the best models', which is no larger.
     """
+    own, others = _bits_per_byte(pivot), [_bits_per_byte(source) for source in sources]
+    by_name: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.key in own:
+            best = min([own[row.key], *(known.get(row.key, np.inf) for known in others)])
+            by_name.setdefault(row.dataset, []).append((own[row.key], best))
+    return {name: np.mean(found, axis=0) for name, found in by_name.items()}
+
+
+def _bits_per_byte(captures: Captures) -> dict[str, float]:
     if isinstance(captures, Store):
         summary = captures.summary
         bits = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))
-        values = dict(zip(captures.keys, bits.tolist(), strict=True))
-    else:
-        keys = captures.keys() if callable(captures.keys) else captures.keys
-        values = {key: said.bits_per_byte for key in keys if (said := captures.get(key)) is not None}
-    by_name: dict[str, list[float]] = {}
-    for row in rows:
-        if row.key in values:
-            by_name.setdefault(row.dataset, []).append(values[row.key])
-    return {name: float(np.median(found)) for name, found in by_name.items()}
+        return dict(zip(captures.keys, bits.tolist(), strict=True))
+    keys = captures.keys() if callable(captures.keys) else captures.keys
+    return {key: said.bits_per_byte for key in keys if (said := captures.get(key)) is not None}
 
 
 def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:

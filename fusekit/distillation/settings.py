@@ -113,8 +113,8 @@ class TrainingSettings(_Section):
     lm_weighting: Literal["constant", "soft", "hard_and_decay", "relative"] = Field(
         default="constant",
         description="How λ changes: `hard_and_decay` rises to 1 over the run, `soft` is 1 - max exp(-cross-entropy) of "
-        "each example, `relative` is λ + (1 - λ) r, where r is the best teacher's bits per byte divided by the "
-        "pivot's, medians over the example's data set, at most 1.",
+        "each example, `relative` is λ + (1 - λ) r, where r is the bits per byte of the best model of each "
+        "example divided by the pivot's, over the example's data set.",
     )
     loss: str = Field(default="ce", description="L_fusion.", json_schema_extra={"enum": list(_LOSSES)})
     truncation: Literal["tail", "renormalize"] = Field(

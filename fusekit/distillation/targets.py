@@ -38,7 +38,7 @@ Example = dict[str, Any]
 """A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
 ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
 (:class:`fusekit.distillation.losses.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
-``typical`` bits per byte of the pivot and the sources in its data set, float64 [1 + K] (empty without the pivot's)."""
+``typical`` bits per byte of its data set, the pivot's and the best models', float64 [2] (empty without the pivot's)."""
 
 
 class Tokenizes(Protocol):
@@ -147,12 +147,10 @@ class FusionDataset(Dataset[Example]):
 
     @cached_property
     def typical(self) -> dict[str, FloatArray]:
-        """Median bits per byte of the pivot and of each source, by data set; empty without the pivot's captures."""
+        """By data set: :func:`~fusekit.distillation.metrics.typical_bits_per_byte`; empty without the pivot's captures."""
         if self.pivot is None:
             return {}
-        models = [self.pivot, *self.sources.values()]
-        found = [typical_bits_per_byte(model, self.rows) for model in models]
-        return {name: np.array([known.get(name, np.inf) for known in found]) for name in found[0]}
+        return typical_bits_per_byte(self.rows, self.pivot, self.sources.values())
 
     def _made(self, index: int) -> Example:
         row = self.rows[index]

@@ -245,7 +245,7 @@ class TestLmWeights:
 
     @pytest.mark.parametrize(
         ("typical", "expected"),
-        [([2.0, 1.0], 0.6), ([1.0, 2.0], 1.0), ([2.0, np.inf, 1.5], 0.8), ([], 1.0), ([0.0, 0.0], 1.0)],
+        [([2.0, 1.0], 0.6), ([1.0, 2.0], 1.0), ([2.0, 1.5], 0.8), ([], 1.0), ([0.0, 0.0], 1.0)],
     )
     def test_relative(self, typical, expected):
         """λ .2: with a teacher of half the pivot's bits per byte, .2 + .8 / 2; with a worse one the text alone."""

@@ -265,7 +265,7 @@ def test_other_settings_are_refused_with_the_difference(interrupted: Path, world
     with pytest.raises(DistillationError) as refusal:
         distill(inputs(world), other, interrupted, resume=True)
     assert "training.learning_rate: 0.01, now 0.02" in str(refusal.value)
-    assert "fusion.metric: 'bits_per_byte', now 'token_ce'" in str(refusal.value)
+    assert "fusion.metric: 'projected_ce', now 'token_ce'" in str(refusal.value)
     fewer = inputs(world, rows=ROWS[:7])
     with pytest.raises(DistillationError, match=r"rows\.count: 8, now 7"):
         distill(fewer, settings(training={"epochs": 2}), interrupted, resume=True)

@@ -51,7 +51,9 @@ def test_batches_give_what_a_loop_over_tokens_gives(loaded):
     expected = [slow_reply(model, tokenizer, q.prompt, q.longest, sorted({*ends, *eos_ids(model)})) for q in asked]
     assert len(set(expected)) > 3
     for batch_tokens in (100_000, 60, 1):  # all at once, a few, one by one
-        assert replies(model, RowTokenizer(tokenizer), asked, batch_tokens) == expected
+        found = replies(model, RowTokenizer(tokenizer), asked, batch_tokens)
+        # A reply has the space of its first token, which SentencePiece's decoder takes away at the start of a text.
+        assert [reply.lstrip(" ") for reply in found] == [reply.lstrip(" ") for reply in expected]
 
 
 def test_a_models_settings_of_generation_change_nothing(loaded):

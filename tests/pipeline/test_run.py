@@ -137,4 +137,4 @@ def test_represent_takes_a_recipe(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "targets").exists()
     result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--top-k", "3"])
     assert "--top-k with a recipe" in result.output
-    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("represent pivot: ") == 3
+    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("represent pivot: ") == 4

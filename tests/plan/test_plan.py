@@ -244,8 +244,9 @@ def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     assert steps["represent pivot"]["rows"] == 95_000
     assert steps["represent Qwen1.5-72B-Chat"]["memory"] > 2 * 72_287_920_128
     assert steps["distill internlm2-chat-20b"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
-    # float32 weights, gradients and two moments, and the bfloat16 copies that are computed with
-    assert steps["distill internlm2-chat-20b"]["memory"] == pytest.approx(18 * 7_241_748_480, rel=0.1)
+    # float32 weights, gradients and two moments, the bfloat16 copies that are computed with (18 bytes a parameter); the
+    # gradients of head and embedding, activations and the heap on top
+    assert 18 * 7_241_748_480 < steps["distill internlm2-chat-20b"]["memory"] < 21 * 7_241_748_480
     assert steps["merge fusechat_sce"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
     assert all(step["seconds"] is None for step in plan["steps"])
     assert any("as large as the recipe says" in line for line in plan["basis"])

@@ -117,7 +117,7 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
         (
             "alignment:\n  vocabulary: none\n",
             [],
-            [r"line 5: alignment.vocabulary: .*loss ce .* needs a vocabulary map"],
+            [r"line 5: alignment.vocabulary: .*loss kl .* needs a vocabulary map"],
         ),
         ("preset: uld\ndistill:\n  loss: ce\n", [], ["line 6: distill.loss: loss ce .*not vocabulary none"]),
         (
@@ -132,7 +132,7 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
         (
             "alignment: {vocabulary: none, tokens: dtw}\n",
             ["sources.0.name=second"],
-            ["line 2: .*two sources are called", "line 4: .*tokens is span, not dtw", "line 4: .*loss ce compares"],
+            ["line 2: .*two sources are called", "line 4: .*tokens is span, not dtw", "line 4: .*loss kl compares"],
         ),
     ],
 )
