@@ -130,7 +130,7 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
 def test_matched_entries_are_distilled_with_the_map_of_equal_strings(tmp_path):
     """The demo's pivot and Llama have other tokenizers, so a row has entries of both kinds."""
     changes = ["alignment.vocabulary=matched", "distill.loss=gold", "distill.epochs=1"]
-    changes += ["fusion.include_pivot=false", "fusion.metric=bits_per_byte"]
+    changes += ["fusion.include_pivot=false", "fusion.metric=bits_per_byte", "distill.lm_weighting=constant"]
     recipe, out = load_recipe(write_recipe(tmp_path, ["llama"]), changes), tmp_path / "out"
     run(recipe, out, until="distill", say=quiet)
     record = json.loads((out / "targets" / "llama" / "training.json").read_text())
