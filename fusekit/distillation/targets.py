@@ -147,7 +147,7 @@ class FusionDataset(Dataset[Example]):
 
     @cached_property
     def typical(self) -> dict[str, FloatArray]:
-        """:func:`~fusekit.distillation.metrics.typical_bits_per_byte` of the rows; empty without the pivot's captures."""
+        """:func:`~fusekit.distillation.metrics.typical_bits_per_byte` of the rows; empty without the pivot's store."""
         if self.pivot is None:
             return {}
         return typical_bits_per_byte(self.rows, self.pivot, self.sources.values())
