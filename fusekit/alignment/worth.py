@@ -119,8 +119,8 @@ class TeacherWorth:
             teacher, pivot = self.per_label(case)
             n = int(self.labels[case])
             found.append(
-                f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} against "
-                f"{pivot:.3f} nats per label, over {n:,} label{'s' if n != 1 else ''}"
+                f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
+                f"against {pivot:.3f} nats per label, over {n:,} label{'s' if n != 1 else ''}"
             )
         return found
 

@@ -141,7 +141,7 @@ def check(found: dict[str, Any]) -> None:
     for name, case in found["cases"].items():
         worse = case["teacher"] is not None and case["teacher"] > case["pivot"]
         assert case["worse"] == worse
-        assert any(f"case is {name}," in line for line in found["warnings"]) == worse, name
+        assert any(f"case {name} " in line for line in found["warnings"]) == worse, name
 
 
 def test_a_source_of_the_demo(tmp_path: Path) -> None:
