@@ -407,7 +407,7 @@ def test_the_page_says_what_each_teacher_is_worth_and_warns(tmp_path: Path) -> N
     text = Page(page(read_facts(run))).text
     assert "1.00 times" in text  # (1 + 2.5 + 1) / 4.5: of one
     assert "1.22 times" in text  # of two, whose tokens that close a label know less than the pivot
-    assert text.count("worse than the pivot") == 1
+    assert text.count("(worse than the pivot)") == 1
     assert all(word in text for word in ("3.500", "3.000", "Warning"))
     assert "was not measured" not in text
     (run / "alignment" / "one" / "worth.json").unlink()
