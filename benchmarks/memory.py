@@ -98,10 +98,9 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
     import torch
 
-    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-    from fusekit.representation.load import load_tokenizer
-    from fusekit.representation.processes import Processes
-    from fusekit.representation.row_tokenizer import RowTokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.data.tokenize import RowTokenizer
+    from fusekit.devices import Processes
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -111,8 +110,8 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     alone = Processes(0, 1, 1, torch.device("cpu"))
     if what == "train":
         return _train(checkpoint, reader, _rows(reader, tokens, BATCHES * fields["micro_batch_size"]), work, fields)
-    from fusekit.representation import estimate
-    from fusekit.representation.represent import Settings, represent
+    from fusekit.capture import estimate
+    from fusekit.capture.capture import Settings, represent
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
@@ -123,11 +122,11 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
 
 def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: dict[str, Any]) -> dict[str, int]:
+    from fusekit.devices import Processes
     from fusekit.distillation import estimate
     from fusekit.distillation.inputs import Inputs
     from fusekit.distillation.run import distill
     from fusekit.distillation.settings import DistillSettings
-    from fusekit.representation.processes import Processes
 
     trainer = {"save_strategy": "no", "disable_tqdm": True}
     changes = {"training": {"batch_size": 2 * fields["micro_batch_size"], "epochs": 1, "trainer": trainer, **fields}}
@@ -145,8 +144,8 @@ def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: di
 
 
 def _rows(reader: Any, tokens: int, count: int) -> list[Any]:
-    from fusekit.representation import prepare
-    from fusekit.representation.rows import TEXT, Message, Row
+    from fusekit.data.prepare import prepare
+    from fusekit.types import TEXT, Message, Row
 
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(file.read_text(encoding="utf-8") for file in files)[: 12 * tokens * count]

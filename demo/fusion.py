@@ -15,10 +15,10 @@ from pathlib import Path
 
 import click
 
+from fusekit.capture.store import Store
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
-from fusekit.representation import Message, Row
-from fusekit.storage import Store
+from fusekit.types import Message, Row
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo-pairwise.yml"
 SHARED = ("data", "representations", "alignment")

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit import shipped_recipes
 from fusekit.cli import COMMANDS, cli
 from fusekit.errors import RecipeError
+from fusekit.recipe import shipped as shipped_recipes
 
 RECIPES = shipped_recipes.recipes()
 FUSIONS = [name for name, path in RECIPES.items() if "\npivot:" in path.read_text()]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fusekit import artifacts as artifact
 from fusekit.cli import cli
 from fusekit.distillation.models import RECORD
-from fusekit.storage import artifact
 from tests.storage.processes import write
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fusekit.errors import CaptureError, MergeError
-from fusekit.models.headers import read_headers
+from fusekit.hub import read_headers
 
 PACKAGE = Path(__file__).parents[1] / "fusekit"
 MERGES = (
@@ -56,8 +56,8 @@ def test_only_what_merges_imports_mergekit():
         ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         ("import fusekit.cli.represent, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
-        ("import fusekit.models.hub, fusekit.models.headers, fusekit.models.limits", "mergekit torch transformers"),
-        ("import fusekit.representation.represent, fusekit.storage.store", "mergekit"),
+        ("import fusekit.hub, fusekit.hub, fusekit.hub", "mergekit torch transformers"),
+        ("import fusekit.capture.capture, fusekit.capture.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),
         ("import fusekit.plan.make, fusekit.plan.table", "mergekit"),
         ("import fusekit.cli.plan", "mergekit torch transformers"),

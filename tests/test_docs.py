@@ -295,7 +295,7 @@ def test_a_loss_of_ones_own(restored):
 def test_a_fusion_function_of_ones_own(restored):
     import numpy as np
 
-    from fusekit.alignment import Rows
+    from fusekit.alignment import TopK
     from fusekit.distillation.fusion import Candidate
     from fusekit.distillation.settings import FusionSettings
 
@@ -303,7 +303,7 @@ def test_a_fusion_function_of_ones_own(restored):
     assert FusionSettings(function="soft_min_ce").function == "soft_min_ce"
 
     def candidate(name: str, id_: int, cross_entropy: float) -> Candidate:
-        rows = Rows(np.array([[id_]]), np.log([[0.75]]), np.array([0.25]))
+        rows = TopK(np.array([[id_]]), np.log([[0.75]]), np.array([0.25]))
         return Candidate(name, rows, np.array([True]), cross_entropy)
 
     fused = example.soft_min_ce([candidate("pivot", 1, 2.0), candidate("source", 2, 1.9)])
@@ -317,7 +317,7 @@ def test_a_fusion_function_of_ones_own(restored):
 def test_a_merge_method_of_ones_own(tmp_path, monkeypatch):
     from mergekit.merge_methods import merge_tensors, registry
 
-    from fusekit import safe_yaml
+    from fusekit import yaml as safe_yaml
     from fusekit.errors import RecipeError
     from fusekit.merging.lint import lint
 

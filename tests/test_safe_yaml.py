@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusekit import safe_yaml
+from fusekit import yaml as safe_yaml
 from fusekit.errors import FusekitError, RecipeError
 
 RECIPE = """\

@@ -22,7 +22,7 @@ from fusekit.distillation.run import targets_of
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.merging.lint import lint
-from fusekit.safe_yaml import loads
+from fusekit.yaml import loads
 from tests.distillation import runs
 
 README = Path(tables.__file__).parent / "README.md"

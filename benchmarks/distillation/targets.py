@@ -20,13 +20,15 @@ import numpy as np
 
 from benchmarks.alignment.texts import piece, texts
 from benchmarks.alignment.timing import write
-from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.alignment import build_vocabulary_map
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.store import Store
+from fusekit.capture.writer import StoreWriter
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.label_rows import Projection, label_rows
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
-from fusekit.representation import CapturedRow, Message, Row, RowTokenizer, TokenizedRow
-from fusekit.representation.rows import TEXT
-from fusekit.storage import Store, StoreSpec, StoreWriter
+from fusekit.types import TEXT, CapturedRow, Message, Row, TokenizedRow, TopK
 from tests.alignment.tokenizers import load
 
 PAIRS = [("mistral", "qwen"), ("qwen", "mistral"), ("qwen", "deepseek")]
@@ -49,7 +51,7 @@ def opinions(tokens: TokenizedRow, k: int, seed: int) -> CapturedRow:
     logprobs, tail = np.log(mass[:, :k]), mass[:, k]
     listed = np.where(ids == labels[:, None], logprobs, -np.inf).max(axis=1)
     actual = np.where(np.isfinite(listed), listed, np.log(tail / 2))
-    return CapturedRow(tokens, "", Rows(ids, logprobs, tail), actual, float(-actual.sum()))
+    return CapturedRow(tokens, "", TopK(ids, logprobs, tail), actual, float(-actual.sum()))
 
 
 def stored(folder: Path, rows: list[CapturedRow], vocabulary: int, k: int) -> Store:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.fusion.rows import demo
+from fusekit.artifacts import commit_file
+from fusekit.capture.models import ModelChoice
+from fusekit.data.reading import read_rows
 from fusekit.evaluation.metrics import evaluate_model
-from fusekit.representation import read_rows
-from fusekit.representation.checkpoint import ModelChoice
-from fusekit.storage import commit_file
 
 Scores = dict[str, dict[str, float]]
 """Metric -> skill -> value. ``bits_per_byte`` of held-out answers; ``exact_match`` (0 to 1) of skills with one right

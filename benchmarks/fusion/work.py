@@ -15,6 +15,7 @@ import yaml
 from benchmarks.fusion import scores
 from benchmarks.fusion.arms import ARMS, FEWER, MERGES, merges_of, recipe_of
 from benchmarks.fusion.rows import write_all
+from fusekit.artifacts import commit_file
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.errors import FusekitError
@@ -23,7 +24,6 @@ from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.rows_file import read_rows_file
 from fusekit.pipeline.run import run
 from fusekit.recipe import Recipe
-from fusekit.storage import commit_file
 
 Say = Callable[[str], None]
 BITS = "bits_per_byte"

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.alignment.timing import write
 from benchmarks.representation.capture import TOKENS, VOCABULARY, Tokens, random_llama
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.topk import Selection
+from fusekit.capture.engine import Teacher
+from fusekit.capture.topk import Selection
 
 ROW_TOKENS = 512
 

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 
 from benchmarks.alignment.timing import write
-from fusekit.representation import Part, Row, TokenizedRow
-from fusekit.representation.batches import plan_batches
-from fusekit.representation.capture import CaptureOptions, capture
-from fusekit.representation.processes import Processes
-from fusekit.representation.rows import TEXT, Message
-from fusekit.representation.teacher import Teacher, padded
-from fusekit.representation.topk import Selection
-from fusekit.storage import StoreSpec
+from fusekit.capture.batches import plan_batches
+from fusekit.capture.capture import CaptureOptions, capture
+from fusekit.capture.engine import Teacher, padded
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.topk import Selection
+from fusekit.devices import Processes
+from fusekit.types import TEXT, Message, Part, Row, TokenizedRow
 
 VOCABULARY, TOKENS = 151_936, 151_665
 

@@ -29,9 +29,11 @@ import click
 import numpy as np
 
 from benchmarks.alignment.timing import median_ms, write
-from fusekit.alignment.projection import Rows
-from fusekit.representation import CapturedRow, TokenizedRow
-from fusekit.storage import Codec, Store, StoreSpec, StoreWriter
+from fusekit.capture.codec import Codec
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.store import Store
+from fusekit.capture.writer import StoreWriter
+from fusekit.types import CapturedRow, TokenizedRow, TopK
 
 VOCABULARY = 151_936
 LABELS, PROMPT = 384, 128
@@ -69,7 +71,7 @@ def captured(number: int, prompt: np.ndarray, columns: tuple[np.ndarray, ...], r
     ends -= np.where(is_label, ends[len(prompt) - 1], 0)
     tokens = TokenizedRow(f"{number:032x}", np.r_[prompt, labels], message, part, ends, ends, is_label)
     tail = 1 - np.exp(logprobs).sum(axis=1)
-    return CapturedRow(tokens, "chat", Rows(ids, logprobs, tail.clip(min=0)), actual, -float(actual.sum()))
+    return CapturedRow(tokens, "chat", TopK(ids, logprobs, tail.clip(min=0)), actual, -float(actual.sum()))
 
 
 def synthetic(count: int, k: int, ordered: bool, sharpen: bool) -> list[CapturedRow]:
@@ -125,7 +127,7 @@ def narrowed(rows: list[CapturedRow], k: int) -> list[CapturedRow]:
     out = []
     for row in rows:
         logprobs = row.rows.logprobs[:, :k]
-        kept = Rows(row.rows.ids[:, :k], logprobs, (1 - np.exp(logprobs).sum(axis=1)).clip(min=0))
+        kept = TopK(row.rows.ids[:, :k], logprobs, (1 - np.exp(logprobs).sum(axis=1)).clip(min=0))
         out.append(dataclasses.replace(row, rows=kept))
     return out
 
@@ -137,7 +139,7 @@ def ragged(rows: list[CapturedRow]) -> list[CapturedRow]:
         mass = np.exp(row.rows.logprobs)
         used = np.cumsum(mass, axis=1) - mass < MASS
         tail = (1 - np.where(used, mass, 0).sum(axis=1)).clip(min=0)
-        kept = Rows(np.where(used, row.rows.ids, -1), np.where(used, row.rows.logprobs, -np.inf), tail)
+        kept = TopK(np.where(used, row.rows.ids, -1), np.where(used, row.rows.logprobs, -np.inf), tail)
         out.append(dataclasses.replace(row, rows=kept))
     return out
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fusekit.capture.capture import Settings, represent
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.capture.store import Store
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import read_rows
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.representation import Row, RowTokenizer, prepare, read_rows
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.representation.represent import Settings, represent
-from fusekit.storage import Store
+from fusekit.types import Row
 
 DEMO = Path(__file__).parents[2] / "demo"
 MODELS = {"pivot": DEMO / "models" / "pivot", "neox": DEMO / "sources" / "neox"}

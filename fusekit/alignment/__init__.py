@@ -14,11 +14,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fusekit.types import TokenizedText, TopK
+
 if TYPE_CHECKING:
     from fusekit.alignment.alignment import TokenAlignment, align, align_tokens
-    from fusekit.alignment.ends import TokenizedText, tokenize
+    from fusekit.alignment.ends import tokenize
     from fusekit.alignment.policies import source_positions
-    from fusekit.alignment.projection import Rows
     from fusekit.alignment.row_cases import Case, plan_rows
     from fusekit.alignment.rows import AlignedRows, Predictions, project_rows, project_rows_by_rule
     from fusekit.alignment.statistics import MappingStatistics, count_mappings
@@ -30,10 +31,10 @@ __all__ = [
     "Case",
     "MappingStatistics",
     "Predictions",
-    "Rows",
     "Surfaces",
     "TokenAlignment",
     "TokenizedText",
+    "TopK",
     "VocabularyMap",
     "align",
     "align_tokens",
@@ -52,10 +53,8 @@ _MODULES = {
     "Case": "row_cases",
     "MappingStatistics": "statistics",
     "Predictions": "rows",
-    "Rows": "projection",
     "Surfaces": "surfaces",
     "TokenAlignment": "alignment",
-    "TokenizedText": "ends",
     "VocabularyMap": "vocabulary_map",
     "align": "alignment",
     "align_tokens": "alignment",

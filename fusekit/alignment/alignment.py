@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment import dtw, spans
-from fusekit.alignment.arrays import IntArray
-from fusekit.alignment.ends import TokenizedText, tokenize_with
+from fusekit.alignment.ends import tokenize_with
 from fusekit.alignment.show import cells, side_by_side
 from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray, TokenizedText
 
 
 @dataclass(frozen=True, eq=False)

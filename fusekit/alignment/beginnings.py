@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import BoolArray, IntArray
 from fusekit.alignment.surfaces import Surfaces
+from fusekit.types import BoolArray, IntArray
 
 
 def begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: IntArray) -> BoolArray:

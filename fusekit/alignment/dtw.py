@@ -13,7 +13,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusekit.alignment.arrays import IntArray
+from fusekit.types import IntArray
 
 # A table of int32 for two rows of this many cells is 400 MB; beyond it the method is not worth waiting for.
 MAX_CELLS = 100_000_000

@@ -18,60 +18,17 @@ matches anywhere in the gap. ``low > high`` marks an end that is at no place of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.normalized import NormalizedText, joins_previous, normalize_with_ends
 from fusekit.alignment.surfaces import METASPACE, Form, Kind, Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray, TokenizedText
 
 _SPACE = b" "
 _MARK = METASPACE.encode()
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedText:
-    """The tokens of a text with their byte ends.
-
-    Attributes:
-        ids: int64 [n].
-        ends: int64 [n], the bytes consumed once each token is read; non-decreasing, the last is the text's length.
-        lows: int64 [n], the lowest position that is the same boundary; ``lows > ends`` where a token ends at no place
-            of the original text. The same array as ``ends`` where nothing is dropped or uncertain.
-    """
-
-    ids: IntArray
-    ends: IntArray
-    lows: IntArray
-
-    @property
-    def exact(self) -> bool:
-        """Whether every token ends at one place."""
-        return self.lows is self.ends
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def opened(self, id_: int) -> TokenizedText:
-        """With a token before the text that stands for none of it (bos): it ends at 0."""
-        return self._joined([id_], self.ids, np.concatenate([[0], self.ends]), np.concatenate([[0], self.lows]))
-
-    def closed(self, id_: int) -> TokenizedText:
-        """With a token after the text that stands for its end (eos, end of turn).
-
-        It ends one past the text, so it links to the other side's end of the text, whatever that is written like, and
-        leaves the link of the last token of text alone.
-        """
-        end = (int(self.ends[-1]) if len(self) else 0) + 1
-        return self._joined(self.ids, [id_], np.append(self.ends, end), np.append(self.lows, end))
-
-    def _joined(self, first: Any, last: Any, ends: IntArray, lows: IntArray) -> TokenizedText:
-        ids = np.concatenate([first, last]).astype(np.int64)
-        ends = ends.astype(np.int64)
-        return TokenizedText(ids, ends, ends if self.exact else lows.astype(np.int64))
 
 
 def tokenize(text: str, tokenizer: Any) -> TokenizedText:

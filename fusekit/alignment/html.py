@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from html import escape
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.projection import Rows
 from fusekit.alignment.quality import AlignmentQuality, Share
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import LOST, MEANING, Sample, Token, sample_of
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.alignment.worth import TeacherWorth
+from fusekit.types import TopK
 
 SAMPLE_STYLE = """
 .text{border:1px solid var(--line);border-radius:8px;padding:10px 12px;margin:.6em 0}
@@ -52,7 +52,7 @@ def page(
     samples: Sequence[TokenAlignment],
     surfaces: tuple[Surfaces, Surfaces],
     *,
-    rows: Sequence[tuple[Rows, Rows] | None] | None = None,
+    rows: Sequence[tuple[TopK, TopK] | None] | None = None,
 ) -> str:
     """The page: figures over the corpus, then each sample with both tokenisations under its text.
 

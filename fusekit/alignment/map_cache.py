@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.surfaces import Surfaces
+from fusekit.types import IntArray
 
 log = logging.getLogger(__name__)
 FORMAT = "fusekit vocabulary map 1"

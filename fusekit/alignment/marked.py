@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import AddedToken
 
-from fusekit.alignment.arrays import IntArray
-from fusekit.alignment.ends import TokenizedText, ends_of
+from fusekit.alignment.ends import ends_of
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray, TokenizedText
 
 # What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
 _SPACE = (

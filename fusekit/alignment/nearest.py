@@ -12,7 +12,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusekit.alignment.arrays import IntArray
+from fusekit.types import IntArray
 
 BLOCK_CELLS = 32_000_000  # distances held at once: 32 MB for short strings, 128 MB for strings over 254 characters
 _FAR = np.iinfo(np.int64).max

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
+from fusekit.types import IntArray
 
 _RUNS = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
 

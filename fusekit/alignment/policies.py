@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray
 
 
 @dataclass(frozen=True, eq=False)

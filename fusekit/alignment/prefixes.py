@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.surfaces import Form, Surfaces
+from fusekit.types import IntArray
 
 # Before a string this keeps a dummy space away from it; no vocabulary merges across it unless the string begins with
 # white space, and then the check below falls back to the longest prefix.

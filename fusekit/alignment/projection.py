@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.alignment.arrays import FloatArray, IntArray
 from fusekit.errors import AlignmentError
+from fusekit.types import FloatArray, IntArray, TopK
 
 # Log-probabilities are stored with an error, so a row may exceed 1 by as much; more than this is another quantity.
 MASS_TOLERANCE = 1e-2
@@ -17,27 +15,13 @@ NO_ID = -2
 """In place of an id: an entry with a probability, of a token that the vocabulary of the row does not have."""
 
 
-class Rows(NamedTuple):
-    """Top-k rows with what they leave out.
-
-    Attributes:
-        ids: int64 [T, k], -1 where a row has fewer entries.
-        logprobs: float64 [T, k], natural logarithms, -inf where there is no entry; falling within each row.
-        tail: float64 [T], the probability of everything else, as a number between 0 and 1.
-    """
-
-    ids: IntArray
-    logprobs: FloatArray
-    tail: FloatArray
-
-
 def checked_rows(
     ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, vocabulary: int, side: str = "source"
-) -> Rows:
-    """The three arrays of :class:`Rows` as int64 and float64, refused unless they are distributions.
+) -> TopK:
+    """The three arrays of :class:`TopK` as int64 and float64, refused unless they are distributions.
 
     Args:
-        ids, logprobs, tail: see :class:`Rows`.
+        ids, logprobs, tail: see :class:`TopK`.
         vocabulary: ids are below it.
         side: whose rows they are, for messages.
 
@@ -45,7 +29,7 @@ def checked_rows(
         AlignmentError: shapes that do not fit, ids outside the vocabulary, values that are no probabilities; names the
             first row.
     """
-    rows = Rows(np.asarray(ids).astype(np.int64), np.asarray(logprobs, np.float64), np.asarray(tail, np.float64))
+    rows = TopK(np.asarray(ids).astype(np.int64), np.asarray(logprobs, np.float64), np.asarray(tail, np.float64))
     if rows.ids.ndim != 2 or rows.logprobs.shape != rows.ids.shape or rows.tail.shape != rows.ids.shape[:1]:
         raise AlignmentError(
             f"top-k rows need ids [T, k], logprobs [T, k] and tail [T], not {rows.ids.shape}, {rows.logprobs.shape} "
@@ -69,7 +53,7 @@ def checked_rows(
     return rows
 
 
-def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisions: str = "add") -> Rows:
+def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisions: str = "add") -> TopK:
     """Rows from entries that may name one id several times.
 
     Args:
@@ -88,7 +72,7 @@ def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisi
     mass = np.where(targets >= 0, mass, 0.0)
     unmapped = tail
     if not targets.size:
-        return Rows(np.full((T, 0), -1, np.int64), np.full((T, 0), -np.inf), unmapped)
+        return TopK(np.full((T, 0), -1, np.int64), np.full((T, 0), -np.inf), unmapped)
     order = np.argsort(targets, axis=1, kind="stable")
     targets, mass = np.take_along_axis(targets, order, 1), np.take_along_axis(mass, order, 1)
     opens = np.ones((T, e), bool)
@@ -107,11 +91,11 @@ def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisi
     return _sorted(ids, np.where(ids >= 0, kept, 0.0), unmapped)
 
 
-def _sorted(ids: IntArray, mass: FloatArray, tail: FloatArray) -> Rows:
+def _sorted(ids: IntArray, mass: FloatArray, tail: FloatArray) -> TopK:
     """Largest first, equal ones by id; columns that no row uses are cut off."""
     order = np.argsort(-mass, axis=1, kind="stable")
     width = int((mass > 0).sum(axis=1).max(initial=0))
     order = order[:, :width]
     mass = np.take_along_axis(mass, order, 1)
     with np.errstate(divide="ignore"):
-        return Rows(np.take_along_axis(ids, order, 1), np.log(mass), tail)
+        return TopK(np.take_along_axis(ids, order, 1), np.log(mass), tail)

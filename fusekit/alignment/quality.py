@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.row_cases import HAS_ROW, Case, plan_rows
 from fusekit.alignment.worth import TeacherWorth
+from fusekit.types import IntArray
 
 WORST = 10  # texts kept with the smallest share of positions that get a row
 SHAPES = ("1-1", "1-n", "n-1", "m-n")

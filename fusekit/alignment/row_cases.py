@@ -12,8 +12,7 @@ from enum import IntEnum
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import IntArray
-from fusekit.alignment.ends import TokenizedText
+from fusekit.types import IntArray, TokenizedText
 
 
 class Case(IntEnum):

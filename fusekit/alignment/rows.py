@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
 from fusekit.alignment.beginnings import beginning_in_text, begins_with
 from fusekit.alignment.policies import source_positions
-from fusekit.alignment.projection import Rows, checked_rows, merge_entries
+from fusekit.alignment.projection import checked_rows, merge_entries
 from fusekit.alignment.row_cases import HAS_ROW, Case, Steps, plan_rows
 from fusekit.alignment.surfaces import Kind, Surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
+from fusekit.types import BoolArray, FloatArray, IntArray, TopK
 
 _WORDS = (Kind.ORDINARY, Kind.BYTE, Kind.ADDED)
 LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
@@ -23,7 +23,7 @@ TAILS = ("back_off", "pivot_share", "listed_share", "drop", "keep")
 NEED_PIVOT = ("back_off", "pivot_share")
 """Of :data:`TAILS`: those that need the pivot's own predictions."""
 
-RowsLike = Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
+RowsLike = TopK | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class AlignedRows:
         source_at: int64 [n], the source position whose row was used, or -1.
     """
 
-    rows: Rows
+    rows: TopK
     cases: IntArray
     source_at: IntArray
 
@@ -160,7 +160,7 @@ def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions
     """The pivot's rows and log-probabilities, checked; where there are none, rows of nothing and NaN."""
     n = len(alignment.pivot)
     if given is None:
-        return Predictions(Rows(np.zeros((n, 0), np.int64), np.zeros((n, 0)), np.ones(n)), np.full(n, np.nan))
+        return Predictions(TopK(np.zeros((n, 0), np.int64), np.zeros((n, 0)), np.ones(n)), np.full(n, np.nan))
     ids, logprobs, tail = given.rows
     rows = checked_rows(ids, logprobs, tail, into.matrix.shape[1], "pivot")
     known = np.asarray(given.actual, np.float64)
@@ -168,7 +168,7 @@ def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions
     return Predictions(rows, np.where(np.isnan(known), np.nan, actual))
 
 
-def _checked_actual(actual_logprobs: npt.ArrayLike, rows: Rows, m: int, side: str) -> FloatArray:
+def _checked_actual(actual_logprobs: npt.ArrayLike, rows: TopK, m: int, side: str) -> FloatArray:
     actual = np.asarray(actual_logprobs, np.float64)
     if len(rows.tail) != m or actual.shape != (m,):
         raise AlignmentError(
@@ -239,7 +239,7 @@ class _Entries:
     tail: FloatArray  # [a]
 
 
-def _entries(text: IntArray, rows: Rows, actual: FloatArray, base: IntArray) -> _Entries:
+def _entries(text: IntArray, rows: TopK, actual: FloatArray, base: IntArray) -> _Entries:
     """The rows at positions ``base`` of a text of these tokens."""
     ids, mass = rows.ids[base], np.exp(rows.logprobs[base])
     listed = (ids >= 0) & (ids == text[base + 1][:, None])
@@ -320,7 +320,7 @@ def _like_pivot(alignment: TokenAlignment, at: IntArray, ours: Predictions) -> t
     actual = np.asarray(ours.actual)
     known = ~np.isnan(actual[at])
     ids, logprobs, tail = ours.rows
-    rows = Rows(np.asarray(ids), np.asarray(logprobs), np.asarray(tail))
+    rows = TopK(np.asarray(ids), np.asarray(logprobs), np.asarray(tail))
     entries = _entries(alignment.pivot_ids, rows, np.nan_to_num(actual), at)
     ids = np.concatenate([alignment.pivot_ids[at + 1][:, None], entries.ids], axis=1)
     mass = np.concatenate([entries.actual[:, None], entries.mass], axis=1)
@@ -362,7 +362,7 @@ def _begun(
     return np.minimum(total, 1.0)
 
 
-def _placed(alignment: TokenAlignment, steps: Steps, at: IntArray, merged: Rows, one_hot: bool) -> AlignedRows:
+def _placed(alignment: TokenAlignment, steps: Steps, at: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
     """Rows at their positions, with one-hots where asked for."""
     n, width = len(alignment.pivot), max(merged.ids.shape[1], 1 if one_hot else 0)
     ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
@@ -372,13 +372,13 @@ def _placed(alignment: TokenAlignment, steps: Steps, at: IntArray, merged: Rows,
         bare = np.flatnonzero(np.isin(cases, [Case.NO_ROW, Case.UNLINKED]))
         ids[bare, 0], logprobs[bare, 0], tail[bare] = alignment.pivot_ids[bare + 1], 0.0, 0.0
         cases[bare] = Case.ONE_HOT
-    return AlignedRows(Rows(ids, logprobs, tail), cases, steps.base)
+    return AlignedRows(TopK(ids, logprobs, tail), cases, steps.base)
 
 
 def project_rows_by_rule(
     alignment: TokenAlignment,
     vocabulary_map: VocabularyMap,
-    source_rows: Rows | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    source_rows: TopK | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
     rule: str,
     *,
     collisions: str = "max",

@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.show import pieces, visible
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
+from fusekit.types import TopK
 
 MEANING = {
     "same": "linked; both predict the same bytes next",
@@ -75,7 +75,7 @@ _SAMPLES = TypeAdapter(list[Sample])
 
 
 def sample_of(
-    alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], rows: tuple[Rows, Rows] | None = None
+    alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], rows: tuple[TopK, TopK] | None = None
 ) -> Sample:
     """What is shown of an alignment.
 
@@ -142,7 +142,7 @@ def _about(surfaces: Surfaces, id_: int, end: int) -> str:
     return f"{string}\nid {id_}, ends at byte {end}"
 
 
-def _top(rows: Rows, at: int, surfaces: Surfaces, verb: str) -> str:
+def _top(rows: TopK, at: int, surfaces: Surfaces, verb: str) -> str:
     listed = [(int(i), float(np.exp(p))) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0][:5]
     lines = [f"{100 * p:.1f} % {visible(surfaces.of[i]) if i < len(surfaces) else i}" for i, p in listed]
     return f"\n{verb}:\n" + "\n".join([*lines, f"{100 * float(rows.tail[at]):.1f} % everything else"])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusekit.alignment.ends import TokenizedText
+from fusekit.types import TokenizedText
 
 if TYPE_CHECKING:
     from fusekit.alignment.alignment import TokenAlignment

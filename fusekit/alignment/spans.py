@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
-from fusekit.alignment.ends import TokenizedText
+from fusekit.types import IntArray, TokenizedText
 
 
 def link_ends(pivot_ends: IntArray, source_ends: IntArray) -> IntArray:

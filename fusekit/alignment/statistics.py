@@ -12,9 +12,9 @@ from rapidfuzz.distance import Levenshtein
 from scipy import sparse
 
 from fusekit.alignment.alignment import TokenAlignment, align
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray
 
 
 @dataclass(frozen=True, eq=False)

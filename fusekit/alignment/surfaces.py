@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import models
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.slow import slow_surfaces
 from fusekit.alignment.tokenizer_view import ROLES, PerTokenizer, TokenizerView
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 METASPACE = "▁"

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.errors import AlignmentError
+from fusekit.types import IntArray
 
 # The roles by which special tokens correspond across tokenizers. Padding is deliberately absent: nothing maps to it.
 ROLES = ("bos", "eos", "end_of_turn")

@@ -13,14 +13,14 @@ import numpy.typing as npt
 from scipy import sparse
 
 from fusekit.alignment import map_cache
-from fusekit.alignment.arrays import FloatArray, IntArray
 from fusekit.alignment.nearest import nearest
 from fusekit.alignment.prefixes import first_pieces, longest_prefix
-from fusekit.alignment.projection import Rows, checked_rows, merge_entries
+from fusekit.alignment.projection import checked_rows, merge_entries
 from fusekit.alignment.statistics import MappingStatistics, count_mappings, most_frequent, released
 from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
 from fusekit.alignment.tokenizer_view import ROLES
 from fusekit.errors import AlignmentError
+from fusekit.types import FloatArray, IntArray, TopK
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class VocabularyMap:
 
     def project(
         self, ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, collisions: str = "add"
-    ) -> Rows:
+    ) -> TopK:
         """Carry top-k rows of the source into the pivot's vocabulary. Mass is conserved.
 
         Args:
@@ -85,7 +85,7 @@ class VocabularyMap:
                 largest (``max``, as the papers do; the rest goes to the tail).
 
         Returns:
-            :class:`~fusekit.alignment.projection.Rows` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
+            :class:`~fusekit.alignment.projection.TopK` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
 
         Raises:
             AlignmentError: an id outside the map, a row that is no distribution, unknown ``collisions``.

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
 from fusekit.alignment.row_cases import Case
+from fusekit.types import BoolArray, FloatArray, IntArray
 
 BINS = 1000  # of the histogram of surviving mass, so that memory does not grow with the corpus
 MOST_NATS = 1000.0

@@ -36,10 +36,10 @@ def clean(
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
     it is what these stages made, so that the next run makes it anew. Nothing that is not of the run is touched.
     """
+    from fusekit.artifacts import human
     from fusekit.pipeline import cleaning
     from fusekit.pipeline.log import RunLog
     from fusekit.recipe import load_recipe
-    from fusekit.storage.faults import human
 
     if (stages or first) and recipe:
         raise click.UsageError(

@@ -21,9 +21,10 @@ from fusekit.errors import DistillationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fusekit.data.tokenize import RowTokenizer
     from fusekit.distillation.inputs import Inputs, Source
     from fusekit.distillation.settings import DistillSettings
-    from fusekit.representation import Row, RowTokenizer
+    from fusekit.types import Row
 
 # option -> (section, field)
 _FIELDS = {
@@ -145,7 +146,7 @@ def distill(
         raise click.UsageError("give PIVOT, OUT and --data; or a recipe (.yml) and OUT")
     if resume and overwrite:
         raise click.UsageError("--resume goes on with what is there, --overwrite replaces it: give one")
-    from fusekit.distillation.processes import is_main
+    from fusekit.devices import is_main
     from fusekit.distillation.run import distill as run
 
     settings = _settings(options)
@@ -205,8 +206,8 @@ def _value(text: str) -> Any:
 
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
+    from fusekit.capture.models import ModelChoice
     from fusekit.distillation.inputs import Inputs, Source
-    from fusekit.representation.checkpoint import ModelChoice
 
     sources = {}
     for text in options["sources"]:
@@ -231,8 +232,9 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
 
 
 def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
-    from fusekit.representation import pack_text, read_rows
-    from fusekit.storage import Store
+    from fusekit.capture.store import Store
+    from fusekit.data.prepare import pack_text
+    from fusekit.data.reading import read_rows
 
     rows = chain.from_iterable(read_rows(path, split=options["split"]) for path in options["data"])
     read = rows if options["limit"] is None else islice(rows, options["limit"])
@@ -245,24 +247,23 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
 
 def _date_of(sources: Iterable[Source]) -> datetime.date | None:
     """The day that the sources' templates printed, if one's does. Raises StorageError."""
-    from fusekit.representation.chat_template import kept_date
-    from fusekit.storage import Store
+    from fusekit.capture.store import Store
+    from fusekit.data.templates import kept_date
 
     dates = (kept_date(Store.open(source.store).spec.details.get("date")) for source in sources)
     return next((date for date in dates if date is not None), None)
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
-    from fusekit.representation import RowTokenizer
-    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-    from fusekit.representation.load import load_tokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.data.tokenize import RowTokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))
     return RowTokenizer(tokenizer, _template(template, tokenizer), date=date)
 
 
 def _template(name: str | None, tokenizer: Any) -> Any:
-    from fusekit.representation import ChatTemplate, template_names
+    from fusekit.data.templates import ChatTemplate, template_names
 
     if name is None or name == "own":
         return None if name is None else ChatTemplate.own(tokenizer)

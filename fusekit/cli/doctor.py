@@ -8,7 +8,7 @@ import click
 @click.command()
 def doctor() -> None:
     """Explain this installation in plain words. Exit status 1 if stock mergekit does not see fusekit's methods."""
-    from fusekit.diagnosis import autoload, devices, versions
+    from fusekit.environment import autoload, devices, versions
 
     click.echo("Versions")
     for name, version in versions().items():

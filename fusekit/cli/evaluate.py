@@ -93,11 +93,11 @@ def evaluate(
         raise click.UsageError("give held-out rows (--data), or tasks of lm-eval (--lm-eval)")
     if not all(options["tasks"]):
         raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
+    from fusekit.capture.models import ModelChoice
     from fusekit.evaluation import lm_eval
     from fusekit.evaluation.held_out import held_out_rows
     from fusekit.evaluation.metrics import Score, ends_counted, evaluate_model
     from fusekit.evaluation.table import table
-    from fusekit.representation.checkpoint import ModelChoice
 
     if json_file is not None and not json_file.absolute().parent.is_dir():  # before hours of scoring, not after
         raise StorageError(f"{json_file}: there is no folder {json_file.parent} to write the scores to: make it first")
@@ -156,7 +156,7 @@ def _lm_eval_settings(options: dict[str, Any], limit: int | None) -> LmEval | No
 
 
 def _write(file: Path, results: dict[str, dict[str, dict[str, Score]]], more: dict[str, Any]) -> None:
-    from fusekit.storage import commit_file
+    from fusekit.artifacts import commit_file
 
     document: dict[str, Any] = {
         "models": {

@@ -12,7 +12,7 @@ import click
 from pydantic import ValidationError
 
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.models.gguf import split
+from fusekit.gguf import split
 
 if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
@@ -110,8 +110,8 @@ def alignment(
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, without rows.")
 def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokenizer: str | None, as_json: bool) -> None:
     """Say what is in the store PATH: sizes, cross-entropy by source of data, and rows with the model's predictions."""
+    from fusekit.capture.store import Store
     from fusekit.cli.store_report import figures, row_lines, summary_lines
-    from fusekit.storage import Store
 
     opened = Store.open(path, incomplete=True)
     if as_json:
@@ -141,8 +141,8 @@ def load_tokenizer(name: str) -> Any:
     path = Path(name)
     try:
         if split(name) is not None:
-            from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-            from fusekit.representation.load import load_tokenizer as load
+            from fusekit.capture.models import ModelChoice, find_checkpoint
+            from fusekit.capture.models import load_tokenizer as load
 
             return load(find_checkpoint(ModelChoice(name), weights=False))
         if path.is_file():
@@ -233,10 +233,10 @@ def _worth(
     tokenizers: tuple[Any, Any], stores: tuple[Path, Path], files: tuple[Path, ...], how: dict[str, str], limit: int
 ) -> TeacherWorth:
     """Raises DistillationError where stores, rows and tokenizers are not of each other, or for an unknown setting."""
+    from fusekit.capture.store import Store
+    from fusekit.data.reading import read_rows
     from fusekit.distillation.settings import AlignmentSettings
     from fusekit.distillation.worth import Captured, measure_stores
-    from fusekit.representation import read_rows
-    from fusekit.storage import Store
 
     try:
         settings = AlignmentSettings.model_validate(how)

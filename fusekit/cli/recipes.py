@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from fusekit import shipped_recipes
 from fusekit.errors import RecipeError
+from fusekit.recipe import shipped as shipped_recipes
 
 
 @click.command()

@@ -20,9 +20,9 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
     OUT may be half done: the report says what is missing. While a run is writing OUT, the report is made of what is
     there so far and the card is left alone.
     """
+    from fusekit.artifacts import output_lock
     from fusekit.report.facts import read_facts
     from fusekit.report.write import write_report
-    from fusekit.storage import output_lock
 
     out = out.resolve()
     read_facts(out)  # a folder that is no run is not locked

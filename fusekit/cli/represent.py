@@ -18,10 +18,12 @@ from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds
 from fusekit.errors import DataError, FusekitError
 
 if TYPE_CHECKING:
-    from fusekit.representation import Prepared, Row, RowTokenizer
-    from fusekit.representation.checkpoint import Checkpoint
-    from fusekit.representation.represent import Settings
-    from fusekit.storage import Store
+    from fusekit.capture.capture import Settings
+    from fusekit.capture.models import Checkpoint
+    from fusekit.capture.store import Store
+    from fusekit.data.prepare import Prepared
+    from fusekit.data.tokenize import RowTokenizer
+    from fusekit.types import Row
 
 SHORTHANDS = {
     "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
@@ -151,7 +153,7 @@ def represent(context: click.Context, /, **options: Any) -> None:
     sets on the hub, one or several. OUT: a folder; a run that was stopped goes on there. Under `accelerate launch -m
     fusekit.cli` or `torchrun -m fusekit.cli` each process takes its share.
     """
-    from fusekit.representation.processes import OtherProcessError, Processes
+    from fusekit.devices import OtherProcessError, Processes
 
     if is_recipe(options["model"]):
         _all_of_recipe(context, options)
@@ -186,8 +188,8 @@ def _all_of_recipe(context: click.Context, options: dict[str, Any]) -> None:
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
-    from fusekit.representation import prepare
-    from fusekit.representation.represent import represent as run
+    from fusekit.capture.capture import represent as run
+    from fusekit.data.prepare import prepare
 
     checkpoint, tokenizers = _models(options, say)
     prepared = prepare(_rows(options, tokenizers), tokenizers, options["max_length"], options["overlong"])
@@ -202,9 +204,9 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
 
 def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
-    from fusekit.representation import ChatTemplate, RowTokenizer
-    from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-    from fusekit.representation.load import load_tokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.data.templates import ChatTemplate
+    from fusekit.data.tokenize import RowTokenizer
 
     names = ("model", "revision", "dtype", "device_map", "quantization", "attn_implementation")
     choice = ModelChoice(
@@ -225,15 +227,16 @@ def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkp
 
 def _date_of(out: Path) -> datetime.date | None:
     """The day that templates printed when a store was begun; None for a new one. Raises StorageError."""
-    from fusekit.representation.chat_template import kept_date
-    from fusekit.storage.manifest import MANIFEST, Manifest, read_json
+    from fusekit.capture.manifest import MANIFEST, Manifest, read_json
+    from fusekit.data.templates import kept_date
 
     known = read_json(out / MANIFEST, Manifest)
     return None if known is None else kept_date(known.spec.details.get("date"))
 
 
 def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[Row]:
-    from fusekit.representation import pack_text, read_rows
+    from fusekit.data.prepare import pack_text
+    from fusekit.data.reading import read_rows
 
     rows = chain.from_iterable(
         read_rows(
@@ -250,10 +253,9 @@ def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[R
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from fusekit.representation.capture import CaptureOptions
-    from fusekit.representation.represent import Settings
-    from fusekit.representation.topk import Selection
-    from fusekit.storage.codec import DEFAULT_MAX_ERROR
+    from fusekit.capture.capture import CaptureOptions, Settings
+    from fusekit.capture.codec import DEFAULT_MAX_ERROR
+    from fusekit.capture.topk import Selection
 
     max_error = options["max_error"]
     return Settings(

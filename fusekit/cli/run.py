@@ -78,11 +78,11 @@ def run_recipe(
     merge_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
+    from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table_of
     from fusekit.pipeline.run import chosen_stages
     from fusekit.pipeline.run import run as go
     from fusekit.recipe import load_recipe
-    from fusekit.representation.processes import OtherProcessError
 
     chosen_stages(only, start, until)  # before anything is read
     refuse_mergekit(recipe)

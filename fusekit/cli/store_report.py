@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusekit.storage.faults import human
+from fusekit.artifacts import human
 
 if TYPE_CHECKING:
-    from fusekit.representation import CapturedRow
-    from fusekit.storage import Store
+    from fusekit.capture.store import Store
+    from fusekit.types import CapturedRow
 
 _SHOWN_QUARANTINED = 5
 _SHOWN_ENTRIES = 3

@@ -73,7 +73,7 @@ def _checked(folder: Path, check: Check) -> tuple[list[str], str]:
 
 
 def _store(folder: Path) -> tuple[list[str], str]:
-    from fusekit.storage import Store
+    from fusekit.capture.store import Store
 
     store = Store.open(folder)
     good = f"{folder}: {len(store)} rows in {len(store.records)} shards, all as committed"
@@ -81,7 +81,7 @@ def _store(folder: Path) -> tuple[list[str], str]:
 
 
 def _stage(folder: Path) -> tuple[list[str], str]:
-    from fusekit.storage import artifact
+    from fusekit import artifacts as artifact
 
     wrong = artifact.problems(folder)
     known = artifact.read(folder)
@@ -92,7 +92,7 @@ def _stage(folder: Path) -> tuple[list[str], str]:
 
 def _target(folder: Path) -> tuple[list[str], str]:
     """Only what the weights' own headers tell: whether a file was cut off."""
-    from fusekit.models.headers import read_headers
+    from fusekit.hub import read_headers
 
     for file in sorted(folder.glob("*.safetensors")):
         read_headers(file, folder.name)

@@ -13,10 +13,10 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import SchedulerType, Trainer, TrainingArguments
 
-from fusekit.distillation.processes import shared
+from fusekit.devices import shared
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.problems import nearest
+from fusekit.yaml import nearest
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {

@@ -15,10 +15,8 @@ from typing import Any
 
 import xxhash
 
+from fusekit.artifacts import commit_file, disk_fault, sync_tree
 from fusekit.errors import StorageError
-from fusekit.storage.commit import commit_file
-from fusekit.storage.faults import disk_fault
-from fusekit.storage.publish import sync_tree
 
 LISTING = "fusekit.json"
 _BLOCK = 1 << 22

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.capture.estimate import itemsize, parameters, shape_of, stored_dtype
+from fusekit.capture.models import Checkpoint
+from fusekit.devices import Processes
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.models.need import Need, main_memory, refuse_lacking
-from fusekit.representation.checkpoint import Checkpoint
-from fusekit.representation.estimate import itemsize, parameters, shape_of, stored_dtype
-from fusekit.representation.processes import Processes
-from fusekit.storage.faults import existing_parent, free_bytes, human
+from fusekit.resources import Need, main_memory, refuse_lacking
 
 HIDDEN_BYTES = {"float32": 40, "16 bits": 24, "autocast": 35}
 WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}

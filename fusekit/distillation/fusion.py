@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusekit.alignment.arrays import BoolArray, FloatArray, IntArray
-from fusekit.alignment.projection import NO_ID, Rows, merge_entries
+from fusekit.alignment.projection import NO_ID, merge_entries
 from fusekit.errors import DistillationError
-from fusekit.representation.tokenized_row import CapturedRow
+from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TopK
 
 LEVELS = ("sequence", "token")
 
@@ -45,7 +44,7 @@ class Candidate:
     """
 
     name: str
-    rows: Rows
+    rows: TopK
     taught: BoolArray
     cross_entropy: float
     label_nll: FloatArray | None = None
@@ -65,7 +64,7 @@ class Fused:
             the one chosen most often.
     """
 
-    rows: Rows
+    rows: TopK
     taught: BoolArray
     weights: FloatArray
     chosen: IntArray
@@ -215,13 +214,13 @@ def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
     return Fused(_rows(candidates, shares, taught), taught, shares, chosen.astype(np.int64), preferred)
 
 
-def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray) -> Rows:
+def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray) -> TopK:
     whole = [j for j in range(len(candidates)) if np.array_equal(shares[:, j], taught.astype(np.float64))]
     if whole:  # one candidate is all there is: its rows, bit for bit
         rows, known = candidates[whole[0]].rows, taught[:, None]
         if taught.all():
             return rows
-        return Rows(
+        return TopK(
             np.where(known, rows.ids, -1), np.where(known, rows.logprobs, -np.inf), np.where(taught, rows.tail, 1.0)
         )
     if any((candidate.rows.ids == NO_ID).any() for candidate in candidates):

@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment import tokenize
+from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.capture.store import Store
+from fusekit.devices import on_main, shared
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.processes import on_main, shared
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.targets import PIVOT, FusionDataset, Tokenizes
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError
-from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import CapturedRow, Part
-from fusekit.storage.store import Store
+from fusekit.types import CapturedRow, Part, Row
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fusekit.errors import DistillationError
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import CapturedRow
+from fusekit.types import CapturedRow, Row
 
 SHOWN = 5  # keys in a message
 
 
 class Captures(Protocol):
-    """What a model said about rows, by their keys: a :class:`fusekit.storage.Store`, or a dict.
+    """What a model said about rows, by their keys: a :class:`fusekit.capture.store.Store`, or a dict.
 
     ``keys`` may be an attribute or a method.
     """

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment, align_tokens
-from fusekit.alignment.arrays import BoolArray, IntArray
-from fusekit.alignment.projection import NO_ID, Rows, checked_rows, merge_entries
+from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
 from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.distillation.remembering import RememberingMap
 from fusekit.distillation.warping import warp_tokens
 from fusekit.errors import DistillationError
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+from fusekit.types import BoolArray, CapturedRow, IntArray, Row, TokenizedRow, TopK
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ class Projection:
     def apply(self, alignment: TokenAlignment, said: Predictions, pivot: Predictions | None = None) -> AlignedRows:
         """What a source said after each of its tokens, at the pivot's positions. pivot: what the pivot itself said."""
         if self.vocabulary_map is None:
-            return _as_they_are(alignment, Rows(*said.rows))
+            return _as_they_are(alignment, TopK(*said.rows))
         return _PROJECT[self.tokens](alignment, said, pivot, self, self.vocabulary_map)
 
 
@@ -77,7 +75,7 @@ class LabelRows:
             of the label: tokens of the pivot's template, text beyond the source's cut.
     """
 
-    rows: Rows
+    rows: TopK
     taught: BoolArray
     linked: BoolArray
     cases: IntArray
@@ -152,12 +150,12 @@ def _predictions(source: CapturedRow, known: IntArray, start: int, m: int) -> tu
     missing = at < 0
     if not len(source.actual):
         width = source.rows.ids.shape[1]
-        nothing = Rows(np.full((m, width), -1), np.full((m, width), -np.inf), np.ones(m))
+        nothing = TopK(np.full((m, width), -1), np.full((m, width), -np.inf), np.ones(m))
         return Predictions(nothing, np.zeros(m)), missing
     ids = np.where(missing[:, None], -1, source.rows.ids[at])
     logprobs = np.where(missing[:, None], -np.inf, source.rows.logprobs[at])
     tail = np.where(missing, 1.0, source.rows.tail[at])
-    return Predictions(Rows(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at])), missing
+    return Predictions(TopK(ids, logprobs, tail), np.where(missing, 0.0, source.actual[at])), missing
 
 
 def _by_span(
@@ -183,11 +181,11 @@ def _by_warping(
     return project_rows_by_rule(warp_tokens(alignment, into), into, said.rows, rule, collisions=how.collisions)
 
 
-def _as_they_are(alignment: TokenAlignment, rows: Rows) -> AlignedRows:
+def _as_they_are(alignment: TokenAlignment, rows: TopK) -> AlignedRows:
     at = alignment.source_at
     linked = (at >= 0) & (at < len(alignment.source) - 1)
     base = np.maximum(at, 0)
-    taken = Rows(rows.ids[base], rows.logprobs[base], rows.tail[base])
+    taken = TopK(rows.ids[base], rows.logprobs[base], rows.tail[base])
     cases = np.where(linked, int(Case.RULE), int(Case.UNLINKED))
     return AlignedRows(taken, cases, np.where(linked, at, -1))
 
@@ -246,4 +244,4 @@ def _at_labels(n: int, pieces: list[_Piece]) -> LabelRows:
         taught[to] = True
         cases[piece.labels] = np.where(certain, piece.aligned.cases[piece.positions], int(Case.UNLINKED))
         linked[piece.labels] = piece.linked[piece.positions]
-    return LabelRows(Rows(ids, logprobs, tail), taught, linked, cases)
+    return LabelRows(TopK(ids, logprobs, tail), taught, linked, cases)

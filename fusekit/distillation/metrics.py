@@ -6,16 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fusekit.alignment.arrays import FloatArray
-from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case
+from fusekit.capture.store import Store
 from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import Captures
 from fusekit.distillation.label_rows import LabelRows
 from fusekit.errors import DistillationError
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import CapturedRow, Part, TokenizedRow
-from fusekit.storage.store import Store
+from fusekit.types import CapturedRow, FloatArray, Part, Row, TokenizedRow, TopK
 
 PROJECTED = "projected_ce"
 """The metric of what is taught, not of the model: see :func:`projected_ce`."""
@@ -24,14 +21,14 @@ Place = tuple[int, int, bool]
 """Where a token ends: message, bytes of its content consumed, and whether the turn is ended too."""
 
 
-def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]]) -> list[float]:
+def projected_ce(candidates: Sequence[tuple[LabelRows | TopK, FloatArray | None]]) -> list[float]:
     """The mean cross-entropy of each candidate's rows on the pivot's labels, over the labels that all of them teach.
 
     A one-hot that stands in for a missing row is the label itself and says nothing of a teacher, so it does not count.
     Where no label is taught by all, each candidate's own labels count.
 
     Args:
-        candidates: each one's rows in the pivot's vocabulary (:class:`Rows` teach every label), and minus the
+        candidates: each one's rows in the pivot's vocabulary (:class:`TopK` teach every label), and minus the
             log-probability that they give to each of the n labels: float64 [n].
 
     Returns:
@@ -46,7 +43,7 @@ def projected_ce(candidates: Sequence[tuple[LabelRows | Rows, FloatArray | None]
             raise DistillationError(f"metric {PROJECTED} needs rows in the pivot's vocabulary: use bits_per_byte")
         losses.append(nll)
         everywhere = np.ones(len(nll), bool)
-        taught.append(everywhere if isinstance(rows, Rows) else rows.taught & (rows.cases != Case.ONE_HOT))
+        taught.append(everywhere if isinstance(rows, TopK) else rows.taught & (rows.cases != Case.ONE_HOT))
     common = np.logical_and.reduce(taught)
     counted = [common if common.any() else own for own in taught]
     return [float(nll[at].mean()) if at.any() else np.inf for nll, at in zip(losses, counted, strict=True)]
@@ -130,5 +127,5 @@ def until(row: CapturedRow, place: Place) -> CapturedRow:
     n = int(cut.labels.sum())
     total = float(row.actual.sum())
     share = float(row.actual[:n].sum()) / total if total < 0 else 0.0
-    rows = Rows(row.rows.ids[:n], row.rows.logprobs[:n], row.rows.tail[:n])
+    rows = TopK(row.rows.ids[:n], row.rows.logprobs[:n], row.rows.tail[:n])
     return CapturedRow(cut, row.dataset, rows, row.actual[:n], row.cross_entropy * share)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
+from fusekit.capture.models import Checkpoint, load_model
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.problems import nearest
-from fusekit.representation.checkpoint import Checkpoint
-from fusekit.representation.load import load_model
+from fusekit.yaml import nearest
 
 ADAPTER = "adapter"
 """Folder of the LoRA adapter beside the merged weights."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import xxhash
 
+from fusekit.artifacts import MANIFEST, commit_file, remove
 from fusekit.errors import StorageError
-from fusekit.storage.artifact import MANIFEST
-from fusekit.storage.commit import commit_file, remove
 
 NOTE = ".overwriting.json"
 """In the folder of the targets: by name the identity of each former target that is to be replaced."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import xxhash
 
+from fusekit import artifacts as artifact
+from fusekit.capture.store import Store
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import map_hash
-from fusekit.representation.rows import Row
-from fusekit.storage import artifact
-from fusekit.storage.store import Store
+from fusekit.types import Row
 
 Facts = dict[str, Any]
 

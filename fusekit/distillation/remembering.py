@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusekit.alignment.arrays import IntArray
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.types import IntArray
 
 _MOST = 1 << 20  # remainders kept, some 100 MB
 

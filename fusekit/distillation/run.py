@@ -15,23 +15,19 @@ from typing import Any
 from transformers import set_seed
 
 import fusekit
+from fusekit import artifacts as artifact
+from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
+from fusekit.capture.models import dequantise
+from fusekit.devices import Processes, is_main, on_main
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import refused, training_arguments
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
-from fusekit.distillation.processes import is_main, on_main
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.targets import PIVOT, FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
-from fusekit.models.gguf import split
-from fusekit.representation.load import dequantise
-from fusekit.representation.processes import Processes
-from fusekit.storage import artifact
-from fusekit.storage.commit import commit_file
-from fusekit.storage.faults import disk_fault
-from fusekit.storage.lock import output_lock
-from fusekit.storage.publish import recover, staging
+from fusekit.gguf import split
 
 STAGE = "distill"
 __all__ = ["FACTS", "JOINT", "PLAIN", "Inputs", "Target", "distill", "targets_of"]

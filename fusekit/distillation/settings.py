@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
-from fusekit.problems import nearest
+from fusekit.yaml import nearest
 
 _LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
 """Those that fusekit brings, known without importing torch."""

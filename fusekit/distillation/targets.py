@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from fusekit.alignment.arrays import FloatArray, IntArray
-from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused
 from fusekit.distillation.joining import Captures, Joined, join
@@ -21,8 +19,7 @@ from fusekit.distillation.sampling import IGNORED
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.training_log import CASE, CHOSEN, count_names, of_data
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import CapturedRow, TokenizedRow
+from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow, TopK
 
 PIVOT = "pivot"
 KEPT_BYTES = 128 << 20
@@ -176,7 +173,7 @@ class FusionDataset(Dataset[Example]):
         """Adds to ``counts``. Empty where no model has the row."""
         labels = tokens.ids[tokens.label_positions]
         captured: dict[str, CapturedRow] = {}
-        rows: dict[str, LabelRows | Rows] = {}
+        rows: dict[str, LabelRows | TopK] = {}
         if own is not None and self.fusion.include_pivot:
             captured[PIVOT], rows[PIVOT] = own, own.rows
         for name, source in self.sources.items():
@@ -219,20 +216,20 @@ class FusionDataset(Dataset[Example]):
             raise DistillationError(f"row {row.key} of {name}: {error}") from error
 
     def _candidate(
-        self, said: CapturedRow, name: str, given: LabelRows | Rows, metric: float, nll: FloatArray | None
+        self, said: CapturedRow, name: str, given: LabelRows | TopK, metric: float, nll: FloatArray | None
     ) -> Candidate:
         taught = given.taught if isinstance(given, LabelRows) else np.ones(len(said.actual), bool)
         rows = given.rows if isinstance(given, LabelRows) else given
         return Candidate(name, rows, taught, metric, nll, self.rewards.get(name, {}).get(said.tokens.key))
 
-    def _label_nll(self, said: CapturedRow, name: str, given: LabelRows | Rows, labels: IntArray) -> FloatArray | None:
+    def _label_nll(self, said: CapturedRow, name: str, given: LabelRows | TopK, labels: IntArray) -> FloatArray | None:
         """Nats per label of the pivot; None for rows in another vocabulary."""
-        if isinstance(given, Rows):
+        if isinstance(given, TopK):
             return -said.actual  # known also where the label is not listed, where the rows have only a bound
         return label_nll(given.rows, labels) if self.projections[name].into_pivot else None
 
 
-def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
+def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
     """Minus the log-probability that rows give to labels: nats, float64 [n].
 
     A label outside the entries has at most the tail and the least entry; that bound stands in for it.
@@ -250,7 +247,7 @@ def label_nll(rows: Rows, labels: IntArray) -> FloatArray:
     return nll
 
 
-def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | Rows], fused: Fused, names: list[str]) -> None:
+def _add_counts(counts: dict[str, float], rows: Mapping[str, LabelRows | TopK], fused: Fused, names: list[str]) -> None:
     counts["taught"] = float(np.sum(fused.taught))  # by any candidate, the pivot too
     if counts["taught"]:
         for name, share in zip(names, np.mean(fused.weights[fused.taught], axis=0), strict=True):

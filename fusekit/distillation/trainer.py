@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fusekit.alignment.arrays import FloatArray
 from fusekit.distillation import checkpoints
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.fusion import LM_WEIGHTS
@@ -24,6 +23,7 @@ from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.sampling import EpochSampler, WithBlanks
 from fusekit.distillation.training_log import RunningSums
 from fusekit.errors import DistillationError
+from fusekit.types import FloatArray
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fusekit.alignment.arrays import FloatArray
+from fusekit.types import FloatArray
 
 CHOSEN, CASE, DATA = "chosen/", "case/", "data/"
 

@@ -15,8 +15,7 @@ from scipy import sparse
 
 from fusekit.alignment import VocabularyMap, build_vocabulary_map, count_mappings, vocabulary_surfaces
 from fusekit.errors import StorageError
-from fusekit.representation.rows import Row
-from fusekit.representation.tokenized_row import Part, TokenizedRow
+from fusekit.types import Part, Row, TokenizedRow
 
 NAME = "vocabulary_map.npz"
 SAMPLED = 16

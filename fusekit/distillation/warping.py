@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fusekit.alignment.alignment import METHODS, TokenAlignment
-from fusekit.alignment.ends import TokenizedText
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.types import TokenizedText
 
 
 def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> TokenAlignment:

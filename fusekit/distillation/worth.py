@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.arrays import FloatArray
-from fusekit.alignment.projection import Rows
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.alignment.worth import TeacherWorth
+from fusekit.capture.store import Store
 from fusekit.distillation.inputs import Reading, projection_of
 from fusekit.distillation.joining import Captures, join
 from fusekit.distillation.label_rows import Projection, label_rows
@@ -21,8 +20,7 @@ from fusekit.distillation.metrics import last_place, until
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.distillation.targets import label_nll
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.representation.rows import Row
-from fusekit.storage.store import Store
+from fusekit.types import FloatArray, Row, TopK
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,7 @@ def measure(
     return worth
 
 
-def _survived(rows: Rows, into: VocabularyMap) -> FloatArray:
+def _survived(rows: TopK, into: VocabularyMap) -> FloatArray:
     """Of each row, the share of the listed mass that the map carries over: float64 [n]."""
     mass = np.where(rows.ids >= 0, np.exp(rows.logprobs), 0.0)
     listed = mass.sum(axis=1)

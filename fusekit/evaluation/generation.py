@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fusekit.capture.batches import plan_batches
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, DataError
-from fusekit.representation.batches import plan_batches
-from fusekit.representation.memory import is_out_of_memory, release
-from fusekit.representation.row_tokenizer import RowTokenizer
-from fusekit.representation.rows import Message, Row
-from fusekit.representation.tokenized_row import Part
+from fusekit.resources import is_out_of_memory, release
+from fusekit.types import Message, Part, Row
 
 
 class Question(NamedTuple):

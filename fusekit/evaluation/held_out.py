@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusekit.representation.reading import files_of, read_rows
-from fusekit.representation.rows import Row
-from fusekit.storage import artifact
+from fusekit import artifacts as artifact
+from fusekit.data.reading import files_of, read_rows
+from fusekit.types import Row
 
 
 def held_out_rows(
@@ -20,7 +20,7 @@ def held_out_rows(
         split, revision, name: of a data set on the hub; ``name`` is its configuration. Not ``train``, as elsewhere:
             models that are scored may have learnt from it.
 
-    Raises DataError as :func:`fusekit.representation.read_rows` does.
+    Raises DataError as :func:`fusekit.data.reading.read_rows` does.
     """
     return [
         row

@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs
 from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation.settings import LmEval, LmEvalTask
-from fusekit.storage import artifact
-from fusekit.storage.artifact import Inputs
 
 FOLDER = "lm_eval"
 """Of all its scores, beside those of held-out rows."""
@@ -145,7 +145,7 @@ class Harness:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        from fusekit.representation.memory import is_out_of_memory
+        from fusekit.resources import is_out_of_memory
 
         try:
             yield

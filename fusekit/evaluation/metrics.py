@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fusekit.capture.batches import BATCH_TOKENS
+from fusekit.capture.engine import Teacher
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capture.topk import Selection
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.evaluation.generation import Question, replies
-from fusekit.representation.batches import BATCH_TOKENS
-from fusekit.representation.chat_template import ChatTemplate
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.representation.row_tokenizer import RowTokenizer
-from fusekit.representation.rows import Row
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.tokenized_row import Part, TokenizedRow
-from fusekit.representation.topk import Selection
+from fusekit.types import Part, Row, TokenizedRow
 
 SLACK_TOKENS = 8
 """A reply may be that much longer than the right answer before it is stopped; it is wrong by then."""
@@ -62,7 +60,7 @@ def bits_per_byte(
     Raises:
         DataError: no row has a byte to predict, a row is too long for the model, or the model gives no distribution
             for one (names it).
-        CaptureError: see :meth:`fusekit.representation.teacher.Teacher.score`.
+        CaptureError: see :meth:`fusekit.capture.engine.Teacher.score`.
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)

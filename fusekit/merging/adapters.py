@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from fusekit.artifacts import disk_fault
 from fusekit.errors import MergeError
+from fusekit.hub import gather, read_headers, read_index, weight_entry
 from fusekit.merging.models import Model
-from fusekit.models.headers import gather, read_headers, read_index, weight_entry
-from fusekit.storage.faults import disk_fault
 
 
 def check_adapters(models: Iterable[Model], options: MergeOptions) -> None:

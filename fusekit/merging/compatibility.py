@@ -10,7 +10,7 @@ from mergekit.architecture import arch_info_for_config
 from fusekit.errors import MergeError
 from fusekit.merging.models import Model
 from fusekit.merging.references import OrderedConfiguration, references
-from fusekit.problems import Problems
+from fusekit.yaml import Problems
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
 SAME_MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from mergekit.options import MergeOptions
 
+from fusekit.artifacts import existing_parent, free_bytes
 from fusekit.errors import MergeError
+from fusekit.hub import Limit, memory_limits
 from fusekit.merging.models import Model
 from fusekit.merging.plan import Plan
-from fusekit.models.limits import Limit, memory_limits
-from fusekit.models.need import Need, refuse_lacking
-from fusekit.storage.faults import existing_parent, free_bytes
+from fusekit.resources import Need, refuse_lacking
 
 SMALL_FILES_BYTES = 1 << 20
 """Config, card, provenance and the like, without the tokenizer."""

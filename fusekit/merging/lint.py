@@ -11,8 +11,7 @@ from mergekit.merge_methods import registered_methods
 from pydantic import BaseModel, ValidationError
 
 from fusekit.merging.parameters import check_parameters, mappings
-from fusekit.problems import Problems, by_place, nearest
-from fusekit.safe_yaml import Document, KeyPath
+from fusekit.yaml import Document, KeyPath, Problems, by_place, nearest
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 

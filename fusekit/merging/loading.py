@@ -12,8 +12,8 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex,
 from mergekit.io.tasks import LoaderCache
 
 from fusekit.errors import MergeError
+from fusekit.hub import Headers
 from fusekit.merging.models import Model
-from fusekit.models.headers import Headers
 
 
 class CheckingLoader(LazyTensorLoader):

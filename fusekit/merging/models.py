@@ -11,16 +11,15 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from transformers import CONFIG_MAPPING
 
+from fusekit import gguf, hub
 from fusekit.errors import MergeError, RecipeError
+from fusekit.hub import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.merging.references import PinnedModel, pinned_model, references
-from fusekit.models import gguf, hub
-from fusekit.models.headers import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
-from fusekit.problems import Problems, nearest
-from fusekit.safe_yaml import KeyPath
+from fusekit.yaml import KeyPath, Problems, nearest
 
 _NO_GGUF = (
     'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
-    "fusekit.representation.load import dequantise; dequantise('{}', 'FOLDER')\")"
+    "fusekit.capture.models import dequantise; dequantise('{}', 'FOLDER')\")"
 )
 
 

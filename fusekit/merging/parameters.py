@@ -9,8 +9,7 @@ from typing import Any
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
-from fusekit.problems import Problems, nearest, reasons
-from fusekit.safe_yaml import KeyPath
+from fusekit.yaml import KeyPath, Problems, nearest, reasons
 
 
 def check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Problems) -> None:

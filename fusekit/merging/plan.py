@@ -18,6 +18,7 @@ from mergekit.plan import MergePlanner
 from pydantic import BaseModel
 
 from fusekit.errors import FusekitError, MergeError
+from fusekit.hub import TensorHeader
 from fusekit.merging.compatibility import (
     check_architectures,
     check_layer_ranges,
@@ -26,8 +27,7 @@ from fusekit.merging.compatibility import (
 )
 from fusekit.merging.models import Model
 from fusekit.merging.references import OrderedConfiguration
-from fusekit.models.headers import TensorHeader
-from fusekit.problems import Problems, nearest
+from fusekit.yaml import Problems, nearest
 
 MAX_REPORTED = 8
 ANY = -1

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fusekit.storage.faults import human
+from fusekit.artifacts import human
 
 LINE_SECONDS = 10.0
 

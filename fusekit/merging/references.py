@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from pydantic import BaseModel
 
-from fusekit.safe_yaml import KeyPath
+from fusekit.yaml import KeyPath
 
 
 class PinnedModel(ModelReference):

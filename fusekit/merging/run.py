@@ -13,7 +13,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
-from fusekit import safe_yaml
+from fusekit import yaml as safe_yaml
+from fusekit.artifacts import disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
 from fusekit.merge_methods.provenance import record_coefficients
 from fusekit.merging.adapters import check_adapters, merge_adapters
@@ -27,11 +28,8 @@ from fusekit.merging.plan import Plan, make_plan
 from fusekit.merging.progress import Progress
 from fusekit.merging.references import OrderedConfiguration, pin
 from fusekit.merging.verify import TOKENIZER_FILES, verify
-from fusekit.models.need import Need
-from fusekit.problems import Problems
-from fusekit.safe_yaml import Document
-from fusekit.storage import disk_fault, output_lock, recover, staging
-from fusekit.storage.faults import human
+from fusekit.resources import Need
+from fusekit.yaml import Document, Problems
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from fusekit.errors import MergeError
+from fusekit.hub import Headers, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.merging.loading import first_not_finite
 from fusekit.merging.plan import ANY, Plan, PlannedTensor
-from fusekit.models.headers import Headers, gather, is_pickle, read_headers, read_index, weight_entry
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from fusekit import artifacts as artifact
 from fusekit.distillation import overwriting
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError, StorageError
@@ -13,7 +14,6 @@ from fusekit.pipeline.layout import PIVOT, STAGES
 from fusekit.pipeline.stages import Context, align_inputs, rows_of
 from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
-from fusekit.storage import artifact
 
 
 def check_recipe(recipe: Recipe, stages: Collection[str] = STAGES) -> None:
@@ -46,8 +46,8 @@ def check_places(context: Context, stages: Collection[str] = STAGES) -> None:
 
     Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
     """
+    from fusekit.capture.writer import refuse_foreign
     from fusekit.pipeline.merging import check_place
-    from fusekit.storage.writer import refuse_foreign
 
     for stage in stages:
         for folder in _places(context, stage):
@@ -80,8 +80,8 @@ def check_stores(context: Context) -> None:
 
     Raises StorageError naming what differs, and the way out.
     """
-    from fusekit.representation.capture import data_fingerprint
-    from fusekit.storage import Store
+    from fusekit.capture.capture import data_fingerprint
+    from fusekit.capture.store import Store
 
     for name in context.readers.names:
         folder = context.layout.representation(name)

@@ -10,15 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import disk_fault, output_lock
+from fusekit.capture.writer import OF_STORES
 from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.distillation.overwriting import NOTE
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
-from fusekit.models.gguf import SUFFIX
+from fusekit.gguf import SUFFIX
 from fusekit.pipeline.layout import BASELINE, MERGED, OURS, PIVOT, STAGES, Layout
 from fusekit.recipe import Recipe, load_recipe
-from fusekit.storage import artifact, disk_fault, output_lock
-from fusekit.storage.writer import OF_STORES
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
 _OF_TRAININGS = re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
 from fusekit.distillation import overwriting, provenance
 from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import DistillSettings
@@ -15,8 +16,7 @@ from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, alignment_of
 from fusekit.pipeline.store_facts import store_facts
 from fusekit.recipe import Recipe
-from fusekit.safe_yaml import KeyPath
-from fusekit.storage import artifact
+from fusekit.yaml import KeyPath
 
 
 def distill(context: Context) -> list[Path]:
@@ -169,8 +169,8 @@ def _expected_facts(
     context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells how models were called."""
+    from fusekit.capture.store import Store
     from fusekit.distillation.joining import join
-    from fusekit.storage import Store
 
     teachers = _teachers(context, target)
     folders = {model: context.layout.representation(model) for model in (PIVOT, *teachers)}

@@ -12,6 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs, commit_file
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.data.reading import is_on_hub, read_rows
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
@@ -20,12 +26,7 @@ from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.pipeline.stages import Context, hash_of, paths_of, write_json
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe.sections import Evaluate
-from fusekit.representation import ChatTemplate, Row, RowTokenizer, read_rows
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.representation.reading import is_on_hub
-from fusekit.storage import artifact, commit_file
-from fusekit.storage.artifact import Inputs
+from fusekit.types import Row
 
 
 def check_held_out(context: Context) -> None:

@@ -11,8 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import fusekit
+from fusekit.artifacts import disk_fault
 from fusekit.errors import StorageError
-from fusekit.storage.faults import disk_fault
 
 NAME = "run.log"
 

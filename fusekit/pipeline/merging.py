@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import commit_file, output_lock, recover
 from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, merge_inputs
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
-from fusekit.storage import artifact, commit_file, output_lock, recover
 
 
 def merge(context: Context) -> None:
@@ -100,8 +101,7 @@ def check_section(recipe: Recipe) -> None:
         return
     from fusekit.distillation.outputs import targets_of
     from fusekit.merging.lint import check
-    from fusekit.problems import Problems
-    from fusekit.safe_yaml import Document
+    from fusekit.yaml import Document, Problems
 
     targets = targets_of(recipe.settings, [source.label for source in recipe.sources], Path("targets"))
     data = _models(recipe, [target.folder for target in targets], recipe.pivot.path) | dict(recipe.merge)

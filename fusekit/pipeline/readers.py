@@ -6,15 +6,14 @@ import datetime
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from fusekit import artifacts as artifact
+from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.data.templates import ChatTemplate, kept_date
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Pivot, Source
-from fusekit.representation import ChatTemplate, RowTokenizer
-from fusekit.representation.chat_template import kept_date
-from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.storage import artifact
 
 
 def choice_of(model: Pivot) -> ModelChoice:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fusekit.diagnosis import circumstances
+from fusekit.artifacts import commit_file
+from fusekit.capture.manifest import MANIFEST, Manifest, read_json
+from fusekit.environment import circumstances
 from fusekit.errors import FusekitError
 from fusekit.report.models import facts_of, read_models, write_models
 from fusekit.report.write import write_report
-from fusekit.storage import commit_file
-from fusekit.storage.manifest import MANIFEST, Manifest, read_json
 
 if TYPE_CHECKING:
     from fusekit.pipeline.stages import Context

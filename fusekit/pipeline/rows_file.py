@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusekit.errors import StorageError
-from fusekit.representation import Cut, Message, Row
+from fusekit.types import Cut, Message, Row
 
 NAME = "rows.jsonl"
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import yaml
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import commit_file, output_lock, remove
+from fusekit.devices import Processes
 from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline import checks, distilling, evaluating, merging, report_stage, stages
 from fusekit.pipeline.layout import OURS, STAGES, Layout
 from fusekit.pipeline.log import RunLog
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.stages import Context
-from fusekit.problems import nearest
 from fusekit.recipe import Recipe, load_recipe
-from fusekit.representation.processes import Processes
-from fusekit.storage import artifact, commit_file, output_lock
-from fusekit.storage.commit import remove
+from fusekit.yaml import nearest
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,20 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fusekit.diagnosis import circumstances
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Artifact, Inputs
+from fusekit.data.prepare import pack_text, prepare
+from fusekit.data.reading import read_rows
 from fusekit.distillation.settings import AlignmentSettings
+from fusekit.environment import circumstances
 from fusekit.errors import FusekitError, RecipeError, StorageError
-from fusekit.models.gguf import split
+from fusekit.gguf import split
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
-from fusekit.representation import Row, pack_text, prepare, read_rows
-from fusekit.storage import artifact
-from fusekit.storage.artifact import Artifact, Inputs
+from fusekit.types import Row
 
 Say = Callable[[str], None]
 
@@ -94,7 +96,7 @@ class Context:
 
 def dequantised_pivot(context: Context) -> None:
     """Make a plain checkpoint of a pivot that is a GGUF file, once: it is what every stage reads."""
-    from fusekit.representation.load import dequantise
+    from fusekit.capture.models import dequantise
 
     choice = context.readers.choice(PIVOT)
     if choice.dequantised is not None and split(choice.model) is not None:
@@ -167,7 +169,7 @@ def paths_of(path: str | list[str]) -> list[str]:
 
 def represent(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.representation.represent import represent as capture
+    from fusekit.capture.capture import represent as capture
 
     settings = capture_settings(context)
     reader = context.readers.reader(name)
@@ -184,10 +186,9 @@ def represent(context: Context, name: str, rows: list[Row]) -> None:
 
 
 def capture_settings(context: Context) -> Any:
-    """The section ``represent`` as :func:`fusekit.representation.represent.represent` takes it."""
-    from fusekit.representation.capture import CaptureOptions
-    from fusekit.representation.represent import Settings
-    from fusekit.representation.topk import Selection
+    """The section ``represent`` as :func:`fusekit.capture.capture.represent` takes it."""
+    from fusekit.capture.capture import CaptureOptions, Settings
+    from fusekit.capture.topk import Selection
 
     section = context.recipe.represent
     return Settings(
@@ -288,7 +289,7 @@ def alignment_of(context: Context, source: str) -> AlignmentSettings:
 
 def ids_of(context: Context, source: str) -> int:
     """Above every id that a source's store can hold."""
-    from fusekit.representation.represent import vocabulary_size
+    from fusekit.capture.capture import vocabulary_size
 
     return vocabulary_size(context.readers.checkpoint(source), context.readers.reader(source))
 

@@ -6,7 +6,7 @@ from fusekit.alignment import VocabularyMap
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, roles_of
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, alignment_of, ids_of
-from fusekit.representation import Row
+from fusekit.types import Row
 
 
 def vocabulary_map(context: Context, source: str, rows: list[Row]) -> VocabularyMap | None:

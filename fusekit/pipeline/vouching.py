@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import MANIFEST, Artifact
 from fusekit.errors import StorageError
-from fusekit.storage import artifact
-from fusekit.storage.artifact import MANIFEST, Artifact
 
 _DECIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
+from fusekit.capture.store import Store
 from fusekit.errors import StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, alignment_of
-from fusekit.representation import Row
-from fusekit.storage import Store, artifact
+from fusekit.types import Row
 
 EXAMPLES = 256
 """Read of a run's rows, evenly spaced: some ten thousands of labels."""

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+from fusekit.data.formats import form_of, parse_record
+from fusekit.data.prepare import pack_text, prepare
+from fusekit.data.reading import READERS, is_on_hub, read_rows
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.plan.models import Models
 from fusekit.recipe.sections import Data
-from fusekit.representation import Row, RowTokenizer, pack_text, prepare, read_rows
-from fusekit.representation.forms import form_of, parse_record
-from fusekit.representation.reading import READERS, is_on_hub
+from fusekit.types import Row
 
 READ_WHOLE_BYTES = 64 << 20
 """Files up to this size together are read from end to end; of larger ones a sample is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusekit.models.need import Need
+from fusekit.resources import Need
 
 TO_DO, GOES_ON, REUSED, REFUSED = "to do", "goes on", "reused", "refused"
 """Nothing is there; a part is; all of it, from the same inputs; something made from other inputs, or by no run."""

@@ -10,14 +10,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.capture import estimate as capture
+from fusekit.capture.capture import vocabulary_size
+from fusekit.data.reading import is_on_hub
+from fusekit.devices import Processes
 from fusekit.distillation import estimate as training
 from fusekit.distillation.outputs import Target, targets_of
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.evaluation.held_out import held_out_rows
-from fusekit.models.gguf import SUFFIX
-from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need
+from fusekit.gguf import SUFFIX
+from fusekit.hub import memory_limits
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.evaluating import models_of
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
@@ -28,12 +32,8 @@ from fusekit.plan.figures import REFUSED, REUSED, Plan, Step
 from fusekit.plan.models import SAID, Known, Models, find_models
 from fusekit.plan.reuse import Output, foreign, step_for
 from fusekit.recipe import Recipe
-from fusekit.representation import Row
-from fusekit.representation import estimate as capture
-from fusekit.representation.processes import Processes
-from fusekit.representation.reading import is_on_hub
-from fusekit.representation.represent import vocabulary_size
-from fusekit.storage.faults import existing_parent, free_bytes, human
+from fusekit.resources import Need
+from fusekit.types import Row
 
 SMALL_FILES = 2 << 20
 """Of a checkpoint besides its weights, where they are not at hand to be added up."""

@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 
+from fusekit.capture.codec import Codec
+from fusekit.capture.engine import Teacher
+from fusekit.capture.estimate import loaded_bytes
+from fusekit.capture.models import load_model, longest_input, valid_ids
+from fusekit.capture.topk import Selection
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation import models as distilled
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.label_logits import LabelLogits
@@ -20,16 +26,11 @@ from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import FusionSettings, TrainingSettings
 from fusekit.distillation.targets import FusionDataset
-from fusekit.models.limits import memory_limits
-from fusekit.models.need import Need
+from fusekit.hub import memory_limits
 from fusekit.plan.models import Known
 from fusekit.recipe.sections import Represent
-from fusekit.representation import CapturedRow, Row, RowTokenizer
-from fusekit.representation.estimate import loaded_bytes
-from fusekit.representation.load import load_model, longest_input, valid_ids
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.topk import Selection
-from fusekit.storage.codec import Codec
+from fusekit.resources import Need
+from fusekit.types import CapturedRow, Row
 
 BUDGET_SECONDS = 2.0
 """Of forwards per model, and of training; a batch that has begun is finished."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusekit.models.headers import DTYPES, Headers, TensorHeader, read_headers
-from fusekit.models.need import Need
-from fusekit.representation.checkpoint import Checkpoint
-from fusekit.representation.estimate import itemsize, shape_of
+from fusekit.capture.estimate import itemsize, shape_of
+from fusekit.capture.models import Checkpoint
+from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
+from fusekit.resources import Need
 
 _SIZES = dict(DTYPES.values())
 

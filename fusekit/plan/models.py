@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fusekit.capture.estimate import itemsize
+from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import FusekitError
-from fusekit.models.hub import HubUnreachableError
+from fusekit.hub import HubUnreachableError
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import ModelSize, Pivot
-from fusekit.representation import RowTokenizer
-from fusekit.representation.checkpoint import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.representation.estimate import itemsize
 
 LOCAL, CACHED, HUB, SAID = "folder", "cache", "hub", "recipe"
 """Where what is known of a model comes from."""

@@ -6,6 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
+from fusekit.capture.capture import store_spec, vocabulary_size
+from fusekit.capture.manifest import MANIFEST, Manifest, keys_hash, read_json
+from fusekit.capture.models import dequantised_from
+from fusekit.capture.store import Store
+from fusekit.capture.writer import refuse_foreign
 from fusekit.distillation import checkpoints, overwriting
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
@@ -17,12 +23,7 @@ from fusekit.pipeline.stages import Context
 from fusekit.plan.figures import GOES_ON, REFUSED, REUSED, TO_DO, Step
 from fusekit.plan.models import Models
 from fusekit.recipe import Recipe
-from fusekit.representation import Row
-from fusekit.representation.load import dequantised_from
-from fusekit.representation.represent import store_spec, vocabulary_size
-from fusekit.storage import Store, artifact
-from fusekit.storage.manifest import MANIFEST, Manifest, keys_hash, read_json
-from fusekit.storage.writer import refuse_foreign
+from fusekit.types import Row
 
 HASHED_BYTES = 40 << 30
 """Weights in folders are read through to be compared with what an artifact was made from, up to this size."""

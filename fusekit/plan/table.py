@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from fusekit.models.need import Need
+from fusekit.artifacts import human
 from fusekit.plan.figures import GOES_ON, Plan, Step
-from fusekit.storage.faults import human
+from fusekit.resources import Need
 
 WIDTH = 100
 _HEAD = ("what", "state", "rows", "tokens", "disk", "memory", "time")

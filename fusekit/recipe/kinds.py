@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from fusekit import safe_yaml
+from fusekit import yaml as safe_yaml
 from fusekit.errors import RecipeError
 
 FUSION = ("pivot", "sources", "include", "preset")

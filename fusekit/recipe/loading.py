@@ -10,12 +10,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from fusekit import safe_yaml
+from fusekit import yaml as safe_yaml
 from fusekit.errors import RecipeError
-from fusekit.problems import nearest
 from fusekit.recipe.presets import PRESETS
 from fusekit.recipe.sections import Places, Recipe
-from fusekit.safe_yaml import Document, KeyPath
+from fusekit.yaml import Document, KeyPath, nearest
 
 MAX_INCLUDES = 16
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from fusekit.capture.codec import DEFAULT_MAX_ERROR
 from fusekit.distillation.settings import (
     AlignmentSettings,
     DistillSettings,
@@ -20,9 +21,8 @@ from fusekit.distillation.settings import (
     clashes,
 )
 from fusekit.evaluation.settings import LmEval
-from fusekit.models.gguf import SUFFIX
-from fusekit.safe_yaml import KeyPath
-from fusekit.storage.codec import DEFAULT_MAX_ERROR
+from fusekit.gguf import SUFFIX
+from fusekit.yaml import KeyPath
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
 _BATCH_TOKENS = "Tokens of a batch, padding included; null: what suits the device."

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from fusekit.artifacts import Artifact
 from fusekit.pipeline.layout import PIVOT
 from fusekit.report import provenance, results, sections, text
 from fusekit.report.coefficients import heat_map, short_names
 from fusekit.report.facts import Facts
 from fusekit.report.page import environment, titled
-from fusekit.storage.artifact import Artifact
 
 FUSEKIT = "fusekit"
 _ARXIV = "https://arxiv.org/abs/"

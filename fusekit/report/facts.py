@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fusekit import safe_yaml
+from fusekit import artifacts as artifact
+from fusekit import yaml as safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
+from fusekit.artifacts import Artifact
+from fusekit.capture.store import Store
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.recipe.sections import last_part
 from fusekit.report import present, text
 from fusekit.report.models import ModelFacts, read_models
 from fusekit.report.records import Coefficients, Counts, Quality, Results, Scores, Training, Worth
-from fusekit.storage import Store, artifact
-from fusekit.storage.artifact import Artifact
 
 TRAINING = "training.json"
 COEFFICIENTS = "coefficients.json"

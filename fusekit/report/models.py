@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from fusekit.storage.commit import commit_file
+from fusekit.artifacts import commit_file
 
 if TYPE_CHECKING:
-    from fusekit.representation.checkpoint import Checkpoint
+    from fusekit.capture.models import Checkpoint
 
 MODELS_FILE = "models.json"
 
@@ -100,7 +100,7 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any = None) -> ModelFacts:
 def count_parameters(folder: Path, files: Mapping[str, int]) -> int | None:
     """Elements of all tensors of safetensors files; None where one of them is not on disk, or cannot be read."""
     from fusekit.errors import FusekitError
-    from fusekit.models.headers import read_headers
+    from fusekit.hub import read_headers
 
     names = sorted(name for name in files if name.endswith(".safetensors"))
     if not names or not all((folder / name).is_file() for name in names):

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fusekit.artifacts import Artifact
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
@@ -18,7 +19,6 @@ from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report import text
 from fusekit.report.records import Results, Scores
-from fusekit.storage.artifact import Artifact
 
 _MODELS = "targets/"
 

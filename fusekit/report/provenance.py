@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fusekit.artifacts import Artifact, human, joined_hash
 from fusekit.pipeline.layout import PIVOT
 from fusekit.report import text
 from fusekit.report.facts import Facts
 from fusekit.report.records import Training
-from fusekit.storage.artifact import Artifact, joined_hash
-from fusekit.storage.faults import human
 
 CARD = "README.md"
 BASELINE_PLACE = "baselines/sft"

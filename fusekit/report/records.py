@@ -12,7 +12,7 @@ class _Record(BaseModel):
 
 
 class Counts(_Record):
-    """``data/counts.json``: what became of the rows (:class:`fusekit.representation.DataCounts`)."""
+    """``data/counts.json``: what became of the rows (:class:`fusekit.data.prepare.DataCounts`)."""
 
     seen: int
     kept: int

@@ -9,6 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from fusekit.artifacts import human
+from fusekit.capture.store import Store
+from fusekit.data.prepare import DROPPED, REASONS
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
 from fusekit.recipe.presets import PRESETS
@@ -18,9 +21,6 @@ from fusekit.report.facts import Facts
 from fusekit.report.graph import MOST_CHARACTERS, Graph, Node, graph
 from fusekit.report.models import ModelFacts
 from fusekit.report.records import Training
-from fusekit.representation.filters import DROPPED, REASONS
-from fusekit.storage import Store
-from fusekit.storage.faults import human
 
 COLOURS = 8
 _KEYS = 3  # of rows, in a table

@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import commit_file
 from fusekit.report.card import card
 from fusekit.report.facts import Facts, read_facts
 from fusekit.report.page import page
 from fusekit.report.provenance import CARD
-from fusekit.storage import artifact, commit_file
 
 
 def write_report(out: Path, *, with_card: bool = True) -> list[str]:

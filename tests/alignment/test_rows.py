@@ -10,7 +10,6 @@ import pytest
 from fusekit.alignment import (
     Case,
     Predictions,
-    Rows,
     align,
     align_tokens,
     plan_rows,
@@ -22,6 +21,7 @@ from fusekit.alignment import (
 )
 from fusekit.alignment.rows import TAILS
 from fusekit.errors import AlignmentError
+from fusekit.types import TopK
 from tests.alignment import reference
 from tests.alignment.maps import target, vocabulary_map
 from tests.alignment.texts import EDGE_CASES
@@ -163,7 +163,7 @@ def predictions(alignment, vocabulary: int, seed: int):
         for a, b, c in zip(ids, mass, tail, strict=True)
     ]
     with np.errstate(divide="ignore"):
-        given = Predictions(Rows(ids, np.log(mass), tail), np.where(unknown, np.nan, np.log(actual)))
+        given = Predictions(TopK(ids, np.log(mass), tail), np.where(unknown, np.nan, np.log(actual)))
     return given, (plain, [None if u else float(a) for a, u in zip(actual, unknown, strict=True)])
 
 

@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusekit.capture import estimate as capture
+from fusekit.capture.engine import CHUNK_BYTES
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.data.reading import read_rows
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import Processes
 from fusekit.distillation import estimate
 from fusekit.distillation.inputs import Inputs
 from fusekit.distillation.models import load_pivot
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.models.limits import memory_limits, taken_bytes
-from fusekit.representation import estimate as capture
-from fusekit.representation import read_rows
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.representation.processes import Processes
-from fusekit.representation.row_tokenizer import RowTokenizer
-from fusekit.representation.teacher import CHUNK_BYTES
+from fusekit.hub import memory_limits, taken_bytes
 
 PIVOT = Path(__file__).parents[2] / "demo" / "models" / "pivot"
 

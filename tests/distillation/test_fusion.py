@@ -7,20 +7,21 @@ import math
 import numpy as np
 import pytest
 
-from fusekit.alignment.projection import NO_ID, Rows
+from fusekit.alignment.projection import NO_ID
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, LM_WEIGHTS, METRICS, Candidate, Fused
 from fusekit.errors import DistillationError
+from fusekit.types import TopK
 from tests.distillation import reference
 
 
-def rows(*entries: dict[int, float]) -> Rows:
+def rows(*entries: dict[int, float]) -> TopK:
     """One row per dictionary {id: probability}, largest first; what is missing to 1 is its tail."""
     k = max(len(row) for row in entries)
     ids, logprobs = np.full((len(entries), k), -1), np.full((len(entries), k), -np.inf)
     for i, row in enumerate(entries):
         for j, (id_, p) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
             ids[i, j], logprobs[i, j] = id_, math.log(p)
-    return Rows(ids, logprobs, np.array([1 - math.fsum(row.values()) for row in entries]))
+    return TopK(ids, logprobs, np.array([1 - math.fsum(row.values()) for row in entries]))
 
 
 def as_dict(fused: Fused, position: int) -> dict[int, float]:
@@ -62,7 +63,7 @@ def random_candidates(seed: int, K: int, n: int = 9, k: int = 4, V: int = 12) ->
         found.append(
             Candidate(
                 f"model {j}",
-                Rows(ids, np.log(mass), 1 - mass.sum(1)),
+                TopK(ids, np.log(mass), 1 - mass.sum(1)),
                 taught,
                 float(rng.uniform(0.5, 3)),
                 rng.uniform(0, 4, n),
@@ -211,7 +212,7 @@ class TestAll:
 
     def test_no_labels(self, name):
         empty = Candidate(
-            "m", Rows(np.zeros((0, 4), np.int64), np.zeros((0, 4)), np.zeros(0)), np.zeros(0, bool), 1.0, None, 1.0
+            "m", TopK(np.zeros((0, 4), np.int64), np.zeros((0, 4)), np.zeros(0)), np.zeros(0, bool), 1.0, None, 1.0
         )
         assert len(FUSION_FUNCTIONS[name]([empty, empty]).taught) == 0
 

@@ -10,8 +10,6 @@ import pytest
 from fusekit.alignment import (
     Case,
     Predictions,
-    Rows,
-    TokenizedText,
     VocabularyMap,
     align_tokens,
     build_vocabulary_map,
@@ -21,9 +19,7 @@ from fusekit.alignment import (
 from fusekit.alignment.projection import NO_ID
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.representation import Message, Part, Row, TokenizedRow
-from fusekit.representation.rows import FRAGMENT, TEXT
-from fusekit.representation.tokenized_row import CapturedRow
+from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TokenizedText, TopK
 from tests.distillation import worlds
 
 PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
@@ -34,13 +30,13 @@ TEXT_ROWS = [
 ]
 
 
-def entry(rows: Rows, at: int) -> tuple[list[tuple[int, float]], float]:
+def entry(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
     """One row as plain numbers."""
     pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0]
     return pairs, float(rows.tail[at])
 
 
-def numbers(rows: Rows, at: int) -> tuple[list[tuple[int, float]], float]:
+def numbers(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
     """One row as plain numbers, with entries that have no id."""
     pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i != -1]
     return pairs, float(rows.tail[at])
@@ -267,7 +263,7 @@ def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None
     alignment = align_tokens("a", ours, ours)
     ids, mass = np.array([[12, 10, 13, 11, -1]] * 2), np.array([[0.3, 0.25, 0.2, 0.15, 0.0]] * 2)
     with np.errstate(divide="ignore"):
-        said = Predictions(Rows(ids, np.log(mass), np.full(2, 0.1)), np.zeros(2))
+        said = Predictions(TopK(ids, np.log(mass), np.full(2, 0.1)), np.zeros(2))
     found = Projection(made, tokens="matched").apply(alignment, said)
     assert found.taught.tolist() == [True, False]
     assert found.rows.ids[0].tolist() == [7, NO_ID, NO_ID]

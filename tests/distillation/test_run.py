@@ -13,14 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import output_lock
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capture.store import Store
+from fusekit.capture.writer import StoreWriter
 from fusekit.distillation import run as distillation_run
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import CaptureError, DistillationError, FusekitError, StorageError
-from fusekit.representation import CapturedRow
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.storage import Store, StoreSpec, StoreWriter, artifact, output_lock
+from fusekit.types import CapturedRow
 from tests.distillation import worlds
 from tests.pipeline.artifacts import differences
 from tests.representation.random_models import random_model

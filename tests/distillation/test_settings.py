@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fusekit.alignment import build_vocabulary_map
+from fusekit.artifacts import differences
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.errors import DistillationError
-from fusekit.storage.artifact import differences
 from tests.distillation import worlds
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment import Case, Rows, build_vocabulary_map
+from fusekit.alignment import Case, build_vocabulary_map
 from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import join
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
@@ -18,7 +18,7 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import OTHERS, FusionDataset, label_nll
 from fusekit.distillation.training_log import counts_by_data
 from fusekit.errors import DistillationError
-from fusekit.representation import CapturedRow, Message, Row
+from fusekit.types import CapturedRow, Message, Row, TopK
 from tests.distillation import runs, worlds
 
 PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
@@ -136,7 +136,7 @@ def test_rows_that_the_pivots_store_lacks_are_read_or_left_out() -> None:
 
 def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach() -> None:
     nll = np.array([1.0, 2.0, 4.0, 8.0])
-    rows = Rows(np.zeros((4, 1), np.int64), np.zeros((4, 1)), np.zeros(4))
+    rows = TopK(np.zeros((4, 1), np.int64), np.zeros((4, 1)), np.zeros(4))
     cases = np.array([Case.SAME, Case.ONE_HOT, Case.SAME, Case.UNLINKED])
     given = LabelRows(rows, np.array([True, True, True, False]), np.ones(4, bool), cases)
     assert projected_ce([(rows, nll), (given, nll / 2)]) == [2.5, 1.25]
@@ -293,7 +293,7 @@ def test_rows_cut_at_other_places_are_judged_over_what_all_have(metric: str) -> 
 
 
 def test_the_nll_of_a_label_outside_the_entries_is_a_bound() -> None:
-    rows = Rows(
+    rows = TopK(
         np.array([[3, 5], [3, -1], [3, 5]]),
         np.log(np.array([[0.6, 0.1], [0.9, 1.0], [0.5, 0.5]])),
         np.array([0.3, 0.05, 0.0]),

@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, Subset
 
 from fusekit.alignment import build_vocabulary_map
+from fusekit.capture.engine import Teacher
+from fusekit.capture.topk import Selection
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.sampling import EpochSampler
@@ -22,8 +24,6 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import Objective
 from fusekit.errors import DistillationError
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.topk import Selection
 from tests.distillation import runs, worlds
 from tests.representation.random_models import random_model
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.alignment import Rows, build_vocabulary_map
+from fusekit.alignment import build_vocabulary_map
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.worth import RATIO_LIMIT
 from fusekit.cli import cli
@@ -20,7 +20,7 @@ from fusekit.distillation.label_rows import Projection, label_rows
 from fusekit.distillation.targets import label_nll
 from fusekit.distillation.worth import measure
 from fusekit.errors import DistillationError
-from fusekit.representation.tokenized_row import CapturedRow
+from fusekit.types import CapturedRow, TopK
 from tests.distillation import worlds
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -92,7 +92,7 @@ def test_an_examples_end_is_where_both_models_have_read() -> None:
     whole = measure(ROWS, pivot, source, Projection(MAP))
     cut = {}
     for key, said in source.items():  # without its last label, the end of the turn
-        rows = Rows(said.rows.ids[:-1], said.rows.logprobs[:-1], said.rows.tail[:-1])
+        rows = TopK(said.rows.ids[:-1], said.rows.logprobs[:-1], said.rows.tail[:-1])
         at = int(said.tokens.label_positions[-1])
         kept = {name: getattr(said.tokens, name)[:at] for name in ("ids", "message", "part", "ends", "lows", "labels")}
         cut[key] = replace(said, tokens=replace(said.tokens, **kept), rows=rows, actual=said.actual[:-1])

@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from fusekit.alignment import Rows, tokenize
-from fusekit.representation import CapturedRow, Message, Part, Row, TokenizedRow
-from fusekit.representation.rows import FRAGMENT, TEXT
+from fusekit.alignment import tokenize
+from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
 ENGLISH = "the a fusion of several models learns what each model knows and none of them forgets where two texts part"
@@ -99,7 +98,7 @@ def certain(tokens: TokenizedRow, dataset: str = "") -> CapturedRow:
     """A model that knows the text: every row is its label."""
     labels = tokens.ids[tokens.label_positions]
     n = len(labels)
-    return CapturedRow(tokens, dataset, Rows(labels[:, None], np.zeros((n, 1)), np.zeros(n)), np.zeros(n), 0.0)
+    return CapturedRow(tokens, dataset, TopK(labels[:, None], np.zeros((n, 1)), np.zeros(n)), np.zeros(n), 0.0)
 
 
 def guessing(tokens: TokenizedRow, vocabulary: int, k: int = 4, seed: int = 0, sharpness: float = 1.0) -> CapturedRow:
@@ -114,7 +113,7 @@ def guessing(tokens: TokenizedRow, vocabulary: int, k: int = 4, seed: int = 0, s
     top = np.take_along_axis(logprobs, ids, 1)
     actual = logprobs[np.arange(n), labels]
     tail = np.maximum(1 - np.exp(top).sum(axis=1), 0.0)
-    return CapturedRow(tokens, "", Rows(ids, top, tail), actual, float(-actual.sum()))
+    return CapturedRow(tokens, "", TopK(ids, top, tail), actual, float(-actual.sum()))
 
 
 def by_key(rows: Sequence[CapturedRow]) -> dict[str, CapturedRow]:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError
 from fusekit.evaluation import exact_match
 from fusekit.evaluation.generation import Question, _text, eos_ids, plain_generation, replies, turn_ends
-from fusekit.representation import ChatTemplate, Message, Row, RowTokenizer
+from fusekit.types import Message, Row
 
 DEMO = Path(__file__).parents[2] / "demo"
 QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9="]

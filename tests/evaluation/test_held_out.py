@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.cli import cli
+from fusekit.data import reading
 from fusekit.errors import DataError
 from fusekit.evaluation.held_out import held_out_hash, held_out_rows
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
-from fusekit.representation import reading
 from tests.pipeline.conftest import finished, first  # noqa: F401
 from tests.pipeline.worlds import stamps
 

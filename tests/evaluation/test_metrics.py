@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusekit.capture.engine import Teacher
+from fusekit.capture.models import ModelChoice
+from fusekit.data.prepare import pack_text
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.evaluation import Score, bits_per_byte, exact_match
 from fusekit.evaluation.metrics import ends_counted, evaluate_model
 from fusekit.evaluation.table import table
-from fusekit.representation import Cut, Message, Row, RowTokenizer, pack_text
-from fusekit.representation.checkpoint import ModelChoice
-from fusekit.representation.teacher import Teacher
+from fusekit.types import Cut, Message, Row
 from tests import reference
 
 DEMO = Path(__file__).parents[2] / "demo" / "models"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fusekit.artifacts import disk_fault
 from fusekit.errors import StorageError
 from fusekit.merging import Settings, merge
-from fusekit.storage import disk_fault
 from tests.merging.conftest import listing, traces
 from tests.merging.processes import fusekit_merge, strace_works, under_strace
 

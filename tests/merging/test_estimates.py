@@ -10,8 +10,8 @@ import torch
 from mergekit.options import MergeOptions
 
 from fusekit.errors import MergeError
+from fusekit.hub import cgroup_limits
 from fusekit.merging import Settings, merge
-from fusekit.models.limits import cgroup_limits
 from tests.helpers import family
 from tests.merging.conftest import listing, traces
 from tests.merging.processes import fusekit_merge

@@ -148,8 +148,8 @@ def test_children_can_be_stopped(workshop, recipe):
 def test_ctrl_c_after_the_publication_does_not_deny_it(recipe, workshop, monkeypatch, overwrite):
     from click.testing import CliRunner
 
+    from fusekit import artifacts as publish
     from fusekit.cli.merge import merge
-    from fusekit.storage import publish
 
     monkeypatch.chdir(workshop)
     arguments = ["recipe.yml", "out", "--quiet"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fusekit.artifacts import output_lock
 from fusekit.errors import MergeError, StorageError
 from fusekit.merging import Settings, merge
-from fusekit.storage import output_lock
 from tests.merging.conftest import traces
 from tests.merging.processes import Child, fusekit_merge, is_stopped, stop_self, wait_until
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusekit import safe_yaml
+from fusekit import yaml as safe_yaml
 from fusekit.errors import FusekitError, MergeError, RecipeError
 from fusekit.merging import Settings, merge
 from fusekit.merging.lint import lint

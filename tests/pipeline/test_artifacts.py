@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.storage import artifact
+from fusekit import artifacts as artifact
 from tests.pipeline.artifacts import differences
 
 

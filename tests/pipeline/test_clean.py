@@ -9,11 +9,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fusekit import artifacts as artifact
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
-from fusekit.storage import artifact
 from tests.pipeline.worlds import stamps, with_sources
 
 

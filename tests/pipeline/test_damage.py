@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusekit import artifacts as artifact
 from fusekit.distillation.run import Target, _begin, _start
 from fusekit.errors import FusekitError
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
 from fusekit.pipeline.vouching import weights_hash
-from fusekit.representation import Message, Row
-from fusekit.storage import artifact
+from fusekit.types import Message, Row
 
 FACTS = {"rows": {"count": 2}, "settings": {"epochs": 1.0}}
 

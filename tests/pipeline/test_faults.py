@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
+from fusekit.artifacts import output_lock
 from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
-from fusekit.storage import output_lock
 from tests.helpers import edit_tensors
 from tests.merging.processes import Finished
 from tests.merging.test_disk import mounted  # noqa: F401

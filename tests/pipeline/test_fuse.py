@@ -99,7 +99,7 @@ def test_trust_for_all_models_is_said_aloud_and_stands_in_the_recipe(first, tmp_
 def test_the_cache_is_that_of_every_model_of_the_run(first, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    from fusekit.models import hub
+    from fusekit import hub
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE)
     asked: list[str] = []

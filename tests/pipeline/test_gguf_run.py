@@ -13,6 +13,9 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from fusekit import artifacts as artifact
+from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capture.store import Store
 from fusekit.cli import cli as commands
 from fusekit.errors import MergeError, RecipeError, StorageError
 from fusekit.pipeline import cleaning
@@ -20,8 +23,6 @@ from fusekit.pipeline.run import run
 from fusekit.plan.figures import REFUSED, REUSED, TO_DO
 from fusekit.plan.make import make_plan
 from fusekit.recipe import load_recipe
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.storage import Store, artifact
 from tests.gguf_files import write_gguf
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
 

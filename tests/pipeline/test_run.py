@@ -10,12 +10,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fusekit import artifacts as artifact
+from fusekit.capture.store import Store
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
 from fusekit.report.write import write_report
-from fusekit.storage import Store, artifact
 from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
 
 SUMMARIES = {

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import output_lock
+from fusekit.capture.models import find_checkpoint, load_tokenizer
 from fusekit.cli import cli
 from fusekit.cli.stopping import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
@@ -29,9 +32,6 @@ from fusekit.pipeline.readers import Readers, choice_of
 from fusekit.pipeline.run import chosen_stages, run
 from fusekit.pipeline.stages import Context
 from fusekit.recipe import load_recipe
-from fusekit.representation.checkpoint import find_checkpoint
-from fusekit.representation.load import load_tokenizer
-from fusekit.storage import artifact, output_lock
 from tests.pipeline.worlds import DEMO, flip, stamps, write_recipe
 
 
@@ -208,7 +208,7 @@ def test_a_map_of_other_tokenizers_is_refused(first):
 
 def choice_at(place: str):
     """A model of the demo."""
-    from fusekit.representation.checkpoint import ModelChoice
+    from fusekit.capture.models import ModelChoice
 
     return ModelChoice(str(DEMO / place))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fusekit.storage import artifact
+from fusekit import artifacts as artifact
 
 DEMO = Path(__file__).parents[2] / "demo"
 ROWS = [

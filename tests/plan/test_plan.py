@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit import shipped_recipes
+from fusekit.capture.capture import represent
 from fusekit.cli import cli
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.pipeline import stages
@@ -27,7 +27,7 @@ from fusekit.plan.figures import GOES_ON, REFUSED, REUSED, TO_DO, Plan
 from fusekit.plan.make import PAGE_BYTES, make_plan
 from fusekit.plan.table import WIDTH, table
 from fusekit.recipe import load_recipe
-from fusekit.representation.represent import represent
+from fusekit.recipe import shipped as shipped_recipes
 from tests.merging.hub_server import Hub, Repository
 
 ROOT = Path(__file__).parents[2]

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusekit import shipped_recipes
 from fusekit.cli import cli
 from fusekit.distillation.arguments import training_arguments
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.pipeline.checks import check_recipe
 from fusekit.recipe import PRESETS, load_recipe
+from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.schema import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"

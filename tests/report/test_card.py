@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fusekit import artifacts as artifact
 from fusekit.errors import StorageError
 from fusekit.report.facts import read_facts
 from fusekit.report.write import write_report
-from fusekit.storage import artifact
 from tests.forks import CONTEXT
 from tests.report.test_page import Page
 from tests.report.worlds import make_run

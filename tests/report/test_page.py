@@ -14,13 +14,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import output_lock
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.report.facts import read_facts
 from fusekit.report.page import page
 from fusekit.report.write import write_report
-from fusekit.storage import artifact, output_lock
 from tests.report.worlds import HOSTILE, STAGES, make_run
 
 VOID = {"meta", "link", "br", "input", "wbr"}

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import joined_hash
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.pipeline.layout import Layout
 from fusekit.report import text
@@ -21,8 +23,6 @@ from fusekit.report.records import Coefficients, Results
 from fusekit.report.results import headline, metrics_of
 from fusekit.report.sections import given_text, training_rows
 from fusekit.report.teaching import teachers_of
-from fusekit.storage import artifact
-from fusekit.storage.artifact import joined_hash
 from tests.report.worlds import make_run
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fusekit import artifacts as artifact
 from fusekit.alignment.quality import AlignmentQuality
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import Group, Sample, Token, write_samples
 from fusekit.alignment.worth import TeacherWorth
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.writer import StoreWriter
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
-from fusekit.storage import artifact
-from fusekit.storage.manifest import StoreSpec
-from fusekit.storage.writer import StoreWriter
 from tests.storage.rows import captured, key
 
 STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.representation import Row, RowTokenizer, prepare, read_rows
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_tokenizer
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import read_rows
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.types import Row
 
 DEMO = Path(__file__).parents[2] / "demo" / "models"
 

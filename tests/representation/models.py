@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fusekit.representation import ChatTemplate, RowTokenizer
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from tests.alignment.tokenizers import load
 
 IM = ["<|im_start|>", "<|im_end|>"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xxhash
 
-from fusekit.representation import Part, TokenizedRow
+from fusekit.types import Part, TokenizedRow
 
 VOCABULARY = 515  # more than the groups of a search for the top k, and no multiple of their size
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fusekit.representation import Part, Row, RowTokenizer, TokenizedRow
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.types import Part, Row, TokenizedRow
 
 
 def check(

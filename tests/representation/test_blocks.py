@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusekit.data.prepare import pack_text
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.representation import Message, Part, Row, RowTokenizer, pack_text
+from fusekit.types import Message, Part, Row
 from tests.alignment.texts import EDGE_CASES
 from tests.alignment.tokenizers import load
 

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fusekit.artifacts import output_lock
+from fusekit.capture import batches
+from fusekit.capture.capture import CaptureOptions, Settings, represent
+from fusekit.capture.estimate import parameters
+from fusekit.capture.manifest import Manifest, read_json
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_model
+from fusekit.capture.store import Store
+from fusekit.capture.topk import Selection
 from fusekit.cli import cli
+from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
-from fusekit.representation import batches
-from fusekit.representation.capture import CaptureOptions
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.estimate import parameters
-from fusekit.representation.load import load_model
-from fusekit.representation.processes import Processes
-from fusekit.representation.represent import Settings, represent
-from fusekit.representation.topk import Selection
-from fusekit.storage import Store, output_lock
-from fusekit.storage.manifest import Manifest, read_json
 from tests import reference
 from tests.helpers import edit_tensors
 from tests.merging.test_disk import mounted  # noqa: F401
@@ -101,7 +100,7 @@ def test_the_same_command_again_loads_no_model_and_changes_no_byte(data, tmp_pat
     def never(*_args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fusekit.representation.represent.load_model", never)
+    monkeypatch.setattr("fusekit.capture.capture.load_model", never)
     assert len(run(data, tmp_path / "out")) == len(data[0])
     assert files(tmp_path / "out") == before
 
@@ -255,7 +254,7 @@ def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("fusekit.representation.represent.load_model", None)
+    monkeypatch.setattr("fusekit.capture.capture.load_model", None)
     with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
         run(data, tmp_path / "out", settings(batch_tokens=10**10))
     assert not (tmp_path / "out" / "manifest.json").exists()

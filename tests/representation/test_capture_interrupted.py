@@ -16,14 +16,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from fusekit.capture.capture import CaptureOptions, capture
+from fusekit.capture.engine import Teacher
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_model, valid_ids
+from fusekit.capture.store import Store
+from fusekit.capture.topk import Selection
 from fusekit.cli import cli
-from fusekit.representation.capture import CaptureOptions, capture
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_model, valid_ids
-from fusekit.representation.processes import Processes
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.topk import Selection
-from fusekit.storage import Store, StoreSpec
+from fusekit.devices import Processes
 from tests.merging.processes import ENVIRONMENT, kill_at_event
 from tests.representation.conftest import DEMO, demo_rows, write_rows
 from tests.representation.processes import Process, command, free_port, fusekit, ranks, run

@@ -8,16 +8,18 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fusekit.capture.manifest import MANIFEST
+from fusekit.capture.store import Store
 from fusekit.cli import cli
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.run import run
 from fusekit.pipeline.stages import Context
 from fusekit.recipe import load_recipe
-from fusekit.representation import ChatTemplate, Message, Row, RowTokenizer
-from fusekit.storage import Store
-from fusekit.storage.manifest import MANIFEST
+from fusekit.types import Message, Row
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
 from tests.representation.models import tokenizer_for
 
@@ -37,7 +39,7 @@ def on(monkeypatch):
                 return day
 
         clock = SimpleNamespace(date=Day, datetime=datetime.datetime, time=datetime.time)
-        for module in ("fusekit.pipeline.readers", "fusekit.representation.row_tokenizer"):
+        for module in ("fusekit.pipeline.readers", "fusekit.data.tokenize"):
             monkeypatch.setattr(f"{module}.datetime", clock)
 
     return today

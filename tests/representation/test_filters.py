@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusekit.data.prepare import prepare
 from fusekit.errors import DataError
-from fusekit.representation import Message, Part, Row, prepare
+from fusekit.types import Message, Part, Row
 from tests.representation.models import model
 
 NAMES = ["openchat-3.5", "qwen", "gemma", "demo"]

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusekit import artifacts as artifact
+from fusekit import gguf as headers
 from fusekit.alignment import align
+from fusekit.capture.estimate import loaded_bytes
+from fusekit.capture.models import ModelChoice, dequantise, find_checkpoint, load_model, load_tokenizer
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, StorageError
-from fusekit.models import gguf as headers
-from fusekit.models.gguf import read_header, split
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.estimate import loaded_bytes
-from fusekit.representation.load import dequantise, load_model, load_tokenizer
-from fusekit.representation.row_tokenizer import RowTokenizer
-from fusekit.storage import artifact
+from fusekit.gguf import read_header, split
 from tests.gguf_files import write_gguf
 from tests.merging.hub_server import Hub, Repository
 from tests.merging.processes import ENVIRONMENT
@@ -237,8 +236,8 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
         shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
     repository = Repository(folder)
     script = (
-        "from fusekit.representation.checkpoint import ModelChoice as C, find_checkpoint as find\n"
-        "from fusekit.representation.load import load_model, load_tokenizer\n"
+        "from fusekit.capture.models import ModelChoice as C, find_checkpoint as find\n"
+        "from fusekit.capture.models import load_model, load_tokenizer\n"
         "from fusekit.errors import FusekitError\n"
         "import torch\n"
         "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"

@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
+from fusekit.capture.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.errors import CaptureError
-from fusekit.representation.checkpoint import ModelChoice, find_checkpoint
-from fusekit.representation.load import load_model, load_tokenizer, longest_input, valid_ids
 from tests.helpers import tiny_llama
 from tests.merging.hub_server import Hub, Repository
 from tests.merging.processes import ENVIRONMENT

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusekit.data.reading import read_rows
 from fusekit.errors import DataError, FusekitError
-from fusekit.representation import Message, read_rows
+from fusekit.types import Message
 from tests.merging.hub_server import Hub
 
 PAIR = (Message("user", "What?"), Message("assistant", "That ✓."))
@@ -66,7 +67,7 @@ def test_text_that_is_cut_off_says_so(tmp_path):
 
 
 def test_the_key_is_stable():
-    from fusekit.representation import Row
+    from fusekit.types import Row
 
     assert Row(PAIR).key == Row(PAIR, dataset="other").key == "41bece8a02d293b741391a40053a510c"
     assert Row((PAIR[1], PAIR[0])).key != Row(PAIR).key
@@ -194,7 +195,7 @@ def test_damaged_files_raise_nothing_but_our_own(tmp_path, ending, data):
 ASK = """
 import sys
 from fusekit.errors import DataError
-from fusekit.representation import read_rows
+from fusekit.data.reading import read_rows
 try:
     print(len(list(read_rows(sys.argv[1], streaming=len(sys.argv) > 2))))
 except DataError as error:

@@ -5,7 +5,10 @@ import pytest
 from tokenizers import AddedToken
 
 from fusekit.alignment import align_tokens
-from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
+from fusekit.data.prepare import prepare
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.types import Cut, Message, Part, Row
 from tests.representation.models import extended, tokenizer_for
 from tests.representation.spans import check
 

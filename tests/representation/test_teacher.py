@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fusekit.alignment.projection import Rows
+from fusekit.capture import engine as teacher_module
+from fusekit.capture.batches import batch_tokens_on, plan_batches, rows_per_shard
+from fusekit.capture.engine import SplitForward, Teacher
+from fusekit.capture.topk import Selection
 from fusekit.errors import CaptureError
-from fusekit.representation import teacher as teacher_module
-from fusekit.representation.batches import batch_tokens_on, plan_batches, rows_per_shard
-from fusekit.representation.forward import SplitForward
-from fusekit.representation.teacher import Teacher
-from fusekit.representation.topk import Selection
+from fusekit.types import TopK
 from tests import reference
 from tests.representation.processes import run
 from tests.representation.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
@@ -295,7 +294,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_with_the_numbers(tmp_path):
 
 def test_rows_come_as_the_store_takes_them():
     found = Teacher(random_model("llama")).score(random_rows([6])).rows[0]
-    assert isinstance(found.rows, Rows)
+    assert isinstance(found.rows, TopK)
     assert (found.rows.ids.dtype, found.rows.logprobs.dtype, found.rows.tail.dtype) == (
         np.int64,
         np.float64,

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusekit.data.templates import SHIPPED, ChatTemplate, template_names
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.representation import ChatTemplate, Message, Part, Row, RowTokenizer, template_names
-from fusekit.representation.chat_template import SHIPPED
+from fusekit.types import Message, Part, Row
 from tests.alignment.texts import EDGE_CASES
 from tests.representation.models import MODELS, model, tokenizer_for
 from tests.representation.spans import check

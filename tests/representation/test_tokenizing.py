@@ -11,8 +11,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from fusekit.alignment import align_tokens
+from fusekit.data.prepare import prepare
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
-from fusekit.representation import ChatTemplate, Cut, Message, Part, Row, RowTokenizer, prepare
+from fusekit.types import Cut, Message, Part, Row
 from tests.alignment.tokenizers import byte_fallback, load
 from tests.representation.models import extended, model, tokenizer_for
 from tests.representation.spans import check

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.writer import StoreWriter
 from fusekit.errors import StorageError
-from fusekit.representation import CapturedRow
-from fusekit.storage.manifest import StoreSpec
-from fusekit.storage.writer import StoreWriter
+from fusekit.types import CapturedRow
 from tests.forks import CONTEXT
 from tests.merging.processes import is_stopped, stop_self, wait_until
 from tests.storage.rows import captured, key

@@ -7,8 +7,7 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from fusekit.alignment.projection import Rows
-from fusekit.representation import CapturedRow, TokenizedRow
+from fusekit.types import CapturedRow, TokenizedRow, TopK
 
 
 def key(number: int) -> str:
@@ -66,7 +65,7 @@ def captured(
         logprobs[unused], names[unused] = -np.inf, -1
     rest = np.clip(1 - np.exp(logprobs).sum(axis=1), 0, 1) if tail or ragged else np.zeros(n)
     return CapturedRow(
-        TokenizedRow(key(number), ids, **columns), dataset, Rows(names, logprobs, rest), actual, -float(actual.sum())
+        TokenizedRow(key(number), ids, **columns), dataset, TopK(names, logprobs, rest), actual, -float(actual.sum())
     )
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.alignment.projection import MASS_TOLERANCE, Rows, checked_rows
+from fusekit.alignment.projection import MASS_TOLERANCE, checked_rows
+from fusekit.capture.codec import Codec, checksum
 from fusekit.errors import FusekitError, StorageError
-from fusekit.representation import TokenizedRow
-from fusekit.storage.codec import Codec, checksum
+from fusekit.types import TokenizedRow, TopK
 from tests.storage import reference
 from tests.storage.rows import awkward_rows, by_id, captured
 
@@ -105,7 +105,7 @@ def test_ids_cost_what_a_set_costs():
     rng = np.random.default_rng(0)
     for k in (1, 10, 50):
         ids = np.stack([rng.choice(vocabulary, k, replace=False) for _ in range(n)])
-        flat = Rows(ids, np.full((n, k), math.log(0.5 / k)), np.full(n, 0.5))
+        flat = TopK(ids, np.full((n, k), math.log(0.5 / k)), np.full(n, 0.5))
         row = captured(rng, vocabulary, 1, 0)
         nothing = np.zeros(n, np.int64)
         tokens = TokenizedRow(row.tokens.key, ids[:, 0], nothing, nothing, nothing, nothing, np.ones(n, bool))
@@ -180,7 +180,7 @@ def test_what_cannot_be_stored_is_named(changes, message):
     if "actual" in changes:
         changes["actual"] = np.r_[changes["actual"], row.actual[1:]]
     with pytest.raises(StorageError, match=f"row .*{message}"):
-        Codec(1000, 4).encode(change(row, rows=Rows(ids, logprobs, tail), **changes))
+        Codec(1000, 4).encode(change(row, rows=TopK(ids, logprobs, tail), **changes))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_label_whose_value_is_not_its_entry_keeps_its_own():
 def test_probabilities_just_above_one_are_one():
     row = captured(np.random.default_rng(3), 2, 1, 9)
     n = len(row.actual)
-    certain = Rows(row.tokens.ids[row.tokens.labels][:, None], np.full((n, 1), 1e-7), np.zeros(n))
+    certain = TopK(row.tokens.ids[row.tokens.labels][:, None], np.full((n, 1), 1e-7), np.zeros(n))
     back = Codec(2, 1).decode(Codec(2, 1).encode(change(row, rows=certain, actual=certain.logprobs[:, 0])))
     assert np.array_equal(back.rows.logprobs, np.zeros((n, 1)))
     assert np.array_equal(back.rows.tail, np.zeros(n))

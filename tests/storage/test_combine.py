@@ -5,8 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fusekit.capture.combine import combine_stores
+from fusekit.capture.export import export_parquet
+from fusekit.capture.store import Store
+from fusekit.capture.writer import StoreWriter
 from fusekit.errors import StorageError
-from fusekit.storage import Store, StoreWriter, combine_stores, export_parquet
 from tests.storage.processes import KEYS, SPEC, listing, rows, write
 from tests.storage.rows import captured, key
 

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
+from fusekit.capture.store import Store
 from fusekit.errors import StorageError
-from fusekit.storage.store import Store
 from tests.merging.processes import strace_works
 from tests.storage.processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
 

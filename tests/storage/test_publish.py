@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fusekit import artifacts as publish
+from fusekit.artifacts import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
 from fusekit.errors import StorageError
-from fusekit.storage import disk_fault, output_lock, publish, recover, staging
-from fusekit.storage.faults import existing_parent, free_bytes, human
 from tests.merging.processes import ENVIRONMENT
 
 
@@ -85,7 +85,7 @@ def test_death_between_the_two_renames_is_repaired(tmp_path):
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from fusekit.storage import publish, staging\n"
+        "from fusekit import artifacts as publish; from fusekit.artifacts import staging\n"
         "publish._exchange = lambda one, other: False\n"
         "seen = 0\n"
         "def hook(event, args):\n"
@@ -141,7 +141,7 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(tmp_path):
 
 def test_lock_is_free_again_after_its_holder_died(tmp_path):
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom fusekit.storage import output_lock\n"
+        "import os, sys\nfrom pathlib import Path\nfrom fusekit.artifacts import output_lock\n"
         "with output_lock(Path(sys.argv[1])): os._exit(9)\n"
     )
     out = tmp_path / "out"

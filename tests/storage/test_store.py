@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fusekit.artifacts import output_lock
+from fusekit.capture.codec import Codec
+from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.store import Store
+from fusekit.capture.writer import StoreWriter, remove_store
 from fusekit.errors import FusekitError, StorageError
-from fusekit.storage import Codec, Store, StoreWriter, output_lock, remove_store
-from fusekit.storage.manifest import StoreSpec
 from tests.merging.processes import ENVIRONMENT
 from tests.storage.processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
 from tests.storage.rows import key
@@ -219,7 +222,7 @@ def test_a_folder_that_takes_no_files_is_not_called_busy():
 def test_two_runs_on_one_store(tmp_path):
     with output_lock(tmp_path / "out"):
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; from pathlib import Path; from fusekit.storage import output_lock\n"
+            [sys.executable, "-c", "import sys; from pathlib import Path; from fusekit.artifacts import output_lock\n"
              "with output_lock(Path(sys.argv[1])): pass", str(tmp_path / "out")],
             capture_output=True, text=True, check=False, env=ENVIRONMENT,
         )  # fmt: skip
@@ -384,7 +387,7 @@ def test_specs_are_checked():
 
 def test_the_storage_package_needs_no_torch():
     code = (
-        "import sys, fusekit.storage as s; assert 'pyarrow' not in sys.modules; s.Store, s.StoreWriter, s.Codec;"
+        "import sys, fusekit.capture.writer; assert 'pyarrow' not in sys.modules;"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)

@@ -1,0 +1,621 @@
+"""What the operating system said about a disk, as an error that names the path and the bytes needed and free."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fusekit.errors import StorageError
+
+# Rust libraries (safetensors, tokenizers) report the system's error as text.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up: free some space or write elsewhere",
+    errno.EFBIG: "a file may not grow that large here: raise `ulimit -f` or write smaller shards (--out-shard-size)",
+    errno.EROFS: "the file system is read-only: write elsewhere",
+    errno.EACCES: "permission denied: write elsewhere, or have the folder's owner grant it",
+    errno.EPERM: "permission denied: write elsewhere, or have the folder's owner grant it",
+    errno.EIO: "the disk reported an input/output error: check the disk, then run the same command again",
+}
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder on the way up from ``path`` (itself included) that exists."""
+    path = path.resolve()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user can still write on the file system of ``path``, which need not exist yet."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def human(size: float) -> str:
+    """Bytes as people read them: ``14.5 GB`` (powers of 1000), exact below 10 kB."""
+    if size < 10_000:
+        return f"{int(size)} bytes"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.2f} TB"
+
+
+def system_errno(error: BaseException) -> int | None:
+    """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, OSError) and current.errno:
+            return current.errno
+        if match := _OS_ERROR.search(str(current)):
+            return int(match.group(1))
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def disk_fault(error: BaseException, path: Path | str, needed: int | None = None) -> StorageError | None:
+    """A StorageError for an exception that came from the disk, or None for any other exception.
+
+    path: where the writing was going on (an OSError that names its own file wins). needed: bytes that were to be
+    written there, if known.
+    """
+    code = system_errno(error)
+    if code not in _ADVICE:
+        return None
+    where = Path(path)
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        where = Path(os.fsdecode(error.filename))
+    numbers = f"{human(free_bytes(where))} free"
+    if needed is not None:
+        numbers = f"{human(needed)} needed, {numbers}"
+    return StorageError(f"{where}: {os.strerror(code)} ({numbers}); {_ADVICE[code]}")
+
+
+def _lock_file(output: Path) -> Path:
+    return output.parent / f".{output.name}.fusekit.lock"
+
+
+def _holder_file(output: Path) -> Path:
+    # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
+    return output.parent / f".{output.name}.fusekit.holder"
+
+
+def _describe_holder(output: Path) -> str:
+    try:
+        holder: Any = json.loads(_holder_file(output).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}: {holder['command']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process (it has just started, or its description cannot be read)"
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, which need not exist, while the body runs.
+
+    output: the resolved final path; its parent is created. Raises StorageError naming the holder (process id, host,
+    start time, command) when another process has it, and StorageError when the folder cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(_lock_file(output), timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        if not _lock_file(output).exists():  # some file systems refuse in a way that filelock takes for a wait
+            raise StorageError(f"{output}: cannot be locked: no file can be made in {output.parent}") from None
+        raise StorageError(
+            f"{output}: already being written by {_describe_holder(output)}. Wait for it or choose another folder."
+        ) from None
+    except OSError as error:
+        raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
+    try:
+        _write_holder(output)
+        yield
+    finally:
+        with suppress(OSError):
+            _holder_file(output).unlink()
+        lock.release()
+
+
+def _write_holder(output: Path) -> None:
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    temporary = _holder_file(output).with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(holder), encoding="utf-8")
+        temporary.replace(_holder_file(output))
+    except OSError as error:
+        raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# No kernel or file system support for the flag: the caller renames twice instead.
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
+
+
+@dataclass
+class Staging:
+    """A folder that is being built.
+
+    path: where to write. final: where ``publish`` moves it. on_published: called as soon as it stands there.
+    """
+
+    path: Path
+    final: Path
+    on_published: Callable[[], None] = lambda: None
+
+    def publish(self) -> None:
+        """Make everything durable and move it to the final path in one step, replacing what is there.
+
+        After a crash at any moment the final path holds the old folder, whole, or the new one, whole. Raises
+        StorageError with the path and the free bytes when the disk fails.
+        """
+        try:
+            sync_tree(self.path)
+            _replace_folder(self.path, self.final, self.on_published)
+            sync_folder(self.final.parent)
+        except OSError as error:
+            raise disk_fault(error, self.final) or StorageError(f"{self.final}: cannot publish: {error}") from error
+
+
+@contextmanager
+def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Iterator[Staging]:
+    """A new, empty staging folder beside ``final``; removed at the end, whether it was published or not.
+
+    on_published: called as soon as the folder stands at its final path, before anything is tidied up.
+
+    The caller holds ``output_lock(final)``. Raises StorageError when the folder cannot be made.
+    """
+    path = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise disk_fault(error, final.parent) or StorageError(f"{path}: cannot be made: {error}") from error
+    try:
+        yield Staging(path, final, on_published)
+    finally:
+        # After an exchange the former output is here.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def recover(final: Path) -> list[Path]:
+    """Clean up after writers of ``final`` that died; returns the folders that were removed.
+
+    A former output that was moved aside and never replaced is put back. The caller holds ``output_lock(final)``.
+    """
+    for previous in sorted(final.parent.glob(f".{_escaped(final.name)}.previous-*")):
+        if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(final)
+    stale = sorted(final.parent.glob(f".{_escaped(final.name)}.staging-*"))
+    for folder in stale:
+        shutil.rmtree(folder, ignore_errors=True)
+    return stale
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below ``folder``, and itself."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            _sync(path, os.O_RDONLY)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power cut."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _replace_folder(new: Path, final: Path, on_published: Callable[[], None]) -> None:
+    if not final.exists():
+        new.rename(final)
+        on_published()
+    elif _exchange(new, final):
+        on_published()
+    else:
+        aside = final.parent / f".{final.name}.previous-{uuid.uuid4().hex[:8]}"
+        final.rename(aside)
+        new.rename(final)
+        on_published()
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux renameat2). False where the kernel or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 0) -> None:
+    """Write a file beside its path, make it durable, and move it there in one step.
+
+    Args:
+        path: in a folder that exists. After a crash at any moment it holds what it held before, or all of the new.
+        write: given the open file.
+        rank: of the process; what a process leaves behind when it dies is told apart by it (:func:`sweep`).
+
+    Raises:
+        StorageError: the disk failed; names the path and the bytes free. What was written is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{rank}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def sweep(folder: Path, rank: int = 0, world: int = 1) -> list[Path]:
+    """Remove what earlier processes of this rank left half-written in a folder; returns those files.
+
+    Rank 0 also removes what belongs to ranks that are not of this ``world``.
+    """
+    swept = []
+    for path in sorted(folder.glob(".*.tmp")):
+        owner = path.name.split(".")[-2]
+        if owner.isdecimal() and (int(owner) == rank or (rank == 0 and int(owner) >= world)):
+            remove(path)
+            swept.append(path)
+    return swept
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may have gone already. Raises StorageError when the disk refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be removed: {error}") from error
+
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_FOREIGN = "is not of this artifact"
+_AT_A_TIME = 16 << 20
+
+Inputs = dict[str, Any]
+"""What an artifact was made from: plain JSON values by name."""
+
+
+class ChangedError(StorageError):
+    """A file is not what was written, and somebody's work would be lost."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Model):
+    """A file of an artifact. size: bytes. xxh3: xxh3-128 of its content."""
+
+    size: int = Field(ge=0)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class Artifact(_Model):
+    """``manifest.json`` of an artifact.
+
+    Attributes:
+        stage: what made it.
+        inputs: what it was made from.
+        files: by path within the folder, in order.
+        replacing: files that are about to be replaced, as they will be (:func:`replace_file`); until they are, both
+            forms are vouched for.
+        made: what may differ between equal artifacts (time, versions, host).
+    """
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    stage: str
+    inputs: Inputs
+    files: dict[str, File]
+    replacing: dict[str, File] = Field(default_factory=dict)
+    made: Inputs = Field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the content: equal for artifacts whose files are equal."""
+        return joined_hash(f"{name} {file.xxh3}" for name, file in self.files.items())
+
+
+def publish(
+    final: Path, stage: str, inputs: Inputs, write: Callable[[Path], object], made: Inputs | None = None
+) -> Artifact:
+    """Make an artifact: ``write`` fills a folder beside ``final``, which is moved there in one step.
+
+    The caller holds the lock of the run. What a process that died left behind is removed first.
+
+    Raises:
+        StorageError: the disk failed; ``final`` holds files that are not its own (:func:`refuse_foreign`). Whatever
+            ``write`` raises. ``final`` is then as it was.
+    """
+    recover(final)
+    refuse_foreign(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with staging(final) as folder:
+        try:
+            write(folder.path)
+            artifact = seal(folder.path, stage, inputs, made)
+        except OSError as error:
+            raise disk_fault(error, final) or error from error
+        folder.publish()
+    return artifact
+
+
+def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
+    """Write the manifest of a folder that is complete but for it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    artifact = Artifact(stage=stage, inputs=plain(inputs), files=_files(folder), made=made or {})
+    (folder / MANIFEST).write_bytes(_json(artifact))
+    return artifact
+
+
+def replace_file(folder: Path, name: str, data: bytes) -> bool:
+    """Replace, or add, a file of an artifact that stands at its place; returns whether anything had to be done.
+
+    Whenever the process dies, the file is the old one or the new one, whole, and :func:`problems` finds nothing: the
+    manifest first says what the file is about to be, then the file is replaced, then the manifest says that it was. The
+    caller holds the lock of the run.
+
+    Args:
+        folder: of an artifact.
+        name: of the file, in the folder itself.
+        data: what it is to hold.
+
+    Raises:
+        ChangedError: the file is not as the manifest says, so somebody else wrote it; nothing is touched.
+        StorageError: there is no artifact; the disk failed.
+    """
+    artifact = read(folder)
+    if artifact is None:
+        raise StorageError(f"{folder} is no artifact of a run: it has no {MANIFEST}")
+    sweep(folder)
+    path, new = folder / name, File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
+    there = _file(path) if path.is_file() else None
+    if there not in (None, new, artifact.files.get(name), artifact.replacing.get(name)):
+        raise ChangedError(
+            f"{path} was changed after it was written, and is left as it is; remove it to have it written again"
+        )
+    others = {known: file for known, file in artifact.files.items() if known != name}
+    waiting = {known: file for known, file in artifact.replacing.items() if known != name}
+
+    def commit(now: File | None, then: dict[str, File]) -> None:
+        files = others if now is None else dict(sorted({**others, name: now}.items()))
+        after = artifact.model_copy(update={"files": files, "replacing": {**waiting, **then}})
+        commit_file(folder / MANIFEST, lambda file: file.write(_json(after)))
+
+    if there != new:
+        commit(there, {name: new})
+        commit_file(path, lambda file: file.write(data))
+    changed = there != new or artifact.files.get(name) != new or name in artifact.replacing
+    if changed:
+        commit(new, {})
+    return changed
+
+
+def read(folder: Path) -> Artifact | None:
+    """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
+    try:
+        return Artifact.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise StorageError(
+            f"{folder / MANIFEST} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run "
+            "of fusekit made it"
+        ) from error
+    except OSError as error:
+        raise disk_fault(error, folder) or StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
+
+
+def is_kept(folder: Path, inputs: Inputs) -> bool:
+    """Whether an artifact is there, made from these inputs, and whole: small ones are made anew where they are not.
+
+    Reads every file through. Raises StorageError for a damaged manifest.
+    """
+    known = read(folder)
+    if known is None or differences(known.inputs, inputs):
+        return False
+    return all(line.endswith(_FOREIGN) for line in problems(folder))
+
+
+def problems(folder: Path) -> list[str]:
+    """What is not as the manifest says, one line per file: missing, changed, or not its own."""
+    artifact = read(folder)
+    if artifact is None:
+        return [f"{folder / MANIFEST}: missing"]
+    found = []
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    for name, file in artifact.files.items():
+        path = folder / name
+        if name not in there:
+            found.append(f"{path}: missing")
+        elif name in artifact.replacing and _file(path) == artifact.replacing[name]:
+            continue
+        elif path.stat().st_size != file.size:
+            found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
+        elif file_hash(path) != file.xxh3:
+            found.append(f"{path}: its content is not what was written")
+    return found + [f"{folder / name}: {_FOREIGN}" for name in _not_listed(folder, artifact)]
+
+
+def require_whole(folder: Path) -> None:
+    """Read an artifact through and compare it with its manifest. Raises StorageError naming every file that differs."""
+    wrong = [line for line in problems(folder) if not line.endswith(_FOREIGN)]
+    if wrong:
+        raise StorageError(
+            f"{folder} is not what was committed:\n  "
+            + "\n  ".join(wrong)
+            + "\nIt is not used. Put back what it was, or "
+            f"remove {folder} and give the same command again: it alone is made anew"
+        )
+
+
+def foreign(folder: Path) -> list[str]:
+    """Files in a folder that its manifest does not list, in order; all of them where there is no manifest.
+
+    Raises StorageError for a damaged manifest.
+    """
+    return _not_listed(folder, read(folder))
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace a folder that holds what is not its artifact's: that would be lost.
+
+    A file that the manifest lists does not count, whatever it holds by now. Raises StorageError naming the first file,
+    and the way out; also for a damaged manifest.
+    """
+    if not folder.exists() or not (found := foreign(folder)):
+        return
+    what = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+    if (folder / MANIFEST).is_file():
+        raise StorageError(
+            f"{folder} is to be made anew, but holds {what}, which its {MANIFEST} does not list: move that away, or "
+            "choose another output; nothing was touched"
+        )
+    raise StorageError(
+        f"{folder} has no {MANIFEST} that says what it was made from, but holds {what}: move it away if it is yours, "
+        "remove it to make it anew, or choose another output; nothing was touched"
+    )
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Refuse a folder that an artifact is to come to, if it is not empty and no artifact: :func:`refuse_foreign`."""
+    if read(folder) is None:
+        refuse_foreign(folder)
+
+
+def differences(before: Inputs, now: Inputs) -> list[str]:
+    """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
+    ours, theirs = flat(plain(before)), flat(plain(now))
+    return [
+        f"{name}: {_shown(ours, name)}, now {_shown(theirs, name)}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if (name in ours) != (name in theirs) or ours[name] != theirs[name]
+    ]
+
+
+def flat(inputs: Mapping[str, Any]) -> Inputs:
+    """Nested values by the path of their names, with dots: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
+    return dict(_flat("", inputs))
+
+
+def plain(inputs: Inputs) -> Inputs:
+    """As they come back from JSON."""
+    found: Inputs = json.loads(json.dumps(inputs, default=str))
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_AT_A_TIME):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def joined_hash(lines: Iterable[str]) -> str:
+    """xxh3-128 of lines."""
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def _not_listed(folder: Path, artifact: Artifact | None) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    there = sorted(path.relative_to(folder).as_posix() for path in paths)
+    if artifact is None:
+        return there
+    ours = {MANIFEST, *artifact.files}
+    return [name for name in there if name not in ours and not _is_own(folder, name, artifact)]
+
+
+def _is_own(folder: Path, name: str, artifact: Artifact) -> bool:
+    """Whether a file that the manifest does not list is one that it announces, or the half of one that it lists."""
+    if name in artifact.replacing:
+        return _file(folder / name) == artifact.replacing[name]
+    whole = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return whole is not None and whole[1] in {MANIFEST, *artifact.files, *artifact.replacing}
+
+
+def _file(path: Path) -> File:
+    return File(size=path.stat().st_size, xxh3=file_hash(path))
+
+
+def _json(artifact: Artifact) -> bytes:
+    exclude = set() if artifact.replacing else {"replacing"}
+    return (json.dumps(artifact.model_dump(mode="json", exclude=exclude), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _files(folder: Path) -> dict[str, File]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): _file(path) for path in paths}
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping) or not value:
+        return [(prefix, value)]
+    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]
+
+
+def _shown(values: Inputs, name: str) -> str:
+    return repr(values[name]) if name in values else "not given"

@@ -1,0 +1,347 @@
+"""What a causal language model says about the labels of rows: its forward, in batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fusekit.capture.batches import batch_tokens_on, plan_batches
+from fusekit.capture.topk import Scores, Selection, score_logits
+from fusekit.errors import CaptureError
+from fusekit.resources import is_out_of_memory, release
+from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
+
+CHUNK_BYTES = 256 << 20
+"""Of float32 logits at a time: enough positions that reading the head's weights is not what takes the time."""
+
+NOT_FINITE = "NaN or infinite logits"
+
+
+class Scored(NamedTuple):
+    """What came of some rows, in their order.
+
+    Attributes:
+        rows: captured.
+        quarantined: reason by key, of rows for which the model gives no distribution.
+    """
+
+    rows: list[CapturedRow]
+    quarantined: dict[str, str]
+
+
+class Teacher:
+    """A model that scores rows.
+
+    Args:
+        model: a transformers causal language model on its device(s), in any dtype.
+        valid_ids: ids that are tokens; logits of all others, which only pad the matrix, get no mass. None: all are.
+        selection: what is kept of each distribution.
+        batch_tokens: most tokens per batch, padding included; None for what suits the device.
+        name: of the model, for messages.
+        notify: called with a line when something is done in another way than planned.
+        longest: most tokens of a row that the model was made for.
+        chunk_bytes: most bytes of float32 logits at a time.
+
+    Raises:
+        CaptureError: a model that has no logits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        valid_ids: IntArray | None = None,
+        selection: Selection | None = None,
+        *,
+        batch_tokens: int | None = None,
+        name: str = "the model",
+        notify: Callable[[str], None] = lambda _line: None,
+        longest: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.model = model.eval()
+        self.selection = selection or Selection()
+        self.name, self.notify = name, notify
+        self.longest, self._chunk_bytes = longest, chunk_bytes
+        # With layers offloaded some parameters are on no device: the first that is on one takes the input.
+        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.batch_tokens = batch_tokens or batch_tokens_on(self.device.type)
+        self.input_rows: int = model.get_input_embeddings().weight.shape[0]
+        sample = np.arange(self.input_rows) if valid_ids is None else valid_ids[valid_ids < self.input_rows]
+        ids = torch.from_numpy(sample[np.linspace(0, len(sample) - 1, 8).astype(np.int64)].reshape(2, 4))
+        with torch.inference_mode():
+            ids = ids.to(self.device)
+            self.vocabulary: int = plain_logits(model, ids, torch.ones_like(ids)).shape[-1]
+            self._split, why = split_forward(model, ids)
+        if self._split is None:
+            notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
+        padding = np.setdiff1d(np.arange(self.vocabulary), sample)
+        self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
+
+    def score(self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None) -> Scored:
+        """What the model says about the labels of rows.
+
+        Args:
+            rows: read by this model's tokenizer.
+            datasets: the source of data of each row.
+
+        Raises:
+            CaptureError: one row does not fit into memory alone; ids that the model does not have.
+        """
+        found = {index: row for batch in self.score_batches(rows, datasets) for index, row in batch}
+        captured = [row for _, row in sorted(found.items()) if isinstance(row, CapturedRow)]
+        return Scored(captured, {rows[i].key: why for i, why in sorted(found.items()) if isinstance(why, str)})
+
+    def score_batches(
+        self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
+    ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
+        """As :meth:`score`, batch by batch: (index into ``rows``, the row or why it is quarantined), each index once.
+
+        The same rows give the same bits on one machine, unless memory ran out in one of the runs: smaller batches round
+        otherwise.
+        """
+        self._check(rows)
+        # No label is predicted by what comes after the last but one token of a causal model's input.
+        lengths = [int(row.label_positions[-1]) if row.labels.any() else 0 for row in rows]
+        names = datasets or [""] * len(rows)
+        yield [(i, self._unlabelled(rows[i], names[i])) for i, length in enumerate(lengths) if not length]
+        for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+            with torch.inference_mode():
+                scores = self._score_batch([rows[i] for i in batch])
+            yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]
+
+    def _unlabelled(self, row: TokenizedRow, dataset: str) -> CapturedRow:
+        nothing = np.zeros((0, self.selection.k))
+        return CapturedRow(row, dataset, TopK(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0)
+
+    def _check(self, rows: Sequence[TokenizedRow]) -> None:
+        for row in rows:
+            if self.longest is not None and len(row) > self.longest:
+                raise CaptureError(
+                    f"row {row.key} has {len(row)} tokens, but {self.name} was made for {self.longest} (its "
+                    f"config.json): cut or drop longer rows (--max-length {self.longest})"
+                )
+            highest, label = int(row.ids.max(initial=0)), int(row.ids[row.labels].max(initial=0))
+            if highest >= self.input_rows or label >= self.vocabulary:
+                raise CaptureError(
+                    f"row {row.key} has the token id {highest}, but {self.name} has {self.input_rows} embeddings and "
+                    f"{self.vocabulary} logits: is the tokenizer that of another model?"
+                )
+
+    def _fitting(self, batches: list[list[int]], lengths: list[int]) -> Iterator[list[int]]:
+        """The batches, halved until they are within what has fitted so far."""
+        waiting = batches[::-1]
+        while waiting:
+            batch = waiting.pop()
+            if len(batch) > 1 and lengths[batch[0]] * len(batch) > self.batch_tokens:
+                waiting += [batch[(len(batch) + 1) // 2 :], batch[: (len(batch) + 1) // 2]]
+            else:
+                yield batch
+
+    def _score_batch(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+        """Scores of a batch; in halves when memory runs out, and from then on no larger batch is tried."""
+        failure = ""
+        try:
+            return self._forward(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+        release(self.device)
+        longest = max(int(row.label_positions[-1]) for row in rows)
+        least = 4 * self.vocabulary * (1 if self._split else longest)
+        if len(rows) == 1 and self._chunk_bytes <= least:
+            raise CaptureError(self._too_large(rows[0], failure))
+        self._chunk_bytes = max(self._chunk_bytes // 2, least)
+        if len(rows) == 1:
+            return self._score_batch(rows)
+        half = (len(rows) + 1) // 2
+        self.batch_tokens = min(self.batch_tokens, half * longest)
+        self.notify(f"{self.name}: memory ran out at {len(rows)} rows of {longest} tokens, {half} are tried")
+        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
+
+    def _too_large(self, row: TokenizedRow, failure: str) -> str:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return (
+            f"row {row.key} of {len(row)} tokens does not fit into memory even alone, and {self.name} itself takes "
+            f"{weights / 1e9:.2f} GB ({failure}). Shorten the rows (--max-length), load the model smaller (--dtype "
+            "bfloat16, --quantization) or spread it over several devices (--device-map auto)"
+        )
+
+    def _forward(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+        ids, mask = padded(rows)
+        positions = [row.label_positions for row in rows]
+        labels = torch.from_numpy(np.concatenate([row.ids[at] for row, at in zip(rows, positions, strict=True)]))
+        scores = (self._scores_split if self._split else self._scores_plain)(
+            ids.to(self.device), mask.to(self.device), positions, labels.to(self.device)
+        )
+        whole = [part.cpu().numpy() for part in scores]
+        stops = np.cumsum([len(at) for at in positions])[:-1]
+        return [_RowScores(*parts) for parts in zip(*(np.split(part, stops) for part in whole), strict=True)]
+
+    def _scores_split(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
+    ) -> Scores:
+        assert self._split is not None
+        hidden = self._split.hidden(ids, mask)
+        width = ids.shape[1]
+        at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(positions)])).to(hidden.device)
+        hidden = hidden.flatten(0, 1)[at]
+        rows = max(1, self._chunk_bytes // (4 * self.vocabulary))
+        # Chunks of equal size, so that none is much smaller than what the head is fast at.
+        rows = -(-len(hidden) // -(-len(hidden) // rows))
+        pieces = [
+            self._score(self._split.logits(hidden[start : start + rows]), labels[start : start + rows])
+            for start in range(0, len(hidden), rows)
+        ]
+        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def _scores_plain(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
+    ) -> Scores:
+        step = max(1, self._chunk_bytes // (4 * self.vocabulary * ids.shape[1]))
+        pieces, first, width = [], 0, ids.shape[1]
+        for start in range(0, len(ids), step):
+            logits = plain_logits(self.model, ids[start : start + step], mask[start : start + step])
+            here = positions[start : start + step]
+            at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(here)]))
+            chosen = logits.flatten(0, 1)[at.to(logits.device)]
+            pieces.append(self._score(chosen, labels[first : first + len(chosen)]))
+            first += len(chosen)
+        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> Scores:
+        invalid = self._invalid.to(logits.device) if self._invalid is not None else None
+        return score_logits(logits, labels.to(logits.device), self.selection, invalid)
+
+
+class _RowScores(NamedTuple):
+    """:class:`Scores` of one row, as numpy arrays."""
+
+    ids: IntArray
+    logprobs: Any
+    tail: Any
+    actual: Any
+    nll: Any
+    finite: Any
+
+
+def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRow | str:
+    """The row, or why the model gives no distribution for it."""
+    if not scores.finite.all():
+        first = int(np.flatnonzero(~scores.finite)[0])
+        return f"{NOT_FINITE} at label {first} of {len(scores.finite)} (token {row.label_positions[first]})"
+    rows = TopK(scores.ids, scores.logprobs, scores.tail)
+    return CapturedRow(row, dataset, rows, scores.actual, float(np.sum(scores.nll)))
+
+
+def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask, int64 [B, T], of the rows' tokens up to the last that predicts a label."""
+    lengths = [int(row.label_positions[-1]) for row in rows]
+    ids = np.empty((len(rows), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[i, :length] = row.ids[:length]
+        # A token of the row's own: one with a broken embedding would spread NaN even to where it is masked.
+        ids[i, length:] = row.ids[length - 1]
+        mask[i, :length] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+# A head over fewer rows adds up its products in another order: so many units in the last place of the largest logit.
+ULPS = 64
+
+
+class OtherForwardError(Exception):
+    """A model's forward is not a decoder followed by a head."""
+
+
+class SplitForward:
+    """The two halves of a model whose ``forward`` calls one decoder and reads ``last_hidden_state`` of its output.
+
+    For the first half the decoder hands on no position at all, so that the head computes nothing (for a single one it
+    would read all of its weights); for the second the decoder is replaced by chosen hidden states.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self._output_class: type[Any] = tuple
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, H] of a batch. ids, mask: int64 [B, T], mask 0 for padding, which is on the right.
+
+        Raises OtherForwardError when the model's forward does not pass through its decoder once.
+        """
+        kept: list[torch.Tensor] = []
+        run = self.decoder.forward
+
+        def keep_all(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            self._output_class = type(output)
+            kept.append(output[0])
+            return self._output(output[0][:1, :0])
+
+        with _replaced_forward(self.decoder, keep_all):
+            self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if len(kept) != 1 or kept[0].shape[:2] != ids.shape:
+            raise OtherForwardError(f"{type(self.model).__name__} does not pass through its decoder once")
+        return kept[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of hidden states [n, H], in the model's own dtype. Follows a call of :meth:`hidden`."""
+        # The decoder looks at no ids here: the model's forward only passes them on.
+        ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+        with _replaced_forward(self.decoder, lambda *_args, **_kwargs: self._output(hidden[None])):
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    def _output(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self._output_class is tuple else self._output_class(last_hidden_state=hidden)
+
+
+def plain_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] by one call of the model. ids, mask: int64 [B, T], padding on the right."""
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def split_forward(model: Any, ids: torch.Tensor) -> tuple[SplitForward | None, str]:
+    """The split forward of a model if it gives the logits of the plain one on a sample, else None and why not.
+
+    ids: int64 [B, T], a small batch without padding; its last row is tried as if padded.
+    """
+    mask = torch.ones_like(ids)
+    mask[-1, ids.shape[1] // 2 :] = 0
+    plain = plain_logits(model, ids, mask)[mask.bool()].float()
+    try:
+        split = SplitForward(model)
+        if split.decoder is model:
+            return None, f"{type(model).__name__} has no decoder of its own"
+        found = split.logits(split.hidden(ids, mask)[mask.bool()])
+    except (OtherForwardError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
+        return None, " ".join(str(error).split())
+    found, precision = found.float(), ULPS * torch.finfo(found.dtype).eps
+    scale = torch.nan_to_num(plain, nan=0.0, posinf=0.0, neginf=0.0).abs().max()
+    if plain.shape != found.shape or not torch.allclose(
+        plain, found, rtol=precision, atol=precision * float(scale), equal_nan=True
+    ):
+        return None, f"{type(model).__name__} computes other logits from its hidden states than in one forward"
+    return split, ""
+
+
+@contextmanager
+def _replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module.forward`` be ``function`` while the body runs; hooks and device placement stay as they are."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

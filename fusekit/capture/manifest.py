@@ -1,0 +1,203 @@
+"""What a store says of itself: what it was made from, and what each shard holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fusekit.artifacts import commit_file, disk_fault
+from fusekit.capture.codec import DEFAULT_MAX_ERROR
+from fusekit.capture.places import key_bytes
+from fusekit.errors import StorageError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+ROWS_PER_SHARD = 1024
+"""Unless something else is asked for; what chooses by model and device takes no more."""
+_LARGEST_MANIFEST = 1 << 30
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Setting = str | int | float | bool | None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class StoreSpec(_Model):
+    """What a store is made from. Two runs with equal specs and equal rows make the same store, bit for bit.
+
+    Attributes:
+        model: name or path of the model, as the user wrote it.
+        model_fingerprint: what identifies its weights (revision, hash).
+        tokenizer: fingerprint of tokenizer, chat template and of which tokens are labels.
+        data: fingerprint of the data; the only field that may change when rows are added.
+        vocabulary: ids are below it.
+        top_k: most entries per label.
+        keep_mass: entries were kept until they hold this probability; None for always ``top_k``.
+        temperature: of the log-probabilities.
+        max_error: bound of the rows' rounding in nats, 0 for none (:class:`fusekit.capture.codec.Codec`).
+        rows_per_shard: of the data, quarantined ones included.
+        details: whatever else decides what a store holds (dtype, maximal length, ...), by name.
+    """
+
+    model: str
+    model_fingerprint: str = ""
+    tokenizer: str = ""
+    data: str = ""
+    vocabulary: int = Field(ge=1, lt=1 << 31)
+    top_k: int = Field(ge=1)
+    keep_mass: float | None = Field(default=None, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_error: float = Field(default=DEFAULT_MAX_ERROR, ge=0, le=1)
+    rows_per_shard: int = Field(default=ROWS_PER_SHARD, ge=1)
+    details: dict[str, Setting] = Field(default_factory=dict)
+
+    def differences(self, other: StoreSpec) -> list[str]:
+        """One line per field that differs: ``top_k: 10, now 50``."""
+        ours, theirs = self._flat(), other._flat()
+        names = [*ours, *(name for name in theirs if name not in ours)]
+        return [
+            f"{name}: {_shown(ours.get(name, _ABSENT))}, now {_shown(theirs.get(name, _ABSENT))}"
+            for name in names
+            if ours.get(name, _ABSENT) != theirs.get(name, _ABSENT)
+        ]
+
+    def _flat(self) -> dict[str, Any]:
+        fields = self.model_dump()
+        return fields | {f"details.{name}": value for name, value in fields.pop("details").items()}
+
+
+_ABSENT = object()
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is _ABSENT else repr(value)
+
+
+class Quarantined(_Model):
+    """A row that the store does not hold, and why. row: its place in the data, from 0."""
+
+    row: Count
+    key: Hash
+    reason: str
+
+
+class ShardRecord(_Model):
+    """One shard, vouched for.
+
+    Attributes:
+        file: its name in the store's folder.
+        size: bytes.
+        xxh3: xxh3-128 of the file. index_xxh3: of its beginning, up to the blobs.
+        start, stop: which rows of the data it is for.
+        planned_xxh3: xxh3-128 of those rows' keys, 16 bytes each, in order.
+        rows, tokens, labels, bytes: what it holds; bytes of content that the labels cover.
+        quarantined: the rows that it does not hold, in order.
+    """
+
+    file: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")
+    size: Count
+    xxh3: Hash
+    index_xxh3: Hash
+    start: Count
+    stop: Count
+    planned_xxh3: Hash
+    rows: Count
+    tokens: Count
+    labels: Count
+    bytes: Count
+    quarantined: list[Quarantined]
+
+
+class ShardVoucher(_Model):
+    """``shard-00000.json``: a shard's record while the store is not complete.
+
+    plan_xxh3: of the spec and the keys for which it was written (:func:`plan_hash`).
+    """
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    plan_xxh3: Hash
+    shard: ShardRecord
+
+
+class Manifest(_Model):
+    """``manifest.json``.
+
+    Attributes:
+        complete: whether ``shards`` has them all. Before, shards are vouched for here or by a file of their own.
+        bounds: shard i is for the rows ``bounds[i]`` to ``bounds[i + 1]`` of the data.
+        keys_xxh3: xxh3-128 of all rows' keys, 16 bytes each, in order.
+        made: what may differ between equal stores.
+    """
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    complete: bool
+    spec: StoreSpec
+    bounds: list[Count] = Field(min_length=1)
+    keys_xxh3: Hash
+    shards: list[ShardRecord]
+    made: dict[str, Setting] = Field(default_factory=dict)
+
+
+AnyModel = TypeVar("AnyModel", bound=_Model)
+
+
+def plan_hash(spec: StoreSpec, keys_xxh3: str) -> str:
+    """xxh3-128 of a spec's JSON and of the hash of the keys."""
+    return xxhash.xxh3_128_hexdigest(_json(spec) + keys_xxh3.encode())
+
+
+def keys_hash(keys: Sequence[str]) -> str:
+    """xxh3-128 of rows' keys in order, 16 bytes each. Raises StorageError for a key that is none."""
+    return xxhash.xxh3_128_hexdigest(b"".join(map(key_bytes, keys)))
+
+
+def shard_name(index: int) -> str:
+    """The file of shard number ``index``; its voucher is the same with ``.json``."""
+    return f"shard-{index:05}.safetensors"
+
+
+def _json(model: BaseModel) -> bytes:
+    return (json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
+    """Commit a model as JSON. Raises StorageError when the disk fails."""
+    data = _json(model)
+    commit_file(path, lambda file: file.write(data), rank=rank)
+
+
+def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
+    """A model from JSON, None where the file is missing.
+
+    Raises StorageError naming the file and what is wrong in it.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise StorageError(f"{path} is damaged: it has {path.stat().st_size} bytes")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
+    try:
+        found = json.loads(data)
+        version = found.get("format") if isinstance(found, dict) else None
+        if isinstance(version, int) and version > FORMAT:
+            raise StorageError(
+                f"{path} has format {version}, but this version of fusekit reads format {FORMAT}: update fusekit"
+            )
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StorageError(f"{path} is damaged: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,499 @@
+"""A model before it is loaded: where its files are, how large they are, and what identifies its weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from fusekit import artifacts as artifact
+from fusekit import gguf, hub
+from fusekit.capture.estimate import dequantise_needs
+from fusekit.environment import circumstances
+from fusekit.errors import CaptureError, StorageError
+from fusekit.gguf import GgufHeader, split
+from fusekit.hub import DTYPES, is_pickle, read_index, weight_entry
+from fusekit.resources import is_out_of_memory, refuse_lacking
+from fusekit.types import IntArray
+
+_HASHED_AT_A_TIME = 16 << 20
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model and how to load it; what is not said here is transformers' to decide.
+
+    Attributes:
+        model: a folder, or a name on the hub; or a GGUF file in either, ``folder/x.gguf``, ``owner/name/x.gguf``.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights; ``auto`` is the checkpoint's.
+        device_map: as for ``from_pretrained``; None for one device, the process's own.
+        quantization: fields of transformers' quantization config.
+        attn_implementation: as for ``from_pretrained``.
+        trust_remote_code: run Python code that comes with this model.
+        allow_pickle: read pickled weights of this model (still with ``weights_only``).
+        dequantised: folder of a plain checkpoint that :func:`fusekit.capture.models.dequantise` makes of a GGUF
+            file; read in its place once it is there.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    dequantised: Path | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found.
+
+    Attributes:
+        choice: what was asked for.
+        folder: on disk; for a model on the hub, where its files are or will be.
+        config: content of its config.json; of a GGUF file what transformers makes of its header.
+        weights: bytes of each weight file.
+        snapshot: the commit on the hub, None for a folder.
+        notices: lines for the user.
+        gguf: the header of a GGUF file.
+        identity: the fingerprint of the GGUF file that a plain checkpoint was made of.
+    """
+
+    choice: ModelChoice
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, int]
+    snapshot: hub.Snapshot | None = None
+    notices: list[str] = field(default_factory=list)
+    gguf: gguf.GgufHeader | None = None
+    identity: str | None = None
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes of weights that are not here yet."""
+        return sum(self.weights[name] for name in self.snapshot.missing(self.weights)) if self.snapshot else 0
+
+    @property
+    def repository(self) -> str | None:
+        """On the hub; None for a model in a folder."""
+        if self.snapshot:
+            return self.snapshot.repository
+        parts = gguf.split(self.choice.model)
+        return parts[0] if parts and self.commit else None
+
+    @property
+    def commit(self) -> str | None:
+        """On the hub, also of the GGUF file that a plain checkpoint was made of."""
+        if self.snapshot:
+            return self.snapshot.commit
+        kind, _, rest = (self.identity or "").partition(" ")
+        return rest.split()[0] if kind == "commit" else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the dtype of the configuration: of a GGUF file once they are dequantised."""
+        if self.gguf is not None:
+            return self.gguf.parameters * _ITEMSIZES[self.gguf.dtype]
+        return sum(self.weights.values())
+
+    def fetch(self, *, bar: bool = False) -> None:
+        """Download the weights unless they are here. Raises CaptureError with a hint, StorageError for a full disk."""
+        if self.snapshot and self.download_bytes:
+            self.snapshot.fetch(sorted(self.weights), bar=bar)
+
+    def fingerprint(self) -> str:
+        """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
+
+        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Call it after :meth:`fetch`. A folder is
+        read once from end to end, as it will be again to be loaded.
+        """
+        if self.identity is not None:
+            return self.identity
+        if self.snapshot:
+            return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
+        if self.gguf is not None:
+            try:
+                return f"xxh3 {artifact.file_hash(self.folder / self.gguf.file)}"
+            except OSError as error:
+                raise CaptureError(f"{self.choice.model} cannot be read: {error}") from error
+        digest = xxhash.xxh3_128(json.dumps(_identity(self.config), sort_keys=True).encode())
+        for name in sorted(self.weights):
+            digest.update(f"\0{name}\0".encode())
+            try:
+                with (self.folder / name).open("rb") as file:
+                    while piece := file.read(_HASHED_AT_A_TIME):
+                        digest.update(piece)
+            except OSError as error:
+                raise CaptureError(f"{self.choice.model}: {self.folder / name} cannot be read: {error}") from error
+        return f"xxh3 {digest.hexdigest()}"
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes when it is only saved again."""
+    return {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
+
+
+def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool = True) -> Checkpoint:
+    """The model that a choice means, with its configuration and tokenizer on disk, but not yet its weights.
+
+    A GGUF file has all of these in one, and is fetched whole.
+
+    Args:
+        choice: the model.
+        weights: False where only its tokenizer is wanted; there is no configuration of a GGUF file then.
+        download: False to refuse a GGUF file that would have to be fetched.
+
+    Raises:
+        HubUnreachableError: a GGUF file is not here and ``download`` is False.
+        CaptureError: missing, gated, unreachable or incomplete; pickled weights or code of its own without leave. Says
+            what to do.
+    """
+    notices: list[str] = []
+    if (parts := gguf.split(choice.model)) is not None:
+        return _dequantised(choice) or _find_gguf(choice, *parts, weights=weights, download=download)
+    folder, snapshot = _locate(choice, notices)
+    names = _names(folder, snapshot)
+    if weight_entry(names) is None and gguf.among(names) and (weights or "config.json" not in names):
+        raise CaptureError(f"{choice.model} {gguf.only_gguf(choice.model, names)}")
+    if snapshot:
+        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
+    config = _read_json(choice, folder / "config.json")
+    _refuse_code(choice, folder, config)
+    sizes = _weights(choice, folder, snapshot) if weights else {}
+    return Checkpoint(choice, folder, config, sizes, snapshot, notices)
+
+
+_ITEMSIZES = dict(DTYPES.values())
+
+
+def _dequantised(choice: ModelChoice) -> Checkpoint | None:
+    """The plain checkpoint that was made of a GGUF file, None where there is none yet."""
+    folder = choice.dequantised
+    known = artifact.read(folder) if folder is not None else None
+    if folder is None or known is None:
+        return None
+    config = _read_json(choice, folder / "config.json")
+    return Checkpoint(choice, folder, config, _weights(choice, folder, None), identity=str(known.inputs.get("gguf")))
+
+
+def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, download: bool) -> Checkpoint:
+    if choice.quantization:
+        raise CaptureError(
+            f"{choice.model} is a GGUF file, which is dequantised when it is loaded: the quantization "
+            f"{choice.quantization.get('quant_method')!r} does not apply; leave it out, or take the original model"
+        )
+    notices: list[str] = []
+    folder, snapshot = _locate(replace(choice, model=place), notices)
+    if file not in _names(folder, snapshot):
+        there = ", ".join(gguf.among(_names(folder, snapshot))) or "none"
+        raise CaptureError(f"{choice.model}: there is no file {file} in {place}; GGUF files there: {there}")
+    if snapshot and snapshot.missing([file]):
+        if not download:
+            raise hub.HubUnreachableError(
+                f"{choice.model} is not in the cache: what is in its header is known once it is fetched "
+                f"({snapshot.sizes[file]:,} bytes)"
+            )
+        snapshot.fetch([file], bar=True)
+    header = gguf.read_header(folder, file, choice.model)
+    size = (folder / file).stat().st_size
+    notices += [f"{choice.model}: transformers does not read {line}" for line in header.left_out]
+    config = dict(_gguf_config(folder, file, choice.model, header.architecture, size)) if weights else {}
+    found = Checkpoint(choice, folder, config, {file: size}, snapshot, notices, header)
+    return replace(found, config=config | {"dtype": header.dtype})
+
+
+@lru_cache(maxsize=16)
+def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: int) -> dict[str, Any]:
+    """What transformers makes of the header of a GGUF file, which takes it seconds: half a minute of a large one."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=file, local_files_only=True)
+    except Exception as error:  # transformers' and gguf's own, of many kinds
+        raise CaptureError(
+            f"{label}: transformers cannot read a GGUF file of the architecture {architecture!r}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; take the original model"
+        ) from error
+    config = {name: value for name, value in config.items() if name != "_model_name_or_path"}
+    if "architectures" not in config and config.get("model_type") in NAMES:
+        config["architectures"] = [NAMES[config["model_type"]]]
+    return config
+
+
+def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot | None]:
+    name = choice.model
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if choice.revision:
+            raise CaptureError(f"{name} is a local folder: the revision {choice.revision!r} has no meaning there")
+        return local.resolve(), None
+    if local.exists():
+        raise CaptureError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
+    if not name or name[0] in "/~." or name.count("/") > 1:
+        raise CaptureError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
+    snapshot = hub.find(name, choice.revision, None, notices)
+    return snapshot.folder, snapshot
+
+
+def _names(folder: Path, snapshot: hub.Snapshot | None) -> set[str]:
+    """The files of a model, wherever they are yet."""
+    return set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
+
+
+def _read_json(choice: ModelChoice, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CaptureError(
+            f"{choice.model} has no {path.name} in {path.parent}: is it a model in Hugging Face's format?"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CaptureError(f"{choice.model}: {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CaptureError(f"{choice.model}: {path} is not a JSON mapping")
+    return content
+
+
+def _refuse_code(choice: ModelChoice, folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a model that transformers can only load by running code that comes with it."""
+    if choice.trust_remote_code or "auto_map" not in config:
+        return
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise CaptureError(
+            f"{choice.model} wants to run Python code of its own (auto_map in {folder / 'config.json'}): if you trust "
+            "its author, allow it for this model with --trust-remote-code"
+        )
+
+
+def _weights(choice: ModelChoice, folder: Path, snapshot: hub.Snapshot | None) -> dict[str, int]:
+    """Bytes by name of the files that hold the weights."""
+    names = _names(folder, snapshot)
+    entry = weight_entry(names)
+    if entry is None:
+        where = "in the cache, and the hub cannot be reached" if snapshot and not snapshot.online else f"in {folder}"
+        raise CaptureError(f"{choice.model} has no weights: no model.safetensors or its index {where}")
+    files = [entry]
+    if entry.endswith(".index.json"):
+        text = (folder / entry).read_text(encoding="utf-8", errors="replace")
+        files = sorted(set(read_index(text, f"{choice.model}: {entry}").values()))
+    pickles = [name for name in (entry, *files) if is_pickle(name) or name.endswith(".bin")]
+    if pickles and not choice.allow_pickle:
+        raise CaptureError(
+            f"{choice.model}: its weights are pickled ({folder / pickles[0]}), which can run any code when they are "
+            "read: convert them to safetensors, or, if you trust their author, allow it for this model with "
+            "--allow-pickle"
+        )
+    lacking = [name for name in files if name not in names]
+    if lacking:
+        raise CaptureError(f"{choice.model}: the weight file {folder / lacking[0]} is not there: is it downloaded?")
+    size: Callable[[str], int] = snapshot.sizes.__getitem__ if snapshot else lambda n: (folder / n).stat().st_size
+    return {name: size(name) for name in files}
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The model's own tokenizer. Raises CaptureError saying why it does not load."""
+    from transformers import AutoTokenizer
+
+    choice = checkpoint.choice
+    with _explained(checkpoint, "the tokenizer"):
+        if (header := checkpoint.gguf) is not None:
+            return _gguf_tokenizer(checkpoint.folder, header, choice.model, checkpoint.weights[header.file])
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=choice.trust_remote_code, local_files_only=True
+        )
+
+
+@lru_cache(maxsize=8)
+def _gguf_tokenizer(folder: Path, header: GgufHeader, name: str, _size: int) -> Any:
+    """The tokenizer in a GGUF file, which takes seconds: half a minute of a large vocabulary."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=header.file, local_files_only=True)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [token for token in state["added_tokens"] if token["id"] < header.tokens]
+    if len(own) < len(state["added_tokens"]):
+        # transformers adds GPT-2's <|endoftext|> to any byte-level BPE: the model has no row for it.
+        backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": own}))
+        tokenizer = type(tokenizer)(tokenizer_object=backend, **tokenizer.init_kwargs)
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The model, its weights on ``device`` or where its ``device_map`` says, ready to be run.
+
+    A GGUF file is dequantised, on the CPU first; ``auto`` is then float32, but of a file without blocks its own dtype.
+
+    Raises CaptureError: memory, a package that is missing, weights that do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    choice = checkpoint.choice
+    device_map: Any = choice.device_map
+    if device_map is None and device.type != "cpu":
+        device_map = {"": device}  # weights go there straight from the file
+    with _explained(checkpoint, "the model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            **_weights_of(checkpoint),
+            device_map=device_map,
+            attn_implementation=choice.attn_implementation,
+            trust_remote_code=choice.trust_remote_code,
+            use_safetensors=None if choice.allow_pickle else True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise CaptureError(
+            f"{choice.model} lacks {len(missing)} tensors, which would be random: {missing[0]}: are its weights of "
+            "another model?"
+        )
+    return model.eval()
+
+
+def valid_ids(tokenizer: Any) -> IntArray:
+    """int64, sorted: the ids that are tokens. A model may have more rows, and a tokenizer may leave holes."""
+    return np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
+
+
+def longest_input(checkpoint: Checkpoint) -> int | None:
+    """Tokens that the model's configuration allows for, None where it does not say."""
+    text = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(config.get(name), int):
+                return int(config[name])
+    return None
+
+
+def dequantise(
+    choice: ModelChoice | str,
+    folder: Path | str,
+    *,
+    overwrite: bool = False,
+    ignore_estimates: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write a GGUF file's weights, dequantised, with its configuration and tokenizer as a plain checkpoint, once.
+
+    The checkpoint is an artifact, published in one step. The caller holds the lock of what ``folder`` is in.
+
+    Args:
+        choice: the GGUF file and the dtype to store (auto: see :func:`load_model`).
+        folder: where it goes; one that is there already, of the same file and dtype, stays.
+        overwrite: replace one of another file or dtype.
+        ignore_estimates: start although disk or memory do not seem to suffice.
+        say: gets a line for the user, where there is something to do.
+
+    Raises:
+        CaptureError: it is no GGUF file, does not fit, or cannot be loaded.
+        StorageError: ``folder`` was made from something else (says what differs), is damaged, or holds other files.
+    """
+    choice, folder = ModelChoice(choice) if isinstance(choice, str) else choice, Path(folder)
+    if split(choice.model) is None:
+        raise CaptureError(f"{choice.model} is no GGUF file: there is nothing to dequantise")
+    choice = replace(choice, dequantised=None, device_map=None)
+    known = artifact.read(folder)
+    if known is not None:
+        changed = artifact.differences(known.inputs, dequantised_from(choice, known))
+        if not changed:
+            artifact.require_whole(folder)
+            return
+        if not overwrite:
+            raise StorageError(
+                f"{folder} was made from something else:\n  "
+                + "\n  ".join(changed)
+                + f"\nGo back to what it was, remove {folder} to make it anew, or choose another output"
+            )
+    checkpoint = find_checkpoint(choice)
+    for line in [*checkpoint.notices, f"dequantising {choice.model} into {folder}, which is done once"]:
+        say(line)
+    if not ignore_estimates:
+        way_out = "Free some, write elsewhere, or choose the dtype bfloat16; --ignore-estimates starts it all the same"
+        refuse_lacking(dequantise_needs(checkpoint, folder), "this model does not fit:", way_out, CaptureError)
+    inputs = dequantised_from(choice)
+    made: artifact.Inputs = {**circumstances(), "model": choice.model}
+    started = time.monotonic()
+
+    def write(into: Path) -> None:
+        load_model(checkpoint, torch.device("cpu")).save_pretrained(into)
+        load_tokenizer(checkpoint).save_pretrained(into)
+        made["seconds"] = round(time.monotonic() - started, 3)
+
+    artifact.publish(folder, "dequantise", inputs, write, made)
+
+
+def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None) -> artifact.Inputs:
+    """What :func:`dequantise` makes a plain checkpoint of. known: one that is there; its file may be gone by now.
+
+    Raises CaptureError where the file cannot be found, and none is known of that name.
+    """
+    try:
+        found = find_checkpoint(replace(choice, dequantised=None), weights=False).fingerprint()
+    except CaptureError:
+        if known is None or known.made.get("model") != choice.model:
+            raise
+        found = str(known.inputs.get("gguf"))
+    return {"gguf": found, "dtype": choice.dtype}
+
+
+def _weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of the file, dtype and quantization of the weights."""
+    import transformers
+
+    choice, header = checkpoint.choice, checkpoint.gguf
+    if header is None:
+        dtype = choice.dtype if choice.dtype == "auto" else getattr(torch, choice.dtype)
+        return {"dtype": dtype, "quantization_config": _quantization(choice.quantization)}
+    config = transformers.AutoConfig.for_model(**checkpoint.config)  # it would be read again, which takes seconds
+    found = {"gguf_file": header.file, "config": config}
+    found["dtype"] = getattr(torch, header.dtype if choice.dtype == "auto" else choice.dtype)
+    # Versions before 5.23 have no such class, and always dequantise.
+    if hasattr(transformers, "GgufConfig"):
+        found["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return found
+
+
+def _quantization(fields: dict[str, Any] | None) -> Any:
+    if fields is None:
+        return None
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(fields))
+
+
+@contextmanager
+def _explained(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+    name = checkpoint.choice.model
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            hint = "load it smaller (--dtype bfloat16, --quantization) or over several devices (--device-map auto)"
+        elif isinstance(error, ImportError):
+            hint = "install the package that it names"
+        elif "trust_remote_code" in text:
+            raise CaptureError(
+                f"{what} of {name} wants to run Python code of its own: if you trust its author, allow it for this "
+                "model with --trust-remote-code"
+            ) from error
+        else:
+            hint = f"check the files in {checkpoint.folder}"
+        raise CaptureError(f"{what} {name} cannot be loaded: {type(error).__name__}: {text}; {hint}") from error

@@ -1,0 +1,352 @@
+"""Writing a store: shard by shard, by several processes, interrupted at any moment.
+
+A store is a folder:
+
+* ``manifest.json``: what it is made from, and, once ``complete``, a record of every shard with its hash.
+* ``shard-00000.safetensors``, ...: the rows (shards.py).
+* ``shard-00000.json``, ...: records of the shards that are whole, until the manifest has them.
+
+Each of these is committed (commit.py): there whole or not at all. A shard without a record, or whose size or hash is
+not the recorded one, does not count; it is written again, and only it. Processes write different shards, so they need
+no lock between them; the caller holds :func:`fusekit.artifacts.output_lock` against a second run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fusekit
+from fusekit.artifacts import disk_fault, remove, sweep
+from fusekit.capture.codec import Codec
+from fusekit.capture.manifest import (
+    MANIFEST,
+    Manifest,
+    Quarantined,
+    ShardRecord,
+    ShardVoucher,
+    StoreSpec,
+    keys_hash,
+    plan_hash,
+    read_json,
+    shard_name,
+    write_json,
+)
+from fusekit.capture.shards import Blobs, facts_of, file_hash, write_shard
+from fusekit.errors import StorageError
+from fusekit.types import CapturedRow
+
+OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+"""Names of the files of a store, and of what an interrupted writer leaves."""
+
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard to write: number ``index``, for the rows ``start`` to ``stop`` of the data."""
+
+    index: int
+    start: int
+    stop: int
+
+
+class StoreWriter:
+    """Writes the shards of one process of ``world``; goes on where an earlier run stopped.
+
+    >>> writer = StoreWriter(path, spec, keys, rank=rank, world=world)
+    >>> for plan in writer.missing_shards():
+    ...     writer.write_shard(plan, capture(rows[plan.start : plan.stop]))
+    >>> barrier()
+    >>> if rank == 0:
+    ...     writer.finish()
+
+    Args:
+        path: the folder; made if it is not there.
+        spec: what the store is made from.
+        keys: of all rows of the data, in order, each once.
+        rank, world: this process among how many; shard i is written by process i % world.
+        extend: rows may follow those of a complete store. The shards that are there stay as they are, and ``spec`` may
+            differ from the store's in ``data`` alone. Until :meth:`finish` the store is what it was.
+
+    Raises:
+        StorageError: the folder holds something else, or a store of another spec or other rows (says what differs);
+            the disk failed.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        spec: StoreSpec,
+        keys: Sequence[str],
+        rank: int = 0,
+        world: int = 1,
+        *,
+        extend: bool = False,
+    ) -> None:
+        self.path, self.spec, self.keys = Path(path), spec, list(keys)
+        self.rank, self.world = rank, world
+        self.codec = Codec(spec.vocabulary, spec.top_k, spec.max_error)
+        self._keys_hash = keys_hash(self.keys)
+        self._plan_hash = plan_hash(spec, self._keys_hash)
+        _refuse_repeated(self.keys)
+        _make(self.path)
+        manifest = read_json(self.path / MANIFEST, Manifest)
+        if manifest is not None and rank == 0 and _holds_nothing(self.path, manifest):
+            manifest = None  # of a run that ended before its first shard: nothing was made from what it names
+        if manifest is None:
+            refuse_foreign(self.path)
+        else:
+            self._compare(manifest, extend)
+        sweep(self.path, rank, world)
+        self._bounds = _bounds(manifest.bounds if manifest else [0], len(self.keys), spec.rows_per_shard)
+        self._records = {record.file: record for record in manifest.shards} if manifest else {}
+        self._was_complete = bool(manifest and manifest.complete and manifest.bounds == self._bounds)
+        self._done = self._whole_shards()
+        if manifest is None or (manifest.complete and len(self._records) < len(manifest.shards)):
+            self._write_manifest(complete=False)
+        if rank == 0:
+            self._remove_strays()
+
+    def missing_shards(self) -> list[ShardPlan]:
+        """What this process has still to write, in order."""
+        return [plan for plan in self._plans() if plan.index % self.world == self.rank and plan.index not in self._done]
+
+    def write_shard(
+        self, plan: ShardPlan, rows: Iterable[CapturedRow], quarantined: Mapping[str, str] | None = None
+    ) -> None:
+        """Commit a shard and its record.
+
+        Args:
+            plan: one of :meth:`missing_shards`.
+            rows: of ``keys[plan.start:plan.stop]``, in order, without the quarantined ones.
+            quarantined: key -> reason of rows that the store is not to hold.
+
+        Raises:
+            StorageError: rows missing, repeated, out of order or unfit to be stored (names the key); the disk failed.
+        """
+        blobs, facts = [], []
+        for row in rows:
+            blobs.append(self.codec.encode(row))
+            facts.append(facts_of(row))
+        self.write_blobs(plan, Blobs(blobs, facts), quarantined)
+
+    def write_blobs(self, plan: ShardPlan, rows: Blobs, quarantined: Mapping[str, str] | None = None) -> None:
+        """:meth:`write_shard` of rows that this store's codec has encoded already."""
+        planned = self.keys[plan.start : plan.stop]
+        quarantined = quarantined or {}
+        _compare_keys([key for key in planned if key not in quarantined], [fact.key for fact in rows.facts])
+        if unknown := sorted(quarantined.keys() - set(planned)):
+            raise StorageError(f"quarantined row {unknown[0]} is not among the rows of shard {plan.index}")
+        path = self.path / shard_name(plan.index)
+        written = write_shard(path, rows, self.rank)
+        record = ShardRecord(
+            file=path.name,
+            size=written.size,
+            xxh3=written.xxh3,
+            index_xxh3=written.index_xxh3,
+            start=plan.start,
+            stop=plan.stop,
+            planned_xxh3=keys_hash(planned),
+            rows=len(rows.facts),
+            tokens=sum(fact.tokens for fact in rows.facts),
+            labels=sum(fact.labels for fact in rows.facts),
+            bytes=sum(fact.bytes for fact in rows.facts),
+            quarantined=[
+                Quarantined(row=plan.start + at, key=key, reason=quarantined[key])
+                for at, key in enumerate(planned)
+                if key in quarantined
+            ],
+        )
+        write_json(path.with_suffix(".json"), ShardVoucher(plan_xxh3=self._plan_hash, shard=record), self.rank)
+        self._done.add(plan.index)
+
+    def quarantined(self) -> dict[str, str]:
+        """key -> reason of the rows that the shards written so far, by any process and run, are not to hold."""
+        records = (self._record(plan) for plan in self._plans())
+        return {row.key: row.reason for record in records if record for row in record.quarantined}
+
+    def finish(self) -> None:
+        """Make the store complete: rank 0, once every process has written its shards.
+
+        Raises StorageError naming shards that are not there.
+        """
+        records, lacking = [], []
+        for plan in self._plans():
+            record = self._record(plan)
+            if record is None or _size(self.path / record.file) != record.size:
+                lacking.append(shard_name(plan.index))
+            else:
+                records.append(record)
+        if lacking:
+            raise StorageError(
+                f"{self.path}: {len(lacking)} of {len(self._bounds) - 1} shards are not written yet: "
+                f"{', '.join(lacking[:_MOST_SHOWN])}{', ...' if len(lacking) > _MOST_SHOWN else ''}. "
+                "Run the same command again; it writes only those"
+            )
+        if not (self._was_complete and self._records == {record.file: record for record in records}):
+            self._records = {record.file: record for record in records}
+            self._write_manifest(complete=True)
+        for record in records:
+            remove((self.path / record.file).with_suffix(".json"))
+        for rank in range(self.world):
+            sweep(self.path, rank)
+
+    def _plans(self) -> list[ShardPlan]:
+        return [
+            ShardPlan(i, start, stop)
+            for i, (start, stop) in enumerate(zip(self._bounds, self._bounds[1:], strict=False))
+        ]
+
+    def _record(self, plan: ShardPlan) -> ShardRecord | None:
+        """A shard's record: its own file's if that is of this plan, else the manifest's."""
+        name = shard_name(plan.index)
+        found = None
+        try:
+            voucher = read_json((self.path / name).with_suffix(".json"), ShardVoucher)
+            found = voucher.shard if voucher and voucher.plan_xxh3 == self._plan_hash else None
+        except StorageError:  # damaged: it vouches for nothing
+            found = None
+        found = found or self._records.get(name)
+        if found and (found.file, found.start, found.stop) == (name, plan.start, plan.stop):
+            return found
+        return None
+
+    def _whole_shards(self) -> set[int]:
+        """This process's shards that are as recorded; what stands in the place of others is removed."""
+        whole = set()
+        for plan in self._plans():
+            if plan.index % self.world != self.rank:
+                continue
+            path = self.path / shard_name(plan.index)
+            record = self._record(plan)
+            if record and _size(path) == record.size and file_hash(path) == record.xxh3:
+                whole.add(plan.index)
+                continue
+            self._records.pop(path.name, None)
+            remove(path.with_suffix(".json"))
+            remove(path)
+        return whole
+
+    def _compare(self, manifest: Manifest, extend: bool) -> None:
+        changed = manifest.spec.differences(self.spec)
+        rows = manifest.bounds[-1]
+        longer = extend and manifest.complete and len(self.keys) > rows
+        if longer:
+            changed = [line for line in changed if not line.startswith("data: ")]
+        if not changed and len(self.keys) != rows and not longer:
+            changed = [f"rows: {rows}, now {len(self.keys)}"]
+        if not changed and keys_hash(self.keys[:rows]) != manifest.keys_xxh3:
+            changed = [f"the first {rows} rows: others, or in another order"]
+        if changed:
+            raise StorageError(
+                f"{self.path} was made from something else:\n  "
+                + "\n  ".join(changed)
+                + f"\nUse another folder, or remove {self.path} to start anew"
+            )
+
+    def _write_manifest(self, complete: bool) -> None:
+        shards = [self._records[name] for name in sorted(self._records, key=_shard_number)]
+        manifest = Manifest(
+            complete=complete,
+            spec=self.spec,
+            bounds=self._bounds,
+            keys_xxh3=self._keys_hash,
+            shards=shards,
+            made={"by": f"fusekit {fusekit.__version__}"},
+        )
+        write_json(self.path / MANIFEST, manifest, self.rank)
+
+    def _remove_strays(self) -> None:
+        """Shards of a longer plan that was given up."""
+        names = [path for path in self.path.iterdir() if re.fullmatch(r"shard-\d{5,}\.(safetensors|json)", path.name)]
+        for path in sorted(names):
+            if _shard_number(path.name) >= len(self._bounds) - 1:
+                remove(path)
+
+
+def remove_store(path: Path | str) -> None:
+    """Remove a store, whole or not, and nothing else from its folder; the manifest first, so that no half counts.
+
+    Raises StorageError when the disk refuses, or when the folder is no store but holds files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not _has_store(folder):
+        if (folder / MANIFEST).exists():
+            raise StorageError(
+                f"{folder / MANIFEST} is not of a store of captured rows: nothing was removed; choose another folder, "
+                "or remove that one yourself"
+            )
+        refuse_foreign(folder)
+    remove(folder / MANIFEST)
+    for file in sorted(folder.iterdir()):
+        if OF_STORES.fullmatch(file.name):
+            remove(file)
+
+
+def _has_store(folder: Path) -> bool:
+    """Whether the manifest is a store's, or stands, damaged, beside shards."""
+    try:
+        return read_json(folder / MANIFEST, Manifest) is not None
+    except StorageError:
+        return any(folder.glob("shard-*.safetensors"))
+
+
+def _holds_nothing(folder: Path, manifest: Manifest) -> bool:
+    return not (manifest.complete or manifest.shards or any(folder.glob("shard-*.json")))
+
+
+def _bounds(known: list[int], rows: int, rows_per_shard: int) -> list[int]:
+    """Where shards start, and the end of the last one: the known ones, then as many rows a shard as asked."""
+    return [*known, *range(known[-1] + rows_per_shard, rows, rows_per_shard), *([rows] if rows > known[-1] else [])]
+
+
+def _shard_number(name: str) -> int:
+    return int(name.removeprefix("shard-").partition(".")[0])
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be made: {error}") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder without a manifest that is not empty but for what an interrupted writer leaves: StorageError."""
+    foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
+    if foreign:
+        raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
+
+
+def _refuse_repeated(keys: list[str]) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    seen: set[str] = set()
+    for at, key in enumerate(keys):
+        if key in seen:
+            raise StorageError(f"row {at} has the key {key} of a row before: every row may be there once")
+        seen.add(key)
+
+
+def _compare_keys(planned: list[str], given: list[str]) -> None:
+    if planned == given:
+        return
+    if missing := [key for key in planned if key not in set(given)]:
+        raise StorageError(f"row {missing[0]} is missing (and {len(missing) - 1} more): write it or quarantine it")
+    if unplanned := [key for key in given if key not in set(planned)]:
+        raise StorageError(f"row {unplanned[0]} is not one of this shard's rows")
+    raise StorageError("the rows of a shard are repeated or not in the order of the data")

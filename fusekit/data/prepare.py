@@ -1,0 +1,317 @@
+"""Which rows a run uses, and where it ends them: the same rows and the same bytes for every model of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import numpy as np
+
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.errors import AlignmentError, DataError
+from fusekit.types import FRAGMENT, TEXT, Cut, IntArray, Message, Part, Row, TokenizedRow
+
+EXAMPLES = 10
+"""How many keys are kept per reason."""
+
+OVERLONG = ("cut", "drop")
+
+REASONS = {
+    "empty": "no message with any text",
+    "duplicate": "the same messages as an earlier row",
+    "overlong": "longer than max_length for some model, dropped",
+    "no_label": "no token to learn for some model, perhaps since the cut left none",
+    "refused": "a template refuses it, or a model cannot encode it",
+    "cut": "kept up to where the first model reached max_length",
+    "unlinked": "kept, with a message that some template rewrites: its tokens link to nothing",
+    "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learnt there",
+    "unended": "kept, with an answer whose end of turn is no control token of some model: it links to nothing",
+}
+"""Why a row is not used, or not as it is."""
+
+DROPPED = ("empty", "duplicate", "overlong", "no_label", "refused")
+
+
+@dataclass
+class DataCounts:
+    """What became of the rows. seen = kept + the sum of ``dropped``.
+
+    Attributes:
+        seen, kept: numbers of rows.
+        reasons: rows per reason of :data:`REASONS`.
+        keys: the first keys per reason.
+        first_refusal: what the first refused row was refused for.
+    """
+
+    seen: int = 0
+    kept: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    first_refusal: str = ""
+
+    def add(self, reason: str, key: str) -> None:
+        """Count a row."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        keys = self.keys.setdefault(reason, [])
+        if len(keys) < EXAMPLES:
+            keys.append(key)
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used."""
+        return sum(self.reasons.get(reason, 0) for reason in DROPPED)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain types, for a manifest or a report."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        return f"{self.kept} of {self.seen} rows kept" + (f" ({counts})" if counts else "")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run. rows: with the cut that is common to all models. counts: what became of the others."""
+
+    rows: list[Row]
+    counts: DataCounts
+
+
+def prepare(
+    rows: Iterable[Row], tokenizers: Sequence[RowTokenizer], max_length: int, overlong: str = "cut"
+) -> Prepared:
+    """Drop and cut rows so that every model of a run reads the same bytes of each.
+
+    Args:
+        rows: the data, in order.
+        tokenizers: of every model of the run.
+        max_length: the most tokens that a row may have for any of them.
+        overlong: ``cut`` at the smallest byte end over all models (``Row.cut``), or ``drop``.
+
+    Raises:
+        DataError: an argument makes no sense, or no row is left (with the counts).
+    """
+    if overlong not in OVERLONG:
+        raise DataError(f"overlong is {overlong!r}: it is one of {', '.join(OVERLONG)}")
+    if max_length < 2 or not tokenizers:
+        raise DataError(f"max_length is {max_length} for {len(tokenizers)} models: at least 2 tokens and one model")
+    kept: list[Row] = []
+    counts = DataCounts()
+    seen: set[str] = set()
+    for row in rows:
+        counts.seen += 1
+        reason = None
+        if not any(message.content.strip() for message in row.messages):
+            reason = "empty"
+        elif row.key in seen:
+            reason = "duplicate"
+        else:
+            seen.add(row.key)
+            reason, row = _fit(row, tokenizers, max_length, overlong, counts)  # noqa: PLW2901
+        if reason is not None:
+            counts.add(reason, row.key)
+        else:
+            counts.kept += 1
+            kept.append(row)
+    if counts.seen and not kept:
+        meaning = "; ".join(f"{reason}: {REASONS[reason]}" for reason in DROPPED if reason in counts.reasons)
+        raise DataError(f"no row is left: {counts} ({meaning}). {counts.first_refusal}".strip())
+    return Prepared(kept, counts)
+
+
+def _fit(
+    row: Row, tokenizers: Sequence[RowTokenizer], max_length: int, overlong: str, counts: DataCounts
+) -> tuple[str | None, Row]:
+    """Why the row is dropped, or None and the row with its cut."""
+    try:
+        tokens = [tokenizer.tokenize(row) for tokenizer in tokenizers]
+        cut = False
+        while any(len(of_model) > max_length for of_model in tokens):
+            if overlong == "drop":
+                return "overlong", row
+            shorter = _cut(row, tokens, max_length)
+            if shorter is None:
+                return "no_label", row
+            row, cut = dataclasses.replace(row, cut=shorter), True
+            tokens = [tokenizer.tokenize(row) for tokenizer in tokenizers]
+    except (DataError, AlignmentError) as error:
+        counts.first_refusal = counts.first_refusal or str(error)
+        return "refused", row
+    if not all(of_model.labels.any() for of_model in tokens):
+        return "no_label", row
+    if cut:
+        counts.add("cut", row.key)
+    if any(_unlinked(row, of_model) for of_model in tokens):
+        counts.add("unlinked", row.key)
+    if any(_shortened(row, of_model) for of_model in tokens):
+        counts.add("shortened", row.key)
+    if any(_unended(row, of_model) for of_model in tokens):
+        counts.add("unended", row.key)
+    return None, row
+
+
+def _cut(row: Row, tokens: Sequence[TokenizedRow], max_length: int) -> Cut | None:
+    """The furthest place that all models reach within ``max_length``, before the present cut; None for none."""
+    reached = []
+    for of_model in tokens:
+        last = min(len(of_model), max_length) - 1
+        if len(of_model) <= max_length:
+            continue
+        message = int(of_model.message[last])
+        if of_model.part[last] == Part.END and message + 1 < len(row.messages):
+            reached.append((message + 1, 0))  # with the end of the turn
+            continue
+        size = min(int(of_model.ends[last]), int(of_model.lows[last]))
+        reached.append((message, size) if message < len(row.messages) else (len(row.messages) - 1, 2**62))
+    message, size = min(reached)
+    content = row.messages[message].content.encode()
+    size = min(size, len(content))
+    if row.cut is not None and (message, size) >= tuple(row.cut):  # encoding the shorter text took as many tokens
+        message, size = row.cut.message, row.cut.size - 1
+        content = row.messages[message].content.encode()
+        if size < 0:
+            message, size = message - 1, 2**62
+            if message < 0:
+                return None
+            content = row.messages[message].content.encode()
+            size = len(content)
+    while 0 < size < len(content) and content[size] & 0xC0 == 0x80:
+        size -= 1
+    return Cut(message, size) if message or size else None
+
+
+def _unlinked(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether a message with text in it has no token with a place in it."""
+    inside = set(np.unique(tokens.message[tokens.part == Part.CONTENT]).tolist())
+    last = len(row.messages) if row.cut is None else row.cut.message
+    return any(m.content.strip() and i not in inside for i, m in enumerate(row.messages[:last]))
+
+
+def _shortened(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether a template drops text at the beginning of an answer."""
+    for number in (i for i, message in enumerate(row.messages) if message.role == "assistant"):
+        first = int(np.argmax((tokens.message == number) & (tokens.part != Part.TEMPLATE)))
+        before = int(tokens.ends[first - 1]) if first and tokens.message[first - 1] == number else 0
+        if before and tokens.part[first] == Part.CONTENT and row.messages[number].content.encode()[:before].strip():
+            return True
+    return False
+
+
+def _unended(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether an answer that is there as a whole has no end that links."""
+    ended = set(tokens.message[tokens.part == Part.END].tolist())
+    last = len(row.messages) if row.cut is None else row.cut.message
+    return any(m.role in ("assistant", "text") and i not in ended for i, m in enumerate(row.messages[:last]))
+
+
+def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], block_tokens: int) -> Iterator[Row]:
+    """Pack documents into rows that have at most ``block_tokens`` tokens for every model, bos and eos included.
+
+    A document that does not fit is cut where a token ends in every model's reading of it, at a character boundary; the
+    pieces of a document, in order, are the document. One that is cut off itself (``FRAGMENT``) ends its block. Only one
+    block is in memory at a time.
+
+    Args:
+        documents: rows of plain text (:attr:`Row.is_text`), one message each or more.
+        tokenizers: of every model of the run.
+        block_tokens: the most tokens of a block.
+
+    Raises:
+        DataError: a row is no plain text, a model has no eos, or a block is too small for a single character.
+    """
+    if block_tokens < 2 or not tokenizers:
+        raise DataError(f"block_tokens is {block_tokens} for {len(tokenizers)} models: at least 2 and one model")
+    block = _Block(tokenizers, block_tokens)
+    for document in documents:
+        if not document.is_text:
+            raise DataError(f"row {document.key} is a conversation: only plain text is packed into blocks")
+        for message in document.messages:
+            if message.content:
+                yield from _pack(message, document.dataset, block)
+    if block.messages:
+        yield block.close()
+
+
+class _Block:
+    """A block that is being filled."""
+
+    def __init__(self, tokenizers: Sequence[RowTokenizer], size: int) -> None:
+        self.tokenizers, self.size = tokenizers, size
+        self.overhead = np.array([len(tokenizer.tokenize(Row((Message(FRAGMENT, ""),)))) for tokenizer in tokenizers])
+        self.messages: list[Message] = []
+        self.datasets: set[str] = set()
+        self.used = self.overhead.copy()
+
+    @property
+    def room(self) -> IntArray:
+        """Tokens that are left, per model."""
+        left: IntArray = self.size - self.used
+        return left
+
+    def needs(self, message: Message) -> IntArray:
+        """Tokens that a message takes, per model."""
+        row = Row((message,))
+        lengths: IntArray = np.array([len(tokenizer.tokenize(row)) for tokenizer in self.tokenizers])
+        taken: IntArray = lengths - self.overhead
+        return taken
+
+    def add(self, message: Message, needs: IntArray, dataset: str) -> None:
+        self.messages.append(message)
+        self.datasets.add(dataset)
+        self.used = self.used + needs
+
+    def close(self) -> Row:
+        """The block as a row; of the documents' data set where that is one and the same."""
+        row = Row(tuple(self.messages), self.datasets.pop() if len(self.datasets) == 1 else "")
+        self.messages, self.datasets, self.used = [], set(), self.overhead.copy()
+        return row
+
+
+def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
+    """Put a document into blocks; gives those that are full, and the one that ends where the document is cut off."""
+    data = document.content.encode()
+    whole = Row((Message(FRAGMENT, document.content),))
+    readings = [tokenizer.tokenize(whole) for tokenizer in block.tokenizers]
+    certain = [np.unique(r.ends[(r.ends == r.lows) & (r.ends > 0)]) for r in readings]
+    borders = reduce(np.intersect1d, certain)
+    borders = borders[[int(at) < len(data) and data[int(at)] & 0xC0 != 0x80 for at in borders]]
+    counts = [np.searchsorted(reading.ends, np.append(borders, len(data)), side="right") for reading in readings]
+    tokens_at = np.stack(counts, axis=1)  # tokens that each model has read at each border
+    start, read = 0, block.overhead
+    while start < len(data):
+        left = tokens_at[-1] - read
+        if (left <= 2 * block.room + 8).all():  # by itself it may take fewer tokens, or more, than in its document
+            rest = Message(document.role, data[start:].decode())
+            needs = block.needs(rest) if start else left + (document.role == TEXT)
+            if (needs <= block.room).all():
+                block.add(rest, needs, dataset)
+                if document.role == FRAGMENT:  # nothing may follow it as if it went on so
+                    yield block.close()
+                return
+        first = int(np.searchsorted(borders, start, side="right"))
+        fitting = first + int(np.searchsorted((tokens_at[first:-1] - read > block.room).any(axis=1), True))
+        piece = _longest_piece(data, start, borders[first:fitting], block)
+        if piece is not None:
+            message, taken, stop = piece
+            block.add(message, taken, dataset)
+            read = tokens_at[int(np.searchsorted(borders, stop))]
+            start = stop
+        elif not block.messages:
+            raise DataError(
+                f"block_tokens {block.size} is too small: {data[start : start + 40].decode(errors='ignore')!r} has no "
+                "place within it where every model can begin anew"
+            )
+        yield block.close()
+
+
+def _longest_piece(data: bytes, start: int, borders: IntArray, block: _Block) -> tuple[Message, IntArray, int] | None:
+    """The longest piece up to a border that fits: by itself it may take more tokens than as part of its document."""
+    for stop in reversed(borders.tolist()):
+        message = Message(FRAGMENT, data[start:stop].decode())
+        needs = block.needs(message)
+        if (needs <= block.room).all():
+            return message, needs, int(stop)
+    return None

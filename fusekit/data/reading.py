@@ -1,0 +1,337 @@
+"""Rows from files and from the Hugging Face hub, one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fusekit.data.formats import form_of, parse_record
+from fusekit.errors import DataError
+from fusekit.types import TEXT, Message, Row
+
+MAX_DESCRIPTION = 64 << 20
+"""Bytes of a manifest.json or config.json that is read to tell what a folder is."""
+
+Record = tuple[str, Any]
+"""Where it is, for errors, and what it is."""
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    limit: int | None = None,
+    name: str | None = None,
+) -> Iterator[Row]:
+    """Read conversations or plain text, lazily: a large JSONL or Parquet file is never in memory as a whole.
+
+    Args:
+        path: a ``.jsonl``, ``.json`` (a list of rows, or JSON lines), ``.parquet`` or ``.txt`` file (one document), a
+            folder of such files (in order of their names), or the id of a data set on the hub.
+        split, revision, name, streaming: of the data set on the hub; ``name`` is its configuration.
+        limit: read at most so many rows; None for all.
+
+    Returns:
+        The rows in order. ``Row.dataset`` is the record's ``dataset`` field, or else the file's name without its
+        ending, or the id on the hub. The form is found once per file, by the keys of its first row.
+
+    Raises:
+        DataError: while iterating (for a missing file at once): names file and line, what was found, and the way out.
+    """
+    if limit is not None and limit < 0:
+        raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
+    local = Path(path).expanduser()
+    if local.is_dir():
+        rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file)))
+    elif local.exists():
+        rows = _rows_of_file(local)
+    elif isinstance(path, Path) or not is_on_hub(path):
+        raise DataError(f"{path} does not exist")
+    else:
+        records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
+        rows = _rows_of_records(records, str(path))
+    return rows if limit is None else islice(rows, limit)
+
+
+def files_of(path: str | Path) -> list[str | Path]:
+    """The files of rows in a folder, in order of their names; anything else as it is.
+
+    Raises DataError for a folder without such a file, or of something else.
+    """
+    local = Path(path).expanduser()
+    if not local.is_dir():
+        return [path]
+    if other := _other_folder(local):
+        raise DataError(
+            f"{path} is {other}, not rows of data: give files of rows ({', '.join(READERS)}), a folder of such "
+            "files, or the id of a data set on the hub"
+        )
+    files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    if not files:
+        raise DataError(f"{local} is a folder without a file that ends in {', '.join(READERS)}")
+    return list(files)
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether rows are taken for a data set on the hub: nothing is there, and it does not look like a file."""
+    local = Path(path).expanduser()
+    return not (local.exists() or local.suffix.lower() in READERS or path.startswith((".", "/", "~")))
+
+
+def _other_folder(folder: Path) -> str | None:
+    """What a folder is that holds JSON files of something else; None where it may hold rows."""
+    if (folder / "recipe.resolved.yml").is_file():
+        return "the output of a run"
+    manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.json")
+    if "stage" in manifest:
+        return f"what the stage {str(manifest['stage'])!r} of a run made"
+    if "spec" in manifest:
+        return "a store of what a model said about rows"
+    if {"model_type", "architectures"} & config.keys():
+        return "a model"
+    return "an adapter of a model" if (folder / "adapter_config.json").is_file() else None
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() and file.stat().st_size < MAX_DESCRIPTION else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _rows_of_file(file: Path) -> Iterator[Row]:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise DataError(f"{file} ends in {file.suffix!r}: files of rows end in {', '.join(READERS)}")
+    if reader is _text_records:
+        return (Row((Message(TEXT, text),), file.stem) for _, text in _guarded(reader, file))
+    return _rows_of_records(_guarded(reader, file), file.stem)
+
+
+def _guarded(reader: Callable[[Path], Iterable[Record]], file: Path) -> Iterator[Record]:
+    try:
+        yield from reader(file)
+    except (OSError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{file} cannot be read: {reason}") from error
+
+
+def _rows_of_records(records: Iterable[Record], dataset: str) -> Iterator[Row]:
+    parse = None
+    for where, record in records:
+        if parse is None:
+            parse = form_of(record, where)
+        yield parse_record(record, parse, where, dataset)
+
+
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}, line {number}: no UTF-8 at byte {error.start} of the line: convert the file"
+        ) from error
+
+
+def _loaded(text: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # JSONDecodeError, and numbers of too many digits
+        if isinstance(error, json.JSONDecodeError):
+            raise DataError(
+                f"{file}, line {number + error.lineno - 1}: no JSON: {error.msg} (column {error.colno})"
+            ) from error
+        raise DataError(f"{file}, line {number}: no JSON: {error}") from error
+
+
+def _json_lines(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            text = _decoded(line, file, number).rstrip("\r\n")  # else a line cut short is said to be wrong in the next
+            if text.strip():
+                yield f"{file}, line {number}", _loaded(text, file, number)
+
+
+def _json(file: Path) -> Iterator[Record]:
+    """A list of rows; JSON lines with the ending ``.json`` too, as data sets often have it."""
+    with file.open("rb") as opened:
+        start = opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] == b"{":
+        yield from _json_lines_or_object(file)
+        return
+    rows = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
+    if not isinstance(rows, list):
+        raise DataError(f"{file} holds a {type(rows).__name__}, not a list of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"{file}, row {number}", row
+
+
+def _json_lines_or_object(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    try:
+        json.loads(first.decode("utf-8-sig"))
+    except ValueError:  # an object over several lines
+        whole = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
+        rows = whole.get("data") if isinstance(whole, dict) else None
+        if not isinstance(rows, list):
+            raise DataError(f"{file} is one JSON object: rows are a list, or one object a line") from None
+        for number, row in enumerate(rows, 1):
+            yield f"{file}, row {number}", row
+        return
+    yield from _json_lines(file)
+
+
+def _parquet(file: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", record
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{file}, after row {number}: no readable Parquet: {error}") from error
+
+
+def _text_records(file: Path) -> Iterator[Record]:
+    """The whole file is one document."""
+    yield str(file), _decoded_text(file)
+
+
+def _decoded_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}, line {line}: no UTF-8 at byte {error.start}: convert the file") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _text_records,
+}
+"""Endings of files of rows."""
+
+
+def hub_records(
+    repository: str, *, split: str, revision: str | None, name: str | None, streaming: bool
+) -> Iterator[tuple[str, Any]]:
+    """The records of a data set, with where each is. No code of the data set is run.
+
+    Raises:
+        DataError: while iterating, with a hint: offline, gated, missing, several configurations, no such split.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise DataError(f"{repository!r} is neither a file or folder nor the id of a data set (owner/name)") from error
+    return _records(repository, split, revision, name, streaming)
+
+
+def _records(
+    repository: str, split: str, revision: str | None, name: str | None, streaming: bool
+) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        _ask_once(repository, revision)
+        import datasets
+
+        data = datasets.load_dataset(repository, name, split=split, revision=revision, streaming=streaming)
+        for number, record in enumerate(data, 1):
+            yield f"{repository} ({split}), row {number}", record
+    except GeneratorExit:
+        raise
+    except Exception as error:  # the client's own, its HTTP library's, pyarrow's
+        raise explain(error, repository, revision, name, split) from error
+
+
+def _ask_once(repository: str, revision: str | None) -> None:
+    """One short question, since ``datasets`` asks an unreachable hub again and again."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return  # the cache may have it
+    try:
+        huggingface_hub.HfApi().dataset_info(
+            repository, revision=revision, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
+        )
+    except Exception as error:
+        if not _unreachable(error) or not _is_cached(repository):
+            raise
+
+
+def _is_cached(repository: str) -> bool:
+    from pathlib import Path
+
+    import datasets
+
+    return (Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")).is_dir()
+
+
+def _unreachable(error: BaseException) -> bool:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
+        ("httpx", "requests")
+    )
+
+
+def explain(error: BaseException, repository: str, revision: str | None, name: str | None, split: str) -> DataError:
+    """A DataError that says what to do about an exception of ``datasets`` or the hub client."""
+    import huggingface_hub
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import constants, errors
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and len(chain) < 10:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    page = f"{constants.ENDPOINT}/datasets/{repository}"
+    token = "a token is set" if huggingface_hub.get_token() else "no token is set"
+    said = " ".join(str(error).split())
+    if has(errors.GatedRepoError):
+        text = f"is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN ({token})"
+    elif constants.is_offline_mode():
+        text = f"is not in the cache of data sets ({HF_DATASETS_CACHE}) and HF_HUB_OFFLINE is set: unset it once, or "
+        text += f"fetch its files where there is a network (`hf download {repository} --repo-type dataset --local-dir "
+        text += "ROWS`) and give the folder that holds them as the path"
+    elif has(errors.RevisionNotFoundError):
+        text = f"has no revision {revision!r}: see {page}/commits/main"
+    elif has(errors.RepositoryNotFoundError):
+        text = f"is neither a file or folder nor a data set on {constants.ENDPOINT}: check the spelling; if it is "
+        text += f"private, log in with `hf auth login` or set HF_TOKEN ({token})"
+    elif "Config name is missing" in said or "BuilderConfig" in said:
+        text = f"needs the name of one of its configurations, not {name!r}: {said}"
+    elif "split" in said.lower() and isinstance(error, ValueError):
+        text = f"has no split {split!r}: {said}"
+    elif any(_unreachable(link) for link in chain):
+        text = f"is not a file or folder, and {constants.ENDPOINT} does not answer ({type(error).__name__}: {said}): "
+        text += "check the network, a proxy, or HF_ENDPOINT"
+    elif "script" in said.lower():
+        text = f"is made by code of its own, which fusekit does not run: fetch its files and give their path ({said})"
+    else:
+        text = f"cannot be read from {constants.ENDPOINT}: {type(error).__name__}: {said}"
+    return DataError(f"{repository} {text}")

@@ -1,0 +1,532 @@
+"""Chat templates: a model's own, those that ship with fusekit, or a file.
+
+``foreign`` use (every model of a run under the pivot's template) needs to know what a template's control strings stand
+for, so a template carries the roles of the model it was written for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from fusekit.alignment.surfaces import vocabulary_surfaces
+from fusekit.errors import DataError
+from fusekit.types import Message
+
+MAX_FILE = 1_000_000
+"""Bytes of a template file; the longest published ones have some thirty thousand."""
+
+_DATE_CODES = [f"%{code}" for code in [*"aAbBcdDeFGhHIjmMpRSTuUVwWxXyYZ", "-d", "-m", "-H", "-I", "-j", "-y"]]
+
+_PERCENT = "\U000fae04"  # for a percent sign that begins no code
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    bos: str | None
+    eos: str
+    end_of_turn: str
+    markers: tuple[str, ...]  # added tokens by which a tokenizer without a template is recognised
+
+
+SHIPPED = {
+    "chatml": _Shipped(None, "<|im_end|>", "<|im_end|>", ()),
+    "gemma": _Shipped("<bos>", "<eos>", "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
+    "internlm2": _Shipped("<s>", "</s>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|action_start|>")),
+    "llama-3": _Shipped("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ()),
+    "llama-3.1": _Shipped("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ("<|eom_id|>", "<|python_tag|>")),
+    "mistral": _Shipped("<s>", "</s>", "</s>", ()),
+    "openchat-3.5": _Shipped("<s>", "<|end_of_turn|>", "<|end_of_turn|>", ("<|end_of_turn|>", "<|pad_0|>")),
+    "phi-3": _Shipped("<s>", "<|endoftext|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "qwen": _Shipped(None, "<|im_end|>", "<|im_end|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+    "solar": _Shipped("<s>", "</s>", "</s>", ()),
+    "vicuna": _Shipped("<s>", "</s>", "</s>", ()),
+    "yi": _Shipped("<|startoftext|>", "<|im_end|>", "<|im_end|>", ("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
+}
+
+
+def template_names() -> list[str]:
+    """The names of the templates that ship with fusekit, in order."""
+    return sorted(SHIPPED)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A jinja chat template, and the control strings of the model it belongs to.
+
+    Attributes:
+        name: how errors and artifacts call it.
+        source: the jinja text.
+        bos, eos, end_of_turn: what they are in it; None for those of whichever tokenizer uses it.
+        origin: where it comes from, for users and artifacts; names no path, so that it stays when a folder is moved.
+    """
+
+    name: str
+    source: str
+    bos: str | None = None
+    eos: str | None = None
+    end_of_turn: str | None = None
+    origin: str = "given"
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return "strftime_now" in self.source
+
+    def source_on(self, date: datetime.date) -> str:
+        """The jinja text as it would write on a day (at 0:00), whatever the clock says.
+
+        transformers passes no function on to a template, so the day is written into it.
+        """
+        if not self.prints_date:
+            return self.source
+        moment = datetime.datetime.combine(date, datetime.time())
+        values = [("%%", _PERCENT), *((code, moment.strftime(code)) for code in _DATE_CODES), (_PERCENT, "%")]
+        written = "".join(f"|replace({code!r}, {value!r})" for code, value in values)
+        # The source begins a line, as it did: white space around blocks depends on it.
+        return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{self.source}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over the source and the control strings."""
+        whole = "\0".join(
+            ["fusekit template 1", self.source, *(repr(s) for s in (self.bos, self.eos, self.end_of_turn))]
+        )
+        return xxhash.xxh3_128_hexdigest(whole.encode())
+
+    @classmethod
+    def own(cls, tokenizer: Any) -> ChatTemplate:
+        """The template that comes with a tokenizer. Raises DataError where it has none."""
+        source = getattr(tokenizer, "chat_template", None)
+        if isinstance(source, dict):
+            source = source.get("default")
+        name = _name(tokenizer)
+        if not isinstance(source, str) or not source:
+            raise DataError(
+                f"{name} has no chat template: name one of {', '.join(template_names())}, or give a jinja file"
+            )
+        return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
+
+    @classmethod
+    def named(cls, name: str) -> ChatTemplate:
+        """One that ships with fusekit (:func:`template_names`). Raises DataError for an unknown name."""
+        if name not in SHIPPED:
+            raise DataError(f"no chat template {name!r} ships with fusekit: there are {', '.join(template_names())}")
+        file = resources.files("fusekit.data") / "chat_templates" / f"{name}.jinja"
+        roles = SHIPPED[name]
+        source, origin = file.read_text(encoding="utf-8"), f"{name}, shipped with fusekit"
+        return cls(name, source, roles.bos, roles.eos, roles.end_of_turn, origin)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ChatTemplate:
+        """A jinja file, with the control strings of the tokenizer that uses it. Raises DataError."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_FILE:
+                raise DataError(f"{path} has {path.stat().st_size:,} bytes: no chat template is over {MAX_FILE:,}")
+            return cls(path.name, path.read_text(encoding="utf-8"), origin=f"the file {path.name}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"the chat template {path} cannot be read: {error}") from error
+
+    @classmethod
+    def chosen(cls, name: str) -> ChatTemplate | None:
+        """What a user names: ``own`` (None, for :meth:`of` the tokenizer), one that ships, or a jinja file.
+
+        Raises DataError for a name that is neither.
+        """
+        if name == "own":
+            return None
+        if name not in SHIPPED and not Path(name).is_file():
+            raise DataError(
+                f"no chat template is called {name!r}: there are own, {', '.join(template_names())}; "
+                "or give a jinja file"
+            )
+        return cls.named(name) if name in SHIPPED else cls.from_file(name)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate:
+        """A tokenizer's own template, or where it has none the one shipped template whose markers it alone has.
+
+        Raises DataError where none or several fit, with the names to choose from.
+        """
+        if getattr(tokenizer, "chat_template", None):
+            return cls.own(tokenizer)
+        added = {token.content for token in vocabulary_surfaces(tokenizer).view.added_tokens.values()}
+        fitting = [name for name, shipped in SHIPPED.items() if shipped.markers and added.issuperset(shipped.markers)]
+        if len(fitting) == 1:
+            found = cls.named(fitting[0])
+            return dataclasses.replace(found, origin=f"{found.origin}, recognised by the tokenizer's added tokens")
+        fits = f"its added tokens fit {' and '.join(fitting)}" if fitting else "its added tokens fit no shipped one"
+        raise DataError(
+            f"{_name(tokenizer)} has no chat template, and {fits}: name one of {', '.join(template_names())}, "
+            "or give a jinja file"
+        )
+
+    def with_roles_of(self, tokenizer: Any) -> ChatTemplate:
+        """With the control strings of a tokenizer where it has none of its own."""
+        view = vocabulary_surfaces(tokenizer).view
+        strings = {role: view.added_tokens[id_].content for role, id_ in view.roles.items() if id_ in view.added_tokens}
+        return dataclasses.replace(
+            self,
+            bos=self.bos or strings.get("bos"),
+            eos=self.eos or strings.get("eos"),
+            end_of_turn=self.end_of_turn or strings.get("end_of_turn"),
+        )
+
+
+def kept_date(value: object) -> datetime.date | None:
+    """A day as manifests keep it; None for anything else."""
+    try:
+        return datetime.date.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PADDING = " \n\t"
+_STAND_IN = "\U000fae01"
+_OPEN, _CLOSE = "<think>", "</think>"
+_CONTINUED = re.compile(r"\S\s*\n</think>\s*\n")  # of reasoning that the prompt opened, so that the answer does not
+# As long as what they stand for, so that no position changes.
+_HIDDEN = {_OPEN: "\U000fae02" * len(_OPEN), _CLOSE: "\U000fae03" * len(_CLOSE)}
+
+Span = tuple[int, int]
+
+
+class Region(NamedTuple):
+    """Where the content of a message, or a part of it, is rendered. Positions are characters.
+
+    A message has several where a template changes the white space around its reasoning.
+
+    Attributes:
+        message: its number.
+        start, stop: in the rendered text.
+        first, last: which part of the content stands there; ``None`` where what stands there is no part of it.
+    """
+
+    message: int
+    start: int
+    stop: int
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+        text: as the template gives it.
+        regions: of the contents that have a place in it, in order.
+        generated: what ``{% generation %}`` encloses, or None for a template without it.
+        answers: where an answer begins in ``text``, per number of an assistant message (without ``generation``).
+        tags: the spans in ``text`` of the tags around an answer's reasoning, in order.
+    """
+
+    text: str
+    regions: tuple[Region, ...]
+    generated: tuple[Span, ...] | None
+    answers: Mapping[int, int]
+    tags: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What a template writes around contents. pieces: one more than there are contents."""
+
+    pieces: tuple[str, ...]
+    strips: tuple[tuple[bool, bool], ...]
+    generated: tuple[tuple[tuple[int, int], tuple[int, int]], ...] | None  # (piece, offset) of start and stop
+    answers: Mapping[int, tuple[int, int]]
+
+
+class Renderer:
+    """Renders conversations with one template.
+
+    Args:
+        source: the jinja text.
+        variables: what the template sees beside the messages, ``bos_token`` and ``eos_token`` above all.
+        name: how errors call template and model.
+    """
+
+    MAX_SKELETONS = 4096
+
+    def __init__(self, source: str, variables: Mapping[str, Any], name: str) -> None:
+        self.source, self.variables, self.name = source, dict(variables), name
+        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether the template has ``{% generation %}``."""
+        return _GENERATION.search(self.source) is not None
+
+    def render(self, messages: Sequence[Message], key: str = "") -> Rendered:
+        """Render a conversation. key: the row's, for errors. Raises DataError where the template refuses it."""
+        text, spans = self._jinja(messages, key, generation=False)
+        roles = tuple(message.role for message in messages)
+        if roles not in self._skeletons:
+            if len(self._skeletons) >= self.MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[roles] = self._skeleton(roles, key)
+        skeleton = self._skeletons[roles]
+        filled = _fill(skeleton, messages) if skeleton is not None else None
+        if filled is not None and filled.text == text:
+            return replace(filled, tags=_tags(messages, text, filled.regions))
+        if self.marks_generation:
+            text, spans = self._jinja(messages, key, generation=True)
+        regions, mentions = self._regions(messages, text, key)
+        if mentions:
+            shown = self.render([_hidden(m) if i in mentions else m for i, m in enumerate(messages)], key)
+            return replace(shown, text=_shown(shown.text))
+        generated = tuple(spans) if self.marks_generation else None
+        answers = {} if generated is not None else self._answers(messages, text, regions)
+        return Rendered(text, regions, generated, answers, _tags(messages, text, regions))
+
+    def render_roles(self, roles: Sequence[str]) -> Rendered:
+        """A conversation of stand-ins, to learn how the template ends a turn. Raises DataError."""
+        return self.render([Message(role, _stand_in(i)) for i, role in enumerate(roles)])
+
+    def _jinja(self, messages: Sequence[Message], key: str, *, generation: bool, prompt: bool = False) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self.source,
+                return_assistant_tokens_mask=generation,
+                add_generation_prompt=prompt,
+                **self.variables,
+            )
+        except Exception as error:  # templates are foreign code and may raise anything
+            raise DataError(_refusal(self.name, messages, key, error)) from error
+        return texts[0], spans[0] if generation else ()
+
+    def _skeleton(self, roles: tuple[str, ...], key: str) -> _Skeleton | None:
+        messages = [Message(role, _stand_in(i)) for i, role in enumerate(roles)]
+        try:
+            text, spans = self._jinja(messages, key, generation=self.marks_generation)
+            padded = [Message(role, _PADDING + content + _PADDING) for role, content in messages]
+            padded_text, _ = self._jinja(padded, key, generation=False)
+        except DataError:  # a template may refuse a stand-in for what it takes
+            return None
+        at = [text.find(content) for _, content in messages]
+        if any(text.count(content) != 1 for _, content in messages) or at != sorted(at):
+            return None
+        stops = [start + len(content) for start, (_, content) in zip(at, messages, strict=True)]
+        pieces = tuple(text[a:b] for a, b in zip([0, *stops], [*at, len(text)], strict=True))
+        strips = []
+        position = 0
+        for i, (_, content) in enumerate(messages):
+            position += len(pieces[i])
+            left = not padded_text.startswith(_PADDING + content, position)
+            position += len(content) + (0 if left else len(_PADDING))
+            right = not padded_text.startswith(_PADDING, position)
+            position += 0 if right else len(_PADDING)
+            strips.append((left, right))
+        regions = tuple(Region(i, a, b, 0, b - a) for i, (a, b) in enumerate(zip(at, stops, strict=True)))
+
+        def place(character: int) -> tuple[int, int]:
+            piece = sum(1 for start in at if start < character)
+            return piece, max(character - (stops[piece - 1] if piece else 0), 0)
+
+        if self.marks_generation:
+            # The start of a content that begins a block is after the piece before it, its stop before the one after.
+            generated = tuple((place(start), place(stop)) for start, stop in spans)
+            return _Skeleton(pieces, tuple(strips), generated, {})
+        answers = {i: place(start) for i, start in self._answers(messages, text, regions).items()}
+        return _Skeleton(pieces, tuple(strips), None, answers)
+
+    def _answers(self, messages: Sequence[Message], text: str, regions: tuple[Region, ...]) -> dict[int, int]:
+        """Where each assistant message begins: after the generation prompt, where there is one and the text has it."""
+        answers = {}
+        for region in regions:
+            if messages[region.message].role != "assistant" or region.message in answers:
+                continue
+            answers[region.message] = region.start
+            before = messages[: region.message]
+            try:
+                prompt, _ = self._jinja(before, "", generation=False, prompt=True)
+                bare, _ = self._jinja(before, "", generation=False)
+            except DataError:
+                continue
+            between = text[len(prompt) : region.start]
+            # Beyond the content's start where the prompt opens the reasoning with which the content begins.
+            if text.startswith(prompt) and len(prompt) <= region.stop and (prompt != bare or not between.strip()):
+                answers[region.message] = len(prompt)
+        return answers
+
+    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[tuple[Region, ...], list[int]]:
+        """Where contents are when the template rewrites some: one stand-in at a time.
+
+        Returns also the messages that the template took for reasoning though they only mention a tag of it.
+        """
+        stand_in = next(s for s in map(_stand_in, range(10**6)) if not any(s in content for _, content in messages))
+        regions: list[Region] = []
+        mentions: list[int] = []
+        for i, message in enumerate(messages):
+            probe = [*messages[:i], Message(message.role, stand_in), *messages[i + 1 :]]
+            try:
+                probed, _ = self._jinja(probe, key, generation=False)
+            except DataError:
+                continue
+            before, found, after = probed.partition(stand_in)
+            floor, stop = regions[-1].stop if regions else 0, len(text) - len(after)
+            if not found or stand_in in after or not text.endswith(after):
+                continue
+            content, answers = message.content, message.role == "assistant"
+            fits = text.startswith(before) and floor <= len(before) <= stop
+            if answers and (_tagged(message) or not fits):
+                mention = _tagged(message) and not _is_reasoning(message)
+                standing = _standing(content, text, floor, stop)
+                if mention and not (standing and _CONTINUED.search(content)):
+                    mentions.append(i)
+                    continue
+                if standing:
+                    regions += [Region(i, *place) for place in standing]
+                    continue
+            if fits:
+                regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
+            elif answers:  # rewritten: at no place, and learnt all the same
+                start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
+                if floor <= start <= stop:
+                    regions.append(Region(i, start, stop, None, None))
+        return tuple(regions), mentions
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_skeletons": {}}
+
+
+def _stand_in(number: int) -> str:
+    return f"{_STAND_IN}{number}{_STAND_IN}"
+
+
+def _tagged(message: Message) -> bool:
+    """Whether an answer has a tag of reasoning in it."""
+    return message.role == "assistant" and any(tag in message.content for tag in _HIDDEN)
+
+
+def _is_reasoning(message: Message) -> bool:
+    """Whether an answer begins with reasoning."""
+    return message.role == "assistant" and message.content.lstrip().startswith(_OPEN) and _CLOSE in message.content
+
+
+def _hidden(message: Message) -> Message:
+    content = message.content
+    for tag, private in _HIDDEN.items():
+        content = content.replace(tag, private)
+    return Message(message.role, content)
+
+
+def _shown(text: str) -> str:
+    for tag, private in _HIDDEN.items():
+        text = text.replace(private, tag)
+    return text
+
+
+def _trimmed(content: str, first: int, last: int) -> Span:
+    part = content[first:last]
+    return first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
+
+
+def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int, int]]:
+    """Where a content with reasoning stands in front of ``stop``: as it is, or with other white space at its seams.
+
+    Returns ``(start, stop, first, last)`` of each part, as in :class:`Region`; none where it does not stand there.
+    """
+    kept = len(content) - len(content.lstrip()), len(content.rstrip())
+    for first, last in ((0, len(content)), (0, kept[1]), (kept[0], len(content)), kept):
+        start = stop - (last - first)
+        if first < last and start >= floor and text.startswith(content[first:last], start):
+            return [(start, stop, first, last)]
+    begin = content.find(_OPEN) + len(_OPEN) if content.lstrip().startswith(_OPEN) else 0
+    end = content.find(_CLOSE, begin)
+    if end < 0:
+        return []
+    spans = [(0, begin), (begin, end), (end, end + len(_CLOSE)), (end + len(_CLOSE), len(content))]
+    parts = [(a, b) for a, b in (_trimmed(content, *span) for span in spans) if a < b]
+    # Possessive in effect: a part begins with no white space, so there is one way to match what is between two.
+    pattern = r"\s*".join(f"({re.escape(content[a:b])})" for a, b in parts) + r"\s*\Z"
+    found = re.compile(pattern).search(text[:stop], floor)
+    return [(*found.span(n), *part) for n, part in enumerate(parts, 1)] if found else []
+
+
+def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> tuple[Span, ...]:
+    """The spans of the tags around the reasoning with which answers begin, or which the template opens for them."""
+    found: list[Span] = []
+    opened: set[int] = set()
+    for region in regions:
+        message = messages[region.message]
+        if not _tagged(message):
+            continue
+        if _is_reasoning(message) or text[: region.start].rstrip().endswith(_OPEN):
+            opened.add(region.message)
+        if region.message not in opened:
+            continue
+        for tag in _HIDDEN:
+            if region.first is None:
+                at = text.find(tag, region.start, region.stop)
+            else:
+                at = region.start + message.content.find(tag) - region.first
+            if tag in message.content and region.start <= at <= region.stop - len(tag):
+                found.append((at, at + len(tag)))
+    return tuple(sorted(found))
+
+
+def _part_of(content: str, rendered: str) -> tuple[int | None, int | None]:
+    """Which part of a content was rendered: its end or its beginning, perhaps trimmed; ``None`` twice for neither."""
+    kept = content.rstrip()
+    if rendered and content.endswith(rendered):
+        return len(content) - len(rendered), len(content)
+    if rendered and kept.endswith(rendered):
+        return len(kept) - len(rendered), len(kept)
+    skipped = len(content) - len(content.lstrip())
+    for start in (0, skipped):
+        if rendered and content.startswith(rendered, start):
+            return start, start + len(rendered)
+    return (len(content), len(content)) if not rendered and not kept else (None, None)
+
+
+def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> Rendered:
+    parts, regions, starts = [skeleton.pieces[0]], [], [0]
+    position = len(skeleton.pieces[0])
+    for i, (left, right) in enumerate(skeleton.strips):
+        content = messages[i].content
+        first = len(content) - len(content.lstrip()) if left else 0
+        last = max(len(content.rstrip()), first) if right else len(content)
+        regions.append(Region(i, position, position + last - first, first, last))
+        position += last - first
+        starts.append(position)
+        parts += [content[first:last], skeleton.pieces[i + 1]]
+        position += len(skeleton.pieces[i + 1])
+    generated = None
+    if skeleton.generated is not None:
+        generated = tuple((starts[p] + a, starts[q] + b) for (p, a), (q, b) in skeleton.generated)
+    answers = {i: starts[p] + a for i, (p, a) in skeleton.answers.items()}
+    return Rendered("".join(parts), tuple(regions), generated, answers)
+
+
+def _refusal(name: str, messages: Sequence[Message], key: str, error: Exception) -> str:
+    roles = [message.role for message in messages]
+    row = f"row {key} with the roles {', '.join(roles[:8])}{', ...' if len(roles) > 8 else ''}" if key else "a row"
+    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    if "system" in roles:
+        way_out = "take system messages out of the data, or use a template that has them"
+    elif unknown:
+        way_out = f"it may know no role {unknown[0]!r}"
+    else:
+        way_out = "roles may have to alternate, beginning with user: leave such rows out, or use another template"
+    return f"{name} cannot render {row}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"

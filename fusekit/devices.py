@@ -1,0 +1,107 @@
+"""The processes of one run, started by ``accelerate launch`` or ``torchrun``; usually there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fusekit.errors import CaptureError
+
+# A process that is done waits for the slowest one, however long that captures; the default is half an hour.
+PATIENCE = timedelta(days=30)
+
+Result = TypeVar("Result")
+
+
+class OtherProcessError(CaptureError):
+    """Another process of the run stopped, and said why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run. rank: from 0, of ``world``. local: how many share this machine."""
+
+    rank: int
+    world: int
+    local: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> Processes:
+        """As accelerate sees it; with several processes it connects them, by NCCL between GPUs and by gloo else."""
+        from accelerate import PartialState
+
+        # Without the flag accelerate leaves the processes of a machine without accelerators on their own.
+        on_cpu = (
+            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+        )
+        state: Any = PartialState(cpu=on_cpu, timeout=PATIENCE)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        return cls(state.process_index, state.num_processes, local, torch.device(state.device))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def first_then_all(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` returns in process 0; the others wait for it.
+
+        Raises what it raises there, and :class:`OtherProcessError` in the others.
+        """
+        if self.world == 1:
+            return function()
+        failure: Exception | None = None
+        message: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                message = [function(), None]
+            except Exception as error:
+                failure, message = error, [None, str(error)]
+        torch.distributed.broadcast_object_list(message, src=0)
+        if failure is not None:
+            raise failure
+        if message[1] is not None:
+            raise OtherProcessError(f"process 0 stopped: {message[1]}")
+        result: Result = message[0]
+        return result
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def is_main() -> bool:
+    """Whether this process is the first, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def shared() -> bool:
+    """Whether there are several processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """Run ``work`` in the first process; every process gets its result, or its exception.
+
+    Without a launcher there is one process. The result and the exception must be picklable.
+    """
+    if not shared():
+        return work()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:  # the others would wait forever
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result
