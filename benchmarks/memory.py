@@ -98,7 +98,8 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
     import torch
 
-    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.capture.load import load_tokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.devices import Processes
 

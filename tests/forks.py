@@ -23,6 +23,6 @@ CONTEXT.set_forkserver_preload(
         "fusekit.capture.capture",
         "transformers.models.gpt_neox.modeling_gpt_neox",
         "transformers.models.llama.modeling_llama",
-        "tests.storage.processes",
+        "tests.capture.store_processes",
     ]
 )

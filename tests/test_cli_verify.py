@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fusekit import artifacts as artifact
 from fusekit.cli import cli
 from fusekit.distillation.models import RECORD
-from tests.storage.processes import write
+from tests.capture.store_processes import write
 
 
 def verify(path: Path, status: int) -> str:

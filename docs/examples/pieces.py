@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from fusekit.capture.capture import Settings, represent
-from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.capture.load import load_tokenizer
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.capture.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows

@@ -255,7 +255,8 @@ def _date_of(sources: Iterable[Source]) -> datetime.date | None:
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
-    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.capture.load import load_tokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint
     from fusekit.data.tokenize import RowTokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))

@@ -141,8 +141,8 @@ def load_tokenizer(name: str) -> Any:
     path = Path(name)
     try:
         if split(name) is not None:
+            from fusekit.capture.load import load_tokenizer as load
             from fusekit.capture.models import ModelChoice, find_checkpoint
-            from fusekit.capture.models import load_tokenizer as load
 
             return load(find_checkpoint(ModelChoice(name), weights=False))
         if path.is_file():

@@ -204,7 +204,8 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
 
 def _models(options: dict[str, Any], say: Callable[[str], None]) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
-    from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+    from fusekit.capture.load import load_tokenizer
+    from fusekit.capture.models import ModelChoice, find_checkpoint
     from fusekit.data.templates import ChatTemplate
     from fusekit.data.tokenize import RowTokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fusekit.capture.models import Checkpoint, load_model
+from fusekit.capture.load import load_model
+from fusekit.capture.models import Checkpoint
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.yaml import nearest

@@ -17,7 +17,7 @@ from transformers import set_seed
 import fusekit
 from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
-from fusekit.capture.models import dequantise
+from fusekit.capture.load import dequantise
 from fusekit.devices import Processes, is_main, on_main
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import refused, training_arguments

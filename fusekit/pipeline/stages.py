@@ -96,7 +96,7 @@ class Context:
 
 def dequantised_pivot(context: Context) -> None:
     """Make a plain checkpoint of a pivot that is a GGUF file, once: it is what every stage reads."""
-    from fusekit.capture.models import dequantise
+    from fusekit.capture.load import dequantise
 
     choice = context.readers.choice(PIVOT)
     if choice.dequantised is not None and split(choice.model) is not None:

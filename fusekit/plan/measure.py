@@ -16,7 +16,7 @@ import torch
 from fusekit.capture.codec import Codec
 from fusekit.capture.engine import Teacher
 from fusekit.capture.estimate import loaded_bytes
-from fusekit.capture.models import load_model, longest_input, valid_ids
+from fusekit.capture.load import load_model, longest_input, valid_ids
 from fusekit.capture.topk import Selection
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation import models as distilled

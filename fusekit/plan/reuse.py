@@ -8,8 +8,8 @@ from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.capture.capture import store_spec, vocabulary_size
+from fusekit.capture.load import dequantised_from
 from fusekit.capture.manifest import MANIFEST, Manifest, keys_hash, read_json
-from fusekit.capture.models import dequantised_from
 from fusekit.capture.store import Store
 from fusekit.capture.writer import refuse_foreign
 from fusekit.distillation import checkpoints, overwriting

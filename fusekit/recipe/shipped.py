@@ -13,7 +13,7 @@ EDITORS = "# yaml-language-server:"
 
 def folder() -> Path:
     """The folder of the shipped recipes. Raises RecipeError if this installation has none."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for candidate in (package / "recipes", package.parent / "recipes"):
         if candidate.is_dir():
             return candidate

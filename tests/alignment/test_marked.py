@@ -5,7 +5,7 @@ import pytest
 
 from fusekit.alignment.marked import Mark, marked_ends
 from fusekit.alignment.surfaces import vocabulary_surfaces
-from tests.representation.models import extended, tokenizer_for
+from tests.capture.models import extended, tokenizer_for
 
 TEXT = "<A>Hello  wörld 🤖 <B>  the quick<A><B>fox\n"
 

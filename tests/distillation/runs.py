@@ -23,9 +23,9 @@ from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
+from tests.capture.processes import Process, free_port
+from tests.capture.random_models import random_model
 from tests.distillation import worlds
-from tests.representation.processes import Process, free_port
-from tests.representation.random_models import random_model
 
 
 @functools.cache

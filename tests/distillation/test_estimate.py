@@ -11,7 +11,8 @@ import torch
 
 from fusekit.capture import estimate as capture
 from fusekit.capture.engine import CHUNK_BYTES
-from fusekit.capture.models import ModelChoice, find_checkpoint, load_tokenizer
+from fusekit.capture.load import load_tokenizer
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes

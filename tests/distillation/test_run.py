@@ -25,9 +25,9 @@ from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import CaptureError, DistillationError, FusekitError, StorageError
 from fusekit.types import CapturedRow
+from tests.capture.random_models import random_model
 from tests.distillation import worlds
 from tests.pipeline.artifacts import differences
-from tests.representation.random_models import random_model
 
 ROWS = worlds.conversations(8)
 TINY: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "epochs": 1, "learning_rate": 1e-2}

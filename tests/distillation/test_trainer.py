@@ -24,8 +24,8 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import Objective
 from fusekit.errors import DistillationError
+from tests.capture.random_models import random_model
 from tests.distillation import runs, worlds
-from tests.representation.random_models import random_model
 
 Weights = dict[str, torch.Tensor]
 

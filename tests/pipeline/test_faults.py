@@ -20,12 +20,12 @@ from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
+from tests.capture.conftest import write_rows
+from tests.capture.processes import Process, command
 from tests.helpers import edit_tensors
 from tests.merging.processes import Finished
 from tests.merging.test_disk import mounted  # noqa: F401
 from tests.pipeline.artifacts import differences
-from tests.representation.conftest import write_rows
-from tests.representation.processes import Process, command
 
 DEMO = Path(__file__).parents[2] / "demo"
 RUN = ("run", "recipe.yml", "out")

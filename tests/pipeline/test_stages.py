@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import output_lock
-from fusekit.capture.models import find_checkpoint, load_tokenizer
+from fusekit.capture.load import load_tokenizer
+from fusekit.capture.models import find_checkpoint
 from fusekit.cli import cli
 from fusekit.cli.stopping import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS

@@ -16,10 +16,10 @@ from fusekit import artifacts as artifact
 from fusekit.errors import StorageError
 from fusekit.report.facts import read_facts
 from fusekit.report.write import write_report
+from tests.capture.store_processes import kill_at
 from tests.forks import CONTEXT
 from tests.report.test_page import Page
 from tests.report.worlds import make_run
-from tests.storage.processes import kill_at
 
 
 @pytest.fixture(scope="module")

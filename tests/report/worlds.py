@@ -20,7 +20,7 @@ from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
-from tests.storage.rows import captured, key
+from tests.capture.rows import captured, key
 
 STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
 HOSTILE = "</script><img src=x onerror=alert(1)>`|*[x](javascript:y)&amp;\u202e"

@@ -17,8 +17,8 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.types import Cut, Message, Part, Row
 from tests.alignment.tokenizers import byte_fallback, load
-from tests.representation.models import extended, model, tokenizer_for
-from tests.representation.spans import check
+from tests.capture.models import extended, model, tokenizer_for
+from tests.data.spans import check
 
 TURNS = [
     ("system", "Be brief."),

@@ -18,15 +18,16 @@ from click.testing import CliRunner
 
 from fusekit.capture.capture import CaptureOptions, capture
 from fusekit.capture.engine import Teacher
+from fusekit.capture.load import load_model, valid_ids
 from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.models import ModelChoice, find_checkpoint, load_model, valid_ids
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.capture.store import Store
 from fusekit.capture.topk import Selection
 from fusekit.cli import cli
 from fusekit.devices import Processes
+from tests.capture.conftest import DEMO, demo_rows, write_rows
+from tests.capture.processes import Process, command, free_port, fusekit, ranks, run
 from tests.merging.processes import ENVIRONMENT, kill_at_event
-from tests.representation.conftest import DEMO, demo_rows, write_rows
-from tests.representation.processes import Process, command, free_port, fusekit, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 

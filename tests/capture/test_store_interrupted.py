@@ -6,8 +6,8 @@ import pytest
 
 from fusekit.capture.store import Store
 from fusekit.errors import StorageError
+from tests.capture.store_processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
 from tests.merging.processes import strace_works
-from tests.storage.processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
 
 
 @pytest.fixture(scope="module")

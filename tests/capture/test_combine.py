@@ -10,8 +10,8 @@ from fusekit.capture.export import export_parquet
 from fusekit.capture.store import Store
 from fusekit.capture.writer import StoreWriter
 from fusekit.errors import StorageError
-from tests.storage.processes import KEYS, SPEC, listing, rows, write
-from tests.storage.rows import captured, key
+from tests.capture.rows import captured, key
+from tests.capture.store_processes import KEYS, SPEC, listing, rows, write
 
 MORE = [key(number) for number in range(20, 25)]
 
@@ -105,7 +105,7 @@ def test_stores_of_several_machines(tmp_path):
 
 
 def _rows(keys):
-    from tests.storage.processes import ROWS
+    from tests.capture.store_processes import ROWS
 
     return [
         captured(

@@ -9,8 +9,8 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
 from tests.alignment.texts import EDGE_CASES
-from tests.representation.models import MODELS, model, tokenizer_for
-from tests.representation.spans import check
+from tests.capture.models import MODELS, model, tokenizer_for
+from tests.data.spans import check
 
 TRIMS = {"gemma", "llama-3", "llama-3.1"}
 SWALLOWS = {"phi-3"}

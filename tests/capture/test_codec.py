@@ -12,8 +12,8 @@ from fusekit.alignment.projection import MASS_TOLERANCE, checked_rows
 from fusekit.capture.codec import Codec, checksum
 from fusekit.errors import FusekitError, StorageError
 from fusekit.types import TokenizedRow, TopK
-from tests.storage import reference
-from tests.storage.rows import awkward_rows, by_id, captured
+from tests.capture import reference
+from tests.capture.rows import awkward_rows, by_id, captured
 
 ERRORS = [0.0, 0.001, 0.05, 0.2, 1.0]
 COORDINATES = ("message", "part", "ends", "lows", "labels", "ids")

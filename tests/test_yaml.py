@@ -89,7 +89,7 @@ def test_alias_bomb_is_refused_in_bounded_memory(merge, tmp_path):
     code = (
         "import sys, resource\n"
         "resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
-        "from fusekit import safe_yaml\n"
+        "from fusekit import yaml as safe_yaml\n"
         "from fusekit.errors import RecipeError\n"
         "try:\n"
         "    safe_yaml.load(sys.argv[1])\n"

@@ -11,18 +11,19 @@ from fusekit.artifacts import output_lock
 from fusekit.capture import batches
 from fusekit.capture.capture import CaptureOptions, Settings, represent
 from fusekit.capture.estimate import parameters
+from fusekit.capture.load import load_model
 from fusekit.capture.manifest import Manifest, read_json
-from fusekit.capture.models import ModelChoice, find_checkpoint, load_model
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.capture.store import Store
 from fusekit.capture.topk import Selection
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
 from tests import reference
+from tests.capture.conftest import DEMO, demo_rows
+from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_tensors
 from tests.merging.test_disk import mounted  # noqa: F401
-from tests.representation.conftest import DEMO, demo_rows
-from tests.representation.test_teacher import FLOAT32_BOUND
 
 import torch  # isort: skip
 

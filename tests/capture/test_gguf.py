@@ -16,14 +16,15 @@ from fusekit import artifacts as artifact
 from fusekit import gguf as headers
 from fusekit.alignment import align
 from fusekit.capture.estimate import loaded_bytes
-from fusekit.capture.models import ModelChoice, dequantise, find_checkpoint, load_model, load_tokenizer
+from fusekit.capture.load import dequantise, load_model, load_tokenizer
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, StorageError
 from fusekit.gguf import read_header, split
+from tests.capture.conftest import DEMO
 from tests.gguf_files import write_gguf
 from tests.merging.hub_server import Hub, Repository
 from tests.merging.processes import ENVIRONMENT
-from tests.representation.conftest import DEMO
 
 CPU = torch.device("cpu")
 PIVOT = DEMO / "pivot"
@@ -237,7 +238,7 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
     repository = Repository(folder)
     script = (
         "from fusekit.capture.models import ModelChoice as C, find_checkpoint as find\n"
-        "from fusekit.capture.models import load_model, load_tokenizer\n"
+        "from fusekit.capture.load import load_model, load_tokenizer\n"
         "from fusekit.errors import FusekitError\n"
         "import torch\n"
         "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"

@@ -9,8 +9,8 @@ from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.types import Cut, Message, Part, Row
-from tests.representation.models import extended, tokenizer_for
-from tests.representation.spans import check
+from tests.capture.models import extended, tokenizer_for
+from tests.data.spans import check
 
 TURN = "<|im_start|>{role}\n"
 PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"

@@ -20,8 +20,8 @@ from fusekit.pipeline.run import run
 from fusekit.pipeline.stages import Context
 from fusekit.recipe import load_recipe
 from fusekit.types import Message, Row
+from tests.capture.models import tokenizer_for
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
-from tests.representation.models import tokenizer_for
 
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + ChatTemplate.named("chatml").source
 FIRST, SECOND = datetime.date(2026, 1, 31), datetime.date(2026, 2, 1)

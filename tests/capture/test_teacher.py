@@ -13,8 +13,8 @@ from fusekit.capture.topk import Selection
 from fusekit.errors import CaptureError
 from fusekit.types import TopK
 from tests import reference
-from tests.representation.processes import run
-from tests.representation.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
+from tests.capture.processes import run
+from tests.capture.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
 
 LENGTHS = [5, 17, 2, 30, 17, 9, 30, 3]
 

@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 
-from fusekit.capture.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capture.load import load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.errors import CaptureError
+from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama
 from tests.merging.hub_server import Hub, Repository
 from tests.merging.processes import ENVIRONMENT
-from tests.representation.conftest import DEMO, write_rows
 
 CPU = torch.device("cpu")
 

@@ -22,9 +22,9 @@ from fusekit.capture.manifest import StoreSpec
 from fusekit.capture.store import Store
 from fusekit.capture.writer import StoreWriter, remove_store
 from fusekit.errors import FusekitError, StorageError
+from tests.capture.rows import key
+from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
 from tests.merging.processes import ENVIRONMENT
-from tests.storage.processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
-from tests.storage.rows import key
 
 
 @pytest.fixture(scope="module")

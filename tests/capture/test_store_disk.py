@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fusekit.errors import StorageError
+from tests.capture.store_processes import Child, listing, write
 from tests.merging.test_disk import mounted, without_privileges  # noqa: F401
-from tests.storage.processes import Child, listing, write
 
 
 def test_full_disk_keeps_committed_shards(tmp_path, mounted):  # noqa: F811

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fusekit.data.prepare import prepare
 from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
-from tests.representation.models import model
+from tests.capture.models import model
 
 NAMES = ["openchat-3.5", "qwen", "gemma", "demo"]
 

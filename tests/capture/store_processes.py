@@ -17,9 +17,9 @@ from fusekit.capture.manifest import StoreSpec
 from fusekit.capture.writer import StoreWriter
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
+from tests.capture.rows import captured, key
 from tests.forks import CONTEXT
 from tests.merging.processes import is_stopped, stop_self, wait_until
-from tests.storage.rows import captured, key
 
 ROWS = 10
 SPEC = StoreSpec(model="model", data="data", vocabulary=60, top_k=4, rows_per_shard=3)
