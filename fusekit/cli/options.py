@@ -1,0 +1,92 @@
+"""Command-line options made from the settings that declare them: one name, type, range, default and help text."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[Command], Command]:
+    """A decorator that adds an option for each named field of a pydantic model, in their order.
+
+    A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, and a mapping JSON. An
+    option that is not given is None, so that presets and defaults stay where they are declared
+    (:func:`given`).
+
+    Args:
+        settings: the model.
+        names: of its fields; none for all of them.
+        defaults: whether the help shows the fields' defaults; not where a preset may replace them.
+
+    Raises:
+        KeyError: a name that is no field.
+    """
+    chosen = names or tuple(settings.model_fields)
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(chosen):
+            field = settings.model_fields[name]
+            flag, text = "--" + name.replace("_", "-"), field.description or ""
+            kind = _kind(field.annotation, field.metadata)
+            if defaults and field.default is not None and not field.is_required() and kind is not _JSON:
+                text += f"  [default: {field.default}]"
+            declared = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
+            command = click.option(declared, name, default=None, type=kind, help=text)(command)
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, Any], settings: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a model that were given as options, by name."""
+    return {name: options[name] for name in settings.model_fields if options.get(name) is not None}
+
+
+class _Json(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
+    """A JSON object, or a word where the field also takes one."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or not value.startswith("{"):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            return self.fail(f"{value!r} is not JSON: {error}", param, ctx)
+
+
+_JSON = _Json()
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> click.ParamType[Any]:
+    """The click type of a field's annotation and its bounds; unions are what they are without None."""
+    while get_origin(annotation) in (Union, types.UnionType, Annotated):
+        if get_origin(annotation) is Annotated:
+            annotation, *found = get_args(annotation)
+            metadata = [*metadata, *(bound for item in found for bound in getattr(item, "metadata", [item]))]
+            continue
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) > 1:
+            return _JSON
+        annotation = members[0]
+    if get_origin(annotation) is Literal:
+        return click.Choice([str(value) for value in get_args(annotation)])
+    if annotation is bool:
+        return click.BOOL
+    if annotation in (int, float):
+        bounds = {
+            name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)
+        }
+        low, high = bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
+        if annotation is int:
+            return click.IntRange(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
+        return click.FloatRange(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
+    return click.STRING if annotation is str else _JSON
