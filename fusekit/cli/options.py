@@ -49,7 +49,7 @@ def given(options: Mapping[str, Any], settings: type[BaseModel]) -> dict[str, An
     return {name: options[name] for name in settings.model_fields if options.get(name) is not None}
 
 
-class _Json(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
+class _Json(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
     """A JSON object, or a word where the field also takes one."""
 
     name = "json"
