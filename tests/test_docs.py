@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
+import pydoc
 import re
 import shlex
 from collections.abc import Iterator
@@ -51,115 +51,41 @@ def test_paths_in_the_text_exist(page):
 
 
 @functools.cache
-def definitions(file: Path) -> frozenset[str]:
-    """Of a test file: ``test_x``, ``TestX``, ``TestX::test_x``."""
-    found = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}::{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
-    return frozenset(found)
+def names_of_tests() -> frozenset[str]:
+    """Every test function under tests/, those in classes too."""
+    text = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    return frozenset(re.findall(r"^ *def (test_\w+)", text, flags=re.MULTILINE))
 
 
 @every_page
 def test_named_tests_exist(page):
-    """``[folder/]test_x.py[::name]``, and ``::name`` alone for another test of the file before it."""
-    files: list[Path] = []
-    for span in re.findall(r"`((?:[\w/]*/)?test_\w+\.py(?:::[\w:]+)?|::[\w:]+)`", page.read_text()):
-        file, _, name = span.partition("::")
-        if file:
-            files = [path for path in (ROOT / "tests").rglob("*.py") if f"/{path}".endswith(f"/{file}")]
-        assert files, f"there is no {file}"
-        assert not name or any(name in definitions(path) for path in files), span
+    assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= names_of_tests()
 
 
-def dotted_names(text: str, packages: frozenset[str]) -> list[str]:
+def test_every_fault_has_a_test():
+    table = re.findall(r"^\| (\d+) \|.*$", (DOCS / "faults.md").read_text(), flags=re.MULTILINE)
+    lines = re.findall(r"^\| \d+ \|.*$", (DOCS / "faults.md").read_text(), flags=re.MULTILINE)
+    assert [int(number) for number in table] == list(range(1, len(table) + 1))
+    assert [line for line in lines if "`test_" not in line] == []
+
+
+def dotted_names(text: str, packages: frozenset[str]) -> set[str]:
     """``package.name`` of these packages, files apart."""
     spans = re.findall(r"`((?:\w+\.)+\w+)(?:\(.*?\))?`", text)
-    return [s for s in spans if s.partition(".")[0] in packages and s.rpartition(".")[2] not in FILE_ENDINGS]
-
-
-@functools.cache
-def bindings(body_of: str) -> dict[str, ast.stmt]:
-    """The names that a module of fusekit, or a class in it (``module:Class``), defines or imports; nothing is run."""
-    module, _, inside = body_of.partition(":")
-    file = ROOT / module.replace(".", "/")
-    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-    body = ast.parse(file.read_text()).body
-    if inside:
-        body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == inside)
-    found: dict[str, ast.stmt] = {}
-    for node in [inner for outer in body for inner in (outer.body if isinstance(outer, ast.If) else [outer])]:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = node
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            found |= {alias.asname or alias.name: node for alias in node.names}
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {target.id: node for target in targets if isinstance(target, ast.Name)}
-    return found
-
-
-def exists(dotted: str) -> bool:
-    """Whether a name below fusekit is a module, or in one."""
-    module, parts = "fusekit", dotted.removeprefix("fusekit.").split(".")
-    while parts and ((ROOT / module.replace(".", "/") / parts[0]).is_dir() or _file(module, parts[0]).is_file()):
-        if len(parts) == 1 and parts[0] in bindings(module):
-            break  # a function called as its module
-        module = f"{module}.{parts.pop(0)}"
-    if not parts:
-        return True
-    node = bindings(module).get(parts[0])
-    if len(parts) == 2 and isinstance(node, ast.ClassDef):
-        return parts[1] in bindings(f"{module}:{parts[0]}")
-    return node is not None and len(parts) == 1
-
-
-def _file(module: str, name: str) -> Path:
-    return ROOT / module.replace(".", "/") / f"{name}.py"
+    return {s for s in spans if s.partition(".")[0] in packages and s.rpartition(".")[2] not in FILE_ENDINGS}
 
 
 def test_names_in_the_code_exist():
-    for dotted in {name for page in PAGES for name in dotted_names(page.read_text(), frozenset({"fusekit"}))}:
-        assert exists(dotted), dotted
+    names = {name for page in PAGES for name in dotted_names(page.read_text(), frozenset({"fusekit"}))}
+    names |= {f"fusekit.{name}" for name in dotted_names((DOCS / "papers.md").read_text(), PACKAGES)}
+    assert "fusekit.merge_methods.sce" in names
+    assert [name for name in sorted(names) if pydoc.locate(name) is None and not is_field(name)] == []
 
 
-def test_the_table_of_the_papers_names_code():
-    names = set(dotted_names((DOCS / "papers.md").read_text(), PACKAGES))
-    assert {"merge_methods.sce", "alignment.dtw.warp", "distillation.fusion.min_ce"} <= names
-    for dotted in names:
-        assert exists(dotted), dotted
-
-
-# ---------------------------------------------------------------- error messages
-
-
-@functools.cache
-def messages() -> frozenset[str]:
-    """Every text of the sources, what is put into it as …"""
-    found = set()
-    for file in (ROOT / "fusekit").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                found.add(" ".join("".join(map(str, parts)).split()))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(" ".join(node.value.split()))
-    return frozenset(found)
-
-
-def quoted_messages() -> list[str]:
-    """The first cell of every row of the tables in troubleshooting.md."""
-    text = (DOCS / "troubleshooting.md").read_text()
-    return re.findall(r"^\| `(.+?)` \|", text, flags=re.MULTILINE)
-
-
-def test_quoted_messages_are_those_of_the_code():
-    quoted = quoted_messages()
-    assert len(quoted) > 60
-    drifted = [fragment for fragment in quoted if not any(fragment in message for message in messages())]
-    assert not drifted
+def is_field(dotted: str) -> bool:
+    """Whether a name is a field of a dataclass or of a pydantic model, which has no value there."""
+    owner, _, name = dotted.rpartition(".")
+    return name in getattr(pydoc.locate(owner), "__annotations__", {})
 
 
 # ---------------------------------------------------------------- settings
