@@ -152,3 +152,50 @@ def text_bits_per_byte(model: torch.nn.Module, tokenizer: Any, texts: Sequence[s
         nats += [-float(logprobs[at - 1, ids[at]]) for at in range(1, len(ids))]
         size += len(text.encode()) - len(unread.encode())
     return math.fsum(nats) / math.log(2) / size
+
+
+def widen(
+    base: torch.Tensor, targets: Sequence[torch.Tensor], threshold: float, score: float, ties: str
+) -> tuple[list[list[float]], list[list[float]]]:
+    """(merged matrix, score of every model's columns) of a matrix [out, in], as nested lists."""
+    rows, columns = base.shape
+    models = [[[float(m[i, j]) for i in range(rows)] for j in range(columns)] for m in (base, *targets)]
+    lengths = [[math.sqrt(math.fsum(x * x for x in column)) for column in model] for model in models]
+
+    def change_of_direction(n: int, j: int) -> float:
+        if lengths[0][j] == 0 or lengths[n][j] == 0:
+            return 0.0 if lengths[0][j] == lengths[n][j] else 1.0
+        pairs = zip(models[n][j], models[0][j], strict=True)
+        return math.fsum((x / lengths[n][j] - y / lengths[0][j]) ** 2 for x, y in pairs) / 2
+
+    numbers = range(1, len(models))
+    moved = [[abs(lengths[n][j] - lengths[0][j]) for j in range(columns)] for n in numbers]
+    turned = [[change_of_direction(n, j) for j in range(columns)] for n in numbers]
+    by_length, by_angle = (_widen_scores(x, threshold, score, ties) for x in (moved, turned))
+    weights = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(by_length, by_angle, strict=True)]
+    merged = [
+        [
+            models[0][j][i] + math.fsum(weights[n - 1][j] * (models[n][j][i] - models[0][j][i]) for n in numbers)
+            for j in range(columns)
+        ]
+        for i in range(rows)
+    ]
+    return merged, weights
+
+
+def _widen_scores(changes: list[list[float]], threshold: float, score: float, ties: str) -> list[list[float]]:
+    ranks = []
+    for exact in changes:
+        model = [math.ldexp(round(m * 2**30), e) for m, e in map(math.frexp, exact)]  # equal but for rounding
+        order = sorted(range(len(model)), key=lambda j: (model[j], j))
+        places = {j: float(place) for place, j in enumerate(order)}
+        if ties == "average":
+            equal = [[k for k in range(len(model)) if model[k] == model[j]] for j in range(len(model))]
+            places = {j: sum(places[k] for k in equal[j]) / len(equal[j]) for j in places} if model else {}
+        ranks.append([Fraction(places[j]) / len(model) for j in range(len(model))])
+    scores = []
+    for rank in ranks:
+        mean = sum(rank) / len(rank)
+        softmax = [math.exp(r) / math.fsum(math.exp(x[j]) for x in ranks) for j, r in enumerate(rank)]
+        scores.append([score if r > Fraction(threshold) * mean else s for r, s in zip(rank, softmax, strict=True)])
+    return scores
