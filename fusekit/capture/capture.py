@@ -16,13 +16,13 @@ import xxhash
 
 from fusekit.artifacts import output_lock
 from fusekit.capture.batches import rows_per_shard
-from fusekit.capture.codec import DEFAULT_MAX_ERROR
 from fusekit.capture.engine import Teacher
 from fusekit.capture.estimate import disk_needs, memory_needs, parameters, refuse
 from fusekit.capture.load import load_model, longest_input, valid_ids
 from fusekit.capture.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
 from fusekit.capture.models import Checkpoint, ModelChoice
 from fusekit.capture.progress import Progress
+from fusekit.capture.settings import DEFAULT_MAX_ERROR
 from fusekit.capture.shards import Blobs, Facts, facts_of
 from fusekit.capture.store import Store
 from fusekit.capture.topk import Selection

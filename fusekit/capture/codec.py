@@ -16,11 +16,11 @@ from fusekit.alignment.projection import MASS_TOLERANCE
 from fusekit.capture import places as coordinates
 from fusekit.capture.bits import Reader, Writer, pack, rice_bits
 from fusekit.capture.grid import ExactGrid, grid
+from fusekit.capture.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TokenizedRow, TopK
 
 FORMAT = 1
-DEFAULT_MAX_ERROR = 0.2
 LOWEST = -1e4
 """Log-probabilities below this are refused."""
 

@@ -11,8 +11,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusekit.artifacts import commit_file, disk_fault
-from fusekit.capture.codec import DEFAULT_MAX_ERROR
 from fusekit.capture.places import key_bytes
+from fusekit.capture.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 
 MANIFEST = "manifest.json"

@@ -255,7 +255,7 @@ def _rows(options: dict[str, Any], tokenizers: list[RowTokenizer]) -> Iterator[R
 
 def _settings(options: dict[str, Any]) -> Settings:
     from fusekit.capture.capture import CaptureOptions, Settings
-    from fusekit.capture.codec import DEFAULT_MAX_ERROR
+    from fusekit.capture.settings import DEFAULT_MAX_ERROR
     from fusekit.capture.topk import Selection
 
     max_error = options["max_error"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.capture.codec import DEFAULT_MAX_ERROR
+from fusekit.capture.settings import CaptureSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
     DistillSettings,
@@ -172,26 +172,7 @@ class Data(Section):
     size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
 
 
-class Represent(Section):
-    """What is kept of each model's distributions."""
-
-    top_k: Annotated[int, Field(gt=0)] = Field(default=10, description="Most entries per position.")
-    keep_mass: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="Fewer entries once they hold this probability."
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Of the distributions that are kept.")
-    batch_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description=_BATCH_TOKENS)
-    max_error: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=DEFAULT_MAX_ERROR,
-        description="Largest error of a stored log-probability, nats; 0: float32.",
-    )
-    rows_per_shard: Annotated[int, Field(gt=0)] | None = Field(
-        default=None,
-        description="Rows that are captured anew at most when a run is interrupted; null: about two minutes of work.",
-    )
-    max_quarantined: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.01, description="Share of the rows that may have NaN or infinite logits."
-    )
+Represent = CaptureSettings
 
 
 class Evaluate(Section):
