@@ -8,25 +8,12 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from fusekit import __version__
 
 PACKAGES = ("mergekit", "transformers", "torch", "safetensors", "tokenizers", "numpy", "huggingface_hub")
 METHODS = ("fusechat_sce", "varm")
-_ASK = (
-    "import mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
-    f"print(*sorted(names & {set(METHODS)!r}))"
-)
-
-
-@dataclass(frozen=True)
-class Autoload:
-    """works: stock mergekit sees fusekit's methods here and now. lines: the explanation, for people."""
-
-    works: bool
-    lines: list[str]
 
 
 def versions() -> dict[str, str]:
@@ -61,28 +48,40 @@ def devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"CUDA {index}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
-    if not torch.cuda.is_available():
-        lines.append("CUDA: none")
-    return lines
+    return lines if torch.cuda.is_available() else [*lines, "CUDA: none"]
 
 
-def autoload() -> Autoload:
-    """Whether a stock mergekit command started now would know fusekit's methods, and the reason."""
-    switched_off = os.environ.get("FUSEKIT_AUTOLOAD") == "0"
+def other_fusekit() -> list[str]:
+    """Lines about another project's distribution called `fusekit` that is installed here; empty if there is none.
+
+    This project's distribution is mergekit-fusekit. Both install a package `fusekit` and overwrite each other's files.
+    """
+    try:
+        found = importlib.metadata.distribution("fusekit")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    if any(file.name == "_fusekit_autoload.py" for file in found.files or ()):
+        return []  # a checkout of this project from before it was called mergekit-fusekit
+    return [
+        f"The distribution fusekit {found.version} is installed. It is another project, whose files and this one's",
+        "(mergekit-fusekit) overwrite each other. To mend it:",
+        "pip uninstall fusekit mergekit-fusekit && pip install mergekit-fusekit",
+    ]
+
+
+def autoload() -> tuple[bool, list[str]]:
+    """Whether a stock mergekit command started now would know fusekit's methods, and the explanation, for people."""
     hook = _pth()
     seen, complaint = _ask()
     if seen == set(METHODS):
-        return Autoload(
-            True,
-            [
-                f"sees fusekit: merge_method {' and '.join(METHODS)} are known.",
-                f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
-                "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
-            ],
-        )
+        return True, [
+            f"sees fusekit: merge_method {' and '.join(METHODS)} are known.",
+            f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
+            "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
+        ]
     if "No module named 'mergekit'" in complaint:
         reason = ["mergekit is not installed for this Python: pip install 'mergekit>=0.1.5,<0.2'"]
-    elif switched_off:
+    elif os.environ.get("FUSEKIT_AUTOLOAD") == "0":
         reason = ["the environment variable FUSEKIT_AUTOLOAD=0 turns it off: unset it"]
     elif hook is None:
         reason = [
@@ -91,31 +90,30 @@ def autoload() -> Autoload:
         ]
     else:
         reason = [f"{hook} is in place, but mergekit did not get the methods:", complaint or "no message was printed"]
-    return Autoload(
-        False,
-        [
-            "does not see fusekit's merge methods, because",
-            *reason,
-            "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
-            "or `import fusekit.merge_methods` in your own Python code.",
-        ],
-    )
+    return False, [
+        "does not see fusekit's merge methods, because",
+        *reason,
+        "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
+        "or `import fusekit.merge_methods` in your own Python code.",
+    ]
 
 
 def _pth() -> Path | None:
-    for folder in map(Path, sys.path):
-        if (folder / "fusekit.pth").is_file() and folder.name in ("site-packages", "dist-packages"):
-            return folder / "fusekit.pth"
-    return None
+    folders = (Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
+    return next((folder / "fusekit.pth" for folder in folders if (folder / "fusekit.pth").is_file()), None)
 
 
 def _ask() -> tuple[set[str], str]:
     """The methods that a fresh interpreter's mergekit knows, and the line it printed if something was wrong."""
+    program = (
+        "import mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
+        f"print(*sorted(names & {set(METHODS)!r}))"
+    )
     # Neither PYTHONPATH nor the current folder may show it a fusekit that mergekit-yaml would not see.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(
-            [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False, env=environment, cwd=empty
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=empty
         )
     complaints = [line for line in done.stderr.splitlines() if "fusekit" in line or "Error" in line]
     return set(done.stdout.split()), complaints[-1] if complaints else ""

@@ -18,7 +18,7 @@ from typing import Any
 from fusekit.errors import ModelError
 
 SUFFIX = ".gguf"
-INSTALL = "pip install 'fusekit[gguf]'"
+INSTALL = "pip install 'mergekit-fusekit[gguf]'"
 VERSIONS = (2, 3)
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -18,7 +18,7 @@ import yaml
 from tests.helpers import family
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("fusekit", "_fusekit", "__editable__.fusekit")
+OURS = ("fusekit", "_fusekit", "mergekit_fusekit", "_editable_impl_", "__editable__")
 ASK = (
     "import sys, mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
     "print(sorted(names & {'fusechat_sce', 'varm'}))"
@@ -153,6 +153,37 @@ def test_an_interpreter_that_does_not_merge_loads_nothing(environment):
     assert environment.run("-c", light).stdout.strip() == "[]"
 
 
+def test_the_entry_points_are_the_methods(environment):
+    """For a mergekit that looks there: the objects that the hook registers."""
+    program = (
+        "from importlib.metadata import entry_points, version; from mergekit.merge_methods import get; "
+        "found = {e.name: e.load() for e in entry_points(group='mergekit.merge_methods')}; "
+        "print(sorted(found), all(get(name) is method for name, method in found.items())); "
+        "import fusekit; print(version('mergekit-fusekit') == fusekit.__version__)"
+    )
+    done = environment.run("-c", program)
+    assert done.stdout.splitlines() == [f"{BOTH} True", "True"], done.stderr
+
+
+def test_doctor_tells_of_another_project_called_fusekit(environment):
+    """`fusekit` on PyPI is somebody else's and installs the same package."""
+    doctor = ("-m", "fusekit.cli", "doctor")
+    done = environment.run(*doctor)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Another fusekit" not in done.stdout
+    other = environment.packages / "fusekit-9.8.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: fusekit\nVersion: 9.8\n")
+    (other / "RECORD").write_text("fusekit/__init__.py,,\nfusekit-9.8.dist-info/METADATA,,\n")
+    try:
+        done = environment.run(*doctor)
+    finally:
+        shutil.rmtree(other)
+    assert done.returncode == 1
+    for words in ("fusekit 9.8", "mergekit-fusekit", "pip uninstall fusekit"):
+        assert words in done.stdout
+
+
 def test_broken_fusekit_prints_one_line_and_mergekit_goes_on(environment):
     broken = environment.packages / "fusekit" / "mergekit_plugin.py"
     whole = broken.read_text()
@@ -190,7 +221,7 @@ def test_reinstalling_editable_and_uninstalling(environment, source):
     recipes = environment.run("-c", "import fusekit; print(fusekit.__file__)").stdout.strip()
     assert recipes == str(source / "fusekit" / "__init__.py")
     assert not (environment.packages / "fusekit").exists()
-    environment.pip("uninstall", "--quiet", "--yes", "fusekit")
+    environment.pip("uninstall", "--quiet", "--yes", "mergekit-fusekit")
     assert environment.ours() == []
     gone = environment.run("-c", f"import sys; {ASK}; import importlib.util as u; print(u.find_spec('fusekit'))")
     assert gone.stdout.split("\n")[:2] == ["[]", "None"]

@@ -7,18 +7,21 @@ import click
 
 @click.command()
 def doctor() -> None:
-    """Explain this installation in plain words. Exit status 1 if stock mergekit does not see fusekit's methods."""
-    from fusekit.environment import autoload, devices, versions
+    """Explain this installation in plain words.
 
-    click.echo("Versions")
-    for name, version in versions().items():
-        click.echo(f"  {name:<16} {version}")
-    click.echo("\nDevices")
-    for line in devices():
-        click.echo(f"  {line}")
-    click.echo("\nStock mergekit (mergekit-yaml, mergekit-multi, mergekit-pytorch)")
-    state = autoload()
-    for line in state.lines:
-        click.echo(f"  {line}")
-    if not state.works:
+    Exit status 1 if stock mergekit does not see fusekit's methods, or if another project called fusekit is installed.
+    """
+    from fusekit.environment import autoload, devices, other_fusekit, versions
+
+    works, explanation = autoload()
+    clash = other_fusekit()
+    for title, lines in (
+        ("Versions", [f"{name:<16} {version}" for name, version in versions().items()]),
+        ("Devices", devices()),
+        ("Stock mergekit (mergekit-yaml, mergekit-multi, mergekit-pytorch)", explanation),
+        ("Another fusekit", clash),
+    ):
+        if lines:
+            click.echo("\n".join([title, *(f"  {line}" for line in lines), ""]))
+    if clash or not works:
         click.get_current_context().exit(1)

@@ -44,7 +44,7 @@ METRICS = ("bits_per_byte", "exact_match")
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="A task of lm-eval (pip install 'fusekit[lm-eval]'); may be given several times.",
+    help="A task of lm-eval (pip install 'mergekit-fusekit[lm-eval]'); may be given several times.",
 )
 @click.option("--include-path", multiple=True, metavar="FOLDER", help="Tasks of your own for --lm-eval (YAML).")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in a prompt of --lm-eval; else the task's.")

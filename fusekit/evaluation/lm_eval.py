@@ -23,7 +23,7 @@ from fusekit.evaluation.settings import LmEval, LmEvalTask
 
 FOLDER = "lm_eval"
 """Of all its scores, beside those of held-out rows."""
-INSTALL = "pip install 'fusekit[lm-eval]'"
+INSTALL = "pip install 'mergekit-fusekit[lm-eval]'"
 
 BOOTSTRAPS = 1000
 """Draws for the standard error of a metric that has no formula for it."""

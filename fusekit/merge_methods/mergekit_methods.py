@@ -185,4 +185,4 @@ def _needs_gradient(group: TensorGroup) -> bool:
     return torch.is_grad_enabled() and any(entry.tensor.requires_grad for entry in group.entries)
 
 
-METHODS = (FuseChatSCE(), VaRM())
+FUSECHAT_SCE, VARM = METHODS = (FuseChatSCE(), VaRM())

@@ -193,7 +193,7 @@ class Evaluate(Section):
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
     batch_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description=_BATCH_TOKENS)
     lm_eval: LmEval | None = Field(
-        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
+        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'mergekit-fusekit[lm-eval]')."
     )
 
 

@@ -175,7 +175,7 @@ def test_scaled_positions_are_said_to_be_left_out(tmp_path):
 
 def test_without_the_package_the_extra_is_named(files, monkeypatch):
     monkeypatch.setattr(headers, "find_spec", lambda _name: None)
-    with pytest.raises(CaptureError, match=r"pip install 'fusekit\[gguf\]'"):
+    with pytest.raises(CaptureError, match=r"pip install 'mergekit-fusekit\[gguf\]'"):
         read_header(files["F32"].parent, files["F32"].name, "m")
 
 
