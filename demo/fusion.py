@@ -21,7 +21,7 @@ from fusekit.recipe import load_recipe
 from fusekit.types import Message, Row
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo-pairwise.yml"
-SHARED = ("data", "representations", "alignment")
+SHARED = ("data", "captures", "alignment")
 
 
 def results(out: Path, seed: int, recipe: Path, overrides: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -61,7 +61,7 @@ def choices(out: Path) -> str:
     }
     nats = {}
     for name in ("pivot", *(name.removeprefix("sources/") for name in held_out if name.startswith("sources/"))):
-        store = Store.open(out / "seed0" / "representations" / name)
+        store = Store.open(out / "seed0" / "captures" / name)
         nats[name] = dict(zip(store.keys, store.summary.cross_entropy.tolist(), strict=True))
     kind: dict[str, list[str]] = {}
     for line in (RECIPE.parents[1] / "demo" / "rows" / "train.jsonl").read_text().splitlines():

@@ -22,14 +22,14 @@ def verify(path: Path, status: int) -> str:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     artifact.publish(tmp_path / "data", "data", {}, lambda into: (into / "rows.jsonl").write_text("{}\n"))
-    write(tmp_path / "representations" / "pivot")
+    write(tmp_path / "captures" / "pivot")
     return tmp_path
 
 
 def test_stages_and_stores_are_verified_alike(run):
     said = verify(run, 0)
     assert f"{run}/data: 1 files of the stage 'data', all as committed" in said
-    assert f"{run}/representations/pivot: " in said
+    assert f"{run}/captures/pivot: " in said
     (run / "data" / "rows.jsonl").write_text("[]\n")
     assert f"{run}/data/rows.jsonl: its content is not what was written" in verify(run, 1)
 

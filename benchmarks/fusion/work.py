@@ -93,7 +93,7 @@ def prepare(study: Study, say: Say) -> None:
         raise FusekitError(f"{study.folder} was made otherwise ({'; '.join(changed)}): choose another folder")
     commit_file(known, lambda file: file.write(data))
     write_all(study.folder / "rows", study.rows, study.questions)
-    run(recipe, study.captured.out, until="represent", say=say, quiet=True)
+    run(recipe, study.captured.out, until="capture", say=say, quiet=True)
     readers = Readers(recipe)
     study.score("pivot", None, choice_of(recipe.pivot), say)
     for name in readers.names[1:]:
@@ -107,9 +107,9 @@ def train(study: Study, arm: str, seed: int, say: Say) -> list[Path]:
     inputs = Inputs(
         choice_of(recipe.pivot),
         read_rows_file(layout.data),
-        layout.representation(PIVOT),
+        layout.store(PIVOT),
         {
-            source.label: Source(layout.representation(source.label), choice_of(source), recipe.alignment_of(source))
+            source.label: Source(layout.store(source.label), choice_of(source), recipe.alignment_of(source))
             for source in recipe.sources
         },
         readers.reader(PIVOT),

@@ -178,9 +178,9 @@ def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: igno
     return Inputs(
         choice_of(recipe.pivot),
         rows,
-        layout.representation(PIVOT),
+        layout.store(PIVOT),
         {
-            source.label: Source(layout.representation(source.label), choice_of(source), recipe.alignment_of(source))
+            source.label: Source(layout.store(source.label), choice_of(source), recipe.alignment_of(source))
             for source in recipe.sources
             if source.label in sources
         },

@@ -184,7 +184,7 @@ def _all_of_recipe(context: click.Context, options: dict[str, Any]) -> None:
     from fusekit.cli.run import run_recipe
 
     refuse_options(context, {"model", "out", "quiet"})
-    run_recipe(Path(options["model"]), options["out"], only=("data", "represent"), quiet=options["quiet"])
+    run_recipe(Path(options["model"]), options["out"], only=("data", "capture"), quiet=options["quiet"])
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:

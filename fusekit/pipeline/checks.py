@@ -53,8 +53,8 @@ def check_places(context: Context, stages: Collection[str] = STAGES) -> None:
         for folder in _places(context, stage):
             if not overwriting.is_former(folder):
                 artifact.refuse_occupied(folder)
-    if "represent" in stages:
-        for folder in map(context.layout.representation, context.readers.names):
+    if "capture" in stages:
+        for folder in map(context.layout.store, context.readers.names):
             if folder.is_dir() and not (folder / artifact.MANIFEST).exists():
                 refuse_foreign(folder)
     if "merge" in stages:
@@ -84,13 +84,13 @@ def check_stores(context: Context) -> None:
     from fusekit.capture.store import Store
 
     for name in context.readers.names:
-        folder = context.layout.representation(name)
+        folder = context.layout.store(name)
         if not (folder / artifact.MANIFEST).is_file():
-            raise StorageError(f"{folder} is not there: the stage `represent` comes first")
+            raise StorageError(f"{folder} is not there: the stage `capture` comes first")
         try:
             spec = Store.open(folder).spec
         except StorageError as error:
-            raise StorageError(f"{error}\nThe stage `represent` makes what is missing") from error
+            raise StorageError(f"{error}\nThe stage `capture` makes what is missing") from error
         before = artifact.flat(spec.model_dump())
         expected = store_facts(context, name, before, thorough=True)
         expected["data"] = data_fingerprint(rows_of(context, name, context.rows))
@@ -98,7 +98,7 @@ def check_stores(context: Context) -> None:
             raise StorageError(
                 f"{folder} was made from something else:\n  "
                 + "\n  ".join(changed)
-                + f"\nGo back to what it was, or remove {folder} and begin with the stage `represent`"
+                + f"\nGo back to what it was, or remove {folder} and begin with the stage `capture`"
             )
 
 

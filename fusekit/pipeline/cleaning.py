@@ -64,7 +64,7 @@ def claimed(out: Path | str) -> Iterator[Layout]:
     if not layout.recipe.is_file():
         raise StorageError(f"{layout.out} is no run of fusekit: it has no {layout.recipe.name}; nothing was touched")
     with ExitStack() as held:
-        stores = layout.out / "representations"
+        stores = layout.out / "captures"
         names = sorted(path for path in stores.iterdir() if path.is_dir()) if stores.is_dir() else []
         guarded = [path for path in (layout.targets, layout.baselines) if path.is_dir()]
         for path in (layout.out, *guarded, *(name for name in names if not name.name.startswith("."))):
@@ -83,7 +83,7 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     for path in _left_behind(layout):
         found.add(path, "left behind by a process that died", lambda _: [])
     sources = {source.label for known in recipes for source in known.sources}
-    _others(found, layout.out / "representations", {PIVOT, *sources}, "the recipe names no such model", _in_store)
+    _others(found, layout.out / "captures", {PIVOT, *sources}, "the recipe names no such model", _in_store)
     _others(found, layout.out / "alignment", sources, "the recipe names no such source", _in_artifact)
     targets = {name for known in recipes for name in _targets(known)}
     baseline = any(known.wants_baseline for known in recipes)
@@ -116,7 +116,7 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
             if path.name.endswith(WORK):
                 found.add(path, why, _in_training)
             else:
-                found.add(path, why, _in_store if stage == "represent" else _in_artifact)
+                found.add(path, why, _in_store if stage == "capture" else _in_artifact)
     return found
 
 
@@ -199,7 +199,7 @@ def _scored(layout: Layout) -> list[Path]:
 def _of_stage(layout: Layout, stage: str) -> list[Path]:
     return {
         "data": [layout.data],
-        "represent": _folders(layout.out / "representations"),
+        "capture": _folders(layout.out / "captures"),
         "align": _folders(layout.out / "alignment"),
         "distill": [*_folders(layout.targets), *_folders(layout.baselines)],
         "merge": [layout.merged, layout.merge_recipe],

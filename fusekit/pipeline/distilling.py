@@ -31,9 +31,9 @@ def distill(context: Context) -> list[Path]:
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.map_method is not None else None
         choice = context.readers.choice(source.label)
-        sources[source.label] = Source(layout.representation(source.label), choice, how, folder)
+        sources[source.label] = Source(layout.store(source.label), choice, how, folder)
     reader = context.readers.reader(PIVOT)
-    inputs = Inputs(context.readers.choice(PIVOT), context.rows, layout.representation(PIVOT), sources, reader)
+    inputs = Inputs(context.readers.choice(PIVOT), context.rows, layout.store(PIVOT), sources, reader)
     settings = recipe.settings
 
     def make(inputs: Inputs, settings: DistillSettings, out: Path) -> list[Path]:
@@ -66,7 +66,7 @@ def check_section(recipe: Recipe) -> None:
     from fusekit.distillation.arguments import accumulation, processes, refused, wrong_fields, wrong_scheduler
     from fusekit.distillation.models import wrong_lora_fields
 
-    values, captured = recipe.distill, recipe.represent.temperature
+    values, captured = recipe.distill, recipe.capture.temperature
     found: dict[KeyPath, str] = {
         ("distill", "trainer", name): says for name, says in wrong_fields(values.trainer).items()
     }
@@ -83,7 +83,7 @@ def check_section(recipe: Recipe) -> None:
         lines.append(f"{recipe.place(('distill', *(field or '').split('.')))}: {says}")
     if captured != values.temperature:
         lines.append(
-            f"{recipe.place(('distill', 'temperature'), ('represent', 'temperature'))}: represent.temperature is "
+            f"{recipe.place(('distill', 'temperature'), ('capture', 'temperature'))}: capture.temperature is "
             f"{captured}, but distill.temperature {values.temperature}: a loss needs rows of its own temperature, so "
             "set both alike"
         )
@@ -173,7 +173,7 @@ def _expected_facts(
     from fusekit.distillation.joining import join
 
     teachers = _teachers(context, target)
-    folders = {model: context.layout.representation(model) for model in (PIVOT, *teachers)}
+    folders = {model: context.layout.store(model) for model in (PIVOT, *teachers)}
     facts = provenance.facts_of_run(
         target,
         settings,

@@ -9,14 +9,14 @@ PIVOT = "pivot"
 BASELINE = "baseline"
 MERGED = "merged"
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate", "report")
+STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
 OURS = {
     "recipe.resolved.yml",
     "pivot",
     "data",
-    "representations",
+    "captures",
     "alignment",
     "targets",
     "baselines",
@@ -52,9 +52,9 @@ class Layout:
         """The rows that all models read, cut alike."""
         return self.out / "data"
 
-    def representation(self, name: str) -> Path:
+    def store(self, name: str) -> Path:
         """The top-k store of a model: ``pivot``, or a source's name."""
-        return self.out / "representations" / name
+        return self.out / "captures" / name
 
     def alignment(self, source: str) -> Path:
         """Vocabulary map and quality of a pair."""

@@ -25,7 +25,7 @@ def timed(context: Context, name: str, first: bool = True) -> Iterator[None]:
 
     first: whether this is the process that notes it down.
     """
-    started, store = time.monotonic(), context.layout.representation(name) / MANIFEST
+    started, store = time.monotonic(), context.layout.store(name) / MANIFEST
     before = read_json(store, Manifest) if first else None
     yield
     if not first or (before is not None and before.complete):

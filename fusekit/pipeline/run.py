@@ -50,12 +50,12 @@ class Stage:
     check: Callable[[Context], object] = lambda _: None
 
 
-def _represent(context: Context, processes: Processes) -> None:
+def _capture(context: Context, processes: Processes) -> None:
     for name in context.readers.names:
         for line in context.readers.checkpoint(name).notices:
-            context.say(f"represent {name}: {line}")
+            context.say(f"capture {name}: {line}")
         with report_stage.timed(context, name, processes.is_first):
-            stages.represent(context, name, context.rows)
+            stages.capture(context, name, context.rows)
     processes.first_then_all(partial(report_stage.describe, context))
 
 
@@ -88,9 +88,9 @@ def _in_first(do: Callable[[Context], object]) -> Callable[[Context, Processes],
 
 _STAGES: dict[str, Stage] = {
     "data": Stage((), _in_first(stages.data), stages.check_data),
-    "represent": Stage(("data",), _represent, checks.check_stores),
+    "capture": Stage(("data",), _capture, checks.check_stores),
     "align": Stage(("data",), _align, checks.check_alignments),
-    "distill": Stage(("data", "represent", "align"), _distill, distilling.check_targets),
+    "distill": Stage(("data", "capture", "align"), _distill, distilling.check_targets),
     "merge": Stage(("data", "distill"), _in_first(merging.merge), merging.check_merged),
     "evaluate": Stage(("data", "distill", "merge"), _in_first(_evaluate)),
     # Reads what is there of all others, and says what is not.

@@ -167,30 +167,30 @@ def paths_of(path: str | list[str]) -> list[str]:
     return [path] if isinstance(path, str) else path
 
 
-def represent(context: Context, name: str, rows: list[Row]) -> None:
+def capture(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.capture.capture import represent as capture
+    from fusekit.capture.capture import represent as capture_model
 
     settings = capture_settings(context)
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
-    store = capture(
+    store = capture_model(
         context.readers.checkpoint(name),
         reader,
         own,
-        context.layout.representation(name),
+        context.layout.store(name),
         settings,
-        notify=lambda line: context.say(f"represent {name}: {line}"),
+        notify=lambda line: context.say(f"capture {name}: {line}"),
     )
-    context.say(f"represent {name}: {len(store)} rows in {store.path}")
+    context.say(f"capture {name}: {len(store)} rows in {store.path}")
 
 
 def capture_settings(context: Context) -> Any:
-    """The section ``represent`` as :func:`fusekit.capture.capture.represent` takes it."""
+    """The section ``capture`` as :func:`fusekit.capture.capture.represent` takes it."""
     from fusekit.capture.capture import CaptureOptions, Settings
     from fusekit.capture.topk import Selection
 
-    section = context.recipe.represent
+    section = context.recipe.capture
     return Settings(
         selection=Selection(section.top_k, section.keep_mass, section.temperature),
         max_error=section.max_error,

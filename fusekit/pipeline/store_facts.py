@@ -27,7 +27,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     """
     from fusekit.capture.capture import details_of, vocabulary_size
 
-    section, choice = context.recipe.represent, context.readers.choice(name)
+    section, choice = context.recipe.capture, context.readers.choice(name)
     details = details_of(choice, context.recipe.data.train_on)
     facts: dict[str, Any] = {
         "top_k": min(section.top_k, before.get("vocabulary", section.top_k)),

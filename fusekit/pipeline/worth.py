@@ -48,7 +48,7 @@ def measure_worth(context: Context, source: str, rows: list[Row]) -> None:
 
 def _captured(context: Context, name: str, rows: list[Row]) -> Store | None:
     """The store of a model, if it is whole, has rows of the run, and read them as the recipe reads."""
-    folder = context.layout.representation(name)
+    folder = context.layout.store(name)
     if not (folder / artifact.MANIFEST).is_file():
         return None
     store = Store.open(folder, incomplete=True)

@@ -16,7 +16,7 @@ class Step:
     """An artifact of the run.
 
     Attributes:
-        stage: ``pivot`` (of a GGUF file), ``data``, ``represent``, ``align``, ``distill``, ``merge`` or ``evaluate``.
+        stage: ``pivot`` (of a GGUF file), ``data``, ``capture``, ``align``, ``distill``, ``merge`` or ``evaluate``.
         name: of the model, pair or target.
         state: one of the four above.
         notes: what is there, what differs, what a figure leaves out.

@@ -154,19 +154,19 @@ class _Job:
             reader = self.models.tokenizers.get(name)
             if reader is None or not self.rows.sample or known.checkpoint is None:
                 continue
-            needs = capture.memory_needs(known.checkpoint, self.recipe.represent.batch_tokens, self.processes)
+            needs = capture.memory_needs(known.checkpoint, self.recipe.capture.batch_tokens, self.processes)
             if not timing.fits(known, needs):
                 if known.here:
                     self.plan.unknown.append(f"{known.model} is too large to be loaded for a plan: no time measured")
                 continue
             generate = (
-                timing.generating(reader, held_out, self.recipe.represent.batch_tokens)
+                timing.generating(reader, held_out, self.recipe.capture.batch_tokens)
                 if "exact_match" in metrics and held_out
                 else lambda _model: None
             )
             try:
                 self.speeds[name] = timing.measure_capture(
-                    known, reader, self.rows.sample, self.recipe.represent, generate
+                    known, reader, self.rows.sample, self.recipe.capture, generate
                 )
             except FusekitError as error:
                 self.plan.refused.append(str(error))
@@ -195,7 +195,7 @@ class _Job:
     def captures(self) -> None:
         """A store of every model."""
         for name, known in self.models.known.items():
-            step = self.step("represent", name)
+            step = self.step("capture", name)
             self.output.store(step, name)
             if not step.work:
                 continue
@@ -204,11 +204,11 @@ class _Job:
             step.rows = step.rows if step.rows is not None else count
             step.tokens = round(tokens * share) if tokens is not None else None
             if known.checkpoint is None:
-                self.plan.unknown.append(f"represent {name}: how large {known.model} is")
+                self.plan.unknown.append(f"capture {name}: how large {known.model} is")
                 continue
             if tokens is not None and labels is not None and count is not None:
                 self._store(step, known, share, {"rows": count, "tokens": tokens, "labels": labels})
-            for need in capture.memory_needs(known.checkpoint, self.recipe.represent.batch_tokens, self.processes):
+            for need in capture.memory_needs(known.checkpoint, self.recipe.capture.batch_tokens, self.processes):
                 step.memory = max(step.memory or 0, need.needed)
                 self.plan.needs.append(need)
 
@@ -216,7 +216,7 @@ class _Job:
         """The figures of a store, of which ``share`` is to be made. counts: rows, tokens, labels of all of it."""
         assert known.checkpoint is not None
         tokens, labels = counts["tokens"], counts["labels"]
-        sizes = counts | {"vocabulary": self._vocabulary(known), "top_k": self.recipe.represent.top_k}
+        sizes = counts | {"vocabulary": self._vocabulary(known), "top_k": self.recipe.capture.top_k}
         # What the stage asks for takes every token for a label; what is expected does not.
         step.disk_at_most = round(share * capture.store_bytes(**(sizes | {"labels": tokens})))
         step.disk = round(share * capture.store_bytes(**sizes))

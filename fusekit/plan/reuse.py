@@ -61,7 +61,7 @@ class Output:
 
     def store(self, step: Step, name: str) -> None:
         """Of a model. Sets the state and, where a part is there, the rows that are still to do."""
-        folder = self.layout.representation(name)
+        folder = self.layout.store(name)
         if self.is_there and (folder / MANIFEST).is_file():
             self._try(step, lambda: self._store(step, name, folder))
         elif self.is_there and folder.is_dir():

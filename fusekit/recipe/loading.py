@@ -17,6 +17,8 @@ from fusekit.recipe.sections import Places, Recipe
 from fusekit.yaml import Document, KeyPath, nearest
 
 MAX_INCLUDES = 16
+RENAMED = {"represent": "capture"}
+"""Former names of sections, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,9 @@ def _report(error: ValidationError, layers: _Layers, top: Document) -> str:
         elif detail["type"] == "extra_forbidden":
             *within, key = detail["loc"]
             path = path if path[-1:] == (key,) else (*path, key)
-            message = f"unknown key {key!r}{nearest(str(key), _fields(within))}"
+            now = RENAMED.get(str(key))
+            hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
+            message = f"unknown key {key!r}{hint}"
         else:
             text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
             message = f"{label}: {text}" + (f", not {detail['input']!r}" if _short(detail["input"]) else "")

@@ -212,7 +212,7 @@ class Recipe(Section):
     pivot: Pivot = Field(description="The model that is trained; the result has its architecture and tokenizer.")
     sources: Annotated[list[Source], Field(min_length=1)] = Field(description="The models that the pivot learns from.")
     data: Data = Field(description="The rows that all models read.")
-    represent: Represent = Field(default=Represent(), description="What is kept of each model's distributions.")
+    capture: Represent = Field(default=Represent(), description="What is kept of each model's distributions.")
     alignment: AlignmentSettings = Field(
         default=AlignmentSettings(), description="How sources' rows come into the pivot's tokens and vocabulary."
     )

@@ -162,7 +162,7 @@ def _provenance(facts: Facts, merged: Artifact) -> list[str]:
     for known in provenance.identities(facts):
         found.append(f"{_code(known.name)}: weights {_code(known.weights)}, reads as {_code(known.tokenizer)}")
     for one in provenance.made(facts):
-        if one.stage in ("data", "represent"):
+        if one.stage in ("data", "capture"):
             found.append(f"{_code(one.place)}: {one.holds}, {_code(one.content)}")
     return found
 

@@ -135,7 +135,7 @@ class _Reader:
             sources,
             models=self.tried(layout.models, lambda: read_models(layout.models)) or {},
             counts=self.record(layout.data / "counts.json", Counts),
-            stores=self.each([PIVOT, *sources], layout.representation, lambda p: Store.open(p, incomplete=True)),
+            stores=self.each([PIVOT, *sources], layout.store, lambda p: Store.open(p, incomplete=True)),
             qualities=self.each(sources, layout.alignment, lambda p: self.record(p / "quality.json", Quality)),
             samples=self.each(sources, layout.alignment, lambda p: read_samples(p / "samples.json")),
             worths=self.each(sources, layout.worth, lambda path: self.record(path, Worth)),

@@ -66,7 +66,7 @@ def _store(facts: Facts, name: str) -> Made:
     holds = f"{text.counted(len(store), 'row')} in {text.counted(len(store.records), 'shard')}, {size}"
     content = joined_hash(record.xxh3 for record in store.records)
     circumstances = _circumstances(times) or {str(k): str(v) for k, v in store.manifest.made.items()}
-    return Made(f"representations/{name}", "represent", holds, content, _seconds(times), circumstances)
+    return Made(f"captures/{name}", "capture", holds, content, _seconds(times), circumstances)
 
 
 def _target(place: str, record: Training) -> Made:

@@ -134,16 +134,14 @@ def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     recipe, out = load_recipe(path), tmp_path / "out"
     on(FIRST)
     said = []
-    run(recipe, out, until="represent", say=said.append)
-    assert any(
-        "represent llama: chat template" in line and "the pivot's: the file dated.jinja" in line for line in said
-    )
-    before = stamps(out / "representations")
+    run(recipe, out, until="capture", say=said.append)
+    assert any("capture llama: chat template" in line and "the pivot's: the file dated.jinja" in line for line in said)
+    before = stamps(out / "captures")
     on(SECOND)
-    run(recipe, out, only="represent", say=said.append)
-    assert stamps(out / "representations") == before
+    run(recipe, out, only="capture", say=said.append)
+    assert stamps(out / "captures") == before
     layout = Layout(out)
-    assert {Store.open(layout.representation(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
+    assert {Store.open(layout.store(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
     context = Context(recipe, layout, Readers(recipe, layout), said.append)
     models = {PIVOT: evaluating.models_of(context)[PIVOT]}
     scores = evaluating.evaluate(context, models)

@@ -38,11 +38,11 @@ def test_a_refused_recipe_is_not_said_to_be_that_of_the_run(recipe, tmp_path):
     out = tmp_path / "out"
     run(load_recipe(recipe), out, until="data", say=lambda _: None)
     changed = load_recipe(recipe, ["data.max_length=64"])
-    for how in ({"until": "data"}, {"only": "represent"}):
+    for how in ({"until": "data"}, {"only": "capture"}):
         with pytest.raises(StorageError, match="max_length: 128, now 64"):
             run(changed, out, say=lambda _: None, **how)
     assert yaml.safe_load(Layout(out).recipe.read_text())["data"]["max_length"] == 128
-    assert not Layout(out).representation("pivot").exists()
+    assert not Layout(out).store("pivot").exists()
 
 
 def test_rows_are_cut_for_the_tokenizer_that_a_name_stands_for_now(recipe, tmp_path):
@@ -74,6 +74,6 @@ def test_scores_are_made_anew_when_the_template_or_the_questions_change(recipe, 
 
 
 def test_a_quiet_run_says_nothing(recipe, tmp_path, capsys):
-    run(load_recipe(recipe), tmp_path / "out", until="represent", say=lambda _: None, quiet=True)
-    assert Layout(tmp_path / "out").representation("pivot").is_dir()
+    run(load_recipe(recipe), tmp_path / "out", until="capture", say=lambda _: None, quiet=True)
+    assert Layout(tmp_path / "out").store("pivot").is_dir()
     assert "capturing" not in capsys.readouterr().err

@@ -41,14 +41,13 @@ def test_what_a_removed_source_left_goes(finished):
     before = stamps(out)
     shown = clean(out, "--recipe", str(two))
     assert stamps(out) == before
-    assert f"{out}/representations/llama  " in shown
+    assert f"{out}/captures/llama  " in shown
     assert "the recipe names no such model" in shown
     assert "5 things, " in shown
     assert "nothing was removed: --yes does it" in shown
     assert "removed 5 things, " in clean(out, "--recipe", str(two), "--yes")
     assert removed(before, out) == {
-        f"{folder}/llama"
-        for folder in ("representations", "alignment", "targets", "evaluation/sources", "evaluation/targets")
+        f"{folder}/llama" for folder in ("captures", "alignment", "targets", "evaluation/sources", "evaluation/targets")
     }
 
 
@@ -87,19 +86,19 @@ def test_what_processes_that_died_left_goes_and_nothing_else(finished):
     (out / "thesis" / ".x.0.tmp").write_text("mine")
     (out / "targets" / "mine").mkdir()
     (out / "targets" / "mine" / "model.safetensors").write_bytes(b"mine")
-    (out / "representations" / "link").symlink_to(out / "thesis")
+    (out / "captures" / "link").symlink_to(out / "thesis")
     before = stamps(out)
     said = clean(out, "--yes")
     assert "removed 4 things" in said
     assert f"spared: {out}/targets/mine: holds model.safetensors, which is not of the run" in said
-    assert f"spared: {out}/representations/link: is a link" in said
+    assert f"spared: {out}/captures/link: is a link" in said
     assert not (out / "targets" / "llama.training").exists()
     assert not (out / "targets" / ".llama.staging-0123abcd").exists()
     assert not (out / ".merged.previous-0123abcd").exists()
     assert not (out / "data" / ".rows.jsonl.0.tmp").exists()
     assert (out / ".notes.staging-0123abcd").is_dir()
     assert (out / "thesis" / ".x.0.tmp").read_text() == "mine"
-    assert (out / "representations" / "link").is_symlink()
+    assert (out / "captures" / "link").is_symlink()
     after = stamps(out)
     assert {name for name in before if before[name] != after.get(name)} == {
         "targets/llama.training/made_from.json",
@@ -111,11 +110,11 @@ def test_what_a_run_that_is_not_finished_has_made_stays(finished):
     path, out = finished
     two = with_sources(path, ["llama", "neox"])
     run(load_recipe(two), out, until="data", say=lambda _: None)  # stopped there, or later
-    shutil.copytree(out / "representations" / "llama", out / "representations" / "neox")
+    shutil.copytree(out / "captures" / "llama", out / "captures" / "neox")
     assert clean(out, "--yes") == "nothing to remove\n"
-    assert f"{out}/representations/neox  " in clean(out, "--recipe", str(path))
+    assert f"{out}/captures/neox  " in clean(out, "--recipe", str(path))
     run(load_recipe(path), out, start="merge", say=lambda _: None)  # all of it is of the first again
-    assert f"{out}/representations/neox  " in clean(out)
+    assert f"{out}/captures/neox  " in clean(out)
 
 
 def test_a_link_that_looks_like_something_left_behind_is_spared(finished, tmp_path):

@@ -42,7 +42,7 @@ def write_world(folder: Path) -> Path:
         "pivot": {"model": "pivot", "load": load},
         "sources": [{"model": str(DEMO / "sources" / "llama"), "load": load}],
         "data": {"path": "rows.jsonl", "max_length": 64},
-        "represent": {"top_k": 4, "rows_per_shard": 4},
+        "capture": {"top_k": 4, "rows_per_shard": 4},
         "distill": {"lm_weight": 0.5, "epochs": 1, "learning_rate": 3e-4, "batch_size": 4, "micro_batch_size": 4},
         "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
         "evaluate": {"path": "held_out.jsonl", "metrics": ["bits_per_byte"]},
@@ -137,7 +137,7 @@ def test_sigkill_again_and_again_at_commits_ends_in_the_same_artifacts(finished:
 @pytest.mark.timeout(1800)
 def test_sigkill_at_every_commit_of_every_stage(finished: Path, world: Path) -> None:
     died_at = killed_again_and_again(world, 0)
-    stages = {"data", "representations", "alignment", "targets", "baselines", "merged", "evaluation", "results.json"}
+    stages = {"data", "captures", "alignment", "targets", "baselines", "merged", "evaluation", "results.json"}
     assert stages <= stages_of(died_at), sorted(died_at)
     assert differences(finished / "out", world / "out") == []
 
@@ -161,7 +161,7 @@ def signal_self() -> None:
 @pytest.mark.parametrize(
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "representations/*/*.safetensors", "represent", "representations", ""),
+        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.safetensors", "capture", "captures", ""),
         ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
     ],
     ids=["capture", "training"],
@@ -206,7 +206,7 @@ def fill_disk() -> None:
 @pytest.mark.parametrize(
     ("moment", "kept", "stage", "made"),
     [
-        ("llama/.shard-00001", "out/representations/pivot/*", "represent", "representations"),
+        ("llama/.shard-00001", "out/captures/pivot/*", "capture", "captures"),
         ("llama.training/checkpoint-2/", "out/targets/llama.training/checkpoint-1/*", "distill", "targets"),
         ("evaluation/sources/.llama", "out/merged/*.safetensors", "report", ""),
     ],
@@ -252,7 +252,7 @@ def test_a_training_that_does_not_fit_is_refused_with_the_numbers(
     mounted: Callable[[str], Path],  # noqa: F811
 ) -> None:
     disk = mounted("size=8m")
-    for name in ("data", "representations", "alignment", "recipe.resolved.yml"):
+    for name in ("data", "captures", "alignment", "recipe.resolved.yml"):
         copy = shutil.copytree if (finished / "out" / name).is_dir() else shutil.copy
         (disk / "out").mkdir(exist_ok=True)
         copy(finished / "out" / name, disk / "out" / name)

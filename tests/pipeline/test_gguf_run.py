@@ -51,9 +51,9 @@ def test_a_run_of_gguf_files_leaves_what_any_run_leaves(world):
     out = world / "out"
     assert load_recipe(world / "recipe.yml").sources[0].label == "llama.F16"
     manifests = {str(path.parent.relative_to(out)) for path in out.rglob("manifest.json")}
-    assert {"pivot", "data", "representations/llama.F16", "targets/llama.F16", "merged"} <= manifests
+    assert {"pivot", "data", "captures/llama.F16", "targets/llama.F16", "merged"} <= manifests
     assert not [line for path in ("pivot", "targets/llama.F16", "merged") for line in artifact.problems(out / path)]
-    spec = Store.open(out / "representations" / "pivot").spec
+    spec = Store.open(out / "captures" / "pivot").spec
     assert spec.model == str(world / "pivot.Q8_0.gguf")
     assert spec.model_fingerprint == find_checkpoint(ModelChoice(spec.model)).fingerprint()
     trained, began = (load_file(out / name / "model.safetensors") for name in ("targets/llama.F16", "pivot"))
@@ -89,7 +89,7 @@ def test_a_rerun_does_nothing_even_where_the_pivots_file_is_gone(world, tmp_path
     run(recipe, out, say=said.append)
     assert not any("dequantising" in line for line in said)
     changed = {name for name, stamp in stamps(out).items() if before.get(name, stamp) != stamp}
-    assert not {name for name in changed if name.split("/")[0] in ("pivot", "targets", "representations", "data")}
+    assert not {name for name in changed if name.split("/")[0] in ("pivot", "targets", "captures", "data")}
 
 
 def test_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):

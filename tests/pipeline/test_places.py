@@ -33,7 +33,7 @@ def refused(recipe: Path, out: Path, message: str, *steps: str, **options: objec
     ("place", "step"),
     [
         ("data/train.jsonl", "data rows"),
-        ("representations/llama/train.jsonl", "represent llama"),
+        ("captures/llama/train.jsonl", "capture llama"),
         ("alignment/llama/notes/thesis.txt", "align llama"),
         ("targets/llama/model.safetensors", "distill llama"),
         ("baselines/sft/model.safetensors", "distill baseline"),
@@ -69,8 +69,8 @@ def test_a_file_beside_merged_weights_is_not_lost_when_they_are_made_anew(finish
     said = r"merged is to be made anew, but holds model-q4\.gguf, which its manifest\.json does not list"
     refused(two, out, said, "merge linear")
     with pytest.raises(StorageError, match=said):
-        run(load_recipe(two), out, start="represent", say=lambda _: None)
-    assert not (out / "representations" / "neox").exists()
+        run(load_recipe(two), out, start="capture", say=lambda _: None)
+    assert not (out / "captures" / "neox").exists()
     mine.unlink()
     (out / "merged" / "README.md").write_text("a card of its own")  # listed: it goes with what it is the card of
     manifest = out / "merged" / "manifest.json"

@@ -47,11 +47,11 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     assert figures["baseline"] < figures["pivot"]
     assert figures["targets/llama"] < figures["pivot"]
     assert figures["merged"] == pytest.approx(figures["targets/llama"], rel=1e-3)
-    assert len(Store.open(out / "representations" / "llama", verify=True)) == len(ROWS)
+    assert len(Store.open(out / "captures" / "llama", verify=True)) == len(ROWS)
     for name in ("data", "alignment/llama", "targets/llama", "baselines/sft", "merged", "evaluation/merged"):
         assert artifact.problems(out / name) == []
     recipe = yaml.safe_load((out / "recipe.resolved.yml").read_text())
-    assert recipe["represent"]["top_k"] == 8
+    assert recipe["capture"]["top_k"] == 8
     assert recipe["distill"]["loss"] == load_recipe(out / "recipe.resolved.yml").distill.loss
 
 
@@ -106,7 +106,7 @@ def test_changed_inputs_are_refused_with_the_difference(finished: tuple[Path, Pa
     with pytest.raises(StorageError, match=r"max_length: 64, now 32"):
         run(load_recipe(recipe, ["data.max_length=32"]), out, say=lambda _: None)
     with pytest.raises(StorageError, match=r"top_k: 8, now 4"):
-        run(load_recipe(recipe, ["represent.top_k=4"]), out, say=lambda _: None)
+        run(load_recipe(recipe, ["capture.top_k=4"]), out, say=lambda _: None)
     with pytest.raises(Exception, match=r"learning_rate: 0.0003, now 0.01"):
         run(load_recipe(recipe, ["distill.learning_rate=0.01"]), out, say=lambda _: None)
     with rows.open("a") as file:
@@ -127,15 +127,3 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "mine")])
     assert "is no run of fusekit, but holds 'thesis.tex'" in str(result.exception)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
-
-
-@pytest.mark.slow
-def test_represent_takes_a_recipe(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, ["llama"])
-    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in (tmp_path / "out" / "representations").iterdir() if p.is_dir()) == ["llama", "pivot"]
-    assert not (tmp_path / "out" / "targets").exists()
-    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--top-k", "3"])
-    assert "--top-k with a recipe" in result.output
-    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("represent pivot: ") == 4

@@ -47,7 +47,7 @@ def quiet(_line: str) -> None:
         (("merge", None, None), ["merge"]),
         ((["align", "data"], None, None), ["data", "align"]),
         ((None, "distill", None), list(STAGES[3:])),
-        ((None, "represent", "distill"), ["represent", "align", "distill"]),
+        ((None, "capture", "distill"), ["capture", "align", "distill"]),
         ((None, None, "data"), ["data"]),
     ],
 )
@@ -81,7 +81,7 @@ def test_what_a_later_stage_needs_is_checked_not_made(finished):
         "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
     }
     for override, said in (
-        ("represent.top_k=4", r"targets/llama was made from something else:\n  stores\.pivot\.top_k: 8, now 4"),
+        ("capture.top_k=4", r"targets/llama was made from something else:\n  stores\.pivot\.top_k: 8, now 4"),
         (
             "distill.learning_rate=0.01",
             r"targets/llama was made from something else:\n  training.learning_rate: 0.0003",
@@ -91,14 +91,14 @@ def test_what_a_later_stage_needs_is_checked_not_made(finished):
         with pytest.raises(StorageError, match=said):
             run(load_recipe(path, [override]), out, start="merge", say=quiet)
     for override, said in (
-        ("represent.top_k=4", r"representations/pivot was made from something else:\n  top_k: 8, now 4"),
+        ("capture.top_k=4", r"captures/pivot was made from something else:\n  top_k: 8, now 4"),
         ("alignment.vocabulary=ms", r"alignment/llama was made from something else:\n  vocabulary: 'prefix', now 'ms'"),
     ):
         with pytest.raises(StorageError, match=said):
             run(load_recipe(path, [override]), out, start="distill", say=quiet)
-    shutil.rmtree(out / "representations")  # they may be on another machine
+    shutil.rmtree(out / "captures")  # they may be on another machine
     run(load_recipe(path), out, start="merge", say=quiet)
-    with pytest.raises(StorageError, match="representations/pivot is not there: the stage `represent` comes first"):
+    with pytest.raises(StorageError, match="captures/pivot is not there: the stage `capture` comes first"):
         run(load_recipe(path), out, only="distill", say=quiet)
     shutil.rmtree(out / "targets" / "llama")
     with pytest.raises(StorageError, match="targets/llama is not there: the stage `distill` comes first"):
@@ -110,7 +110,7 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
     recipe, layout = load_recipe(path), Layout(out)
     context = Context(recipe, layout, Readers(recipe), quiet)
     source = recipe.sources[0]
-    stores = layout.representation("pivot"), layout.representation("llama")
+    stores = layout.store("pivot"), layout.store("llama")
 
     def opened(folder: Path | None) -> str:
         sources = {"llama": Source(stores[1], source.model, recipe.alignment_of(source), folder)}
@@ -268,7 +268,7 @@ def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
     worth = folder / "worth.json"
     run(recipe, out, only=["data", "align"], say=quiet)
     assert not worth.exists()
-    run(recipe, out, only="represent", say=quiet)
+    run(recipe, out, only="capture", say=quiet)
     run(recipe, out, only="align", say=said.append)
     first = worth.read_bytes()
     found = json.loads(first)
@@ -285,7 +285,7 @@ def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
     found = json.loads(worth.read_bytes())
     assert found["tail"] == "keep"
     assert artifact.problems(folder) == []
-    shutil.rmtree(out / "representations" / "llama")
+    shutil.rmtree(out / "captures" / "llama")
     run(other, out, only="align", say=quiet)  # what was measured stays
     assert json.loads(worth.read_bytes()) == found
 
@@ -385,7 +385,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on(tmp_path):
     heard = []
     for line in process.stderr:
         heard.append(line)
-        if line.startswith("represent pivot: "):
+        if line.startswith("capture pivot: "):
             process.send_signal(signal.SIGTERM)
             break
     said = process.communicate(timeout=120)[1]

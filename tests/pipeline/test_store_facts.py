@@ -58,7 +58,7 @@ def test_a_pinned_source_that_is_not_at_hand_is_the_commit_that_it_was(finished,
     commit, other = "a" * 40, "b" * 40
     facts = {"stores.llama.model": "nobody/gone", "stores.llama.model_fingerprint": f"commit {commit}"}
     with_facts(out / "targets" / "llama", facts)
-    shutil.rmtree(out / "representations" / "llama")
+    shutil.rmtree(out / "captures" / "llama")
     for revision, expected in ((None, True), (commit, True), (other, False), ("v1", False)):
         changes = calling("nobody/gone") + ([f"sources.0.revision={revision}"] if revision else [])
         recipe = load_recipe(path, changes)
@@ -85,8 +85,8 @@ def test_another_source_is_refused_by_whatever_stage_begins(stage, finished, oth
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("represent.rows_per_shard=7", "rows_per_shard: 1024, now 7"),
-        ("represent.max_error=0.1", "max_error: 0.2, now 0.1"),
+        ("capture.rows_per_shard=7", "rows_per_shard: 1024, now 7"),
+        ("capture.max_error=0.1", "max_error: 0.2, now 0.1"),
         ("sources.0.load={dtype: bfloat16}", "details.dtype: 'float32', now 'bfloat16'"),
         ("sources.0.load={dtype: float32, quantization: {load_in_4bit: true}}", "details.quantization: None, now '{"),
         ("sources.0.chat_template=chatml", "tokenizer: '"),
@@ -104,11 +104,11 @@ def test_weights_that_changed_in_place_are_refused_before_they_are_trained_with(
     shutil.copytree(DEMO / "sources" / "llama", other)
     recipe = load_recipe(path, calling(other))
     run(recipe, out, start="distill", say=lambda _: None)  # the same weights at another place
-    shutil.rmtree(out / "representations" / "llama")
+    shutil.rmtree(out / "captures" / "llama")
     shutil.rmtree(out / "targets" / "llama")
     run(recipe, out, until="distill", say=lambda _: None)
     edit_tensors(other, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
-    with pytest.raises(StorageError, match=r"representations/llama was made from something else:\n  model_fingerprint"):
+    with pytest.raises(StorageError, match=r"captures/llama was made from something else:\n  model_fingerprint"):
         run(recipe, out, start="distill", say=lambda _: None)
 
 
@@ -121,8 +121,8 @@ def test_a_model_that_moved_or_is_gone_is_the_one_that_taught(finished, tmp_path
             run(load_recipe(path, calling(spelled)), out, start=stage, until="merge", say=lambda _: None)
     plan = make_plan(load_recipe(path, calling("./moved")), "recipe.yml", out, measured=False)
     assert plan.can_run
-    assert {step.state for step in plan.steps if step.stage in ("represent", "distill", "merge")} == {"reused"}
-    shutil.rmtree(out / "representations" / "llama")
+    assert {step.state for step in plan.steps if step.stage in ("capture", "distill", "merge")} == {"reused"}
+    shutil.rmtree(out / "captures" / "llama")
     shutil.rmtree(out / "targets" / "llama")
     run(load_recipe(path, calling("./moved")), out, until="merge", say=lambda _: None)
     shutil.rmtree(tmp_path / "moved")

@@ -28,7 +28,7 @@ def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
         "pivot": {"model": str(DEMO / "models" / "pivot"), "load": {"dtype": "float32"}},
         "sources": [{"model": str(DEMO / "sources" / name), "load": {"dtype": "float32"}} for name in sources],
         "data": {"path": str(folder / "rows.jsonl"), "max_length": 64},
-        "represent": {"top_k": 8},
+        "capture": {"top_k": 8},
         "distill": {"lm_weight": 0.5, "epochs": 4, "learning_rate": 3e-4, "batch_size": 6, "micro_batch_size": 6},
         "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
         "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte"]},

@@ -56,7 +56,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "pivot": {"model": str(DEMO / "models" / "pivot")},
         "sources": [{"model": str(DEMO / "sources" / "llama")}],
         "data": {"path": str(folder / "rows.jsonl"), "max_length": 64},
-        "represent": {"top_k": 8, "rows_per_shard": 8},
+        "capture": {"top_k": 8, "rows_per_shard": 8},
         "distill": {"lm_weight": 0.5, "epochs": 1, "batch_size": 8, "micro_batch_size": 8, "lora": {"r": 2}},
         "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte", "exact_match"]},
     }
@@ -90,11 +90,11 @@ def test_a_measured_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypat
     assert plan.can_run
     assert set(states(plan).values()) == {TO_DO}
     by_name = {f"{step.stage} {step.name}": step for step in plan.steps}
-    for name in ("represent pivot", "represent llama", "distill llama", "distill baseline", "evaluate 5 models"):
+    for name in ("capture pivot", "capture llama", "distill llama", "distill baseline", "evaluate 5 models"):
         step = by_name[name]
         assert step.seconds, name
         assert step.disk, name
-    assert by_name["represent pivot"].disk < by_name["represent pivot"].disk_at_most
+    assert by_name["capture pivot"].disk < by_name["capture pivot"].disk_at_most
     assert by_name["distill llama"].memory
     text = table(plan)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -115,11 +115,11 @@ def test_a_weighting_by_rows_is_planned_with_one_baseline(tmp_path):
 def test_tokens_are_those_that_a_run_counts(captured):
     recipe, out = captured
     plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)
-    store = json.loads((out / "representations" / "llama" / "manifest.json").read_text())
-    step = next(step for step in plan.steps if (step.stage, step.name) == ("represent", "llama"))
+    store = json.loads((out / "captures" / "llama" / "manifest.json").read_text())
+    step = next(step for step in plan.steps if (step.stage, step.name) == ("capture", "llama"))
     assert step.rows == sum(shard["rows"] for shard in store["shards"]) == 24
     assert step.tokens == sum(shard["tokens"] for shard in store["shards"])
-    on_disk = sum(path.stat().st_size for path in (out / "representations" / "llama").glob("shard-*.safetensors"))
+    on_disk = sum(path.stat().st_size for path in (out / "captures" / "llama").glob("shard-*.safetensors"))
     assert on_disk <= step.disk_at_most
     step = next(step for step in plan.steps if (step.stage, step.name) == ("align", "llama"))
     assert step.disk - PAGE_BYTES == pytest.approx((out / "alignment" / "llama" / NAME).stat().st_size, rel=0.2)
@@ -132,22 +132,22 @@ def test_what_is_there_is_reused_and_nothing_in_it_is_touched(captured):
     plan = make_plan(load_recipe(recipe), "recipe.yml", out, measured=False)
     assert listing(out.parent) == before
     found = states(plan)
-    assert found["data rows"] == found["represent pivot"] == found["represent llama"] == found["align llama"] == REUSED
+    assert found["data rows"] == found["capture pivot"] == found["capture llama"] == found["align llama"] == REUSED
     assert found["distill llama"] == TO_DO
     assert plan.can_run
 
 
 def test_more_entries_than_there_are_ids_are_all_ids_in_a_plan_too(tmp_path):
-    recipe = load_recipe(write_recipe(tmp_path), ["represent.top_k=99999", "data.limit=2"])
-    run(recipe, tmp_path / "out", until="represent", say=lambda _: None, quiet=True)
+    recipe = load_recipe(write_recipe(tmp_path), ["capture.top_k=99999", "data.limit=2"])
+    run(recipe, tmp_path / "out", until="capture", say=lambda _: None, quiet=True)
     found = states(make_plan(recipe, "recipe.yml", tmp_path / "out", measured=False))
-    assert found["represent pivot"] == found["represent llama"] == REUSED
+    assert found["capture pivot"] == found["capture llama"] == REUSED
 
 
 @pytest.mark.parametrize(
     ("override", "refused", "difference"),
     [
-        ("represent.top_k=4", ["represent pivot", "represent llama"], "top_k: 8, now 4"),
+        ("capture.top_k=4", ["capture pivot", "capture llama"], "top_k: 8, now 4"),
         ("data.max_length=32", ["data rows"], "max_length: 64, now 32"),
         ("alignment.vocabulary=em", ["align llama"], "vocabulary: 'prefix', now 'em'"),
     ],
@@ -181,7 +181,7 @@ def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_p
             context.readers.checkpoint("pivot"),
             context.readers.reader("pivot"),
             rows,
-            context.layout.representation("pivot"),
+            context.layout.store("pivot"),
             settings,
         )
     plan = make_plan(loaded, "recipe.yml", out, measured=False)
@@ -207,12 +207,12 @@ def test_missing_models_and_data_are_refused_and_the_rest_is_planned(tmp_path):
     plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)
     assert any("there is no folder ./nowhere" in line for line in plan.refused)
     assert any("none.jsonl does not exist" in line for line in plan.refused)
-    assert states(plan)["represent pivot"] == TO_DO
+    assert states(plan)["capture pivot"] == TO_DO
 
 
 def test_what_does_not_fit_is_said_with_the_numbers(tmp_path):
     recipe = write_recipe(tmp_path)
-    plan = make_plan(load_recipe(recipe, ["represent.batch_tokens=99999999999"]), "r", None, measured=False)
+    plan = make_plan(load_recipe(recipe, ["capture.batch_tokens=99999999999"]), "r", None, measured=False)
     assert [need.what.split()[0] for need in plan.lacking] == ["memory", "memory"]
     assert not plan.can_run
     assert "it cannot run" in table(plan)
@@ -241,8 +241,8 @@ def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     assert not plan["refused"]
     steps = {f"{step['stage']} {step['name']}": step for step in plan["steps"]}
     assert len(steps) == 18
-    assert steps["represent pivot"]["rows"] == 95_000
-    assert steps["represent Qwen1.5-72B-Chat"]["memory"] > 2 * 72_287_920_128
+    assert steps["capture pivot"]["rows"] == 95_000
+    assert steps["capture Qwen1.5-72B-Chat"]["memory"] > 2 * 72_287_920_128
     assert steps["distill internlm2-chat-20b"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
     # float32 weights, gradients and two moments, the bfloat16 copies that are computed with (18 bytes a parameter); the
     # gradients of head and embedding, activations and the heap on top
@@ -250,10 +250,10 @@ def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     assert steps["merge fusechat_sce"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
     assert all(step["seconds"] is None for step in plan["steps"])
     assert any("as large as the recipe says" in line for line in plan["basis"])
-    assert steps["represent nothing"]["memory"] is None
+    assert steps["capture nothing"]["memory"] is None
     assert not plan["totals"]["memory"]["complete"]
     assert any("nobody/nothing is not in the cache" in line and "`size:`" in line for line in plan["unknown"])
-    assert "represent nothing: how large nobody/nothing is" in plan["unknown"]
+    assert "capture nothing: how large nobody/nothing is" in plan["unknown"]
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_of_models_on_the_hub_only_the_small_files_are_asked_for(tmp_path):
     plan = json.loads(done.stdout)
     assert len(plan["refused"]) == 1
     assert "some/gated is gated: accept its licence at" in plan["refused"][0]
-    steps = {step["name"]: step for step in plan["steps"] if step["stage"] == "represent"}
+    steps = {step["name"]: step for step in plan["steps"] if step["stage"] == "capture"}
     assert steps["open"]["tokens"] > 0
     assert steps["gated"]["memory"] is None
     assert any(
@@ -305,5 +305,5 @@ def test_more_models_in_the_recipe_are_reused_where_they_are_there(captured):
     second = f"sources=[{{model: {DEMO / 'sources' / 'llama'}}}, {{model: {DEMO / 'sources' / 'neox'}}}]"
     plan = make_plan(load_recipe(recipe, [second]), "recipe.yml", out, measured=False)
     found = states(plan)
-    assert found["represent llama"] == found["align llama"] == REUSED
-    assert found["represent neox"] == found["distill neox"] == TO_DO
+    assert found["capture llama"] == found["align llama"] == REUSED
+    assert found["capture neox"] == found["distill neox"] == TO_DO

@@ -89,7 +89,7 @@ def test_every_mistake_at_once_with_line_and_nearest_name(write):
         "  - {name: c}\n"
         "data: {path: x, max_length: 1}\n"
         "distil: {}\n"
-        "represent: {top_k: -3}\n"
+        "capture: {top_k: -3}\n"
     )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["data.overlong=cat"])
@@ -101,7 +101,7 @@ def test_every_mistake_at_once_with_line_and_nearest_name(write):
         f"  {path}, line 5: `model` is missing in sources.1",
         f"  {path}, line 6: data.max_length: Input should be greater than or equal to 2, not 1",
         f"  {path}, line 7: unknown key 'distil'; did you mean 'distill'?",
-        f"  {path}, line 8: represent.top_k: Input should be greater than 0, not -3",
+        f"  {path}, line 8: capture.top_k: Input should be greater than 0, not -3",
     ]
 
 
@@ -147,6 +147,11 @@ def test_values_that_clash_are_mistakes_like_others(write, text, overrides, expe
             assert re.search(says, row), (says, rows)
 
 
+def test_the_former_name_of_a_section_is_refused_with_its_new_one(write):
+    with pytest.raises(RecipeError, match=r"line \d+: unknown key 'represent'.*'capture'"):
+        load_recipe(write(SMALL + "represent: {top_k: 4}\n"))
+
+
 def test_unknown_preset(write):
     with pytest.raises(RecipeError, match=r"line 4: unknown preset 'fusechatt'; did you mean 'fusechat'"):
         load_recipe(write(SMALL + "preset: fusechatt\n"))
@@ -171,9 +176,9 @@ def test_sources_have_names_of_their_own(write, sources, message):
 
 
 def test_overrides_reach_into_lists_and_are_yaml(write):
-    recipe = load_recipe(write(SMALL), ["sources.1.name=other", "represent.top_k=3", "distill.lora={r: 8}"])
+    recipe = load_recipe(write(SMALL), ["sources.1.name=other", "capture.top_k=3", "distill.lora={r: 8}"])
     assert recipe.sources[1].label == "other"
-    assert recipe.represent.top_k == 3
+    assert recipe.capture.top_k == 3
     assert recipe.distill.lora == {"r": 8}
 
 
@@ -184,10 +189,10 @@ def test_overrides_that_name_nothing(write, override):
 
 
 def test_includes_lie_below_and_keep_their_lines(write):
-    write("represent: {top_k: 4}\ndata:\n  path: rows.jsonl\n  max_length: 0\n", "parts/base.yml")
+    write("capture: {top_k: 4}\ndata:\n  path: rows.jsonl\n  max_length: 0\n", "parts/base.yml")
     path = write("include: parts/base.yml\npivot: {model: p}\nsources: [{model: a}]\ndata: {max_length: 64}\n")
     recipe = load_recipe(path)
-    assert (recipe.represent.top_k, recipe.data.path, recipe.data.max_length) == (4, "rows.jsonl", 64)
+    assert (recipe.capture.top_k, recipe.data.path, recipe.data.max_length) == (4, "rows.jsonl", 64)
     path.write_text("include: parts/base.yml\npivot: {model: p}\nsources: [{model: a}]\n")
     with pytest.raises(RecipeError, match=r"base\.yml, line 4: data\.max_length"):
         load_recipe(path)
@@ -222,7 +227,7 @@ def test_fuzzed_recipes_raise_only_our_errors(tmp_path, data):
         lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(max_size=8), child, max_size=3),
         max_leaves=8,
     )
-    recipe = yaml.safe_load(SMALL + "preset: fusechat\nrepresent: {top_k: 3}\ninclude: []\n")
+    recipe = yaml.safe_load(SMALL + "preset: fusechat\ncapture: {top_k: 3}\ninclude: []\n")
     key = data.draw(st.sampled_from(sorted(recipe)))
     if isinstance(recipe[key], dict) and data.draw(st.booleans()):
         recipe[key][data.draw(st.sampled_from([*recipe[key], "other"]))] = data.draw(value)
@@ -285,7 +290,7 @@ def test_the_schema_takes_what_loads_and_refuses_what_does_not(write, preset):
     assert validator.is_valid({"include": "base.yml", "distill": {"epochs": 1}})
     small = yaml.safe_load(SMALL)
     assert validator.is_valid(small)
-    for wrong in ({"distil": {}}, {"preset": "other"}, {"represent": {"top_k": 0}}, {"sources": []}):
+    for wrong in ({"distil": {}}, {"preset": "other"}, {"capture": {"top_k": 0}}, {"sources": []}):
         assert not validator.is_valid(small | wrong)
     assert not validator.is_valid({"pivot": {"model": "a"}})
 
@@ -311,7 +316,7 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
 
 def test_settings_that_can_never_train_are_refused_before_anything_is_captured(write, tmp_path, monkeypatch):
     text = (
-        SMALL + "represent: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  micro_batch_size: 4\n"
+        SMALL + "capture: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  micro_batch_size: 4\n"
         "  scheduler: cosin\n  lora: {lora_alhpa: 4}\n  trainer: {warmpu_steps: 1,\n    learning_rate: 1}\n"
     )
     path, merge = write(text), "merge.dtype=bf17"
@@ -319,7 +324,7 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         error = CliRunner().invoke(cli, [*command, "--set", merge]).exception
         assert isinstance(error, RecipeError)
         for line, says in (
-            (5, "represent.temperature is 2.0, but distill.temperature 1.0"),
+            (5, "capture.temperature is 2.0, but distill.temperature 1.0"),
             (7, "batch_size 10 (rows per optimizer step) cannot be divided by micro_batch_size 4 x 1 processes"),
             (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
             (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
