@@ -24,11 +24,11 @@ BATCHES = 4
 """Of a training, two to an optimizer step, so that gradients are added up; a capture takes half of them."""
 
 TRAININGS: list[dict[str, Any]] = [
-    {"micro_batch_size": 1},
-    {"micro_batch_size": 4},
-    {"micro_batch_size": 4, "activation_checkpointing": True},
-    {"micro_batch_size": 4, "bf16": True},
-    {"micro_batch_size": 4, "dtype": "bfloat16"},
+    {"per_device_train_batch_size": 1},
+    {"per_device_train_batch_size": 4},
+    {"per_device_train_batch_size": 4, "activation_checkpointing": True},
+    {"per_device_train_batch_size": 4, "bf16": True},
+    {"per_device_train_batch_size": 4, "dtype": "bfloat16"},
 ]
 CAPTURES: list[dict[str, Any]] = [
     {"batch_tokens": 2048},
@@ -110,7 +110,7 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     reader = RowTokenizer(load_tokenizer(checkpoint))
     alone = Processes(0, 1, 1, torch.device("cpu"))
     if what == "train":
-        return _train(checkpoint, reader, _rows(reader, tokens, BATCHES * fields["micro_batch_size"]), work, fields)
+        return _train(checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields)
     from fusekit.capture import estimate
     from fusekit.capture.capture import Settings, represent
 
@@ -130,7 +130,7 @@ def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: di
     from fusekit.distillation.settings import DistillSettings
 
     trainer = {"save_strategy": "no", "disable_tqdm": True}
-    changes = {"training": {"batch_size": 2 * fields["micro_batch_size"], "epochs": 1, "trainer": trainer, **fields}}
+    changes = {"training": {"batch_size": 2 * fields["per_device_train_batch_size"], "num_train_epochs": 1, "trainer": trainer, **fields}}
     settings = DistillSettings.of("sft", changes)
     before = _peak()
     longest = max(len(reader.tokenize(row)) for row in rows)

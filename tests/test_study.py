@@ -30,11 +30,11 @@ README = Path(tables.__file__).parent / "README.md"
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_recipe_of_an_arm_loads_and_makes_the_targets_that_are_merged(arm, monkeypatch):
-    recipe = recipe_of(arm, ("distill.epochs=1",), seed=5)
+    recipe = recipe_of(arm, ("distill.num_train_epochs=1",), seed=5)
     names = [source.label for source in recipe.sources]
     targets = targets_of(recipe.settings, names, Path("out"))
     assert [target.name for target in targets] == (names if ARMS[arm].merged else [targets[0].name])
-    assert (recipe.distill.seed, recipe.distill.epochs) == (5, 1)
+    assert (recipe.distill.seed, recipe.distill.num_train_epochs) == (5, 1)
 
 
 @pytest.mark.parametrize(("arm", "preset"), [("fusechat", "fusechat"), ("fusellm", "fusellm")])
@@ -45,7 +45,7 @@ def test_an_arm_of_a_paper_has_its_presets_loss(arm, preset):
         if name in known:
             assert getattr(getattr(recipe, section), name) == known[name]
     assert recipe.distill.learning_rate == demo_recipe.distill.learning_rate
-    assert recipe.distill.epochs == demo_recipe.distill.epochs
+    assert recipe.distill.num_train_epochs == demo_recipe.distill.num_train_epochs
 
 
 @pytest.mark.parametrize("name", MERGES)

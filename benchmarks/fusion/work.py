@@ -59,9 +59,9 @@ class Study:
         """The recipe of an arm."""
         common = (
             f"data.path={json.dumps(str(self.folder / 'rows' / 'train.jsonl'))}",
-            f"distill.epochs={self.epochs}",
+            f"distill.num_train_epochs={self.epochs}",
             "distill.batch_size=32",
-            "distill.micro_batch_size=8",  # changes the time, not the result
+            "distill.per_device_train_batch_size=8",  # changes the time, not the result
             'distill.trainer={save_strategy: "no", logging_strategy: "no", disable_tqdm: true}',
         )
         return recipe_of(name, common, seed, self.recipe)

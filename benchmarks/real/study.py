@@ -95,7 +95,7 @@ class Work:
             f"pivot={json.dumps({'model': str(models / 'smollm2')})}",
             f"sources={json.dumps(sources)}",
             f"data.path={json.dumps(str(self.folder / SETTINGS[setting].data / 'train'))}",
-            f"distill.epochs={self.epochs}",
+            f"distill.num_train_epochs={self.epochs}",
             f"distill.seed={seed}",
             'distill.trainer={save_strategy: "no", logging_strategy: "no", disable_tqdm: true}',
         ]

@@ -48,7 +48,7 @@ def train(rows: list[Row], stores: dict[str, Path], out: Path) -> list[Path]:
     """A target per source, from the stores alone; `changes` are the fields of the settings' sections."""
     source = Source(stores["neox"], tokenizer=str(MODELS["neox"]))
     inputs = Inputs(ModelChoice(str(MODELS["pivot"])), rows, stores["pivot"], {"neox": source})
-    changes = {"training": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8}}
+    changes = {"training": {"num_train_epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "per_device_train_batch_size": 8}}
     return distill(inputs, DistillSettings.of("fusekit", changes), out, say=print)
 
 

@@ -38,15 +38,15 @@ _FIELDS = {
     "truncation": ("training", "truncation"),
     "lm_weight": ("training", "lm_weight"),
     "temperature": ("training", "temperature"),
-    "epochs": ("training", "epochs"),
+    "num_train_epochs": ("training", "num_train_epochs"),
     "learning_rate": ("training", "learning_rate"),
     "batch_size": ("training", "batch_size"),
-    "micro_batch_size": ("training", "micro_batch_size"),
+    "per_device_train_batch_size": ("training", "per_device_train_batch_size"),
     "dtype": ("training", "dtype"),
     "bf16": ("training", "bf16"),
     "activation_checkpointing": ("training", "activation_checkpointing"),
     "seed": ("training", "seed"),
-    "workers": ("training", "workers"),
+    "dataloader_num_workers": ("training", "dataloader_num_workers"),
 }
 
 
@@ -91,17 +91,17 @@ _FIELDS = {
 @click.option("--truncation", type=click.Choice(["tail", "renormalize"]), help="What is done about the rest of a row.")
 @click.option("--lm-weight", type=float, help="The least weight of the text itself; 1 is plain fine-tuning.")
 @click.option("--temperature", type=float, help="Of the rows and the loss.")
-@click.option("--epochs", type=float, help="Passes over the rows.")
+@click.option("--num-train-epochs", type=float, help="Passes over the rows.")
 @click.option("--learning-rate", type=float, help="Of AdamW, at its highest.")
 @click.option("--batch-size", type=int, help="Rows per optimizer step, over all processes.")
-@click.option("--micro-batch-size", type=int, help="Rows at once on one device.")
+@click.option("--per-device-train-batch-size", type=int, help="Rows at once on one device.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "auto"]), help="Of the weights while training.")
 @click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.")
 @click.option(
     "--activation-checkpointing/--no-activation-checkpointing", default=None, help="Spend time to save memory."
 )
 @click.option("--seed", type=int, help="Of everything that is drawn.")
-@click.option("--workers", type=int, help="Data loader processes.")
+@click.option("--dataloader-num-workers", type=int, help="Data loader processes.")
 @click.option(
     "--lora",
     multiple=True,
@@ -181,7 +181,7 @@ def _settings(options: dict[str, Any]) -> DistillSettings:
         name, value = _assignment(text)
         section, dot, field = name.partition(".")
         if not dot:
-            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example training.warmup=0.1")
+            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example training.warmup_steps=0.1")
         if section == "trainer":
             changes.setdefault("training", {}).setdefault("trainer", {})[field] = value
         else:

@@ -21,18 +21,18 @@ from fusekit.yaml import nearest
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
     "output_dir": "the output folder of the command",
-    "num_train_epochs": "epochs",
+    "num_train_epochs": "num_train_epochs",
     "learning_rate": "learning_rate",
-    "lr_scheduler_type": "scheduler",
-    "warmup_steps": "warmup",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
     "weight_decay": "weight_decay",
-    "per_device_train_batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "batch_size",
     "bf16": "bf16",
     "activation_checkpointing": "activation_checkpointing",
     "gradient_checkpointing": "activation_checkpointing",
     "seed": "seed",
-    "dataloader_num_workers": "workers",
+    "dataloader_num_workers": "dataloader_num_workers",
     "resume_from_checkpoint": "--resume",
 }
 _IMPOSSIBLE = {
@@ -58,7 +58,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
 
     Args:
         settings: of the run. Rows per optimizer step are divided among the processes that the launcher started
-            (``WORLD_SIZE``) and ``micro_batch_size``; what is left over is accumulation.
+            (``WORLD_SIZE``) and ``per_device_train_batch_size``; what is left over is accumulation.
         folder: for checkpoints.
 
     Raises:
@@ -70,12 +70,12 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
     known = _known_fields()
     fields: dict[str, Any] = {
         "output_dir": str(folder),
-        "num_train_epochs": settings.epochs,
+        "num_train_epochs": settings.num_train_epochs,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.scheduler,
-        "warmup_steps": settings.warmup,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
-        "per_device_train_batch_size": settings.micro_batch_size,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation(settings, processes()),
         "bf16": settings.bf16,
         # The newer name of the two; the older is an alias that warns.
@@ -83,7 +83,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
             settings.activation_checkpointing
         ),
         "seed": settings.seed,
-        "dataloader_num_workers": settings.workers,
+        "dataloader_num_workers": settings.dataloader_num_workers,
     }
     # Without a device there is nothing to pin memory for, and bfloat16 has to be told that it is the CPU's.
     there = torch.accelerator.is_available()
@@ -114,7 +114,7 @@ def refused(settings: TrainingSettings) -> tuple[str | None, str] | None:
         return None
     given = settings.trainer
     without = {f"trainer.{name}": {"trainer": {k: v for k, v in given.items() if k != name}} for name in given}
-    without |= {name: {name: TrainingSettings.model_fields[name].default} for name in ("bf16", "scheduler")}
+    without |= {name: {name: TrainingSettings.model_fields[name].default} for name in ("bf16", "lr_scheduler_type")}
     fields = (name for name, change in without.items() if _refusal(settings.model_copy(update=change)) is None)
     return next(fields, None), said
 
@@ -190,10 +190,10 @@ def accumulation(settings: TrainingSettings, processes: int) -> int:
     Raises:
         DistillationError: the rows of a step cannot be divided evenly.
     """
-    at_once = settings.micro_batch_size * processes
+    at_once = settings.per_device_train_batch_size * processes
     if settings.batch_size % at_once:
         raise DistillationError(
-            f"batch_size {settings.batch_size} (rows per optimizer step) cannot be divided by micro_batch_size "
-            f"{settings.micro_batch_size} x {processes} processes: change one of them"
+            f"batch_size {settings.batch_size} (rows per optimizer step) cannot be divided by per_device_train_batch_size "
+            f"{settings.per_device_train_batch_size} x {processes} processes: change one of them"
         )
     return settings.batch_size // at_once

@@ -74,7 +74,7 @@ def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tok
     # With checkpointing a layer keeps its input alone, and one at a time is computed again.
     kept = shape.layers * shape.hidden * width + layer if settings.activation_checkpointing else shape.layers * layer
     logits = _LOGITS_COPIES * shape.vocabulary * (2 if computes == "16 bits" else 4)
-    return settings.micro_batch_size * row_tokens * (kept + logits)
+    return settings.per_device_train_batch_size * row_tokens * (kept + logits)
 
 
 def head_gradient_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
@@ -102,7 +102,7 @@ def memory_needs(
     what = (
         f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
         f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
-        f"{human(batch)} for {settings.micro_batch_size} rows of {row_tokens} tokens)"
+        f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens)"
     )
     if processes.device.type == "cuda":
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
@@ -151,7 +151,7 @@ def disk_needs(
 def refuse(needs: Sequence[Need]) -> None:
     """Raise DistillationError with the numbers if something does not fit."""
     way_out = (
-        "Free some, write elsewhere, take smaller micro-batches (micro_batch_size), recompute activations "
+        "Free some, write elsewhere, take smaller micro-batches (per_device_train_batch_size), recompute activations "
         "(activation_checkpointing), train an adapter (lora) or in bfloat16 (dtype), or shard it over devices "
         "(accelerate launch with FSDP); ignore_estimates starts it all the same"
     )

@@ -17,7 +17,7 @@ from fusekit.types import Row
 Facts = dict[str, Any]
 
 # How the work is split, watched and kept does not change what comes out.
-_FREE = {"micro_batch_size", "workers", "activation_checkpointing", "max_skipped_steps"}
+_FREE = {"per_device_train_batch_size", "dataloader_num_workers", "activation_checkpointing", "max_skipped_steps"}
 # Of a loss that plain fine-tuning has not.
 _OF_FUSION = {"loss", "truncation", "temperature"}
 _FREE_FIELDS = (

@@ -131,7 +131,7 @@ class TrainingSettings(_Section):
     batch_size: int = Field(
         default=128, ge=1, description="Rows per optimizer step, over all processes and accumulation."
     )
-    micro_batch_size: int = Field(
+    per_device_train_batch_size: int = Field(
         default=1, ge=1, description="Rows at once on one device; changes memory and speed, not the result."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(

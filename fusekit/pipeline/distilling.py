@@ -71,13 +71,13 @@ def check_section(recipe: Recipe) -> None:
         ("distill", "trainer", name): says for name, says in wrong_fields(values.trainer).items()
     }
     found |= {("distill", "lora", name): says for name, says in wrong_lora_fields(values.lora or {}).items()}
-    if says := wrong_scheduler(values.scheduler):
-        found["distill", "scheduler"] = says
+    if says := wrong_scheduler(values.lr_scheduler_type):
+        found["distill", "lr_scheduler_type"] = says
     lines = [f"{recipe.place(path)}: {says}" for path, says in found.items()]
     try:
         accumulation(values, processes())
     except DistillationError as error:
-        lines.append(f"{recipe.place(('distill', 'batch_size'), ('distill', 'micro_batch_size'))}: {error}")
+        lines.append(f"{recipe.place(('distill', 'batch_size'), ('distill', 'per_device_train_batch_size'))}: {error}")
     if not lines and (found_here := refused(values)) is not None:
         field, says = found_here
         lines.append(f"{recipe.place(('distill', *(field or '').split('.')))}: {says}")

@@ -281,10 +281,10 @@ class _Job:
             # Forward 2 and backward 4 per parameter and token; 2 more to compute activations again; an adapter leaves
             # out the gradients of the weights.
             times = (4 if values.lora is not None else 6) + (2 if values.activation_checkpointing else 0)
-            step.pflop = times * self._active(known) * values.epochs * tokens / 1e15
+            step.pflop = times * self._active(known) * values.num_train_epochs * tokens / 1e15
         if self.trained is not None and self.rows.count:
-            batches = math.ceil(self.rows.count / values.micro_batch_size) * values.epochs
-            steps = math.ceil(self.rows.count / values.batch_size) * values.epochs
+            batches = math.ceil(self.rows.count / values.per_device_train_batch_size) * values.num_train_epochs
+            steps = math.ceil(self.rows.count / values.batch_size) * values.num_train_epochs
             step.seconds = self.trained.load + batches * self.trained.micro_batch + steps * self.trained.step
         return step
 

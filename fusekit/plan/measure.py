@@ -204,7 +204,7 @@ def _batches(
     data = FusionDataset(
         some, pivot=captured, sources={"itself": captured}, projections={"itself": Projection(None)}, fusion=own
     )
-    collate, size = FusionCollator(0), settings.micro_batch_size
+    collate, size = FusionCollator(0), settings.per_device_train_batch_size
     starts = list(range(0, max(len(some) - size, 0) + 1, size))
     mixed = [start for offset in range(4) for start in starts[offset::4]]
     return [

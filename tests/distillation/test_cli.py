@@ -23,7 +23,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TINY = ["--batch-size", "4", "--micro-batch-size", "2", "--epochs", "1", "--learning-rate", "1e-2"]
+TINY = ["--batch-size", "4", "--per-device-train-batch-size", "2", "--num-train-epochs", "1", "--learning-rate", "1e-2"]
 QUIET = ["--set", "trainer.use_cpu=true", "--set", "trainer.disable_tqdm=true", "--set", "trainer.logging_steps=1"]
 
 
@@ -122,7 +122,7 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
 @pytest.mark.slow
 def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    long = ["--epochs", "400", "--set", "trainer.save_steps=3", "--set", "trainer.logging_steps=1000"]
+    long = ["--num-train-epochs", "400", "--set", "trainer.save_steps=3", "--set", "trainer.logging_steps=1000"]
     process = Process(command, tmp_path, tuple(map(str, arguments(world, out, *long))), {}, None)
     wait_until(
         lambda: bool(list(out.glob("other.training/checkpoint-*/fusekit.json"))) or not process.process.is_alive(), 120
@@ -133,15 +133,15 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     assert stopped.exitcode == 143, stopped.output
     assert "The same command with --resume goes on" in stopped.output
     assert sorted(path.name for path in out.iterdir()) == ["other.training"]
-    refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--epochs", "1")])
+    refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--num-train-epochs", "1")])
     assert "there already" in str(refused.exception)
-    changed = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--epochs", "1", "--resume")])
-    assert "training.epochs: 400.0, now 1.0" in str(changed.exception)
+    changed = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--num-train-epochs", "1", "--resume")])
+    assert "training.num_train_epochs: 400.0, now 1.0" in str(changed.exception)
 
 
 @pytest.mark.slow
 def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
-    plain = ["--set", "trainer.optim=sgd", "--set", "training.warmup=0"]
+    plain = ["--set", "trainer.optim=sgd", "--set", "training.warmup_steps=0"]
     both = ranks(tmp_path, 2, *map(str, arguments(world, tmp_path / "two", *plain)))
     finished = [process.wait(240) for process in both]
     said = "\n---\n".join(process.output for process in finished)

@@ -47,7 +47,7 @@ def test_states_are_those_of_a_step_of_adamw(fields):
 
 @pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}, {"bf16": True}], ids=str)
 def test_activations_are_those_that_autograd_keeps(fields):
-    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(micro_batch_size=2, **fields)
+    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(per_device_train_batch_size=2, **fields)
     model = load_pivot(checkpoint, settings).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_loaded
     record = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n")
     inputs = Inputs(ModelChoice(str(PIVOT)), list(read_rows(tmp_path / "rows.jsonl")), row_tokenizer=reader)
-    huge = {"training": {"micro_batch_size": 10**9, "batch_size": 10**9}}
+    huge = {"training": {"per_device_train_batch_size": 10**9, "batch_size": 10**9}}
     with pytest.raises(
         DistillationError, match=r"does not fit:\n.*10{9} rows of \d+ tokens\): about .* needed, .* free"
     ):

@@ -30,7 +30,7 @@ from tests.distillation import worlds
 from tests.pipeline.artifacts import differences
 
 ROWS = worlds.conversations(8)
-TINY: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 2, "epochs": 1, "learning_rate": 1e-2}
+TINY: dict[str, Any] = {"batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 1e-2}
 SILENT = {"trainer": {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_steps": 1}}
 
 
@@ -212,7 +212,7 @@ class Fails(TrainerCallback):
 @pytest.fixture
 def interrupted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a run that died after the second of four steps."""
-    return interrupt(settings(training={"epochs": 2}), world, tmp_path / "out", monkeypatch)
+    return interrupt(settings(training={"num_train_epochs": 2}), world, tmp_path / "out", monkeypatch)
 
 
 def interrupt(
@@ -232,7 +232,7 @@ def interrupt(
 
 
 def test_an_adapter_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = settings(training={"epochs": 2, "lora": {"r": 4, "lora_dropout": 0.3}})
+    how = settings(training={"num_train_epochs": 2, "lora": {"r": 4, "lora_dropout": 0.3}})
     out = interrupt(how, world, tmp_path / "out", monkeypatch)
     (folder,) = distill(inputs(world), how, out, resume=True)
     (whole,) = distill(inputs(world), how, tmp_path / "whole")
@@ -241,42 +241,42 @@ def test_an_adapter_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatc
 
 def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    (folder,) = distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=said.append)
+    (folder,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append)
     assert "source1: goes on from checkpoint-2" in said
-    (whole,) = distill(inputs(world), settings(training={"epochs": 2}), tmp_path / "whole")
+    (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
     # Not the weights alone: the log, the counts, and the manifest but for its times.
     assert differences(folder, whole) == []
     assert artifact.problems(folder) == []
     assert sorted(path.name for path in interrupted.iterdir()) == ["source1"]
     again: list[str] = []
-    distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=again.append)
+    distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=again.append)
     assert again == [f"source1: done already, {folder}"]
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(interrupted: Path, world: Path, tmp_path: Path) -> None:
     (interrupted / "source1.training" / "checkpoint-2" / "optimizer.pt").unlink()
     said: list[str] = []
-    (folder,) = distill(inputs(world), settings(training={"epochs": 2}), interrupted, resume=True, say=said.append)
+    (folder,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append)
     assert "source1: warning: checkpoint-2 is not used: optimizer.pt is missing" in said
     assert "source1: goes on from checkpoint-1" in said
-    (whole,) = distill(inputs(world), settings(training={"epochs": 2}), tmp_path / "whole")
+    (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
 
 
 def test_other_settings_are_refused_with_the_difference(interrupted: Path, world: Path) -> None:
-    other = settings(training={"epochs": 2, "learning_rate": 2e-2}, fusion={"metric": "token_ce"})
+    other = settings(training={"num_train_epochs": 2, "learning_rate": 2e-2}, fusion={"metric": "token_ce"})
     with pytest.raises(DistillationError) as refusal:
         distill(inputs(world), other, interrupted, resume=True)
     assert "training.learning_rate: 0.01, now 0.02" in str(refusal.value)
     assert "fusion.metric: 'projected_ce', now 'token_ce'" in str(refusal.value)
     fewer = inputs(world, rows=ROWS[:7])
     with pytest.raises(DistillationError, match=r"rows\.count: 8, now 7"):
-        distill(fewer, settings(training={"epochs": 2}), interrupted, resume=True)
+        distill(fewer, settings(training={"num_train_epochs": 2}), interrupted, resume=True)
 
 
 def test_another_split_of_the_batch_is_no_difference(interrupted: Path, world: Path) -> None:
-    split = settings(training={"epochs": 2, "micro_batch_size": 1, "trainer": {"logging_steps": 5}})
+    split = settings(training={"num_train_epochs": 2, "per_device_train_batch_size": 1, "trainer": {"logging_steps": 5}})
     (folder,) = distill(inputs(world), split, interrupted, resume=True)
     assert folder.is_dir()
 
@@ -284,7 +284,7 @@ def test_another_split_of_the_batch_is_no_difference(interrupted: Path, world: P
 def test_what_is_there_is_not_touched_unasked(interrupted: Path, world: Path) -> None:
     before = sorted(path.as_posix() for path in interrupted.rglob("*"))
     with pytest.raises(DistillationError, match=r"there already.*nothing was touched"):
-        distill(inputs(world), settings(training={"epochs": 2}), interrupted)
+        distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted)
     assert sorted(path.as_posix() for path in interrupted.rglob("*")) == before
     (folder,) = distill(inputs(world), settings(training={"learning_rate": 2e-2}), interrupted, overwrite=True)
     assert json.loads((folder / "training.json").read_text())["settings"]["training"]["learning_rate"] == 2e-2
@@ -296,9 +296,9 @@ def test_an_overwrite_that_was_interrupted_goes_on(
 ) -> None:
     """The former target stands until the new one is whole, and is not taken for it."""
     out = tmp_path / "out"
-    (former,) = distill(inputs(world), settings(training={"epochs": 2}), out)
+    (former,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), out)
     before = (former / "manifest.json").read_bytes()
-    how = settings(training={"epochs": 2, "learning_rate": rate})
+    how = settings(training={"num_train_epochs": 2, "learning_rate": rate})
     interrupt(how, world, out, monkeypatch, overwrite=True)
     assert (former / "manifest.json").read_bytes() == before
     said: list[str] = []
@@ -308,7 +308,7 @@ def test_an_overwrite_that_was_interrupted_goes_on(
     assert differences(folder, whole) == []
     assert sorted(path.name for path in out.iterdir()) == ["source1"]
     with pytest.raises(DistillationError, match=r"training\.learning_rate: .*, now 0\.5"):
-        distill(inputs(world), settings(training={"epochs": 2, "learning_rate": 0.5}), out, resume=True)
+        distill(inputs(world), settings(training={"num_train_epochs": 2, "learning_rate": 0.5}), out, resume=True)
 
 
 def test_a_second_run_names_the_first(world: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
         ({"trainer": {"learning_rate": 1}}, "trainer.learning_rate is set by learning_rate"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model cannot be set"),
         ({"trainer": {"optim": "sgdd"}}, "transformers refuses the training arguments"),
-        ({"micro_batch_size": 3}, "batch_size 4 .* cannot be divided by micro_batch_size 3"),
+        ({"per_device_train_batch_size": 3}, "batch_size 4 .* cannot be divided by per_device_train_batch_size 3"),
         ({"lora": {"lora_alhpa": 4}}, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'"),
         ({"lora": {"target_modules": ["nothing"]}}, "peft refuses the lora settings"),
     ],
@@ -384,7 +384,7 @@ def test_targets_merge_with_mergekit(world: Path, tmp_path: Path) -> None:
 
 
 def test_stores_are_read_by_workers_too(world: Path, tmp_path: Path) -> None:
-    (a,) = distill(inputs(world), settings(training={"workers": 2}), tmp_path / "a")
+    (a,) = distill(inputs(world), settings(training={"dataloader_num_workers": 2}), tmp_path / "a")
     (b,) = distill(inputs(world), settings(), tmp_path / "b")
     assert equal(tensors(a), tensors(b))
     assert len(Store.open(world / "stores" / "source1")) == 8

@@ -18,7 +18,7 @@ from fusekit.pipeline.rows_file import read_rows_file, write_rows
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.types import Message, Row
 
-FACTS = {"rows": {"count": 2}, "settings": {"epochs": 1.0}}
+FACTS = {"rows": {"count": 2}, "settings": {"num_train_epochs": 1.0}}
 
 
 @pytest.fixture(scope="module")

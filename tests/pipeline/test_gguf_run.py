@@ -152,11 +152,11 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
     assert "linked      100.0 %" in linked or "with a row" in linked
     done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metric", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
-    distil += ["--source-store", f"llama={tmp_path / 'source'}", "--epochs", "1", "--batch-size", "6"]
-    done(*distil, "--micro-batch-size", "6")
+    distil += ["--source-store", f"llama={tmp_path / 'source'}", "--num-train-epochs", "1", "--batch-size", "6"]
+    done(*distil, "--per-device-train-batch-size", "6")
     assert {path.parent.name for path in (tmp_path / "out").rglob("manifest.json")} == {"pivot", "llama"}
     before = stamps(tmp_path / "out" / "pivot")
-    done(*distil, "--micro-batch-size", "6", "--resume")
+    done(*distil, "--per-device-train-batch-size", "6", "--resume")
     assert stamps(tmp_path / "out" / "pivot") == before
 
 

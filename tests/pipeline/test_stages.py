@@ -130,7 +130,7 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
 
 def test_matched_entries_are_distilled_with_the_map_of_equal_strings(tmp_path):
     """The demo's pivot and Llama have other tokenizers, so a row has entries of both kinds."""
-    changes = ["alignment.vocabulary=matched", "distill.loss=gold", "distill.epochs=1"]
+    changes = ["alignment.vocabulary=matched", "distill.loss=gold", "distill.num_train_epochs=1"]
     changes += ["fusion.include_pivot=false", "fusion.metric=bits_per_byte", "distill.lm_weighting=constant"]
     recipe, out = load_recipe(write_recipe(tmp_path, ["llama"]), changes), tmp_path / "out"
     run(recipe, out, until="distill", say=quiet)
@@ -165,7 +165,7 @@ def test_a_weighting_by_rows_has_a_baseline_too(finished):
     path, out = finished
     shutil.rmtree(out / "targets")
     shutil.rmtree(out / "baselines")
-    run(load_recipe(path, ["distill.lm_weighting=soft", "distill.epochs=1"]), out, only="distill", say=quiet)
+    run(load_recipe(path, ["distill.lm_weighting=soft", "distill.num_train_epochs=1"]), out, only="distill", say=quiet)
     record = json.loads((out / "baselines" / "sft" / "training.json").read_text())
     assert record["sources"] == []
     assert record["settings"]["training"]["lm_weight"] == 1
@@ -296,8 +296,8 @@ def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
     result = CliRunner().invoke(cli, ["distill", str(path), str(out)])
     assert result.exit_code == 0, result.output
     assert "distill llama: done already" in result.output
-    result = CliRunner().invoke(cli, ["distill", str(path), str(out), "--epochs", "2"])
-    assert "--epochs with a recipe" in result.output
+    result = CliRunner().invoke(cli, ["distill", str(path), str(out), "--num-train-epochs", "2"])
+    assert "--num-train-epochs with a recipe" in result.output
     shutil.rmtree(out / "merged")
     result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--out-shard-size", "500K"])
     assert result.exit_code == 0, result.output

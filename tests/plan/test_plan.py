@@ -57,7 +57,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "sources": [{"model": str(DEMO / "sources" / "llama")}],
         "data": {"path": str(folder / "rows.jsonl"), "max_length": 64},
         "capture": {"top_k": 8, "rows_per_shard": 8},
-        "distill": {"lm_weight": 0.5, "epochs": 1, "batch_size": 8, "micro_batch_size": 8, "lora": {"r": 2}},
+        "distill": {"lm_weight": 0.5, "num_train_epochs": 1, "batch_size": 8, "per_device_train_batch_size": 8, "lora": {"r": 2}},
         "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte", "exact_match"]},
     }
     for name, values in changes.items():

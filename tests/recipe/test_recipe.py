@@ -48,7 +48,7 @@ def test_defaults_are_the_preset_fusekit(write):
 
 def test_a_preset_lies_below_the_recipe(write):
     recipe = load_recipe(write(SMALL + "preset: fusellm\ndistill: {epochs: 2, trainer: {adam_beta1: 0.8}}\n"))
-    assert (recipe.distill.epochs, recipe.distill.loss, recipe.distill.lm_weight) == (2, "ce", 0.9)
+    assert (recipe.distill.num_train_epochs, recipe.distill.loss, recipe.distill.lm_weight) == (2, "ce", 0.9)
     assert recipe.distill.trainer == {"adam_beta1": 0.8, "adam_beta2": 0.95, "max_grad_norm": 1.0}
     assert recipe.data.pack
     recipe = load_recipe(write(SMALL + "preset: fusechat\n"))
@@ -287,7 +287,7 @@ def test_the_schema_takes_what_loads_and_refuses_what_does_not(write, preset):
     validator = jsonschema.Draft202012Validator(document())
     loaded = load_recipe(write(SMALL + f"preset: {preset}\n"))
     assert validator.is_valid(loaded.model_dump(mode="json"))
-    assert validator.is_valid({"include": "base.yml", "distill": {"epochs": 1}})
+    assert validator.is_valid({"include": "base.yml", "distill": {"num_train_epochs": 1}})
     small = yaml.safe_load(SMALL)
     assert validator.is_valid(small)
     for wrong in ({"distil": {}}, {"preset": "other"}, {"capture": {"top_k": 0}}, {"sources": []}):
@@ -316,7 +316,7 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
 
 def test_settings_that_can_never_train_are_refused_before_anything_is_captured(write, tmp_path, monkeypatch):
     text = (
-        SMALL + "capture: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  micro_batch_size: 4\n"
+        SMALL + "capture: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  per_device_train_batch_size: 4\n"
         "  scheduler: cosin\n  lora: {lora_alhpa: 4}\n  trainer: {warmpu_steps: 1,\n    learning_rate: 1}\n"
     )
     path, merge = write(text), "merge.dtype=bf17"
@@ -325,7 +325,7 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         assert isinstance(error, RecipeError)
         for line, says in (
             (5, "capture.temperature is 2.0, but distill.temperature 1.0"),
-            (7, "batch_size 10 (rows per optimizer step) cannot be divided by micro_batch_size 4 x 1 processes"),
+            (7, "batch_size 10 (rows per optimizer step) cannot be divided by per_device_train_batch_size 4 x 1 processes"),
             (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
             (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
             (11, "trainer.warmpu_steps is no field of TrainingArguments"),
@@ -336,7 +336,7 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
     assert not (tmp_path / "out").exists()
     check_recipe(load_recipe(path), ["merge", "evaluate"])  # nothing is trained
     # Which batches can be divided depends on the processes of the run.
-    even = load_recipe(write(SMALL), ["distill.batch_size=10", "distill.micro_batch_size=5"])
+    even = load_recipe(write(SMALL), ["distill.batch_size=10", "distill.per_device_train_batch_size=5"])
     check_recipe(even)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(RecipeError, match=r"--set distill.batch_size=10: batch_size 10 .* 5 x 4 processes"):
