@@ -137,7 +137,7 @@ def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> li
             if run:  # the first warms up
                 times[name].append(time.perf_counter() - started)
                 processor[name].append(time.process_time() - busy)
-    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*.safetensors"))
+    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*.parquet"))
     shutil.rmtree(folder)
     taught = sum(int(row.labels.sum()) for row in tokens)
     bare, busy_forward = statistics.median(times["forward"]), statistics.median(processor["forward"])

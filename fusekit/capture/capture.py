@@ -16,6 +16,7 @@ import xxhash
 
 from fusekit.artifacts import output_lock
 from fusekit.capture.batches import rows_per_shard
+from fusekit.capture.codec import Columns
 from fusekit.capture.engine import Teacher
 from fusekit.capture.estimate import disk_needs, memory_needs, parameters, refuse
 from fusekit.capture.load import load_model, longest_input, valid_ids
@@ -23,7 +24,6 @@ from fusekit.capture.manifest import MANIFEST, Manifest, Setting, StoreSpec, rea
 from fusekit.capture.models import Checkpoint, ModelChoice
 from fusekit.capture.progress import Progress
 from fusekit.capture.settings import DEFAULT_MAX_ERROR
-from fusekit.capture.shards import Blobs, Facts, facts_of
 from fusekit.capture.store import Store
 from fusekit.capture.topk import Selection
 from fusekit.capture.writer import ShardPlan, StoreWriter, remove_store
@@ -133,21 +133,20 @@ class _Shards:
         """One shard; returns how many of its rows are quarantined."""
         rows = self.rows[plan.start : plan.stop]
         tokenized = [self.tokenizer.tokenize(row) for row in rows]
-        encoded: dict[int, tuple[Facts, Future[bytes]]] = {}
+        encoded: dict[int, Future[Columns]] = {}
         quarantined: dict[int, str] = {}
-        # Encoded as they come, beside the next batch: the rows of a shard take a tenth of the memory then.
+        # Encoded as they come, beside the next batch: the rows of a shard take a third of the memory then.
         with ThreadPoolExecutor(1) as pool:
             for batch in self.teacher.score_batches(tokenized, [row.dataset for row in rows]):
                 for index, scored in batch:
                     if isinstance(scored, str):
                         quarantined[index] = scored
                     else:
-                        encoded[index] = (facts_of(scored), pool.submit(self.writer.codec.encode, scored))
+                        encoded[index] = pool.submit(self.writer.codec.encode, scored)
                 progress.advance(len(batch), sum(len(tokenized[index]) for index, _ in batch))
-        order = sorted(encoded)
-        blobs = Blobs([encoded[i][1].result() for i in order], [encoded[i][0] for i in order])
+        columns = [encoded[i].result() for i in sorted(encoded)]
         found = {rows[i].key: quarantined[i] for i in sorted(quarantined)}
-        self.writer.write_blobs(plan, blobs, found)
+        self.writer.write_columns(plan, columns, found)
         return len(found)
 
 

@@ -50,7 +50,7 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
     store = store_bytes(rows=rows, tokens=tokens, labels=tokens, vocabulary=vocabulary, top_k=top_k)
     if out.is_dir():  # what an interrupted run has written already
-        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.safetensors")))
+        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
     wanted = [(out, store, f"{rows} captured rows, at most")]
     if checkpoint.snapshot and checkpoint.download_bytes:
         wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))

@@ -285,7 +285,7 @@ def drop_noise() -> None:
 
 def _stopped(out: Path) -> None:
     """Say what is there and how to go on."""
-    shards = len(list(out.glob("shard-*.safetensors"))) if out.is_dir() else 0
+    shards = len(list(out.glob("shard-*.parquet"))) if out.is_dir() else 0
     again = command_again("--overwrite")  # which would throw away what is there
     click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To go on:\n  {again}", err=True)
 

@@ -144,7 +144,7 @@ def signal_self_at_second_shard() -> None:
     sent = []
 
     def hook(event, args):
-        if event == "open" and ".shard-00001.safetensors" in str(args[0]) and not sent:
+        if event == "open" and ".shard-00001.parquet" in str(args[0]) and not sent:
             sent.append(True)
             os.kill(os.getpid(), number)
 
@@ -161,14 +161,14 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
     assert "1 shards are whole in out. To go on:" in stopped.output
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.safetensors"]
-    first = (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino
+    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.parquet"]
+    first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *arguments]
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, again[1:])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino == first
+    assert (tmp_path / "out" / "shard-00000.parquet").stat().st_ino == first
     assert Store.open(tmp_path / "out", verify=True).complete
 
 

@@ -110,7 +110,7 @@ def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
     assert store.spec.details["date"] == "2026-01-31"
     assert store.spec.details["chat_template"] == "the file dated.jinja"
     before = {path.name: path.read_bytes() for path in store.path.iterdir()}
-    (store.path / "shard-00001.safetensors").unlink()
+    (store.path / "shard-00001.parquet").unlink()
     on(SECOND)
     captured(tmp_path)
     assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before

@@ -119,7 +119,7 @@ def test_tokens_are_those_that_a_run_counts(captured):
     step = next(step for step in plan.steps if (step.stage, step.name) == ("represent", "llama"))
     assert step.rows == sum(shard["rows"] for shard in store["shards"]) == 24
     assert step.tokens == sum(shard["tokens"] for shard in store["shards"])
-    on_disk = sum(path.stat().st_size for path in (out / "representations" / "llama").glob("shard-*.safetensors"))
+    on_disk = sum(path.stat().st_size for path in (out / "representations" / "llama").glob("shard-*.parquet"))
     assert on_disk <= step.disk_at_most
     step = next(step for step in plan.steps if (step.stage, step.name) == ("align", "llama"))
     assert step.disk - PAGE_BYTES == pytest.approx((out / "alignment" / "llama" / NAME).stat().st_size, rel=0.2)
