@@ -112,13 +112,14 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     if what == "train":
         return _train(checkpoint, reader, _rows(reader, tokens, BATCHES * fields["micro_batch_size"]), work, fields)
     from fusekit.capture import estimate
-    from fusekit.capture.capture import Settings, represent
+    from fusekit.capture.capture import capture
+    from fusekit.capture.settings import CaptureSettings
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
     before = _peak()
     said = estimate.memory_needs(checkpoint, size, alone)[0].needed
-    represent(checkpoint, reader, rows, work, Settings(batch_tokens=size), processes=alone)
+    capture(checkpoint, reader, rows, work, CaptureSettings(batch_tokens=size), processes=alone)
     return {"before": before, "peak": _peak(), "estimate": said}
 
 

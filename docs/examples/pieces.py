@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fusekit.capture.capture import Settings, represent
+from fusekit.capture.capture import capture
 from fusekit.capture.load import load_tokenizer
 from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.capture.store import Store
@@ -38,10 +38,10 @@ def shared_rows(limit: int | None = None) -> list[Row]:
     return prepare(rows, [reader(name) for name in MODELS], max_length=128).rows
 
 
-def capture(name: str, rows: list[Row], out: Path) -> Store:
+def captured(name: str, rows: list[Row], out: Path) -> Store:
     """What one model says about the rows; run it where that model fits."""
     checkpoint = find_checkpoint(ModelChoice(str(MODELS[name]), dtype="float32"))
-    return represent(checkpoint, reader(name), rows, out, Settings())
+    return capture(checkpoint, reader(name), rows, out)
 
 
 def train(rows: list[Row], stores: dict[str, Path], out: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def main(out: Path, limit: int | None = None) -> list[Path]:
     rows = shared_rows(limit)
     stores = {name: out / "stores" / name for name in MODELS}
     for name, place in stores.items():
-        print(name, capture(name, rows, place).summary.labels.sum(), "labels")
+        print(name, captured(name, rows, place).summary.labels.sum(), "labels")
     return train(rows, stores, out / "targets")
 
 

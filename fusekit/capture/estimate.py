@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capture.batches import batch_tokens_on
-from fusekit.capture.engine import CHUNK_BYTES
+from fusekit.capture.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capture.models import Checkpoint
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError

@@ -17,8 +17,8 @@ from fusekit.capture.codec import Codec
 from fusekit.capture.engine import Teacher
 from fusekit.capture.estimate import loaded_bytes
 from fusekit.capture.load import load_model, longest_input, valid_ids
+from fusekit.capture.settings import Selection
 from fusekit.capture.shards import shard_bytes
-from fusekit.capture.topk import Selection
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation import models as distilled
 from fusekit.distillation.collator import FusionCollator

@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.chat_template = None
         other = root / ("source" if name == "pivot" else "pivot")
         with_other = ["--with", other] if other.exists() else []
-        made = invoke("represent", root / name, root / "rows.jsonl", root / f"{name}-store", "--quiet", *with_other)
+        made = invoke("capture", root / name, root / "rows.jsonl", root / f"{name}-store", "--quiet", *with_other)
         assert made.exit_code == 0, made.output
     return root
 
@@ -93,7 +93,7 @@ def test_packed_text_is_met_by_packing_it_again(world: Path, tmp_path: Path) -> 
     for name, other in (("pivot", "source"), ("source", "pivot")):
         out = tmp_path / f"{name}-store"
         options = ["--with", world / other, "--quiet", *pack]
-        made = invoke("represent", world / name, tmp_path / "text.jsonl", out, *options)
+        made = invoke("capture", world / name, tmp_path / "text.jsonl", out, *options)
         assert made.exit_code == 0, made.output
     stores = ["--pivot-store", tmp_path / "pivot-store", "--source-store", f"s={tmp_path / 'source-store'}"]
     data = ["--data", tmp_path / "text.jsonl", *pack]

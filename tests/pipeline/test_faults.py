@@ -161,7 +161,7 @@ def signal_self() -> None:
 @pytest.mark.parametrize(
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "representations/*/*.safetensors", "represent", "representations", ""),
+        ("SIGINT", 130, "llama/.shard-00001", "representations/*/*.parquet", "represent", "representations", ""),
         ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
     ],
     ids=["capture", "training"],

@@ -130,12 +130,10 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_represent_takes_a_recipe(tmp_path: Path) -> None:
+def test_a_run_until_the_captures(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, ["llama"])
-    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--quiet"])
+    result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "out"), "--until", "represent", "--quiet"])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / "out" / "representations").iterdir() if p.is_dir()) == ["llama", "pivot"]
     assert not (tmp_path / "out" / "targets").exists()
-    result = CliRunner().invoke(cli, ["represent", str(recipe), str(tmp_path / "out"), "--top-k", "3"])
-    assert "--top-k with a recipe" in result.output
     assert (tmp_path / "out" / "logs" / "run.log").read_text().count("represent pivot: ") == 4

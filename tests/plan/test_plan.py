@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit.capture.capture import represent
+from fusekit.capture.writer import StoreWriter
 from fusekit.cli import cli
 from fusekit.distillation.vocabulary_maps import NAME
+from fusekit.errors import StorageError
 from fusekit.pipeline import stages
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.readers import Readers
@@ -160,30 +160,17 @@ def test_changed_inputs_are_named_with_the_difference(captured, override, refuse
     assert not plan.can_run
 
 
-def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path):
+def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path, monkeypatch):
     recipe, _ = captured
     loaded, out = load_recipe(recipe), tmp_path / "out"
     run(loaded, out, until="data", say=lambda _: None, quiet=True)
     context = Context(loaded, Layout(out), Readers(loaded), lambda _: None, quiet=True)
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(done: int, _all: int) -> None:
-        if done == 2:
-            raise StoppedError
-
-    settings = stages.capture_settings(context)
-    settings = replace(settings, options=replace(settings.options, on_shard=stop))
-    rows = stages.read_rows_file(context.layout.data)
-    with pytest.raises(StoppedError):
-        represent(
-            context.readers.checkpoint("pivot"),
-            context.readers.reader("pivot"),
-            rows,
-            context.layout.representation("pivot"),
-            settings,
-        )
+    all_missing = StoreWriter.missing_shards
+    monkeypatch.setattr(StoreWriter, "missing_shards", lambda self: all_missing(self)[:2])
+    with pytest.raises(StorageError, match="1 of 3"):
+        stages.represent(context, "pivot", stages.read_rows_file(context.layout.data))
+    monkeypatch.undo()
     plan = make_plan(loaded, "recipe.yml", out, measured=False)
     step = next(step for step in plan.steps if step.name == "pivot")
     assert step.state == GOES_ON
