@@ -110,15 +110,18 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     reader = RowTokenizer(load_tokenizer(checkpoint))
     alone = Processes(0, 1, 1, torch.device("cpu"))
     if what == "train":
-        return _train(checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields)
+        return _train(
+            checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields
+        )
     from fusekit.capture import estimate
-    from fusekit.capture.capture import Settings, represent
+    from fusekit.capture.capture import capture
+    from fusekit.capture.settings import CaptureSettings
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
     before = _peak()
     said = estimate.memory_needs(checkpoint, size, alone)[0].needed
-    represent(checkpoint, reader, rows, work, Settings(batch_tokens=size), processes=alone)
+    capture(checkpoint, reader, rows, work, CaptureSettings(batch_tokens=size), processes=alone)
     return {"before": before, "peak": _peak(), "estimate": said}
 
 
@@ -130,7 +133,14 @@ def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: di
     from fusekit.distillation.settings import DistillSettings
 
     trainer = {"save_strategy": "no", "disable_tqdm": True}
-    changes = {"training": {"batch_size": 2 * fields["per_device_train_batch_size"], "num_train_epochs": 1, "trainer": trainer, **fields}}
+    changes = {
+        "training": {
+            "batch_size": 2 * fields["per_device_train_batch_size"],
+            "num_train_epochs": 1,
+            **trainer,
+            **fields,
+        }
+    }
     settings = DistillSettings.of("sft", changes)
     before = _peak()
     longest = max(len(reader.tokenize(row)) for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from fusekit.errors import CaptureError
 
@@ -105,3 +107,9 @@ def on_main(work: Callable[[], Result]) -> Result:
         raise box[1]
     result: Result = box[0]
     return result
+
+
+def progress(total: int, label: str, unit: str, *, quiet: bool = False) -> Any:
+    """A tqdm bar on stderr, redrawn ten times a second on a terminal and every ten seconds elsewhere."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=label, unit=unit, disable=quiet, mininterval=interval, maxinterval=interval)

@@ -13,7 +13,7 @@ CONTEXT.set_forkserver_preload(
         "accelerate",
         "fusekit.alignment.html",
         "fusekit.cli.merge",
-        "fusekit.cli.represent",
+        "fusekit.cli.capture",
         "fusekit.cli.run",
         "fusekit.distillation.run",
         "fusekit.evaluation.metrics",

@@ -55,7 +55,7 @@ def test_only_what_merges_imports_mergekit():
         ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipes", "mergekit torch transformers"),
         ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
-        ("import fusekit.cli.represent, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
+        ("import fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
         ("import fusekit.hub, fusekit.hub, fusekit.hub", "mergekit torch transformers"),
         ("import fusekit.capture.capture, fusekit.capture.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),

@@ -62,7 +62,9 @@ class Study:
             f"distill.num_train_epochs={self.epochs}",
             "distill.batch_size=32",
             "distill.per_device_train_batch_size=8",  # changes the time, not the result
-            'distill.trainer={save_strategy: "no", logging_strategy: "no", disable_tqdm: true}',
+            'distill.save_strategy="no"',
+            'distill.logging_strategy="no"',
+            "distill.disable_tqdm=true",
         )
         return recipe_of(name, common, seed, self.recipe)
 

@@ -97,7 +97,9 @@ class Work:
             f"data.path={json.dumps(str(self.folder / SETTINGS[setting].data / 'train'))}",
             f"distill.num_train_epochs={self.epochs}",
             f"distill.seed={seed}",
-            'distill.trainer={save_strategy: "no", logging_strategy: "no", disable_tqdm: true}',
+            'distill.save_strategy="no"',
+            'distill.logging_strategy="no"',
+            "distill.disable_tqdm=true",
         ]
         return load_recipe(RECIPE, [*common, *changes])
 

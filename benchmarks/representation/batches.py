@@ -17,7 +17,7 @@ import torch
 from benchmarks.alignment.timing import write
 from benchmarks.representation.capture import TOKENS, VOCABULARY, Tokens, random_llama
 from fusekit.capture.engine import Teacher
-from fusekit.capture.topk import Selection
+from fusekit.capture.settings import Selection
 
 ROW_TOKENS = 512
 

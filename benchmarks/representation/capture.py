@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from benchmarks.alignment.timing import write
-from fusekit.capture.batches import plan_batches
-from fusekit.capture.capture import CaptureOptions, capture
-from fusekit.capture.engine import Teacher, padded
+from fusekit.capture.capture import capture_rows
+from fusekit.capture.engine import Teacher, padded, plan_batches
 from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.topk import Selection
+from fusekit.capture.settings import Selection
 from fusekit.devices import Processes
 from fusekit.types import TEXT, Message, Part, Row, TokenizedRow
 
@@ -117,15 +116,7 @@ def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> li
         spec = StoreSpec(model="random", vocabulary=VOCABULARY, top_k=k)
         alone = Processes(0, 1, 1, device)
         shutil.rmtree(folder / "store", ignore_errors=True)
-        capture(
-            data.rows,
-            data,
-            lambda: teacher,
-            out=folder / "store",
-            spec=lambda: spec,
-            options=CaptureOptions(quiet=True),
-            processes=alone,
-        )
+        capture_rows(data.rows, data, lambda: teacher, folder / "store", lambda: spec, quiet=True, processes=alone)
 
     calls = {"forward": forward(model), "decoder": forward(model.get_decoder()), "capture": captured}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -137,7 +128,7 @@ def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> li
             if run:  # the first warms up
                 times[name].append(time.perf_counter() - started)
                 processor[name].append(time.process_time() - busy)
-    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*.safetensors"))
+    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*.parquet"))
     shutil.rmtree(folder)
     taught = sum(int(row.labels.sum()) for row in tokens)
     bare, busy_forward = statistics.median(times["forward"]), statistics.median(processor["forward"])

@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.alignment.timing import median_ms, write
 from fusekit.capture.codec import Codec
 from fusekit.capture.manifest import StoreSpec
+from fusekit.capture.shards import shard_bytes
 from fusekit.capture.store import Store
 from fusekit.capture.writer import StoreWriter
 from fusekit.types import CapturedRow, TokenizedRow, TopK
@@ -192,7 +193,7 @@ def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: f
             found.append(_wide(by_id(back.rows.ids, back.rows.logprobs), k))
             tails.append((row.rows.tail, back.rows.tail))
         decode = rate(lambda: sum(len(row.actual) for row in store), positions)
-    encode = rate(lambda: [codec.encode(row) for row in rows], positions)
+    encode = rate(lambda: shard_bytes([codec.encode(row) for row in rows], codec.exact), positions)
     both = tuple(np.concatenate(column) for column in zip(*tails, strict=True))
     return {
         "contestant": f"fusekit, bound {max_error}" if max_error else "fusekit, exact (float32)",

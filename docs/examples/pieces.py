@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fusekit.capture.capture import Settings, represent
+from fusekit.capture.capture import capture
 from fusekit.capture.load import load_tokenizer
 from fusekit.capture.models import ModelChoice, find_checkpoint
 from fusekit.capture.store import Store
@@ -38,17 +38,19 @@ def shared_rows(limit: int | None = None) -> list[Row]:
     return prepare(rows, [reader(name) for name in MODELS], max_length=128).rows
 
 
-def capture(name: str, rows: list[Row], out: Path) -> Store:
+def captured(name: str, rows: list[Row], out: Path) -> Store:
     """What one model says about the rows; run it where that model fits."""
     checkpoint = find_checkpoint(ModelChoice(str(MODELS[name]), dtype="float32"))
-    return represent(checkpoint, reader(name), rows, out, Settings())
+    return capture(checkpoint, reader(name), rows, out)
 
 
 def train(rows: list[Row], stores: dict[str, Path], out: Path) -> list[Path]:
     """A target per source, from the stores alone; `changes` are the fields of the settings' sections."""
     source = Source(stores["neox"], tokenizer=str(MODELS["neox"]))
     inputs = Inputs(ModelChoice(str(MODELS["pivot"])), rows, stores["pivot"], {"neox": source})
-    changes = {"training": {"num_train_epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "per_device_train_batch_size": 8}}
+    changes = {
+        "training": {"num_train_epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "per_device_train_batch_size": 8}
+    }
     return distill(inputs, DistillSettings.of("fusekit", changes), out, say=print)
 
 
@@ -57,7 +59,7 @@ def main(out: Path, limit: int | None = None) -> list[Path]:
     rows = shared_rows(limit)
     stores = {name: out / "stores" / name for name in MODELS}
     for name, place in stores.items():
-        print(name, capture(name, rows, place).summary.labels.sum(), "labels")
+        print(name, captured(name, rows, place).summary.labels.sum(), "labels")
     return train(rows, stores, out / "targets")
 
 

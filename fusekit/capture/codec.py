@@ -1,41 +1,103 @@
-"""A captured row as a blob of bytes, and back. The format is written out in docs/store.md.
-
-What a row costs is mostly the ids of its entries: a set of k of V ids takes log2(V choose k) bits, 81 bytes for 50 of
-152 thousand. Entries are kept by rising id, so that their order costs nothing and the gaps between them take within
-0.3 bits of that each; the order by probability comes back from the values.
-"""
+"""Log-probabilities as whole numbers: how deep below certainty, on a scale that is finer where it matters."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any
 
 import numpy as np
-import xxhash
 
 from fusekit.alignment.projection import MASS_TOLERANCE
-from fusekit.capture import places as coordinates
-from fusekit.capture.bits import Reader, Writer, pack, rice_bits
-from fusekit.capture.grid import ExactGrid, grid
+from fusekit.capture.manifest import key_bytes
 from fusekit.capture.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
-from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TokenizedRow, TopK
+from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, TokenizedRow, TopK
 
-FORMAT = 1
+# Steps grow as 1 / sqrt(p) from a quarter of the largest at p = 1, until p = 1/16.
+_FINEST = 0.25
+_KNEE = -2 * float(np.log(1 / _FINEST))
+_TABLE = 1 << 16
+
+
+class Grid:
+    """Log-probabilities rounded to a companded grid.
+
+    Between l and the next grid point lies about ``step(l) = min(s, s/4 * exp(-l/2))``, with s = ``max_error``. To the
+    second order the KL divergence is the sum of p times the squared error, so a step that grows as 1/sqrt(p) gives
+    every entry an equal share in it; below p = 1/16 the step stays at s, as errors of single entries count too.
+
+    Depth d stands for the log-probability that solves f(l) = -d, with f the integral of 1/step and f(0) = 0:
+    ``f(l) = -(8/s) (1 - exp(l/2))`` down to the knee l = -2 ln 4, where f = -6/s, and ``-6/s + (l + 2 ln 4)/s`` below.
+    """
+
+    def __init__(self, max_error: float) -> None:
+        self.step = max_error
+        self._knee_depth = 2 * (1 - _FINEST) / (_FINEST * max_error)
+
+    def _position(self, logprobs: FloatArray) -> FloatArray:
+        near = (1 - np.exp(np.maximum(logprobs, _KNEE) / 2)) * (2 / (_FINEST * self.step))
+        far = np.minimum(logprobs, _KNEE) - _KNEE
+        return near - far / self.step
+
+    def _value(self, positions: FloatArray) -> FloatArray:
+        near = 2 * np.log1p(-np.minimum(positions, self._knee_depth) * (_FINEST * self.step / 2))
+        far = np.maximum(positions, self._knee_depth) - self._knee_depth
+        return np.asarray(near - far * self.step)
+
+    def depths(self, logprobs: FloatArray) -> IntArray:
+        """The nearest grid points, int64, 0 for probability 1. logprobs: at most 0 (what is above counts as 0)."""
+        return np.rint(self._position(np.minimum(logprobs, 0.0))).astype(np.int64)
+
+    def logprobs(self, depths: IntArray) -> FloatArray:
+        """The log-probabilities of grid points, float64."""
+        deepest = int(depths.max(initial=0))
+        if deepest > max(_TABLE, depths.size):
+            return self._value(depths.astype(np.float64))
+        return self._value(np.arange(deepest + 1, dtype=np.float64))[depths]
+
+    def rounding(self, logprobs: FloatArray) -> FloatArray:
+        """The largest error that rounding makes at these log-probabilities, at most half of ``max_error``."""
+        logprobs = np.minimum(logprobs, 0.0)
+        # The side away from 0 has the larger steps.
+        return logprobs - self._value(self._position(logprobs) + 0.5)
+
+
+class ExactGrid(Grid):
+    """Every float32 a grid point of its own: the depth is the pattern of bits of minus the log-probability."""
+
+    def __init__(self) -> None:
+        self.step = 0.0
+
+    def depths(self, logprobs: FloatArray) -> IntArray:
+        return np.abs(np.minimum(logprobs, 0.0)).astype(np.float32).view(np.uint32).astype(np.int64)
+
+    def logprobs(self, depths: IntArray) -> FloatArray:
+        return -depths.astype(np.uint32).view(np.float32).astype(np.float64)
+
+    def rounding(self, logprobs: FloatArray) -> FloatArray:
+        return np.abs(logprobs) * 2.0**-24
+
+
+def grid(max_error: float) -> Grid:
+    """The grid that keeps an error bound: of steps ``max_error``, exact for 0. Raises StorageError for a bound outside
+    [0.0001, 1] that is not 0."""
+    if max_error == 0:
+        return ExactGrid()
+    if not 1e-4 <= max_error <= 1:
+        raise StorageError(f"max_error is {max_error}, but has to be 0 (exact) or between 0.0001 and 1 nats")
+    return Grid(max_error)
+
+
 LOWEST = -1e4
 """Log-probabilities below this are refused."""
 
-_CHECKSUM_BYTES = 4
-_LN2 = 45426  # of 65536; a gap's best Rice width in whole numbers, so that every machine finds the same
-_MOST_NARROWING = 8
 
-
-def checksum(data: bytes) -> bytes:
-    """The last four bytes of a blob: the low half of the xxh3-64 of what is before them, little-endian."""
-    return (xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF).to_bytes(_CHECKSUM_BYTES, "little")
+Columns = dict[str, Any]
+"""A row as it is stored: a value or an array per column of docs/store.md."""
 
 
 class Codec:
-    """Rows of one model to bytes and back.
+    """Rows of one model to columns and back.
 
     What comes back: keys, ids, coordinates and cross-entropies exactly; log-probabilities ``l`` and log of the tail
     within :meth:`error_bound` of what was given, which is at most ``max_error`` nats. Half of that is rounding (finer
@@ -62,12 +124,7 @@ class Codec:
             )
         self.vocabulary, self.top_k, self.max_error = vocabulary, top_k, max_error
         self._grid = grid(max_error)
-        self._exact = isinstance(self._grid, ExactGrid)
-        self._id_width = (vocabulary - 1).bit_length()
-        # Rice widths of gaps by number of entries.
-        self._gap_widths = np.array(
-            [max((_LN2 * vocabulary // ((n + 1) << 16)).bit_length() - 1, 0) for n in range(top_k + 1)], np.int64
-        )
+        self.exact = isinstance(self._grid, ExactGrid)
 
     def error_bound(self, logprobs: FloatArray) -> FloatArray:
         """How far a decoded log-probability can be from the one given, nats: float64, shaped like ``logprobs``.
@@ -77,54 +134,57 @@ class Codec:
         """
         return self._grid.rounding(np.asarray(logprobs, np.float64)) + self.max_error / 2
 
-    def encode(self, row: CapturedRow) -> bytes:
-        """One blob. Raises StorageError naming the row and what cannot be stored."""
+    def encode(self, row: CapturedRow) -> Columns:
+        """The columns of a row. Raises StorageError naming the row and what cannot be stored."""
         try:
-            entries = self._entries(row)
-            writer = Writer()
-            writer.raw(bytes([FORMAT]))
-            coordinates.write(writer, row)
-            self._write_entries(writer, entries)
-            in_list = self._write_actual(writer, row, entries)
-            kept = np.ones(len(row.tokens), bool)
-            kept[row.tokens.label_positions] = ~in_list
-            writer.raw(pack(row.tokens.ids[kept], self._id_width))
+            key_bytes(row.tokens.key)
+            return self._places(row) | self._entries(row)
         except StorageError as error:
             raise StorageError(f"row {row.tokens.key}: {error}") from error
-        data = writer.finish()
-        return data + checksum(data)
 
-    def decode(self, blob: bytes) -> CapturedRow:
-        """The row of a blob; its ``rows`` are as wide as the most entries of any label.
+    def decode(self, columns: Columns) -> CapturedRow:
+        """The row of its columns; its ``rows`` are as wide as the most entries of any label.
 
-        Raises StorageError where the blob is damaged or of another format.
+        Raises StorageError where the columns cannot be those of a row.
         """
-        data = bytes(blob[:-_CHECKSUM_BYTES])
-        if len(blob) <= _CHECKSUM_BYTES or checksum(data) != bytes(blob[-_CHECKSUM_BYTES:]):
-            raise StorageError(f"a row of {len(blob)} bytes is damaged: its checksum is another")
         try:
-            return self._decode(Reader(data))
-        except (ValueError, IndexError, OverflowError, MemoryError) as error:
-            raise StorageError(f"a row of {len(blob)} bytes is damaged: {error}") from error
+            return self._decode(columns)
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+            raise StorageError(f"its columns do not fit together: {error}") from error
 
-    def _decode(self, reader: Reader) -> CapturedRow:
-        if (found := reader.raw(1)[0]) != FORMAT:
-            raise StorageError(f"a row has format {found}, but this version of fusekit reads format {FORMAT}")
-        head = coordinates.read(reader)
-        labels = head.labels
-        n = int(np.count_nonzero(labels))
-        counts, depths, tail = self._read_entries(reader, n)
-        rows = self._rows(counts, depths, tail)
-        ids, actual = self._read_actual(reader, head.labels, rows, counts, depths)
-        if reader.left:
-            raise StorageError(f"a row has {reader.left} bytes more than it should")
-        tokens = TokenizedRow(head.key, ids, head.message, head.part, head.ends, head.lows, labels)
-        return CapturedRow(tokens, head.dataset, rows, actual, head.cross_entropy)
+    def _places(self, row: CapturedRow) -> Columns:
+        """Key, source of data, cross-entropy, counts, and what is known of each token."""
+        tokens = row.tokens
+        T = len(tokens.ids)
+        for name in ("message", "part", "ends", "lows", "labels"):
+            if np.shape(getattr(tokens, name)) != (T,):
+                raise StorageError(f"{T} ids, but {name} of shape {np.shape(getattr(tokens, name))}")
+        if not math.isfinite(row.cross_entropy):
+            raise StorageError(f"its cross-entropy is {row.cross_entropy}")
+        ids = np.asarray(tokens.ids)
+        if T and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            wrong = ids.max() if ids.max() >= self.vocabulary else ids.min()
+            raise StorageError(f"token id {wrong} is outside the vocabulary of {self.vocabulary}")
+        ends, lows = np.asarray(tokens.ends, np.int64), np.asarray(tokens.lows, np.int64)
+        return {
+            "key": tokens.key,
+            "dataset": row.dataset,
+            "cross_entropy": float(row.cross_entropy),
+            "tokens": T,
+            "labels": int(np.count_nonzero(tokens.labels)),
+            "bytes": tokens.label_bytes,
+            "token_ids": ids.astype(np.int32),
+            "message": np.asarray(tokens.message, np.int32),
+            "part": np.asarray(tokens.part, np.int8),
+            "ends": ends,
+            "lows": lows[:0] if np.array_equal(ends, lows) else lows,
+            "is_label": np.asarray(tokens.labels, bool),
+        }
 
-    def _entries(self, row: CapturedRow) -> _Entries:
-        """The entries of a row by rising id, checked."""
-        tokens, rows = row.tokens, row.rows
-        n = int(np.count_nonzero(tokens.labels))
+    def _entries(self, row: CapturedRow) -> Columns:
+        """The entries of each label by rising id, tails, and the labels' own log-probabilities, checked."""
+        n = int(np.count_nonzero(row.tokens.labels))
+        rows = row.rows
         if rows.ids.shape != rows.logprobs.shape or not len(rows.ids) == len(rows.tail) == len(row.actual) == n:
             raise StorageError(
                 f"{n} labels, but ids {rows.ids.shape}, logprobs {rows.logprobs.shape}, tail {rows.tail.shape} "
@@ -132,211 +192,117 @@ class Codec:
             )
         ids = np.asarray(rows.ids, np.int64)
         logprobs, tail = np.asarray(rows.logprobs, np.float64), np.asarray(rows.tail, np.float64)
+        actual = np.asarray(row.actual, np.float64)
         used = (ids >= 0) & (logprobs != -np.inf)
         counts = used.sum(axis=1)
-        ids = np.where(used, ids, self.vocabulary)
-        order = np.argsort(ids, axis=1)
-        ids = np.take_along_axis(ids, order, 1)[:, : int(counts.max(initial=0))]
-        logprobs = np.take_along_axis(logprobs, order, 1)[:, : ids.shape[1]]
-        used = np.arange(ids.shape[1]) < counts[:, None]
-        depths = self._grid.depths(np.where(used, logprobs, 0.0))
-        entries = _Entries(ids, depths, used, counts, tail)
-        self._check(row, entries, np.where(used, logprobs, -np.inf))
-        return entries
+        order = np.argsort(np.where(used, ids, self.vocabulary), axis=1)[:, : int(counts.max(initial=0))]
+        used = np.arange(order.shape[1]) < counts[:, None]
+        ids = np.where(used, np.take_along_axis(ids, order, 1), self.vocabulary)
+        logprobs = np.where(used, np.take_along_axis(logprobs, order, 1), -np.inf)
+        gaps = np.diff(ids, axis=1, prepend=-1) - 1
+        self._check_ids(ids, gaps, used)
+        _check_values(logprobs, tail, np.concatenate([logprobs[used], actual]))
+        found: Columns = {"entries": counts.astype(np.int32), "id_gaps": gaps[used].astype(np.int32)}
+        if self.exact:
+            return found | {
+                "logprobs": np.minimum(logprobs[used], 0).astype(np.float32),
+                "tail": tail.astype(np.float32),
+                "label_logprob": np.minimum(actual, 0).astype(np.float32),
+            }
+        # The logarithm of a tail of 0 has no depth: it is kept as depth -1.
+        tails = np.where(tail > 0, self._grid.depths(np.log(np.where(tail > 0, tail, 1))), -1)
+        return found | {
+            "depths": self._grid.depths(logprobs[used]).astype(np.int32),
+            "tail_depth": tails.astype(np.int32),
+            "label_depth": self._grid.depths(actual).astype(np.int32),
+        }
 
-    def _check(self, row: CapturedRow, entries: _Entries, logprobs: FloatArray) -> None:
-        ids, _, used, counts, tail = entries
-        highest = max(int(row.tokens.ids.max(initial=0)), int(np.max(ids, where=used, initial=0)))
-        if highest >= self.vocabulary or row.tokens.ids.min(initial=0) < 0:
-            wrong = highest if highest >= self.vocabulary else int(row.tokens.ids.min())
-            raise StorageError(f"token id {wrong} is outside the vocabulary of {self.vocabulary}")
-        if counts.max(initial=0) > self.top_k:
-            raise StorageError(f"{counts.max()} entries for one label, more than top_k {self.top_k}")
-        repeated = np.argwhere((ids[:, 1:] == ids[:, :-1]) & used[:, 1:])
+    def _check_ids(self, ids: IntArray, gaps: IntArray, used: BoolArray) -> None:
+        highest = int(np.max(ids, where=used, initial=0))
+        if highest >= self.vocabulary:
+            raise StorageError(f"token id {highest} is outside the vocabulary of {self.vocabulary}")
+        if ids.shape[1] > self.top_k:
+            raise StorageError(f"{ids.shape[1]} entries for one label, more than top_k {self.top_k}")
+        repeated = np.argwhere(used & (gaps < 0))
         if len(repeated):
             label, at = repeated[0].tolist()
             raise StorageError(f"label {label} has the token id {ids[label, at]} twice")
-        mass = np.exp(logprobs).sum(axis=1) + tail
-        wrong_rows = ~(np.abs(mass - 1) <= MASS_TOLERANCE) | ~(tail >= 0)
-        if wrong_rows.any():
-            label = int(np.flatnonzero(wrong_rows)[0])
-            raise StorageError(
-                f"label {label} has no distribution: its entries and its tail of {tail[label]:.6g} sum to "
-                f"{mass[label]:.6g}, not 1"
-            )
-        values = np.concatenate([logprobs[used], row.actual])
-        unfit = values[~((values >= LOWEST) & (values <= MASS_TOLERANCE))]
-        if len(unfit):
-            raise StorageError(f"a log-probability is {unfit[0]:.6g}, but finite ones from {LOWEST:g} to 0 are stored")
 
-    def _write_entries(self, writer: Writer, entries: _Entries) -> None:
-        ids, depths, used, counts, tail = entries
-        writer.rice(counts)
-        gaps = np.diff(ids, axis=1, prepend=-1)[used] - 1
-        if gaps.size:
-            narrower, widths = self._narrowed(gaps, counts)
-            writer.raw(bytes([narrower]))
-            writer.split(gaps, widths)
-        flat = depths[used]
-        # Log-probabilities of -inf have no depth: a tail of 0 is kept as depth -1.
-        some = tail > 0
-        tails = np.full(len(tail), -1, np.int64)
-        tails[some] = self._grid.depths(np.log(tail[some]))
-        if self._exact:
-            writer.raw(flat.astype("<u4").tobytes() + tail.astype("<f4").tobytes())
-            return
-        deepest = entries.deepest
-        writer.rice(deepest[counts > 0])
-        writer.rice((deepest[:, None] - depths)[used])
-        if not len(tail):
-            return
-        # Beside full rows the tail is about as deep as the deepest entry.
-        relative = bool(some.all()) and rice_bits(deepest - tails) < rice_bits(tails)
-        writer.raw(bytes([relative]))
-        writer.rice(deepest - tails if relative else tails)
+    def _decode(self, columns: Columns) -> CapturedRow:
+        is_label, ids = columns["is_label"], columns["token_ids"].astype(np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise StorageError(f"its token ids are outside the vocabulary of {self.vocabulary}")
+        part = columns["part"].astype(np.int64)
+        if len(part) and not 0 <= part.min() <= part.max() <= Part.END:
+            raise StorageError(f"a token's part is {int(part.max())}")
+        ends = columns["ends"]
+        lows = columns["lows"] if len(columns["lows"]) else ends
+        message = columns["message"].astype(np.int64)
+        tokens = TokenizedRow(columns["key"], ids, message, part, ends, lows, is_label)
+        if not all(len(column) == len(ids) for column in (message, part, ends, lows, is_label)):
+            raise StorageError("its columns have different numbers of tokens")
+        rows, actual = self._decode_entries(columns, ids[is_label])
+        return CapturedRow(tokens, columns["dataset"], rows, actual, columns["cross_entropy"])
 
-    def _narrowed(self, gaps: IntArray, counts: IntArray) -> tuple[int, int | IntArray]:
-        """How much narrower than for evenly spread ids the codes of gaps are best, and the widths of all gaps.
-
-        Tokenizers give the common tokens low ids, so most gaps are smaller than they would be.
-        """
-        best: tuple[int, int | IntArray] = 0, 0
-        fewest = None
-        for narrower in range(_MOST_NARROWING):
-            widths = self._widths(counts, narrower)
-            bits = int((gaps >> widths).sum()) + (widths * len(gaps) if isinstance(widths, int) else int(widths.sum()))
-            if fewest is not None and bits >= fewest:
-                break
-            best, fewest = (narrower, widths), bits
-        return best
-
-    def _widths(self, counts: IntArray, narrower: int) -> int | IntArray:
-        widths = np.maximum(self._gap_widths[counts] - narrower, 0)
-        if len(counts) and counts.min() == counts.max():
-            return int(widths[0])
-        return np.repeat(widths, counts)
-
-    def _read_entries(self, reader: Reader, n: int) -> tuple[IntArray, IntArray, FloatArray]:
-        """Entries per label [n], their order: depth * 2^32 + id [n, most], rising, and the tails [n]."""
-        counts = reader.rice(n)
-        total = int(counts.sum())
-        if n and (counts.min() < 0 or counts.max() > self.top_k or total > 8 * reader.left):
-            raise StorageError(f"{counts.max()} entries for a label are not possible")
-        used = np.arange(int(counts.max(initial=0))) < counts[:, None]
-        keys = np.full(used.shape, np.iinfo(np.int64).max)
-        ids = np.zeros(0, np.int64)
-        if total:
-            narrower = reader.raw(1)[0]
-            ids = reader.split(total, self._widths(counts, narrower)) + 1
-            # Running sums within each label: over all of them, less what the labels before add up to.
-            ids = np.cumsum(ids)
-            last = np.cumsum(counts) - 1
-            before = np.where(last >= 0, ids[last], 0)[:-1]
-            ids -= np.repeat(np.concatenate([[0], before]), counts) + 1
-            if ids.min() < 0 or ids.max() >= self.vocabulary:
-                raise StorageError(f"token ids from {ids.min()} to {ids.max()} in a vocabulary of {self.vocabulary}")
-        if self._exact:
-            depths = np.frombuffer(reader.raw(4 * total), "<u4").astype(np.int64)
-            tail = np.frombuffer(reader.raw(4 * n), "<f4").astype(np.float64)
+    def _decode_entries(self, columns: Columns, labels: IntArray) -> tuple[TopK, FloatArray]:
+        """Rows of n labels, whose ids are ``labels`` [n], and their log-probabilities [n]."""
+        counts = columns["entries"]
+        n, most = len(counts), int(counts.max(initial=0))
+        if n != len(labels) or counts.min(initial=0) < 0 or most > self.top_k:
+            raise StorageError(f"{n} labels with up to {most} entries, not {len(labels)} with up to {self.top_k}")
+        if self.exact:
+            depths = self._grid.depths(columns["logprobs"].astype(np.float64))
+            own = self._grid.depths(columns["label_logprob"].astype(np.float64))
         else:
-            deepest = np.zeros(n, np.int64)
-            deepest[counts > 0] = reader.rice(int(np.count_nonzero(counts)))
-            depths = np.repeat(deepest, counts) - reader.rice(total)
-            tail = self._read_tail(reader, deepest)
-        if total and not 0 <= depths.min() <= depths.max() < 1 << 31:
-            raise StorageError(f"depths from {depths.min()} to {depths.max()} are not possible")
-        keys[used] = (depths << 32) | ids
+            depths, own = columns["depths"].astype(np.int64), columns["label_depth"].astype(np.int64)
+        used = np.arange(most) < counts[:, None]
+        ids = np.cumsum(_padded(columns["id_gaps"].astype(np.int64) + 1, used), axis=1) - 1
+        keys = (_padded(depths, used) << 32) | ids  # by falling probability, then by rising id
+        full = bool(used.all())
+        if not full:
+            keys[~used] = np.iinfo(np.int64).max
         keys.sort(axis=1)
-        return counts, keys, tail
-
-    def _read_tail(self, reader: Reader, deepest: IntArray) -> FloatArray:
-        if not len(deepest):
-            return np.zeros(0)
-        relative = reader.raw(1)[0]
-        tails = reader.rice(len(deepest))
-        if relative:
-            tails = deepest - tails
-        if tails.min() < -1 or tails.max() >= 1 << 31:
-            raise StorageError(f"depths of tails from {tails.min()} to {tails.max()} are not possible")
-        return np.where(tails < 0, 0.0, np.exp(self._grid.logprobs(np.maximum(tails, 0))))
-
-    def _rows(self, counts: IntArray, keys: IntArray, tail: FloatArray) -> TopK:
-        used = np.arange(keys.shape[1]) < counts[:, None]
-        depths = np.where(used, keys >> 32, 0)
-        logprobs = np.where(used, self._grid.logprobs(depths), -np.inf)
-        ids = np.where(used, keys & 0xFFFFFFFF, -1)
-        if self._exact:
-            return TopK(ids, logprobs, tail)
-        mass = np.exp(logprobs).sum(axis=1) + tail
-        if len(mass) and not mass.min() > 0:
-            raise StorageError(f"label {int(mass.argmin())} has no mass")
-        return TopK(ids, logprobs - np.log(mass)[:, None], tail / mass)
-
-    def _write_actual(self, writer: Writer, row: CapturedRow, entries: _Entries) -> BoolArray:
-        """The labels' log-probabilities; returns bool [n], whether a label is an entry of its row with that value.
-
-        The rank of the label among the entries, their number for none; then the depths of those, below the deepest.
-        """
-        ids, depths, used, counts, _ = entries
-        labels = np.asarray(row.tokens.ids[row.tokens.label_positions], np.int64)
-        actual = self._grid.depths(np.asarray(row.actual, np.float64))
-        keys = np.where(used, (depths << 32) | ids, np.iinfo(np.int64).max)
-        own = (actual << 32) | labels
-        in_list = np.asarray((keys == own[:, None]).any(axis=1))
-        writer.rice(np.where(in_list, (keys < own[:, None]).sum(axis=1), counts))
-        others = ~in_list
-        if self._exact:
-            writer.raw(actual[others].astype("<u4").tobytes())
-        else:
-            writer.rice((actual - entries.deepest)[others])
-        return in_list
-
-    def _read_actual(
-        self, reader: Reader, labels: BoolArray, rows: TopK, counts: IntArray, keys: IntArray
-    ) -> tuple[IntArray, FloatArray]:
-        """Token ids [T] and the labels' log-probabilities [n]."""
-        n = len(counts)
-        rank = reader.rice(n)
-        if n and not (rank.min() >= 0 and (rank <= counts).all()):
-            raise StorageError("a label has a rank that its row does not have")
-        others = rank == counts
-        listed = np.flatnonzero(~others)
-        actual = np.zeros(n)
-        actual[listed] = rows.logprobs[listed, rank[listed]]
-        missing = int(np.count_nonzero(others))
-        if self._exact:
-            depths = np.frombuffer(reader.raw(4 * missing), "<u4").astype(np.int64)
-        else:
-            at = np.flatnonzero(others)
-            last = keys[at, np.maximum(counts[at] - 1, 0)] >> 32 if keys.shape[1] else np.zeros(missing, np.int64)
-            depths = reader.rice(missing) + np.where(counts[at] > 0, last, 0)
-        if missing and not 0 <= depths.min() <= depths.max() < 1 << 31:
-            raise StorageError(f"depths of labels from {depths.min()} to {depths.max()} are not possible")
-        actual[others] = self._grid.logprobs(depths)
-        ids = np.zeros(len(labels), np.int64)
-        kept = np.ones(len(labels), bool)
-        kept[np.flatnonzero(labels)[listed]] = False
-        ids[kept] = reader.fixed(int(np.count_nonzero(kept)), self._id_width)
-        ids[~kept] = rows.ids[listed, rank[listed]]
-        if len(ids) and ids.max() >= self.vocabulary:
-            raise StorageError(f"token id {ids.max()} is outside the vocabulary of {self.vocabulary}")
-        return ids, actual
+        ids, depths = keys & 0xFFFFFFFF, keys >> 32
+        if not full:
+            ids, depths = np.where(used, ids, -1), np.where(used, depths, 0)
+        if ids.max(initial=-1) >= self.vocabulary or min(depths.min(initial=0), own.min(initial=0)) < 0:
+            raise StorageError(f"its entries are not of a vocabulary of {self.vocabulary}")
+        logprobs, actual = self._grid.logprobs(depths), self._grid.logprobs(own)
+        if not full:
+            logprobs[~used] = -np.inf
+        if self.exact:
+            return TopK(ids, logprobs, columns["tail"].astype(np.float64)), actual
+        tails = columns["tail_depth"]
+        tail = np.where(tails < 0, 0.0, np.exp(self._grid.logprobs(np.maximum(tails, 0))))
+        total = np.exp(logprobs).sum(axis=1) + tail
+        if len(total) and not total.min() > 0:
+            raise StorageError(f"label {int(total.argmin())} has no mass")
+        shift = np.log(total)
+        # A label that is an entry with the same value takes the entry's, which is normalised; another keeps its own.
+        listed = ((ids == labels[:, None]) & (depths == own[:, None])).any(axis=1)
+        rows = TopK(ids, logprobs - shift[:, None], tail / total)
+        return rows, actual - np.where(listed, shift, 0.0)
 
 
-class _Entries(NamedTuple):
-    """Entries of n labels, at most ``most`` each, by rising id, the ones that are used first.
+def _padded(flat: IntArray, used: BoolArray) -> IntArray:
+    """The entries of n labels, one after the other, as int64 [n, most], 0 where not ``used``."""
+    if len(flat) == used.size:
+        return flat.reshape(used.shape)
+    wide = np.zeros(used.shape, np.int64)
+    wide[used] = flat
+    return wide
 
-    ids: int64 [n, most]. depths: int64 [n, most], 0 where not used. used: bool [n, most]. counts: int64 [n].
-    tail: float64 [n].
-    """
 
-    ids: IntArray
-    depths: IntArray
-    used: BoolArray
-    counts: IntArray
-    tail: FloatArray
-
-    @property
-    def deepest(self) -> IntArray:
-        """int64 [n], the depth of the least probable entry, 0 without one."""
-        return np.asarray(self.depths.max(axis=1, initial=0))
+def _check_values(logprobs: FloatArray, tail: FloatArray, values: FloatArray) -> None:
+    """logprobs: [n, most], -inf where there is no entry. values: all that are to be finite."""
+    mass = np.exp(logprobs).sum(axis=1) + tail
+    wrong = ~(np.abs(mass - 1) <= MASS_TOLERANCE) | ~(tail >= 0)
+    if wrong.any():
+        label = int(np.flatnonzero(wrong)[0])
+        raise StorageError(
+            f"label {label} has no distribution: its entries and its tail of {tail[label]:.6g} sum to "
+            f"{mass[label]:.6g}, not 1"
+        )
+    unfit = values[~((values >= LOWEST) & (values <= MASS_TOLERANCE))]
+    if len(unfit):
+        raise StorageError(f"a log-probability is {unfit[0]:.6g}, but finite ones from {LOWEST:g} to 0 are stored")

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capture.batches import batch_tokens_on
-from fusekit.capture.engine import CHUNK_BYTES
+from fusekit.capture.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capture.models import Checkpoint
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
@@ -50,7 +49,7 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
     store = store_bytes(rows=rows, tokens=tokens, labels=tokens, vocabulary=vocabulary, top_k=top_k)
     if out.is_dir():  # what an interrupted run has written already
-        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.safetensors")))
+        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
     wanted = [(out, store, f"{rows} captured rows, at most")]
     if checkpoint.snapshot and checkpoint.download_bytes:
         wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusekit.artifacts import commit_file, disk_fault
-from fusekit.capture.places import key_bytes
+from fusekit.artifacts import commit_file, differences, disk_fault
 from fusekit.capture.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 ROWS_PER_SHARD = 1024
 """Unless something else is asked for; what chooses by model and device takes no more."""
+KEY_BYTES = 16
 _LARGEST_MANIFEST = 1 << 30
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -61,24 +61,7 @@ class StoreSpec(_Model):
 
     def differences(self, other: StoreSpec) -> list[str]:
         """One line per field that differs: ``top_k: 10, now 50``."""
-        ours, theirs = self._flat(), other._flat()
-        names = [*ours, *(name for name in theirs if name not in ours)]
-        return [
-            f"{name}: {_shown(ours.get(name, _ABSENT))}, now {_shown(theirs.get(name, _ABSENT))}"
-            for name in names
-            if ours.get(name, _ABSENT) != theirs.get(name, _ABSENT)
-        ]
-
-    def _flat(self) -> dict[str, Any]:
-        fields = self.model_dump()
-        return fields | {f"details.{name}": value for name, value in fields.pop("details").items()}
-
-
-_ABSENT = object()
-
-
-def _shown(value: object) -> str:
-    return "not given" if value is _ABSENT else repr(value)
+        return differences(self.model_dump(), other.model_dump())
 
 
 class Quarantined(_Model):
@@ -90,25 +73,23 @@ class Quarantined(_Model):
 
 
 class ShardRecord(_Model):
-    """One shard, vouched for.
+    """A shard that was committed.
 
     Attributes:
         file: its name in the store's folder.
         size: bytes.
-        xxh3: xxh3-128 of the file. index_xxh3: of its beginning, up to the blobs.
+        xxh3: xxh3-128 of the file. footer_xxh3: of its Parquet footer.
         start, stop: which rows of the data it is for.
-        planned_xxh3: xxh3-128 of those rows' keys, 16 bytes each, in order.
         rows, tokens, labels, bytes: what it holds; bytes of content that the labels cover.
         quarantined: the rows that it does not hold, in order.
     """
 
-    file: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")
+    file: str = Field(pattern=r"^shard-[0-9]{5,}\.parquet$")
     size: Count
     xxh3: Hash
-    index_xxh3: Hash
+    footer_xxh3: Hash
     start: Count
     stop: Count
-    planned_xxh3: Hash
     rows: Count
     tokens: Count
     labels: Count
@@ -131,7 +112,7 @@ class Manifest(_Model):
     """``manifest.json``.
 
     Attributes:
-        complete: whether ``shards`` has them all. Before, shards are vouched for here or by a file of their own.
+        complete: whether ``shards`` has them all. Before, shards are recorded here or in a file of their own.
         bounds: shard i is for the rows ``bounds[i]`` to ``bounds[i + 1]`` of the data.
         keys_xxh3: xxh3-128 of all rows' keys, 16 bytes each, in order.
         made: what may differ between equal stores.
@@ -149,19 +130,30 @@ class Manifest(_Model):
 AnyModel = TypeVar("AnyModel", bound=_Model)
 
 
+def key_bytes(key: str) -> bytes:
+    """The 16 bytes of a row's key. Raises StorageError for anything but 32 lower-case hexadecimal digits."""
+    try:
+        data = bytes.fromhex(key)
+    except ValueError:
+        data = b""
+    if len(data) != KEY_BYTES or data.hex() != key:
+        raise StorageError(f"a row has the key {key!r}, but keys are 32 hexadecimal digits (Row.key)")
+    return data
+
+
 def plan_hash(spec: StoreSpec, keys_xxh3: str) -> str:
     """xxh3-128 of a spec's JSON and of the hash of the keys."""
     return xxhash.xxh3_128_hexdigest(_json(spec) + keys_xxh3.encode())
 
 
 def keys_hash(keys: Sequence[str]) -> str:
-    """xxh3-128 of rows' keys in order, 16 bytes each. Raises StorageError for a key that is none."""
+    """xxh3-128 of rows' keys in order, 16 bytes each. Raises StorageError for what is not a key."""
     return xxhash.xxh3_128_hexdigest(b"".join(map(key_bytes, keys)))
 
 
 def shard_name(index: int) -> str:
-    """The file of shard number ``index``; its voucher is the same with ``.json``."""
-    return f"shard-{index:05}.safetensors"
+    """The file of shard number ``index``; its record is the same with ``.json``."""
+    return f"shard-{index:05}.parquet"
 
 
 def _json(model: BaseModel) -> bytes:
@@ -190,10 +182,9 @@ def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
     try:
         found = json.loads(data)
         version = found.get("format") if isinstance(found, dict) else None
-        if isinstance(version, int) and version > FORMAT:
-            raise StorageError(
-                f"{path} has format {version}, but this version of fusekit reads format {FORMAT}: update fusekit"
-            )
+        if isinstance(version, int) and version != FORMAT and "spec" in found:
+            advice = "update fusekit" if version > FORMAT else "capture it again with --overwrite"
+            raise StorageError(f"{path} has format {version}, but this version of fusekit reads {FORMAT}: {advice}")
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fusekit.errors import CaptureError
+
 DEFAULT_MAX_ERROR = 0.2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of a distribution.
+
+    Attributes:
+        k: at most so many entries.
+        keep_mass: as many of them as reach this mass, at least one; 1 keeps all k.
+        temperature: entries, remaining mass and the label's log-probability are of the softmax of logits divided by
+            it. The negative log-likelihood is always of temperature 1.
+    """
+
+    k: int = 10
+    keep_mass: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise CaptureError(f"top_k is {self.k}; it must be at least 1")
+        if not 0 < self.keep_mass <= 1:
+            raise CaptureError(f"keep_mass is {self.keep_mass}; it must be above 0 and at most 1")
+        if not 0 < self.temperature < float("inf"):
+            raise CaptureError(f"temperature is {self.temperature}; it must be above 0 and finite")
 
 
 class CaptureSettings(BaseModel):
@@ -36,3 +63,8 @@ class CaptureSettings(BaseModel):
     max_quarantined: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="Share of the examples that may have NaN or infinite logits."
     )
+
+    @property
+    def selection(self) -> Selection:
+        """What is kept of a distribution."""
+        return Selection(self.top_k, self.keep_mass, self.temperature)

@@ -1,250 +1,255 @@
-"""A shard: one safetensors file of rows, the blobs last, an index of them before.
+"""A shard: one Parquet file, a record per example, which any reader of Parquet opens. docs/store.md describes it.
 
 Equal rows make equal files: nothing in a shard depends on time, machine or the order of a dictionary.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 
-from fusekit.artifacts import commit_file, disk_fault
-from fusekit.capture.bits import Bytes
-from fusekit.capture.places import KEY_BYTES, key_bytes
+from fusekit.artifacts import disk_fault, file_hash
+from fusekit.capture.codec import Columns
+from fusekit.capture.manifest import ShardRecord
 from fusekit.errors import StorageError
-from fusekit.types import CapturedRow
 
-FORMAT = "1"
-_LARGEST_HEADER = 100 << 20
-_CHUNK = 1 << 22
+LAYOUT = 1
+"""Version of the columns."""
 
+GROUP_VALUES = 1 << 17
+"""Entries and tokens of a row group, about: what is decoded at once to read one row at random."""
 
-class Index(NamedTuple):
-    """What is known of m rows without decoding them.
+_METADATA = b"fusekit"
+_FOOTER_END = 8  # the length of the footer, and the magic word
 
-    Attributes:
-        offsets: int64 [m + 1], where each row's blob starts within ``data``; the last one is its end.
-        cross_entropy: float64 [m], nats over the labels.
-        keys: uint8 [m, 16].
-        tokens, labels: int32 [m].
-        bytes: int32 [m], bytes of content that the labels cover.
-        dataset: int32 [m], index of the source of data.
-    """
-
-    offsets: npt.NDArray[np.int64]
-    cross_entropy: npt.NDArray[np.float64]
-    keys: Bytes
-    tokens: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    bytes: npt.NDArray[np.int32]
-    dataset: npt.NDArray[np.int32]
-
-
-# Widest first: whatever the number of rows, every column starts at a multiple of its width.
-_COLUMNS: dict[str, tuple[str, np.dtype[Any]]] = {
-    "offsets": ("I64", np.dtype("<i8")),
-    "cross_entropy": ("F64", np.dtype("<f8")),
-    "keys": ("U8", np.dtype("u1")),
-    "tokens": ("I32", np.dtype("<i4")),
-    "labels": ("I32", np.dtype("<i4")),
-    "bytes": ("I32", np.dtype("<i4")),
-    "dataset": ("I32", np.dtype("<i4")),
+_SCALARS = {
+    "key": pa.string(),
+    "dataset": pa.string(),
+    "cross_entropy": pa.float64(),
+    "tokens": pa.int32(),
+    "labels": pa.int32(),
+    "bytes": pa.int64(),
 }
-
-
-def _shape(name: str, rows: int) -> list[int]:
-    return {"offsets": [rows + 1], "keys": [rows, KEY_BYTES]}.get(name, [rows])
-
-
-@dataclass(frozen=True)
-class Written:
-    """A shard that was committed: size in bytes, xxh3-128 of the file and of what is before the blobs."""
-
-    size: int
-    xxh3: str
-    index_xxh3: str
-
-
-class Facts(NamedTuple):
-    """What the index says of a row."""
-
-    key: str
-    cross_entropy: float
-    tokens: int
-    labels: int
-    bytes: int
-    dataset: str
+_TOKENS = {
+    "token_ids": pa.int32(),
+    "message": pa.int32(),
+    "part": pa.int8(),
+    "ends": pa.int64(),
+    "lows": pa.int64(),
+    "is_label": pa.bool_(),
+}
+_ENTRIES = {"entries": pa.int32(), "id_gaps": pa.int32()}
+_ROUNDED = {"depths": pa.int32(), "tail_depth": pa.int32(), "label_depth": pa.int32()}
+_EXACT = {"logprobs": pa.float32(), "tail": pa.float32(), "label_logprob": pa.float32()}
+_DICTIONARY = ("dataset", "message.list.element", "part.list.element")
+# Bytes of equal weight beside each other: zstd finds the high ones, which repeat, and leaves the low ones alone.
+_SPLIT = ("token_ids", "ends", "lows", "entries", "id_gaps", *_ROUNDED, *_EXACT)
 
 
 @dataclass(frozen=True)
-class Blobs:
-    """Encoded rows, and what the index says of each."""
+class Facts:
+    """What is known of m rows without decoding them: columns of the file, [m] each."""
 
-    blobs: Sequence[bytes]
-    facts: Sequence[Facts]
+    key: list[str]
+    dataset: list[str]
+    cross_entropy: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
 
 
-def facts_of(row: CapturedRow) -> Facts:
-    """What the index is to say of a row."""
-    tokens = row.tokens
-    return Facts(
-        tokens.key, float(row.cross_entropy), len(tokens.ids), len(row.actual), tokens.label_bytes, row.dataset
+def schema(exact: bool) -> pa.Schema:
+    """The columns of a shard. exact: of float32 log-probabilities, not rounded ones."""
+    lists = _TOKENS | _ENTRIES | (_EXACT if exact else _ROUNDED)
+    fields = [pa.field(name, kind, nullable=False) for name, kind in _SCALARS.items()]
+    for name, kind in lists.items():
+        fields.append(pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=False))
+    return pa.schema(fields)
+
+
+def shard_bytes(rows: Sequence[Columns], exact: bool) -> bytes:
+    """The file of a shard: rows that one codec encoded, ``exact`` or not."""
+    layout, file = schema(exact), io.BytesIO()
+    writer = pq.ParquetWriter(
+        file,
+        layout,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=list(_DICTIONARY),
+        column_encoding={
+            f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT if layout.get_field_index(name) >= 0
+        },
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
     )
+    ends, hashes = [0], []
+    for group in _groups(rows):
+        writer.write_table(_table(group, layout))
+        ends.append(file.tell())
+        with file.getbuffer() as written:
+            hashes.append(xxhash.xxh3_64_hexdigest(written[ends[-2] : ends[-1]]))
+    about = {"layout": LAYOUT, "ends": ends[1:], "xxh3_64": hashes}
+    writer.add_key_value_metadata({_METADATA: json.dumps(about, separators=(",", ":"))})
+    writer.close()
+    return file.getvalue()
 
 
-def write_shard(path: Path, rows: Blobs, rank: int = 0) -> Written:
-    """Commit a shard. Raises StorageError when the disk fails."""
-    facts = rows.facts
-    datasets = sorted({fact.dataset for fact in facts})
-    columns: dict[str, Any] = {
-        "offsets": np.cumsum([0, *map(len, rows.blobs)]),
-        "cross_entropy": [fact.cross_entropy for fact in facts],
-        "keys": np.frombuffer(b"".join(key_bytes(fact.key) for fact in facts), np.uint8),
-        "tokens": [fact.tokens for fact in facts],
-        "labels": [fact.labels for fact in facts],
-        "bytes": [fact.bytes for fact in facts],
-        "dataset": [datasets.index(fact.dataset) for fact in facts],
-    }
-    index = b"".join(np.asarray(columns[name], dtype).tobytes() for name, (_, dtype) in _COLUMNS.items())
-    header = _header(len(facts), datasets, int(columns["offsets"][-1]))
-    index_hash, whole = xxhash.xxh3_128(header + index), xxhash.xxh3_128(header + index)
-
-    def write(file: BinaryIO) -> None:
-        file.write(header + index)
-        for blob in rows.blobs:
-            file.write(blob)
-            whole.update(blob)
-
-    commit_file(path, write, rank=rank)
-    size = len(header) + len(index) + int(columns["offsets"][-1])
-    return Written(size, whole.hexdigest(), index_hash.hexdigest())
+def _groups(rows: Sequence[Columns]) -> Iterator[Sequence[Columns]]:
+    """Row groups of about as many values each."""
+    start = values = 0
+    for at, row in enumerate(rows):
+        values += len(row["id_gaps"]) + len(row["token_ids"])
+        if values >= GROUP_VALUES:
+            yield rows[start : at + 1]
+            start, values = at + 1, 0
+    if start < len(rows):
+        yield rows[start:]
 
 
-def _header(rows: int, datasets: list[str], data: int) -> bytes:
-    at = 0
-    header: dict[str, Any] = {"__metadata__": {"datasets": json.dumps(datasets), "format": FORMAT}}
-    for name, (dtype, numpy_dtype) in _COLUMNS.items():
-        shape = _shape(name, rows)
-        size = int(np.prod(shape)) * numpy_dtype.itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    header["data"] = {"dtype": "U8", "shape": [data], "data_offsets": [at, at + data]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _table(rows: Sequence[Columns], layout: pa.Schema) -> pa.Table:
+    arrays = []
+    for field in layout:
+        values = [row[field.name] for row in rows]
+        if not pa.types.is_list(field.type):
+            arrays.append(pa.array(values, field.type))
+            continue
+        offsets = pa.array(np.cumsum([0, *map(len, values)]).astype(np.int32))
+        flat = pa.array(np.concatenate(values), field.type.value_type)
+        arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+    return pa.Table.from_arrays(arrays, schema=layout)
 
 
-@dataclass(frozen=True, eq=False)
+def footer_hash(data: bytes | memoryview) -> str:
+    """xxh3-128 of a Parquet file's footer and what follows it. Raises StorageError where there is none."""
+    length = int.from_bytes(data[-_FOOTER_END:-4], "little") + _FOOTER_END
+    if length > len(data):
+        raise StorageError(f"its footer of {length} bytes is longer than the file of {len(data)}")
+    return xxhash.xxh3_128_hexdigest(data[len(data) - length :])
+
+
+def check_shard(path: Path, size: int, footer_xxh3: str) -> None:
+    """Compare a shard's size and footer with its record. Raises StorageError naming the file and what is wrong."""
+    with _explained(path):
+        if (found := path.stat().st_size) != size:
+            raise StorageError(f"{path} has {found} bytes, but {size} were committed")
+        with pa.memory_map(str(path)) as file:
+            if footer_hash(memoryview(file.read_buffer())) != footer_xxh3:
+                raise StorageError(f"{path} is damaged: its footer is not the one that was committed")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns what reading a file raises into a StorageError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"{path} is missing") from None
+    except StorageError as error:
+        raise error if str(path) in str(error) else StorageError(f"{path} is damaged: {error}") from error
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise disk_fault(error, path) or StorageError(f"{path} is damaged: {error}") from error
+
+
 class Shard:
-    """A shard's index, and where its blobs are.
+    """A shard that is open for reading, mapped into memory.
+
+    Args:
+        path: the file.
+        record: what the manifest says of it.
+        exact: whether it holds float32 log-probabilities.
 
     Attributes:
-        path: the file.
-        index: see :class:`Index`.
-        datasets: names of the sources of data.
-        data_start: where in the file the blobs start.
+        starts: int64 [groups + 1], the first row of each row group, and the number of rows.
+
+    Raises:
+        StorageError: names the file, and what is missing or damaged.
     """
 
-    path: Path
-    index: Index
-    datasets: list[str]
-    data_start: int
+    def __init__(self, path: Path, record: ShardRecord, exact: bool) -> None:
+        self.path = path
+        check_shard(path, record.size, record.footer_xxh3)
+        with _explained(path):
+            self._file = pa.memory_map(str(path))
+            self._parquet = pq.ParquetFile(self._file, page_checksum_verification=True)
+            metadata = self._parquet.metadata
+            about = json.loads(metadata.metadata[_METADATA])
+            if about["layout"] != LAYOUT:
+                raise StorageError(
+                    f"{path} has columns of layout {about['layout']}, but this version of fusekit reads {LAYOUT}"
+                )
+            self._ends, self._hashes = [0, *about["ends"]], about["xxh3_64"]
+            sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            self.starts = np.cumsum([0, *sizes])
+            if self.starts[-1] != record.rows:
+                raise StorageError(f"{path} has {self.starts[-1]} rows, the manifest says {record.rows}")
+            if self._parquet.schema_arrow.names != schema(exact).names:
+                raise StorageError(f"{path} has the columns {', '.join(self._parquet.schema_arrow.names)}")
 
-    def facts(self, at: int) -> Facts:
-        """What the index says of row ``at`` of this shard."""
-        index = self.index
-        return Facts(
-            index.keys[at].tobytes().hex(),
-            float(index.cross_entropy[at]),
-            int(index.tokens[at]),
-            int(index.labels[at]),
-            int(index.bytes[at]),
-            self.datasets[int(index.dataset[at])],
-        )
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        self._file.seek(start)
+        return memoryview(self._file.read_buffer(stop - start))
+
+    def group(self, number: int) -> Group:
+        """A row group, compared with its checksum. Raises StorageError naming the file."""
+        with _explained(self.path):
+            if xxhash.xxh3_64_hexdigest(self._bytes(*self._ends[number : number + 2])) != self._hashes[number]:
+                raise StorageError(f"{self.path} is damaged: row group {number} has another checksum")
+            return Group(self._parquet.read_row_group(number, use_threads=False))
+
+    def facts(self) -> Facts:
+        """What is known of its rows without decoding them. Raises StorageError naming the file."""
+        with _explained(self.path):
+            table = self._parquet.read(list(_SCALARS), use_threads=False)
+        counts = {name: table.column(name).to_numpy().astype(np.int64) for name in ("tokens", "labels", "bytes")}
+        texts = {name: table.column(name).to_pylist() for name in ("key", "dataset")}
+        return Facts(cross_entropy=table.column("cross_entropy").to_numpy(), **texts, **counts)
 
 
-def open_shard(path: Path, size: int | None = None, index_xxh3: str | None = None) -> Shard:
-    """Read a shard's index.
+class Group:
+    """The columns of some rows in memory: ``group[i]`` is what a codec decodes, views of arrays.
 
-    size, index_xxh3: what the manifest says of it, checked where given. Raises StorageError naming the file and what is
-    missing or damaged.
+    Attributes:
+        size: bytes.
     """
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if size is not None and found != size:
-                raise StorageError(f"{path} has {found} bytes, but {size} were committed")
-            return _parse(path, file, found, index_xxh3)
-    except FileNotFoundError:
-        raise StorageError(f"{path} is missing") from None
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+
+    def __init__(self, table: pa.Table) -> None:
+        self.size = int(table.nbytes)
+        self._scalars: dict[str, list[Any]] = {}
+        self._lists: dict[str, tuple[list[int], npt.NDArray[Any]]] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if name in _SCALARS:
+                self._scalars[name] = column.to_pylist()
+            else:
+                array = column.combine_chunks()
+                values = array.values.to_numpy(zero_copy_only=False)
+                self._lists[name] = array.offsets.to_numpy().tolist(), values
+
+    def __len__(self) -> int:
+        return len(self._scalars["key"])
+
+    def __iter__(self) -> Iterator[Columns]:
+        return (self[at] for at in range(len(self)))
+
+    def __getitem__(self, at: int) -> Columns:
+        columns: Columns = {name: values[at] for name, values in self._scalars.items()}
+        for name, (offsets, values) in self._lists.items():
+            columns[name] = values[offsets[at] : offsets[at + 1]]
+        return columns
 
 
-def _parse(path: Path, file: BinaryIO, size: int, index_xxh3: str | None) -> Shard:
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, _LARGEST_HEADER):
-        raise StorageError(f"{path} is damaged: {size} bytes, of which the header alone needs {length + 8}")
-    text = file.read(length)
-    header = json.loads(text)
-    rows, data = header["cross_entropy"]["shape"][0], header["data"]["shape"][0]
-    datasets = json.loads(header["__metadata__"]["datasets"])
-    if not (type(rows) is int and type(data) is int and 0 <= rows <= size and 0 <= data <= size):
-        raise StorageError(f"{path} is damaged: {rows} rows in {data} bytes")
-    if prefix + text != _header(rows, datasets, data):
-        raise StorageError(f"{path} is damaged: its header is not that of {rows} rows of format {FORMAT}")
-    data_start = size - data
-    index = file.read(data_start - 8 - length)
-    widths = [int(np.prod(_shape(name, rows))) * dtype.itemsize for name, (_, dtype) in _COLUMNS.items()]
-    if sum(widths) != len(index):
-        raise StorageError(f"{path} is damaged: its index has {len(index)} bytes, {rows} rows need {sum(widths)}")
-    if index_xxh3 is not None and xxhash.xxh3_128_hexdigest(prefix + text + index) != index_xxh3:
-        raise StorageError(f"{path} is damaged: its index is not the one that was committed")
-    columns, at = {}, 0
-    for (name, (_, dtype)), width in zip(_COLUMNS.items(), widths, strict=True):
-        columns[name] = np.frombuffer(index, dtype, width // dtype.itemsize, at).reshape(_shape(name, rows))
-        at += width
-    shard = Shard(path, Index(**columns), datasets, data_start)
-    offsets = shard.index.offsets
-    if offsets[0] != 0 or offsets[-1] != data or (np.diff(offsets) < 0).any():
-        raise StorageError(f"{path} is damaged: the offsets of its rows do not rise from 0 to {data}")
-    dataset = shard.index.dataset
-    if rows and not 0 <= dataset.min() <= dataset.max() < len(datasets):
-        raise StorageError(f"{path} is damaged: it names a source of data that it does not have")
-    return shard
-
-
-def file_hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
     """xxh3-128 of a file. Raises StorageError when it cannot be read."""
-    state = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                state.update(chunk)
-    except FileNotFoundError:
-        raise StorageError(f"{path} is missing") from None
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
-    return state.hexdigest()
-
-
-def map_data(shard: Shard) -> Bytes:
-    """The blobs of a shard, mapped into memory: uint8. Raises StorageError when it cannot be."""
-    size = int(shard.index.offsets[-1])
-    if not size:
-        return np.zeros(0, np.uint8)
-    try:
-        return np.memmap(shard.path, np.uint8, "r", shard.data_start, (size,))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{shard.path}: cannot be mapped into memory: {error}") from error
+    with _explained(path):
+        return file_hash(path)

@@ -1,4 +1,4 @@
-"""Reading a store: rows by number or by key, straight from memory-mapped files."""
+"""Reading a store: rows by number or by key, from memory-mapped Parquet files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.capture.bits import Bytes
-from fusekit.capture.codec import Codec
+from fusekit.capture.codec import Codec, Columns
 from fusekit.capture.manifest import (
     MANIFEST,
     Manifest,
@@ -24,10 +23,14 @@ from fusekit.capture.manifest import (
     read_json,
     shard_name,
 )
-from fusekit.capture.places import KEY_BYTES, key_bytes
-from fusekit.capture.shards import Facts, Shard, facts_of, file_hash, map_data, open_shard
+from fusekit.capture.shards import Facts, Group, Shard, check_shard, hash_of
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
+
+CACHE_BYTES = 128 << 20
+"""Of row groups that a store keeps in memory once they are read."""
+
+_OPEN_SHARDS = 64
 
 
 class Problem(NamedTuple):
@@ -48,7 +51,6 @@ class Summary(NamedTuple):
         bytes: int64 [N], bytes of content that the labels cover.
         cross_entropy: float64 [N], nats over the labels, at temperature 1 and before any rounding.
         dataset: int64 [N], index into ``datasets``, the names of the sources of data.
-        size: int64 [N], bytes of each row on disk.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -56,7 +58,6 @@ class Summary(NamedTuple):
     bytes: npt.NDArray[np.int64]
     cross_entropy: npt.NDArray[np.float64]
     dataset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
     datasets: list[str]
 
 
@@ -64,26 +65,33 @@ class Store:
     """A store that is open for reading. Made by :meth:`open`.
 
     ``len(store)``, ``store[i]``, ``store.get(key)``, ``for row in store``. It can be pickled: processes that load data
-    map the files themselves.
+    map the files themselves. Row groups are decoded as they are needed and kept while they fit :data:`CACHE_BYTES`.
 
     Attributes:
         path: the folder.
         manifest: what it says of itself.
+        records: of its shards, in order.
         summary: arrays over all rows.
         keys: of all rows, in order.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, records: list[ShardRecord], shards: list[Shard]) -> None:
-        self.path, self.manifest, self.records, self._shards = path, manifest, records, shards
+    def __init__(self, path: Path, manifest: Manifest, records: list[ShardRecord]) -> None:
+        self.path, self.manifest, self.records = path, manifest, records
         self.codec = Codec(self.spec.vocabulary, self.spec.top_k, self.spec.max_error)
-        self._starts = np.cumsum([0, *(len(shard.index.labels) for shard in shards)])
-        self._data: dict[int, Bytes] = {}
+        self._starts = np.cumsum([0, *(record.rows for record in records)])
+        self._close()
+
+    def _close(self) -> None:
+        # Of both the last used are last.
+        self._shards: dict[int, Shard] = {}
+        self._groups: dict[tuple[int, int], Group] = {}
+        self._cached = 0
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = False, incomplete: bool = False) -> Store:
         """Open a store.
 
-        Sizes and indices of all shards are checked, and each row's checksum when it is read.
+        Sizes and footers of all shards are checked, and the checksum of each row group when it is read.
 
         Args:
             path: the folder.
@@ -91,7 +99,7 @@ class Store:
             incomplete: also a store that is still being written; the rows of the shards that are there.
 
         Raises:
-            StorageError: no store, damaged (names the file), or not complete.
+            StorageError: there is no store, it is damaged (names the file), or not complete.
         """
         folder = Path(path)
         manifest = read_json(folder / MANIFEST, Manifest)
@@ -101,12 +109,11 @@ class Store:
         if not incomplete:
             _refuse_incomplete(folder, manifest, records)
         try:
-            shards = [open_shard(folder / record.file, record.size, record.index_xxh3) for record in records]
-            store = cls(folder, manifest, records, shards)
+            for record in records:
+                check_shard(folder / record.file, record.size, record.footer_xxh3)
+            store = cls(folder, manifest, records)
         except StorageError as error:
-            raise StorageError(
-                f"{error}. `fusekit represent` with the same arguments makes damaged shards again"
-            ) from error
+            raise StorageError(f"{error}. `fusekit capture` with the same arguments writes it again") from error
         if verify and (problems := store.verify()):
             raise StorageError("\n".join([f"{folder} is damaged:", *map(str, problems)]))
         return store
@@ -117,44 +124,30 @@ class Store:
     def __getitem__(self, row: int) -> CapturedRow:
         """Row number ``row``, as :class:`Codec` decodes it. Raises IndexError, or StorageError for a damaged one."""
         shard, at = self._place(row)
-        return self._decode(shard, at)
+        return self._decoded(shard, self._columns(shard, at))
 
     def get(self, key: str) -> CapturedRow:
         """The row of a key. Raises StorageError for a key that is not there."""
         return self[self.position(key)]
 
     def __contains__(self, key: str) -> bool:
-        return key_bytes(key) in self._positions
+        return key in self._positions
 
     def position(self, key: str) -> int:
         """The number of a key's row. Raises StorageError for a key that is not there."""
         try:
-            return self._positions[key_bytes(key)]
+            return self._positions[key]
         except KeyError:
             reasons = {row.key: row.reason for row in self.quarantined}
             why = f": quarantined, {reasons[key]}" if key in reasons else ""
             raise StorageError(f"{self.path} has no row {key}{why}") from None
 
     def __iter__(self) -> Iterator[CapturedRow]:
-        for shard in range(len(self._shards)):
-            yield from self.iter_shard(shard)
+        return (self[row] for row in range(len(self)))
 
-    def iter_shards(self) -> Iterator[Iterator[CapturedRow]]:
-        """Per shard, its rows in order."""
-        return (self.iter_shard(shard) for shard in range(len(self._shards)))
-
-    def iter_shard(self, shard: int) -> Iterator[CapturedRow]:
-        """The rows of one shard, in order."""
-        return (self._decode(shard, at) for at in range(len(self._shards[shard].index.labels)))
-
-    def blob(self, row: int) -> bytes:
-        """Row number ``row`` as it is stored."""
-        return self._blob(*self._place(row))
-
-    def facts(self, row: int) -> Facts:
-        """What the index says of row number ``row``."""
-        shard, at = self._place(row)
-        return self._shards[shard].facts(at)
+    def columns(self, row: int) -> Columns:
+        """Row number ``row`` as it is stored (docs/store.md). Raises as indexing does."""
+        return self._columns(*self._place(row))
 
     @property
     def spec(self) -> StoreSpec:
@@ -172,81 +165,81 @@ class Store:
         return [row for record in self.records for row in record.quarantined]
 
     @cached_property
-    def keys(self) -> list[str]:
-        """Of all rows, in order."""
-        packed = b"".join(shard.index.keys.tobytes() for shard in self._shards).hex()
-        return [packed[at : at + 2 * KEY_BYTES] for at in range(0, len(packed), 2 * KEY_BYTES)]
+    def _facts(self) -> list[Facts]:
+        return [self._shard(number).facts() for number in range(len(self.records))]
 
     @cached_property
-    def _positions(self) -> dict[bytes, int]:
-        return {key_bytes(key): at for at, key in enumerate(self.keys)}
+    def keys(self) -> list[str]:
+        """Of all rows, in order."""
+        return [key for facts in self._facts for key in facts.key]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {key: at for at, key in enumerate(self.keys)}
 
     @cached_property
     def summary(self) -> Summary:
         """Arrays over all rows."""
-        datasets = sorted({name for shard in self._shards for name in shard.datasets})
-        numbers = [
-            np.array([datasets.index(name) for name in shard.datasets], np.int64)[shard.index.dataset]
-            for shard in self._shards
-        ]
-        columns = {
-            name: _joined([getattr(shard.index, name) for shard in self._shards])
-            for name in ("tokens", "labels", "bytes")
-        }
-        entropy = np.concatenate([np.zeros(0), *(shard.index.cross_entropy for shard in self._shards)])
-        sizes = _joined([np.diff(shard.index.offsets) for shard in self._shards])
-        return Summary(**columns, cross_entropy=entropy, dataset=_joined(numbers), size=sizes, datasets=datasets)
+        names = [name for facts in self._facts for name in facts.dataset]
+        datasets = sorted(set(names))
+        numbers = {name: number for number, name in enumerate(datasets)}
+
+        def joined(name: str) -> npt.NDArray[Any]:
+            return np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in self._facts)])
+
+        return Summary(
+            tokens=joined("tokens"),
+            labels=joined("labels"),
+            bytes=joined("bytes"),
+            cross_entropy=joined("cross_entropy"),
+            dataset=np.array([numbers[name] for name in names], np.int64),
+            datasets=datasets,
+        )
 
     def verify(self) -> list[Problem]:
         """Read everything and compare it with the manifest; returns what is wrong, by file."""
-        problems = []
-        seen: dict[str, str] = {}
+        problems: list[Problem] = []
+        keys: list[str] = []
         for number, record in enumerate(self.records):
-            problems += [Problem(record.file, what) for what in self._verify_shard(number, record, seen)]
+            path = self.path / record.file
+            try:
+                check_shard(path, record.size, record.footer_xxh3)
+                if hash_of(path) != record.xxh3:
+                    broken = [Problem(record.file, what) for what in self._broken_groups(number)]
+                    problems += broken or [Problem(record.file, "its hash is not the one that was committed")]
+                    continue
+                facts = self._shard(number).facts()
+            except StorageError as error:
+                problems.append(Problem(record.file, _without(error, path)))
+                continue
+            held = {"rows": len(facts.key)} | {
+                name: int(getattr(facts, name).sum()) for name in ("tokens", "labels", "bytes")
+            }
+            problems += [
+                Problem(record.file, f"it has {count} {name}, the manifest says {getattr(record, name)}")
+                for name, count in held.items()
+                if count != getattr(record, name)
+            ]
+            planned = list(facts.key)
+            for row in record.quarantined:
+                planned.insert(row.row - record.start, row.key)
+            if len(planned) != record.stop - record.start:
+                problems.append(Problem(record.file, f"{len(planned)} of {record.stop - record.start} rows are there"))
+            keys += planned
+        if not problems and self.complete and keys_hash(keys) != self.manifest.keys_xxh3:
+            problems.append(Problem(MANIFEST, "the keys in the shards are not those of the data"))
         return problems
 
-    def _verify_shard(self, number: int, record: ShardRecord, seen: dict[str, str]) -> list[str]:
-        path = self.path / record.file
-        try:
-            shard = open_shard(path, record.size, record.index_xxh3)
-            if file_hash(path) != record.xxh3:
-                return ["its hash is not the one that was committed", *self._broken_rows(number)]
-        except StorageError as error:
-            return [str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")]
-        wrong = self._broken_rows(number)
-        index = shard.index
-        held: dict[str, Any] = {
-            "rows": len(index.labels),
-            "tokens": index.tokens,
-            "labels": index.labels,
-            "bytes": index.bytes,
-        }
-        for name, found in held.items():
-            total = int(np.sum(found, dtype=np.int64))
-            if total != getattr(record, name):
-                wrong.append(f"it has {total} {name}, the manifest says {getattr(record, name)}")
-        keys = [row.tobytes().hex() for row in index.keys]
-        for key in keys:
-            if key in seen:
-                wrong.append(f"row {key} is also in {seen[key]}")
-            seen[key] = record.file
-        for row in record.quarantined:
-            keys.insert(row.row - record.start, row.key)
-        if len(keys) != record.stop - record.start or keys_hash(keys) != record.planned_xxh3:
-            wrong.append("its rows are not those of the data")
-        return wrong
-
-    def _broken_rows(self, number: int) -> list[str]:
-        shard = self._shards[number]
-        wrong = []
-        for at in range(len(shard.index.labels)):
-            key = shard.index.keys[at].tobytes().hex()
+    def _broken_groups(self, number: int) -> Iterator[str]:
+        """What is wrong with a shard whose hash is another, by row group."""
+        path = self.path / self.records[number].file
+        shard = Shard(path, self.records[number], self.codec.exact)
+        for group, (start, stop) in enumerate(zip(shard.starts, shard.starts[1:], strict=False)):
             try:
-                if facts_of(self._decode(number, at)) != shard.facts(at):
-                    wrong.append(f"row {key} is not what the index says of it")
+                for columns in shard.group(group):
+                    self.codec.decode(columns)
             except StorageError as error:
-                wrong.append(str(error).removeprefix(f"{shard.path}: "))
-        return wrong
+                yield f"rows {start} to {stop - 1}: {_without(error, path)}"
 
     def _place(self, row: int) -> tuple[int, int]:
         """Shard and place in it of a row."""
@@ -257,33 +250,45 @@ class Store:
         shard = int(np.searchsorted(self._starts, row, "right")) - 1
         return shard, row - int(self._starts[shard])
 
-    def _blob(self, shard: int, at: int) -> bytes:
-        if shard not in self._data:
-            self._data[shard] = map_data(self._shards[shard])
-        offsets = self._shards[shard].index.offsets
-        return self._data[shard][offsets[at] : offsets[at + 1]].tobytes()
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.pop(number, None)
+        if shard is None:
+            record = self.records[number]
+            shard = Shard(self.path / record.file, record, self.codec.exact)
+        self._shards[number] = shard
+        if len(self._shards) > _OPEN_SHARDS:
+            del self._shards[next(iter(self._shards))]
+        return shard
 
-    def _decode(self, shard: int, at: int) -> CapturedRow:
-        key = self._shards[shard].index.keys[at].tobytes().hex()
+    def _columns(self, number: int, at: int) -> Columns:
+        shard = self._shard(number)
+        which = int(np.searchsorted(shard.starts, at, "right")) - 1
+        group = self._groups.pop((number, which), None)
+        if group is None:
+            group = shard.group(which)
+            self._cached += group.size
+        self._groups[number, which] = group
+        while self._cached > CACHE_BYTES and len(self._groups) > 1:
+            self._cached -= self._groups.pop(next(iter(self._groups))).size
+        return group[at - int(shard.starts[which])]
+
+    def _decoded(self, shard: int, columns: Columns) -> CapturedRow:
         try:
-            row = self.codec.decode(self._blob(shard, at))
+            return self.codec.decode(columns)
         except StorageError as error:
-            raise StorageError(f"{self._shards[shard].path}: row {key}: {error}") from error
-        if row.tokens.key != key:
-            raise StorageError(f"{self._shards[shard].path}: row {row.tokens.key} stands where {key} should")
-        return row
+            raise StorageError(f"{self.path / self.records[shard].file}: row {columns['key']}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps would be pickled as the bytes that they show.
-        return self.__dict__ | {"_data": {}}
+        return self.__dict__ | {"_shards": {}, "_groups": {}, "_cached": 0}
 
 
-def _joined(columns: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int64)
+def _without(error: StorageError, path: Path) -> str:
+    return str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
 
 
 def _records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
-    """The records of shards that are vouched for, in order."""
+    """The records of shards that were committed, in order."""
     records = {record.file: record for record in manifest.shards}
     if not manifest.complete:
         plan = plan_hash(manifest.spec, manifest.keys_xxh3)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from fusekit.errors import CaptureError
+from fusekit.capture.settings import Selection
 
 # Ids are compared in groups: the k best ids are all in the k groups with the highest maxima. 128 is a vector register's
 # worth of loads, and leaves a thousand maxima of a vocabulary of 152 k to choose from.
@@ -17,30 +16,6 @@ GROUP = 128
 CACHED_BYTES = 4 << 20
 
 _LOW_32_BITS = (1 << 32) - 1
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What is kept of a distribution.
-
-    Attributes:
-        k: at most so many entries.
-        keep_mass: as many of them as reach this mass, at least one; 1 keeps all k.
-        temperature: entries, remaining mass and the label's log-probability are of the softmax of logits divided by
-            it. The negative log-likelihood is always of temperature 1.
-    """
-
-    k: int = 10
-    keep_mass: float = 1.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise CaptureError(f"top_k is {self.k}; it must be at least 1")
-        if not 0 < self.keep_mass <= 1:
-            raise CaptureError(f"keep_mass is {self.keep_mass}; it must be above 0 and at most 1")
-        if not 0 < self.temperature < float("inf"):
-            raise CaptureError(f"temperature is {self.temperature}; it must be above 0 and finite")
 
 
 class Scores(NamedTuple):

@@ -3,7 +3,7 @@
 A store is a folder:
 
 * ``manifest.json``: what it is made from, and, once ``complete``, a record of every shard with its hash.
-* ``shard-00000.safetensors``, ...: the rows (shards.py).
+* ``shard-00000.parquet``, ...: the rows (shards.py).
 * ``shard-00000.json``, ...: records of the shards that are whole, until the manifest has them.
 
 Each of these is committed (commit.py): there whole or not at all. A shard without a record, or whose size or hash is
@@ -18,9 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import xxhash
+
 import fusekit
-from fusekit.artifacts import disk_fault, remove, sweep
-from fusekit.capture.codec import Codec
+from fusekit.artifacts import commit_file, disk_fault, remove, sweep
+from fusekit.capture.codec import Codec, Columns
 from fusekit.capture.manifest import (
     MANIFEST,
     Manifest,
@@ -34,11 +37,12 @@ from fusekit.capture.manifest import (
     shard_name,
     write_json,
 )
-from fusekit.capture.shards import Blobs, facts_of, file_hash, write_shard
+from fusekit.capture.shards import footer_hash, hash_of, shard_bytes
+from fusekit.capture.store import Store
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 
-OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(safetensors|json)|\..*\.\d+\.tmp")
+OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(parquet|json)|\..*\.\d+\.tmp")
 """Names of the files of a store, and of what an interrupted writer leaves."""
 
 _MOST_SHOWN = 5
@@ -127,33 +131,29 @@ class StoreWriter:
         Raises:
             StorageError: rows missing, repeated, out of order or unfit to be stored (names the key); the disk failed.
         """
-        blobs, facts = [], []
-        for row in rows:
-            blobs.append(self.codec.encode(row))
-            facts.append(facts_of(row))
-        self.write_blobs(plan, Blobs(blobs, facts), quarantined)
+        self.write_columns(plan, [self.codec.encode(row) for row in rows], quarantined)
 
-    def write_blobs(self, plan: ShardPlan, rows: Blobs, quarantined: Mapping[str, str] | None = None) -> None:
+    def write_columns(
+        self, plan: ShardPlan, rows: Sequence[Columns], quarantined: Mapping[str, str] | None = None
+    ) -> None:
         """:meth:`write_shard` of rows that this store's codec has encoded already."""
         planned = self.keys[plan.start : plan.stop]
         quarantined = quarantined or {}
-        _compare_keys([key for key in planned if key not in quarantined], [fact.key for fact in rows.facts])
+        _compare_keys([key for key in planned if key not in quarantined], [row["key"] for row in rows])
         if unknown := sorted(quarantined.keys() - set(planned)):
             raise StorageError(f"quarantined row {unknown[0]} is not among the rows of shard {plan.index}")
         path = self.path / shard_name(plan.index)
-        written = write_shard(path, rows, self.rank)
+        data = shard_bytes(rows, self.codec.exact)
+        commit_file(path, lambda file: file.write(data), rank=self.rank)
         record = ShardRecord(
             file=path.name,
-            size=written.size,
-            xxh3=written.xxh3,
-            index_xxh3=written.index_xxh3,
+            size=len(data),
+            xxh3=xxhash.xxh3_128_hexdigest(data),
+            footer_xxh3=footer_hash(data),
             start=plan.start,
             stop=plan.stop,
-            planned_xxh3=keys_hash(planned),
-            rows=len(rows.facts),
-            tokens=sum(fact.tokens for fact in rows.facts),
-            labels=sum(fact.labels for fact in rows.facts),
-            bytes=sum(fact.bytes for fact in rows.facts),
+            rows=len(rows),
+            **{name: sum(row[name] for row in rows) for name in ("tokens", "labels", "bytes")},
             quarantined=[
                 Quarantined(row=plan.start + at, key=key, reason=quarantined[key])
                 for at, key in enumerate(planned)
@@ -222,7 +222,7 @@ class StoreWriter:
                 continue
             path = self.path / shard_name(plan.index)
             record = self._record(plan)
-            if record and _size(path) == record.size and file_hash(path) == record.xxh3:
+            if record and _size(path) == record.size and hash_of(path) == record.xxh3:
                 whole.add(plan.index)
                 continue
             self._records.pop(path.name, None)
@@ -261,7 +261,7 @@ class StoreWriter:
 
     def _remove_strays(self) -> None:
         """Shards of a longer plan that was given up."""
-        names = [path for path in self.path.iterdir() if re.fullmatch(r"shard-\d{5,}\.(safetensors|json)", path.name)]
+        names = [path for path in self.path.iterdir() if re.fullmatch(r"shard-\d{5,}\.(parquet|json)", path.name)]
         for path in sorted(names):
             if _shard_number(path.name) >= len(self._bounds) - 1:
                 remove(path)
@@ -293,7 +293,7 @@ def _has_store(folder: Path) -> bool:
     try:
         return read_json(folder / MANIFEST, Manifest) is not None
     except StorageError:
-        return any(folder.glob("shard-*.safetensors"))
+        return any(folder.glob("shard-*.parquet"))
 
 
 def _holds_nothing(folder: Path, manifest: Manifest) -> bool:
@@ -350,3 +350,67 @@ def _compare_keys(planned: list[str], given: list[str]) -> None:
     if unplanned := [key for key in given if key not in set(planned)]:
         raise StorageError(f"row {unplanned[0]} is not one of this shard's rows")
     raise StorageError("the rows of a shard are repeated or not in the order of the data")
+
+
+def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
+    """Write the rows of several stores into one, as they are, without rounding them again.
+
+    Rows that several stores hold have to be equal and are kept once. A row is quarantined only if no store holds it.
+    Interrupted, the same call goes on.
+
+    Args:
+        paths: complete stores whose specs differ in ``data`` at most.
+        out: a folder that is empty, missing, or left by the same call.
+
+    Raises:
+        StorageError: specs differ (says how), a row differs between two stores (names it), the disk failed.
+    """
+    if not paths:
+        raise StorageError("no stores to combine were given")
+    stores = [Store.open(path) for path in paths]
+    holders, reasons = _rows(stores)
+    keys = list(dict.fromkeys([*holders, *reasons]))
+    writer = StoreWriter(out, _spec(stores), keys)
+    for plan in writer.missing_shards():
+        held = [holders[key] for key in keys[plan.start : plan.stop] if key in holders]
+        rows = [stores[number].columns(at) for number, at in held]
+        absent = {key: reasons[key] for key in keys[plan.start : plan.stop] if key not in holders}
+        writer.write_columns(plan, rows, absent)
+    writer.finish()
+    return Store.open(out)
+
+
+def _spec(stores: list[Store]) -> StoreSpec:
+    """The common spec; its data fingerprint is of all of theirs, in order, where they differ."""
+    first = stores[0].spec
+    for other in stores[1:]:
+        changed = [line for line in first.differences(other.spec) if not line.startswith("data: ")]
+        if changed:
+            raise StorageError(
+                f"{stores[0].path} and {other.path} were not made the same way:\n  " + "\n  ".join(changed)
+            )
+    data = list(dict.fromkeys(store.spec.data for store in stores))
+    joined = data[0] if len(data) == 1 else xxhash.xxh3_128_hexdigest("\n".join(data).encode())
+    return first.model_copy(update={"data": joined})
+
+
+def _rows(stores: list[Store]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Which store holds a key, and where; why a key is held by none."""
+    holders: dict[str, tuple[int, int]] = {}
+    for number, store in enumerate(stores):
+        for at, key in enumerate(store.keys):
+            if key not in holders:
+                holders[key] = (number, at)
+                continue
+            other, there = holders[key]
+            if not _same(store.columns(at), stores[other].columns(there)):
+                raise StorageError(
+                    f"row {key} is in {stores[other].path} and in {store.path}, and they differ: the models, their "
+                    "precision or their devices were not the same. Capture it once, or leave one of the stores out"
+                )
+    reasons = {row.key: row.reason for store in stores for row in store.quarantined if row.key not in holders}
+    return holders, reasons
+
+
+def _same(one: Columns, other: Columns) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in one)

@@ -13,6 +13,7 @@ from fusekit.errors import FusekitError
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
     "align": ("fusekit.cli.run", "align", "Make the vocabulary maps of a fusion recipe, and judge the alignments."),
+    "capture": ("fusekit.cli.capture", "capture", "Capture what a model says about examples into a store."),
     "clean": ("fusekit.cli.clean", "clean", "Remove what a run no longer needs, or a stage to redo it."),
     "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
@@ -23,7 +24,6 @@ COMMANDS = {
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
     "plan": ("fusekit.cli.plan", "plan", "What a fusion recipe would take: stages, tokens, disk, memory, time."),
     "report": ("fusekit.cli.report", "report", "Make the report of a run again, finished or not."),
-    "represent": ("fusekit.cli.represent", "represent", "Capture what a model says about rows of data into a store."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
     "validate": ("fusekit.cli.recipe", "validate", "Check a fusion recipe: every mistake at once."),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusekit.cli.represent import device_map as as_device_map
-from fusekit.cli.represent import drop_noise
+from fusekit.cli.capture import drop_noise
+from fusekit.cli.options import options_of
 from fusekit.errors import StorageError
+from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
     from fusekit.evaluation.metrics import Score
@@ -62,7 +63,7 @@ METRICS = ("bits_per_byte", "exact_match")
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="Of the weights; auto: the checkpoint's.",
 )
-@click.option("--device-map", callback=as_device_map, help="`auto`, or a JSON object, as for transformers.")
+@options_of(Load, "device_map")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),

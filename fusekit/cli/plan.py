@@ -36,7 +36,7 @@ def plan(
     With OUT, what is there already is compared with the recipe. Ends with status 1 if something is known to stop the
     run: a model that is missing or gated, inputs that changed, disk or memory that do not suffice here.
     """
-    from fusekit.cli.represent import drop_noise
+    from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.checks import check_recipe
     from fusekit.plan.make import make_plan
     from fusekit.plan.table import table

@@ -12,7 +12,11 @@ from fusekit.recipe.kinds import kind_of
 from fusekit.recipe.schema import schema_text
 
 overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. distill.num_train_epochs=1."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one value, e.g. distill.loss=kl.",
 )
 
 

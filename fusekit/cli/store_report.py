@@ -39,14 +39,12 @@ def figures(store: Store) -> dict[str, Any]:
 def _share(store: Store, rows: Any) -> dict[str, Any]:
     summary = store.summary
     labels, content = int(summary.labels[rows].sum()), int(summary.bytes[rows].sum())
-    nats, size = float(summary.cross_entropy[rows].sum()), int(summary.size[rows].sum())
+    nats = float(summary.cross_entropy[rows].sum())
     return {
         "rows": len(rows),
         "tokens": int(summary.tokens[rows].sum()),
         "labels": labels,
         "content_bytes": content,
-        "stored_bytes": size,
-        "bytes_per_label": size / max(labels, 1),
         "cross_entropy_per_label": nats / max(labels, 1),
         "bits_per_byte": nats / math.log(2) / max(content, 1),
     }
@@ -62,15 +60,16 @@ def summary_lines(store: Store) -> Iterator[str]:
     yield f"  rows kept    up to {spec.top_k} of {spec.vocabulary} ids{mass}, temperature {spec.temperature:g}"
     bound = f"rounded by at most {spec.max_error:g} nats" if spec.max_error else "float32"
     yield f"  values       {bound}"
-    yield f"  on disk      {human(found['file_bytes'])} in {found['shards']} shards"
+    per_label = found["file_bytes"] / max(found["total"]["labels"], 1)
+    yield f"  on disk      {human(found['file_bytes'])} in {found['shards']} shards, {per_label:.1f} bytes per label"
     yield ""
     width = max(len(name) for name in ("all", *found["datasets"]))
-    head = f"{'rows':>8} {'tokens':>10} {'labels':>10} {'B/label':>8} {'nats/label':>10} {'bits/byte':>9}"
+    head = f"{'rows':>8} {'tokens':>10} {'labels':>10} {'nats/label':>10} {'bits/byte':>9}"
     yield f"  {'':<{width}}  {head}"
     for name, share in [*found["datasets"].items(), ("all", found["total"])]:
         yield (
             f"  {name:<{width}}  {share['rows']:>8} {share['tokens']:>10} {share['labels']:>10} "
-            f"{share['bytes_per_label']:>8.1f} {share['cross_entropy_per_label']:>10.4f} {share['bits_per_byte']:>9.4f}"
+            f"{share['cross_entropy_per_label']:>10.4f} {share['bits_per_byte']:>9.4f}"
         )
     if found["quarantined"]:
         yield ""

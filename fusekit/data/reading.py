@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fusekit.data.formats import form_of, parse_record
+from fusekit.data.formats import ACCEPTED, form_of, parse_record
 from fusekit.errors import DataError
 from fusekit.types import TEXT, Message, Row
 
@@ -56,6 +56,37 @@ def read_rows(
         records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
         rows = _rows_of_records(records, str(path))
     return rows if limit is None else islice(rows, limit)
+
+
+def rows_of(dataset: Any) -> Iterator[Row]:
+    """The rows of whatever holds examples.
+
+    Args:
+        dataset: a ``datasets.Dataset``, or any iterable of mappings with the columns of a file's records (messages,
+            ShareGPT's conversations, instruction triples, text), of rows, or a path or name as for :func:`read_rows`,
+            or several of those.
+
+    Raises:
+        DataError: no example that can be read; names its number and its columns.
+    """
+    if isinstance(dataset, (str, Path)):
+        yield from read_rows(dataset)
+        return
+    if not isinstance(dataset, Iterable) or isinstance(dataset, Mapping):
+        raise DataError(
+            f"{type(dataset).__name__} holds no examples: give a datasets.Dataset, the path of a file, or a list of "
+            f"records with {ACCEPTED}"
+        )
+    parse = None
+    for number, record in enumerate(dataset, 1):
+        if isinstance(record, (str, Path)):
+            yield from read_rows(record)
+        elif isinstance(record, Row):
+            yield record
+        else:
+            where = f"example {number}"
+            parse = parse or form_of(record, where)
+            yield parse_record(record, parse, where, "")
 
 
 def files_of(path: str | Path) -> list[str | Path]:

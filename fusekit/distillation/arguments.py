@@ -21,21 +21,11 @@ from fusekit.yaml import nearest
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
     "output_dir": "the output folder of the command",
-    "num_train_epochs": "num_train_epochs",
-    "learning_rate": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps",
-    "weight_decay": "weight_decay",
-    "per_device_train_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "batch_size",
-    "bf16": "bf16",
-    "activation_checkpointing": "activation_checkpointing",
     "gradient_checkpointing": "activation_checkpointing",
-    "seed": "seed",
-    "dataloader_num_workers": "dataloader_num_workers",
     "resume_from_checkpoint": "--resume",
 }
-_IMPOSSIBLE = {
+IMPOSSIBLE = {
     "remove_unused_columns": "what the loss needs is no argument of the model",
     "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
     "label_smoothing_factor": "fusekit computes the loss",
@@ -105,18 +95,18 @@ def refused(settings: TrainingSettings) -> tuple[str | None, str] | None:
         settings: whose fields are all known (:func:`wrong_fields`) and whose batch can be divided.
 
     Returns:
-        The field that it is due to, ``trainer.optim`` for one, None where it is no single one; and what was said.
+        The field that it is due to, ``optim`` for one, None where it is no single one; and what was said.
     """
     if processes() > 1 and not shared():
         return None  # the arguments would wait for the other processes
     said = _refusal(settings)
     if said is None:
         return None
-    given = settings.trainer
-    without = {f"trainer.{name}": {"trainer": {k: v for k, v in given.items() if k != name}} for name in given}
-    without |= {name: {name: TrainingSettings.model_fields[name].default} for name in ("bf16", "lr_scheduler_type")}
-    fields = (name for name, change in without.items() if _refusal(settings.model_copy(update=change)) is None)
-    return next(fields, None), said
+    values = settings.model_dump()
+    for name in [*settings.trainer, "bf16", "lr_scheduler_type"]:
+        if _refusal(TrainingSettings(**{key: value for key, value in values.items() if key != name})) is None:
+            return name, said
+    return None, said
 
 
 def _refusal(settings: TrainingSettings) -> str | None:
@@ -146,18 +136,19 @@ def _environment_kept() -> Iterator[None]:
 
 
 def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
-    """Why each field of ``trainer`` that cannot be set there cannot, by its name."""
+    """Why each field of TrainingArguments that cannot be set cannot, by its name."""
     known, wrong = _known_fields(), {}
+    near = known | set(TrainingSettings.model_fields)
     kinds = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
         if name in _ELSEWHERE:
-            wrong[name] = f"trainer.{name} is set by {_ELSEWHERE[name]}"
-        elif name in _IMPOSSIBLE:
-            wrong[name] = f"trainer.{name} cannot be set: {_IMPOSSIBLE[name]}"
+            wrong[name] = f"{name} is set by {_ELSEWHERE[name]}"
+        elif name in IMPOSSIBLE:
+            wrong[name] = f"{name} cannot be set: {IMPOSSIBLE[name]}"
         elif name not in known:
-            wrong[name] = f"trainer.{name} is no field of TrainingArguments{nearest(name, known)}"
+            wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{nearest(name, near)}"
         elif not _is_of(value, kinds[name]):
-            wrong[name] = f"trainer.{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
+            wrong[name] = f"{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
     return wrong
 
 
@@ -176,7 +167,9 @@ def _known_fields() -> set[str]:
 def wrong_scheduler(name: str) -> str | None:
     """Why transformers has no scheduler of this name, None where it has."""
     known = [scheduler.value for scheduler in SchedulerType]
-    return None if name in known else f"scheduler {name!r} is none that transformers knows{nearest(name, known)}"
+    return (
+        None if name in known else f"lr_scheduler_type {name!r} is none that transformers knows{nearest(name, known)}"
+    )
 
 
 def processes() -> int:
@@ -193,7 +186,7 @@ def accumulation(settings: TrainingSettings, processes: int) -> int:
     at_once = settings.per_device_train_batch_size * processes
     if settings.batch_size % at_once:
         raise DistillationError(
-            f"batch_size {settings.batch_size} (rows per optimizer step) cannot be divided by per_device_train_batch_size "
-            f"{settings.per_device_train_batch_size} x {processes} processes: change one of them"
+            f"batch_size {settings.batch_size} (examples per optimizer step) cannot be divided by "
+            f"per_device_train_batch_size {settings.per_device_train_batch_size} x {processes} processes: change one"
         )
     return settings.batch_size // at_once

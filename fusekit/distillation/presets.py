@@ -30,7 +30,9 @@ PRESETS: dict[str, Preset] = {
             "warmup_steps": 0.008,
             "weight_decay": 0.1,
             "batch_size": 128,
-            "trainer": {"adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0},
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "max_grad_norm": 1.0,
         },
     },
     # arXiv 2408.07990, sections 3 and 4.1.

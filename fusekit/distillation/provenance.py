@@ -17,7 +17,7 @@ from fusekit.types import Row
 Facts = dict[str, Any]
 
 # How the work is split, watched and kept does not change what comes out.
-_FREE = {"per_device_train_batch_size", "dataloader_num_workers", "activation_checkpointing", "max_skipped_steps"}
+_FREE = {"per_device_train_batch_size", "activation_checkpointing", "max_skipped_steps"}
 # Of a loss that plain fine-tuning has not.
 _OF_FUSION = {"loss", "truncation", "temperature"}
 _FREE_FIELDS = (
@@ -58,7 +58,7 @@ def facts_of_run(
     """
     unused = _FREE | (_OF_FUSION if settings.plain else set())
     training = settings.training.model_dump(mode="json", exclude=unused)
-    training["trainer"] = {k: v for k, v in training["trainer"].items() if not k.startswith(_FREE_FIELDS)}
+    training = {name: value for name, value in training.items() if not name.startswith(_FREE_FIELDS)}
     nested: dict[str, Any] = {
         "target": target,
         "pivot": pivot,

@@ -13,8 +13,17 @@ from fusekit.yaml import nearest
 
 _LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
 """Those that fusekit brings, known without importing torch."""
+RENAMED = {
+    "epochs": "num_train_epochs",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "micro_batch_size": "per_device_train_batch_size",
+    "workers": "dataloader_num_workers",
+    "trainer": "nothing: its fields stand in the section itself",
+}
+"""Former names of settings of training."""
 CHECKPOINTS_KEPT = 2
-"""Of a run, unless ``trainer.save_total_limit`` says otherwise."""
+"""Of a run, unless ``save_total_limit`` says otherwise."""
 
 
 class _Section(BaseModel):
@@ -123,33 +132,48 @@ class TrainingSettings(_Section):
         "(the papers').",
     )
     temperature: float = Field(default=1.0, gt=0, description="Of L_fusion; captures have to be of the same.")
-    epochs: float = Field(default=3.0, gt=0, description="Passes over the rows.")
-    learning_rate: float = Field(default=5e-6, gt=0, description="Of AdamW, at its highest.")
-    scheduler: str = Field(default="cosine", description="Of the learning rate; a name that transformers knows.")
-    warmup: float = Field(default=0.03, ge=0, description="A share of the steps below 1, else steps.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Of AdamW.")
+    num_train_epochs: float = Field(default=3.0, gt=0, description="Passes over the examples.")
+    learning_rate: float = Field(default=5e-6, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: str = Field(
+        default="cosine", description="Learning rate schedule, a name that transformers knows."
+    )
+    warmup_steps: float = Field(default=0.03, ge=0, description="Warm-up: a share of the steps below 1, else steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of the optimizer.")
     batch_size: int = Field(
-        default=128, ge=1, description="Rows per optimizer step, over all processes and accumulation."
+        default=128, ge=1, description="Examples per optimizer step, over all processes; accumulation follows from it."
     )
     per_device_train_batch_size: int = Field(
-        default=1, ge=1, description="Rows at once on one device; changes memory and speed, not the result."
+        default=1, ge=1, description="Examples at once on one device; changes memory and speed, not the result."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
-        default="float32", description="Of the weights while training; `auto`: the checkpoint's."
+        default="float32", description="Data type of the weights while training; `auto`: the checkpoint's."
     )
-    bf16: bool = Field(default=False, description="Compute in bfloat16 with weights as they are.")
-    activation_checkpointing: bool = Field(default=False, description="Recompute activations going backward.")
+    bf16: bool = Field(default=False, description="Compute in bfloat16; the weights stay as they are.")
+    activation_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass, to save memory."
+    )
     lora: dict[str, Any] | None = Field(
-        default=None, description="Fields of peft's LoraConfig; null for full fine-tuning."
+        default=None, description="Train an adapter with these fields of peft's LoraConfig; null: all weights."
     )
-    seed: int = Field(default=0, ge=0, description="Of the order of rows, and of everything else that is drawn.")
-    workers: int = Field(default=0, ge=0, description="Data loader processes.")
+    seed: int = Field(default=0, ge=0, description="Random seed.")
+    dataloader_num_workers: int = Field(default=0, ge=0, description="Data loader processes.")
     max_skipped_steps: int = Field(
-        default=5, ge=1, description="Stop once as many steps in a row had a loss or gradient that is no number."
+        default=5, ge=1, description="Stop after so many steps in a row with a non-finite loss or gradient."
     )
-    trainer: dict[str, Any] = Field(
-        default_factory=dict, description="Any further fields of transformers.TrainingArguments."
-    )
+
+    model_config = ConfigDict(extra="allow")  # any further field of transformers.TrainingArguments, checked by it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (old := [name for name in RENAMED if name in values]):
+            raise ValueError("; ".join(f"`{name}` is now called {RENAMED[name]}" for name in old))
+        return values
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """The fields of TrainingArguments that are given beside those declared here."""
+        return dict(self.model_extra or {})
 
     @field_validator("loss")
     @classmethod
@@ -238,7 +262,7 @@ class DistillSettings(_Section):
 
         Args:
             preset: a name in :data:`fusekit.distillation.presets.PRESETS`.
-            changes: section to field to value; ``trainer`` fields are added to the preset's.
+            changes: section to field to value.
 
         Raises:
             DistillationError: unknown preset, section or field, with the nearest name; a value that cannot be.
@@ -247,11 +271,7 @@ class DistillSettings(_Section):
             raise DistillationError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
         sections: dict[str, Any] = {name: dict(values) for name, values in PRESETS[preset].items()}
         for section, values in (changes or {}).items():
-            merged = sections.setdefault(section, {})
-            trainer = {**merged.get("trainer", {}), **values.get("trainer", {})}
-            merged.update(values)
-            if trainer:
-                merged["trainer"] = trainer
+            sections.setdefault(section, {}).update(values)
         try:
             return cls(preset=preset, **sections)
         except ValidationError as error:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capture.batches import BATCH_TOKENS
-from fusekit.capture.engine import Teacher
+from fusekit.capture.engine import BATCH_TOKENS, Teacher
 from fusekit.capture.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.topk import Selection
+from fusekit.capture.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError

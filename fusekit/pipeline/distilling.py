@@ -67,9 +67,7 @@ def check_section(recipe: Recipe) -> None:
     from fusekit.distillation.models import wrong_lora_fields
 
     values, captured = recipe.distill, recipe.capture.temperature
-    found: dict[KeyPath, str] = {
-        ("distill", "trainer", name): says for name, says in wrong_fields(values.trainer).items()
-    }
+    found: dict[KeyPath, str] = {("distill", name): says for name, says in wrong_fields(values.trainer).items()}
     found |= {("distill", "lora", name): says for name, says in wrong_lora_fields(values.lora or {}).items()}
     if says := wrong_scheduler(values.lr_scheduler_type):
         found["distill", "lr_scheduler_type"] = says

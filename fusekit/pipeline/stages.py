@@ -169,9 +169,8 @@ def paths_of(path: str | list[str]) -> list[str]:
 
 def capture(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.capture.capture import represent as capture_model
+    from fusekit.capture.capture import capture as capture_model
 
-    settings = capture_settings(context)
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
     store = capture_model(
@@ -179,26 +178,12 @@ def capture(context: Context, name: str, rows: list[Row]) -> None:
         reader,
         own,
         context.layout.store(name),
-        settings,
+        context.recipe.capture,
+        ignore_estimates=context.ignore_estimates,
+        quiet=context.quiet,
         notify=lambda line: context.say(f"capture {name}: {line}"),
     )
     context.say(f"capture {name}: {len(store)} rows in {store.path}")
-
-
-def capture_settings(context: Context) -> Any:
-    """The section ``capture`` as :func:`fusekit.capture.capture.represent` takes it."""
-    from fusekit.capture.capture import CaptureOptions, Settings
-    from fusekit.capture.topk import Selection
-
-    section = context.recipe.capture
-    return Settings(
-        selection=Selection(section.top_k, section.keep_mass, section.temperature),
-        max_error=section.max_error,
-        batch_tokens=section.batch_tokens,
-        rows_per_shard=section.rows_per_shard,
-        options=CaptureOptions(quiet=context.quiet, max_quarantined=section.max_quarantined),
-        ignore_estimates=context.ignore_estimates,
-    )
 
 
 def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:

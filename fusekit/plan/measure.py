@@ -17,7 +17,8 @@ from fusekit.capture.codec import Codec
 from fusekit.capture.engine import Teacher
 from fusekit.capture.estimate import loaded_bytes
 from fusekit.capture.load import load_model, longest_input, valid_ids
-from fusekit.capture.topk import Selection
+from fusekit.capture.settings import CaptureSettings, Selection
+from fusekit.capture.shards import shard_bytes
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation import models as distilled
 from fusekit.distillation.collator import FusionCollator
@@ -28,7 +29,6 @@ from fusekit.distillation.settings import FusionSettings, TrainingSettings
 from fusekit.distillation.targets import FusionDataset
 from fusekit.hub import memory_limits
 from fusekit.plan.models import Known
-from fusekit.recipe.sections import Represent
 from fusekit.resources import Need
 from fusekit.types import CapturedRow, Row
 
@@ -38,8 +38,6 @@ BUDGET_SECONDS = 2.0
 LARGEST_BYTES = 8 << 30
 """Of loaded weights: larger models would take minutes to load, for a plan."""
 
-INDEX_BYTES = 48
-"""Of a row in a store's index."""
 
 _ROWS_TO_GENERATE = 16
 
@@ -81,7 +79,7 @@ def measure_capture(
     known: Known,
     reader: RowTokenizer,
     rows: Sequence[Row],
-    section: Represent,
+    section: CaptureSettings,
     generate: Callable[[Any], float | None] = lambda _model: None,
 ) -> Speed:
     """Load a model and capture what fits the budget of ``rows``, in ever larger batches; the last one is the speed.
@@ -114,7 +112,7 @@ def measure_capture(
             speed = tokens / took
         at, size, left = at + len(some), 2 * size, left - took
     codec = Codec(teacher.vocabulary, teacher.selection.k, section.max_error)
-    store = sum(len(codec.encode(row)) + INDEX_BYTES for row in captured.values())
+    store = len(shard_bytes([codec.encode(row) for row in captured.values()], codec.exact))
     labels = sum(len(row.actual) for row in captured.values())
     seconds = generate(model)
     del teacher, model

@@ -80,7 +80,9 @@ class Output:
         else:
             wanted_model = checkpoint.fingerprint()
         rows = stages.rows_of(self.context, name, self.rows)
-        settings = stages.capture_settings(self.context).in_shards_of(manifest.spec.rows_per_shard)
+        settings = self.context.recipe.capture
+        if settings.rows_per_shard is None:
+            settings = settings.model_copy(update={"rows_per_shard": manifest.spec.rows_per_shard})
         wanted = store_spec(
             checkpoint, reader, rows, vocabulary_size(checkpoint, reader), settings, fingerprint=wanted_model
         )

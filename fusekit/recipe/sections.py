@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fusekit.capture.settings import CaptureSettings
+from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
     DistillSettings,
@@ -154,25 +155,10 @@ def last_part(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1].removesuffix(SUFFIX)
 
 
-class Data(Section):
-    """The rows that all models read."""
+class Data(DataSettings):
+    """The examples that all models read."""
 
-    path: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="Files (.json, .jsonl, .parquet, .txt) or hub ids: messages, ShareGPT, instruction triples, text."
-    )
-    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
-    split: str = Field(default="train", description="Split of a data set on the hub.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
-    streaming: bool = Field(default=False, description="Read a data set on the hub without downloading all of it.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most rows to read; null: all.")
-    max_length: Annotated[int, Field(ge=2)] = Field(default=2048, description="Most tokens of a row, for every model.")
-    overlong: Literal["cut", "drop"] = Field(default="cut", description="What happens to longer rows.")
-    train_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are learnt.")
-    pack: bool = Field(default=False, description="Pack plain text into blocks of max_length tokens.")
     size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
-
-
-Represent = CaptureSettings
 
 
 class Evaluate(Section):
@@ -212,7 +198,7 @@ class Recipe(Section):
     pivot: Pivot = Field(description="The model that is trained; the result has its architecture and tokenizer.")
     sources: Annotated[list[Source], Field(min_length=1)] = Field(description="The models that the pivot learns from.")
     data: Data = Field(description="The rows that all models read.")
-    capture: Represent = Field(default=Represent(), description="What is kept of each model's distributions.")
+    capture: CaptureSettings = Field(default=CaptureSettings(), description="What is kept of a model's distributions.")
     alignment: AlignmentSettings = Field(
         default=AlignmentSettings(), description="How sources' rows come into the pivot's tokens and vocabulary."
     )

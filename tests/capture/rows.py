@@ -70,13 +70,13 @@ def captured(
 
 
 @st.composite
-def awkward_rows(draw: st.DrawFn) -> tuple[CapturedRow, int, int]:
+def awkward_rows(draw: st.DrawFn, vocabulary: int | None = None) -> tuple[CapturedRow, int, int]:
     """A row, its vocabulary and its top k.
 
     Small and large vocabularies, k from 1 to all of it, empty rows, ragged rows, flat and very peaked ones, with and
     without a tail, ordered and wild coordinates.
     """
-    vocabulary = draw(st.sampled_from([1, 2, 3, 17, 256, 257, 5000, 151_936]))
+    vocabulary = vocabulary or draw(st.sampled_from([1, 2, 3, 17, 256, 257, 5000, 151_936]))
     k = draw(st.sampled_from(sorted({1, 2, 10, vocabulary} & set(range(1, min(vocabulary, 300) + 1)))))
     row = captured(
         np.random.default_rng(draw(st.integers(0, 1 << 32))),

@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.artifacts import output_lock
-from fusekit.capture import batches
-from fusekit.capture.capture import CaptureOptions, Settings, represent
+from fusekit.capture import engine as batches
+from fusekit.capture.capture import capture
 from fusekit.capture.estimate import parameters
 from fusekit.capture.load import load_model
 from fusekit.capture.manifest import Manifest, read_json
 from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capture.settings import CaptureSettings
 from fusekit.capture.store import Store
-from fusekit.capture.topk import Selection
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
@@ -39,16 +39,15 @@ def demo(name="numbers", **choice):
     return find_checkpoint(ModelChoice(str(DEMO / name), **({"dtype": "float32"} | choice)))
 
 
-def settings(k=8, *, overwrite=False, **changes):
-    options = CaptureOptions(quiet=True, overwrite=overwrite)
-    return Settings(
-        **({"selection": Selection(k), "rows_per_shard": 8, "batch_tokens": 256, "options": options} | changes)
-    )
+def settings(k=8, **changes):
+    return CaptureSettings(**({"top_k": k, "rows_per_shard": 8, "batch_tokens": 256} | changes))
 
 
-def run(data, out, how=None, checkpoint=None):
+def run(data, out, how=None, checkpoint=None, **options):
     rows, tokenizer = data
-    return represent(checkpoint or demo(), tokenizer, rows, out, how or settings(), processes=ALONE)
+    return capture(
+        checkpoint or demo(), tokenizer, rows, out, how or settings(), quiet=True, processes=ALONE, **options
+    )
 
 
 def files(store_path):
@@ -61,7 +60,7 @@ def files(store_path):
 def test_the_store_of_a_demo_model_is_what_plain_forwards_say(data, tmp_path, name, mass, temperature):
     rows, tokenizer = data
     checkpoint = demo(name)
-    how = settings(selection=Selection(8, mass, temperature))
+    how = settings(keep_mass=mass, temperature=temperature)
     store = run(data, tmp_path / "out", how, checkpoint)
     model = load_model(checkpoint, torch.device("cpu"))
     assert store.keys == [row.key for row in rows]
@@ -111,7 +110,7 @@ def test_only_a_damaged_shard_is_captured_again(data, tmp_path, damage):
     run(data, tmp_path / "out")
     before = files(tmp_path / "out")
     inodes = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
-    shard = tmp_path / "out" / "shard-00001.safetensors"
+    shard = tmp_path / "out" / "shard-00001.parquet"
     if damage == "missing":
         shard.unlink()
     else:
@@ -121,7 +120,7 @@ def test_only_a_damaged_shard_is_captured_again(data, tmp_path, damage):
     run(data, tmp_path / "out")
     assert files(tmp_path / "out") == before
     kept = [name for name, inode in inodes.items() if (tmp_path / "out" / name).stat().st_ino == inode]
-    assert {"shard-00000.safetensors", "shard-00002.safetensors"} <= set(kept)
+    assert {"shard-00000.parquet", "shard-00002.parquet"} <= set(kept)
 
 
 def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tmp_path):
@@ -146,7 +145,7 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
         with pytest.raises(StorageError, match=expected):
             change()
         assert files(out) == before
-    assert run(data, out, settings(9, overwrite=True)).spec.top_k == 9
+    assert run(data, out, settings(9), overwrite=True).spec.top_k == 9
 
 
 def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, monkeypatch):
@@ -160,13 +159,13 @@ def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, mo
     assert run(data, tmp_path / "out", automatic).spec.rows_per_shard == 8  # 10 rows, as a power of two
     assert bounds()[:3] == [0, 8, 16]
     before = files(tmp_path / "out")
-    (tmp_path / "out" / "shard-00001.safetensors").unlink()
+    (tmp_path / "out" / "shard-00001.parquet").unlink()
     monkeypatch.setattr(batches, "CPU_FLOPS", 1e30)  # as on another kind of device
     run(data, tmp_path / "out", automatic)
     assert files(tmp_path / "out") == before
     with pytest.raises(StorageError, match="rows_per_shard: 8, now 4"):
         run(data, tmp_path / "out", settings(rows_per_shard=4))
-    assert run(data, tmp_path / "out", settings(rows_per_shard=None, overwrite=True)).spec.rows_per_shard == 1024
+    assert run(data, tmp_path / "out", automatic, overwrite=True).spec.rows_per_shard == 1024
 
 
 def test_a_model_that_was_moved_is_the_same_model(data, tmp_path):
@@ -184,7 +183,7 @@ def test_a_folder_that_is_no_store_is_left_alone(data, tmp_path):
     (out / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(StorageError, match=r"no store, but holds thesis\.txt"):
-            run(data, out, settings(overwrite=overwrite))
+            run(data, out, overwrite=overwrite)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
@@ -233,7 +232,7 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
     # Running it again is no way around the limit, raising it is.
     with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
         run(data, tmp_path / "many", checkpoint=broken)
-    many = settings(options=CaptureOptions(quiet=True, max_quarantined=1.0))
+    many = settings(max_quarantined=1.0)
     store = run(data, tmp_path / "many", many, checkpoint=broken)
     assert store.complete
     assert len(store) + len(store.quarantined) == len(rows)
@@ -276,7 +275,7 @@ def test_a_store_that_is_whole_asks_for_nothing_one_that_is_not_does(data, tmp_p
     before = files(out)
     assert len(run(data, out, huge)) == 20
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(bytes(path.stat().st_size))):
-        damage(out / "shard-00001.safetensors")
+        damage(out / "shard-00001.parquet")
         with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
             run(data, out, huge)
         run(data, out)
@@ -292,7 +291,7 @@ def invoke(*args, status=0):
 def test_the_commands_on_one_store(rows_file, tmp_path):
     out = tmp_path / "stores" / "numbers"
     made = invoke(
-        "represent", DEMO / "numbers", rows_file, out, "--max-length", 64, "--rows-per-shard", 8, "--json",
+        "capture", DEMO / "numbers", rows_file, out, "--max-length", 64, "--rows-per-shard", 8, "--json",
         "--with", DEMO / "pivot",
     )  # fmt: skip
     figures = json.loads(made.stdout)
@@ -310,14 +309,15 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     assert f"{np.exp(first.actual[0]):.3f}" in page
     assert json.loads(invoke("inspect", "store", out, "--json").output)["total"] == figures["total"]
     assert "20 rows in 3 shards, all as committed" in invoke("verify", tmp_path).output
-    shard = out / "shard-00002.safetensors"
+    shard = out / "shard-00002.parquet"
     content = bytearray(shard.read_bytes())
-    content[-30] ^= 1
+    content[500] ^= 1
     shard.write_bytes(content)
     damaged = invoke("verify", tmp_path, status=1)
-    assert f"{shard}: its hash is not the one that was committed" in damaged.output
-    (out / "shard-00000.safetensors").unlink()
-    assert str(out / "shard-00000.safetensors") in invoke("verify", tmp_path, status=1).output
+    assert str(shard) in damaged.output
+    assert "row group 0" in damaged.output
+    (out / "shard-00000.parquet").unlink()
+    assert str(out / "shard-00000.parquet") in invoke("verify", tmp_path, status=1).output
     (tmp_path / "nothing").mkdir()
     assert "nothing under" in invoke("verify", tmp_path / "nothing", status=1).output
 

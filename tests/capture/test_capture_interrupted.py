@@ -16,13 +16,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fusekit.capture.capture import CaptureOptions, capture
+from fusekit.capture.capture import capture_rows
 from fusekit.capture.engine import Teacher
 from fusekit.capture.load import load_model, valid_ids
 from fusekit.capture.manifest import StoreSpec
 from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capture.settings import Selection
 from fusekit.capture.store import Store
-from fusekit.capture.topk import Selection
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows
@@ -60,14 +60,9 @@ class Bench:
                 )
             if event >= 0:
                 kill_at_event(event, str(counter))
-            capture(
-                self.rows,
-                self.tokenizer,
-                lambda: self.teacher,
-                out=out,
-                spec=lambda: SPEC,
-                options=CaptureOptions(quiet=True),
-                processes=Processes(rank, world, world, torch.device("cpu")),
+            processes = Processes(rank, world, world, torch.device("cpu"))
+            capture_rows(
+                self.rows, self.tokenizer, lambda: self.teacher, out, lambda: SPEC, quiet=True, processes=processes
             )
             os._exit(0)
         except BaseException:
@@ -144,7 +139,7 @@ def signal_self_at_second_shard() -> None:
     sent = []
 
     def hook(event, args):
-        if event == "open" and ".shard-00001.safetensors" in str(args[0]) and not sent:
+        if event == "open" and ".shard-00001.parquet" in str(args[0]) and not sent:
             sent.append(True)
             os.kill(os.getpid(), number)
 
@@ -154,21 +149,21 @@ def signal_self_at_second_shard() -> None:
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_path, monkeypatch, number, status):
     write_rows(tmp_path / "rows.jsonl", 20)
-    arguments = ("represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64")
+    arguments = ("capture", str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64")
     stopped = Process(
         command, tmp_path, (*arguments, "--overwrite"), {"FUSEKIT_TEST_SIGNAL": number}, signal_self_at_second_shard
     ).wait()
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
-    assert "1 shards are whole in out. To go on:" in stopped.output
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.safetensors"]
-    first = (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino
+    assert "1 shards are whole in out" in stopped.output
+    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.parquet"]
+    first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *arguments]
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, again[1:])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "out" / "shard-00000.safetensors").stat().st_ino == first
+    assert (tmp_path / "out" / "shard-00000.parquet").stat().st_ino == first
     assert Store.open(tmp_path / "out", verify=True).complete
 
 
@@ -187,7 +182,7 @@ def test_two_processes_of_a_launcher_make_the_store_of_one(tmp_path, monkeypatch
         "fusekit.cli",
     ]
     done = subprocess.run(
-        [*launch, "represent", *arguments],
+        [*launch, "capture", *arguments],
         cwd=tmp_path,
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -197,12 +192,12 @@ def test_two_processes_of_a_launcher_make_the_store_of_one(tmp_path, monkeypatch
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("complete") == 1
-    assert "capturing (process 0 of 2): 10 of 10 rows" in done.stderr
+    assert "capturing (process 0 of 2): 100%" in done.stderr
     store = Store.open(tmp_path / "out", verify=True)
     assert len(store) == 20
     monkeypatch.chdir(tmp_path)
     arguments[2] = "alone"
-    assert CliRunner().invoke(cli, ["represent", *arguments]).exit_code == 0
+    assert CliRunner().invoke(cli, ["capture", *arguments]).exit_code == 0
     for one, other in zip(store, Store.open("alone"), strict=True):
         assert np.array_equal(one.rows.ids, other.rows.ids)
         assert np.array_equal(one.actual, other.actual)
@@ -212,7 +207,7 @@ def test_a_refusal_stops_every_process_and_is_said_once(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 20)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    children = ranks(tmp_path, 2, "represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--max-length", "64")
+    children = ranks(tmp_path, 2, "capture", str(DEMO / "numbers"), "rows.jsonl", "out", "--max-length", "64")
     finished = [child.wait() for child in children]
     assert [child.exitcode for child in finished] == [1, 1]
     assert "thesis.txt" in finished[0].output
@@ -221,7 +216,7 @@ def test_a_refusal_stops_every_process_and_is_said_once(tmp_path):
 
 def test_a_model_spread_over_devices_is_refused_in_two_processes(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 2)
-    arguments = ("represent", str(DEMO / "numbers"), "rows.jsonl", "out", "--device-map", "auto", "--max-length", "64")
+    arguments = ("capture", str(DEMO / "numbers"), "rows.jsonl", "out", "--device-map", "auto", "--max-length", "64")
     finished = [child.wait() for child in ranks(tmp_path, 2, *arguments)]
     assert [child.exitcode for child in finished] == [1, 1]
     assert "runs in one process, not in 2" in finished[0].output

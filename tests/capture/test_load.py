@@ -156,7 +156,7 @@ for environment, args in json.load(sys.stdin):
         path.resolve().unlink()
         path.unlink()
     text, started, status = io.StringIO(), time.monotonic(), 0
-    sys.argv = ["fusekit", "represent", *args]
+    sys.argv = ["fusekit", "capture", *args]
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         try:
             main()

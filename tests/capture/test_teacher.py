@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from fusekit.capture import engine as teacher_module
-from fusekit.capture.batches import batch_tokens_on, plan_batches, rows_per_shard
-from fusekit.capture.engine import SplitForward, Teacher
-from fusekit.capture.topk import Selection
+from fusekit.capture.engine import SplitForward, Teacher, batch_tokens_on, plan_batches, rows_per_shard
+from fusekit.capture.settings import Selection
 from fusekit.errors import CaptureError
 from fusekit.types import TopK
 from tests import reference

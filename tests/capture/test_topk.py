@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.capture.topk import GROUP, Selection, score_logits, top_entries
+from fusekit.capture.settings import Selection
+from fusekit.capture.topk import GROUP, score_logits, top_entries
 from fusekit.errors import CaptureError
 from tests import reference
 

@@ -98,7 +98,7 @@ def captured(tmp_path, *options):
     write_recipe(tmp_path, ["llama"])
     arguments = [str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"), str(tmp_path / "store")]
     how = ["--chat-template", str(tmp_path / "dated.jinja"), "--rows-per-shard", "8", "--dtype", "float32"]
-    result = CliRunner().invoke(cli, ["represent", *arguments, *how, *options])
+    result = CliRunner().invoke(cli, ["capture", *arguments, *how, *options])
     assert result.exit_code == 0, result.output
     return Store.open(tmp_path / "store"), result.output
 
@@ -110,13 +110,13 @@ def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
     assert store.spec.details["date"] == "2026-01-31"
     assert store.spec.details["chat_template"] == "the file dated.jinja"
     before = {path.name: path.read_bytes() for path in store.path.iterdir()}
-    (store.path / "shard-00001.safetensors").unlink()
+    (store.path / "shard-00001.parquet").unlink()
     on(SECOND)
     captured(tmp_path)
     assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
     manifest = store.path / MANIFEST
     manifest.write_text(manifest.read_text().replace("2026-01-31", "some day"))
-    result = CliRunner().invoke(cli, ["represent", str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"),
+    result = CliRunner().invoke(cli, ["capture", str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"),
                                       str(store.path), "--chat-template", str(tmp_path / "dated.jinja"),
                                       "--rows-per-shard", "8", "--dtype", "float32"])  # fmt: skip
     assert result.exit_code == 1

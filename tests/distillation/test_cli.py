@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.chat_template = None
         other = root / ("source" if name == "pivot" else "pivot")
         with_other = ["--with", other] if other.exists() else []
-        made = invoke("represent", root / name, root / "rows.jsonl", root / f"{name}-store", "--quiet", *with_other)
+        made = invoke("capture", root / name, root / "rows.jsonl", root / f"{name}-store", "--quiet", *with_other)
         assert made.exit_code == 0, made.output
     return root
 
@@ -93,7 +93,7 @@ def test_packed_text_is_met_by_packing_it_again(world: Path, tmp_path: Path) -> 
     for name, other in (("pivot", "source"), ("source", "pivot")):
         out = tmp_path / f"{name}-store"
         options = ["--with", world / other, "--quiet", *pack]
-        made = invoke("represent", world / name, tmp_path / "text.jsonl", out, *options)
+        made = invoke("capture", world / name, tmp_path / "text.jsonl", out, *options)
         assert made.exit_code == 0, made.output
     stores = ["--pivot-store", tmp_path / "pivot-store", "--source-store", f"s={tmp_path / 'source-store'}"]
     data = ["--data", tmp_path / "text.jsonl", *pack]
@@ -122,7 +122,7 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
 @pytest.mark.slow
 def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    long = ["--num-train-epochs", "400", "--set", "trainer.save_steps=3", "--set", "trainer.logging_steps=1000"]
+    long = ["--num-train-epochs", "400", "--set", "training.save_steps=3", "--set", "training.logging_steps=1000"]
     process = Process(command, tmp_path, tuple(map(str, arguments(world, out, *long))), {}, None)
     wait_until(
         lambda: bool(list(out.glob("other.training/checkpoint-*/fusekit.json"))) or not process.process.is_alive(), 120
@@ -141,7 +141,7 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
-    plain = ["--set", "trainer.optim=sgd", "--set", "training.warmup_steps=0"]
+    plain = ["--set", "training.optim=sgd", "--set", "training.warmup_steps=0"]
     both = ranks(tmp_path, 2, *map(str, arguments(world, tmp_path / "two", *plain)))
     finished = [process.wait(240) for process in both]
     said = "\n---\n".join(process.output for process in finished)

@@ -47,7 +47,10 @@ def test_states_are_those_of_a_step_of_adamw(fields):
 
 @pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}, {"bf16": True}], ids=str)
 def test_activations_are_those_that_autograd_keeps(fields):
-    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(per_device_train_batch_size=2, **fields)
+    checkpoint, settings = (
+        find_checkpoint(ModelChoice(str(PIVOT))),
+        TrainingSettings(per_device_train_batch_size=2, **fields),
+    )
     model = load_pivot(checkpoint, settings).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}

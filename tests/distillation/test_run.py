@@ -31,7 +31,7 @@ from tests.pipeline.artifacts import differences
 
 ROWS = worlds.conversations(8)
 TINY: dict[str, Any] = {"batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 1e-2}
-SILENT = {"trainer": {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_steps": 1}}
+SILENT = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_steps": 1}
 
 
 def save_model(folder: Path, architecture: str, tokenizer: Any, seed: int = 0, **changes: Any) -> Path:
@@ -92,8 +92,7 @@ def with_source(world: Path, name: str, source: Source) -> Inputs:
 
 
 def settings(preset: str = "fusekit", **sections: dict[str, Any]) -> DistillSettings:
-    training = {**TINY, **sections.pop("training", {})}
-    training["trainer"] = {**SILENT["trainer"], **training.get("trainer", {})}
+    training = {**TINY, **SILENT, **sections.pop("training", {})}
     return DistillSettings.of(preset, {**sections, "training": training})
 
 
@@ -134,12 +133,12 @@ def test_a_pivot_becomes_a_plain_checkpoint(pivot: str, lora: Any, world: Path, 
         {"dtype": "bfloat16"},
         {"activation_checkpointing": True},
         {"activation_checkpointing": True, "lora": {"r": 4}},
-        {"bf16": True, "dtype": "auto", "trainer": {"optim": "adafactor"}},
+        {"bf16": True, "dtype": "auto", "optim": "adafactor"},
     ],
     ids=["bf16", "bfloat16 weights", "checkpointing", "checkpointing lora", "adafactor"],
 )
 def test_ways_to_need_less_memory_train_alike(training: Any, world: Path, tmp_path: Path) -> None:
-    plain = settings(training={"lora": training.get("lora"), "trainer": training.get("trainer", {})})
+    plain = settings(training={key: value for key, value in training.items() if key in ("lora", "optim")})
     (a,) = distill(inputs(world), plain, tmp_path / "a")
     (b,) = distill(inputs(world), settings(training=training), tmp_path / "b")
     lines = [[line for line in json.loads((f / "training.json").read_text())["log"] if "loss" in line] for f in (a, b)]
@@ -173,9 +172,7 @@ def test_pairwise_makes_a_target_per_source_and_joint_one_for_all(world: Path, t
 
 
 def test_rows_since_the_last_line_of_the_log_are_counted(world: Path, tmp_path: Path) -> None:
-    (folder,) = distill(
-        inputs(world), settings(training={"trainer": SILENT["trainer"] | {"logging_steps": 100}}), tmp_path
-    )
+    (folder,) = distill(inputs(world), settings(training=SILENT | {"logging_steps": 100}), tmp_path)
     record = json.loads((folder / "training.json").read_text())
     assert record["counts"]["rows"] == len(ROWS)
 
@@ -241,7 +238,9 @@ def test_an_adapter_goes_on_where_it_was(world: Path, tmp_path: Path, monkeypatc
 
 def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    (folder,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append)
+    (folder,) = distill(
+        inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append
+    )
     assert "source1: goes on from checkpoint-2" in said
     (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
@@ -257,7 +256,9 @@ def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Pa
 def test_a_damaged_checkpoint_is_not_gone_on_from(interrupted: Path, world: Path, tmp_path: Path) -> None:
     (interrupted / "source1.training" / "checkpoint-2" / "optimizer.pt").unlink()
     said: list[str] = []
-    (folder,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append)
+    (folder,) = distill(
+        inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append
+    )
     assert "source1: warning: checkpoint-2 is not used: optimizer.pt is missing" in said
     assert "source1: goes on from checkpoint-1" in said
     (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
@@ -276,7 +277,7 @@ def test_other_settings_are_refused_with_the_difference(interrupted: Path, world
 
 
 def test_another_split_of_the_batch_is_no_difference(interrupted: Path, world: Path) -> None:
-    split = settings(training={"num_train_epochs": 2, "per_device_train_batch_size": 1, "trainer": {"logging_steps": 5}})
+    split = settings(training={"num_train_epochs": 2, "per_device_train_batch_size": 1, "logging_steps": 5})
     (folder,) = distill(inputs(world), split, interrupted, resume=True)
     assert folder.is_dir()
 
@@ -338,12 +339,12 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
     ("training", "message"),
     [
         (
-            {"trainer": {"adam_beta3": 1}},
-            "trainer.adam_beta3 is no field of TrainingArguments; did you mean 'adam_beta",
+            {"adam_beta3": 1},
+            "adam_beta3 is no setting of fusekit and no field of TrainingArguments; did you mean 'adam_beta",
         ),
-        ({"trainer": {"learning_rate": 1}}, "trainer.learning_rate is set by learning_rate"),
-        ({"trainer": {"save_only_model": True}}, "trainer.save_only_model cannot be set"),
-        ({"trainer": {"optim": "sgdd"}}, "transformers refuses the training arguments"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is set by batch_size"),
+        ({"save_only_model": True}, "save_only_model cannot be set"),
+        ({"optim": "sgdd"}, "transformers refuses the training arguments"),
         ({"per_device_train_batch_size": 3}, "batch_size 4 .* cannot be divided by per_device_train_batch_size 3"),
         ({"lora": {"lora_alhpa": 4}}, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'"),
         ({"lora": {"target_modules": ["nothing"]}}, "peft refuses the lora settings"),

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from fusekit.alignment import build_vocabulary_map
 from fusekit.capture.engine import Teacher
-from fusekit.capture.topk import Selection
+from fusekit.capture.settings import Selection
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.sampling import EpochSampler

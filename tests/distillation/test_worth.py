@@ -125,7 +125,7 @@ def invoke(*arguments: object) -> Any:
 def worth_of(pivot: Path, source: Path, data: Path, folder: Path, *options: object) -> dict[str, Any]:
     """What ``fusekit inspect alignment --stores`` finds out about two models."""
     for name, model in (("pivot", pivot), ("source", source)):
-        done = invoke("represent", model, data, folder / name, "--top-k", 32, "--max-length", 256, "--quiet")
+        done = invoke("capture", model, data, folder / name, "--top-k", 32, "--max-length", 256, "--quiet")
         assert done.exit_code == 0, done.output
     stores = ["--stores", folder / "pivot", folder / "source", "--json", folder / "found.json"]
     done = invoke("inspect", "alignment", pivot, source, "--data", data, "--samples", 0, *stores, *options)

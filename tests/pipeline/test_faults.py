@@ -43,7 +43,13 @@ def write_world(folder: Path) -> Path:
         "sources": [{"model": str(DEMO / "sources" / "llama"), "load": load}],
         "data": {"path": "rows.jsonl", "max_length": 64},
         "capture": {"top_k": 4, "rows_per_shard": 4},
-        "distill": {"lm_weight": 0.5, "num_train_epochs": 1, "learning_rate": 3e-4, "batch_size": 4, "per_device_train_batch_size": 4},
+        "distill": {
+            "lm_weight": 0.5,
+            "num_train_epochs": 1,
+            "learning_rate": 3e-4,
+            "batch_size": 4,
+            "per_device_train_batch_size": 4,
+        },
         "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
         "evaluate": {"path": "held_out.jsonl", "metrics": ["bits_per_byte"]},
     }
@@ -161,7 +167,7 @@ def signal_self() -> None:
 @pytest.mark.parametrize(
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.safetensors", "capture", "captures", ""),
+        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.parquet", "capture", "captures", ""),
         ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
     ],
     ids=["capture", "training"],

@@ -72,7 +72,9 @@ def test_a_merged_model_of_other_targets_is_made_anew_one_of_other_settings_refu
 
 def test_scores_without_the_baseline_that_the_recipe_asks_for_are_refused(finished):
     path, out = finished
-    with pytest.raises(StorageError, match=r"baselines/sft was made from something else:\n  training.num_train_epochs: 4.0"):
+    with pytest.raises(
+        StorageError, match=r"baselines/sft was made from something else:\n  training.num_train_epochs: 4.0"
+    ):
         _only_baseline_changed(path, out)
     shutil.rmtree(out / "baselines")
     with pytest.raises(StorageError, match="baselines/sft is not there: the stage `distill` comes first"):
@@ -108,7 +110,9 @@ def test_a_plan_of_plain_fine_tuning_counts_no_second_one(finished):
 def test_the_report_is_of_the_recipe_that_made_what_is_there(finished):
     path, out = finished
     before = (out / "recipe.resolved.yml").read_bytes()
-    with pytest.raises(StorageError, match=r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n.*fusekit report"):
+    with pytest.raises(
+        StorageError, match=r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n.*fusekit report"
+    ):
         run(load_recipe(path, ["distill.num_train_epochs=9"]), out, only="report", say=quiet)
     assert (out / "recipe.resolved.yml").read_bytes() == before
     run(load_recipe(path), out, only="report", say=quiet)

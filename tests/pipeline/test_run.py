@@ -127,3 +127,13 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "mine")])
     assert "is no run of fusekit, but holds 'thesis.tex'" in str(result.exception)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_a_run_until_the_captures(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ["llama"])
+    result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "out"), "--until", "capture", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "out" / "captures").iterdir() if p.is_dir()) == ["llama", "pivot"]
+    assert not (tmp_path / "out" / "targets").exists()
+    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("capture pivot: ") == 4

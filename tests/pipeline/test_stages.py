@@ -328,7 +328,7 @@ def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
     both = "pivot: {model: a}\nmerge_method: linear\n"
     assert "'pivot' is a key of fusion recipes, 'merge_method' of mergekit" in said("merge", both)
     assert "is neither a fusion recipe (pivot, sources, data) nor a mergekit recipe" in said("merge", "a: 1\n")
-    for command in ("run", "align", "distill", "represent"):
+    for command in ("run", "align", "distill"):
         mergekit = said(command, "merge_method: linear\nmodels: []\n")
         assert (
             f"is a mergekit recipe, which merges models of one architecture: `fusekit merge {recipe} OUT`" in mergekit
@@ -364,7 +364,7 @@ def test_the_log_has_what_was_said_and_how_it_ended(finished):
         (["/usr/bin/fusekit", "run", "my recipe.yml", "out"], False, "fusekit run 'my recipe.yml' out"),
         (["/x/fusekit/cli/__main__.py", "run", "r.yml", "out"], False, "python -m fusekit.cli run r.yml out"),
         (["/usr/bin/mergekit-fuse", "r.yml", "out", "--cuda"], False, "mergekit-fuse r.yml out --cuda"),
-        (["fusekit", "represent", "m", "--overwrite", "out"], False, "fusekit represent m out"),
+        (["fusekit", "capture", "m", "--overwrite", "out"], False, "fusekit capture m out"),
         (["/x/fusekit/cli/__main__.py", "run", "r"], True, "accelerate launch -m fusekit.cli run r "),
     ],
 )

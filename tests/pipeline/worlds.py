@@ -29,7 +29,13 @@ def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
         "sources": [{"model": str(DEMO / "sources" / name), "load": {"dtype": "float32"}} for name in sources],
         "data": {"path": str(folder / "rows.jsonl"), "max_length": 64},
         "capture": {"top_k": 8},
-        "distill": {"lm_weight": 0.5, "num_train_epochs": 4, "learning_rate": 3e-4, "batch_size": 6, "per_device_train_batch_size": 6},
+        "distill": {
+            "lm_weight": 0.5,
+            "num_train_epochs": 4,
+            "learning_rate": 3e-4,
+            "batch_size": 6,
+            "per_device_train_batch_size": 6,
+        },
         "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
         "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte"]},
     }

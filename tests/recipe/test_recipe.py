@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fusekit.cli import cli
 from fusekit.distillation.arguments import training_arguments
+from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.pipeline.checks import check_recipe
 from fusekit.recipe import PRESETS, load_recipe
@@ -47,7 +48,7 @@ def test_defaults_are_the_preset_fusekit(write):
 
 
 def test_a_preset_lies_below_the_recipe(write):
-    recipe = load_recipe(write(SMALL + "preset: fusellm\ndistill: {epochs: 2, trainer: {adam_beta1: 0.8}}\n"))
+    recipe = load_recipe(write(SMALL + "preset: fusellm\ndistill: {num_train_epochs: 2, adam_beta1: 0.8}\n"))
     assert (recipe.distill.num_train_epochs, recipe.distill.loss, recipe.distill.lm_weight) == (2, "ce", 0.9)
     assert recipe.distill.trainer == {"adam_beta1": 0.8, "adam_beta2": 0.95, "max_grad_norm": 1.0}
     assert recipe.data.pack
@@ -69,7 +70,7 @@ def test_presets_name_real_training_arguments(preset):
     from transformers import TrainingArguments
 
     known = {field.name for field in fields(TrainingArguments)}
-    assert set(PRESETS[preset].get("distill", {}).get("trainer", {})) <= known
+    assert set(PRESETS[preset].get("distill", {})) <= known | set(TrainingSettings.model_fields)
 
 
 def test_another_merge_method_does_not_inherit_parameters(write):
@@ -317,7 +318,7 @@ def test_a_merge_that_cannot_be_is_refused_before_anything_is_trained(write, tmp
 def test_settings_that_can_never_train_are_refused_before_anything_is_captured(write, tmp_path, monkeypatch):
     text = (
         SMALL + "capture: {top_k: 4,\n  temperature: 2}\ndistill:\n  batch_size: 10\n  per_device_train_batch_size: 4\n"
-        "  scheduler: cosin\n  lora: {lora_alhpa: 4}\n  trainer: {warmpu_steps: 1,\n    learning_rate: 1}\n"
+        "  lr_scheduler_type: cosin\n  lora: {lora_alhpa: 4}\n  warmpu_steps: 1\n  gradient_accumulation_steps: 2\n"
     )
     path, merge = write(text), "merge.dtype=bf17"
     for command in (["validate", str(path)], ["run", str(path), str(tmp_path / "out")], ["plan", str(path)]):
@@ -325,11 +326,14 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         assert isinstance(error, RecipeError)
         for line, says in (
             (5, "capture.temperature is 2.0, but distill.temperature 1.0"),
-            (7, "batch_size 10 (rows per optimizer step) cannot be divided by per_device_train_batch_size 4 x 1 processes"),
-            (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
+            (
+                7,
+                "batch_size 10 (examples per optimizer step) cannot be divided by per_device_train_batch_size 4 x 1",
+            ),
+            (9, "lr_scheduler_type 'cosin' is none that transformers knows; did you mean 'cosine'?"),
             (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
-            (11, "trainer.warmpu_steps is no field of TrainingArguments"),
-            (12, "trainer.learning_rate is set by learning_rate"),
+            (11, "warmpu_steps is no setting of fusekit and no field of TrainingArguments"),
+            (12, "gradient_accumulation_steps is set by batch_size"),
         ):
             assert f"{path}, line {line}: {says}" in str(error)
         assert f"--set {merge}: " in str(error)  # the other sections' mistakes too
@@ -350,17 +354,17 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         ("fsdp", "full_shards", "full_shards"),
         ("adam_beta1", "2", "Invalid beta parameter at index 0: 2"),
         ("adam_epsilon", "-1.0", "Invalid epsilon value: -1.0"),
-        ("max_steps", "many", "trainer.max_steps is 'many', not int"),
-        ("max_grad_norm", "1e-1x", "trainer.max_grad_norm is '1e-1x', not float"),
+        ("max_steps", "many", "max_steps is 'many', not int"),
+        ("max_grad_norm", "1e-1x", "max_grad_norm is '1e-1x', not float"),
         ("logging_steps", "0", "non-zero --logging_steps"),
         ("lr_scheduler_kwargs", "{min_lr_rat: 1}", "min_lr_rat"),
-        ("eval_strategy", "steps", "trainer.eval_strategy cannot be set"),
+        ("eval_strategy", "steps", "eval_strategy cannot be set"),
     ],
 )
 def test_training_arguments_that_transformers_or_torch_refuse_are_refused_at_their_line(write, field, value, says):
     environment = dict(os.environ)
     with pytest.raises(RecipeError) as caught:
-        check_recipe(load_recipe(write(SMALL + f"distill:\n  seed: 1\n  trainer:\n    {field}: {value}\n")))
+        check_recipe(load_recipe(write(SMALL + f"distill:\n  seed: 1\n  {field}: {value}\n")))
     assert "recipe.yml, line 7: " in str(caught.value)
     assert says in str(caught.value)
     assert dict(os.environ) == environment
@@ -370,7 +374,7 @@ def test_a_scheduler_that_lacks_what_it_needs_is_refused_at_its_line(write):
     path = write(SMALL + "distill:\n  scheduler: cosine_with_min_lr\n")
     with pytest.raises(RecipeError, match=r"recipe.yml, line 5: .*min_lr"):
         check_recipe(load_recipe(path))
-    check_recipe(load_recipe(path, ["distill.trainer.lr_scheduler_kwargs={min_lr: 1.0e-7}"]))
+    check_recipe(load_recipe(path, ["distill.lr_scheduler_kwargs={min_lr: 1.0e-7}"]))
 
 
 def test_bfloat16_needs_no_accelerator(write):

@@ -1,6 +1,10 @@
-"""A writer that dies at any moment: what was committed survives, and the rerun makes the store that would have been."""
+"""Faults 1 and 3, for real: writers that die at any moment, and disks that are full, read-only or forbidden."""
 
+import resource
 import signal
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +12,7 @@ from fusekit.capture.store import Store
 from fusekit.errors import StorageError
 from tests.capture.store_processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
 from tests.merging.processes import strace_works
+from tests.merging.test_disk import mounted, without_privileges  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_two_processes_write_the_store_that_one_would(tmp_path, whole):
 def test_another_number_of_processes_goes_on(tmp_path, whole):
     path = tmp_path / "out"
     assert Child(tmp_path / "log", (path, 2, 3, SPEC, False)).wait() == 0
-    (path / ".shard-00001.safetensors.1.tmp").write_bytes(b"of a process that died")
+    (path / ".shard-00001.parquet.1.tmp").write_bytes(b"of a process that died")
     assert write(path) == [0, 1, 3]
     assert listing(path) == whole
 
@@ -91,9 +96,9 @@ def test_another_number_of_processes_goes_on(tmp_path, whole):
 def test_a_living_neighbours_temporary_file_is_not_swept(tmp_path):
     path = tmp_path / "out"
     write(path, 0, 2, SPEC, False)
-    (path / ".shard-00001.safetensors.1.tmp").write_bytes(b"half a shard")
+    (path / ".shard-00001.parquet.1.tmp").write_bytes(b"half a shard")
     write(path, 0, 2, SPEC, False)
-    assert (path / ".shard-00001.safetensors.1.tmp").exists()
+    assert (path / ".shard-00001.parquet.1.tmp").exists()
 
 
 @pytest.mark.skipif(not strace_works(), reason="strace is not here or may not trace")
@@ -130,3 +135,53 @@ def test_system_calls_that_fail_keep_what_was_committed(tmp_path, whole, inject,
     assert not [name for name in listing(path) if name.endswith(".tmp")]
     write(path)
     assert listing(path) == whole
+
+
+def test_full_disk_keeps_committed_shards(tmp_path, mounted):  # noqa: F811
+    disk = mounted("size=64k")
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(45_000))
+    with pytest.raises(StorageError, match=rf"{disk}.*No space left on device \(.* free\)"):
+        write(disk / "out")
+    kept = listing(disk / "out")
+    assert not [name for name in kept if name.endswith(".tmp")]
+    ballast.unlink()
+    again = write(disk / "out")
+    assert len(again) + len([name for name in kept if name.startswith("shard") and name.endswith(".json")]) == 4
+    write(tmp_path / "out")
+    assert listing(disk / "out") == listing(tmp_path / "out")
+
+
+def limit_file_size(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_file_size_limit(tmp_path):
+    """`ulimit -f` stands in for a full disk where nothing can be mounted."""
+    log = tmp_path / "log"
+    assert Child(log, (tmp_path / "out",), limit_file_size, (800,)).wait() == 1
+    assert "File too large" in log.read_text()
+    assert str(tmp_path / "out") in log.read_text()
+    assert not [name for name in listing(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_read_only_file_system(mounted):  # noqa: F811
+    disk = mounted("size=1m")
+    write(disk / "out")
+    (disk / "out/shard-00001.parquet").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(StorageError, match=rf"{disk}.*Read-only file system \(.* free\)"):
+        write(disk / "out")
+    with pytest.raises(StorageError, match=rf"{disk}.*Read-only file system"):
+        write(disk / "other")
+
+
+def test_no_permission(tmp_path_factory):
+    # Not below pytest's own folder, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as open_to_all:
+        root = Path(open_to_all)
+        root.chmod(0o755)
+        (root / "locked").mkdir(mode=0o555)
+        with without_privileges(), pytest.raises(StorageError, match=r"locked.*Permission denied \(.* free\)"):
+            write(root / "locked/out")
+        assert list((root / "locked").iterdir()) == []
