@@ -98,8 +98,8 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
     import torch
 
-    from fusekit.capture.load import load_tokenizer
-    from fusekit.capture.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.load import load_tokenizer
+    from fusekit.capturing.models import ModelChoice, find_checkpoint
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.devices import Processes
 
@@ -113,9 +113,9 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
         return _train(
             checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields
         )
-    from fusekit.capture import estimate
-    from fusekit.capture.capture import capture
-    from fusekit.capture.settings import CaptureSettings
+    from fusekit.capturing import estimate
+    from fusekit.capturing.capture import capture
+    from fusekit.capturing.settings import CaptureSettings
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
 from fusekit.types import Message, Row

@@ -57,7 +57,7 @@ def test_only_what_merges_imports_mergekit():
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         ("import fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
         ("import fusekit.hub, fusekit.hub, fusekit.hub", "mergekit torch transformers"),
-        ("import fusekit.capture.capture, fusekit.capture.store", "mergekit"),
+        ("import fusekit.capturing.capture, fusekit.capturing.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),
         ("import fusekit.plan.make, fusekit.plan.table", "mergekit"),
         ("import fusekit.cli.plan", "mergekit torch transformers"),

@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.alignment.texts import piece, texts
 from benchmarks.alignment.timing import write
 from fusekit.alignment import build_vocabulary_map
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.store import Store
-from fusekit.capture.writer import StoreWriter
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import StoreWriter
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.label_rows import Projection, label_rows
 from fusekit.distillation.settings import FusionSettings

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.fusion.rows import demo
 from fusekit.artifacts import commit_file
-from fusekit.capture.models import ModelChoice
+from fusekit.capturing.models import ModelChoice
 from fusekit.data.reading import read_rows
 from fusekit.evaluation.metrics import evaluate_model
 

@@ -227,7 +227,7 @@ def _merged(work: Work, name: str, trained: Sequence[Path], out: Path) -> Path:
 
 
 def _score(work: Work, setting: str, name: str, seed: int | None, model: Path, template: str = "own") -> None:
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
     from fusekit.data.reading import read_rows
     from fusekit.evaluation.metrics import evaluate_model
 

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.alignment.timing import write
 from benchmarks.representation.capture import TOKENS, VOCABULARY, Tokens, random_llama
-from fusekit.capture.engine import Teacher
-from fusekit.capture.settings import Selection
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.settings import Selection
 
 ROW_TOKENS = 512
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from benchmarks.alignment.timing import write
-from fusekit.capture.capture import capture_rows
-from fusekit.capture.engine import Teacher, padded, plan_batches
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.settings import Selection
+from fusekit.capturing.capture import capture_rows
+from fusekit.capturing.engine import Teacher, padded, plan_batches
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.settings import Selection
 from fusekit.devices import Processes
 from fusekit.types import TEXT, Message, Part, Row, TokenizedRow
 

@@ -29,11 +29,11 @@ import click
 import numpy as np
 
 from benchmarks.alignment.timing import median_ms, write
-from fusekit.capture.codec import Codec
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.shards import shard_bytes
-from fusekit.capture.store import Store
-from fusekit.capture.writer import StoreWriter
+from fusekit.capturing.codec import Codec
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.shards import shard_bytes
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import StoreWriter
 from fusekit.types import CapturedRow, TokenizedRow, TopK
 
 VOCABULARY = 151_936

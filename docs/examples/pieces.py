@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fusekit.capture.capture import capture
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.store import Store
+from fusekit.capturing.capture import capture
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusekit.capture.settings import CaptureSettings
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.cli.options import given, options_of
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.errors import DataError, FusekitError
 from fusekit.recipe.sections import Data, Load
 
 if TYPE_CHECKING:
-    from fusekit.capture.models import Checkpoint
-    from fusekit.capture.store import Store
+    from fusekit.capturing.models import Checkpoint
+    from fusekit.capturing.store import Store
     from fusekit.data.prepare import Prepared
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.types import Row
@@ -105,7 +105,7 @@ def capture(**options: Any) -> None:
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
-    from fusekit.capture.capture import capture as run
+    from fusekit.capturing.capture import capture as run
     from fusekit.data.prepare import prepare
 
     data = Data(path=list(options["data"]), **given({**options, "revision": None}, Data))
@@ -135,9 +135,9 @@ def _models(
     options: dict[str, Any], train_on: str, say: Callable[[str], None]
 ) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
-    from fusekit.capture.load import load_tokenizer
-    from fusekit.capture.manifest import MANIFEST, Manifest, read_json
-    from fusekit.capture.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.load import load_tokenizer
+    from fusekit.capturing.manifest import MANIFEST, Manifest, read_json
+    from fusekit.capturing.models import ModelChoice, find_checkpoint
     from fusekit.data.templates import ChatTemplate, kept_date
     from fusekit.data.tokenize import RowTokenizer
 

@@ -206,7 +206,7 @@ def _value(text: str) -> Any:
 
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
     from fusekit.distillation.inputs import Inputs, Source
 
     sources = {}
@@ -232,7 +232,7 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
 
 
 def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.data.prepare import pack_text
     from fusekit.data.reading import read_rows
 
@@ -247,7 +247,7 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
 
 def _date_of(sources: Iterable[Source]) -> datetime.date | None:
     """The day that the sources' templates printed, if one's does. Raises StorageError."""
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.data.templates import kept_date
 
     dates = (kept_date(Store.open(source.store).spec.details.get("date")) for source in sources)
@@ -255,8 +255,8 @@ def _date_of(sources: Iterable[Source]) -> datetime.date | None:
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
-    from fusekit.capture.load import load_tokenizer
-    from fusekit.capture.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.load import load_tokenizer
+    from fusekit.capturing.models import ModelChoice, find_checkpoint
     from fusekit.data.tokenize import RowTokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))

@@ -94,7 +94,7 @@ def evaluate(
         raise click.UsageError("give held-out rows (--data), or tasks of lm-eval (--lm-eval)")
     if not all(options["tasks"]):
         raise click.UsageError("--lm-eval names no task: give one, or leave the option out")
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
     from fusekit.evaluation import lm_eval
     from fusekit.evaluation.held_out import held_out_rows
     from fusekit.evaluation.metrics import Score, ends_counted, evaluate_model

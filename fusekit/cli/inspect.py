@@ -110,7 +110,7 @@ def alignment(
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, without rows.")
 def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokenizer: str | None, as_json: bool) -> None:
     """Say what is in the store PATH: sizes, cross-entropy by source of data, and rows with the model's predictions."""
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.cli.store_report import figures, row_lines, summary_lines
 
     opened = Store.open(path, incomplete=True)
@@ -141,8 +141,8 @@ def load_tokenizer(name: str) -> Any:
     path = Path(name)
     try:
         if split(name) is not None:
-            from fusekit.capture.load import load_tokenizer as load
-            from fusekit.capture.models import ModelChoice, find_checkpoint
+            from fusekit.capturing.load import load_tokenizer as load
+            from fusekit.capturing.models import ModelChoice, find_checkpoint
 
             return load(find_checkpoint(ModelChoice(name), weights=False))
         if path.is_file():
@@ -233,7 +233,7 @@ def _worth(
     tokenizers: tuple[Any, Any], stores: tuple[Path, Path], files: tuple[Path, ...], how: dict[str, str], limit: int
 ) -> TeacherWorth:
     """Raises DistillationError where stores, rows and tokenizers are not of each other, or for an unknown setting."""
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.data.reading import read_rows
     from fusekit.distillation.settings import AlignmentSettings
     from fusekit.distillation.worth import Captured, measure_stores

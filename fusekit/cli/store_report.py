@@ -11,7 +11,7 @@ import numpy as np
 from fusekit.artifacts import human
 
 if TYPE_CHECKING:
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.types import CapturedRow
 
 _SHOWN_QUARANTINED = 5

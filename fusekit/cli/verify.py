@@ -73,7 +73,7 @@ def _checked(folder: Path, check: Check) -> tuple[list[str], str]:
 
 
 def _store(folder: Path) -> tuple[list[str], str]:
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
 
     store = Store.open(folder)
     good = f"{folder}: {len(store)} rows in {len(store.records)} shards, all as committed"

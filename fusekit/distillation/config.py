@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 from transformers import TrainingArguments
 
-from fusekit.capture.settings import CaptureSettings
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.arguments import IMPOSSIBLE
 from fusekit.distillation.settings import DistillSettings, TrainingSettings

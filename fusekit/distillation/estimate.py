@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capture.estimate import itemsize, parameters, shape_of, stored_dtype
-from fusekit.capture.models import Checkpoint
+from fusekit.capturing.estimate import itemsize, parameters, shape_of, stored_dtype
+from fusekit.capturing.models import Checkpoint
 from fusekit.devices import Processes
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment import tokenize
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.capture.store import Store
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.store import Store
 from fusekit.devices import on_main, shared
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings

@@ -13,7 +13,7 @@ SHOWN = 5  # keys in a message
 
 
 class Captures(Protocol):
-    """What a model said about rows, by their keys: a :class:`fusekit.capture.store.Store`, or a dict.
+    """What a model said about rows, by their keys: a :class:`fusekit.capturing.store.Store`, or a dict.
 
     ``keys`` may be an attribute or a method.
     """

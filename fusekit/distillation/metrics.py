@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fusekit.alignment.row_cases import Case
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.distillation.fusion import METRICS
 from fusekit.distillation.joining import Captures
 from fusekit.distillation.label_rows import LabelRows

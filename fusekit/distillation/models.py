@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fusekit.capture.load import load_model
-from fusekit.capture.models import Checkpoint
+from fusekit.capturing.load import load_model
+from fusekit.capturing.models import Checkpoint
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.yaml import nearest
@@ -35,12 +35,19 @@ def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
         return model
     if settings.activation_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings would leave the checkpointed layers without gradient
-    return _with_adapter(model, settings.lora)
+    return with_adapter(model, settings.lora)
 
 
-def _with_adapter(model: Any, fields: dict[str, Any]) -> Any:
-    from peft import LoraConfig, get_peft_model
+def with_adapter(model: Any, config: Any) -> Any:
+    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
 
+    Raises DistillationError for fields that peft does not know or refuses.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model
+
+    if isinstance(config, PeftConfig):
+        return get_peft_model(model, config)
+    fields = dict(config)
     if wrong := wrong_lora_fields(fields):
         raise DistillationError("; ".join(wrong.values()))
     try:

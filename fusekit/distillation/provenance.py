@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 
 from fusekit import artifacts as artifact
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import map_hash

@@ -17,7 +17,7 @@ from transformers import set_seed
 import fusekit
 from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
-from fusekit.capture.load import dequantise
+from fusekit.capturing.load import dequantise
 from fusekit.devices import Processes, is_main, on_main
 from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
 from fusekit.distillation.arguments import refused, training_arguments
@@ -177,17 +177,11 @@ class _Work:
 
     def trainer(self, model: Any) -> FusionTrainer:
         """The trainer of the target."""
-        training = self.settings.training
-        objective = Objective(
-            training.lm_weight, training.lm_weighting, training.loss, training.truncation, training.temperature
-        )
         return FusionTrainer(
             model,
-            training_arguments(training, self.target.work),
+            training_arguments(self.settings.training, self.target.work),
             self.data,
-            objective=objective,
-            count_names=self.data.count_names,
-            max_skipped_steps=training.max_skipped_steps,
+            objective=Objective.of(self.settings.training),
             facts={"made_from": self.facts},
             say=self.say,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fusekit.distillation import checkpoints
 from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.label_logits import LabelLogits
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.sampling import EpochSampler, WithBlanks
+from fusekit.distillation.settings import TrainingSettings
+from fusekit.distillation.targets import FusionDataset
+from fusekit.distillation.teachers import Student, fusion_dataset
 from fusekit.distillation.training_log import RunningSums
 from fusekit.errors import DistillationError
 from fusekit.types import FloatArray
@@ -35,6 +39,8 @@ class Objective:
         weighting: what becomes of λ over the run and from row to row, a name in
             :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
         loss, truncation, temperature: see :func:`fusekit.distillation.losses.fusion_loss`.
+        max_skipped_steps: stop once as many optimizer steps in a row were skipped because the loss or the gradient was
+            non-finite.
     """
 
     lm_weight: float = 0.9
@@ -42,6 +48,19 @@ class Objective:
     loss: str = "ce"
     truncation: str = "tail"
     temperature: float = 1.0
+    max_skipped_steps: int = 5
+
+    @classmethod
+    def of(cls, training: TrainingSettings) -> Objective:
+        """The objective of the settings of a run."""
+        return cls(
+            training.lm_weight,
+            training.lm_weighting,
+            training.loss,
+            training.truncation,
+            training.temperature,
+            training.max_skipped_steps,
+        )
 
     def weights_at(self, progress: float, batch: Mapping[str, Any]) -> float | FloatArray:
         """λ of each label of a batch after this share of the run: float64 [n], or one number for all."""
@@ -54,23 +73,37 @@ class Objective:
 
 
 class FusionTrainer(Trainer):
-    """Trains a pivot on rows and on targets that were fused from other models' predictions.
+    """Trains a model on examples and on what its teachers say about them: transformers' Trainer with the fusion loss.
+
+    >>> from fusekit import FusionConfig, FusionTrainer
+    >>> config = FusionConfig(folder, loss="kl", max_steps=2, save_strategy="no", disable_tqdm=True)
+    >>> rows = [{"prompt": f"{n}+1=", "response": str(n + 1)} for n in range(8)]
+    >>> trainer = FusionTrainer("demo/models/pivot", config, rows, teachers={"numbers": "demo/models/numbers"})
+    >>> trainer.train().global_step
+    2
 
     Both terms of the loss are sums over labels divided by the number of labels of the whole optimizer step, over all
-    micro-batches and processes, so how a batch is split changes nothing but the last bits.
+    micro-batches and processes, so how a batch is split changes nothing but the last bits. A teacher that is a model is
+    captured before training, into ``captures/`` of the output folder, and so is the model itself where the settings
+    compare with it; a capture that is there already is resumed or used.
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, callbacks: as in transformers. Data sets give the
-            examples that :class:`fusekit.distillation.collator.FusionCollator` takes.
-        objective: the loss.
-        count_names: names of the examples' ``counts``, in order (``FusionDataset.count_names``).
-        max_skipped_steps: stop once as many optimizer steps in a row were skipped because the loss or the gradient was
-            no number. The weights are those before the first of them.
+        model: what is trained: a name on the hub, a path, or a loaded causal language model.
+        args: a :class:`~fusekit.FusionConfig`, or TrainingArguments beside an ``objective``.
+        train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
+            instruction triples, text); or a :class:`~fusekit.distillation.targets.FusionDataset`.
+        teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to capture.
+        eval_dataset: examples as in ``train_dataset``, whose loss is that of the text alone.
+        processing_class: the tokenizer; by default that of ``model``.
+        peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
+        callbacks: as in transformers.
+        objective: the loss, where ``args`` does not say it.
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
 
     Raises:
-        DistillationError: an argument that cannot work here; too many skipped steps.
+        DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
+            examples; too many skipped steps in a row, with the weights as they were before the first.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers: the loss is normalised over the optimizer step already
@@ -80,16 +113,28 @@ class FusionTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         train_dataset: Any,
+        teachers: Any = None,
         *,
-        objective: Objective,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        count_names: Sequence[str] = (),
-        max_skipped_steps: int = 5,
-        facts: Mapping[str, Any] | None = None,
+        peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        objective: Objective | None = None,
+        facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        if not isinstance(args, FusionConfig) and (objective is None or not isinstance(args, TrainingArguments)):
+            raise DistillationError(
+                f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
+            )
+        if isinstance(args, FusionConfig):
+            student = Student.of(model, processing_class, args.settings.training.dtype)
+            if not isinstance(train_dataset, FusionDataset):
+                train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
+            if eval_dataset is not None:
+                eval_dataset = fusion_dataset(student, eval_dataset, None, args, say)
+            model, processing_class = student.with_adapter(peft_config), student.tokenizer
+            objective = objective or Objective.of(args.settings.training)
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
         args.prediction_loss_only = True
         if args.n_gpu > 1:
@@ -107,14 +152,14 @@ class FusionTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # its lines are said
         # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
         self.model_accepts_loss_kwargs = True
+        assert objective is not None
         self.objective = objective
-        self.max_skipped_steps = max_skipped_steps
         self.facts = dict(facts or {})
         self.say = say
         self.skipped_in_row = 0
         self.skipped = 0
         self.counts: dict[str, float] = {}
-        self._sums = RunningSums(tuple(count_names))
+        self._sums = RunningSums(getattr(train_dataset, "count_names", ()))
         self._sampler: EpochSampler | None = None
         compiled = args.torch_compile  # a hook that comes and goes would be compiled anew
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
@@ -226,7 +271,7 @@ class FusionTrainer(Trainer):
         self.skipped += 1
         step = self.state.global_step + 1
         self.say(f"warning: step {step} is skipped: its loss or gradient is no number (norm {float(grad_norm)})")
-        if self.skipped_in_row >= self.max_skipped_steps:
+        if self.skipped_in_row >= self.objective.max_skipped_steps:
             good = checkpoints.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
             raise DistillationError(

@@ -12,7 +12,7 @@ import numpy as np
 from fusekit.alignment.row_cases import Case
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.alignment.worth import TeacherWorth
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.distillation.inputs import Reading, projection_of
 from fusekit.distillation.joining import Captures, join
 from fusekit.distillation.label_rows import Projection, label_rows

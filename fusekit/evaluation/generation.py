@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capture.engine import plan_batches
+from fusekit.capturing.engine import plan_batches
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, DataError
 from fusekit.resources import is_out_of_memory, release

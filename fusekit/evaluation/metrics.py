@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capture.engine import BATCH_TOKENS, Teacher
-from fusekit.capture.load import load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.settings import Selection
+from fusekit.capturing.engine import BATCH_TOKENS, Teacher
+from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
@@ -60,7 +60,7 @@ def bits_per_byte(
     Raises:
         DataError: no row has a byte to predict, a row is too long for the model, or the model gives no distribution
             for one (names it).
-        CaptureError: see :meth:`fusekit.capture.engine.Teacher.score`.
+        CaptureError: see :meth:`fusekit.capturing.engine.Teacher.score`.
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)

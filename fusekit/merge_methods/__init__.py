@@ -16,6 +16,7 @@ from fusekit.merge_methods.varm import (
     varm,
     varm_elementwise,
 )
+from fusekit.merge_methods.widen import WidenMerge, widen
 from fusekit.mergekit_plugin import register as _register
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TensorRecord",
     "VaRMMerge",
     "Variant",
+    "WidenMerge",
     "matrix_statistics",
     "merge_coefficients",
     "record_coefficients",
@@ -37,6 +39,7 @@ __all__ = [
     "unit_of",
     "varm",
     "varm_elementwise",
+    "widen",
 ]
 
 _register()

@@ -19,7 +19,7 @@ from fusekit.yaml import KeyPath, Problems, nearest
 
 _NO_GGUF = (
     'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
-    "fusekit.capture.models import dequantise; dequantise('{}', 'FOLDER')\")"
+    "fusekit.capturing.models import dequantise; dequantise('{}', 'FOLDER')\")"
 )
 
 

@@ -46,7 +46,7 @@ def check_places(context: Context, stages: Collection[str] = STAGES) -> None:
 
     Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
     """
-    from fusekit.capture.writer import refuse_foreign
+    from fusekit.capturing.writer import refuse_foreign
     from fusekit.pipeline.merging import check_place
 
     for stage in stages:
@@ -80,8 +80,8 @@ def check_stores(context: Context) -> None:
 
     Raises StorageError naming what differs, and the way out.
     """
-    from fusekit.capture.capture import data_fingerprint
-    from fusekit.capture.store import Store
+    from fusekit.capturing.capture import data_fingerprint
+    from fusekit.capturing.store import Store
 
     for name in context.readers.names:
         folder = context.layout.store(name)

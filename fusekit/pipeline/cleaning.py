@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import disk_fault, output_lock
-from fusekit.capture.writer import OF_STORES
+from fusekit.capturing.writer import OF_STORES
 from fusekit.distillation.outputs import PLAIN, targets_of
 from fusekit.distillation.overwriting import NOTE
 from fusekit.errors import StorageError

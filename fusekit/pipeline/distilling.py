@@ -167,7 +167,7 @@ def _expected_facts(
     context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells how models were called."""
-    from fusekit.capture.store import Store
+    from fusekit.capturing.store import Store
     from fusekit.distillation.joining import join
 
     teachers = _teachers(context, target)

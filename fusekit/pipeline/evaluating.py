@@ -14,8 +14,8 @@ from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

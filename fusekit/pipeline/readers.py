@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fusekit import artifacts as artifact
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError

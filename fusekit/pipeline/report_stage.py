@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fusekit.artifacts import commit_file
-from fusekit.capture.manifest import MANIFEST, Manifest, read_json
+from fusekit.capturing.manifest import MANIFEST, Manifest, read_json
 from fusekit.environment import circumstances
 from fusekit.errors import FusekitError
 from fusekit.report.models import facts_of, read_models, write_models

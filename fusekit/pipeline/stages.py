@@ -96,7 +96,7 @@ class Context:
 
 def dequantised_pivot(context: Context) -> None:
     """Make a plain checkpoint of a pivot that is a GGUF file, once: it is what every stage reads."""
-    from fusekit.capture.load import dequantise
+    from fusekit.capturing.load import dequantise
 
     choice = context.readers.choice(PIVOT)
     if choice.dequantised is not None and split(choice.model) is not None:
@@ -169,7 +169,7 @@ def paths_of(path: str | list[str]) -> list[str]:
 
 def capture(context: Context, name: str, rows: list[Row]) -> None:
     """Capture what a model says about the rows, or what is missing of it."""
-    from fusekit.capture.capture import capture as capture_model
+    from fusekit.capturing.capture import capture as capture_model
 
     reader = context.readers.reader(name)
     own = rows_of(context, name, rows)
@@ -274,7 +274,7 @@ def alignment_of(context: Context, source: str) -> AlignmentSettings:
 
 def ids_of(context: Context, source: str) -> int:
     """Above every id that a source's store can hold."""
-    from fusekit.capture.capture import vocabulary_size
+    from fusekit.capturing.capture import vocabulary_size
 
     return vocabulary_size(context.readers.checkpoint(source), context.readers.reader(source))
 

@@ -25,7 +25,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
         CaptureError: the model cannot be found, and is called otherwise than before, or has a revision that is not the
             commit that it was.
     """
-    from fusekit.capture.capture import details_of, vocabulary_size
+    from fusekit.capturing.capture import details_of, vocabulary_size
 
     section, choice = context.recipe.capture, context.readers.choice(name)
     details = details_of(choice, context.recipe.data.train_on)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.errors import StorageError
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, alignment_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capture import estimate as capture
-from fusekit.capture.capture import vocabulary_size
+from fusekit.capturing import estimate as capture
+from fusekit.capturing.capture import vocabulary_size
 from fusekit.data.reading import is_on_hub
 from fusekit.devices import Processes
 from fusekit.distillation import estimate as training

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fusekit.capture.codec import Codec
-from fusekit.capture.engine import Teacher
-from fusekit.capture.estimate import loaded_bytes
-from fusekit.capture.load import load_model, longest_input, valid_ids
-from fusekit.capture.settings import CaptureSettings, Selection
-from fusekit.capture.shards import shard_bytes
+from fusekit.capturing.codec import Codec
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.estimate import loaded_bytes
+from fusekit.capturing.load import load_model, longest_input, valid_ids
+from fusekit.capturing.settings import CaptureSettings, Selection
+from fusekit.capturing.shards import shard_bytes
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation import models as distilled
 from fusekit.distillation.collator import FusionCollator

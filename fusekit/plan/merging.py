@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusekit.capture.estimate import itemsize, shape_of
-from fusekit.capture.models import Checkpoint
+from fusekit.capturing.estimate import itemsize, shape_of
+from fusekit.capturing.models import Checkpoint
 from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
 from fusekit.resources import Need
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fusekit.capture.estimate import itemsize
-from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.estimate import itemsize
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import FusekitError
 from fusekit.hub import HubUnreachableError

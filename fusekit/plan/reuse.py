@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.capture.capture import store_spec, vocabulary_size
-from fusekit.capture.load import dequantised_from
-from fusekit.capture.manifest import MANIFEST, Manifest, keys_hash, read_json
-from fusekit.capture.store import Store
-from fusekit.capture.writer import refuse_foreign
+from fusekit.capturing.capture import store_spec, vocabulary_size
+from fusekit.capturing.load import dequantised_from
+from fusekit.capturing.manifest import MANIFEST, Manifest, keys_hash, read_json
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import refuse_foreign
 from fusekit.distillation import checkpoints, overwriting
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.capture.settings import CaptureSettings
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,

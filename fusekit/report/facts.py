@@ -14,7 +14,7 @@ from fusekit import artifacts as artifact
 from fusekit import yaml as safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
 from fusekit.artifacts import Artifact
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.recipe.sections import last_part

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from fusekit.artifacts import commit_file
 
 if TYPE_CHECKING:
-    from fusekit.capture.models import Checkpoint
+    from fusekit.capturing.models import Checkpoint
 
 MODELS_FILE = "models.json"
 

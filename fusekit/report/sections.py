@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from fusekit.artifacts import human
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.data.prepare import DROPPED, REASONS
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.writer import StoreWriter
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.writer import StoreWriter
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 from tests.capture.rows import captured, key

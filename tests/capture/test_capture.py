@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.artifacts import output_lock
-from fusekit.capture import engine as batches
-from fusekit.capture.capture import capture
-from fusekit.capture.estimate import parameters
-from fusekit.capture.load import load_model
-from fusekit.capture.manifest import Manifest, read_json
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.settings import CaptureSettings
-from fusekit.capture.store import Store
+from fusekit.capturing import engine as batches
+from fusekit.capturing.capture import capture
+from fusekit.capturing.estimate import parameters
+from fusekit.capturing.load import load_model
+from fusekit.capturing.manifest import Manifest, read_json
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
@@ -100,7 +100,7 @@ def test_the_same_command_again_loads_no_model_and_changes_no_byte(data, tmp_pat
     def never(*_args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fusekit.capture.capture.load_model", never)
+    monkeypatch.setattr("fusekit.capturing.capture.load_model", never)
     assert len(run(data, tmp_path / "out")) == len(data[0])
     assert files(tmp_path / "out") == before
 
@@ -254,7 +254,7 @@ def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("fusekit.capture.capture.load_model", None)
+    monkeypatch.setattr("fusekit.capturing.capture.load_model", None)
     with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
         run(data, tmp_path / "out", settings(batch_tokens=10**10))
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -16,13 +16,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fusekit.capture.capture import capture_rows
-from fusekit.capture.engine import Teacher
-from fusekit.capture.load import load_model, valid_ids
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.settings import Selection
-from fusekit.capture.store import Store
+from fusekit.capturing.capture import capture_rows
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.load import load_model, valid_ids
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import Selection
+from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows

@@ -15,9 +15,9 @@ import torch
 from fusekit import artifacts as artifact
 from fusekit import gguf as headers
 from fusekit.alignment import align
-from fusekit.capture.estimate import loaded_bytes
-from fusekit.capture.load import dequantise, load_model, load_tokenizer
-from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capturing.estimate import loaded_bytes
+from fusekit.capturing.load import dequantise, load_model, load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, StorageError
 from fusekit.gguf import read_header, split
@@ -237,8 +237,8 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
         shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
     repository = Repository(folder)
     script = (
-        "from fusekit.capture.models import ModelChoice as C, find_checkpoint as find\n"
-        "from fusekit.capture.load import load_model, load_tokenizer\n"
+        "from fusekit.capturing.models import ModelChoice as C, find_checkpoint as find\n"
+        "from fusekit.capturing.load import load_model, load_tokenizer\n"
         "from fusekit.errors import FusekitError\n"
         "import torch\n"
         "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from fusekit.capture.load import load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama

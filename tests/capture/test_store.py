@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusekit.artifacts import output_lock
-from fusekit.capture import store as reading
-from fusekit.capture.codec import Codec
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.store import Store
-from fusekit.capture.writer import StoreWriter, combine_stores, remove_store
+from fusekit.capturing import store as reading
+from fusekit.capturing.codec import Codec
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import StoreWriter, combine_stores, remove_store
 from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
 from tests.capture.rows import captured, key
@@ -76,7 +76,7 @@ def test_rows_by_number_and_key(path):
 
 def test_rows_at_random_while_groups_leave_the_memory(tmp_path, monkeypatch):
     """Several row groups per shard, of which one fits the cache and one shard may be open."""
-    monkeypatch.setattr("fusekit.capture.shards.GROUP_VALUES", 30)
+    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 30)
     monkeypatch.setattr(reading, "CACHE_BYTES", 1)
     monkeypatch.setattr(reading, "_OPEN_SHARDS", 1)
     spec = SPEC.model_copy(update={"rows_per_shard": 8})
@@ -268,7 +268,7 @@ def test_a_damaged_record_of_an_unfinished_shard_counts_for_nothing(tmp_path, pa
 
 
 def test_a_flipped_bit_is_noticed_before_its_row_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusekit.capture.shards.GROUP_VALUES", 1)  # a row group for each row
+    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 1)  # a row group for each row
     write(tmp_path)
     file = tmp_path / "shard-00000.parquet"
     ends = Store.open(tmp_path)._shard(0)._ends
@@ -397,7 +397,9 @@ def test_specs_are_checked():
 
 
 def test_stores_need_no_torch():
-    code = "import sys, fusekit.capture.writer; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    code = (
+        "import sys, fusekit.capturing.writer; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert done.stdout.strip() == "[]"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.errors import StorageError
 from tests.capture.store_processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
 from tests.merging.processes import strace_works

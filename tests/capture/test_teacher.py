@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fusekit.capture import engine as teacher_module
-from fusekit.capture.engine import SplitForward, Teacher, batch_tokens_on, plan_batches, rows_per_shard
-from fusekit.capture.settings import Selection
+from fusekit.capturing import engine as teacher_module
+from fusekit.capturing.engine import SplitForward, Teacher, batch_tokens_on, plan_batches, rows_per_shard
+from fusekit.capturing.settings import Selection
 from fusekit.errors import CaptureError
 from fusekit.types import TopK
 from tests import reference

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.capture.settings import Selection
-from fusekit.capture.topk import GROUP, score_logits, top_entries
+from fusekit.capturing.settings import Selection
+from fusekit.capturing.topk import GROUP, score_logits, top_entries
 from fusekit.errors import CaptureError
 from tests import reference
 
@@ -52,7 +52,7 @@ def test_rows_are_those_of_a_full_softmax(vocabulary, k, temperature):
 def test_a_chunk_larger_than_the_cache_gives_the_same_rows(monkeypatch):
     logits, labels = torch.randn(7, WIDE), torch.arange(7)
     whole = score_logits(logits.clone(), labels, Selection(4))
-    monkeypatch.setattr("fusekit.capture.topk.CACHED_BYTES", 3 * 4 * WIDE)
+    monkeypatch.setattr("fusekit.capturing.topk.CACHED_BYTES", 3 * 4 * WIDE)
     for one, other in zip(whole, score_logits(logits.clone(), labels, Selection(4)), strict=True):
         assert torch.equal(one, other)
 

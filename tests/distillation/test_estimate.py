@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusekit.capture import estimate as capture
-from fusekit.capture.engine import CHUNK_BYTES
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import ModelChoice, find_checkpoint
+from fusekit.capturing import estimate as capture
+from fusekit.capturing.engine import CHUNK_BYTES
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import output_lock
-from fusekit.capture.manifest import StoreSpec
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.store import Store
-from fusekit.capture.writer import StoreWriter
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import StoreWriter
 from fusekit.distillation import run as distillation_run
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill

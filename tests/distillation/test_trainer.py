@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, Subset
 
 from fusekit.alignment import build_vocabulary_map
-from fusekit.capture.engine import Teacher
-from fusekit.capture.settings import Selection
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.settings import Selection
 from fusekit.distillation.collator import FusionCollator
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.sampling import EpochSampler

@@ -178,7 +178,7 @@ def test_real_tasks_from_the_command_line(tmp_path, monkeypatch):
 def test_scores_are_kept_per_model_and_task(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
 
     folder, loads, said = write_tasks(tmp_path / "tasks"), [], []
 
@@ -212,7 +212,7 @@ def test_scores_are_kept_per_model_and_task(tmp_path, monkeypatch):
 def test_what_lm_eval_refuses_names_task_model_and_way_out(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
 
     folder = write_tasks(tmp_path / "tasks")
     task = yaml.safe_load((folder / "sums_written.yaml").read_text())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusekit.capture.engine import Teacher
-from fusekit.capture.models import ModelChoice
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.models import ModelChoice
 from fusekit.data.prepare import pack_text
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fusekit import artifacts as artifact
-from fusekit.capture.models import ModelChoice, find_checkpoint
-from fusekit.capture.store import Store
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
 from fusekit.errors import MergeError, RecipeError, StorageError
 from fusekit.pipeline import cleaning

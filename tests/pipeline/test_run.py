@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
-from fusekit.capture.store import Store
+from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import output_lock
-from fusekit.capture.load import load_tokenizer
-from fusekit.capture.models import find_checkpoint
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import find_checkpoint
 from fusekit.cli import cli
 from fusekit.cli.stopping import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
@@ -209,7 +209,7 @@ def test_a_map_of_other_tokenizers_is_refused(first):
 
 def choice_at(place: str):
     """A model of the demo."""
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
 
     return ModelChoice(str(DEMO / place))
 

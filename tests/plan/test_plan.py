@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit.capture.writer import StoreWriter
+from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.capture.codec import Codec, Columns
-from fusekit.capture.manifest import (
+from fusekit.capturing.codec import Codec, Columns
+from fusekit.capturing.manifest import (
     MANIFEST,
     Manifest,
     Quarantined,
@@ -23,7 +23,7 @@ from fusekit.capture.manifest import (
     read_json,
     shard_name,
 )
-from fusekit.capture.shards import Facts, Group, Shard, check_shard, hash_of
+from fusekit.capturing.shards import Facts, Group, Shard, check_shard, hash_of
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 

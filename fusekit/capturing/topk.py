@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusekit.capture.settings import Selection
+from fusekit.capturing.settings import Selection
 
 # Ids are compared in groups: the k best ids are all in the k groups with the highest maxima. 128 is a vector register's
 # worth of loads, and leaves a thousand maxima of a vocabulary of 152 k to choose from.

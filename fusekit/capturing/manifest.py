@@ -11,7 +11,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusekit.artifacts import commit_file, differences, disk_fault
-from fusekit.capture.settings import DEFAULT_MAX_ERROR
+from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ class StoreSpec(_Model):
         top_k: most entries per label.
         keep_mass: entries were kept until they hold this probability; None for always ``top_k``.
         temperature: of the log-probabilities.
-        max_error: bound of the rows' rounding in nats, 0 for none (:class:`fusekit.capture.codec.Codec`).
+        max_error: bound of the rows' rounding in nats, 0 for none (:class:`fusekit.capturing.codec.Codec`).
         rows_per_shard: of the data, quarantined ones included.
         details: whatever else decides what a store holds (dtype, maximal length, ...), by name.
     """

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fusekit import artifacts as artifact
-from fusekit.capture.estimate import dequantise_needs
-from fusekit.capture.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.estimate import dequantise_needs
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.environment import circumstances
 from fusekit.errors import CaptureError, StorageError
 from fusekit.gguf import GgufHeader, split

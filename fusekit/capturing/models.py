@@ -32,7 +32,7 @@ class ModelChoice:
         attn_implementation: as for ``from_pretrained``.
         trust_remote_code: run Python code that comes with this model.
         allow_pickle: read pickled weights of this model (still with ``weights_only``).
-        dequantised: folder of a plain checkpoint that :func:`fusekit.capture.load.dequantise` makes of a GGUF
+        dequantised: folder of a plain checkpoint that :func:`fusekit.capturing.load.dequantise` makes of a GGUF
             file; read in its place once it is there.
     """
 

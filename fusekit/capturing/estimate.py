@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capture.engine import CHUNK_BYTES, batch_tokens_on
-from fusekit.capture.models import Checkpoint
+from fusekit.capturing.engine import CHUNK_BYTES, batch_tokens_on
+from fusekit.capturing.models import Checkpoint
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
 from fusekit.hub import memory_limits

@@ -14,15 +14,15 @@ import numpy as np
 import xxhash
 
 from fusekit.artifacts import output_lock
-from fusekit.capture.codec import Columns
-from fusekit.capture.engine import Teacher, rows_per_shard
-from fusekit.capture.estimate import disk_needs, memory_needs, parameters, refuse
-from fusekit.capture.load import load_model, longest_input, valid_ids
-from fusekit.capture.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
-from fusekit.capture.models import Checkpoint, ModelChoice
-from fusekit.capture.settings import CaptureSettings
-from fusekit.capture.store import Store
-from fusekit.capture.writer import ShardPlan, StoreWriter, remove_store
+from fusekit.capturing.codec import Columns
+from fusekit.capturing.engine import Teacher, rows_per_shard
+from fusekit.capturing.estimate import disk_needs, memory_needs, parameters, refuse
+from fusekit.capturing.load import load_model, longest_input, valid_ids
+from fusekit.capturing.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
+from fusekit.capturing.models import Checkpoint, ModelChoice
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import Store
+from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, progress
 from fusekit.errors import CaptureError

@@ -23,8 +23,8 @@ import xxhash
 
 import fusekit
 from fusekit.artifacts import commit_file, disk_fault, remove, sweep
-from fusekit.capture.codec import Codec, Columns
-from fusekit.capture.manifest import (
+from fusekit.capturing.codec import Codec, Columns
+from fusekit.capturing.manifest import (
     MANIFEST,
     Manifest,
     Quarantined,
@@ -37,8 +37,8 @@ from fusekit.capture.manifest import (
     shard_name,
     write_json,
 )
-from fusekit.capture.shards import footer_hash, hash_of, shard_bytes
-from fusekit.capture.store import Store
+from fusekit.capturing.shards import footer_hash, hash_of, shard_bytes
+from fusekit.capturing.store import Store
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 

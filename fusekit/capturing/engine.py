@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capture.manifest import ROWS_PER_SHARD
-from fusekit.capture.settings import Selection
-from fusekit.capture.topk import Scores, score_logits
+from fusekit.capturing.manifest import ROWS_PER_SHARD
+from fusekit.capturing.settings import Selection
+from fusekit.capturing.topk import Scores, score_logits
 from fusekit.errors import CaptureError
 from fusekit.resources import is_out_of_memory, release
 from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
@@ -42,7 +42,7 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
         device: its type, as ``cuda``.
 
     Returns:
-        From 1 to :data:`fusekit.capture.manifest.ROWS_PER_SHARD`; the same wherever the arguments are.
+        From 1 to :data:`fusekit.capturing.manifest.ROWS_PER_SHARD`; the same wherever the arguments are.
     """
     rate = CPU_FLOPS if device == "cpu" else FLOPS
     tokens = max(SHARD_SECONDS * rate / (2 * max(parameters, 1)), batch_tokens_on(device))

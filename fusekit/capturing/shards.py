@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fusekit.artifacts import disk_fault, file_hash
-from fusekit.capture.codec import Columns
-from fusekit.capture.manifest import ShardRecord
+from fusekit.capturing.codec import Columns
+from fusekit.capturing.manifest import ShardRecord
 from fusekit.errors import StorageError
 
 LAYOUT = 1

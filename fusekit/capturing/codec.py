@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment.projection import MASS_TOLERANCE
-from fusekit.capture.manifest import key_bytes
-from fusekit.capture.settings import DEFAULT_MAX_ERROR
+from fusekit.capturing.manifest import key_bytes
+from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, TokenizedRow, TopK
 

@@ -1,0 +1,94 @@
+"""What a script does in one call: find the model, read the examples, capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusekit.capturing.models import ModelChoice
+    from fusekit.capturing.store import Store
+
+
+def capture(
+    model: str | Path | ModelChoice,
+    dataset: Any,
+    out: str | Path,
+    *,
+    chat_template: str = "own",
+    overwrite: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda _line: None,
+    **settings: Any,
+) -> Store:
+    """Capture what a model says about examples: its top-k rows at every label. A store that is begun is resumed.
+
+    >>> from fusekit import capture
+    >>> messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    >>> store = capture("demo/models/numbers", [{"messages": messages}], folder, quiet=True)
+    >>> len(store), store.spec.top_k
+    (1, 10)
+
+    Args:
+        model: a folder, a name on the Hugging Face hub, the path of a GGUF file, or a ModelChoice that says how it is
+            loaded (dtype, device_map, quantization, revision).
+        dataset: a ``datasets.Dataset``, a list of records, or paths of files: messages, ShareGPT's conversations,
+            instruction triples or text.
+        out: folder of the store.
+        chat_template: ``own``, the name of a shipped template, or a jinja file.
+        overwrite: start over where there is a store.
+        quiet: show no progress.
+        say: called with lines for the user.
+        settings: fields of :class:`~fusekit.capturing.settings.CaptureSettings` (top_k, temperature, ...), and
+            ``max_length``, ``overlong`` and ``train_on`` of :class:`~fusekit.data.settings.DataSettings`.
+
+    Returns:
+        The store, which :class:`~fusekit.FusionTrainer` takes as a teacher.
+
+    Raises:
+        CaptureError: the model cannot be found or loaded, or does not fit.
+        DataError: there is no example that can be read; an unknown setting, with the nearest name.
+        StorageError: the store was made from other inputs (says which), or the disk fails.
+    """
+    from pydantic import ValidationError
+
+    from fusekit.capturing.capture import capture as capture_checkpoint
+    from fusekit.capturing.load import load_tokenizer
+    from fusekit.capturing.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.settings import CaptureSettings
+    from fusekit.data.prepare import prepare
+    from fusekit.data.reading import rows_of
+    from fusekit.data.settings import DataSettings
+    from fusekit.data.templates import ChatTemplate
+    from fusekit.data.tokenize import RowTokenizer
+    from fusekit.errors import DataError
+    from fusekit.yaml import nearest
+
+    cuts = ("max_length", "overlong", "train_on")
+    known = (*cuts, *CaptureSettings.model_fields)
+    if unknown := [name for name in settings if name not in known]:
+        raise DataError(f"capture has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
+    try:
+        data = DataSettings(path=".", **{name: settings.pop(name) for name in cuts if name in settings})
+        how = CaptureSettings(**settings)
+    except ValidationError as error:
+        wrong = [f"{found['loc'][0]} is {found['input']!r}: {found['msg']}" for found in error.errors()]
+        raise DataError("; ".join(wrong)) from error
+    checkpoint = find_checkpoint(model if isinstance(model, ModelChoice) else ModelChoice(str(model)))
+    tokenizer = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(chat_template), data.train_on)
+    prepared = prepare(rows_of(dataset), [tokenizer], data.max_length, data.overlong)
+    if not prepared.rows:
+        raise DataError(f"no example is left: {prepared.counts}")
+    say(str(prepared.counts))
+    return capture_checkpoint(
+        checkpoint,
+        tokenizer,
+        prepared.rows,
+        out,
+        how,
+        details={"max_length": data.max_length, "overlong": data.overlong},
+        overwrite=overwrite,
+        quiet=quiet,
+        notify=say,
+    )

@@ -1,0 +1,187 @@
+"""A trainer's arguments made into examples with targets: a model, a data set, and teachers of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.api import capture
+from fusekit.capturing.capture import capture_rows, data_fingerprint
+from fusekit.capturing.engine import Teacher
+from fusekit.capturing.load import load_model, load_tokenizer, valid_ids
+from fusekit.capturing.manifest import MANIFEST, StoreSpec
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import Selection
+from fusekit.capturing.store import Store
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import rows_of
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.distillation.config import FusionConfig
+from fusekit.distillation.inputs import Reading, projection_of
+from fusekit.distillation.models import with_adapter
+from fusekit.distillation.targets import PIVOT, FusionDataset
+from fusekit.errors import DistillationError
+from fusekit.types import Row
+
+CAPTURES = "captures"
+"""Folder of the output in which models are captured that are given in place of stores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """The model that is trained, loaded, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, dtype: str) -> Student:
+        """From a name, a path or a loaded model; DistillationError for anything else."""
+        if isinstance(model, (str, Path)):
+            checkpoint = find_checkpoint(ModelChoice(str(model), dtype=dtype))
+            loaded = load_model(checkpoint, torch.device("cpu"))
+            return cls(loaded, tokenizer if tokenizer is not None else load_tokenizer(checkpoint))
+        if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
+            raise DistillationError(
+                f"model is {type(model).__name__}: give a causal language model of transformers, or its name or path"
+            )
+        if tokenizer is None:
+            name = getattr(getattr(model, "config", None), "_name_or_path", "")
+            if not name:
+                raise DistillationError("the loaded model does not say where it came from: give processing_class")
+            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(name), weights=False))
+        return cls(model, tokenizer)
+
+    def with_adapter(self, peft_config: Any) -> Any:
+        """The model, with a fresh adapter where one is asked for."""
+        return self.model if peft_config is None else with_adapter(self.model, peft_config)
+
+    def fingerprint(self) -> str:
+        """xxh3-128 of the weights as they are now."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return f"xxh3:{digest.hexdigest()}"
+
+
+def fusion_dataset(
+    student: Student, dataset: Any, teachers: Any, args: FusionConfig, say: Callable[[str], None] = lambda _: None
+) -> FusionDataset:
+    """Examples for a student, with the targets that its teachers give.
+
+    Args:
+        student: the model.
+        dataset: see :func:`fusekit.data.reading.rows_of`.
+        teachers: see :class:`~fusekit.FusionTrainer`; None for the text alone.
+        args: of the trainer.
+        say: told what a user should know.
+
+    Raises:
+        DataError: no example that can be read.
+        DistillationError: a teacher of a wrong kind, or one without the examples.
+        CaptureError, StorageError: a capture fails.
+    """
+    settings, folder = args.settings, Path(args.output_dir) / CAPTURES
+    reader = RowTokenizer(student.tokenizer)
+    prepared = prepare(rows_of(dataset), [reader], args.max_length or 2048)
+    if not prepared.rows:
+        raise DistillationError(f"no example is left to train on: {prepared.counts}")
+    rows, stores = prepared.rows, {}
+    for name, teacher in _named(teachers).items():
+        stores[name] = _store_of(name, teacher, rows, args, say=say)
+        if stores[name].spec.temperature != settings.training.temperature:
+            raise DistillationError(
+                f"the store of {name} holds rows of temperature {stores[name].spec.temperature}, but the loss has "
+                f"temperature {settings.training.temperature}: capture it at that temperature, or set it to the store's"
+            )
+    if not stores:
+        return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
+    by_key = {row.key: row for row in rows}
+    own = _capture_student(student, reader, rows, folder / PIVOT, args) if _needs_pivot(args) else None
+    ours = Reading.of(PIVOT, student.tokenizer, own, by_key)
+    projections = {}
+    for name, store in stores.items():
+        theirs = load_tokenizer(find_checkpoint(ModelChoice(store.spec.model), weights=False))
+        projections[name] = projection_of(settings.alignment, ours, Reading.of(name, theirs, store, by_key), rows)
+    made = FusionDataset(
+        rows, pivot=own, sources=stores, projections=projections, tokenizer=reader, fusion=settings.fusion
+    )
+    for line in made.joined.report():
+        say(line)
+    return made
+
+
+def _named(teachers: Any) -> dict[str, Any]:
+    if teachers is None:
+        return {}
+    if isinstance(teachers, Mapping):
+        return dict(teachers)
+    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        raise DistillationError(f"teachers is a {type(teachers).__name__}: give a mapping from names to teachers")
+    return {"teacher": teachers}
+
+
+def _store_of(name: str, teacher: Any, rows: Sequence[Row], args: FusionConfig, *, say: Callable[[str], None]) -> Store:
+    """The store of a teacher, captured here where it is a model."""
+    if isinstance(teacher, Store):
+        return teacher
+    if not isinstance(teacher, (str, Path, ModelChoice)):
+        raise DistillationError(
+            f"the teacher {name} is {type(teacher).__name__}: give a Store, the path of one, or the name or path of a "
+            "model"
+        )
+    if not isinstance(teacher, ModelChoice) and (Path(teacher) / MANIFEST).is_file():
+        return Store.open(teacher)
+    out = Path(args.output_dir) / CAPTURES / name
+    say(f"capturing {name} into {out}")
+    how: dict[str, Any] = {"top_k": args.top_k, "max_length": args.max_length}
+    how["temperature"] = args.settings.training.temperature
+    return capture(teacher, rows, out, quiet=args.disable_tqdm, say=say, **how)
+
+
+def _needs_pivot(args: FusionConfig) -> bool:
+    """Whether the settings compare with what the student says before training, or take a part of it."""
+    settings = args.settings
+    if settings.plain:
+        return False
+    backs_off = settings.alignment.map_method is not None and settings.alignment.tail in ("back_off", "pivot_share")
+    return settings.fusion.include_pivot or backs_off or settings.training.lm_weighting == "relative"
+
+
+def _capture_student(
+    student: Student, reader: RowTokenizer, rows: Sequence[Row], out: Path, args: FusionConfig
+) -> Store:
+    """What the student says about the rows before training."""
+    selection = Selection(int(args.top_k or 10), 1.0, args.settings.training.temperature)
+    vocabulary = max(
+        int(student.model.config.get_text_config().vocab_size), len(vocabulary_surfaces(student.tokenizer))
+    )
+    spec = StoreSpec(
+        model=str(getattr(student.model.config, "_name_or_path", "") or type(student.model).__name__),
+        model_fingerprint=student.fingerprint(),
+        tokenizer=reader.fingerprint,
+        data=data_fingerprint(rows),
+        vocabulary=vocabulary,
+        top_k=min(selection.k, vocabulary),
+        temperature=selection.temperature,
+        details=dict(reader.facts),
+    )
+    training = student.model.training
+    try:
+        return capture_rows(
+            rows,
+            reader,
+            lambda: Teacher(student.model, valid_ids(student.tokenizer), selection, name="the model"),
+            out,
+            lambda: spec,
+            quiet=args.disable_tqdm,
+        )
+    finally:
+        student.model.train(training)

@@ -1,0 +1,172 @@
+"""The public names, and the ten lines that a researcher writes."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import fusekit
+from fusekit import FusekitError, FusionConfig, FusionTrainer, Store, capture
+from fusekit.capturing.models import ModelChoice
+from fusekit.data.reading import rows_of
+from fusekit.distillation.inputs import Inputs, Source
+from fusekit.distillation.run import distill
+from fusekit.distillation.settings import DistillSettings
+from fusekit.errors import CaptureError, DataError, DistillationError
+
+ROOT = Path(__file__).parents[1]
+PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
+RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:24]]
+QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+
+
+def config(out: Path, **fields: Any) -> FusionConfig:
+    return FusionConfig(str(out), **{"loss": "kl", "lm_weight": 0.5, "learning_rate": 1e-3, **QUIET, **fields})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return capture(NEOX, RECORDS, tmp_path_factory.mktemp("api") / "neox", quiet=True)
+
+
+def losses(log: list[dict[str, float]]) -> list[tuple[float, float, float]]:
+    return [(line["loss"], line["lm_loss"], line["fusion_loss"]) for line in log if "loss" in line]
+
+
+@pytest.mark.slow
+def test_the_trainer_has_the_loss_of_the_command(teacher: Store, tmp_path: Path) -> None:
+    args = config(tmp_path / "out", max_steps=4, per_device_train_batch_size=4, lr_scheduler_type="constant")
+    trainer = FusionTrainer(PIVOT, args, datasets.Dataset.from_list(RECORDS), teachers={"neox": teacher.path})
+    trainer.train()
+    training = {
+        "loss": "kl",
+        "lm_weight": 0.5,
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "seed": args.seed,
+        **QUIET,
+    }
+    own = tmp_path / "out" / "captures" / "pivot"
+    inputs = Inputs(ModelChoice(PIVOT), list(rows_of(RECORDS)), own, {"neox": Source(teacher.path)})
+    # The store of the trainer's pivot names its weights by their hash.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusekit.distillation.inputs._refuse_other_pivot", lambda *_: None)
+        (folder,) = distill(inputs, DistillSettings.of("fusekit", {"training": training}), tmp_path / "command")
+    record = json.loads((folder / "training.json").read_text())
+    assert losses(trainer.state.log_history) == losses(record["log"])
+    assert len(losses(record["log"])) == 4
+
+
+@pytest.mark.slow
+def test_teachers_may_be_models_and_the_student_a_loaded_one(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.float32)
+    args = config(tmp_path, max_steps=2, top_k=4, fusion={"mode": "joint"})
+    lora = {"r": 2, "target_modules": "all-linear"}
+    trainer = FusionTrainer(model, args, RECORDS, NEOX, eval_dataset=RECORDS[:4], peft_config=lora)
+    assert trainer.train().global_step == 2
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert Store.open(tmp_path / "captures" / "teacher").spec.top_k == 4
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
+    trainer = FusionTrainer(PIVOT, config(tmp_path, max_steps=1, preset="sft", lm_weight=1.0), RECORDS)
+    assert trainer.train().global_step == 1
+    assert not (tmp_path / "captures").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"loss": "kll"}, ("kll", "kl")),
+        ({"lm_weight": 2.0}, ("lm_weight", "2.0")),
+        ({"alignment": {"tial": "drop"}}, ("tial", "tail")),
+        ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),
+        ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor",)),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(DistillationError) as error:
+        FusionConfig(str(tmp_path), **fields)
+    assert all(word in str(error.value) for word in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"args": {}}, DistillationError, ("dict", "FusionConfig")),
+        ({"args": TrainingArguments("out", use_cpu=True)}, DistillationError, ("TrainingArguments", "FusionConfig")),
+        ({"model": 3}, DistillationError, ("int", "name or path")),
+        ({"model": "no/such-model-at-all"}, CaptureError, ("no/such-model-at-all",)),
+        ({"teachers": {"neox": 3}}, DistillationError, ("neox", "int", "Store")),
+        ({"teachers": [NEOX]}, DistillationError, ("list", "mapping")),
+        ({"train_dataset": [{"quest": "1", "reply": "2"}]}, DataError, ("'quest'", "messages")),
+        ({"train_dataset": {"prompt": "1"}}, DataError, ("dict", "messages")),
+        ({"train_dataset": []}, DistillationError, ("no example",)),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_say_what_was_given_and_what_is_wanted(
+    change: dict[str, Any], kind: type[FusekitError], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    arguments = {"model": PIVOT, "args": config(tmp_path), "train_dataset": RECORDS[:2], "teachers": None} | change
+    with pytest.raises(kind) as error:
+        FusionTrainer(**arguments)
+    assert all(word in str(error.value) for word in said)
+
+
+def test_a_store_of_other_examples_is_refused(teacher: Store, tmp_path: Path) -> None:
+    other = [{"prompt": "1", "response": "2"}]
+    with pytest.raises(DistillationError, match="neox"):
+        FusionTrainer(PIVOT, config(tmp_path), other, teachers={"neox": teacher})
+
+
+@pytest.mark.parametrize("settings", [{"topk": 5}, {"top_k": 0}, {"max_length": 1}], ids=str)
+def test_wrong_settings_of_a_capture(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        capture(NEOX, RECORDS, tmp_path / "store", **settings)
+    assert next(iter(settings)) in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_importing_is_light_and_every_name_is_there() -> None:
+    code = "import sys, fusekit; dir(fusekit); print({'torch', 'transformers', 'mergekit'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+    for name in fusekit.__all__:
+        found = getattr(fusekit, name)
+        assert inspect.getdoc(found), name
+    with pytest.raises(AttributeError, match="fuse_all"):
+        fusekit.fuse_all  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["capture", "FusionConfig", "FusionTrainer"])
+def test_the_examples_of_the_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = getattr(fusekit, name)
+    globs = {**vars(import_module(found.__module__)), "folder": str(tmp_path / "store")}
+    text = (found.__doc__ or "").replace('FusionConfig("out"', f'FusionConfig("{tmp_path}"')
+    test = doctest.DocTestParser().get_doctest(text, globs, name, None, None)
+    assert test.examples
+    failures: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(test, out=failures.append)
+    assert not failures, "".join(failures)
