@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.cli import cli
-from fusekit.distillation.models import RECORD
+from fusekit.distillation.outputs import RECORD
 from tests.capture.store_processes import write
 
 

@@ -172,8 +172,8 @@ def load_example(name: str) -> ModuleType:
 def restored():
     """Registries as they were: other tests of the process go over all of their entries."""
     import fusekit.distillation.losses  # noqa: F401  takes the names of the distances once
+    from fusekit.distillation.distances import DISTANCES
     from fusekit.distillation.fusion import FUSION_FUNCTIONS
-    from fusekit.distillation.losses_outcomes import DISTANCES
 
     before = [(registry, dict(registry)) for registry in (FUSION_FUNCTIONS, DISTANCES)]
     yield

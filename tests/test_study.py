@@ -17,10 +17,10 @@ from benchmarks.fusion.claims import CLAIMS, Claim
 from benchmarks.fusion.memory import examples_in_memory
 from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.presets import PRESETS
 from fusekit.distillation.run import targets_of
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import FusionDataset
 from fusekit.merging.lint import lint
 from fusekit.yaml import loads
 from tests.distillation import runs

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fusekit.distillation.targets import Example, FusionDataset
+from fusekit.distillation.dataset import Example, FusionDataset
 
 _Settings = tuple[Any, ...]
 
@@ -15,7 +15,7 @@ _Settings = tuple[Any, ...]
 def examples_in_memory() -> Iterator[None]:
     """Within it, an example is made once per way to make it, about 11 KB each.
 
-    An example is the same every time (:class:`fusekit.distillation.targets.FusionDataset`), and depends neither on the
+    An example is the same every time (:class:`fusekit.distillation.dataset.FusionDataset`), and depends neither on the
     seed nor on the loss, so this changes the time alone: making them again takes as long as learning from them here.
     """
     made: dict[_Settings, dict[int, Example]] = {}

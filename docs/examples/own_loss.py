@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusekit.distillation.losses_outcomes import DISTANCES
+from fusekit.distillation.distances import DISTANCES
 
 
 def brier(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Candidate:
         rows: [n, k] in the pivot's vocabulary.
         taught: bool [n], where it has something to say.
         cross_entropy: of the whole row, by one of :data:`METRICS` or
-            :func:`~fusekit.distillation.metrics.projected_ce`, the same one for every candidate.
+            :func:`~fusekit.distillation.dataset.projected_ce`, the same one for every candidate.
         label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
         reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
     """

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import DistillationError
+import torch
+import xxhash
+
+from fusekit.artifacts import MANIFEST, commit_file, remove
+from fusekit.capturing.load import load_model
+from fusekit.capturing.models import Checkpoint
+from fusekit.distillation.settings import DistillSettings, TrainingSettings
+from fusekit.errors import DistillationError, StorageError
+from fusekit.yaml import nearest
 
 FACTS = "made_from.json"
 JOINT, PLAIN = "joint", "sft"
@@ -58,3 +66,147 @@ def facts_begun(target: Target) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not found:
         raise DistillationError(f"{path} cannot be read: it holds no facts; remove {target.work} to begin anew")
     return found
+
+
+NOTE = ".overwriting.json"
+"""In the folder of the targets: by name the identity of each former target that is to be replaced."""
+
+
+def begin(out: Path, folders: Sequence[Path]) -> None:
+    """Note which of these targets stand now: whoever resumes makes those anew. Raises StorageError for a full disk."""
+    former = _read(out) | {folder.name: _identity(folder) for folder in folders if folder.exists()}
+    if former:
+        data = json.dumps(former, indent=1, sort_keys=True).encode() + b"\n"
+        commit_file(out / NOTE, lambda file: file.write(data))
+
+
+def is_former(folder: Path) -> bool:
+    """Whether a target is one that was to be replaced, and has not been yet."""
+    noted = _read(folder.parent).get(folder.name)
+    return noted is not None and folder.exists() and noted == _identity(folder)
+
+
+def finish(out: Path) -> None:
+    """Forget the note once every target in it has been replaced."""
+    if not any(is_former(out / name) for name in _read(out)):
+        remove(out / NOTE)
+
+
+def _read(out: Path) -> dict[str, str]:
+    try:
+        found = json.loads((out / NOTE).read_bytes())
+        return {str(name): str(identity) for name, identity in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(
+            f"{out / NOTE} cannot be read ({error}), so it is not known which targets were being made anew: remove it "
+            "and give --overwrite"
+        ) from error
+
+
+def _identity(folder: Path) -> str:
+    """Of one making of a target: its manifest holds when it was made, and the hashes of its files."""
+    try:
+        return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return "no manifest"
+    except OSError as error:
+        raise StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
+
+
+ADAPTER = "adapter"
+"""Folder of the LoRA adapter beside the merged weights."""
+RECORD = "training.json"
+"""What a published model was made from, and the log of its training."""
+
+
+def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
+    """The pivot on the CPU, in ``settings.dtype``, with a fresh adapter where the settings ask for one.
+
+    Raises:
+        CaptureError: it cannot be loaded.
+        DistillationError: the LoRA settings are wrong.
+    """
+    choice = dataclasses.replace(checkpoint.choice, dtype=settings.dtype)
+    model = load_model(dataclasses.replace(checkpoint, choice=choice), torch.device("cpu"))
+    if settings.lora is None:
+        return model
+    if settings.activation_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings would leave the checkpointed layers without gradient
+    return with_adapter(model, settings.lora)
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
+
+    Raises DistillationError for fields that peft does not know or refuses.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model
+
+    if isinstance(config, PeftConfig):
+        return get_peft_model(model, config)
+    fields = dict(config)
+    if wrong := wrong_lora_fields(fields):
+        raise DistillationError("; ".join(wrong.values()))
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise DistillationError(f"peft refuses the lora settings: {error}") from error
+
+
+def wrong_lora_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Why each field of ``lora`` that peft does not know cannot be set, by its name."""
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    return {
+        name: f"lora.{name} is no field of peft's LoraConfig{nearest(name, known)}"
+        for name in fields
+        if name not in known
+    }
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that a checkpoint's configuration names; float32 where it names none."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = getattr(torch, str(name), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def write_result(
+    model: Any,
+    state: dict[str, torch.Tensor] | None,
+    checkpoint: Checkpoint,
+    settings: TrainingSettings,
+    folder: Path,
+) -> None:
+    """Write a trained model into a folder, in the dtype of the checkpoint that it began as.
+
+    An adapter is written to ``adapter/`` and then merged into the weights; the model is changed by that.
+
+    Args:
+        model: not wrapped.
+        state: its tensors, gathered, where the model itself holds only a part of them; else None.
+        checkpoint, settings: what it was made from.
+    """
+    dtype = stored_dtype(checkpoint)
+    if settings.lora is not None:
+        model.save_pretrained(folder / ADAPTER, state_dict=state)
+        if state is not None:
+            from peft import PeftModel
+
+            whole = load_pivot(checkpoint, settings.model_copy(update={"lora": None}))
+            model, state = PeftModel.from_pretrained(whole, folder / ADAPTER), None
+        model = model.merge_and_unload()
+    if state is None:
+        model.to(dtype).save_pretrained(folder)
+        return
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict={n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``training.json``."""
+    (folder / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

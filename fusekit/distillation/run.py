@@ -19,12 +19,14 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
 from fusekit.devices import Processes, is_main, on_main
-from fusekit.distillation import checkpoints, estimate, models, overwriting, provenance
+from fusekit.distillation import checkpoints, estimate, provenance
+from fusekit.distillation import outputs as models
+from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.arguments import refused, training_arguments
+from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.settings import DistillSettings
-from fusekit.distillation.targets import PIVOT, FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
 from fusekit.gguf import split

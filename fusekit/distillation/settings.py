@@ -180,7 +180,7 @@ class TrainingSettings(_Section):
     def _known(cls, name: str) -> str:
         if name in _LOSSES:
             return name
-        from fusekit.distillation.losses_outcomes import DISTANCES  # imports torch: only for a distance of one's own
+        from fusekit.distillation.distances import DISTANCES
 
         if name not in DISTANCES:
             raise ValueError(f"unknown loss {name!r}{nearest(name, DISTANCES)}")

@@ -23,9 +23,9 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.config import FusionConfig
+from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of
-from fusekit.distillation.models import with_adapter
-from fusekit.distillation.targets import PIVOT, FusionDataset
+from fusekit.distillation.outputs import with_adapter
 from fusekit.errors import DistillationError
 from fusekit.types import Row
 

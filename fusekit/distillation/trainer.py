@@ -16,16 +16,13 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fusekit.distillation import checkpoints
-from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
 from fusekit.distillation.config import FusionConfig
+from fusekit.distillation.dataset import FusionDataset, RunningSums
 from fusekit.distillation.fusion import LM_WEIGHTS
-from fusekit.distillation.label_logits import LabelLogits
 from fusekit.distillation.losses import SparseTargets, fusion_loss
-from fusekit.distillation.sampling import EpochSampler, WithBlanks
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.teachers import Student, fusion_dataset
-from fusekit.distillation.training_log import RunningSums
 from fusekit.errors import DistillationError
 from fusekit.types import FloatArray
 
@@ -91,7 +88,7 @@ class FusionTrainer(Trainer):
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
         args: a :class:`~fusekit.FusionConfig`, or TrainingArguments beside an ``objective``.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
-            instruction triples, text); or a :class:`~fusekit.distillation.targets.FusionDataset`.
+            instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
         teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to capture.
         eval_dataset: examples as in ``train_dataset``, whose loss is that of the text alone.
         processing_class: the tokenizer; by default that of ``model``.
@@ -205,7 +202,7 @@ class FusionTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the loss of its optimizer step.
 
-        inputs: of :class:`fusekit.distillation.collator.FusionCollator`. num_items_in_batch: labels of the optimizer
+        inputs: of :class:`fusekit.distillation.batching.FusionCollator`. num_items_in_batch: labels of the optimizer
         step over all processes; not used in evaluation, where the batch stands alone. A batch without a label gives
         zero, connected to all parameters, so that no process waits for another. A loss that is no number makes all
         gradients NaN, and the step is skipped on every process.

@@ -13,12 +13,10 @@ from fusekit.alignment.row_cases import Case
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store
+from fusekit.distillation.dataset import Captures, join, label_nll, last_place, until
 from fusekit.distillation.inputs import Reading, projection_of
-from fusekit.distillation.joining import Captures, join
 from fusekit.distillation.label_rows import Projection, label_rows
-from fusekit.distillation.metrics import last_place, until
 from fusekit.distillation.settings import AlignmentSettings
-from fusekit.distillation.targets import label_nll
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import FloatArray, Row, TopK
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from fusekit import artifacts as artifact
-from fusekit.distillation import overwriting
+from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError, StorageError
 from fusekit.pipeline import evaluating

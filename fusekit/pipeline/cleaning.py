@@ -13,8 +13,7 @@ from pathlib import Path
 from fusekit import artifacts as artifact
 from fusekit.artifacts import disk_fault, output_lock
 from fusekit.capturing.writer import OF_STORES
-from fusekit.distillation.outputs import PLAIN, targets_of
-from fusekit.distillation.overwriting import NOTE
+from fusekit.distillation.outputs import NOTE, PLAIN, targets_of
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.gguf import SUFFIX

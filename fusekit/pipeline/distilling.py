@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.distillation import overwriting, provenance
+from fusekit.distillation import outputs as overwriting
+from fusekit.distillation import provenance
 from fusekit.distillation.outputs import JOINT, PLAIN
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError, RecipeError, StorageError
@@ -64,7 +65,7 @@ def check_section(recipe: Recipe) -> None:
     The rows of a step have to be divided among the processes that are there now.
     """
     from fusekit.distillation.arguments import accumulation, processes, refused, wrong_fields, wrong_scheduler
-    from fusekit.distillation.models import wrong_lora_fields
+    from fusekit.distillation.outputs import wrong_lora_fields
 
     values, captured = recipe.distill, recipe.capture.temperature
     found: dict[KeyPath, str] = {("distill", name): says for name, says in wrong_fields(values.trainer).items()}
@@ -168,7 +169,7 @@ def _expected_facts(
 ) -> dict[str, Any]:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells how models were called."""
     from fusekit.capturing.store import Store
-    from fusekit.distillation.joining import join
+    from fusekit.distillation.dataset import join
 
     teachers = _teachers(context, target)
     folders = {model: context.layout.store(model) for model in (PIVOT, *teachers)}

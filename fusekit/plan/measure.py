@@ -20,13 +20,12 @@ from fusekit.capturing.load import load_model, longest_input, valid_ids
 from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.shards import shard_bytes
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.distillation import models as distilled
-from fusekit.distillation.collator import FusionCollator
-from fusekit.distillation.label_logits import LabelLogits
+from fusekit.distillation import outputs as distilled
+from fusekit.distillation.batching import FusionCollator, LabelLogits
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import FusionSettings, TrainingSettings
-from fusekit.distillation.targets import FusionDataset
 from fusekit.hub import memory_limits
 from fusekit.plan.models import Known
 from fusekit.resources import Need

@@ -12,7 +12,8 @@ from fusekit.capturing.load import dequantised_from
 from fusekit.capturing.manifest import MANIFEST, Manifest, keys_hash, read_json
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import refuse_foreign
-from fusekit.distillation import checkpoints, overwriting
+from fusekit.distillation import checkpoints
+from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import FACTS, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusekit.distillation.training_log import CHOSEN, counts_by_data
+from fusekit.distillation.dataset import CHOSEN, counts_by_data
 from fusekit.pipeline.layout import PIVOT
 from fusekit.report.facts import Facts
 from fusekit.report.records import Training

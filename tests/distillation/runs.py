@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from fusekit.alignment import build_vocabulary_map
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from tests.capture.processes import Process, free_port
 from tests.capture.random_models import random_model

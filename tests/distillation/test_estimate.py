@@ -18,7 +18,7 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation import estimate
 from fusekit.distillation.inputs import Inputs
-from fusekit.distillation.models import load_pivot
+from fusekit.distillation.outputs import load_pivot
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError

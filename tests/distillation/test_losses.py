@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusekit.distillation.losses import LOSSES, FusionLoss, SparseTargets, fusion_loss
-from fusekit.distillation.losses_chunks import for_each_chunk
+from fusekit.distillation.losses import LOSSES, FusionLoss, SparseTargets, for_each_chunk, fusion_loss
 from fusekit.errors import DistillationError
 from tests.distillation import reference
 from tests.distillation.targets import CASES, N, V, labels, logits, ordinary, peaked_student, top

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 
 from fusekit.alignment import Case, build_vocabulary_map
+from fusekit.distillation.dataset import (
+    OTHERS,
+    FusionDataset,
+    counts_by_data,
+    join,
+    label_nll,
+    metrics_of,
+    projected_ce,
+)
 from fusekit.distillation.fusion import METRICS
-from fusekit.distillation.joining import join
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
-from fusekit.distillation.metrics import metrics_of, projected_ce
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import OTHERS, FusionDataset, label_nll
-from fusekit.distillation.training_log import counts_by_data
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Message, Row, TopK
 from tests.distillation import runs, worlds
@@ -43,7 +48,7 @@ def test_who_teaches_is_counted_for_each_source_of_data(monkeypatch: pytest.Monk
     names = ["a/b", "", "chosen/pivot"]
     rows = [replace(row, dataset=names[min(i // 4, 2)]) for i, row in enumerate(ROWS)]
     for most in (64, 2):
-        monkeypatch.setattr("fusekit.distillation.targets.MOST_DATA", most)
+        monkeypatch.setattr("fusekit.distillation.dataset.MOST_DATA", most)
         data = dataset(rows, {"s": captured(ROWS)})
         counts = dict(zip(data.count_names, sum(example["counts"] for example in data), strict=True))
         found = counts_by_data(counts)
@@ -253,7 +258,7 @@ def test_examples_are_the_same_every_time_and_in_another_process() -> None:
 
 def test_what_is_kept_of_examples_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data, size = runs.data(), sum(array.nbytes for array in runs.data()[0].values())
-    monkeypatch.setattr("fusekit.distillation.targets.KEPT_BYTES", size)
+    monkeypatch.setattr("fusekit.distillation.dataset.KEPT_BYTES", size)
     small = pickle.loads(pickle.dumps(data))
     for i in (0, 1, 0, 1):
         for name, value in data[i].items():

@@ -17,11 +17,10 @@ from torch.utils.data import Dataset, Subset
 from fusekit.alignment import build_vocabulary_map
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.settings import Selection
-from fusekit.distillation.collator import FusionCollator
+from fusekit.distillation.batching import EpochSampler, FusionCollator
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import Projection
-from fusekit.distillation.sampling import EpochSampler
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import FusionDataset
 from fusekit.distillation.trainer import Objective
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model

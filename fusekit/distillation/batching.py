@@ -1,0 +1,220 @@
+"""The order of the rows of an epoch, the same for every split of a batch over devices, accumulation and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fusekit.errors import DistillationError
+
+IGNORED = -100
+"""The label of a position that is not learnt, as everywhere in transformers."""
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the rows from the seed and the epoch alone, filled up with blanks.
+
+    accelerate makes the batches of all processes equal by training the first rows of the epoch once more, so the number
+    of processes would change what is learnt. Blanks (numbers from ``len(data)`` on) weigh nothing.
+
+    Args:
+        data: what has the rows.
+        seed: of the order; None for the data's own order.
+        multiple: rows per batch times processes; the length is filled up to a multiple of it.
+        lengths: of each row, in any unit; the rows of an optimizer step are then taken from the longest to the
+            shortest, so that micro-batches have little padding. What a step learns stays the same.
+        step: rows of an optimizer step.
+    """
+
+    def __init__(
+        self,
+        data: Sized,
+        seed: int | None,
+        multiple: int = 1,
+        *,
+        lengths: npt.NDArray[np.int64] | None = None,
+        step: int = 1,
+    ) -> None:
+        self.size = len(data)
+        self.seed = seed
+        self.lengths, self.step = lengths, step
+        self.length = -(-self.size // multiple) * multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.arange(self.length)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order[: self.size] = torch.randperm(self.size, generator=generator).numpy()
+        if self.lengths is not None and self.step > 1:
+            tokens = np.concatenate([self.lengths, np.zeros(self.length - self.size, np.int64)])
+            for start in range(0, self.length, self.step):
+                block = order[start : start + self.step]
+                order[start : start + self.step] = block[np.argsort(-tokens[block], kind="stable")]
+        yield from order.tolist()
+
+
+class WithBlanks(Dataset[Any]):
+    """A data set that also has the blanks of :class:`EpochSampler`: one token, no label."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64] | None:
+        """How long each row is, if the data knows."""
+        return getattr(self.data, "lengths", None)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self.data):
+            return self.data[index]
+        return {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
+
+
+_NOBODY = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class FusionCollator:
+    """Makes a batch out of examples (:class:`fusekit.distillation.dataset.Example`).
+
+    Padding is told by length alone, so it does not matter what the padding token is, or that it is the end-of-text
+    token too: the last end of text of a row is attended to and learnt like any other.
+
+    Attributes:
+        pad_id: what padding is written as; any id below the vocabulary.
+        pad_to_multiple_of: pad to a multiple of this many tokens.
+    """
+
+    pad_id: int = 0
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch of B rows, padded on the right to T tokens, with n labels in all.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learnt);
+            ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
+            ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
+            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]. On the host, as
+            numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
+            ``counts``, the sum of the examples' counts.
+        """
+        lengths = [len(example["input_ids"]) for example in examples]
+        B, longest = len(examples), max(lengths)
+        T = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = np.full((B, T), self.pad_id, np.int64)
+        mask = np.zeros((B, T), np.int64)
+        labels = np.full((B, T), IGNORED, np.int64)
+        for b, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            ids[b, :length], mask[b, :length], labels[b, :length] = example["input_ids"], 1, example["labels"]
+        labels[:, 0] = IGNORED  # nothing predicts the first token
+        learnt = np.flatnonzero(labels != IGNORED)
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+            "predicting": torch.from_numpy(learnt - 1),
+            "label_ids": torch.from_numpy(labels.ravel()[learnt]),
+            "sizes": (labels != IGNORED).sum(axis=1),
+            **{name: [example.get(name, _NOBODY) for example in examples] for name in ("cross_entropies", "typical")},
+        }
+        if any("target_ids" in example for example in examples):
+            batch |= _targets(examples)
+        counted = [example["counts"] for example in examples if "counts" in example]
+        if counted:
+            batch["counts"] = np.sum(counted, axis=0)
+        return batch
+
+
+def _targets(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The targets of all labels; a label of an example without any is not taught."""
+    sizes = [int((np.asarray(example["labels"])[1:] != IGNORED).sum()) for example in examples]
+    n = sum(sizes)
+    width = max(example["target_ids"].shape[1] for example in examples if "target_ids" in example)
+    ids, logprobs = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf, np.float32)
+    tail, taught = np.ones(n, np.float32), np.zeros(n, bool)
+    start = 0
+    for example, size in zip(examples, sizes, strict=True):
+        if "target_ids" in example:
+            part, k = slice(start, start + size), example["target_ids"].shape[1]
+            ids[part, :k], logprobs[part, :k] = example["target_ids"], example["target_logprobs"]
+            tail[part], taught[part] = example["target_tail"], example["target_taught"]
+        start += size
+    return {
+        "target_ids": torch.from_numpy(ids),
+        "target_logprobs": torch.from_numpy(logprobs),
+        "target_tail": torch.from_numpy(tail),
+        "target_taught": torch.from_numpy(taught),
+    }
+
+
+class LabelLogits:
+    """Has a model compute the logits of chosen positions only.
+
+    A hook on the output embedding picks the hidden states before they are multiplied. It runs within the model's own
+    forward pass, so it works under DDP, FSDP and adapters, for every model whose logits come from calling the module
+    that ``get_output_embeddings`` names; for others the logits are picked afterwards.
+
+    Args:
+        model: a causal language model, before it is wrapped.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._places: torch.Tensor | None = None
+        self._picked = False
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._handle = head.register_forward_pre_hook(self._pick) if head is not None else None
+
+    def _pick(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._places is None or self._picked or not args:
+            return None
+        hidden = args[0]
+        self._picked = True
+        return (hidden.reshape(-1, hidden.shape[-1])[self._places].unsqueeze(0), *args[1:])
+
+    @contextmanager
+    def at(self, places: torch.Tensor) -> Iterator[None]:
+        """Within it a forward pass gives logits [1, n, V] of ``places`` (int64 [n], of the flattened [B * T])."""
+        self._places, self._picked = places, False
+        try:
+            yield
+        finally:
+            self._places = None
+
+    def of(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the forward pass gave, and which rows of it are the places': None for all of them, in order.
+
+        Raises:
+            DistillationError: the logits are of another shape than a language model's.
+        """
+        if self._picked and logits.shape[:-1] == (1, len(places)):
+            return logits, None
+        if self._picked or logits.ndim != 3:
+            raise DistillationError(
+                f"the model gave logits of shape {tuple(logits.shape)}, not [batch, tokens, vocabulary]: it is not a "
+                "causal language model that fusekit can train"
+            )
+        return logits, places
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        if self._handle is not None:
+            self._handle.remove()
