@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusekit.alignment import align as align
-    from fusekit.alignment import build_vocabulary_map as build_vocabulary_map
+    from fusekit.alignment.alignment import align as align
+    from fusekit.alignment.vocabulary_map import build_vocabulary_map as build_vocabulary_map
     from fusekit.api import capture as capture
     from fusekit.capturing.store import Store as Store
     from fusekit.distillation.config import FusionConfig as FusionConfig

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fusekit.alignment import align
+from fusekit.alignment.alignment import align
 
 DEMO = Path(__file__).parent.parent / "demo"
 MODELS = DEMO / "models"

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.alignment import peers
 from benchmarks.alignment.texts import piece, texts
 from benchmarks.alignment.timing import median_ms, write
-from fusekit.alignment import align
+from fusekit.alignment.alignment import align
 from tests.alignment import reference
 from tests.alignment.tokenizers import load
 

@@ -14,7 +14,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from benchmarks.alignment.timing import median_ms, write
-from fusekit.alignment import build_vocabulary_map, vocabulary_surfaces
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from tests.alignment import reference
 from tests.alignment.tokenizers import load
 

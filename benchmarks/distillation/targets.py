@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.alignment.texts import piece, texts
 from benchmarks.alignment.timing import write
-from fusekit.alignment import build_vocabulary_map
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import StoreWriter

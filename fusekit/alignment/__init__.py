@@ -18,13 +18,11 @@ from fusekit.types import TokenizedText, TopK
 
 if TYPE_CHECKING:
     from fusekit.alignment.alignment import TokenAlignment, align, align_tokens
+    from fusekit.alignment.cases import Case, plan_rows, source_positions
     from fusekit.alignment.ends import tokenize
-    from fusekit.alignment.policies import source_positions
-    from fusekit.alignment.row_cases import Case, plan_rows
     from fusekit.alignment.rows import AlignedRows, Predictions, project_rows, project_rows_by_rule
-    from fusekit.alignment.statistics import MappingStatistics, count_mappings
     from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
-    from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
+    from fusekit.alignment.vocabulary_map import MappingStatistics, VocabularyMap, build_vocabulary_map, count_mappings
 
 __all__ = [
     "AlignedRows",
@@ -50,8 +48,8 @@ __all__ = [
 
 _MODULES = {
     "AlignedRows": "rows",
-    "Case": "row_cases",
-    "MappingStatistics": "statistics",
+    "Case": "cases",
+    "MappingStatistics": "vocabulary_map",
     "Predictions": "rows",
     "Surfaces": "surfaces",
     "TokenAlignment": "alignment",
@@ -59,11 +57,11 @@ _MODULES = {
     "align": "alignment",
     "align_tokens": "alignment",
     "build_vocabulary_map": "vocabulary_map",
-    "count_mappings": "statistics",
-    "plan_rows": "row_cases",
+    "count_mappings": "vocabulary_map",
+    "plan_rows": "cases",
     "project_rows": "rows",
     "project_rows_by_rule": "rows",
-    "source_positions": "policies",
+    "source_positions": "cases",
     "tokenize": "ends",
     "vocabulary_surfaces": "surfaces",
 }

@@ -1,20 +1,111 @@
-"""Align two tokenisations of one text."""
+"""Which tokens of two tokenisations end at the same place: the exact alignment.
+
+A pivot token and a source token are linked when both models have consumed exactly the same bytes once they have read
+it. Of several tokens with one end on one side (a lone dummy space, a token of no width), only the last links.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from fusekit.alignment import dtw, spans
 from fusekit.alignment.ends import tokenize_with
-from fusekit.alignment.show import cells, side_by_side
+from fusekit.alignment.papers import MAX_CELLS, cost_matrix, links_of_path, matches_of_path, warp
 from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray, TokenizedText
+
+
+def link_ends(pivot_ends: IntArray, source_ends: IntArray) -> IntArray:
+    """Link positions by equal ends. O(n + m) up to a logarithm, vectorised.
+
+    Args:
+        pivot_ends: int64 [n], non-decreasing; any coordinate that both sides share, bytes of the text above all.
+        source_ends: int64 [m], non-decreasing.
+
+    Returns:
+        int64 [n]: the last source position with the same end, or -1; of equal pivot ends only the last has one.
+    """
+    if not len(pivot_ends) or not len(source_ends):
+        return np.full(len(pivot_ends), -1, np.int64)
+    at: IntArray = np.searchsorted(source_ends, pivot_ends, side="right") - 1
+    linked = source_ends[np.maximum(at, 0)] == pivot_ends
+    linked[:-1] &= pivot_ends[:-1] != pivot_ends[1:]
+    return np.where(linked & (at >= 0), at, -1)
+
+
+def link(pivot: TokenizedText, source: TokenizedText) -> IntArray:
+    """Link the tokens of two tokenisations of one text.
+
+    Ends are intervals (see :mod:`fusekit.alignment.ends`): two boundaries are the same where their intervals meet.
+
+    Returns:
+        int64 [n]: the source position that each pivot position is linked to, or -1.
+    """
+    if pivot.exact and source.exact:
+        return link_ends(pivot.ends, source.ends)
+    linked = np.full(len(pivot), -1, np.int64)
+    pivot_certain = np.flatnonzero(pivot.lows <= pivot.ends)
+    source_certain = np.flatnonzero(source.lows <= source.ends)
+    if not len(pivot_certain) or not len(source_certain):
+        return linked
+    lows, highs = source.lows[source_certain], source.ends[source_certain]
+    # Intervals are in order and at most touch, so the last that begins before this one ends is the only candidate.
+    at = np.searchsorted(lows, pivot.ends[pivot_certain], side="right") - 1
+    meets = (at >= 0) & (highs[np.maximum(at, 0)] >= pivot.lows[pivot_certain])
+    rows, at = pivot_certain[meets], at[meets]
+    last = np.ones(len(at), bool)
+    last[:-1] = at[:-1] != at[1:]
+    linked[rows[last]] = source_certain[at[last]]
+    return linked
+
+
+def overlaps(pivot: TokenizedText, source: TokenizedText, source_at: IntArray) -> tuple[IntArray, IntArray]:
+    """For every pivot token the source tokens that share bytes with it, within its group: a contiguous range.
+
+    Returns ``(first, stop)``, int64 [n] each; tokens without width take the neighbours that end where they do.
+    """
+    pivot_starts = np.concatenate([[0], pivot.ends])[:-1].astype(np.int64)
+    source_starts = np.concatenate([[0], source.ends])[:-1].astype(np.int64)
+    first = np.searchsorted(source.ends, pivot_starts, side="right")
+    stop = np.searchsorted(source_starts, pivot.ends, side="left")
+    low, high = group_range(source_at, len(source))
+    first = np.clip(first, low, np.maximum(high - 1, low))
+    return first, np.clip(np.maximum(stop, first + 1), first, high)
+
+
+def group_range(source_at: IntArray, m: int) -> tuple[IntArray, IntArray]:
+    """The source tokens ``[first, stop)`` of the group that each pivot token is in, int64 [n] each."""
+    n = len(source_at)
+    closed = np.flatnonzero(source_at >= 0)
+    group = np.searchsorted(closed, np.arange(n), side="left")
+    stops = np.append(source_at[closed] + 1, m)
+    firsts = np.concatenate([[0], stops[:-1]])
+    return firsts[group], stops[group]
+
+
+def groups(source_at: IntArray, m: int) -> list[tuple[slice, slice]]:
+    """The stretches between consecutive links: ``(pivot slice, source slice)``, in order.
+
+    Together they hold every token of both sides once (where the ends of the text are linked, as they are unless one
+    side has no token at all).
+    """
+    closed = np.flatnonzero(source_at >= 0)
+    if not len(closed):
+        return []
+    pivot_stops, source_stops = (closed + 1).tolist(), (source_at[closed] + 1).tolist()
+    pivot_starts, source_starts = [0, *pivot_stops[:-1]], [0, *source_stops[:-1]]
+    # Tokens after the last link have no common end to close a group; they go with the last one.
+    pivot_stops[-1], source_stops[-1] = len(source_at), m
+    return [
+        (slice(a, b), slice(c, d))
+        for a, b, c, d in zip(pivot_starts, pivot_stops, source_starts, source_stops, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +154,12 @@ class TokenAlignment:
 
         For ``span`` the source tokens that share bytes with the pivot token.
         """
-        return self.path if self.path is not None else spans.overlaps(self.pivot, self.source, self.source_at)
+        return self.path if self.path is not None else overlaps(self.pivot, self.source, self.source_at)
 
     @cached_property
     def groups(self) -> list[tuple[slice, slice]]:
         """The 1-1, 1-n, n-1 and m-n groups between common ends: ``(pivot slice, source slice)`` each, in order."""
-        return spans.groups(self.source_at, len(self.source))
+        return groups(self.source_at, len(self.source))
 
     @property
     def linked_share(self) -> float:
@@ -119,14 +210,14 @@ def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> Toke
     For tokens with special ones around the text: ``tokenize(text, tokenizer).opened(bos_id).closed(end_of_turn_id)``.
     They pair by their place, not by their strings.
     """
-    return TokenAlignment(text, pivot, source, spans.link(pivot, source), "span")
+    return TokenAlignment(text, pivot, source, link(pivot, source), "span")
 
 
 _Found = tuple[IntArray, tuple[IntArray, IntArray] | None]
 
 
 def _by_spans(pivot: TokenizedText, source: TokenizedText, *_: Surfaces) -> _Found:
-    return spans.link(pivot, source), None
+    return link(pivot, source), None
 
 
 def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Surfaces) -> _Found:
@@ -134,17 +225,92 @@ def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Sur
     if not n or not m:
         nothing = np.zeros(n, np.int64)
         return nothing - 1, (nothing, nothing)
-    if n * m > dtw.MAX_CELLS:
+    if n * m > MAX_CELLS:
         raise AlignmentError(
-            f"dtw of {n} pivot by {m} source tokens needs a table of {n * m:,} cells, more than {dtw.MAX_CELLS:,}: "
+            f"dtw of {n} pivot by {m} source tokens needs a table of {n * m:,} cells, more than {MAX_CELLS:,}: "
             "cut the text, or use method='span'"
         )
-    costs = dtw.cost_matrix([p.of[i] for i in pivot.ids.tolist()], [s.of[i] for i in source.ids.tolist()])
-    matched = dtw.matches_of_path(*dtw.warp(costs), n)
-    return dtw.links_of_path(*matched), matched
+    costs = cost_matrix([p.of[i] for i in pivot.ids.tolist()], [s.of[i] for i in source.ids.tolist()])
+    matched = matches_of_path(*warp(costs), n)
+    return links_of_path(*matched), matched
 
 
 METHODS: dict[str, Callable[..., _Found]] = {
     "span": _by_spans,
     "dtw": _by_warping,
 }
+
+
+_VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One group: the text that it covers and the pieces of it that each side's tokens consume."""
+
+    text: str
+    pivot: list[str]
+    source: list[str]
+
+
+def visible(piece: bytes) -> str:
+    """``piece`` with spaces and controls made visible and bytes that are no UTF-8 as ``\\xNN``; ``∅`` if empty."""
+    if not piece:
+        return "∅"
+    return "".join(map(_shown, piece.decode(errors="backslashreplace")))
+
+
+def _shown(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return f"\\x{ord(character):02x}"
+    # Joiners and other spaces cannot be seen either; variation selectors could only be seen on what is before them.
+    hidden = category in ("Cf", "Zs", "Zl", "Zp", "Cn", "Co") or "\ufe00" <= character <= "\ufe0f"
+    return f"\\u{ord(character):04x}" if hidden else character
+
+
+def pieces(tokens: TokenizedText, data: bytes) -> list[bytes]:
+    """The bytes of the text that each token consumes."""
+    ends = tokens.ends.tolist()
+    return [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=False)] if ends else []
+
+
+def cells(alignment: TokenAlignment) -> list[Cell]:
+    """The groups of an alignment as text."""
+    data = alignment.text.encode()
+    pivot, source = pieces(alignment.pivot, data), pieces(alignment.source, data)
+    found = []
+    for p, s in alignment.groups:
+        text = b"".join(pivot[p])
+        found.append(Cell(visible(text), [visible(x) for x in pivot[p]], [visible(x) for x in source[s]]))
+    return found
+
+
+def columns(text: str) -> int:
+    """Terminal columns that ``text`` takes."""
+    return sum(
+        0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Cf") else 2 if _wide(c) else 1 for c in text
+    )
+
+
+def _wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def side_by_side(found: Iterable[Cell], width: int) -> str:
+    """Rows of ``text``, ``pivot`` and ``source``, a column per group, folded at ``width`` terminal columns."""
+    names = ("text  ", "pivot ", "source")
+    blocks: list[list[str]] = []
+    used = width
+    for cell in found:
+        texts = [cell.text, "·".join(cell.pivot), "·".join(cell.source)]
+        size = max(map(columns, texts))
+        if used + size + 1 > width or not blocks:
+            blocks.append([name + " │" for name in names])
+            used = len(names[0]) + 2
+        used += size + 1
+        for row, text in enumerate(texts):
+            blocks[-1][row] += text + " " * (size - columns(text)) + "│"
+    return "\n\n".join("\n".join(block) for block in blocks)

@@ -1,31 +1,127 @@
-"""Where every token of an encoding ends, in bytes of the original text.
+"""Positions in a normalised text, carried back to the original one.
 
-Three ways, from the fastest to the most general; each is certain or gives way to the next:
-
-1. *Spelling*: the surfaces of the tokens, one after the other, are the text (with or without a dummy space in front).
-   This checks itself, needs no offsets, and knows where tokens end inside a character.
-2. *Walking*: the same token by token, for dummy spaces after special tokens, added tokens that swallow the space around
-   them, and text that contains the space mark ``▁`` itself. Both also run on the normalised text where there is a
-   normaliser, and are carried back (normalized.py).
-3. *Offsets*: the spans that ``tokenizers`` reports, for tokenizers that drop text (WordPiece), unknown tokens, and
-   normalisers that cannot be undone piece by piece. A span that several tokens share is split by their surfaces where
-   those spell it; otherwise only its end is certain.
-
-An end is a closed interval ``[low, high]``: text that a tokenizer drops belongs to the token before it, and a boundary
-matches anywhere in the gap. ``low > high`` marks an end that is at no place of the original text; it never links.
+``tokenizers`` reports offsets through a normaliser, but they miss what NFC and NFKC compose: of ``e`` followed by a
+combining accent the offsets cover the ``e`` alone. So the text is cut into pieces that normalise independently of one
+another, and the cut is *checked*: the normalised pieces must spell the normalised text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken
 
-from fusekit.alignment.normalized import NormalizedText, joins_previous, normalize_with_ends
 from fusekit.alignment.surfaces import METASPACE, Form, Kind, Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray, TokenizedText
+
+_RUNS = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
+
+
+def joins_previous(character: str) -> bool:
+    """Whether a normaliser may merge or reorder ``character`` with the one before it."""
+    if character < "\u0300":
+        return False
+    first = unicodedata.normalize("NFKD", character)[0]
+    # Jamo vowels and final consonants compose into Hangul syllables and are no combining characters.
+    jamo = "\u1160" <= first <= "\u11ff" or "\ud7b0" <= first <= "\ud7fb"
+    return jamo or unicodedata.category(first)[0] == "M" or unicodedata.combining(first) != 0
+
+
+def independent_pieces(text: str) -> list[str]:
+    """``text`` cut where no character joins the previous one; runs of ASCII stay whole."""
+    pieces: list[str] = []
+    for match in _RUNS.finditer(text):
+        run = match[0]
+        if pieces and joins_previous(run[0]):
+            base = pieces.pop()
+            if base.isascii() and len(base) > 1:
+                pieces.append(base[:-1])
+                base = base[-1]
+            pieces.append(base + run)
+        else:
+            pieces.append(run)
+    return pieces
+
+
+def _cut_further(piece: str, normalize: Callable[[str], str]) -> list[str]:
+    """A piece that changes, cut where both parts normalise by themselves: the smaller it is, the less it blurs."""
+    if piece.isascii():
+        return list(piece)
+    parts = []
+    start = 0
+    for stop in range(1, len(piece)):
+        if normalize(piece[start:stop]) + normalize(piece[stop:]) == normalize(piece[start:]):
+            parts.append(piece[start:stop])
+            start = stop
+    return [*parts, piece[start:]]
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizedText:
+    """A normalised text with the way back.
+
+    Attributes:
+        normalized: its bytes.
+        ends: int64 [p], where each piece ends in ``normalized``.
+        original_ends: int64 [p], where it ends in the original bytes.
+        unchanged: bool [p], whether the piece is the same in both.
+    """
+
+    normalized: bytes
+    ends: IntArray
+    original_ends: IntArray
+    unchanged: np.ndarray
+
+    def back(self, cuts: IntArray) -> tuple[IntArray, IntArray]:
+        """Where positions in ``normalized`` (int64 [n], non-decreasing) lie in the original bytes.
+
+        Returns the lowest and highest original position of each, which differ where the normaliser dropped text. A
+        cut within a changed piece has no place in the original: it gets ``low = high + 1`` at the piece's end.
+        """
+        first = np.searchsorted(self.ends, cuts, side="left")
+        last = np.searchsorted(self.ends, cuts, side="right") - 1
+        starts = np.concatenate([[0], self.ends])
+        original_starts = np.concatenate([[0], self.original_ends])
+        at_end = last >= first
+        inside = np.minimum(first, len(self.ends) - 1)
+        low = original_starts[inside] + (cuts - starts[inside])
+        high = low.copy()
+        low[at_end] = self.original_ends[first[at_end]]
+        high[at_end] = self.original_ends[last[at_end]]
+        at_start = cuts == 0
+        low[at_start] = 0
+        high[at_start & ~at_end] = 0
+        nowhere = ~at_end & ~at_start & ~self.unchanged[inside]
+        high[nowhere] = self.original_ends[inside[nowhere]]
+        low[nowhere] = high[nowhere] + 1
+        return low, high
+
+
+def normalize_with_ends(text: str, normalize: Callable[[str], str]) -> NormalizedText | None:
+    """Normalise ``text`` and keep the way back, or None where its pieces do not normalise independently."""
+    normalized = normalize(text)
+    image_of: dict[str, str] = {}
+    pieces: list[str] = []
+    for piece in independent_pieces(text):
+        if piece not in image_of:
+            image_of[piece] = normalize(piece)
+        pieces.extend([piece] if image_of[piece] == piece else _cut_further(piece, normalize))
+    for piece in set(pieces) - image_of.keys():
+        image_of[piece] = normalize(piece)
+    images = [image_of[piece] for piece in pieces]
+    if "".join(images) != normalized:
+        return None
+    ends = np.cumsum([len(image.encode()) for image in images], dtype=np.int64)
+    original_ends = np.cumsum([len(piece.encode()) for piece in pieces], dtype=np.int64)
+    unchanged = np.fromiter((a == b for a, b in zip(images, pieces, strict=True)), bool, len(pieces))
+    return NormalizedText(normalized.encode(), ends, original_ends, unchanged)
+
 
 _SPACE = b" "
 _MARK = METASPACE.encode()
@@ -280,3 +376,107 @@ def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> tuple[IntA
     image = normalize_with_ends(shared, normalize) if normalize is not None else None
     ends = _spelled_ends(ids, image.normalized, surfaces) if image is not None else None
     return None if image is None or ends is None else image.back(ends[:-1])
+
+
+# What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
+_WHITESPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
+    "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+
+
+class Mark(NamedTuple):
+    """A special token in a text: its characters ``[start, stop)`` there and its id."""
+
+    start: int
+    stop: int
+    id: int
+
+
+def marked_ends(
+    ids: list[int],
+    at: Sequence[int],
+    text: str,
+    marks: Sequence[Mark],
+    surfaces: Surfaces,
+    *,
+    offsets: Callable[[], IntArray],
+) -> TokenizedText:
+    """Byte ends of an encoded text with special tokens in it.
+
+    Args:
+        ids: the tokens of the whole text.
+        at: position in ``ids`` of each mark.
+        text: the text.
+        marks: in order.
+        surfaces: of the tokenizer.
+        offsets: gives the character spans ``[n, 2]`` of ``ids`` in ``text``; called only where spelling fails.
+
+    Returns:
+        The tokens; white space that a special token swallows, or that is in no token at all, belongs to the token
+        before it, as an interval.
+
+    Raises:
+        AlignmentError: the ends cannot be known; names the tokenizer and the reason.
+    """
+    data = text.encode()
+    if b"".join([surfaces.of[id_] for id_ in ids]) == data:
+        ends = np.cumsum(surfaces.lengths[ids])
+        return TokenizedText(np.array(ids, np.int64), ends, ends)
+    highs, lows = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+    added = surfaces.view.added_tokens
+    spans: list[IntArray] = []
+
+    def offsets_once() -> IntArray:
+        if not spans:
+            spans.append(offsets())
+        return spans[0]
+
+    first, start, consumed, previous = 0, 0, 0, None
+    for mark, position in [*zip(marks, at, strict=True), (None, len(ids))]:
+        before, after = start, start + len(_left_of(text[start : mark.start if mark else None], mark, added))
+        if previous is not None and added[previous.id].rstrip:
+            before = after - len(text[start:after].lstrip(_WHITESPACE))
+        skipped = len(text[start:before].encode())
+        if previous is not None:
+            highs[first - 1] = consumed + skipped
+        consumed += skipped
+        stretch, begin, end = text[before:after], before, after
+        inside = _stretch(
+            ids[first:position],
+            stretch,
+            surfaces,
+            offsets=lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
+                _within(offsets_once()[f:p], b, e)
+            ),
+        )
+        size = len(stretch.encode())
+        lows[first:position], highs[first:position] = inside.lows + consumed, inside.ends + consumed
+        if size and not len(inside) and first:  # all of it is in no token
+            highs[first - 1] = consumed + size
+        consumed += size
+        if mark is None:
+            break
+        consumed += len(text[after : mark.stop].encode())
+        lows[position] = highs[position] = consumed
+        first, start, previous = position + 1, mark.stop, mark
+    if len(ids) and highs[-1] != len(data) and highs[-1] != consumed:
+        raise AlignmentError(f"{surfaces.name}: the tokens of {text[:40]!r} do not reach its end")
+    exact = np.array_equal(lows, highs)
+    return TokenizedText(np.array(ids, np.int64), highs, highs if exact else lows)
+
+
+def _left_of(stretch: str, mark: Mark | None, added: dict[int, AddedToken]) -> str:
+    """The stretch without the white space that the special token after it swallows."""
+    return stretch.rstrip(_WHITESPACE) if mark is not None and added[mark.id].lstrip else stretch
+
+
+def _within(spans: IntArray, begin: int, end: int) -> IntArray:
+    return np.clip(spans, begin, end) - begin
+
+
+def _stretch(ids: list[int], text: str, surfaces: Surfaces, *, offsets: Callable[[], IntArray]) -> TokenizedText:
+    if not ids or not text:  # a dummy space before nothing has no width
+        nothing = np.zeros(len(ids), np.int64)
+        return TokenizedText(np.array(ids, np.int64), nothing, nothing)
+    return ends_of(ids, text, surfaces, lambda: (ids, offsets()))

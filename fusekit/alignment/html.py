@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 
 from fusekit.alignment.alignment import TokenAlignment
+from fusekit.alignment.cases import Case
 from fusekit.alignment.quality import AlignmentQuality, Share
-from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import LOST, MEANING, Sample, Token, sample_of
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.alignment.worth import TeacherWorth

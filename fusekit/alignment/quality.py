@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.row_cases import HAS_ROW, Case, plan_rows
+from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.types import IntArray
 
@@ -47,7 +47,7 @@ class AlignmentQuality:
         pivot, source: names of the tokenizers.
         texts, pivot_tokens, source_tokens: totals.
         total: over all pivot positions.
-        cases: pivot positions by :class:`~fusekit.alignment.row_cases.Case`, lower-case names.
+        cases: pivot positions by :class:`~fusekit.alignment.cases.Case`, lower-case names.
         shapes: groups between common ends, by shape.
         group_sizes: groups by ``(pivot tokens, source tokens)``.
         scripts, data: shares by the script of the token's first character and by the name given to :meth:`add`.

@@ -8,10 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.beginnings import beginning_in_text, begins_with
-from fusekit.alignment.policies import source_positions
+from fusekit.alignment.cases import HAS_ROW, Case, Steps, beginning_in_text, begins_with, plan_rows, source_positions
 from fusekit.alignment.projection import checked_rows, merge_entries
-from fusekit.alignment.row_cases import HAS_ROW, Case, Steps, plan_rows
 from fusekit.alignment.surfaces import Kind, Surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
@@ -388,7 +386,7 @@ def project_rows_by_rule(
     Args:
         alignment: of method ``dtw`` for the papers' own.
         vocabulary_map, source_rows: as in :func:`project_rows`.
-        rule: see :func:`fusekit.alignment.policies.source_positions`.
+        rule: see :func:`fusekit.alignment.cases.source_positions`.
         collisions: ``max`` is the papers'.
 
     Raises:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.row_cases import Case, plan_rows
-from fusekit.alignment.show import pieces, visible
+from fusekit.alignment.alignment import TokenAlignment, pieces, visible
+from fusekit.alignment.cases import Case, plan_rows
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import TopK

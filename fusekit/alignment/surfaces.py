@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import models
 
-from fusekit.alignment.slow import slow_surfaces
-from fusekit.alignment.tokenizer_view import ROLES, PerTokenizer, TokenizerView
+from fusekit.alignment.tokenizers import ROLES, PerTokenizer, TokenizerView, slow_surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray
 

@@ -1,7 +1,16 @@
-"""Maps from a source vocabulary into the pivot's."""
+"""Vocabulary maps on disk, found by the hashes of the two vocabularies.
+
+A file is written beside its name and moved over it, so a reader sees a whole file or none; what cannot be read, or does
+not carry the hash of its own content, is made again. A folder that cannot be written costs the cache, not the map.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,17 +19,215 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rapidfuzz.distance import Levenshtein
 from scipy import sparse
 
-from fusekit.alignment import map_cache
-from fusekit.alignment.nearest import nearest
-from fusekit.alignment.prefixes import first_pieces, longest_prefix
-from fusekit.alignment.projection import checked_rows, merge_entries
-from fusekit.alignment.statistics import MappingStatistics, count_mappings, most_frequent, released
+from fusekit.alignment.alignment import TokenAlignment, align
+from fusekit.alignment.papers import nearest
+from fusekit.alignment.projection import checked_rows, first_pieces, longest_prefix, merge_entries
 from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
-from fusekit.alignment.tokenizer_view import ROLES
+from fusekit.alignment.tokenizers import ROLES
 from fusekit.errors import AlignmentError
 from fusekit.types import FloatArray, IntArray, TopK
+
+log = logging.getLogger(__name__)
+FORMAT = "fusekit vocabulary map 1"
+
+
+def default_folder() -> Path:
+    """``$FUSEKIT_CACHE``, else ``fusekit`` in the user's cache folder."""
+    named = os.environ.get("FUSEKIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(named) if named else base / "fusekit") / "vocabulary-maps"
+
+
+def remembered(
+    cache: bool | str | Path,
+    method: str,
+    pivot: Surfaces,
+    source: Surfaces,
+    *,
+    statistics: str,
+    make: Callable[[], IntArray],
+) -> IntArray:
+    """The targets int64 [V_source] of a map: from disk, or made and kept there.
+
+    Args:
+        cache: True for the default folder, a folder, or False for none.
+        method, pivot, source, statistics: what the map depends on.
+        make: makes the targets.
+    """
+    if cache is False:
+        return make()
+    key = "\n".join([FORMAT, method, pivot.fingerprint, source.fingerprint, statistics])
+    folder = default_folder() if cache is True else Path(cache)
+    path = folder / f"{method}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    targets = _read(path, key, len(source), len(pivot))
+    if targets is None:
+        targets = make()
+        _write(path, key, targets)
+    return targets
+
+
+def _digest(targets: IntArray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(targets).tobytes()).hexdigest()
+
+
+def _read(path: Path, key: str, rows: int, columns: int) -> IntArray | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            targets: IntArray = stored["targets"].astype(np.int64)
+            whole = str(stored["key"]) == key and str(stored["digest"]) == _digest(targets)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("vocabulary map %s cannot be read (%s); it is made again", path, error)
+        return None
+    if not whole or targets.shape != (rows,) or targets.max(initial=-1) >= columns:
+        log.warning("vocabulary map %s is damaged; it is made again", path)
+        return None
+    return targets
+
+
+def _write(path: Path, key: str, targets: IntArray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, targets=targets, key=np.array(key), digest=np.array(_digest(targets)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # noqa: PTH105  # temporary is a string
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
+
+
+@dataclass(frozen=True, eq=False)
+class MappingStatistics:
+    """Counts of aligned token pairs.
+
+    Attributes:
+        counts: scipy.sparse CSR int64 [V_source, V_pivot].
+        texts: how many texts were counted.
+        fingerprint: SHA-256, hex, of the counts.
+    """
+
+    counts: sparse.csr_matrix
+    texts: int
+    fingerprint: str
+
+
+def pairs_of(alignment: TokenAlignment) -> tuple[IntArray, IntArray]:
+    """The aligned pairs of a text, ``(source ids, pivot ids)``: every source position in A(i) with position i."""
+    first, stop = alignment.matched
+    counts = np.maximum(stop - first, 0)
+    pivot_at = np.repeat(np.arange(len(first)), counts)
+    source_at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+    return alignment.source_ids[source_at], alignment.pivot_ids[pivot_at]
+
+
+def count_mappings(
+    texts: Iterable[str], pivot_tokenizer: Any, source_tokenizer: Any, method: str = "span"
+) -> MappingStatistics:
+    """Count aligned pairs of tokens over ``texts``.
+
+    Args:
+        texts: the corpus, read once.
+        pivot_tokenizer, source_tokenizer: see :func:`fusekit.alignment.align`.
+        method: ``span``: pairs that share bytes of the text; ``dtw``: pairs on the warping path, as the papers count.
+
+    Raises:
+        AlignmentError: the corpus is a single string, has no aligned pair, or a text cannot be aligned.
+    """
+    if isinstance(texts, str):
+        raise AlignmentError(
+            "a corpus is several texts; a single string would be counted letter by letter: pass [text]"
+        )
+    pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
+    shape = (len(source), len(pivot))
+    counts = sparse.csr_matrix(shape, dtype=np.int64)
+    number = 0
+    batch: list[tuple[IntArray, IntArray]] = []
+    for text in texts:
+        number += 1
+        batch.append(pairs_of(align(text, pivot_tokenizer, source_tokenizer, method)))
+        if len(batch) == 4096:  # bounded memory over a corpus of any size
+            counts, batch = counts + _counted(batch, shape), []
+    counts = (counts + _counted(batch, shape)).tocsr() if batch else counts
+    if not counts.nnz:
+        raise AlignmentError(f"the corpus of {number} texts holds no aligned pair of tokens: is it empty?")
+    counts.sort_indices()
+    digest = hashlib.sha256(repr(shape).encode())
+    for array in (counts.indptr, counts.indices, counts.data):
+        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return MappingStatistics(counts, number, digest.hexdigest())
+
+
+def _counted(batch: list[tuple[IntArray, IntArray]], shape: tuple[int, int]) -> sparse.csr_matrix:
+    rows, columns = np.concatenate([s for s, _ in batch]), np.concatenate([p for _, p in batch])
+    return sparse.coo_matrix((np.ones(len(rows), np.int64), (rows, columns)), shape=shape).tocsr()
+
+
+def _strings(a: bytes, b: bytes) -> tuple[str, str]:
+    """Two surfaces as the papers compare them: without word-start marks unless nothing else is left."""
+    stripped = a.removeprefix(b" "), b.removeprefix(b" ")
+    if stripped[0] and stripped[1]:
+        a, b = stripped
+    try:
+        return a.decode(), b.decode()
+    except UnicodeDecodeError:
+        return a.decode("latin-1"), b.decode("latin-1")
+
+
+def most_frequent(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int]) -> IntArray:
+    """MS as the paper means it: the most frequent pivot token; of equally frequent ones the nearest, then the first.
+
+    Returns int64 [V_source], -1 for tokens that the corpus does not hold.
+    """
+
+    def rank(a: bytes, b: bytes, count: int) -> tuple[float, float]:
+        return -count, Levenshtein.distance(*_strings(a, b))
+
+    return _choose(statistics, source, pivot, allowed, rank)
+
+
+def released(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int]) -> IntArray:
+    """MS as FuseChat's released code has it: least distance x (0.1 if one contains the other) x sigmoid(count).
+
+    The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity. Returns as
+    :func:`most_frequent`.
+    """
+
+    def rank(a: bytes, b: bytes, count: int) -> tuple[float, float]:
+        left, right = _strings(a, b)
+        weight = 0.1 if left in right or right in left else 1.0
+        return Levenshtein.distance(left, right) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
+
+    return _choose(statistics, source, pivot, allowed, rank)
+
+
+def _choose(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int], rank: Any) -> IntArray:
+    counts = statistics.counts
+    if counts.shape != (len(source), len(pivot)):
+        raise AlignmentError(
+            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
+            f"has {len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
+        )
+    chosen = np.full(len(source), -1, np.int64)
+    for a in np.flatnonzero(np.diff(counts.indptr)).tolist():
+        span = slice(counts.indptr[a], counts.indptr[a + 1])
+        options = [
+            (rank(source.of[a], pivot.of[b], count), b)
+            for b, count in zip(counts.indices[span].tolist(), counts.data[span].tolist(), strict=True)
+            if b in allowed
+        ]
+        if options:
+            chosen[a] = min(options)[1]
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +457,7 @@ def build_vocabulary_map(
     counts_key = counted.fingerprint if counted else ""
     if method == "em":
         cache = False  # quicker to make than to look up
-    targets = map_cache.remembered(cache, method, pivot, source, statistics=counts_key, make=make)
+    targets = remembered(cache, method, pivot, source, statistics=counts_key, make=make)
     for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
         targets[source_id] = pivot_id
     rows = np.flatnonzero(targets >= 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.row_cases import Case
+from fusekit.alignment.cases import Case
 from fusekit.types import BoolArray, FloatArray, IntArray
 
 BINS = 1000  # of the histogram of surviving mass, so that memory does not grow with the corpus
@@ -25,7 +25,7 @@ class TeacherWorth:
         vocabulary: method of the vocabulary map.
         tokens, tail: how rows are projected (:class:`fusekit.distillation.label_rows.Projection`).
         examples: how many were added.
-        labels: int64 [cases], labels of the pivot by :class:`~fusekit.alignment.row_cases.Case`.
+        labels: int64 [cases], labels of the pivot by :class:`~fusekit.alignment.cases.Case`.
         taught: bool [cases], whether the teacher has rows for labels of the case.
         teacher: float64 [cases], nats of the projected rows on the labels, where taught.
         pivot: float64 [cases], the pivot's own nats on the same labels; None once they were not given.

@@ -15,7 +15,7 @@ from fusekit.errors import AlignmentError, DistillationError
 from fusekit.gguf import split
 
 if TYPE_CHECKING:
-    from fusekit.alignment import TokenAlignment
+    from fusekit.alignment.alignment import TokenAlignment
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.alignment.worth import TeacherWorth
 
@@ -66,7 +66,8 @@ def alignment(
 
     PIVOT and SOURCE are folders or hub names that transformers can load, or GGUF or tokenizer.json files.
     """
-    from fusekit.alignment import align, vocabulary_surfaces
+    from fusekit.alignment import vocabulary_surfaces
+    from fusekit.alignment.alignment import align
     from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
 
@@ -207,7 +208,7 @@ def _shortened(found: TokenAlignment, lines: int = 16) -> str:
 
 
 def _summary(quality: AlignmentQuality) -> str:
-    from fusekit.alignment.row_cases import Case
+    from fusekit.alignment.cases import Case
     from fusekit.alignment.samples import MEANING
 
     total = max(quality.pivot_tokens, 1)
@@ -248,7 +249,7 @@ def _worth(
 
 
 def _worth_lines(worth: TeacherWorth) -> list[str]:
-    from fusekit.alignment.row_cases import Case
+    from fusekit.alignment.cases import Case
 
     lines = ["nats per label by case: labels, teacher, pivot"]
     for case in Case:

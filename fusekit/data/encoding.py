@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from fusekit.alignment.marked import Mark, marked_ends
+from fusekit.alignment.ends import Mark, marked_ends
 from fusekit.alignment.surfaces import Kind, vocabulary_surfaces
 from fusekit.errors import AlignmentError, DataError
 from fusekit.types import IntArray, TokenizedText

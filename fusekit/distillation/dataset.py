@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fusekit.alignment.row_cases import Case
+from fusekit.alignment.cases import Case
 from fusekit.capturing.store import Store
 from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, METRICS, Candidate, Fused

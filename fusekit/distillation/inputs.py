@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment import tokenize
+from fusekit.alignment.ends import tokenize
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusekit.alignment.alignment import METHODS, TokenAlignment, align_tokens
+from fusekit.alignment.cases import Case, plan_rows
 from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
-from fusekit.alignment.row_cases import Case, plan_rows
 from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import DistillationError
@@ -143,7 +143,7 @@ class LabelRows:
         rows: [n, k]; empty with tail 1 where there is none.
         taught: bool [n], whether the label has a row.
         linked: bool [n], whether a source position has consumed the same text as the one that predicts the label.
-        cases: int64 [n], a :class:`~fusekit.alignment.row_cases.Case` each; ``UNLINKED`` where the source has nothing
+        cases: int64 [n], a :class:`~fusekit.alignment.cases.Case` each; ``UNLINKED`` where the source has nothing
             of the label: tokens of the pivot's template, text beyond the source's cut.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.row_cases import Case
+from fusekit.alignment.cases import Case
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store

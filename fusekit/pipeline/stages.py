@@ -211,8 +211,8 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
 
 
 def _align(context: Context, source: str, rows: list[Row], inputs: Inputs) -> None:
-    from fusekit.alignment import align as align_text
     from fusekit.alignment import vocabulary_surfaces
+    from fusekit.alignment.alignment import align as align_text
     from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.alignment.samples import sample_of, write_samples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusekit.alignment import VocabularyMap
+from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, roles_of
 from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, alignment_of, ids_of

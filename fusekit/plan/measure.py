@@ -121,7 +121,7 @@ def measure_capture(
 
 def measure_alignment(pivot: RowTokenizer, source: RowTokenizer, texts: Sequence[str]) -> float:
     """Seconds per text of counting what the alignment of a pair links, its first text aside."""
-    from fusekit.alignment import align
+    from fusekit.alignment.alignment import align
 
     align(texts[0], pivot.tokenizer, source.tokenizer)
     started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from fusekit.alignment import VocabularyMap, build_vocabulary_map
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from tests.alignment.tokenizers import load
 
 

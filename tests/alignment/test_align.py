@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from fusekit.alignment import align, align_tokens, tokenize, vocabulary_surfaces
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.alignment import align, align_tokens
+from fusekit.alignment.ends import tokenize
 from fusekit.alignment.surfaces import Kind
 from fusekit.errors import AlignmentError
 from tests.alignment import reference

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.alignment import align, vocabulary_surfaces
-from fusekit.alignment.dtw import cost_matrix, warp
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.alignment import align
+from fusekit.alignment.papers import cost_matrix, warp
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.texts import EDGE_CASES
@@ -46,7 +47,7 @@ def ends(path, i):
 def test_empty_and_too_large(monkeypatch):
     empty = align("", load("mistral"), load("qwen"), method="dtw")
     assert empty.source_at.shape == (0,)
-    from fusekit.alignment import dtw
+    from fusekit.alignment import papers as dtw
 
     monkeypatch.setattr(dtw, "MAX_CELLS", 10)
     with pytest.raises(AlignmentError, match="cells"):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 from scipy import sparse
 
-from fusekit.alignment import VocabularyMap, build_vocabulary_map, count_mappings, vocabulary_surfaces
-from fusekit.alignment.nearest import nearest
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.papers import nearest
 from fusekit.alignment.surfaces import Kind
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map, count_mappings
 from fusekit.errors import AlignmentError
 from tests.alignment import maps, reference
 from tests.alignment.maps import target

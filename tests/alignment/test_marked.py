@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fusekit.alignment.marked import Mark, marked_ends
+from fusekit.alignment.ends import Mark, marked_ends
 from fusekit.alignment.surfaces import vocabulary_surfaces
 from tests.capture.models import extended, tokenizer_for
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.alignment import align, build_vocabulary_map, plan_rows, project_rows, vocabulary_surfaces
+from fusekit.alignment import project_rows, vocabulary_surfaces
+from fusekit.alignment.alignment import align
+from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
 from fusekit.alignment.html import page
 from fusekit.alignment.quality import AlignmentQuality, script_of
-from fusekit.alignment.row_cases import HAS_ROW, Case
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.cli import cli
 from fusekit.errors import AlignmentError

@@ -9,7 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
-from fusekit.alignment import align, tokenize, vocabulary_surfaces
+from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.alignment import align
+from fusekit.alignment.ends import tokenize
 from fusekit.errors import AlignmentError
 from tests.alignment.tokenizers import load
 

@@ -7,18 +7,10 @@ import functools
 import numpy as np
 import pytest
 
-from fusekit.alignment import (
-    Case,
-    Predictions,
-    align,
-    align_tokens,
-    plan_rows,
-    project_rows,
-    project_rows_by_rule,
-    source_positions,
-    tokenize,
-    vocabulary_surfaces,
-)
+from fusekit.alignment import Predictions, project_rows, project_rows_by_rule, vocabulary_surfaces
+from fusekit.alignment.alignment import align, align_tokens
+from fusekit.alignment.cases import Case, plan_rows, source_positions
+from fusekit.alignment.ends import tokenize
 from fusekit.alignment.rows import TAILS
 from fusekit.errors import AlignmentError
 from fusekit.types import TopK

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fusekit.alignment.row_cases import Case
+from fusekit.alignment.cases import Case
 from fusekit.alignment.worth import MOST_NATS, RATIO_LIMIT, TeacherWorth
 
 UNTAUGHT = (Case.NO_ROW, Case.UNLINKED)

@@ -14,7 +14,7 @@ import torch
 
 from fusekit import artifacts as artifact
 from fusekit import gguf as headers
-from fusekit.alignment import align
+from fusekit.alignment.alignment import align
 from fusekit.capturing.estimate import loaded_bytes
 from fusekit.capturing.load import dequantise, load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint

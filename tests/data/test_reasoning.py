@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from fusekit.alignment import align_tokens
+from fusekit.alignment.alignment import align_tokens
 from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

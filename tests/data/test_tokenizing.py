@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fusekit.alignment import align_tokens
+from fusekit.alignment.alignment import align_tokens
 from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

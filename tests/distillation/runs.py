@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from fusekit.alignment import build_vocabulary_map
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import FusionSettings

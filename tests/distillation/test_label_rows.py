@@ -7,16 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment import (
-    Case,
-    Predictions,
-    VocabularyMap,
-    align_tokens,
-    build_vocabulary_map,
-    project_rows,
-    tokenize,
-)
+from fusekit.alignment import Predictions, project_rows
+from fusekit.alignment.alignment import align_tokens
+from fusekit.alignment.cases import Case
+from fusekit.alignment.ends import tokenize
 from fusekit.alignment.projection import NO_ID
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TokenizedText, TopK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusekit.alignment import build_vocabulary_map
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.artifacts import differences
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.provenance import facts_of_alignment, facts_of_run

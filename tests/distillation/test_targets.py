@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment import Case, build_vocabulary_map
+from fusekit.alignment.cases import Case
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.dataset import (
     OTHERS,
     FusionDataset,

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, Subset
 
-from fusekit.alignment import build_vocabulary_map
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.settings import Selection
 from fusekit.distillation.batching import EpochSampler, FusionCollator

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.alignment import build_vocabulary_map
-from fusekit.alignment.row_cases import Case
+from fusekit.alignment.cases import Case
+from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import RATIO_LIMIT
 from fusekit.cli import cli
 from fusekit.distillation.dataset import label_nll

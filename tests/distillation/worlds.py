@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from fusekit.alignment import tokenize
+from fusekit.alignment.ends import tokenize
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")

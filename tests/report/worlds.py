@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 
 from fusekit import artifacts as artifact
+from fusekit.alignment.cases import Case
 from fusekit.alignment.quality import AlignmentQuality
-from fusekit.alignment.row_cases import Case
 from fusekit.alignment.samples import Group, Sample, Token, write_samples
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.manifest import StoreSpec

@@ -1,18 +1,66 @@
-"""Which source row answers the question of which pivot position, decided from the tokens alone.
-
-Both models have read the same text at a link, but they cut the rest of it differently, so a source's row may answer
-another question than the pivot's. The actual next tokens of both are known, and decide; see :class:`Case`.
-"""
+"""Which vocabulary entries begin with given bytes, for many rows of entries at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.types import IntArray, TokenizedText
+from fusekit.alignment.surfaces import Surfaces
+from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.errors import AlignmentError
+from fusekit.types import BoolArray, IntArray, TokenizedText
+
+
+def begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: IntArray) -> BoolArray:
+    """Whether each entry begins as the surface of another does.
+
+    Args:
+        surfaces: of the vocabulary.
+        token: int64 [w], the entries to compare with, at least ``length`` bytes long.
+        length: int64 [w], how many bytes to compare.
+        ids: int64 [w, k], the entries; -1 and ids beyond the vocabulary begin with nothing.
+    """
+    flat, starts, lengths = surfaces.flat
+    known = (ids >= 0) & (ids < len(lengths))
+    at = np.where(known, ids, 0)
+    keep = known & (lengths[at] >= length[:, None])
+    for offset in range(int(length.max(initial=0))):
+        rows = np.flatnonzero((length > offset) & keep.any(axis=1))
+        if not len(rows):
+            break
+        wanted = flat[starts[token[rows]] + offset][:, None]
+        keep[rows] &= flat[np.minimum(starts[at[rows]] + offset, len(flat) - 1)] == wanted
+    return keep
+
+
+def beginning_in_text(alignment: TokenAlignment, surfaces: Surfaces, before: IntArray, consumed: IntArray) -> IntArray:
+    """How many bytes of its surface a source token has given once ``consumed`` bytes of its text are read.
+
+    Args:
+        alignment: of the text.
+        surfaces: of the source.
+        before: int64 [w], the source positions before the tokens.
+        consumed: int64 [w], bytes of text since the end of ``before``.
+
+    Returns:
+        int64 [w]: ``consumed``; one more for a word of WordPiece, which stands for a space that belongs to the token
+        before it in the text; -1 where the surface is not the text, since a normaliser changed it or it is unknown.
+    """
+    flat, starts, lengths = surfaces.flat
+    text = np.frombuffer(alignment.text.encode(), np.uint8)
+    token, origin = alignment.source_ids[before + 1], alignment.source.ends[before]
+    first = flat[np.minimum(starts[token], len(flat) - 1)]
+    skipped = ((first == ord(" ")) & (text[origin] != ord(" "))).astype(np.int64)
+    clear = lengths[token] >= consumed + skipped
+    for offset in range(int(consumed.max(initial=0))):
+        reach = np.flatnonzero((consumed > offset) & clear)
+        there = starts[token[reach]] + skipped[reach] + offset
+        clear[reach] = flat[there] == text[origin[reach] + offset]
+    return np.where(clear, consumed + skipped, -1)
 
 
 class Case(IntEnum):
@@ -139,3 +187,88 @@ def _compare_next(
     kind = np.select(conditions, [Case.SAME, Case.LONGER, Case.CLOSES, Case.CROSSES], Case.NO_ROW)
     spelled = np.where(np.isin(kind, [Case.CLOSES, Case.CROSSES]), inner, base + 1)
     return kind, spelled, np.where(kind == Case.CROSSES, t_high - source.ends[inner], 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Matched:
+    """An alignment as the papers see it: A(i), the source positions of pivot position i, and the tokens' surfaces."""
+
+    first: IntArray
+    stop: IntArray
+    pivot_ids: IntArray
+    source_ids: IntArray
+    pivot: list[bytes]
+    source: list[bytes]
+    mapped: IntArray  # the pivot id that each source token maps to, -1 for none
+
+    def unmarked(self, side: list[bytes], at: int) -> bytes:
+        return side[at].removeprefix(b" ")
+
+
+def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str = "exact") -> IntArray:
+    """The source position whose row each pivot position takes, or -1: int64 [n].
+
+    Args:
+        alignment: of either method; the papers' rules are meant for ``dtw``.
+        vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
+        rule: ``exact``: where both have consumed the same text. ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is
+            one token and it equals the pivot's, for ``mined`` also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1
+            and n-1 where one of the two tokens ends with the other; 1-n where the pieces spell the pivot's token, the
+            row of the last.
+
+    Raises:
+        AlignmentError: unknown rule.
+    """
+    if rule == "exact":
+        return np.array(alignment.source_at)
+    if rule not in RULES:
+        raise AlignmentError(f"unknown position rule {rule!r}: there are exact, {', '.join(sorted(RULES))}")
+    pivot, source = vocabulary_map.pivot, vocabulary_map.source
+    targets, _ = vocabulary_map.entries
+    matched = _Matched(
+        *alignment.matched,
+        alignment.pivot_ids,
+        alignment.source_ids,
+        [pivot.of[i] for i in alignment.pivot_ids.tolist()],
+        [source.of[i] for i in alignment.source_ids.tolist()],
+        targets[alignment.source_ids, 0],
+    )
+    return RULES[rule](matched)
+
+
+def _em(matched: _Matched) -> IntArray:
+    return _single(matched, lambda i, j: matched.pivot[i] == matched.source[j])
+
+
+def _mined(matched: _Matched) -> IntArray:
+    def fits(i: int, j: int) -> bool:
+        return matched.pivot[i] == matched.source[j] or bool(matched.mapped[j] == matched.pivot_ids[i])
+
+    return _single(matched, fits)
+
+
+def _ms(matched: _Matched) -> IntArray:
+    def ends_alike(i: int, j: int) -> bool:
+        a, b = matched.pivot[i], matched.source[j]
+        return a.endswith(b) or b.endswith(a)
+
+    rows = _single(matched, ends_alike)
+    for i in np.flatnonzero(matched.stop - matched.first > 1).tolist():
+        span = range(int(matched.first[i]), int(matched.stop[i]))
+        spelled = b"".join(matched.source[j] for j in span).removeprefix(b" ")
+        if spelled == matched.unmarked(matched.pivot, i):
+            rows[i] = span[-1]
+    return rows
+
+
+def _single(matched: _Matched, fits: Callable[[int, int], bool]) -> IntArray:
+    """The positions whose A(i) is one token that fits."""
+    rows = np.full(len(matched.first), -1, np.int64)
+    for i in np.flatnonzero(matched.stop - matched.first == 1).tolist():
+        j = int(matched.first[i])
+        if fits(i, j):
+            rows[i] = j
+    return rows
+
+
+RULES: dict[str, Callable[[_Matched], IntArray]] = {"em": _em, "mined": _mined, "ms": _ms}
