@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from fusekit.cli.recipe import is_recipe, refuse_options
-from fusekit.cli.run import run_recipe
+from fusekit.cli.options import given, options_of
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
 if TYPE_CHECKING:
@@ -26,29 +26,6 @@ if TYPE_CHECKING:
     from fusekit.distillation.settings import DistillSettings
     from fusekit.types import Row
 
-# option -> (section, field)
-_FIELDS = {
-    "mode": ("fusion", "mode"),
-    "function": ("fusion", "function"),
-    "level": ("fusion", "level"),
-    "metric": ("fusion", "metric"),
-    "tokens": ("alignment", "tokens"),
-    "vocabulary": ("alignment", "vocabulary"),
-    "loss": ("training", "loss"),
-    "truncation": ("training", "truncation"),
-    "lm_weight": ("training", "lm_weight"),
-    "temperature": ("training", "temperature"),
-    "num_train_epochs": ("training", "num_train_epochs"),
-    "learning_rate": ("training", "learning_rate"),
-    "batch_size": ("training", "batch_size"),
-    "per_device_train_batch_size": ("training", "per_device_train_batch_size"),
-    "dtype": ("training", "dtype"),
-    "bf16": ("training", "bf16"),
-    "activation_checkpointing": ("training", "activation_checkpointing"),
-    "seed": ("training", "seed"),
-    "dataloader_num_workers": ("training", "dataloader_num_workers"),
-}
-
 
 @click.command("distill")
 @click.argument("pivot")
@@ -57,7 +34,7 @@ _FIELDS = {
     "--data",
     multiple=True,
     metavar="PATH",
-    help="Rows that were captured: files, folders or hub ids (repeatable). Not with a recipe, which names its own.",
+    help="Examples that were captured: files, folders or hub ids (repeatable).",
 )
 @click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of the data.")
@@ -79,50 +56,22 @@ _FIELDS = {
     show_default=True,
     help="fusekit, fusechat, fusellm, uld, gold or sft: the values of every setting that is not given.",
 )
-@click.option("--mode", type=click.Choice(["pairwise", "joint"]), help="One target per source, or one from all.")
-@click.option("--function", help="What becomes of several models' rows: min_ce, avg_ce, ...")
-@click.option("--level", type=click.Choice(["sequence", "token"]), help="Choose per row or at every label.")
-@click.option(
-    "--metric", type=click.Choice(["projected_ce", "bits_per_byte", "token_ce"]), help="What a teacher is judged by."
-)
-@click.option("--tokens", type=click.Choice(["span", "dtw"]), help="Token alignment: exact, or the papers'.")
-@click.option("--vocabulary", help="Vocabulary map: em, mined, ms or prefix; matched or none.")
-@click.option("--loss", help="ce, kl, reverse_kl, js, uld_topk or gold.")
-@click.option("--truncation", type=click.Choice(["tail", "renormalize"]), help="What is done about the rest of a row.")
-@click.option("--lm-weight", type=float, help="The least weight of the text itself; 1 is plain fine-tuning.")
-@click.option("--temperature", type=float, help="Of the rows and the loss.")
-@click.option("--num-train-epochs", type=float, help="Passes over the rows.")
-@click.option("--learning-rate", type=float, help="Of AdamW, at its highest.")
-@click.option("--batch-size", type=int, help="Rows per optimizer step, over all processes.")
-@click.option("--per-device-train-batch-size", type=int, help="Rows at once on one device.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "auto"]), help="Of the weights while training.")
-@click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.")
-@click.option(
-    "--activation-checkpointing/--no-activation-checkpointing", default=None, help="Spend time to save memory."
-)
-@click.option("--seed", type=int, help="Of everything that is drawn.")
-@click.option("--dataloader-num-workers", type=int, help="Data loader processes.")
-@click.option(
-    "--lora",
-    multiple=True,
-    metavar="FIELD=VALUE",
-    help="Train an adapter; a field of peft's LoraConfig, r=16 for one (repeatable).",
-)
+@options_of(FusionSettings, "mode", "function", "level", "metric", defaults=False)
+@options_of(AlignmentSettings, "tokens", "vocabulary", "tail", defaults=False)
+@options_of(TrainingSettings, defaults=False)
 @click.option(
     "--set",
     "extra",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Any other setting, as alignment.one_hot=true, or trainer.FIELD=VALUE for TrainingArguments (repeatable).",
+    help="Any other setting of a recipe, as alignment.one_hot=true, or distill.optim=adafactor for a field of "
+    "TrainingArguments (repeatable).",
 )
 @click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
-@click.option("--resume", is_flag=True, help="Go on with what is there.")
-@click.option("--overwrite", is_flag=True, help="Begin anew, replacing what is there.")
+@click.option("--resume", is_flag=True, help="Resume what is there.")
+@click.option("--overwrite", is_flag=True, help="Start over, replacing what is there.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
-@click.pass_context
 def distill(
-    context: click.Context,
-    /,
     pivot: str,
     out: Path,
     *,
@@ -131,21 +80,15 @@ def distill(
     ignore_estimates: bool,
     **options: Any,
 ) -> None:
-    """Train PIVOT on what other models know, into folders of OUT; or the targets of a recipe: RECIPE.yml OUT.
+    """Train PIVOT on what other models know, into folders of OUT.
 
-    With a recipe its own settings hold, as in fusekit run --only distill; it always goes on with what is there.
-
-    Each target appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or `accelerate
-    launch` it trains on several devices.
+    Each distilled model appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or
+    `accelerate launch` it trains on several devices.
     """
-    if is_recipe(pivot):
-        refuse_options(context, {"pivot", "out", "resume"})
-        run_recipe(Path(pivot), out, only="distill")
-        return
     if not options["data"]:
-        raise click.UsageError("give PIVOT, OUT and --data; or a recipe (.yml) and OUT")
+        raise click.UsageError("give --data, the examples that the stores were captured from")
     if resume and overwrite:
-        raise click.UsageError("--resume goes on with what is there, --overwrite replaces it: give one")
+        raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
     from fusekit.devices import is_main
     from fusekit.distillation.run import distill as run
 
@@ -169,23 +112,18 @@ def _say_to(stream: Any) -> Callable[[str], None]:
 
 
 def _settings(options: dict[str, Any]) -> DistillSettings:
-    from fusekit.distillation.settings import DistillSettings
-
-    changes: dict[str, dict[str, Any]] = {}
-    for option, (section, field) in _FIELDS.items():
-        if options[option] is not None:
-            changes.setdefault(section, {})[field] = options[option]
-    if options["lora"]:
-        changes.setdefault("training", {})["lora"] = dict(_assignment(text) for text in options["lora"])
+    changes: dict[str, dict[str, Any]] = {
+        "fusion": given(options, FusionSettings),
+        "alignment": given(options, AlignmentSettings),
+        "distill": given(options, TrainingSettings),
+    }
     for text in options["extra"]:
         name, value = _assignment(text)
         section, dot, field = name.partition(".")
         if not dot:
-            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example training.warmup_steps=0.1")
-        if section == "trainer":
-            changes.setdefault("training", {}).setdefault("trainer", {})[field] = value
-        else:
-            changes.setdefault(section, {})[field] = value
+            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example distill.warmup_steps=0.1")
+        changes.setdefault(section, {})[field] = value
+    changes["training"] = changes.pop("distill")
     return DistillSettings.of(options["preset"], changes)
 
 
@@ -257,15 +195,8 @@ def _date_of(sources: Iterable[Source]) -> datetime.date | None:
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
     from fusekit.capturing.load import load_tokenizer
     from fusekit.capturing.models import ModelChoice, find_checkpoint
+    from fusekit.data.templates import ChatTemplate
     from fusekit.data.tokenize import RowTokenizer
 
     tokenizer = load_tokenizer(find_checkpoint(ModelChoice(model), weights=False))
-    return RowTokenizer(tokenizer, _template(template, tokenizer), date=date)
-
-
-def _template(name: str | None, tokenizer: Any) -> Any:
-    from fusekit.data.templates import ChatTemplate, template_names
-
-    if name is None or name == "own":
-        return None if name is None else ChatTemplate.own(tokenizer)
-    return ChatTemplate.named(name) if name in template_names() else ChatTemplate.from_file(name)
+    return RowTokenizer(tokenizer, ChatTemplate.chosen(template or "own"), date=date)

@@ -51,7 +51,7 @@ def trainer(
 ) -> FusionTrainer:
     """A trainer on the CPU with plain settings; ``arguments`` of TrainingArguments override them."""
     examples = data() if examples is None else examples
-    own = {"max_skipped_steps", "facts", "say", "callbacks", "eval_dataset"}
+    own = {"facts", "say", "callbacks", "eval_dataset"}
     options = {name: arguments.pop(name) for name in list(arguments) if name in own}
     fields: dict[str, Any] = {
         "output_dir": str(out),
@@ -70,7 +70,6 @@ def trainer(
         TrainingArguments(**fields | arguments),
         examples,
         objective=objective or Objective(lm_weight=0.7),
-        count_names=getattr(examples, "count_names", ()),
         **options,
     )
 

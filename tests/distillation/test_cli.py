@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TINY = ["--batch-size", "4", "--per-device-train-batch-size", "2", "--num-train-epochs", "1", "--learning-rate", "1e-2"]
-QUIET = ["--set", "trainer.use_cpu=true", "--set", "trainer.disable_tqdm=true", "--set", "trainer.logging_steps=1"]
+QUIET = ["--set", "distill.use_cpu=true", "--set", "distill.disable_tqdm=true", "--set", "distill.logging_steps=1"]
 
 
 def invoke(*arguments: object) -> Result:
@@ -66,7 +66,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_trains_and_says_where(world: Path, tmp_path: Path) -> None:
-    done = invoke(*arguments(world, tmp_path / "out", "--lora", "r=4", "--set", "alignment.one_hot=true"))
+    done = invoke(*arguments(world, tmp_path / "out", "--lora", '{"r": 4}', "--set", "alignment.one_hot=true"))
     assert done.exit_code == 0, done.output
     folder = tmp_path / "out" / "other"
     assert done.stdout.splitlines()[-1] == str(folder.resolve())
@@ -107,10 +107,10 @@ def test_packed_text_is_met_by_packing_it_again(world: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--resume", "--overwrite"], "--resume goes on with what is there"),
+        (["--resume", "--overwrite"], "--resume continues what is there"),
         (["--set", "warmup=1"], "write SECTION.FIELD=VALUE"),
         (["--source-store", "x"], "write NAME=STORE"),
-        (["--lora", "r"], "is no NAME=VALUE"),
+        (["--lora", "{r"], "is not JSON"),
     ],
 )
 def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
 @pytest.mark.slow
 def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    long = ["--num-train-epochs", "400", "--set", "training.save_steps=3", "--set", "training.logging_steps=1000"]
+    long = ["--num-train-epochs", "400", "--set", "distill.save_steps=3", "--set", "distill.logging_steps=1000"]
     process = Process(command, tmp_path, tuple(map(str, arguments(world, out, *long))), {}, None)
     wait_until(
         lambda: bool(list(out.glob("other.training/checkpoint-*/fusekit.json"))) or not process.process.is_alive(), 120
@@ -141,7 +141,7 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
-    plain = ["--set", "training.optim=sgd", "--set", "training.warmup_steps=0"]
+    plain = ["--set", "distill.optim=sgd", "--set", "distill.warmup_steps=0"]
     both = ranks(tmp_path, 2, *map(str, arguments(world, tmp_path / "two", *plain)))
     finished = [process.wait(240) for process in both]
     said = "\n---\n".join(process.output for process in finished)

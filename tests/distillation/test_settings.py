@@ -46,7 +46,7 @@ def test_gold_needs_its_vocabulary_and_rows_as_they_are_no_projection(preset: st
 
 def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> None:
     def facts(**trainer: object) -> dict:
-        return facts_of_run("s", DistillSettings.of(changes={"training": {"trainer": trainer}}), "pivot", [], {})
+        return facts_of_run("s", DistillSettings.of(changes={"training": trainer}), "pivot", [], {})
 
     assert differences(facts(), facts(dataloader_drop_last=True))
     assert not differences(facts(), facts(dataloader_pin_memory=False, dataloader_persistent_workers=True))

@@ -184,7 +184,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path: Path) 
         bursting_model(),
         Spoilt(set(range(4, 12))),
         train_sampling_strategy="sequential",
-        max_skipped_steps=2,
+        objective=Objective(lm_weight=0.7, max_skipped_steps=2),
         save_strategy="steps",
         save_steps=1,
         save_total_limit=1,

@@ -53,7 +53,7 @@ def write_world(folder: Path) -> Path:
         "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
         "evaluate": {"path": "held_out.jsonl", "metrics": ["bits_per_byte"]},
     }
-    recipe["distill"]["trainer"] = {"save_steps": 1, "save_strategy": "steps"}
+    recipe["distill"] |= {"save_steps": 1, "save_strategy": "steps"}
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
     return folder
 

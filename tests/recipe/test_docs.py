@@ -28,7 +28,7 @@ def resolved(preset: str, folder: Path) -> dict[str, Any]:
     path.write_text(f"preset: {preset}\npivot: {{model: a/p}}\nsources: [{{model: b/s}}]\ndata: {{path: x}}\n")
     found: dict[str, Any] = load_recipe(path).model_dump(mode="json")
     found["sources"] = found["sources"][0]
-    found["distill"]["trainer"] = TRAINER | found["distill"]["trainer"]
+    found["distill"] = TRAINER | found["distill"]
     return found
 
 
