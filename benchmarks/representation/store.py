@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -194,9 +193,6 @@ def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: f
             found.append(_wide(by_id(back.rows.ids, back.rows.logprobs), k))
             tails.append((row.rows.tail, back.rows.tail))
         decode = rate(lambda: sum(len(row.actual) for row in store), positions)
-        order = np.random.default_rng(0).permutation(len(rows)).tolist()
-        with patch("fusekit.capture.store.CACHE_BYTES", 0):  # as in a store that is much larger than what is kept
-            at_random = rate(lambda: [store[at] for at in order], positions)
     encode = rate(lambda: shard_bytes([codec.encode(row) for row in rows], codec.exact), positions)
     both = tuple(np.concatenate(column) for column in zip(*tails, strict=True))
     return {
@@ -205,7 +201,6 @@ def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: f
         **errors(np.concatenate(given), np.concatenate(found), both),
         "encode_positions_per_s": encode,
         "decode_positions_per_s": decode,
-        "random_positions_per_s": at_random,
     }
 
 
@@ -328,7 +323,7 @@ def main(checkout: str | None, count: int) -> None:
             "k": k,
             "mean_entries": round(float(entries), 2),
         }
-        results.append({**head, "note": "", "random_positions_per_s": "", **result})
+        results.append({**head, "note": "", **result})
         print(results[-1], flush=True)
 
     for ordered in (False, True):
