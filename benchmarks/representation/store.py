@@ -323,7 +323,7 @@ def main(checkout: str | None, count: int) -> None:
             "k": k,
             "mean_entries": round(float(entries), 2),
         }
-        results.append({**head, "note": "", **result} | {"note": result.get("note", "")})
+        results.append({**head, "note": "", **result})
         print(results[-1], flush=True)
 
     for ordered in (False, True):

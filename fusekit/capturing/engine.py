@@ -1,4 +1,7 @@
-"""Which rows go through a model together: the same rows in the same order always make the same batches and shards."""
+"""What a causal language model says about the labels of rows: its forward, in batches that fit.
+
+The same rows in the same order always make the same batches and shards.
+"""
 
 from __future__ import annotations
 

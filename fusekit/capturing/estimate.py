@@ -164,6 +164,6 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of an element of a dtype by torch's name; 4 for a name that is none."""
+    """Bytes of an element of a dtype by torch's name; 4 for an unknown name."""
     found = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
     return int(found.itemsize) if isinstance(found, torch.dtype) else 4

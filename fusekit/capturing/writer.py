@@ -6,7 +6,7 @@ A store is a folder:
 * ``shard-00000.parquet``, ...: the rows (shards.py).
 * ``shard-00000.json``, ...: records of the shards that are whole, until the manifest has them.
 
-Each of these is committed (commit.py): there whole or not at all. A shard without a record, or whose size or hash is
+Each of these is committed, there whole or not at all. A shard without a record, or whose size or hash is
 not the recorded one, does not count; it is written again, and only it. Processes write different shards, so they need
 no lock between them; the caller holds :func:`fusekit.artifacts.output_lock` against a second run.
 """
@@ -58,7 +58,7 @@ class ShardPlan:
 
 
 class StoreWriter:
-    """Writes the shards of one process of ``world``; goes on where an earlier run stopped.
+    """Writes the shards of one process of ``world``; resumes where an earlier run stopped.
 
     >>> writer = StoreWriter(path, spec, keys, rank=rank, world=world)
     >>> for plan in writer.missing_shards():
@@ -207,7 +207,7 @@ class StoreWriter:
         try:
             voucher = read_json((self.path / name).with_suffix(".json"), ShardVoucher)
             found = voucher.shard if voucher and voucher.plan_xxh3 == self._plan_hash else None
-        except StorageError:  # damaged: it vouches for nothing
+        except StorageError:  # damaged: it counts for nothing
             found = None
         found = found or self._records.get(name)
         if found and (found.file, found.start, found.stop) == (name, plan.start, plan.stop):
@@ -244,7 +244,7 @@ class StoreWriter:
             raise StorageError(
                 f"{self.path} was made from something else:\n  "
                 + "\n  ".join(changed)
-                + f"\nUse another folder, or remove {self.path} to start anew"
+                + f"\nUse another folder, or remove {self.path} to start over"
             )
 
     def _write_manifest(self, complete: bool) -> None:
@@ -356,7 +356,7 @@ def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
     """Write the rows of several stores into one, as they are, without rounding them again.
 
     Rows that several stores hold have to be equal and are kept once. A row is quarantined only if no store holds it.
-    Interrupted, the same call goes on.
+    After an interruption the same call resumes.
 
     Args:
         paths: complete stores whose specs differ in ``data`` at most.

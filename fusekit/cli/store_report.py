@@ -53,7 +53,7 @@ def _share(store: Store, rows: Any) -> dict[str, Any]:
 def summary_lines(store: Store) -> Iterator[str]:
     """A page about a store."""
     found, spec = figures(store), store.spec
-    state = "complete" if store.complete else "not finished; the same command again goes on"
+    state = "complete" if store.complete else "not finished; the same command resumes it"
     yield f"{store.path}: {state}"
     mass = f", until they hold {spec.keep_mass:g}" if spec.keep_mass else ""
     yield f"  model        {spec.model} ({spec.model_fingerprint})"

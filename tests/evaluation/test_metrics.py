@@ -247,5 +247,5 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path):
     nowhere = str(tmp_path / "nowhere" / "scores.json")
     assert f"{nowhere}: there is no folder" in said("--json", nowhere)
     assert "'banana' is not one of 'auto'" in said("--dtype", "banana")
-    assert "no JSON: Expecting" in said("--device-map", "{bad")
+    assert "'{bad' is not JSON" in said("--device-map", "{bad")
     assert "none.jsonl does not exist" in said("--allow-pickle")
