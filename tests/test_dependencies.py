@@ -17,6 +17,7 @@ MERGES = (
     "merge_methods/",
     "merging/",
     "mergekit_plugin.py",
+    "mergekit_private.py",
     "mergekit_yaml.py",
     "cli/merge.py",
     "cli/fuse.py",

@@ -73,11 +73,11 @@ def merge(
 
     published: list[bool] = []
     settings = Settings(
-        overwrite,
-        ignore_estimates,
-        frozenset(allow_pickle),
-        frozenset(allow_remote_code),
-        say,
+        overwrite=overwrite,
+        ignore_estimates=ignore_estimates,
+        allow_pickle=frozenset(allow_pickle),
+        allow_remote_code=frozenset(allow_remote_code),
+        say=say,
         on_published=lambda: published.append(True),
     )
     try:

@@ -1,24 +1,131 @@
-"""Fusion vectors δ_j = φ_j - θ, read chunk by chunk and never all at once."""
+"""Fusion vectors δ_j = φ_j - θ, read in cache-sized chunks; the chunking does not change the result.
+
+Sums are float64 sums over blocks of 4096 elements, added in index order. A chunk is a whole number of blocks, so chunk
+size and thread count change nothing. Elementwise work uses separate, correctly rounded operations (never a fused
+multiply-add, whose use varies with the position in a vector register), so it gives the same bits everywhere too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods.chunks import (
-    Scratch,
-    add_in_order,
-    block_sums,
-    compute_dtype,
-    for_each_chunk,
-    whole_blocks,
-)
-from fusekit.merge_methods.selection import Selection
+from fusekit.threads import side_by_side
+
+BLOCK = 4096
+CPU_CHUNK = 64 * BLOCK  # a chunk's fusion vectors fit the cache, its operations outlast the interpreter's
+MAX_THREADS = 4  # every thread has buffers of its own; more would wait for the interpreter's lock
+ACCELERATOR_CHUNK = 4096 * BLOCK  # large enough to fill a GPU, small against its memory
+
+Result = TypeVar("Result")
+
+
+class Scratch:
+    """Named buffers that are reused from chunk to chunk. capacity: elements of a whole chunk."""
+
+    def __init__(self, device: torch.device, capacity: int = 0) -> None:
+        self._device = device
+        self._capacity = capacity  # from the start: buffers that grow with each selection fragment the heap
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised 1-D buffer of `size` elements; the same memory at every call with this name and dtype."""
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(max(size, self._capacity), dtype=dtype, device=self._device)
+            self._buffers[name, dtype] = buffer
+        return buffer[:size]
+
+
+def for_each_chunk(
+    work: Callable[[Scratch, int, int], Result], numel: int, device: torch.device, chunk_size: int | None = None
+) -> list[Result]:
+    """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
+
+    On the CPU chunks run side by side on as many threads as torch is set to use, up to four, each with one torch
+    thread.
+    """
+    size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
+    if size <= 0 or size % BLOCK:
+        raise MergeError(f"chunk_size {size} is not a positive multiple of {BLOCK}, the block in which sums are taken")
+    bounds = [(start, min(start + size, numel)) for start in range(0, numel, size)]
+    threads = min(torch.get_num_threads(), len(bounds), MAX_THREADS) if device.type == "cpu" else 1
+    if threads <= 1:
+        scratch = Scratch(device, min(size, numel))
+        return [work(scratch, start, stop) for start, stop in bounds]
+    return side_by_side(lambda: partial(work, Scratch(device, size)), bounds, threads)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic on tensors of `dtype`: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy may work on the memory of `tensor`, which it does several times faster than torch in places."""
+    return tensor.device.type == "cpu"
+
+
+_TORCH_COMPARISONS: dict[object, Callable[..., Tensor]] = {
+    np.greater: torch.gt,
+    np.greater_equal: torch.ge,
+    np.less_equal: torch.le,
+    np.equal: torch.eq,
+    np.not_equal: torch.ne,
+}
+
+
+def compare(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> Tensor:
+    """Compare each element with a number, by one of numpy's comparisons: bool, shape of `values`."""
+    if not on_cpu(values):
+        return _TORCH_COMPARISONS[comparison](values, bound)
+    array = values.numpy()
+    return torch.from_numpy(comparison(array, array.dtype.type(bound)))
+
+
+def nonzero(mask: Tensor) -> Tensor:
+    """Positions of the true elements of a flat mask: int64 [m], ascending."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if on_cpu(mask) else mask.nonzero().squeeze(1)
+
+
+def count_where(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> int:
+    """How many elements `compare` finds."""
+    mask = compare(comparison, values, bound)
+    return int(np.count_nonzero(mask.numpy())) if on_cpu(mask) else int(mask.sum())
+
+
+def block_sums(values: Tensor, ends: np.ndarray) -> np.ndarray:
+    """Sums of consecutive runs of `values`.
+
+    values: float64 [n]; ends: int64 [b], non-decreasing, last one n. Returns float64 [b]; an empty run sums to 0.
+    """
+    if not on_cpu(values):
+        lengths = torch.from_numpy(np.diff(ends, prepend=0)).to(values.device)
+        sums: np.ndarray = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True).cpu().numpy()
+        return sums
+    starts = np.concatenate(([0], ends[:-1]))
+    sums = np.zeros(len(ends))
+    filled = ends > starts
+    if filled.any():
+        sums[filled] = np.add.reduceat(values.numpy(), starts[filled])
+    return sums
+
+
+def whole_blocks(size: int) -> np.ndarray:
+    """Ends of the blocks of a chunk of `size` elements: int64 [ceil(size / 4096)]."""
+    return np.minimum(np.arange(BLOCK, size + BLOCK, BLOCK), size)
+
+
+def add_in_order(chunk_sums: Sequence[np.ndarray]) -> np.ndarray:
+    """Add block sums in index order. chunk_sums: float64 arrays [K, b_i] of consecutive chunks. Returns float64 [K]."""
+    return np.add.accumulate(np.concatenate(chunk_sums, axis=1), axis=1)[:, -1]
 
 
 @dataclass(frozen=True)
@@ -45,25 +152,29 @@ class FusionVectors:
     shape: torch.Size
 
     @classmethod
-    def of(cls, base: Tensor | None, targets: Sequence[Tensor]) -> FusionVectors:
+    def of(cls, base: Tensor | None, targets: Sequence[Tensor] | Tensor) -> FusionVectors:
         """Check and flatten. Contiguous tensors are borrowed, others are copied. Nothing is ever written to them."""
-        tensors = [*targets] if base is None else [base, *targets]
+        if isinstance(targets, Tensor):
+            raise MergeError(f"targets is one tensor of shape {tuple(targets.shape)}: give a list of tensors")
         if not targets:
-            raise MergeError("no targets to merge: give at least one tensor besides the base")
-        first = tensors[0]
-        for index, tensor in enumerate(tensors):
+            raise MergeError("no targets to merge: give a list of at least one tensor besides the base")
+        tensors = [*targets] if base is None else [base, *targets]
+        names = ["base"] * (base is not None) + [f"target {index}" for index in range(len(targets))]
+        for name, tensor in zip(names, tensors, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise MergeError(f"{name} is a {type(tensor).__name__}: give torch tensors")
             if not tensor.is_floating_point():
-                raise MergeError(f"tensor {index} has dtype {tensor.dtype}: only floating-point tensors can be merged")
+                raise MergeError(f"{name} has dtype {tensor.dtype}: only floating-point tensors can be merged")
             for what in ("shape", "dtype", "device"):
-                mine, theirs = getattr(tensor, what), getattr(first, what)
-                if mine != theirs:
+                mine, first = getattr(tensor, what), getattr(tensors[0], what)
+                if mine != first:
+                    mine, first = (tuple(mine), tuple(first)) if what == "shape" else (mine, first)
                     raise MergeError(
-                        f"tensor {index} has {what} {_plain(mine)}, tensor 0 has {_plain(theirs)}: bring them to one"
+                        f"{name} has {what} {mine}, {names[0]} has {first}: all tensors must have the same {what}"
                     )
         flat = [tensor.detach().reshape(-1) for tensor in tensors]
-        if base is None:
-            return cls(None, tuple(flat), first.shape)
-        return cls(flat[0], tuple(flat[1:]), first.shape)
+        shape = tensors[0].shape
+        return cls(None, tuple(flat), shape) if base is None else cls(flat[0], tuple(flat[1:]), shape)
 
     @property
     def numel(self) -> int:
@@ -106,16 +217,17 @@ class FusionVectors:
                 total.add_(vector)
         return Chunk(base, vectors, total)
 
-    def energies(self, selection: Selection | None = None, chunk_size: int | None = None) -> np.ndarray:
+    def energies(self, selected: Callable[[int], Tensor] | None = None, chunk_size: int | None = None) -> np.ndarray:
         """Σ δ_j² over all elements, or over the selected ones: float64 [K].
 
+        selected: gives the positions of the selected elements of the chunk that starts there, relative to it.
         Squares are taken in float64: exact for float32 fusion vectors, and free of underflow.
         """
 
         def sums(scratch: Scratch, start: int, stop: int) -> np.ndarray:
             positions, ends = None, whole_blocks(stop - start)
-            if selection is not None:
-                positions = selection.indices(start)
+            if selected is not None:
+                positions = selected(start)
                 ends = np.searchsorted(positions.cpu().numpy(), ends)
             vectors = self.chunk(scratch, start, stop, positions).vectors
             squares = scratch.get("squares", vectors[0].numel(), torch.float64)
@@ -166,5 +278,15 @@ class NonFiniteError(MergeError):
         super().__init__(f"the fusion vectors of target(s) {list(targets)} (counted from 0) contain NaN or Inf")
 
 
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, torch.Size) else value
+def dense(base: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """All fusion vectors at once, [K, *shape] of the compute dtype, with gradients to base and targets."""
+    dtype = compute_dtype(base.dtype)
+    return torch.stack([target.to(dtype) - base.to(dtype) for target in targets])
+
+
+def dense_shares(deltas: Tensor) -> Tensor:
+    """`shares` of dense fusion vectors, with gradients: [K, 1, ...], to be multiplied with them."""
+    energies = deltas.double().reshape(len(deltas), -1).square().sum(1)
+    total = energies.sum()
+    weights = energies / total if total > 0 else torch.full_like(energies, 1 / len(energies))
+    return weights.to(deltas.dtype).reshape(-1, *[1] * (deltas.ndim - 1))

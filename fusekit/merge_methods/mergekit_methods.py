@@ -22,13 +22,11 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods import differentiable
 from fusekit.merge_methods.fusion_vectors import NonFiniteError
 from fusekit.merge_methods.provenance import TensorRecord, active_records, by_model
-from fusekit.merge_methods.sce import Variant, check_parameters, sce
-from fusekit.merge_methods.siblings import coefficients_in_graph, coefficients_in_memory
-from fusekit.merge_methods.units import unit_of
-from fusekit.merge_methods.varm import Aggregation, Granularity, varm, varm_elementwise
+from fusekit.merge_methods.sce import Variant, check_parameters, sce, sce_with_gradients
+from fusekit.merge_methods.units import coefficients_in_graph, coefficients_in_memory, unit_of
+from fusekit.merge_methods.varm import Aggregation, Granularity, varm, varm_elementwise, varm_with_gradients
 
 _CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 _UNITS = ("module", "layer", "model")
@@ -76,7 +74,7 @@ class FuseChatSCE(GroupMergeMethod):
             merged = sce(group.base.tensor, tensors, count_erased=bool(records), **settings)
             result = merged.tensor
             if _needs_gradient(group):
-                result = differentiable.sce(group.base.tensor, tensors, **settings)
+                result = sce_with_gradients(group.base.tensor, tensors, **settings)
         ids = [entry.id for entry in group.non_base]
         for record in records:
             coefficients = by_model(ids, merged.coefficients)
@@ -150,7 +148,9 @@ class VaRM(GroupMergeMethod):
                 merged = varm(base, targets, coefficients=coefficients)
             result = merged.tensor
             if _needs_gradient(group):
-                result = differentiable.varm(base, targets, granularity == "element", coefficients)
+                result = varm_with_gradients(
+                    base, targets, elementwise=granularity == "element", coefficients=coefficients
+                )
         unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
         settings = {"granularity": granularity, "aggregation": aggregation}
         ids = [entry.id for entry in group.non_base]

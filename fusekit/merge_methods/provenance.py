@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from fusekit import __version__
+from fusekit.artifacts import commit_file
+from fusekit.errors import StorageError
 
 ENVIRONMENT_VARIABLE = "FUSEKIT_PROVENANCE"
 
@@ -129,7 +130,7 @@ def _write_at_exit(record: MergeRecord, path: Path) -> None:
         return
     try:
         write_json(record.as_dict(), path)
-    except OSError as error:
+    except (OSError, StorageError) as error:
         print(
             f"fusekit: the coefficients could not be written to {path}, which {ENVIRONMENT_VARIABLE} names: {error}. "
             "The merge itself is not affected.",
@@ -138,19 +139,10 @@ def _write_at_exit(record: MergeRecord, path: Path) -> None:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON to `path` by way of a temporary file beside it and one rename."""
+    """Write JSON to `path` in one step; the folder is made if it is missing. Raises StorageError or OSError."""
+    data = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    commit_file(path, lambda file: file.write(data.encode()))
 
 
 def by_model(ids: Sequence[Hashable], values: Sequence[float] | np.ndarray) -> dict[str, float]:

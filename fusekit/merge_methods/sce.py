@@ -16,9 +16,20 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods import chunks
-from fusekit.merge_methods.chunks import Scratch, compute_dtype, for_each_chunk
-from fusekit.merge_methods.fusion_vectors import Chunk, FusionVectors, NonFiniteError, add_to_base, check_finite, shares
+from fusekit.merge_methods.fusion_vectors import (
+    Chunk,
+    FusionVectors,
+    NonFiniteError,
+    Scratch,
+    add_to_base,
+    check_finite,
+    compute_dtype,
+    count_where,
+    dense,
+    dense_shares,
+    for_each_chunk,
+    shares,
+)
 from fusekit.merge_methods.selection import Selection, select_top_variance
 
 Variant = Literal["paper", "renormalized", "fuseai"]
@@ -49,20 +60,35 @@ def sce(
     count_erased: bool = False,
     chunk_size: int | None = None,
 ) -> SCEMerge:
-    """Merge K targets into their pivot by SCE, one parameter matrix.
+    """Merge K fine-tunes into their base by SCE, one parameter matrix. arXiv 2408.07990, section 3.4.
 
-    base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. targets: φ_1..φ_K, same shape, dtype and
-    device. select_topk: τ in (0, 1], the share of the elements with non-zero variance to keep; 1 keeps all elements.
-    variant: "paper" is equation 9 as printed; "renormalized" divides each element by the sum of the η that survived
-    there, as mergekit's `sce` means to; "fuseai" merges unselected vectors, as the authors' repository does.
-    chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
+    Args:
+        base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA.
+        targets: a list of φ_1..φ_K, of the same shape, dtype and device.
+        select_topk: τ in (0, 1], the share of the elements with non-zero variance to keep; 1 keeps all elements.
+        variant: "paper" is equation 9 as printed; "renormalized" divides each element by the sum of the η that survived
+            there, as mergekit's `sce` means to; "fuseai" merges unselected vectors, as the authors' repository does.
+        count_erased: also count what the Erase step drops.
+        chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
-    Arithmetic is float32 (float64 for float64 inputs) with float64 sums. Elements where no fusion vector survives are
-    the base's, bit for bit. Scratch memory: at most about one tensor of the compute dtype, whatever K is. Inputs
-    are not modified; the result carries no gradient.
+    Returns:
+        The merged tensor with its coefficients. Arithmetic is float32 (float64 for float64 inputs) with float64 sums.
+        Elements where no fusion vector survives are the base's, bit for bit. Scratch memory is at most about one tensor
+        of the compute dtype, whatever K is. Inputs are not modified; the result carries no gradient.
 
-    Raises MergeError: no targets, mismatched inputs, parameters out of range, K = 1 with select_topk < 1 (no variance
-    to rank), NaN or Inf.
+    Raises:
+        MergeError: no targets, or one tensor in place of a list; mixed shapes, dtypes or devices; parameters out of
+            range; one target with select_topk < 1 (no variance to rank); NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> from fusekit.merge_methods import sce
+        >>> base = torch.zeros(2)
+        >>> merged = sce(base, [torch.tensor([3.0, 0.0]), torch.tensor([-1.0, 0.0])])
+        >>> merged.coefficients.tolist()
+        [0.9, 0.1]
+        >>> merged.tensor
+        tensor([2.7000, 0.0000])
     """
     return _merge(FusionVectors.of(base, targets), select_topk, variant, count_erased, chunk_size)
 
@@ -131,7 +157,7 @@ def _merge(
 ) -> SCEMerge:
     check_parameters(len(vectors.targets), select_topk, variant)
     selection = _select(vectors, select_topk, chunk_size)
-    energies = vectors.energies(selection, chunk_size)
+    energies = vectors.energies(None if selection is None else selection.indices, chunk_size)
     check_finite(energies)
     coefficients = shares(energies)
     tensor, erased = _erase_and_update(
@@ -144,7 +170,7 @@ def _merge(
         count_erased=count_erased,
         chunk_size=chunk_size,
     )
-    selected = 1.0 if selection is None or not vectors.numel else selection.count / vectors.numel
+    selected = 1.0 if selection is None else selection.count / vectors.numel
     return SCEMerge(tensor.reshape(vectors.shape), coefficients, selected, erased)
 
 
@@ -220,10 +246,10 @@ def _merge_chunk(
     kept = scratch.get("kept", size, dtype)
     for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
         if counts is not None:
-            counts[0, j] = _count_nonzero(vector)
+            counts[0, j] = count_where(np.not_equal, vector, 0)
         vector.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ
         if counts is not None:
-            counts[1, j] = _count_nonzero(vector)
+            counts[1, j] = count_where(np.not_equal, vector, 0)
         if divide:
             divisor.add_(torch.sign(vector, out=kept).mul_(weight))
         merged.add_(vector.mul_(weight))
@@ -233,7 +259,25 @@ def _merge_chunk(
     return merged.mul_(sign)
 
 
-def _count_nonzero(values: Tensor) -> int:
-    if not chunks.on_cpu(values):
-        return int(torch.count_nonzero(values))
-    return int(np.count_nonzero(values.numpy() != 0))  # numpy's comparison: several times faster than torch's
+def sce_with_gradients(base: Tensor, targets: Sequence[Tensor], *, select_topk: float, variant: Variant) -> Tensor:
+    """The tensor of `sce` by dense operations of autograd, with gradients to base and targets.
+
+    mergekit keeps the autograd connections of module parameters that are merged in memory, so its methods do too.
+    Slower and larger than the chunked form, the same numbers up to rounding; selection and signs are constants.
+    """
+    deltas = dense(base, targets)
+    mask = torch.ones_like(base, dtype=torch.bool) if select_topk == 1 else select(targets, select_topk)
+    coefficients = dense_shares(deltas * mask)
+    merged = deltas if variant == "fuseai" else deltas * mask
+    with torch.no_grad():  # Σ_j δ_j as the chunked form has it: before the differences are rounded, where that is exact
+        wide = [target.double() for target in targets]
+        if base.dtype == torch.float64:
+            vote = torch.stack(wide).sub(base).sum(0)
+        else:
+            vote = torch.stack(wide).sum(0) - len(targets) * base.double()
+    kept = torch.where(vote >= 0, merged > 0, merged < 0)
+    update = (coefficients * merged * kept).sum(0)
+    if variant != "paper":
+        divisor = (coefficients * kept).sum(0)
+        update = update / torch.where(divisor == 0, 1, divisor)
+    return (base.to(deltas.dtype) + update).to(base.dtype)

@@ -6,15 +6,15 @@ Source: FuseChat, arXiv 2408.07990, section 3.4, step 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusekit.merge_methods import chunks as _chunks
-from fusekit.merge_methods.chunks import Scratch, compute_dtype, for_each_chunk
+from fusekit.merge_methods import fusion_vectors
+from fusekit.merge_methods.fusion_vectors import Scratch, compare, compute_dtype, count_where, for_each_chunk, nonzero
 
 _SAMPLE = 1 << 16
 # Up to this share of the elements only those near or above the threshold are kept, 8 bytes each; beyond it all scores.
@@ -39,32 +39,26 @@ class ChunkScores:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which elements are selected: those above the threshold, and the first `ties` of those that equal it.
+    """Which elements are selected: those above the threshold, and the first of those that equal it.
 
     chunks: scores by the start of the chunk. threshold: the score of the last selected element. count: the number of
-    selected elements. ties_before: for every chunk, the number of threshold-equal elements in the chunks before it;
-    None if every threshold-equal element is selected.
+    selected elements. ties: by chunk, how many threshold-equal elements are selected; None if all are.
     """
 
     chunks: dict[int, ChunkScores]
     threshold: float
     count: int
-    ties: int = 0
-    ties_before: dict[int, int] | None = None
+    ties: dict[int, int] | None = None
 
     def indices(self, start: int) -> Tensor:
         """Positions of the selected elements of the chunk at `start`, relative to it: int64 [m], ascending."""
         chunk = self.chunks[start]
-        if self.count == 0:
-            return torch.empty(0, dtype=torch.int64, device=chunk.scores.device)
-        if self.ties_before is None:
-            selected = nonzero(compare(np.greater_equal, chunk.scores, self.threshold))
-        else:
-            above = compare(np.greater, chunk.scores, self.threshold)
+        selected = compare(np.greater_equal, chunk.scores, self.threshold)
+        if self.ties is not None:
             equal = nonzero(compare(np.equal, chunk.scores, self.threshold))
-            above[equal[: max(0, self.ties - self.ties_before[start])]] = True
-            selected = nonzero(above)
-        return selected if chunk.positions is None else chunk.positions[selected].long()
+            selected[equal[self.ties[start] :]] = False
+        positions = nonzero(selected)
+        return positions if chunk.positions is None else chunk.positions[positions].long()
 
 
 def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor) -> Tensor:
@@ -103,26 +97,25 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
         chunks = _score(targets, 0.0, chunk_size)  # the sample misled
     scores = [chunk.scores for chunk in chunks.values()]
     threshold = kth_largest(scores, count)
-    above = sum(_count(compare(np.greater, each, threshold)) for each in scores)
-    equal = [_count(compare(np.equal, each, threshold)) for each in scores]
-    ties = count - above
-    if ties == sum(equal):
+    above = sum(count_where(np.greater, each, threshold) for each in scores)
+    equal = np.array([count_where(np.equal, each, threshold) for each in scores])
+    if above + equal.sum() == count:
         return Selection(chunks, threshold, count)
-    before = dict(zip(chunks, np.cumsum([0, *equal[:-1]]).tolist(), strict=True))
-    return Selection(chunks, threshold, count, ties, before)
+    before = np.cumsum(equal) - equal
+    taken = np.clip(count - above - before, 0, equal).tolist()
+    return Selection(chunks, threshold, count, dict(zip(chunks, taken, strict=True)))
 
 
 def _score(targets: Sequence[Tensor], low: float, chunk_size: int | None) -> dict[int, ChunkScores]:
     """Scores of all elements, or, with `low` above zero, of those with a score of at least `low`."""
     numel, device = targets[0].numel(), targets[0].device
     dtype = compute_dtype(targets[0].dtype)
-
     everything = torch.empty(0 if low > 0 else numel, dtype=dtype, device=device)
 
     def score(scratch: Scratch, start: int, stop: int) -> tuple[int, ChunkScores]:
         out = scratch.get("scores", stop - start, dtype) if low > 0 else everything[start:stop]
         scores = variance_scores([target[start:stop] for target in targets], scratch, out)
-        varying, largest = _count(compare(np.greater, scores, 0.0)), float(scores.max())
+        varying, largest = count_where(np.greater, scores, 0.0), float(scores.max())
         if low <= 0:
             return start, ChunkScores(None, scores, varying, largest)
         positions = nonzero(compare(np.greater_equal, scores, low))
@@ -168,50 +161,20 @@ def kth_largest(values: Sequence[Tensor], k: int) -> float:
     inside = total
     while low < high and inside > max(total // 16, _SAMPLE):
         middle = low + (high - low) // 2
-        above_middle = sum(_count(compare(np.greater, each, number(middle))) for each in values)
+        above_middle = sum(count_where(np.greater, each, number(middle)) for each in values)
         if above_middle >= k:
             low, inside = middle + 1, above_middle - above
         else:
             high, inside, above = middle, inside - (above_middle - above), above_middle
     if low == high:
         return number(low)
-    few = torch.cat([each[_between(each, number(low), number(high))] for each in values])
-    return _kth_largest_of_few(few, k - above)
-
-
-def _between(values: Tensor, low: float, high: float) -> Tensor:
-    return nonzero(compare(np.greater_equal, values, low) & compare(np.less_equal, values, high))
-
-
-def _kth_largest_of_few(candidates: Tensor, k: int) -> float:
-    if _chunks.on_cpu(candidates):
-        position = candidates.numel() - k
-        return float(np.partition(candidates.numpy(), position)[position])
-    return float(torch.topk(candidates, k).values[-1])
-
-
-_TORCH_COMPARISONS: dict[object, Callable[..., Tensor]] = {
-    np.greater: torch.gt,
-    np.greater_equal: torch.ge,
-    np.less_equal: torch.le,
-    np.equal: torch.eq,
-}
-
-
-def compare(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> Tensor:
-    """Elementwise comparison with a number: bool, shape of `values`. numpy's is much faster than torch's on the CPU."""
-    if not _chunks.on_cpu(values):
-        return _TORCH_COMPARISONS[comparison](values, bound)
-    array = values.numpy()
-    return torch.from_numpy(comparison(array, array.dtype.type(bound)))
-
-
-def nonzero(mask: Tensor) -> Tensor:
-    """Positions of the true elements of a flat mask: int64 [m], ascending."""
-    if _chunks.on_cpu(mask):
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(1)
-
-
-def _count(mask: Tensor) -> int:
-    return int(np.count_nonzero(mask.numpy())) if _chunks.on_cpu(mask) else int(mask.sum())
+    few = torch.cat(
+        [
+            each[nonzero(compare(np.greater_equal, each, number(low)) & compare(np.less_equal, each, number(high)))]
+            for each in values
+        ]
+    )
+    if fusion_vectors.on_cpu(few):
+        position = few.numel() - (k - above)
+        return float(np.partition(few.numpy(), position)[position])
+    return float(torch.topk(few, k - above).values[-1])

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods.chunks import Scratch, add_in_order, block_sums, for_each_chunk, whole_blocks
-from fusekit.merge_methods.fusion_vectors import FusionVectors, NonFiniteError, add_to_base, check_finite, shares
+from fusekit.merge_methods.fusion_vectors import (
+    FusionVectors,
+    NonFiniteError,
+    Scratch,
+    add_in_order,
+    add_to_base,
+    block_sums,
+    check_finite,
+    dense,
+    dense_shares,
+    for_each_chunk,
+    shares,
+    whole_blocks,
+)
 
 Granularity = Literal["matrix", "module", "layer", "model", "element"]
 Aggregation = Literal["elements", "matrices"]
@@ -42,15 +54,29 @@ def varm(
     coefficients: Sequence[float] | np.ndarray | None = None,
     chunk_size: int | None = None,
 ) -> VaRMMerge:
-    """Merge K targets into their pivot by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ).
+    """Merge K fine-tunes into their base by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ). arXiv 2402.16107 eq. 7.
 
-    base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. targets: φ_1..φ_K, same shape, dtype and
-    device. coefficients: W, K shares that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
-    For a larger unit (module, layer, model) pass `unit_coefficients` of its matrices.
+    Args:
+        base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA.
+        targets: a list of φ_1..φ_K, of the same shape, dtype and device.
+        coefficients: W, K shares that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
+            For a larger unit (module, layer, model) give the `unit_coefficients` of its matrices.
+        chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
-    Arithmetic is float32 (float64 for float64 inputs) with float64 sums; where every target equals the base, its bits
-    are kept. Inputs are not modified; the result carries no gradient.
-    Raises MergeError: no targets, mismatched inputs, wrong number or sum of coefficients, NaN or Inf.
+    Returns:
+        The merged tensor with its coefficients. Arithmetic is float32 (float64 for float64 inputs) with float64 sums;
+        where every target equals the base, its bits are kept. Inputs are not modified; the result carries no gradient.
+
+    Raises:
+        MergeError: no targets, or one tensor in place of a list; mixed shapes, dtypes or devices; a wrong number or sum
+            of coefficients; NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> from fusekit.merge_methods import varm
+        >>> merged = varm(torch.zeros(2), [torch.tensor([3.0, 0.0]), torch.tensor([-1.0, 0.0])])
+        >>> merged.coefficients.tolist()
+        [0.9, 0.1]
     """
     vectors = FusionVectors.of(base, targets)
     if coefficients is None:
@@ -155,3 +181,20 @@ def _checked(coefficients: Sequence[float] | np.ndarray, targets: int) -> np.nda
     if not abs(weights.sum() - 1) < 1e-6:
         raise MergeError(f"the coefficients sum to {weights.sum()}, they must sum to 1")
     return weights
+
+
+def varm_with_gradients(
+    base: Tensor, targets: Sequence[Tensor], *, elementwise: bool, coefficients: np.ndarray | None
+) -> Tensor:
+    """The tensor of `varm` or `varm_elementwise` by dense operations of autograd; given coefficients are constants."""
+    deltas = dense(base, targets)
+    if elementwise:
+        largest = deltas.detach().abs().amax(0)
+        squares = (deltas / torch.where(largest == 0, 1, largest)).square()  # relative: no under- or overflow
+        total = squares.sum(0)
+        weights = squares / torch.where(total == 0, 1, total)
+    elif coefficients is None:
+        weights = dense_shares(deltas)
+    else:
+        weights = torch.as_tensor(coefficients, dtype=deltas.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
+    return (base.to(deltas.dtype) + (weights * deltas).sum(0)).to(base.dtype)

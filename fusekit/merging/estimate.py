@@ -45,10 +45,10 @@ def _disk(plan: Plan, models: list[Model], options: MergeOptions, final: Path) -
     wanted: list[tuple[Path, int, str]] = [(final.parent, _output_bytes(plan, models), "the result")]
     for model in models:
         if model.download_bytes and model.snapshot:
-            wanted.append((model.snapshot.cache, model.download_bytes, f"the download of {model.spelling}"))
+            wanted.append((model.snapshot.cache, model.download_bytes, f"the download of {model.name}"))
         if model.adapter and options.lora_merge_cache:
             size = sum(header.nbytes for header in model.headers.values())
-            wanted.append((Path(options.lora_merge_cache), size, f"{model.spelling} with its adapter merged"))
+            wanted.append((Path(options.lora_merge_cache), size, f"{model.name} with its adapter merged"))
     by_device: dict[int, list[tuple[Path, int, str]]] = {}
     for path, size, reason in wanted:
         by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, reason))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import types
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from mergekit._data import chat_templates
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import BaseModel, ValidationError
 
-from fusekit.merging.parameters import check_parameters, mappings
-from fusekit.yaml import Document, KeyPath, Problems, by_place, nearest
+from fusekit import mergekit_private
+from fusekit.yaml import Document, KeyPath, Problems, by_place, nearest, reasons
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -86,7 +88,101 @@ def _check_method(data: dict[str, Any], problems: Problems) -> None:
     elif not isinstance(name, str) or name not in methods:
         problems.add(("merge_method",), f"unknown merge method {name!r}{nearest(str(name), methods)}")
     else:
-        check_parameters(data, methods[name].spec, problems)
+        _check_parameters(data, methods[name].spec, problems)
+
+
+def _check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Problems) -> None:
+    """Report parameters that the method of ``spec`` does not have, that have no effect where they stand, or whose
+    value it would refuse, in every ``parameters:`` of the recipe ``data``."""
+    known = {parameter.name: parameter for parameter in spec.parameters}
+    for path, block, owner in _parameter_blocks(data):
+        if not isinstance(block, dict):
+            if block is not None:
+                problems.add(path, "`parameters` is a mapping of names to values")
+            continue
+        for name, setting in block.items():
+            here = (*path, str(name))
+            if name not in known:
+                problems.add(here, f"unknown parameter {name!r} of {spec.name}{nearest(str(name), known)}")
+                continue
+            scope = known[name].scope
+            if owner is not None and scope == ParameterScope.SHARED:
+                problems.add(
+                    here,
+                    f"{name!r} is one value for all models in {spec.name}: under one model it has no effect; "
+                    "move it to the `parameters` of the recipe, a module or a slice",
+                )
+            elif owner is not None and scope == ParameterScope.NON_BASE and owner == data.get("base_model"):
+                problems.warn(here, f"{name!r} has no effect on the base model in {spec.name}")
+            _check_setting(setting, here, f"{name!r} of {spec.name}", known[name].validate, problems)
+
+
+def _outputs(data: dict[str, Any]) -> list[tuple[KeyPath, dict[str, Any]]]:
+    """What a recipe makes, by place: itself, and each of its modules."""
+    modules = data.get("modules")
+    found = modules.items() if isinstance(modules, dict) else ()
+    return [((), data), *((("modules", str(name)), module) for name, module in found if isinstance(module, dict))]
+
+
+def _mappings(value: Any, path: KeyPath) -> list[tuple[KeyPath, dict[str, Any]]]:
+    """The mappings in a list with their paths; nothing if ``value`` is not a list."""
+    items = enumerate(value) if isinstance(value, list) else ()
+    return [((*path, index), item) for index, item in items if isinstance(item, dict)]
+
+
+def _parameter_blocks(data: dict[str, Any]) -> Iterator[tuple[KeyPath, Any, Any]]:
+    """Every ``parameters:`` of a recipe: its path, its content, and the model it belongs to (None: not one model)."""
+    for path, body in _outputs(data):
+        slices = _mappings(body.get("slices"), (*path, "slices"))
+        inputs = _mappings(body.get("models"), (*path, "models"))
+        for here, output in slices:
+            inputs += _mappings(output.get("sources"), (*here, "sources"))
+        for here, item in [(path, body), *slices]:
+            if "parameters" in item:
+                yield (*here, "parameters"), item["parameters"], None
+        for here, item in inputs:
+            if "parameters" in item:
+                yield (*here, "parameters"), item["parameters"], item.get("model", "?")
+
+
+def _check_setting(
+    setting: Any, path: KeyPath, label: str, validate: Callable[[Any], Any], problems: Problems, *, inside: str = ""
+) -> None:
+    """Check one parameter: a number, string or boolean, a gradient (list), a filter, or a list of filters."""
+    parts: list[tuple[KeyPath, Any]] = []
+    kind = "list" if isinstance(setting, list) else "filter" if isinstance(setting, dict) else "value"
+    if kind == "value":
+        _check_value(setting, path, label, validate, problems)
+    elif kind == inside:
+        problems.add(path, f"{label}: {kind}s do not nest")
+    elif kind == "list":
+        filters = sum(isinstance(item, dict) for item in setting)
+        if not setting:
+            problems.add(path, f"{label} is an empty list, which mergekit ignores")
+        elif filters not in (0, len(setting)):
+            problems.add(path, f"{label} mixes values and filters: give every item a `value`")
+        else:
+            parts = [((*path, index), item) for index, item in enumerate(setting)]
+    else:
+        for key in setting.keys() - {"value", "filter"}:
+            hint = nearest(str(key), ["value", "filter"])
+            problems.add((*path, str(key)), f"unknown key {key!r} of {label}{hint}")
+        if "value" not in setting:
+            problems.add(path, f"{label}: a filter needs a `value`")
+        else:
+            parts = [((*path, "value"), setting["value"])]
+    for place, part in parts:
+        _check_setting(part, place, label, validate, problems, inside=kind)
+
+
+def _check_value(value: Any, path: KeyPath, label: str, validate: Callable[[Any], Any], problems: Problems) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.add(path, f"{label} cannot be {value}: not a finite number")
+        return
+    try:
+        validate(value)
+    except ValidationError as error:
+        problems.add(path, f"{label} cannot be {value!r}: {'; '.join(reasons(error))}")
 
 
 def _check_dtypes(data: dict[str, Any], problems: Problems) -> None:
@@ -101,27 +197,23 @@ def _check_chat_template(data: dict[str, Any], problems: Problems) -> None:
     template = data.get("chat_template")
     if not isinstance(template, str) or not template or template == "auto" or "{" in template:
         return
-    import importlib.resources
-
-    folder = importlib.resources.files(chat_templates)
-    names = [f.name.removesuffix(".jinja") for f in folder.iterdir() if f.name.endswith(".jinja")]
+    names = mergekit_private.chat_templates()
     if template not in names:
         problems.add(("chat_template",), f"unknown chat template {template!r}{nearest(template, ['auto', *names])}")
 
 
 def _check_ranges(data: dict[str, Any], problems: Problems) -> None:
-    bodies: list[tuple[KeyPath, Any]] = [((), data)]
-    if isinstance(modules := data.get("modules"), dict):
-        bodies += [(("modules", str(name)), module) for name, module in modules.items()]
-    for path, body in bodies:
-        slices = body.get("slices") if isinstance(body, dict) else None
-        for index, output_slice in mappings(slices):
-            for place, source in mappings(output_slice.get("sources")):
+    for path, body in _outputs(data):
+        for here, output in _mappings(body.get("slices"), (*path, "slices")):
+            for place, source in _mappings(output.get("sources"), (*here, "sources")):
                 layers = source.get("layer_range")
-                if isinstance(layers, list) and len(layers) == 2 and all(type(end) is int for end in layers):
-                    here = (*path, "slices", index, "sources", place, "layer_range")
-                    if not 0 <= layers[0] < layers[1]:
-                        problems.add(here, f"layer_range {layers} is empty: give [first, last + 1], counted from 0")
+                if not isinstance(layers, list) or [type(end) for end in layers] != [int, int]:
+                    continue  # mergekit's own schema says what is wrong
+                if not 0 <= layers[0] < layers[1]:
+                    problems.add(
+                        (*place, "layer_range"),
+                        f"layer_range {layers} is empty: give [first, last + 1], counted from 0",
+                    )
     tokenizer = data.get("tokenizer")
     multiple = tokenizer.get("pad_to_multiple_of") if isinstance(tokenizer, dict) else None
     if type(multiple) is int and not 1 <= multiple <= 65536:

@@ -1,21 +1,29 @@
-"""The input models of a merge: found, checked against what is allowed, and described by their headers."""
+"""The input models of a merge: found, checked against what is allowed, and described by their headers.
+
+A model has one object from the recipe to the card: `Model` carries the name that the recipe gives it and the folder
+that the name means; mergekit gets a `PinnedModel`, whose path is that folder and which prints as that name.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from pydantic import BaseModel
 from transformers import CONFIG_MAPPING
 
-from fusekit import gguf, hub
+from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
 from fusekit.hub import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
-from fusekit.merging.references import PinnedModel, pinned_model, references
 from fusekit.yaml import KeyPath, Problems, nearest
+
+Kind = TypeVar("Kind")
 
 _NO_GGUF = (
     'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
@@ -23,46 +31,117 @@ _NO_GGUF = (
 )
 
 
+class PinnedModel(ModelReference):
+    """A model reference whose ``model.path`` is the folder on disk, and whose ``name`` is what the recipe says.
+
+    mergekit looks a hub id up again at every step (and even to print a card); pinned, the recipe means one commit from
+    the first check to the last file, and nothing asks the network. Tensors come from the loader that was registered
+    for the model, so that headers can be planned with before the weights are here.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:  # noqa: ARG002
+        return mergekit_private.loaders()[self]
+
+
+class OrderedConfiguration(MergeConfiguration):
+    """A configuration that lists its models in the order of the recipe.
+
+    mergekit lists them in the order of a hash set, and takes tokenizer and config from the first of them when there
+    is no base model: without this, from another model on every run.
+    """
+
+    def referenced_models(self) -> list[Any]:
+        wanted = set(super().referenced_models())
+        return [model for model in dict.fromkeys(ref for ref, _ in instances(self, ModelReference)) if model in wanted]
+
+
+def instances(value: Any, kind: type[Kind], path: KeyPath = ()) -> Iterator[tuple[Kind, KeyPath]]:
+    """Everything of a type in a configuration with its path, in the order of mergekit's fields."""
+    if isinstance(value, kind):
+        yield value, path
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from instances(getattr(value, name), kind, (*path, name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from instances(item, kind, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from instances(item, kind, (*path, index))
+
+
+def with_models(config: MergeConfiguration, models: Mapping[Any, Any]) -> OrderedConfiguration:
+    """The same configuration with every model reference replaced, and its models in the order of the recipe."""
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, ModelReference):
+            return models[value]
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={name: replace(getattr(value, name)) for name in type(value).model_fields})
+        if isinstance(value, dict):
+            return {key: replace(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(replace(item) for item in value)
+        return value
+
+    return OrderedConfiguration(**{name: replace(getattr(config, name)) for name in MergeConfiguration.model_fields})
+
+
 @dataclass(frozen=True)
 class Access:
-    """How a merge gets at its inputs, and what it may do with them.
+    """How a merge gets at its inputs, and what it may do with them; models are named as in the recipe.
 
-    pickle, remote_code: the models (as the recipe spells them) whose weights may be torch pickles, and whose own
-    Python code may run. any_remote_code: mergekit's --trust-remote-code, for all models. cache: where hub models are
-    kept, None for the client's default. notices: lines for the user, collected.
+    pickle, remote_code: the models whose weights may be torch pickles, and whose own Python code may run.
+    any_remote_code: mergekit's --trust-remote-code, for all models. cache: where hub models are kept, None for the
+    client's default. folders: where models are whose names are neither paths nor hub ids. notices: lines for the user,
+    collected.
     """
 
     pickle: frozenset[str] = frozenset()
     remote_code: frozenset[str] = frozenset()
     any_remote_code: bool = False
     cache: Path | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    def may_run_code(self, spelling: str) -> bool:
-        return self.any_remote_code or spelling in self.remote_code
+    def may_run_code(self, name: str) -> bool:
+        return self.any_remote_code or name in self.remote_code
 
 
 @dataclass
 class Model:
-    """One input model. spelling: its name in the recipe; place: where it first stands there.
+    """One input model. name: as in the recipe; place: where it first stands there; reference: as mergekit reads it.
 
     folder: on disk (for a hub model, the snapshot that its files go to). weights: False when only its tokenizer is
     wanted. headers: its tensors. download: weight files that are still to be fetched. needs_code: its files ask to
-    run Python code of their own.
+    run Python code of their own. knows_type: transformers has its model type.
     """
 
-    spelling: str
+    name: str
     place: KeyPath
+    reference: Any
     folder: Path
     weights: bool
-    pinned: PinnedModel
     snapshot: hub.Snapshot | None = None
     adapter: Path | None = None
-    entry: str | None = None
     headers: Headers = field(default_factory=dict)
     download: list[str] = field(default_factory=list)
     needs_code: bool = False
     knows_type: bool = True
+    pinned: PinnedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pinned = PinnedModel(
+            model=ModelPath(path=str(self.folder)),
+            lora=ModelPath(path=str(self.adapter)) if self.adapter else None,
+            override_architecture=self.reference.override_architecture,
+            name=self.name,
+        )
 
     @property
     def download_bytes(self) -> int:
@@ -70,8 +149,8 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """What identifies the model to somebody else: its spelling, with the commit of a hub model."""
-        return f"{self.spelling} (commit {self.snapshot.commit})" if self.snapshot else self.spelling
+        """What identifies the model to somebody else: its name, with the commit of a hub model."""
+        return f"{self.name} (commit {self.snapshot.commit})" if self.snapshot else self.name
 
 
 def resolve(config: MergeConfiguration, problems: Problems, access: Access) -> dict[Any, Model]:
@@ -82,11 +161,14 @@ def resolve(config: MergeConfiguration, problems: Problems, access: Access) -> d
     """
     places: dict[Any, KeyPath] = {}
     with_weights: set[Any] = set()
-    for reference, place in references(config):
+    for reference, place in instances(config, ModelReference):
         places.setdefault(reference, place)
         if not (place and str(place[0]).startswith("tokenizer")):
             with_weights.add(reference)
-    _check_access_names(access, [str(reference) for reference in places])
+    names = [str(reference) for reference in places]
+    for option, allowed in (("--allow-pickle", access.pickle), ("--allow-remote-code", access.remote_code)):
+        for name in sorted(allowed.difference(names)):
+            raise RecipeError(f"{option} {name}: the recipe has no such model{nearest(name, names)}")
     models: dict[Any, Model] = {}
     for reference, place in places.items():
         try:
@@ -102,33 +184,34 @@ def resolve(config: MergeConfiguration, problems: Problems, access: Access) -> d
 
 
 def _resolve_one(reference: Any, place: KeyPath, weights: bool, access: Access) -> Model:
-    spelling = str(reference)
-    may_run_code = access.may_run_code(spelling)
+    name = str(reference)
     folder, snapshot = _locate(reference.model, access)
-    names = snapshot.sizes if snapshot else [path.name for path in folder.iterdir()]
-    if weights and weight_entry(names) is None and (there := gguf.among(names)):
-        example = f"{reference.model.path.rstrip('/')}/{there[0]}"
-        raise MergeError(f"{spelling} has no weights but GGUF files, {_NO_GGUF.format(example)}")
-    small = [*hub.SMALL_FILES, *(["*.py"] if may_run_code else [])]
     if snapshot:
-        snapshot.fetch(small)
+        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if access.may_run_code(name) else [])])
     adapter = _adapter(reference, access) if reference.lora else None
-    pinned = pinned_model(reference, str(folder), str(adapter) if adapter else None)
-    model = Model(spelling, place, folder, weights, pinned, snapshot, adapter)
+    model = Model(name, place, reference, folder, weights, snapshot, adapter)
+    files = list(snapshot.sizes) if snapshot else [path.name for path in folder.iterdir()]
+    if weights and weight_entry(files) is None and (there := gguf.among(files)):
+        example = f"{reference.model.path.rstrip('/')}/{there[0]}"
+        raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
     _read_code_claims(model)
     if weights:
-        _read_weights(model, access)
+        _read_weights(model, files, access)
     return model
 
 
 def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
     """The folder of a model path of the recipe, local or on the hub (mergekit: local if it exists, else the hub)."""
     name = path.path
-    local = Path(name)
+    if (known := access.folders.get(str(path))) is not None:
+        if not known.is_dir():
+            raise MergeError(f"{name} is said to be in {known}, and there is no such folder")
+        return known.resolve(), None
     if not name or "\0" in name:
         raise MergeError(f"{name!r} is not the name of a model")
     if gguf.split(name) is not None:
         raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
+    local = Path(name)
     try:
         if local.is_dir():
             if path.revision:
@@ -147,8 +230,8 @@ def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
 
 def _adapter(reference: Any, access: Access) -> Path:
     folder, snapshot = _locate(reference.lora, access)
-    names = set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
-    if "adapter_model.safetensors" not in names and str(reference) not in access.pickle:
+    files = set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
+    if "adapter_model.safetensors" not in files and str(reference) not in access.pickle:
         raise MergeError(
             f"{reference.lora} has no adapter_model.safetensors; a pickled adapter is read only with "
             f"`--allow-pickle '{reference}'`"
@@ -158,68 +241,75 @@ def _adapter(reference: Any, access: Access) -> Path:
     return folder
 
 
-def _read_weights(model: Model, access: Access) -> None:
-    names = list(model.snapshot.sizes) if model.snapshot else [path.name for path in model.folder.iterdir()]
+def checkpoint_headers(
+    entry: str, folder: Path, label: str, shard_headers: Callable[[str], Headers] | None = None
+) -> Headers:
+    """Headers of a checkpoint by its entry file, an index or the only weight file. Raises MergeError.
+
+    shard_headers: gives those of one file; None for a file of the folder.
+    """
+    headers_of = shard_headers or (lambda shard: read_headers(folder / shard, label))
+    if not entry.endswith(".index.json"):
+        return headers_of(entry)
+    return gather(read_index(_read_text(folder / entry, label), f"{label}: {entry}"), headers_of, label)
+
+
+def _read_text(path: Path, label: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergeError(f"{label}: {path} cannot be read: {error}") from error
+
+
+def _read_weights(model: Model, files: list[str], access: Access) -> None:
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if single in names and f"{single}.index.json" in names:
+        if single in files and f"{single}.index.json" in files:
             raise MergeError(
-                f"{model.spelling} has both {single} and {single}.index.json, which may describe different weights: "
+                f"{model.name} has both {single} and {single}.index.json, which may describe different weights: "
                 f"remove the one that is left over from an earlier save (in {model.folder})"
             )
-    entry = weight_entry(names)
+    entry = weight_entry(files)
     if entry is None and model.snapshot and not model.snapshot.online:
-        raise MergeError(f"{model.spelling}: its weights are not in the cache, and the hub cannot be reached")
+        raise MergeError(f"{model.name}: its weights are not in the cache, and the hub cannot be reached")
     if entry is None:
-        raise MergeError(f"{model.spelling} has no weights: no model.safetensors or its index in {model.folder}")
-    if is_pickle(entry) and model.spelling not in access.pickle:
+        raise MergeError(f"{model.name} has no weights: no model.safetensors or its index in {model.folder}")
+    if is_pickle(entry) and model.name not in access.pickle:
         raise MergeError(
-            f"{model.spelling} has only pickled weights ({entry}), which can run any code when they are read: convert "
-            f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.spelling}'`"
+            f"{model.name} has only pickled weights ({entry}), which can run any code when they are read: convert "
+            f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.name}'`"
         )
-    model.entry = entry
-    if entry.endswith(".index.json"):
-        weight_map = read_index(_small_file(model, entry), f"{model.spelling}: {entry}")
-        model.headers = gather(weight_map, lambda shard: _shard_headers(model, shard, access), model.spelling)
-    else:
-        model.headers = _shard_headers(model, entry, access)
+    model.headers = checkpoint_headers(
+        entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, access)
+    )
     if model.snapshot:
         model.download = model.snapshot.missing(sorted({tensor.file for tensor in model.headers.values()}))
-
-
-def _small_file(model: Model, name: str) -> str:
-    try:
-        return (model.folder / name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeError(f"{model.spelling}: {model.folder / name} cannot be read: {error}") from error
 
 
 def _shard_headers(model: Model, shard: str, access: Access) -> Headers:
     path = model.folder / shard
     if shard.endswith(".bin"):
-        if model.spelling not in access.pickle:
-            raise MergeError(f"{model.spelling}: its index names the pickle {shard}; allow it with `--allow-pickle`")
+        if model.name not in access.pickle:
+            raise MergeError(f"{model.name}: its index names the pickle {shard}; allow it with `--allow-pickle`")
         return _pickle_headers(model, path)
     if path.is_file():
-        return read_headers(path, model.spelling)
+        return read_headers(path, model.name)
     if model.snapshot is None or not model.snapshot.online:
         where = "in the cache, and the hub cannot be reached" if model.snapshot else "there"
-        raise MergeError(f"{model.spelling}: the weight file {path} is not {where}: is the download complete?")
+        raise MergeError(f"{model.name}: the weight file {path} is not {where}: is the download complete?")
     if shard not in model.snapshot.sizes:
-        raise MergeError(f"{model.spelling}: its index names {shard}, which the repository does not have")
+        raise MergeError(f"{model.name}: its index names {shard}, which the repository does not have")
     return model.snapshot.headers(shard)
 
 
 def _pickle_headers(model: Model, path: Path) -> Headers:
     """Headers of a torch pickle, read without its data and without running code."""
-    import torch
-
     if model.snapshot and not path.is_file():
         # A pickle says what it contains only when all of it is here.
         model.snapshot.fetch([path.name])
     try:
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:
-        raise MergeError(f"{model.spelling}: {path} cannot be read as plain weights: {error}") from error
+        raise MergeError(f"{model.name}: {path} cannot be read as plain weights: {error}") from error
     state = state.get("state_dict", state)
     return {
         name: TensorHeader(str(t.dtype).removeprefix("torch."), tuple(t.shape), path.name, t.element_size())
@@ -231,49 +321,40 @@ def _pickle_headers(model: Model, path: Path) -> Headers:
 def _read_code_claims(model: Model) -> None:
     """Whether the files of a model ask transformers to import Python code that comes with them."""
     if not (model.folder / "config.json").is_file():
-        raise MergeError(
-            f"{model.spelling} has no config.json in {model.folder}: is it a model in Hugging Face's format?"
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (model.folder / name).is_file():
+        raise MergeError(f"{model.name} has no config.json in {model.folder}: is it a model in Hugging Face's format?")
+    for file in ("config.json", "tokenizer_config.json"):
+        path = model.folder / file
+        if not path.is_file():
             continue
         try:
-            content = json.loads(_small_file(model, name))
+            content = json.loads(_read_text(path, model.name))
         except (ValueError, RecursionError) as error:
-            raise MergeError(f"{model.spelling}: {model.folder / name} is not valid JSON: {error}") from error
+            raise MergeError(f"{model.name}: {path} is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise MergeError(f"{model.spelling}: {model.folder / name} is not a JSON mapping")
+            raise MergeError(f"{model.name}: {path} is not a JSON mapping")
         model.needs_code |= "auto_map" in content
-        if name == "config.json":
+        if file == "config.json":
             model.knows_type = content.get("model_type") in CONFIG_MAPPING
 
 
 def _check_code(models: Iterable[Model], access: Access, problems: Problems) -> None:
-    """Refuse models that would run their own code without leave.
+    """Refuse models that would run their own code without permission.
 
     mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
-    without code would run its own as well, so that one needs leave too.
+    without code would run its own as well, so that one needs permission too.
     """
     switch_on = access.any_remote_code or bool(access.remote_code)
     for model in models:
-        if not model.needs_code or access.may_run_code(model.spelling):
-            continue
-        if switch_on or not model.knows_type:
+        if model.needs_code and not access.may_run_code(model.name) and (switch_on or not model.knows_type):
             problems.add(
                 model.place,
-                f"{model.spelling} wants to run Python code of its own: if you trust its author, give "
-                f"`--allow-remote-code '{model.spelling}'`",
+                f"{model.name} wants to run Python code of its own: if you trust its author, give "
+                f"`--allow-remote-code '{model.name}'`",
             )
 
 
-def _check_access_names(access: Access, spellings: list[str]) -> None:
-    for option, names in (("--allow-pickle", access.pickle), ("--allow-remote-code", access.remote_code)):
-        for name in sorted(names - set(spellings)):
-            raise RecipeError(f"{option} {name}: the recipe has no such model{nearest(name, spellings)}")
-
-
 def _check_same_folder(models: Iterable[Model], problems: Problems) -> None:
-    """Two spellings of one folder are two models to mergekit: the base would be merged as one of its own targets."""
+    """Two names of one folder are two models to mergekit: the base would be merged as one of its own targets."""
     first: dict[tuple[Path, Path | None], Model] = {}
     for model in models:
         key = (model.folder.resolve(), model.adapter.resolve() if model.adapter else None)
@@ -281,6 +362,6 @@ def _check_same_folder(models: Iterable[Model], problems: Problems) -> None:
         if other is not model and model.weights and other.weights:
             problems.add(
                 model.place,
-                f"{model.spelling!r} and {other.spelling!r} (line {problems.document.line(other.place)}) are the same "
+                f"{model.name!r} and {other.name!r} (line {problems.document.line(other.place)}) are the same "
                 f"model ({key[0]}), but mergekit would treat them as two: spell it the same way in both places",
             )

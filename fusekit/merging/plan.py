@@ -1,34 +1,32 @@
-"""What a merge will read and write, tensor by tensor, from headers and mergekit's own planner."""
+"""What a merge will read and write, tensor by tensor, from headers and mergekit's own planner; and whether it may.
+
+Only models of one architecture can be merged, and only if their configurations mean the same where shapes agree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.config import ConditionalParameter
 from mergekit.io.tasks import SaveTensor
-from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from pydantic import BaseModel
 
+from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.hub import TensorHeader
-from fusekit.merging.compatibility import (
-    check_architectures,
-    check_layer_ranges,
-    check_tied_heads,
-    load_configs,
-)
-from fusekit.merging.models import Model
-from fusekit.merging.references import OrderedConfiguration
-from fusekit.yaml import Problems, nearest
+from fusekit.merging.models import Model, OrderedConfiguration, instances
+from fusekit.yaml import KeyPath, Problems, nearest
 
+# Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
+SAME_MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 MAX_REPORTED = 8
 ANY = -1
 """A dimension that is not known before the tokenizer is built."""
@@ -87,11 +85,11 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     architectures, layers that do not exist, missing tensors, shapes that differ, parameters that the method refuses.
     """
     by_pin = {model.pinned: model for model in models}
-    configs = load_configs(by_pin.values(), problems, options.trust_remote_code)
+    configs = _load_configs(by_pin.values(), problems, options.trust_remote_code)
     if not options.allow_crimes:
-        check_architectures(config, by_pin, configs, problems)
-    check_tied_heads(config, by_pin, configs, problems)
-    check_layer_ranges(config, configs, problems)
+        _check_architectures(config, by_pin, configs, problems)
+    _check_tied_heads(config, by_pin, configs, problems)
+    _check_layer_ranges(config, configs, problems)
     problems.raise_if_any(MergeError)
     saves = [task for task in _mergekit_tasks(config, options) if isinstance(task, SaveTensor)]
     tensors = [_planned_tensor(save, by_pin, configs, problems) for save in saves]
@@ -108,7 +106,7 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
 def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list[Any]:
     try:
         architecture = get_architecture_info(config, options)
-        out_config = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        out_config = mergekit_private.out_config(config, architecture, options.trust_remote_code)
         # The planner rewrites the configuration that it is given.
         planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
         return list(planner.plan_to_disk(out_path="(planned only)"))
@@ -116,6 +114,106 @@ def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list
         raise
     except Exception as error:
         raise MergeError(f"mergekit cannot plan this merge: {error}") from error
+
+
+def _load_configs(models: Iterable[Model], problems: Problems, trust_remote_code: bool) -> dict[Any, Any]:
+    """The transformers configuration of every model with weights, by pinned reference.
+
+    Raises MergeError with all problems: a configuration that does not load or names no single architecture.
+    """
+    configs: dict[Any, Any] = {}
+    for model in models:
+        if not model.weights:
+            continue
+        try:
+            config = model.pinned.config(trust_remote_code=trust_remote_code)
+        except Exception as error:
+            problems.add(
+                model.place, f"the config.json of {model.name} does not load: {' '.join(str(error).split())[:500]}"
+            )
+            continue
+        architectures = getattr(config, "architectures", None) or []
+        if len(architectures) != 1:
+            problems.add(
+                model.place, f"the config.json of {model.name} names {len(architectures)} architectures, not 1"
+            )
+            continue
+        configs[model.pinned] = config
+    problems.raise_if_any(MergeError)
+    return configs
+
+
+def _check_architectures(
+    config: OrderedConfiguration,
+    models: dict[Any, Model],
+    configs: dict[Any, Any],
+    problems: Problems,
+) -> None:
+    """Report models whose architecture, or whose reading of the same weights, differs from the reference model's.
+
+    The reference is the base model, or the first model of the recipe.
+    """
+    reference = config.base_model if config.base_model in configs else next(iter(configs))
+    first, first_config = models[reference], configs[reference]
+    for pinned, other_config in configs.items():
+        other = models[pinned]
+        if pinned == reference:
+            continue
+        ours, theirs = first_config.architectures[0], other_config.architectures[0]
+        if ours != theirs or arch_info_for_config(first_config) != arch_info_for_config(other_config):
+            problems.add(
+                other.place,
+                f"{other.name} is a {theirs} ({other_config.model_type}), {first.name} is a {ours} "
+                f"({first_config.model_type}): only models of one architecture can be merged (a wrong base_model?)",
+            )
+            continue
+        for key in SAME_MEANING:
+            mine, its = _text_config(first_config, key), _text_config(other_config, key)
+            if mine != its:
+                problems.add(
+                    other.place,
+                    f"{other.name} has {key} {its}, {first.name} has {mine}: their weights do not mean the "
+                    "same (a wrong base_model?)",
+                )
+
+
+def _check_tied_heads(
+    config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], problems: Problems
+) -> None:
+    """Report output heads that would be lost: the merged model takes the base's config, which may tie them."""
+    donor = config.base_model or config.referenced_models()[0]
+    if donor not in configs or not _text_config(configs[donor], "tie_word_embeddings"):
+        return
+    for pinned, other_config in configs.items():
+        if not _text_config(other_config, "tie_word_embeddings"):
+            problems.add(
+                models[pinned].place,
+                f"{models[pinned].name} has an output head of its own (tie_word_embeddings: false) and "
+                f"{models[donor].name}, whose config the merged model gets, has not (true): the head would be "
+                "lost; use a base_model without tied embeddings",
+            )
+
+
+def _check_layer_ranges(config: OrderedConfiguration, configs: dict[Any, Any], problems: Problems) -> None:
+    """Report slices that reach beyond the last layer of their model; mergekit would plan them all the same."""
+    outputs: list[tuple[KeyPath, Any]] = [((), config)]
+    outputs += [(("modules", str(name)), module) for name, module in (config.modules or {}).items()]
+    for path, output in outputs:
+        for index, piece in enumerate(output.slices or ()):
+            for place, source in enumerate(piece.sources):
+                layers = _text_config(configs.get(source.model), "num_hidden_layers")
+                if source.layer_range is not None and layers is not None and source.layer_range[1] > layers:
+                    problems.add(
+                        (*path, "slices", index, "sources", place, "layer_range"),
+                        f"layer_range {list(source.layer_range)}, but {source.model} has {layers} layers",
+                    )
+
+
+def _text_config(config: Any, key: str) -> Any:
+    value = getattr(config, key, None)
+    if value is None and hasattr(config, "get_text_config"):
+        value = getattr(config.get_text_config(), key, None)
+    return value
 
 
 def _gather(save: Any) -> Any:
@@ -139,7 +237,7 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
         elif not weight.optional:
             problems.add(
                 model.place,
-                f"{model.spelling} lacks the tensor {weight.name}: is a shard missing, or is it another architecture?",
+                f"{model.name} lacks the tensor {weight.name}: is a shard missing, or is it another architecture?",
             )
     aligned = gather is not task.gather_tensors
     axis = task.output_weight.vocabulary_axis
@@ -173,9 +271,7 @@ def _result_dtype(save: Any, loaded: Iterable[str]) -> str | None:
     dtypes = [getattr(torch, name) for name in loaded]
     if not dtypes:
         return None
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
+    result = reduce(torch.promote_types, dtypes)
     return str(save.dtype or result).removeprefix("torch.")
 
 
@@ -193,12 +289,12 @@ def _check_shapes(
         if _without(header.shape, free_axis) == _without(expected, free_axis):
             continue
         model, other = by_pin[pinned], by_pin[reference]
-        advice = f"{model.spelling} is not a fine-tune of {other.spelling}, or one of the two is the wrong model"
+        advice = f"{model.name} is not a fine-tune of {other.name}, or one of the two is the wrong model"
         if save.tensor_task.output_weight.vocabulary_axis == 0 and header.shape[1:] == expected[1:]:
             advice = "if only the vocabularies differ, add `tokenizer: {source: base}` (or union) to the recipe"
         problems.add(
             model.place,
-            f"{save.tensor_name}: {other.spelling} has shape {list(expected)}, {model.spelling} has "
+            f"{save.tensor_name}: {other.name} has shape {list(expected)}, {model.name} has "
             f"{list(header.shape)}: {advice}",
         )
 
@@ -221,26 +317,11 @@ def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[s
     names = {save.tensor_name for save in saves}
     names |= {weight.name for save in saves for weight in _gather(save).weight_info.values()}
     warnings = []
-    for text in dict.fromkeys(_filters(config)):
-        if text != "*" and not any(text in name for name in names):
+    for text in dict.fromkeys(found.filter for found, _ in instances(config, ConditionalParameter)):
+        if text and text != "*" and not any(text in name for name in names):
             parts = {part for name in names for part in name.split(".") if not part.isdigit()}
             warnings.append(f"the filter {text!r} matches no tensor{nearest(text, parts)}")
     return warnings
-
-
-def _filters(value: Any) -> Iterator[str]:
-    if isinstance(value, ConditionalParameter):
-        if value.filter:
-            yield value.filter
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _filters(getattr(value, name))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _filters(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _filters(item)
 
 
 def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> list[str]:
@@ -257,7 +338,5 @@ def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> 
         ]
         if dropped and model.weights:
             more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
-            warnings.append(
-                f"{model.spelling}: {dropped[0]}{more} will not be in the result: mergekit does not merge it"
-            )
+            warnings.append(f"{model.name}: {dropped[0]}{more} will not be in the result: mergekit does not merge it")
     return warnings

@@ -1,52 +1,61 @@
-"""A merge from the recipe to the published folder: checked, estimated, run by mergekit, verified, moved in one step."""
+"""A merge from the recipe to the published folder: checked, estimated, run by mergekit, read back, published."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoConfig
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import yaml as safe_yaml
 from fusekit.artifacts import disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
+from fusekit.hub import Headers, is_pickle, read_headers, weight_entry
 from fusekit.merge_methods.provenance import record_coefficients
-from fusekit.merging.adapters import check_adapters, merge_adapters
-from fusekit.merging.card import write_card, write_provenance
+from fusekit.merging.card import write_card, write_coefficients
 from fusekit.merging.estimate import estimate, refuse
 from fusekit.merging.lint import lint
-from fusekit.merging.loading import registered
-from fusekit.merging.models import Access, Model, resolve
-from fusekit.merging.outputs import check_apart, final_path
-from fusekit.merging.plan import Plan, make_plan
-from fusekit.merging.progress import Progress
-from fusekit.merging.references import OrderedConfiguration, pin
-from fusekit.merging.verify import TOKENIZER_FILES, verify
-from fusekit.resources import Need
+from fusekit.merging.loading import first_not_finite, merge_adapters, registered
+from fusekit.merging.models import Access, Model, OrderedConfiguration, checkpoint_headers, resolve, with_models
+from fusekit.merging.plan import ANY, Plan, PlannedTensor, make_plan
+from fusekit.resources import Need, is_out_of_memory
 from fusekit.yaml import Document, Problems
+
+LINE_SECONDS = 10.0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``merge`` takes beside mergekit's own options.
+    """What ``merge`` takes beside mergekit's own options. Models are named as in the recipe.
 
-    overwrite: replace a finished model at the output. ignore_estimates: start although it does not seem to fit.
-    allow_pickle, allow_remote_code: models, as the recipe spells them, whose weights may be torch pickles, and whose
-    own Python code may run. say: gets a line of plain text for the user. before_publishing: given the folder of the
-    verified model, to add files to it. on_published: called as soon as the merged model stands at its final path; what
-    follows is tidying up.
+    Attributes:
+        overwrite: replace a finished model at the output.
+        ignore_estimates: start although it does not seem to fit.
+        allow_pickle: models whose weights may be torch pickles.
+        allow_remote_code: models whose own Python code may run.
+        folders: where models are that the recipe calls by names which are neither paths nor hub ids; card, recipe and
+            coefficients beside the merged model have these names.
+        say: gets a line of plain text for the user.
+        before_publishing: given the folder of the checked model, to add files to it.
+        on_published: called as soon as the merged model stands at its final path; what follows is tidying up.
     """
 
     overwrite: bool = False
     ignore_estimates: bool = False
     allow_pickle: frozenset[str] = frozenset()
     allow_remote_code: frozenset[str] = frozenset()
+    folders: Mapping[str, Path] = field(default_factory=dict)
     say: Callable[[str], None] = print
     before_publishing: Callable[[Path], None] = lambda _folder: None
     on_published: Callable[[], None] = lambda: None
@@ -71,19 +80,39 @@ class Merged:
 
 
 def merge(
-    recipe: Path | str, out: Path | str, options: MergeOptions | None = None, settings: Settings | None = None
+    recipe: Document | Path | str,
+    out: Path | str,
+    options: MergeOptions | None = None,
+    settings: Settings | None = None,
 ) -> Merged:
     """Run a mergekit recipe and publish the merged model at ``out``, whole or not at all.
 
-    Raises RecipeError for what is wrong with the recipe (all of it, with lines), MergeError for inputs, estimates and
-    the result, StorageError for the disk or a second process on the same output. Nothing is left at ``out`` then,
-    or what was there before.
+    Args:
+        recipe: the path of a mergekit recipe, or one that is read already (:func:`fusekit.yaml.loads`).
+        out: a folder that is empty or does not exist, or a model with ``Settings(overwrite=True)``.
+        options: mergekit's own: device, size of shards, caches. Safetensors are always written.
+        settings: what fusekit adds to them.
+
+    Returns:
+        Where the model is, and what was merged.
+
+    Raises:
+        RecipeError: the recipe is wrong; names every mistake and its line.
+        MergeError: inputs, the estimates of disk and memory, or the result are wrong.
+        StorageError: the disk failed, or another process writes to the same output.
+        Nothing is left at ``out`` then, or what was there before.
+
+    Example:
+        >>> from fusekit.merging import merge
+        >>> merged = merge("recipes/demo-sce.yml", "out/merged")  # doctest: +SKIP
+        >>> print(merged)  # doctest: +SKIP
+        out/merged: 4 models merged with FuseChat SCE, 30 tensors, 5.1 MB, 1.2 s
     """
     started = time.monotonic()
     options, settings = options or MergeOptions(), settings or Settings()
     if not options.safe_serialization:
         raise MergeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
-    document = safe_yaml.load(recipe)
+    document = recipe if isinstance(recipe, Document) else safe_yaml.load(recipe)
     final = final_path(out, overwrite=settings.overwrite)
     config, warnings = lint(document)
     for line in warnings:
@@ -94,26 +123,75 @@ def merge(
         # Again: a former output may just have been put back.
         final_path(final, overwrite=settings.overwrite)
         job = _prepare(document, config, options, settings, final)
-        plan = _build(job, final, settings.say)
+        plan = _build(job)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     weights = sum(model.weights for model in job.models)
     return Merged(final, size, time.monotonic() - started, plan.method, len(plan.tensors), weights)
 
 
+def final_path(out: Path | str, *, overwrite: bool) -> Path:
+    """The resolved folder that a merge publishes to; checked without touching anything.
+
+    Raises MergeError when it is a file, a mount point (nothing can be renamed over it), not empty without
+    ``overwrite``, or holds something else than a model (config.json is the sign), which overwriting would delete.
+    """
+    final = Path(out).resolve()
+    if final.exists() and not final.is_dir():
+        raise MergeError(f"{out} is a file: give a folder for the merged model")
+    if final.is_mount():
+        raise MergeError(f"{out} is a mount point, so a finished model cannot be moved there: give a folder below it")
+    try:
+        content = sorted(path.name for path in final.iterdir()) if final.exists() else []
+    except OSError as error:
+        raise MergeError(f"{out} cannot be read: {error.strerror or error}") from error
+    if content and not overwrite:
+        raise MergeError(f"{out} is not empty ({', '.join(content[:3])}): choose another folder or give --overwrite")
+    if content and "config.json" not in content:
+        raise MergeError(
+            f"{out} does not look like a model (no config.json; it holds {', '.join(content[:3])}), and --overwrite "
+            "would delete it: remove it yourself or choose another folder"
+        )
+    return final
+
+
+def check_apart(final: Path, kept: Iterable[tuple[str, Path]]) -> None:
+    """Raise MergeError if publishing to ``final`` would replace something that is still needed.
+
+    kept: what it is, for people, and where: input models, the recipe, caches. An output inside an input is refused as
+    well: it would change the input.
+    """
+    for label, path in kept:
+        resolved = path.resolve()
+        if resolved == final:
+            raise MergeError(f"{final} is {label}: choose another folder for the result")
+        if final in resolved.parents:
+            raise MergeError(f"{label} ({resolved}) lies inside the output {final}, which would be replaced")
+        if resolved in final.parents and resolved.is_dir() and (resolved / "config.json").is_file():
+            raise MergeError(f"the output {final} lies inside {label} ({resolved}): choose another folder")
+
+
 @dataclass(frozen=True)
 class _Job:
-    """written: the configuration with the names of the recipe; config: with pinned models."""
+    """written: the configuration with the models of the recipe; config: with pinned ones."""
 
     document: Document
     written: OrderedConfiguration
     config: OrderedConfiguration
     models: list[Model]
     options: MergeOptions
-    ignore_estimates: bool
-    card: bool
-    quiet: bool
-    before_publishing: Callable[[Path], None]
-    on_published: Callable[[], None]
+    settings: Settings
+    final: Path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.options.trust_remote_code or self.settings.allow_remote_code)
+
+    @property
+    def mergekit_options(self) -> MergeOptions:
+        # Card and progress are fusekit's: mergekit's card may ask the network, its bars know tasks, not bytes.
+        return self.options.model_copy(
+            update={"trust_remote_code": self.trust_remote_code, "write_model_card": False, "quiet": True}
+        )
 
 
 def _prepare(document: Document, config: Any, options: MergeOptions, settings: Settings, final: Path) -> _Job:
@@ -123,103 +201,76 @@ def _prepare(document: Document, config: Any, options: MergeOptions, settings: S
         settings.allow_remote_code,
         options.trust_remote_code,
         Path(options.transformers_cache) if options.transformers_cache else None,
+        settings.folders,
     )
     models = resolve(config, Problems(document), access)
     for line in access.notices:
         settings.say(f"notice: {line}")
-    used = list(models.values())
-    check_adapters(used, options)
-    kept = [(f"the input model {model.spelling}", model.folder) for model in used]
-    kept += [(f"the adapter of {model.spelling}", model.adapter) for model in used if model.adapter]
-    kept += [("the recipe", Path(document.name))]
+    kept = [("the recipe", Path(document.name))]
     kept += [("a cache", Path(path)) for path in (options.transformers_cache, options.lora_merge_cache) if path]
+    for model in models.values():
+        kept.append((f"the input model {model.name}", model.folder))
+        if model.adapter:
+            kept.append((f"the adapter of {model.name}", model.adapter))
+            if not options.lora_merge_cache:
+                raise MergeError(
+                    f"{model.name} has an adapter: say where to keep it merged with --lora-merge-cache FOLDER"
+                )
     check_apart(final, kept)
-    card, quiet = options.write_model_card, options.quiet
-    options = options.model_copy(
-        update={
-            "trust_remote_code": options.trust_remote_code or bool(settings.allow_remote_code),
-            # Card and progress are ours: mergekit's card may ask the network, its bars know tasks, not bytes.
-            "write_model_card": False,
-            "quiet": True,
-        }
-    )
-    written = pin(config, {reference: reference for reference in models})
-    pinned = pin(config, {reference: model.pinned for reference, model in models.items()})
-    return _Job(
-        document,
-        written,
-        pinned,
-        used,
-        options,
-        settings.ignore_estimates,
-        card,
-        quiet,
-        settings.before_publishing,
-        settings.on_published,
-    )
+    written = with_models(config, {reference: reference for reference in models})
+    pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
+    return _Job(document, written, pinned, list(models.values()), options, settings, final)
 
 
-def _build(job: _Job, final: Path, say: Callable[[str], None]) -> Plan:
-    progress = Progress(0, quiet=job.quiet)
-    with registered(job.models, job.options.lazy_unpickle, progress.advance):
-        plan = make_plan(job.config, job.models, job.options, Problems(job.document))
+def _build(job: _Job) -> Plan:
+    say, options = job.settings.say, job.mergekit_options
+    progress = Progress(0, quiet=job.options.quiet)
+    with registered(job.models, options.lazy_unpickle, progress.advance):
+        plan = make_plan(job.config, job.models, options, Problems(job.document))
         for line in plan.warnings:
             say(f"warning: {line}")
-        needs = estimate(plan, job.models, job.options, final)
+        needs = estimate(plan, job.models, options, job.final)
         sizes = f"{human(plan.read_bytes)} to read, {human(plan.nbytes)} to write"
         say(f"{plan.method}, {len(plan.tensors)} tensors: {sizes}")
         for need in needs:
             say(str(need))
-        if not job.ignore_estimates:
+        if not job.settings.ignore_estimates:
             refuse(needs)
-        _download(job, say)
-        if not merge_adapters(job.models, job.options):
-            return _write(job, plan, final, progress, needs)
-    with registered(job.models, job.options.lazy_unpickle, progress.advance):
+        for model in job.models:
+            if model.snapshot and model.download:
+                say(f"downloading {human(model.download_bytes)} of {model.origin}")
+                model.snapshot.fetch(model.download, bar=not job.options.quiet and sys.stderr.isatty())
+        if not merge_adapters(job.models, options):
+            return _write(job, plan, progress, needs)
+    with registered(job.models, options.lazy_unpickle, progress.advance):
         # What the adapters were merged into may have another dtype.
-        plan = make_plan(job.config, job.models, job.options, Problems(job.document))
-        return _write(job, plan, final, progress, needs)
+        plan = make_plan(job.config, job.models, options, Problems(job.document))
+        return _write(job, plan, progress, needs)
 
 
-def _download(job: _Job, say: Callable[[str], None]) -> None:
-    for model in job.models:
-        if model.snapshot and model.download:
-            say(f"downloading {human(model.download_bytes)} of {model.origin}")
-            model.snapshot.fetch(model.download, bar=not job.quiet and sys.stderr.isatty())
-
-
-def _write(job: _Job, plan: Plan, final: Path, progress: Progress, needs: list[Need]) -> Plan:
+def _write(job: _Job, plan: Plan, progress: Progress, needs: list[Need]) -> Plan:
     progress.total = max(plan.read_bytes, 1)
-    with staging(final, job.on_published) as stage, record_coefficients() as record:
+    options, source = job.mergekit_options, job.document.text
+    with staging(job.final, job.settings.on_published) as stage, record_coefficients() as record:
+        folder = stage.path
         try:
             with progress:
-                run_merge(
-                    job.config.model_copy(deep=True), str(stage.path), job.options, config_source=job.document.text
-                )
-            verify(
-                stage.path,
-                plan,
-                trust_remote_code=job.options.trust_remote_code,
-                tokenizer=_expects_tokenizer(job),
-            )
-            if job.card:
-                write_card(stage.path, final.name, job.written, job.document.text, job.models)
-            write_provenance(stage.path, record, card=job.card)
-            _share_alike(stage.path)
-            job.before_publishing(stage.path)
+                run_merge(job.config.model_copy(deep=True), str(folder), options, config_source=source)
+            check_result(folder, plan, trust_remote_code=job.trust_remote_code, tokenizer=_expects_tokenizer(job))
+            if job.options.write_model_card:
+                write_card(folder, job.final.name, job.written, source, job.models)
+            write_coefficients(folder, record, card=job.options.write_model_card)
+            # safetensors writes weights for their owner alone, whatever the umask.
+            mode = (folder / "config.json").stat().st_mode
+            for path in folder.glob("*.safetensors"):
+                path.chmod(mode)
+            job.settings.before_publishing(folder)
         except FusekitError:
             raise
         except Exception as error:
-            raise _explain(error, final, plan, needs) from error
+            raise _explain(error, job.final, plan, needs) from error
         stage.publish()
     return plan
-
-
-def _share_alike(folder: Path) -> None:
-    """Give the weights the mode of the other files: safetensors writes them for the owner alone, whatever the umask."""
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):
-        path.chmod(mode)
 
 
 def _expects_tokenizer(job: _Job) -> bool:
@@ -236,9 +287,127 @@ def _explain(error: Exception, final: Path, plan: Plan, needs: list[Need]) -> Me
     if fault is not None:
         return fault
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    if is_out_of_memory(error) or "allocate memory" in text:
         numbers = "; ".join(str(need) for need in needs if need.what.startswith("memory"))
         return MergeError(
             f"out of memory ({text[:200]}). Estimated was {numbers}. A smaller --out-shard-size needs less."
         )
     return MergeError(f"mergekit stopped: {type(error).__name__}: {text}. Nothing was published; -v shows where.")
+
+
+def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer: bool) -> None:
+    """Read a merged model back from the disk and check it against its plan.
+
+    Every planned tensor is there with its shape and dtype and nothing else is, all values are finite, the index agrees
+    with the shards, the configuration loads and agrees with the embedding, and the tokenizer is there if one was to be
+    written. Raises MergeError saying what is wrong; nothing is changed.
+    """
+    headers = _read_result(folder)
+    for planned in plan.tensors:
+        _check_tensor(planned, headers)
+    extra = sorted(headers.keys() - {planned.name for planned in plan.tensors})
+    if extra:
+        raise MergeError(f"the result holds a tensor that was not planned: {extra[0]}")
+    _check_values(folder, headers, plan)
+    _check_config(folder, headers, plan, trust_remote_code)
+    if tokenizer and not any((folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer_config.json")):
+        raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
+
+
+def _read_result(folder: Path) -> Headers:
+    entry = weight_entry(path.name for path in folder.iterdir())
+    if entry is None:
+        raise MergeError(f"mergekit wrote no weights to {folder}")
+    if is_pickle(entry):
+        raise MergeError("the result is pickled, which fusekit does not publish: leave out --no-safe-serialization")
+    headers = checkpoint_headers(entry, folder, "the result")
+    for file in {header.file for header in headers.values()}:
+        if unlisted := sorted(read_headers(folder / file, "the result").keys() - headers.keys()):
+            raise MergeError(f"the result: {unlisted[0]} is in {file} but not in the index")
+    return headers
+
+
+def _check_tensor(planned: PlannedTensor, headers: Headers) -> None:
+    found = headers.get(planned.name)
+    if found is None:
+        if not planned.optional:
+            raise MergeError(f"the result lacks the tensor {planned.name}")
+        return
+    if planned.shape is not None:
+        same = len(planned.shape) == len(found.shape) and all(
+            want in (ANY, have) for want, have in zip(planned.shape, found.shape, strict=True)
+        )
+        if not same:
+            raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
+    if planned.dtype is not None and planned.dtype != found.dtype:
+        raise MergeError(f"the result: {planned.name} is {found.dtype}, not {planned.dtype}")
+
+
+def _check_values(folder: Path, headers: Headers, plan: Plan) -> None:
+    by_file: dict[str, list[str]] = {}
+    for name, header in headers.items():
+        by_file.setdefault(header.file, []).append(name)
+    for file, names in sorted(by_file.items()):
+        with safe_open(folder / file, framework="pt") as shard:
+            for name in names:
+                found = first_not_finite(shard.get_tensor(name))
+                if found is not None:
+                    place, value = found
+                    raise MergeError(
+                        f"the result: {name} holds {value} at {place}, although all inputs are finite: {plan.method} "
+                        f"overflowed in {headers[name].dtype}; set `dtype: float32` (and `out_dtype`) in the recipe"
+                    )
+
+
+def _check_config(folder: Path, headers: Headers, plan: Plan, trust_remote_code: bool) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        rows = config.get_text_config().vocab_size
+    except AttributeError:
+        rows = None
+    except Exception as error:
+        raise MergeError(f"the result's config.json does not load: {' '.join(str(error).split())}") from error
+    for planned in plan.tensors:
+        if rows is None or planned.shape is None or ANY not in planned.shape or planned.name not in headers:
+            continue
+        found = headers[planned.name].shape[planned.shape.index(ANY)]
+        if found != rows:
+            raise MergeError(f"the result: {planned.name} has {found} rows, its config a vocabulary of {rows}")
+
+
+class Progress:
+    """Counts bytes read for the merge, of ``total``. Use as a context manager; pass ``advance`` as a callback."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self.total = max(total, 1)
+        self.done = 0
+        self.quiet = quiet
+        self.bar: Any = None
+        self.last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        self.last_line = time.monotonic()
+        if not self.quiet and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, desc="merging", unit="B", unit_scale=True, file=sys.stderr)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif kind is None and not self.quiet:
+            self._line()
+
+    def advance(self, size: int) -> None:
+        """``size`` more bytes were read."""
+        self.done += size
+        if self.bar is not None:
+            self.bar.update(size)
+        elif not self.quiet and time.monotonic() - self.last_line > LINE_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        share = min(100, 100 * self.done // self.total)
+        print(f"merging: {share}% ({human(self.done)} of {human(self.total)} read)", file=sys.stderr, flush=True)

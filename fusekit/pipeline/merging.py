@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from fusekit.pipeline.layout import PIVOT
 from fusekit.pipeline.stages import Context, merge_inputs
 from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
+from fusekit.yaml import loads
 
 
 def merge(context: Context) -> None:
@@ -31,18 +31,19 @@ def merge(context: Context) -> None:
     from fusekit.merging import Settings
     from fusekit.merging import merge as run_merge
 
-    layout, targets = context.layout, context.targets
-    models = _models(context.recipe, targets, str(context.readers.checkpoint(PIVOT).folder))
+    layout, targets, section = context.layout, context.targets, dict(context.recipe.merge)
+    folders = _folders(context, targets)
+    names, paths = list(folders), [str(folder) for folder in folders.values()]
     inputs, final = merge_inputs(context, targets), layout.merged
     with output_lock(final):
         recover(final)  # of a process that died between moving a former model aside and putting the new one in place
     known = artifact.read(final)
-    text = (
-        "# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml "
-        f"{layout.merge_recipe.name} OUT\n" + _dumped(models | dict(context.recipe.merge))
+    repeatable = (
+        f"# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT\n"
+        + _dumped(_models(section, paths) | section)
     )
     if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
-        _write_recipe(layout.merge_recipe, text)  # it may be gone, or name the places that the targets had before
+        _write_recipe(layout.merge_recipe, repeatable)  # it may be gone, or name the places that the targets had before
         return
     # Of other targets it is out of date, and is replaced; of the same ones somebody may still want it.
     if known is not None and known.inputs.get("targets") == inputs["targets"]:
@@ -50,26 +51,52 @@ def merge(context: Context) -> None:
     artifact.refuse_foreign(final)
     for path in targets:
         artifact.require_whole(path)
-    _write_recipe(layout.merge_recipe, text)
+    _write_recipe(layout.merge_recipe, repeatable)
     started = time.monotonic()
 
     def finish(folder: Path) -> None:
-        name_models(folder, _names(context, targets, models), text)
         artifact.seal(folder, "merge", inputs, context.made(started))
 
-    used = [*(str(path) for path in targets), *([models["base_model"]] if "base_model" in models else [])]
     pivot = context.recipe.pivot
     settings = Settings(
         overwrite=known is not None,
         ignore_estimates=context.ignore_estimates,
-        allow_pickle=frozenset(used[len(targets) :] if pivot.allow_pickle else ()),
-        allow_remote_code=frozenset(used if pivot.trust_remote_code else ()),
+        allow_pickle=frozenset(names[len(targets) :] if pivot.allow_pickle else ()),
+        allow_remote_code=frozenset(names if pivot.trust_remote_code else ()),
+        folders=folders,
         say=lambda line: context.say(f"merge: {line}"),
         before_publishing=finish,
     )
     options = MergeOptions(**{"quiet": True, "random_seed": context.recipe.seed, **context.merge_options})
-    merged = run_merge(layout.merge_recipe, final, options, settings)
+    # What is published names models, not folders of this machine.
+    named = f"# The merge of this run, its models by name\n{_dumped(_models(section, names) | section)}"
+    merged = run_merge(loads(named, str(layout.merge_recipe)), final, options, settings)
     context.say(f"merge: {merged}")
+
+
+def _folders(context: Context, targets: list[Path]) -> dict[str, Path]:
+    """The models of the merge by name: the targets, then the base if the method has one."""
+    folders = {f"targets/{path.name}": path for path in targets}
+    if _takes_base(context.recipe.merge or {}):
+        checkpoint = context.readers.checkpoint(PIVOT)
+        folders[checkpoint.repository or Path(checkpoint.choice.model).name] = checkpoint.folder
+    return folders
+
+
+def _models(section: Mapping[str, Any], models: list[str]) -> dict[str, Any]:
+    """mergekit's keys for these models, the base last if the method has one."""
+    base = {"base_model": models[-1]} if _takes_base(section) else {}
+    return {"models": [{"model": model} for model in models[: len(models) - len(base)]], **base}
+
+
+def _takes_base(section: Mapping[str, Any]) -> bool:
+    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
+    from mergekit.merge_methods import registered_methods
+
+    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
+
+    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
+    return found.get(str(section.get("merge_method"))) != "ignored"
 
 
 def check_place(context: Context) -> None:
@@ -104,7 +131,8 @@ def check_section(recipe: Recipe) -> None:
     from fusekit.yaml import Document, Problems
 
     targets = targets_of(recipe.settings, [source.label for source in recipe.sources], Path("targets"))
-    data = _models(recipe, [target.folder for target in targets], recipe.pivot.path) | dict(recipe.merge)
+    names = [str(target.folder) for target in targets] + [recipe.pivot.path] * _takes_base(recipe.merge)
+    data = _models(recipe.merge, names) | dict(recipe.merge)
     problems = Problems(Document(data, "", "merge", {}))
     check(data, problems)
     found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
@@ -129,50 +157,6 @@ def _selected(section: Mapping[str, Any]) -> float | None:
     return float(share) if of_sce and isinstance(share, (int, float)) else None
 
 
-def name_models(folder: Path, names: Mapping[str, str], recipe: str) -> None:
-    """Name models in what is published beside the weights, where mergekit and the merge wrote paths of this machine.
-
-    Args:
-        folder: of the merged model.
-        names: by path.
-        recipe: of the merge, as the card and ``mergekit_config.yml`` have it.
-    """
-    from fusekit.merging.card import PROVENANCE_FILE
-
-    merge = yaml.safe_load(recipe)
-    merge["models"] = [{**entry, "model": names.get(entry["model"], entry["model"])} for entry in merge["models"]]
-    if "base_model" in merge:
-        merge["base_model"] = names.get(merge["base_model"], merge["base_model"])
-    named = _dumped(merge)
-    if (config := folder / "mergekit_config.yml").is_file():
-        config.write_text(f"# The merge of this run, its models by name\n{named}", encoding="utf-8")
-    if (card := folder / "README.md").is_file():
-        text = card.read_text(encoding="utf-8").replace(recipe, named)
-        for path in sorted(names, key=len, reverse=True):
-            text = text.replace(path, names[path])
-        card.write_text(text, encoding="utf-8")
-    if (coefficients := folder / PROVENANCE_FILE).is_file():
-        found = _renamed(json.loads(coefficients.read_bytes()), names)
-        coefficients.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_renamed(inner, names) for inner in value]
-    return names.get(value, value) if isinstance(value, str) else value
-
-
-def _names(context: Context, targets: list[Path], models: Mapping[str, Any]) -> dict[str, str]:
-    """What models are called where paths of this machine are nobody's business."""
-    names = {str(path): f"targets/{path.name}" for path in targets}
-    if "base_model" in models:
-        checkpoint = context.readers.checkpoint(PIVOT)
-        names[models["base_model"]] = checkpoint.repository or Path(checkpoint.choice.model).name
-    return names
-
-
 def _dumped(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
 
@@ -190,20 +174,3 @@ def check_merged(context: Context) -> None:
         return
     if context.done(context.layout.merged, artifact.plain(merge_inputs(context, context.targets))) is None:
         raise StorageError(f"{context.layout.merged} is not there: the stage `merge` comes first")
-
-
-def _models(recipe: Recipe, targets: list[Path], pivot: str) -> dict[str, Any]:
-    models: dict[str, Any] = {"models": [{"model": str(path)} for path in targets]}
-    if _takes_base(str((recipe.merge or {}).get("merge_method"))):
-        models["base_model"] = pivot
-    return models
-
-
-def _takes_base(method: str) -> bool:
-    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
-    from mergekit.merge_methods import registered_methods
-
-    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
-
-    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
-    return found.get(method) != "ignored"

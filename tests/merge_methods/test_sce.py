@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods import merge_coefficients, sce, sce_fusion_vector, select
+from fusekit.merge_methods import merge_coefficients, sce, sce_fusion_vector, select, varm
 from fusekit.merge_methods.selection import kth_largest, select_top_variance
 from tests import reference
 from tests.merge_methods.cases import nasty_cases, random_case, tied_case
@@ -185,14 +185,19 @@ def test_bad_parameters_are_named(arguments, message):
 
 def test_bad_inputs_are_named():
     base, targets = random_case((4, 4), 2)
-    with pytest.raises(MergeError, match="no targets"):
-        sce(base, [])
-    with pytest.raises(MergeError, match="a single fusion vector has no variance to rank"):
+    for wrong, *named in (
+        ([], "no targets"),
+        (targets[0], "targets is one tensor", "(4, 4)", "list"),
+        ([targets[0], targets[1][:, :3]], "target 1", "(4, 3)", "base", "(4, 4)"),
+        ([targets[0].float(), targets[1]], "target 0", "torch.float32", "torch.float64"),
+        ([targets[0], targets[1].tolist()], "target 1", "list"),
+    ):
+        for method in (sce, varm):
+            with pytest.raises(MergeError) as caught:
+                method(base, wrong)
+            assert all(part in str(caught.value) for part in named), caught.value
+    with pytest.raises(MergeError, match=r"select_topk is 0\.5 with one target"):
         sce(base, targets[:1], select_topk=0.5)
-    with pytest.raises(MergeError, match=r"tensor 2 has shape \(4, 3\), tensor 0 has \(4, 4\)"):
-        sce(base, [targets[0], targets[1][:, :3]])
-    with pytest.raises(MergeError, match=r"tensor 1 has dtype torch.float32, tensor 0 has torch.float64"):
-        sce(base, [targets[0].float(), targets[1]])
     with pytest.raises(MergeError, match="only floating-point"):
         sce(base.long(), [t.long() for t in targets])
 
@@ -288,7 +293,7 @@ def test_the_operations_that_run_on_other_devices_give_the_same(variant, monkeyp
     large = cast(random_case((400, 300), 3), torch.bfloat16)
     cases += [(large, 0.1), (large, 1.0), (cast(tied_case((400, 300), 3), torch.bfloat16), 0.2)]
     expected = [sce(*case, select_topk=tau, variant=variant, count_erased=True) for case, tau in cases]
-    monkeypatch.setattr("fusekit.merge_methods.chunks.on_cpu", lambda _: False)
+    monkeypatch.setattr("fusekit.merge_methods.fusion_vectors.on_cpu", lambda _: False)
     for (case, tau), numpy_result in zip(cases, expected, strict=True):
         merged = sce(*case, select_topk=tau, variant=variant, count_erased=True)
         assert torch.equal(merged.tensor, numpy_result.tensor)
