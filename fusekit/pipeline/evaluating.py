@@ -100,7 +100,7 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
 
 def _held_out(section: Evaluate) -> tuple[list[Row], Inputs]:
     """The rows, and by path what tells whether they are still the same."""
-    from fusekit.evaluation.held_out import held_out_hash, held_out_rows
+    from fusekit.evaluation.settings import held_out_hash, held_out_rows
 
     how = section.model_dump(include={"limit", "split", "revision", "name"})
     read = {path: held_out_rows(path, **how) for path in paths_of(section.path)}
