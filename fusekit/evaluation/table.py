@@ -18,14 +18,15 @@ class Metric(NamedTuple):
     """How the values of a metric read. lower: lower is better. share: shown in per cent."""
 
     title: str
+    unit: str
     lower: bool = False
     share: bool = False
 
 
 METRICS = {
-    "bits_per_byte": Metric("Bits per byte", lower=True),
-    "exact_match": Metric("Exact match in per cent", share=True),
-    LM_EVAL: Metric("Tasks of lm-eval"),
+    "bits_per_byte": Metric("Bits per byte", "bits per byte of held-out answers", lower=True),
+    "exact_match": Metric("Exact match in per cent", "per cent of held-out questions answered exactly", share=True),
+    LM_EVAL: Metric("Tasks of lm-eval", ""),
 }
 
 
@@ -60,6 +61,7 @@ class Table:
 
     name: str
     title: str
+    unit: str
     lower: bool | None
     columns: list[str]
     lines: dict[str, list[Cell]]
@@ -85,6 +87,17 @@ class Table:
         if not cells or (len(cells) > 1 and self.columns[-1] != MEAN) or cells[-1].value is None:
             return None
         return cells[-1]
+
+    def wins(self, model: str, reference: str) -> int:
+        """At how many skills a model is better than a reference."""
+        cells = self.lines[model][: self.skills]
+        return sum(reference in cell.changes and cell.changes[reference].better is True for cell in cells)
+
+    @property
+    def best(self) -> str | None:
+        """The model with the best mean; of equals the last, since the merged model comes last."""
+        means = {model: cell.value or 0.0 for model in reversed(self.lines) if (cell := self.mean(model)) is not None}
+        return (min if self.lower else max)(means, key=lambda model: means[model]) if means else None
 
     def markdown(self, called: Callable[[str], str] = str, *, bold: bool = False) -> str:
         """As Markdown. called: what a name from data is written as. bold: mark the best of each column."""
@@ -130,7 +143,10 @@ def table(document: Mapping[str, Any]) -> str:
 def _table(
     name: str, models: Mapping[str, Mapping[str, Mapping[str, float | None]]], tasks: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    metric, scores = METRICS.get(name, Metric(name)), {m: found[name] for m, found in models.items() if name in found}
+    metric, scores = (
+        METRICS.get(name, Metric(name, name)),
+        {m: found[name] for m, found in models.items() if name in found},
+    )
     skills = sorted({skill for found in scores.values() for skill in found})
     known = {skill: tasks[skill] for skill in skills if name == LM_EVAL and skill in tasks}
     lower = [metric.lower or (s in known and known[s].get("higher_is_better") is False) for s in skills]
@@ -142,7 +158,7 @@ def _table(
         lower.append(metric.lower)
     values = {model: _values([found.get(skill) for skill in skills], with_mean) for model, found in scores.items()}
     lines = {model: _cells(metric, values, model, lower) for model in scores}
-    return Table(name, metric.title, None if mixed else any(lower), columns, lines)
+    return Table(name, metric.title, metric.unit, None if mixed else any(lower), columns, lines)
 
 
 def _head(skill: str, task: Mapping[str, Any] | None, lower: bool) -> str:
