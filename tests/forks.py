@@ -11,7 +11,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "accelerate",
-        "fusekit.alignment.html",
+        "fusekit.alignment.samples",
         "fusekit.cli.merge",
         "fusekit.cli.capture",
         "fusekit.cli.run",

@@ -18,8 +18,8 @@ from benchmarks.fusion.memory import examples_in_memory
 from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
 from fusekit.distillation.dataset import FusionDataset
+from fusekit.distillation.outputs import targets_of
 from fusekit.distillation.presets import PRESETS
-from fusekit.distillation.run import targets_of
 from fusekit.distillation.settings import FusionSettings
 from fusekit.merging.lint import lint
 from fusekit.yaml import loads

@@ -1,23 +1,27 @@
-"""``fusekit inspect``: what an alignment links and loses and why; what is in a store."""
+"""``fusekit inspect``: what an alignment links and loses, and why; what a store holds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import ValidationError
 
-from fusekit.errors import AlignmentError, DistillationError
+from fusekit.cli.options import given, options_of
+from fusekit.distillation.settings import AlignmentSettings
+from fusekit.errors import AlignmentError
 from fusekit.gguf import split
 
 if TYPE_CHECKING:
-    from fusekit.alignment.alignment import TokenAlignment
+    from fusekit.alignment import TokenAlignment
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.alignment.worth import TeacherWorth
+    from fusekit.types import Row
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_STORE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group()
@@ -29,88 +33,87 @@ def inspect() -> None:
 @click.argument("pivot")
 @click.argument("source")
 @click.option("--text", "texts", multiple=True, help="A text to align; may be given several times.")
-@click.option(
-    "--data",
-    "files",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Texts to align: .txt (one), .json or .jsonl with 'text', 'messages' or 'conversations'.",
-)
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with both tokenisations.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
-@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="Most texts to read.")
+@click.option("--data", multiple=True, help="Examples to align: a file, a folder or a hub id; may be repeated.")
+@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="Most examples to read.")
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Texts to show.")
+@click.option("--html", type=_FILE, help="Write a page that shows both tokenisations.")
+@click.option("--json", "json_file", type=_FILE, help="Write the figures as JSON.")
 @click.option(
     "--stores",
-    type=(click.Path(exists=True, file_okay=False, path_type=Path),) * 2,
+    type=(_STORE, _STORE),
     metavar="PIVOT_STORE SOURCE_STORE",
-    help="Measure what the source is worth as a teacher, over the rows of --data that both stores have.",
+    help="Measure what the source is worth as a teacher, over the examples of --data that both stores have.",
 )
-@click.option("--vocabulary", help="The vocabulary map, with --stores.  [default: prefix]")
-@click.option("--tail", help="What becomes of the source's tail, with --stores.  [default: back_off]")
+@options_of(AlignmentSettings, "vocabulary", "tail")
 def alignment(
     pivot: str,
     source: str,
     *,
     texts: tuple[str, ...],
-    files: tuple[Path, ...],
-    html: Path | None,
-    json_file: Path | None,
+    data: tuple[str, ...],
     limit: int,
     samples: int,
+    html: Path | None,
+    json_file: Path | None,
     stores: tuple[Path, Path] | None,
-    vocabulary: str | None,
-    tail: str | None,
+    **options: Any,
 ) -> None:
-    """Align the tokenizers PIVOT and SOURCE over texts: what links, what is lost and why.
+    """Align the tokenizers PIVOT and SOURCE over texts: what is linked, what is lost, and why.
 
     PIVOT and SOURCE are folders or hub names that transformers can load, or GGUF or tokenizer.json files.
+    --vocabulary and --tail apply to --stores.
     """
-    from fusekit.alignment import vocabulary_surfaces
-    from fusekit.alignment.alignment import align
-    from fusekit.alignment.html import page
+    from fusekit.alignment import align, vocabulary_surfaces
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.alignment.samples import sample_of
+    from fusekit.data.reading import read_rows
+    from fusekit.report.page import alignment_page
 
-    if not texts and not files:
+    how = given(options, AlignmentSettings)
+    if not texts and not data:
         raise click.UsageError("give texts with --text or --data")
-    if stores is not None and not files:
-        raise click.UsageError("--stores needs the rows that they were captured from: give them with --data")
-    if stores is None and (vocabulary or tail):
-        raise click.UsageError("--vocabulary and --tail say how --stores are read: give both stores")
-    pivot_tokenizer, source_tokenizer = load_tokenizer(pivot), load_tokenizer(source)
-    surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
+    if stores is not None and not data:
+        raise click.UsageError("--stores needs the examples that were captured: give them with --data")
+    if stores is None and how:
+        raise click.UsageError(f"--{next(iter(how))} applies to --stores: give both stores")
+    rows = list(islice(chain.from_iterable(read_rows(path) for path in data), limit))
+    tokenizers = load_tokenizer(pivot), load_tokenizer(source)
     quality = AlignmentQuality(pivot, source)
     shown: list[TokenAlignment] = []
-    for text, data in islice(_texts(texts, files), limit):
-        found = align(text, pivot_tokenizer, source_tokenizer)
-        quality.add(found, data)
+    contents = [(m.content, row.dataset) for row in rows for m in row.messages if m.content]
+    for text, dataset in chain(((text, "--text") for text in texts), contents):
+        found = align(text, *tokenizers)
+        quality.add(found, dataset)
         if len(shown) < samples:
             shown.append(found)
     if not quality.texts:
-        raise AlignmentError(f"no text in {', '.join(map(str, files))}")
+        raise AlignmentError(f"there is no text in {', '.join(data)}")
     if stores is not None:
-        how = {name: value for name, value in (("vocabulary", vocabulary), ("tail", tail)) if value is not None}
-        quality.worth = _worth((pivot_tokenizer, source_tokenizer), stores, files, how, limit)
+        quality.worth = _worth(tokenizers, stores, rows, AlignmentSettings.model_validate(how))
     for found in shown:
-        click.echo(f"{_shortened(found)}\n")
+        lines = str(found).splitlines()
+        more = [f"… {len(lines) - 15} more lines"] if len(lines) > 16 else lines[15:]
+        click.echo("\n".join([*lines[:15], *more, ""]))
     click.echo(_summary(quality))
     if json_file is not None:
         json_file.write_text(quality.to_json() + "\n", encoding="utf-8")
         click.echo(f"figures: {json_file}")
     if html is not None:
-        html.write_text(page(quality, shown, surfaces), encoding="utf-8")
+        surfaces = vocabulary_surfaces(tokenizers[0]), vocabulary_surfaces(tokenizers[1])
+        page = alignment_page(quality, [sample_of(found, surfaces) for found in shown])
+        html.write_text(page, encoding="utf-8", errors="backslashreplace")
         click.echo(f"page: {html}")
 
 
 @inspect.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--rows", "shown", default=2, show_default=True, type=click.IntRange(min=0), help="Rows to show.")
-@click.option("--labels", default=12, show_default=True, type=click.IntRange(min=0), help="Labels to show of a row.")
-@click.option("--key", "keys", multiple=True, help="Show the row with this key; may be given several times.")
-@click.option("--tokenizer", default=None, help="Of the model, if it is no longer where it was.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, without rows.")
+@click.argument("path", type=_STORE)
+@click.option("--rows", "shown", default=2, show_default=True, type=click.IntRange(min=0), help="Examples to show.")
+@click.option("--labels", default=12, show_default=True, type=click.IntRange(min=0), help="Labels to show of each.")
+@click.option("--key", "keys", multiple=True, help="Show the example with this key; may be given several times.")
+@click.option("--tokenizer", help="The model's tokenizer, if it is no longer where it was.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, without examples.")
 def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokenizer: str | None, as_json: bool) -> None:
-    """Say what is in the store PATH: sizes, cross-entropy by source of data, and rows with the model's predictions."""
+    """Show what the store PATH holds: sizes, cross-entropy by source of data, and examples with the predictions."""
     from fusekit.capturing.store import Store
     from fusekit.cli.store_report import figures, row_lines, summary_lines
 
@@ -136,8 +139,7 @@ def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokeniz
 def load_tokenizer(name: str) -> Any:
     """A tokenizer from a ``tokenizer.json`` or GGUF file, or a folder or hub name; code from a model is never run.
 
-    Raises:
-        AlignmentError: it cannot be loaded; says why.
+    Raises AlignmentError: it cannot be loaded, and why.
     """
     path = Path(name)
     try:
@@ -157,95 +159,38 @@ def load_tokenizer(name: str) -> Any:
         raise AlignmentError(f"the tokenizer {name} cannot be loaded: {error}") from error
 
 
-def _texts(texts: tuple[str, ...], files: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
-    """``(text, name of its source of data)``."""
-    yield from ((text, "--text") for text in texts)
-    for file in files:
-        for text in _read(file):
-            if text:
-                yield text, file.name
-
-
-def _read(file: Path) -> Iterator[str]:
-    content = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".txt":
-        yield content
-        return
-    if file.suffix not in (".json", ".jsonl"):
-        raise AlignmentError(f"{file} is neither .txt, .json nor .jsonl")
-    lines = enumerate(content.splitlines(), 1) if file.suffix == ".jsonl" else [(1, content)]
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise AlignmentError(f"{file}, line {number}, is not JSON: {error}") from error
-        for row in value if isinstance(value, list) else [value]:
-            yield from _texts_of(row, file, number)
-
-
-def _texts_of(row: Any, file: Path, number: int) -> Iterator[str]:
-    """The texts of one row: a string, its ``text``, or the contents of its messages."""
-    if isinstance(row, str):
-        yield row
-        return
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        yield row["text"]
-        return
-    messages = row.get("messages", row.get("conversations")) if isinstance(row, dict) else None
-    if not isinstance(messages, list):
-        raise AlignmentError(f"{file}, line {number}: a row needs 'text', 'messages' or 'conversations'")
-    for message in messages:
-        content = message.get("content", message.get("value")) if isinstance(message, dict) else message
-        if isinstance(content, str):
-            yield content
-
-
-def _shortened(found: TokenAlignment, lines: int = 16) -> str:
-    shown = str(found).splitlines()
-    return "\n".join(shown if len(shown) <= lines else [*shown[: lines - 1], f"… {len(shown) - lines + 1} more lines"])
-
-
 def _summary(quality: AlignmentQuality) -> str:
     from fusekit.alignment.cases import Case
     from fusekit.alignment.samples import MEANING
 
-    total = max(quality.pivot_tokens, 1)
+    total = quality.total.to_dict()
     lines = [
         f"{quality.texts} texts, {quality.pivot_tokens} pivot and {quality.source_tokens} source tokens",
-        f"  linked      {100 * quality.total.linked / total:5.1f} %   of the pivot's positions",
-        f"  with a row  {100 * quality.total.rows / total:5.1f} %",
+        f"  linked      {100 * total['linked_share']:5.1f} %   of the pivot's positions",
+        f"  with a row  {100 * total['row_share']:5.1f} %",
         "by case:",
     ]
-    names = [case.name.lower() for case in Case if quality.cases[case.name.lower()]]
-    lines += [f"  {name:<15}{100 * quality.cases[name] / total:5.1f} %   {MEANING[name]}" for name in names]
+    for name in (case.name.lower() for case in Case):
+        if count := quality.cases[name]:
+            lines.append(f"  {name:<15}{100 * count / quality.pivot_tokens:5.1f} %   {MEANING[name]}")
     lines.append("by script: positions, linked, with a row")
     for name, share in sorted(quality.scripts.items(), key=lambda item: -item[1].positions):
         part = share.to_dict()
-        lines.append(
-            f"  {name:<15}{share.positions:7d}  {100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
-        )
+        shares = f"{100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
+        lines.append(f"  {name:<15}{share.positions:7d}  {shares}")
     lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.shapes.most_common()))
     return "\n".join([*lines, *(_worth_lines(quality.worth) if quality.worth is not None else [])])
 
 
 def _worth(
-    tokenizers: tuple[Any, Any], stores: tuple[Path, Path], files: tuple[Path, ...], how: dict[str, str], limit: int
+    tokenizers: tuple[Any, Any], stores: tuple[Path, Path], rows: list[Row], how: AlignmentSettings
 ) -> TeacherWorth:
-    """Raises DistillationError where stores, rows and tokenizers are not of each other, or for an unknown setting."""
+    """Raises DistillationError where stores, examples and tokenizers do not belong together."""
     from fusekit.capturing.store import Store
-    from fusekit.data.reading import read_rows
-    from fusekit.distillation.settings import AlignmentSettings
     from fusekit.distillation.worth import Captured, measure_stores
 
-    try:
-        settings = AlignmentSettings.model_validate(how)
-    except ValidationError as error:
-        raise DistillationError(f"{how}: {error.errors()[0]['msg']}") from error
-    rows = list(islice((row for file in files for row in read_rows(str(file))), limit))
     pivot, source = (Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True))
-    return measure_stores(rows, pivot, source, settings)
+    return measure_stores(rows, pivot, source, how)
 
 
 def _worth_lines(worth: TeacherWorth) -> list[str]:

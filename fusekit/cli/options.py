@@ -16,9 +16,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[Command], Command]:
     """A decorator that adds an option for each named field of a pydantic model, in their order.
 
-    A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, and a mapping JSON. An
-    option that is not given is None, so that presets and defaults stay where they are declared
-    (:func:`given`).
+    A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, a list an option that
+    may be repeated, and a mapping JSON. An option that is not given is None, so that presets and defaults stay where
+    they are declared (:func:`given`).
 
     Args:
         settings: the model.
@@ -34,11 +34,12 @@ def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) ->
         for name in reversed(chosen):
             field = settings.model_fields[name]
             flag, text = "--" + name.replace("_", "-"), field.description or ""
-            kind = _kind(field.annotation, field.metadata)
+            several = get_origin(field.annotation) is list
+            kind = _kind(get_args(field.annotation)[0] if several else field.annotation, field.metadata)
             if defaults and field.default is not None and not field.is_required() and kind is not _JSON:
-                text += f"  [default: {field.default}]"
+                text += f"  [default: {', '.join(map(str, field.default)) if several else field.default}]"
             declared = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
-            command = click.option(declared, name, default=None, type=kind, help=text)(command)
+            command = click.option(declared, name, default=None, type=kind, help=text, multiple=several)(command)
         return command
 
     return decorate
@@ -46,7 +47,7 @@ def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) ->
 
 def given(options: Mapping[str, Any], settings: type[BaseModel]) -> dict[str, Any]:
     """The fields of a model that were given as options, by name."""
-    return {name: options[name] for name in settings.model_fields if options.get(name) is not None}
+    return {name: options[name] for name in settings.model_fields if options.get(name) not in (None, ())}
 
 
 class _Json(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions

@@ -13,24 +13,24 @@ from fusekit.errors import StorageError
 @click.command()
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--no-card", is_flag=True, help="Leave the card of the merged model as it is.")
-@click.option("--quiet", is_flag=True, help="Errors and warnings only.")
+@click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
-    """Make report.html of the run in the folder OUT, and README.md of its merged model, from the artifacts there.
+    """Write report.html of the run in the folder OUT, and the model card (README.md) of its merged model.
 
-    OUT may be half done: the report says what is missing. While a run is writing OUT, the report is made of what is
-    there so far and the card is left alone.
+    OUT may be unfinished: the report says what is missing. While a run is writing OUT, the report shows what is there
+    so far and the card is not changed.
     """
     from fusekit.artifacts import output_lock
     from fusekit.report.facts import read_facts
     from fusekit.report.write import write_report
 
     out = out.resolve()
-    read_facts(out)  # a folder that is no run is not locked
+    read_facts(out)  # refuses any other folder before it is locked
     with ExitStack() as held:
         try:
             held.enter_context(output_lock(out))
         except StorageError as error:
-            click.echo(f"fusekit: {error} The report shows what is there so far; the card is left alone.", err=True)
+            click.echo(f"fusekit: {error} The report shows what is there so far; the card is not changed.", err=True)
             no_card = True
         for line in write_report(out, with_card=not no_card):
             if not quiet or line.startswith("warning"):

@@ -79,7 +79,7 @@ def run_recipe(
 ) -> None:
     """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
     from fusekit.devices import OtherProcessError
-    from fusekit.evaluation.table import table_of
+    from fusekit.evaluation.table import table
     from fusekit.pipeline.run import chosen_stages
     from fusekit.pipeline.run import run as go
     from fusekit.recipe import load_recipe
@@ -108,7 +108,7 @@ def run_recipe(
     except OtherProcessError:
         sys.exit(1)  # process 0 has said why
     if done.results is not None and not quiet:
-        click.echo(table_of(done.results))
+        click.echo(table(done.results))
 
 
 def _drop_noise() -> None:

@@ -1,22 +1,18 @@
-"""How good a model is on held-out rows: bits per byte, and exact match by generation.
-
-Both are comparable between models of any tokenizer: the first is over bytes, the second over text.
-"""
+"""How good a model is on held-out examples: bits per byte, exact match by generation, and tasks of lm-eval."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusekit.evaluation.metrics import METRICS, Score, bits_per_byte, exact_match
+    from fusekit.evaluation.metrics import METRICS, Score, bits_per_byte, evaluate, exact_match
 
-__all__ = ["METRICS", "Score", "bits_per_byte", "exact_match"]
+__all__ = ["METRICS", "Score", "bits_per_byte", "evaluate", "exact_match"]
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes a second to import: only when something is evaluated.
     if name in __all__:
-        from fusekit.evaluation import metrics
+        from fusekit.evaluation import metrics  # imports torch, which takes a second
 
         return getattr(metrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), an optional extra: scores by task, kept per model and task."""
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), an optional extra: scores, kept per model and task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -22,27 +22,27 @@ from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation.settings import LmEval, LmEvalTask
 
 FOLDER = "lm_eval"
-"""Of all its scores, beside those of held-out rows."""
-INSTALL = "pip install 'mergekit-fusekit[lm-eval]'"
+"""Where its scores are kept, next to those of held-out examples."""
+INSTALL = "pip install 'fusekit[lm-eval]'"
 
 BOOTSTRAPS = 1000
-"""Draws for the standard error of a metric that has no formula for it."""
+"""Bootstrap draws for the standard error of a metric that has no formula for it."""
 
 TaskScores = dict[str, dict[str, Any]]
-"""By name of a task: ``metrics`` (figures by ``metric,filter``), ``primary`` (which is the first that the task lists),
-``stderr`` and ``higher_is_better`` (by the same names), ``documents``, ``num_fewshot``, ``version``."""
+"""By task: ``metrics`` (figures by ``metric,filter``), ``primary`` (the first one that the task lists), ``stderr`` and
+``higher_is_better`` (by the same names), ``documents``, ``num_fewshot``, ``version``."""
 
 
 def check(settings: LmEval, place: str = "evaluate.lm_eval") -> None:
-    """Refuse what cannot be scored, before anything is loaded: no lm-eval, no such folder, unknown tasks.
+    """Refuse what cannot be scored before anything is loaded or downloaded.
 
-    Nothing is downloaded: data sets are fetched when they are scored. place: how the error calls the line.
+    place: what errors call the setting.
 
-    Raises:
-        RecipeError: what is missing and the way out, all unknown tasks at once with the nearest names.
+    Raises RecipeError: lm-eval is not installed, a folder does not exist, or tasks are unknown (all at once, with the
+    nearest names).
     """
     if find_spec("lm_eval") is None:
-        raise RecipeError(f"{place}: lm-eval is not installed: {INSTALL}, or leave out {place}")
+        raise RecipeError(f"{place}: lm-eval is not installed: {INSTALL}, or remove {place}")
     for folder in settings.folders:
         if not Path(folder).expanduser().is_dir():
             raise RecipeError(f"{place}: include_path: there is no folder {folder} (looked from {Path.cwd()})")
@@ -50,18 +50,17 @@ def check(settings: LmEval, place: str = "evaluate.lm_eval") -> None:
         known = _index(settings).all_tasks
     except ImportError as error:
         raise RecipeError(f"{place}: lm-eval cannot be imported ({error}): {INSTALL}") from error
-    if unknown := [task.task for task in settings.tasks if task.task not in known]:
-        lines = [f"{place}: lm-eval has no task {name!r}{_near(name, known)}" for name in unknown]
+    lines = []
+    for name in [task.task for task in settings.tasks if task.task not in known]:
+        close = " or ".join(map(repr, difflib.get_close_matches(name, known, n=3)))
+        hint = f"did you mean {close}?" if close else "`lm-eval ls tasks` lists all tasks"
+        lines.append(f"{place}: lm-eval has no task {name!r}; {hint}")
+    if lines:
         raise RecipeError("\n".join(lines))
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `lm-eval ls tasks` lists those it has"
-
-
 def _index(settings: LmEval) -> Any:
-    """lm-eval's TaskManager: of one's own tasks where they are all, which spares reading thousands of files."""
+    """lm-eval's TaskManager; where all tasks are the user's own, it does not read lm-eval's thousands of files."""
     folders = tuple(str(Path(folder).expanduser().resolve()) for folder in settings.folders)
     if folders:
         own = _manager(folders, False)
@@ -75,7 +74,7 @@ def _index(settings: LmEval) -> Any:
 def _manager(folders: tuple[str, ...], with_theirs: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    with _listening():
+    with _quiet():
         return TaskManager(include_path=list(folders), include_defaults=with_theirs)
 
 
@@ -84,9 +83,9 @@ class Harness:
 
     Args:
         model: a transformers causal language model on its device.
-        tokenizer: a RowTokenizer; lm-eval reads with its tokenizer, and where asked with its chat template.
-        settings: what is asked.
-        say: gets a line for the user.
+        tokenizer: a RowTokenizer; lm-eval uses its tokenizer and, if the settings ask for it, its chat template.
+        settings: how tasks are scored.
+        say: gets lines for the user.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Harness:
     ) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        from fusekit.evaluation.generation import turn_ends
+        from fusekit.evaluation.metrics import turn_ends
 
         self.name, self.settings, self.say = tokenizer.name, settings, say
         self._model, self._ends = model, list[int]()
@@ -104,7 +103,7 @@ class Harness:
             written = {"bos_token": tokenizer.template.bos, "eos_token": tokenizer.template.eos}
             arguments = {name: string for name, string in written.items() if string is not None}
             self._ends = turn_ends(tokenizer)
-        with _listening(), self._explained("the model"):
+        with _quiet(), self._explained("the model"):
             self._lm = HFLM(
                 pretrained=model,
                 tokenizer=reader,
@@ -116,17 +115,16 @@ class Harness:
     def score(self, task: LmEvalTask) -> TaskScores:
         """Score the model on a task; a tag, or a group without figures of its own, gives several.
 
-        Raises:
-            DataError: what lm-eval or a data set refused: a data set that cannot be fetched, a task that runs code, a
-                context too short for what it writes. Names task and model.
+        Raises DataError, which names task and model: lm-eval or the data set refused, as for a data set that cannot be
+        fetched, a task that runs code, or a context that is too short for the replies.
         """
         from lm_eval import simple_evaluate
 
-        from fusekit.evaluation.generation import plain_generation
+        from fusekit.evaluation.metrics import plain_generation
 
         settings = self.settings
-        plain = plain_generation(self._model, self._ends)  # a task says itself how its answers are written
-        with _listening() as heard, plain, self._explained(f"the task {task.task!r}"):
+        plain = plain_generation(self._model, self._ends)  # the task sets how answers are generated
+        with _quiet() as heard, plain, self._explained(f"the task {task.task!r}"):
             found = simple_evaluate(
                 model=self._lm,
                 tasks=[task.task],
@@ -140,7 +138,7 @@ class Harness:
                 confirm_run_unsafe_code=settings.run_unsafe_code,
             )
         if any("runcat" in line for line in heard):
-            self.say(f"{task.task}: some prompts are longer than the context of {self.name}: lm-eval cut their start")
+            self.say(f"{task.task}: some prompts exceed {self.name}'s context; lm-eval cut off their beginning")
         return _scores(task.task, found)
 
     @contextmanager
@@ -155,17 +153,17 @@ class Harness:
             if is_out_of_memory(error):
                 hint = f"; give a batch_size below {self.settings.batch_size}"
             elif "marked as unsafe" in text:
-                hint = "; it runs code that the model wrote: allow that with run_unsafe_code, or leave the task out"
+                hint = "; it runs code that the model wrote: allow it with run_unsafe_code, or leave the task out"
             elif isinstance(error, (ConnectionError, FileNotFoundError, TimeoutError)) or "ffline" in text:
-                hint = "; its data set is fetched from the hub once: is there a network?"
+                hint = "; its data set is downloaded from the hub once: is there a network?"
             raise DataError(
                 f"lm-eval cannot score {self.name}: {what}: {type(error).__name__}: {text}{hint}"
             ) from error
 
 
 @contextmanager
-def _listening() -> Iterator[list[str]]:
-    """What lm-eval warns of while the body runs, kept from the screen: one line per request is no news."""
+def _quiet() -> Iterator[list[str]]:
+    """Keep lm-eval's warnings off the screen while the body runs (it writes one per request); yields them."""
     heard: list[str] = []
 
     class Keep(logging.Handler):
@@ -186,20 +184,15 @@ def _listening() -> Iterator[list[str]]:
 
 
 def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
-    """Of the task if it has figures of its own, else of each task that it stands for."""
-    results = {task: _numbers(values) for task, values in found["results"].items()}
+    """The task's own figures if it has any, else those of each task that it stands for."""
+    results = {
+        task: {k: float(v) for k, v in values.items() if "," in k and isinstance(v, (int, float)) and v is not True}
+        for task, values in found["results"].items()
+    }
     names = [name] if results.get(name) else [task for task in found["configs"] if results.get(task)]
     if not names:
-        raise DataError(f"lm-eval's task {name!r} has no figure")
+        raise DataError(f"lm-eval reports no figure for the task {name!r}")
     return {task: _one(task, results[task], found) for task in names}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in values.items()
-        if "," in key and isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
 
 
 def _one(task: str, values: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,14 +219,14 @@ def _is_error(key: str) -> bool:
 
 
 def figure(task: LmEvalTask, name: str, score: Mapping[str, Any]) -> dict[str, Any]:
-    """The one figure that a table shows of a task: the metric that was asked for, or its first.
+    """The one figure that tables show for a task: the metric that was asked for, or its first.
 
     Returns:
         ``metric`` (without the filter ``none``), ``value``, ``stderr`` (None where there is none),
         ``higher_is_better``, ``documents``, ``num_fewshot``, ``version``.
 
     Raises:
-        DataError: the task has no such metric; names those it has. What was scored is kept.
+        DataError: the task has no such metric; names those it has.
     """
     metrics = score["metrics"]
     wanted = task.metric or score["primary"]
@@ -250,7 +243,7 @@ def figure(task: LmEvalTask, name: str, score: Mapping[str, Any]) -> dict[str, A
 
 
 def folder_of(task: str) -> str:
-    """The name of the folder of a task's scores."""
+    """Name of the folder of a task's scores."""
     return task.replace("/", "--")
 
 
@@ -266,11 +259,11 @@ def cached_scores(
     """Figures (:func:`figure`) of one model by task, each scored once and kept in ``folder``.
 
     Args:
-        settings: what is asked.
-        folder: of this model; a folder per task goes into it.
-        identity: what the model is, and how it is loaded and read.
-        load: called once, if a task is missing.
-        made: from when a task was begun (``time.monotonic``), what may differ between equal artifacts.
+        settings: the tasks, and how they are scored.
+        folder: this model's; it gets a folder per task.
+        identity: what identifies the model, and how it is loaded and read.
+        load: loads the model; called once, and only if a task's scores are missing.
+        made: the circumstances to record, given when the task was begun (``time.monotonic``).
         say: gets a line per task that was scored.
     """
     figures: dict[str, dict[str, Any]] = {}
@@ -293,23 +286,23 @@ def cached_scores(
 def load_harness(
     choice: Any, template: str, settings: LmEval, say: Callable[[str], None], date: datetime.date | None = None
 ) -> Harness:
-    """Load a model for :class:`Harness`. choice, template, date: as for ``evaluate_model``; so are the errors."""
+    """Load a model for :class:`Harness`. choice, template, date and errors: as for ``evaluate_model``."""
     from fusekit.evaluation.metrics import load_scored
 
-    loaded = load_scored(choice, template, date=date)
-    return Harness(loaded.model, loaded.tokenizer, settings, say)
+    model, tokenizer, _ = load_scored(choice, template, date=date)
+    return Harness(model, tokenizer, settings, say)
 
 
 def scores(
     choice: Any, template: str, settings: LmEval, say: Callable[[str], None] = lambda _line: None
 ) -> dict[str, dict[str, Any]]:
-    """Figures (:func:`figure`) of a model by task, kept nowhere. Arguments and errors as for :func:`load_harness`."""
+    """Figures (:func:`figure`) of a model by task. Arguments and errors as for :func:`load_harness`."""
     harness = load_harness(choice, template, settings, say)
     return {name: figure(task, name, score) for task in settings.tasks for name, score in harness.score(task).items()}
 
 
 def described(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """What ``results.json`` says of each task beside the models' values. figures: model -> task -> :func:`figure`.
+    """What ``results.json`` says about each task. figures: model -> task -> :func:`figure`.
 
     Returns by task: ``metric``, ``higher_is_better``, ``documents``, ``num_fewshot``, ``version``, and ``stderr`` by
     model.
@@ -327,7 +320,7 @@ def _writing(text: str) -> Callable[[Path], object]:
 
 
 def _inputs(settings: LmEval, task: LmEvalTask) -> Inputs:
-    """What changes a task's figures; not the batch size, and not which of them is shown."""
+    """What changes a task's figures; neither the batch size nor the choice of the figure that is shown does."""
     return {
         "task": task.task,
         "num_fewshot": settings.num_fewshot if task.num_fewshot is None else task.num_fewshot,
@@ -339,7 +332,7 @@ def _inputs(settings: LmEval, task: LmEvalTask) -> Inputs:
 
 
 def _own_tasks_hash(settings: LmEval, task: str) -> str | None:
-    """Of all files in the folders of one's own tasks, the task's data too if it is there; None for lm-eval's tasks."""
+    """Hash of all files in the folders of the user's own tasks, which may hold their data; None for lm-eval's tasks."""
     place = getattr(_index(settings).task_index.get(task), "yaml_path", None)
     folders = [Path(folder).expanduser().resolve() for folder in settings.folders]
     if not folders or (place is not None and not any(Path(place).resolve().is_relative_to(f) for f in folders)):

@@ -1,32 +1,39 @@
-"""Scores of a causal language model on held-out rows, by source of data."""
+"""Scores of causal language models on held-out examples: bits per byte, and exact match by greedy generation.
+
+Both compare models of any tokenizer: the first is over bytes, the second over text.
+"""
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fusekit.capturing.engine import BATCH_TOKENS, Teacher
+from fusekit.capturing.engine import BATCH_TOKENS, Teacher, plan_batches
 from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import DataError
-from fusekit.evaluation.generation import Question, replies
-from fusekit.types import Part, Row, TokenizedRow
+from fusekit.errors import CaptureError, DataError
+from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
+from fusekit.resources import is_out_of_memory, release
+from fusekit.types import Message, Part, Row, TokenizedRow
 
 SLACK_TOKENS = 8
-"""A reply may be that much longer than the right answer before it is stopped; it is wrong by then."""
+"""How much longer than the right answer a reply may be before it is stopped; it is wrong by then."""
 
 
 class Score(NamedTuple):
-    """A metric over some rows. value: bits per byte, or the share of exact matches. rows: how many."""
+    """A metric over some examples. value: bits per byte, or the share of exact matches. rows: how many examples."""
 
     value: float
     rows: int
@@ -41,26 +48,25 @@ def bits_per_byte(
     longest: int | None = None,
     text_ends: bool = False,
 ) -> dict[str, Score]:
-    """Bits that a model needs per byte of the contents that are learnt (the assistant's, or all of a text).
+    """Bits that a model needs per byte of the supervised text: the assistant's messages, or all of a plain text.
 
-    The bits of an end of turn count, its bytes do not: a model has to know when to stop. No end of a plain text counts:
-    held-out text often comes in blocks that were cut from longer ones, which no file says.
+    The bits of an end of turn count, its bytes do not: a model has to know when to stop. The end of a plain text does
+    not count, since held-out text often comes in blocks that were cut from longer ones.
 
     Args:
         model: a transformers causal language model on its device, in any dtype.
-        tokenizer: reads rows for it.
-        rows: held-out rows.
+        tokenizer: reads examples for it.
+        rows: held-out examples.
         batch_tokens: most tokens of a batch, padding included; None for what suits the device.
         longest: tokens that the model was made for; None where that is not known.
-        text_ends: also count the end of every plain text that is whole (``TEXT``, not ``FRAGMENT``).
+        text_ends: also count the end of every whole plain text (``TEXT``, not ``FRAGMENT``).
 
     Returns:
         By ``Row.dataset``: summed bits over summed bytes.
 
     Raises:
-        DataError: no row has a byte to predict, a row is too long for the model, or the model gives no distribution
-            for one (names it).
-        CaptureError: see :meth:`fusekit.capturing.engine.Teacher.score`.
+        DataError: there is no byte to predict, an example is too long for the model, or its distribution is non-finite.
+        CaptureError: see :meth:`fusekit.capture.engine.Teacher.score`.
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
@@ -79,7 +85,7 @@ def bits_per_byte(
         nats.setdefault(row.dataset, []).append(row.cross_entropy)
         sizes[row.dataset] = sizes.get(row.dataset, 0) + row.tokens.label_bytes
     if empty := [name for name, size in sizes.items() if not size]:
-        raise DataError(f"the rows of {empty[0]!r} have no byte to predict: is there an assistant's message in them?")
+        raise DataError(f"the examples of {empty[0]!r} have no byte to predict: do they have an assistant's message?")
     return {name: Score(math.fsum(nats[name]) / math.log(2) / sizes[name], len(nats[name])) for name in sorted(nats)}
 
 
@@ -88,7 +94,7 @@ def _without_ends(tokens: TokenizedRow) -> TokenizedRow:
 
 
 def ends_counted(rows: Sequence[Row]) -> dict[str, bool]:
-    """By ``Row.dataset``: whether :func:`bits_per_byte` counts ends: those of turns, none of plain text."""
+    """By ``Row.dataset``: whether :func:`bits_per_byte` counts ends (of turns), or not (of plain text)."""
     return {name: any(row.dataset == name and not row.is_text for row in rows) for name in _datasets(rows)}
 
 
@@ -104,19 +110,21 @@ def exact_match(
     batch_tokens: int | None = None,
     longest: int | None = None,
 ) -> dict[str, Score]:
-    """Share of rows whose last answer a model writes by greedy decoding, space around it aside.
+    """Share of examples whose last answer a model writes by greedy decoding, ignoring space around it.
 
-    The prompt is the row up to its last answer, in the tokens of training; a reply may be :data:`SLACK_TOKENS` longer
-    than the right one before it is stopped. Of the model's generation_config only its eos is heeded.
+    The prompt is the example up to its last answer, in the tokens of training. A reply may be :data:`SLACK_TOKENS`
+    longer than the right one before it is stopped. Of the model's generation_config only eos is used.
 
     Args:
         model, tokenizer, rows, batch_tokens, longest: as for :func:`bits_per_byte`; the last message is an assistant's.
 
     Raises:
-        DataError: a row has no answer at its end, or is too long for the model.
-        CaptureError: a row does not fit into memory alone.
+        DataError: an example does not end with an answer, or is too long for the model.
+        CaptureError: an example does not fit into memory alone.
     """
-    asked = _answering(tokenizer)
+    asked = tokenizer
+    if tokenizer.train_on != "assistant":  # what comes before an answer is given, not asked for
+        asked = RowTokenizer(tokenizer.tokenizer, tokenizer.template, "assistant", date=tokenizer.date)
     tokens = [asked.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, asked.name, longest)
     questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]
@@ -127,20 +135,20 @@ def exact_match(
     return {name: Score(float(right[names == name].mean()), int((names == name).sum())) for name in _datasets(rows)}
 
 
-def _answering(tokenizer: RowTokenizer) -> RowTokenizer:
-    """As it reads rows of which only answers are learnt: what comes before an answer is then given, not asked for."""
-    if tokenizer.train_on == "assistant":
-        return tokenizer
-    return RowTokenizer(tokenizer.tokenizer, tokenizer.template, "assistant", date=tokenizer.date)
+class Question(NamedTuple):
+    """What a model is asked. prompt: token ids. longest: most tokens of its reply. ends: ids that end a turn."""
+
+    prompt: list[int]
+    longest: int
+    ends: list[int]
 
 
 def _question(row: Row, tokens: TokenizedRow, longest: int | None) -> Question:
     last = len(row.messages) - 1
     if row.messages[last].role != "assistant" or row.cut is not None:
         raise DataError(
-            f"{_called(row)} ends with a message of {row.messages[last].role!r}"
-            f"{' and is cut' if row.cut else ''}: exact match needs an assistant's answer at the end; leave such rows "
-            "out, or measure bits_per_byte alone"
+            f"{_called(row)} ends with a message of {row.messages[last].role!r}{' and is cut' if row.cut else ''}: "
+            "exact_match needs an assistant's answer at the end; leave such examples out, or use bits_per_byte alone"
         )
     answer = np.flatnonzero(tokens.labels & (tokens.message == last))
     if not len(answer):
@@ -155,30 +163,223 @@ def _is_right(reply: str, row: Row, tokenizer: RowTokenizer) -> bool:
     answer = row.messages[-1].content.strip()
     if reply.strip() == answer:
         return True
-    # Where the template ends a turn with text, the model writes it out, and goes on after it.
+    # Where a template ends turns with text instead of a token, the model writes that text and continues after it.
     end = tokenizer.turn_end_text
     return bool(end) and reply.lstrip().startswith(answer + end)
 
 
 def _called(row: Row) -> str:
-    """A row as a user finds it: its hash alone tells nobody where it is."""
+    """An example as a user finds it: by its text, since nobody can search for its hash."""
     text = " ".join(row.messages[0].content.split())
-    return f"row {row.key} of {row.dataset!r} ({text[:47] + '...' if len(text) > 50 else text!r})"
+    return f"example {row.key} of {row.dataset!r} ({text[:47] + '...' if len(text) > 50 else text!r})"
 
 
 def _refuse_longer(rows: Sequence[Row], tokens: Sequence[TokenizedRow], name: str, longest: int | None) -> None:
-    """A row longer than a model was made for has no figure that compares; left out, models are scored on other rows."""
+    """Refuse examples longer than the model's context: without them, models would be scored on different examples."""
     over = [(row, len(read)) for row, read in zip(rows, tokens, strict=True) if longest and len(read) > longest]
     if over:
         row, size = max(over, key=lambda entry: entry[1])
         raise DataError(
-            f"{len(over)} of {len(rows)} held-out rows are longer than the {longest} tokens that {name} was made for "
+            f"{len(over)} of {len(rows)} held-out examples are longer than the {longest} tokens of {name}'s context "
             f"(its config.json); the longest has {size}: {_called(row)}. Leave them out or shorten them for all models"
         )
 
 
+def replies(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question], batch_tokens: int) -> list[str]:
+    """Greedy replies, up to the end of the turn, in the order of the questions.
+
+    Of the model's generation_config only eos is used: neither sampling nor a repetition penalty.
+
+    Args:
+        model: a transformers causal language model on its device(s).
+        tokenizer: reads examples for it; its special tokens are left out of the replies.
+        questions: the prompts.
+        batch_tokens: most tokens of a batch, padding and replies included.
+
+    Raises:
+        CaptureError: one question does not fit into memory alone.
+    """
+    written = [""] * len(questions)
+    waiting = plan_batches([len(q.prompt) + q.longest for q in questions], batch_tokens)[::-1]
+    with plain_generation(model):
+        while waiting:
+            batch = waiting.pop()
+            found = _try(model, tokenizer, [questions[i] for i in batch])
+            if found is None:
+                half = (len(batch) + 1) // 2
+                waiting += [batch[half:], batch[:half]]
+                continue
+            for index, text in zip(batch, found, strict=True):
+                written[index] = text
+    return written
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids that the model's configuration of generation stops at."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return [found] if isinstance(found, int) else list(found or [])
+
+
+def turn_ends(tokenizer: RowTokenizer) -> list[int]:
+    """The ids that end an assistant's turn under a tokenizer's template; none where text ends it."""
+    try:
+        row = tokenizer.tokenize(Row((Message("user", "a"), Message("assistant", "b"))))
+    except DataError:
+        return []
+    return [int(id_) for id_ in np.unique(row.ids[(row.part == Part.END) & (row.message == 1)])]
+
+
+@contextmanager
+def plain_generation(model: Any, ends: Sequence[int] = ()) -> Iterator[None]:
+    """Let a model generate without its own settings, which ``generate`` applies where a call does not override them.
+
+    A repetition penalty changes greedy decoding too, and ``max_new_tokens`` wins over a longer ``max_length``.
+    ends: ids to stop at in addition to the model's own eos.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    stops = sorted({*eos_ids(model), *ends})
+    model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _try(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question]) -> list[str] | None:
+    """Replies of a batch, None where memory ran out. Raises CaptureError for a single question."""
+    try:
+        return _generate(model, tokenizer, questions)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = " ".join(str(error).split())
+    release(_device(model))
+    if len(questions) == 1:
+        raise CaptureError(
+            f"{tokenizer.name}: a prompt of {len(questions[0].prompt)} tokens and a reply of {questions[0].longest} do "
+            f"not fit into memory even alone ({failure}): load the model in less memory (dtype bfloat16, quantization) "
+            "or over several devices (device_map auto)"
+        )
+    return None
+
+
+@torch.inference_mode()
+def _generate(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question]) -> list[str]:
+    width = max(len(question.prompt) for question in questions)
+    ends = sorted({id_ for question in questions for id_ in question.ends} | set(eos_ids(model)))
+    device = _device(model)
+    # The padding before a prompt is masked, so any token will do.
+    ids = torch.tensor([[q.prompt[0]] * (width - len(q.prompt)) + q.prompt for q in questions], device=device)
+    mask = torch.tensor([[0] * (width - len(q.prompt)) + [1] * len(q.prompt) for q in questions], device=device)
+    stop: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {"pad_token_id": 0}
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(question.longest for question in questions),
+        **stop,
+    )[:, width:].tolist()
+    # A batch is generated up to its longest reply: cut what a shorter one would not have written alone.
+    return [_text(tokenizer, reply[: q.longest], ends) for reply, q in zip(written, questions, strict=True)]
+
+
+def _device(model: Any) -> torch.device:
+    """Where the input goes: with layers offloaded some parameters are on no device."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _text(tokenizer: RowTokenizer, reply: list[int], ends: Sequence[int]) -> str:
+    stop = next((at for at, id_ in enumerate(reply) if id_ in ends), len(reply))
+    return tokenizer.encoder.surfaces.decode(reply[:stop])
+
+
 METRICS: Mapping[str, Callable[..., dict[str, Score]]] = {"bits_per_byte": bits_per_byte, "exact_match": exact_match}
-"""By name: functions of a model, its RowTokenizer and rows that return scores by source of data."""
+"""By name: functions of a model, its RowTokenizer and examples that return scores by source of data."""
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    chat_template: str = "own",
+    notify: Callable[[str], None] = lambda _line: None,
+    load: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Score models on held-out examples and on tasks of lm-eval.
+
+    Args:
+        models: folders, GGUF files or hub ids; one or several.
+        data: files, folders or hub ids of held-out examples; may be left out where ``lm_eval`` names tasks.
+        chat_template: ``own``, the name of a shipped template, or a jinja file.
+        notify: gets a line about what the user should know.
+        load: how to load the models, as fields of :class:`fusekit.capture.models.ModelChoice`: ``dtype``, ...
+        settings: fields of :class:`fusekit.evaluation.settings.EvaluateSettings`: ``metrics``, ``limit``,
+            ``lm_eval``, ...
+
+    Returns:
+        model -> metric -> skill -> value, as ``results.json`` has it: bits per byte, the share of exact matches, and
+        the figure of each task of lm-eval. A skill is the ``dataset`` field of the examples, else their file's name.
+
+    Raises:
+        DataError, CaptureError: a model does not load, or an example cannot be used.
+        RecipeError: lm-eval is not installed, or has no such task.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from fusekit.evaluation import evaluate
+        >>> file = Path("sums.jsonl")
+        >>> _ = file.write_text('{"messages": [{"role": "user", "content": "57+68="}, '
+        ...                     '{"role": "assistant", "content": "125"}]}')
+        >>> evaluate("demo/models/numbers", file, metrics=["exact_match"])
+        {'demo/models/numbers': {'exact_match': {'sums': 1.0}}}
+    """
+    asked = EvaluateSettings.model_validate({**settings, "path": [str(path) for path in _several(data)]})
+    choices = [ModelChoice(str(model), **(load or {})) for model in _several(models)]
+    document = evaluate_all(choices, asked, chat_template, notify)
+    found: dict[str, dict[str, dict[str, float]]] = document["models"]
+    return found
+
+
+def _several(values: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [values] if isinstance(values, (str, Path)) else values
+
+
+def evaluate_all(
+    choices: Sequence[ModelChoice], settings: EvaluateSettings, template: str, notify: Callable[[str], None]
+) -> dict[str, Any]:
+    """Score several models; what ``results.json`` says. Arguments and errors as for :func:`evaluate`."""
+    from fusekit.evaluation import lm_eval
+
+    if not settings.paths and settings.lm_eval is None:
+        raise DataError("there is nothing to score models on: give held-out examples, or tasks of lm-eval")
+    if settings.lm_eval is not None:
+        lm_eval.check(settings.lm_eval, "lm_eval")
+    how: dict[str, Any] = settings.model_dump(include={"limit", "split", "revision", "name"})
+    rows = list(chain.from_iterable(held_out_rows(path, **how) for path in settings.paths))
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    figures = {}
+    for choice in choices:
+        results[choice.model] = {}
+        if settings.paths:
+            metrics = list(dict.fromkeys(settings.metrics))
+            scores = evaluate_model(
+                choice, rows, metrics=metrics, template=template, batch_tokens=settings.batch_tokens
+            )
+            results[choice.model] = {
+                metric: {name: score.value for name, score in found.items()} for metric, found in scores.items()
+            }
+        if settings.lm_eval is not None:
+            figures[choice.model] = lm_eval.scores(choice, template, settings.lm_eval, notify)
+            values = {task: shown["value"] for task, shown in figures[choice.model].items()}
+            results[choice.model]["lm_eval"] = values
+    document: dict[str, Any] = {"models": results}
+    if settings.paths and "bits_per_byte" in settings.metrics:
+        document["ends_counted"] = ends_counted(rows)
+    return document | ({"lm_eval": lm_eval.described(figures)} if figures else {})
 
 
 def evaluate_model(
@@ -194,46 +395,34 @@ def evaluate_model(
 
     Args:
         choice: the model.
-        rows: held-out rows.
+        rows: held-out examples.
         metrics: names in :data:`METRICS`.
         template: ``own`` (or the shipped one that fits), the name of a shipped template, or a jinja file.
         batch_tokens: most tokens of a batch, padding included; None for what suits the device.
-        date: the day that a template prints which asks for today's; None for today.
+        date: for templates that print today's date; None for today.
 
     Returns:
         metric -> source of data -> score.
 
     Raises:
-        DataError, CaptureError: the model does not load, a row cannot be used; unknown metric.
+        DataError, CaptureError: the model does not load, an example cannot be used; unknown metric.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise DataError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
     if not rows:
-        raise DataError("no held-out row to evaluate on")
-    loaded = load_scored(choice, template, rows, date)
-    return {
-        name: METRICS[name](loaded.model, loaded.tokenizer, rows, batch_tokens=batch_tokens, longest=loaded.longest)
-        for name in metrics
-    }
-
-
-class Loaded(NamedTuple):
-    """A model on its device, how it reads rows, and how many tokens it was made for (None: it does not say)."""
-
-    model: Any
-    tokenizer: RowTokenizer
-    longest: int | None
+        raise DataError("there is no held-out example to evaluate on")
+    model, reads, longest = load_scored(choice, template, rows, date)
+    return {name: METRICS[name](model, reads, rows, batch_tokens=batch_tokens, longest=longest) for name in metrics}
 
 
 def load_scored(
     choice: ModelChoice, template: str = "own", rows: Sequence[Row] = (), date: datetime.date | None = None
-) -> Loaded:
+) -> tuple[Any, RowTokenizer, int | None]:
     """Load a model to score it; ``rows`` that are too long for it are refused before its weights are read.
 
-    date: as for :func:`evaluate_model`.
+    Arguments and errors as for :func:`evaluate_model`.
 
-    Raises:
-        DataError, CaptureError: as :func:`evaluate_model`.
+    Returns the model on its device, how it reads examples, and the length of its context (None: it does not say).
     """
     checkpoint = find_checkpoint(choice)
     reads = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(template), date=date)
@@ -242,4 +431,4 @@ def load_scored(
         _refuse_longer(rows, [reads.tokenize(row) for row in rows], choice.model, longest)
     checkpoint.fetch()
     model = load_model(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model, reads, longest)
+    return model, reads, longest

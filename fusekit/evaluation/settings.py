@@ -1,11 +1,21 @@
-"""What the recipe's line ``evaluate.lm_eval`` may say. It is read with the recipe: no torch, no lm-eval here."""
+"""What an evaluation is asked for: its settings, and the held-out examples that they name.
+
+Recipes are loaded with it, so it imports neither torch nor lm-eval.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fusekit import artifacts as artifact
+from fusekit.types import Row
+
+PATH = "Files, folders or hub ids of examples that nothing is trained on."
+_Count = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -13,18 +23,17 @@ class _Section(BaseModel):
 
 
 class LmEvalTask(_Section):
-    """A task of lm-eval; its name alone will do.
-
-    Attributes:
-        task: the name of a task, a group or a tag.
-        metric: which of its metrics is its figure, as ``acc_norm``, or with a filter as
-            ``exact_match,flexible-extract``; None: the first that the task lists, with its first filter.
-        num_fewshot: examples in the prompt; None: as ``LmEval.num_fewshot`` says.
-    """
+    """A task of lm-eval; its name alone is enough."""
 
     task: Annotated[str, Field(min_length=1)] = Field(description="The name of a task, a group or a tag of lm-eval.")
-    metric: str | None = Field(default=None, description="As acc_norm; null: the first that the task lists.")
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Examples in the prompt.")
+    metric: str | None = Field(
+        default=None,
+        description="The metric that tables show, as acc_norm or exact_match,flexible-extract (with its filter); null: "
+        "the first that the task lists.",
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Examples in the prompt; null: as lm_eval.num_fewshot says."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -37,27 +46,25 @@ class LmEvalTask(_Section):
 
 
 class LmEval(_Section):
-    """Tasks of lm-eval on which every model is scored; a list of tasks alone will do.
+    """Tasks of lm-eval on which every model is scored; a list of tasks alone is enough."""
 
-    Attributes:
-        tasks: what is scored, in order.
-        limit: most documents of each task; None: all. For a try: figures of a part say little.
-        num_fewshot: examples in the prompt; None: as each task says.
-        include_path: folders with tasks of one's own (YAML). lm-eval runs Python code that they name.
-        chat_template: put prompts into the model's chat template, and examples into turns of their own.
-        batch_size: rows at a time.
-        run_unsafe_code: run what a model wrote, for tasks that lm-eval marks as unsafe (humaneval).
-    """
-
-    tasks: Annotated[list[LmEvalTask], Field(min_length=1)] = Field(description="What is scored.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most documents of each task.")
+    tasks: Annotated[list[LmEvalTask], Field(min_length=1)] = Field(description="The tasks, in order.")
+    limit: _Count | None = Field(
+        default=None, description="Most documents of each task, for a trial: figures of a part say little; null: all."
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Examples in the prompt; null: as each task says."
     )
-    include_path: str | list[str] | None = Field(default=None, description="Folders with tasks of your own.")
-    chat_template: bool = Field(default=False, description="Put prompts into the model's chat template.")
-    batch_size: Annotated[int, Field(gt=0)] = Field(default=8, description="Rows at a time.")
-    run_unsafe_code: bool = Field(default=False, description="Run code that a model wrote, where a task does so.")
+    include_path: str | list[str] | None = Field(
+        default=None, description="Folders with your own tasks (YAML); lm-eval runs the Python code that they name."
+    )
+    chat_template: bool = Field(
+        default=False, description="Apply the model's chat template to prompts, with few-shot examples as turns."
+    )
+    batch_size: _Count = Field(default=8, description="Requests per batch.")
+    run_unsafe_code: bool = Field(
+        default=False, description="Run code that a model wrote, for tasks that lm-eval marks as unsafe (humaneval)."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +73,7 @@ class LmEval(_Section):
             return value
         value = value if isinstance(value, Mapping) else {"tasks": value}
         tasks = value.get("tasks")
-        return {**value, "tasks": [tasks]} if isinstance(tasks, str) else value
+        return {**value, "tasks": tasks.split(",")} if isinstance(tasks, str) else value
 
     @model_validator(mode="after")
     def _no_task_twice(self) -> LmEval:
@@ -84,3 +91,65 @@ class LmEval(_Section):
     def folders(self) -> list[str]:
         """``include_path`` as a list."""
         return [self.include_path] if isinstance(self.include_path, str) else list(self.include_path or [])
+
+
+class EvaluateSettings(_Section):
+    """Held-out examples, and what is measured on them; also a recipe's section ``evaluate``."""
+
+    path: str | list[str] = Field(default=[], description=PATH)
+    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
+    split: str = Field(default="test", description="Split of a data set on the hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a data set on the hub.")
+    metrics: list[Literal["bits_per_byte", "exact_match"]] = Field(
+        default=["bits_per_byte"],
+        description="What to measure; `exact_match` generates the answers and takes longer.",
+    )
+    limit: _Count | None = Field(
+        default=None, description="Most examples of each file, also of each file in a folder; null: all."
+    )
+    batch_tokens: _Count | None = Field(
+        default=None, description="Tokens per batch, padding included; null: what suits the device."
+    )
+    lm_eval: LmEval | None = Field(
+        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
+    )
+
+    @property
+    def paths(self) -> list[str]:
+        """``path`` as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+def held_out_rows(
+    path: str, *, limit: int | None = None, split: str = "test", revision: str | None = None, name: str | None = None
+) -> list[Row]:
+    """Read held-out examples.
+
+    Args:
+        path: a file, a folder of files, or the id of a data set on the hub.
+        limit: most examples of each file, and of a data set on the hub; None for all.
+        split, revision, name: of a data set on the hub; ``name`` is its configuration. The default is not ``train``,
+            which the models may have learned from.
+
+    Raises DataError as :func:`fusekit.data.reading.read_rows` does.
+    """
+    from fusekit.data.reading import files_of, read_rows
+
+    how: dict[str, Any] = {"split": split, "revision": revision, "name": name, "limit": limit}
+    return [row for file in files_of(path) for row in read_rows(file, **how)]
+
+
+def held_out_hash(path: str, files: str | None, limit: int | None, rows: list[Row]) -> str:
+    """What identifies held-out examples: the hash of their files, else of the examples themselves.
+
+    A data set on the hub can change under its name, and with a limit a folder gives the beginning of each file.
+
+    Args:
+        path: where the examples were read from.
+        files: hash of the file or the folder; None for the hub.
+        limit: most examples of each file.
+        rows: the examples.
+    """
+    if files is not None and (limit is None or not Path(path).expanduser().is_dir()):
+        return files
+    return artifact.joined_hash(f"{row.key} {row.dataset!a}" for row in rows)

@@ -1,76 +1,218 @@
-"""Scores of several models as a table."""
+"""The one table of results: the terminal, the report and the model card all show it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from fusekit.evaluation.metrics import Score
+LM_EVAL, MEAN = "lm_eval", "mean"
+REFERENCES = ("pivot", "baseline")
+"""The models that every other model is compared with, where they were scored."""
+MINUS, NO_VALUE = "\N{MINUS SIGN}", "\N{EN DASH}"
+_SAME = 5e-4  # a smaller relative change is shown as none
 
-_TITLES = {
-    "bits_per_byte": "bits per byte (lower is better)",
-    "exact_match": "exact match in per cent",
-    "lm_eval": "lm-eval",
+
+class Metric(NamedTuple):
+    """How the values of a metric read. lower: lower is better. share: shown in per cent."""
+
+    title: str
+    unit: str
+    lower: bool = False
+    share: bool = False
+
+
+METRICS = {
+    "bits_per_byte": Metric("Bits per byte", "bits per byte of held-out answers", lower=True),
+    "exact_match": Metric("Exact match in per cent", "per cent of held-out questions answered exactly", share=True),
+    LM_EVAL: Metric("Tasks of lm-eval", ""),
 }
 
 
-def table(
-    results: Mapping[str, Mapping[str, Mapping[str, Score]]],
-    tasks: Mapping[str, Mapping[str, Any]] | None = None,
-    ends: Mapping[str, bool] | None = None,
-) -> str:
-    """Markdown, one table per metric: a row per model, a column per source of data, and their plain mean.
+@dataclass(frozen=True)
+class Change:
+    """A value against a reference. shown: with its sign. better: None where the two are the same."""
 
-    results: model -> metric -> source of data -> score. tasks: of lm-eval, what ``results.json`` says of each; they
-    measure different things, so they have no mean. ends: source of data -> whether bits per byte count ends there.
+    shown: str
+    better: bool | None
+
+    @property
+    def word(self) -> str:
+        return "same" if self.better is None else "better" if self.better else "worse"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model's value in a column, None where it has none. best: of its column. changes: by reference."""
+
+    value: float | None
+    shown: str
+    best: bool
+    changes: dict[str, Change]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One metric. lower: lower is better; None where columns differ, whose heads then say so.
+
+    columns: the skills, and last their mean where there are several that measure the same. lines: cells by model.
     """
-    metrics = list(dict.fromkeys(metric for found in results.values() for metric in found))
-    return "\n\n".join(
-        _one(metric, {model: found.get(metric, {}) for model, found in results.items()}, tasks or {})
-        + (_note(ends) if metric == "bits_per_byte" and ends else "")
-        for metric in metrics
+
+    name: str
+    title: str
+    unit: str
+    lower: bool | None
+    columns: list[str]
+    lines: dict[str, list[Cell]]
+
+    @property
+    def direction(self) -> str:
+        return {True: "lower is better", False: "higher is better", None: "each column says which is better"}[
+            self.lower
+        ]
+
+    @property
+    def skills(self) -> int:
+        """How many columns are not the mean."""
+        return len(self.columns) - (len(self.columns) > 1 and self.columns[-1] == MEAN)
+
+    @property
+    def references(self) -> list[str]:
+        return [model for model in self.lines if model in REFERENCES]
+
+    def mean(self, model: str) -> Cell | None:
+        """A model's mean over the skills, or its value at the only one; None where it lacks one, or none is made."""
+        cells = self.lines.get(model)
+        if not cells or (len(cells) > 1 and self.columns[-1] != MEAN) or cells[-1].value is None:
+            return None
+        return cells[-1]
+
+    def wins(self, model: str, reference: str) -> int:
+        """At how many skills a model is better than a reference."""
+        cells = self.lines[model][: self.skills]
+        return sum(reference in cell.changes and cell.changes[reference].better is True for cell in cells)
+
+    @property
+    def best(self) -> str | None:
+        """The model with the best mean; of equals the last, since the merged model comes last."""
+        means = {model: cell.value or 0.0 for model in reversed(self.lines) if (cell := self.mean(model)) is not None}
+        return (min if self.lower else max)(means, key=lambda model: means[model]) if means else None
+
+    def markdown(self, called: Callable[[str], str] = str, *, bold: bool = False) -> str:
+        """As Markdown. called: what a name from data is written as. bold: mark the best of each column."""
+        head = [f"{self.title} ({self.direction})", *self.columns]
+        lines = [f"| {' | '.join(map(called, head))} |", f"|---|{'---:|' * len(self.columns)}"]
+        for model, cells in self.lines.items():
+            shown = [f"**{cell.shown}**" if bold and cell.best else cell.shown for cell in cells]
+            lines.append(f"| {called(model)} | {' | '.join(shown)} |")
+        return "\n".join(lines)
+
+
+def tables(document: Mapping[str, Any]) -> list[Table]:
+    """A table per metric, in the order in which the models have them.
+
+    Args:
+        document: what ``results.json`` says: ``models`` (model -> metric -> skill -> value, None for no value) and
+            ``lm_eval`` (by task its ``metric`` and whether ``higher_is_better``).
+    """
+    models: Mapping[str, Mapping[str, Mapping[str, float | None]]] = document["models"]
+    names = list(dict.fromkeys(name for scores in models.values() for name in scores))
+    return [found for name in names if (found := _table(name, models, document.get("lm_eval") or {})).columns]
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """A ``results.json`` as Markdown for the terminal: a table per metric, and whether ends of texts count.
+
+    Example:
+        >>> from fusekit.evaluation.table import table
+        >>> print(table({"models": {"a": {"bits_per_byte": {"code": 1.25}}, "b": {"bits_per_byte": {"code": 1.5}}}}))
+        | Bits per byte (lower is better) | code |
+        |---|---:|
+        | a | 1.250 |
+        | b | 1.500 |
+    """
+    parts = [found.markdown() for found in tables(document)]
+    ends: Mapping[str, bool] = document.get("ends_counted") or {}
+    for counts, says in ((True, "The end of each turn counts"), (False, "The end of a plain text does not count")):
+        if names := [name for name, value in ends.items() if value is counts]:
+            parts.append(f"{says} ({', '.join(names)}).")
+    return "\n\n".join(parts)
+
+
+def _table(
+    name: str, models: Mapping[str, Mapping[str, Mapping[str, float | None]]], tasks: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    metric, scores = (
+        METRICS.get(name, Metric(name, name)),
+        {m: found[name] for m, found in models.items() if name in found},
     )
+    skills = sorted({skill for found in scores.values() for skill in found})
+    known = {skill: tasks[skill] for skill in skills if name == LM_EVAL and skill in tasks}
+    lower = [metric.lower or (s in known and known[s].get("higher_is_better") is False) for s in skills]
+    mixed = any(lower) and not all(lower)
+    columns = [_head(skill, known.get(skill), mixed and less) for skill, less in zip(skills, lower, strict=True)]
+    with_mean = len(skills) > 1 and name != LM_EVAL  # tasks of lm-eval measure different things
+    if with_mean:
+        columns.append(MEAN)
+        lower.append(metric.lower)
+    values = {model: _values([found.get(skill) for skill in skills], with_mean) for model, found in scores.items()}
+    lines = {model: _cells(metric, values, model, lower) for model in scores}
+    return Table(name, metric.title, metric.unit, None if mixed else any(lower), columns, lines)
 
 
-def _note(ends: Mapping[str, bool]) -> str:
-    counted, others = ([name for name, counts in ends.items() if counts is which] for which in (True, False))
-    said = [f"The ends of turns count ({', '.join(counted)})."] if counted else []
-    said += [f"No end of a text counts ({', '.join(others)})."] if others else []
-    return "\n\n" + " ".join(said)
+def _head(skill: str, task: Mapping[str, Any] | None, lower: bool) -> str:
+    """``wikitext (word_perplexity,none, lower is better)``."""
+    said = [str(task.get("metric") or "") if task else "", "lower is better" if lower else ""]
+    return f"{skill} ({', '.join(filter(None, said))})" if any(said) else skill
 
 
-def table_of(document: Mapping[str, Any]) -> str:
-    """:func:`table` of a ``results.json``: plain values instead of scores."""
-    return table(
-        {
-            model: {
-                metric: {name: Score(value, 0) for name, value in scores.items()} for metric, scores in found.items()
-            }
-            for model, found in document["models"].items()
-        },
-        document.get("lm_eval"),
-        document.get("ends_counted"),
-    )
+def _values(found: Sequence[float | None], with_mean: bool) -> list[float | None]:
+    values = [value if value is not None and math.isfinite(value) else None for value in found]
+    known = [value for value in values if value is not None]
+    mean = [math.fsum(known) / len(known) if len(known) == len(values) else None] if with_mean else []
+    return values + mean
 
 
-def _one(metric: str, scores: Mapping[str, Mapping[str, Score]], tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = sorted({name for found in scores.values() for name in found})
-    mean = ["mean"] if len(columns) > 1 and metric != "lm_eval" else []
-    heads = [_task(name, tasks[name]) if metric == "lm_eval" and name in tasks else name for name in columns]
-    lines = [f"| {_TITLES.get(metric, metric)} | {' | '.join([*heads, *mean])} |"]
-    lines.append(f"|---|{'---:|' * (len(columns) + len(mean))}")
-    for model, found in scores.items():
-        values = [found[name].value for name in columns if name in found]
-        cells = [_shown(metric, found[name].value) if name in found else "-" for name in columns]
-        cells += [_shown(metric, sum(values) / len(values)) if len(values) == len(columns) else "-"] if mean else []
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _cells(metric: Metric, values: Mapping[str, list[float | None]], model: str, lower: Sequence[bool]) -> list[Cell]:
+    """One model's cells. values: of every model, by column. lower: whether lower is better, by column."""
+    cells = []
+    for i, value in enumerate(values[model]):
+        column = [line[i] for line in values.values() if line[i] is not None]
+        best = (min if lower[i] else max)(column) if len(column) > 1 else None  # type: ignore[type-var]
+        changes = {
+            name: _change(metric, before, value, lower[i])
+            for name in REFERENCES
+            if name != model and name in values and value is not None and (before := values[name][i]) is not None
+        }
+        shown = fixed(100 * value, 1) if metric.share and value is not None else fixed(value)
+        cells.append(Cell(value, shown, value is not None and value == best, changes))
+    return cells
 
 
-def _task(name: str, task: Mapping[str, Any]) -> str:
-    lower = ", lower is better" if task.get("higher_is_better") is False else ""
-    return f"{name} ({task['metric']}{lower})"
+def _change(metric: Metric, before: float, after: float, lower: bool) -> Change:
+    """``after`` against ``before``: in points of per cent for shares, else relative to ``before``."""
+    difference = after - before
+    if metric.share:
+        shown, size = f"{signed(100 * difference, 1)} points", abs(difference)
+    elif before > 0:
+        shown, size = f"{signed(100 * difference / before, 1)} %", abs(difference) / before
+    else:
+        shown, size = signed(difference), abs(difference)
+    return Change(shown, None if size < _SAME else (difference < 0) == lower)
 
 
-def _shown(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric == "exact_match" else f"{value:.3f}"
+def fixed(value: float | None, digits: int = 3) -> str:
+    """``2.031``, with a minus sign; an en dash for None and for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """``+0.032``, ``−0.032``, ``±0.000``; an en dash as for :func:`fixed`."""
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    rounded = round(value, digits)
+    sign = "±" if rounded == 0 else "+" if rounded > 0 else MINUS
+    return f"{sign}{abs(rounded):,.{digits}f}"

@@ -22,11 +22,10 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import LmEval
+from fusekit.evaluation.settings import EvaluateSettings, LmEval
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.pipeline.stages import Context, hash_of, paths_of, write_json
 from fusekit.pipeline.vouching import weights_hash
-from fusekit.recipe.sections import Evaluate
 from fusekit.types import Row
 
 
@@ -98,9 +97,9 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
     return document
 
 
-def _held_out(section: Evaluate) -> tuple[list[Row], Inputs]:
+def _held_out(section: EvaluateSettings) -> tuple[list[Row], Inputs]:
     """The rows, and by path what tells whether they are still the same."""
-    from fusekit.evaluation.held_out import held_out_hash, held_out_rows
+    from fusekit.evaluation.settings import held_out_hash, held_out_rows
 
     how = section.model_dump(include={"limit", "split", "revision", "name"})
     read = {path: held_out_rows(path, **how) for path in paths_of(section.path)}

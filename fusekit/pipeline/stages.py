@@ -213,7 +213,6 @@ def align(context: Context, source: str, rows: list[Row]) -> None:
 def _align(context: Context, source: str, rows: list[Row], inputs: Inputs) -> None:
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.alignment import align as align_text
-    from fusekit.alignment.html import page
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.alignment.samples import sample_of, write_samples
     from fusekit.distillation.vocabulary_maps import write_map
@@ -247,7 +246,6 @@ def _align(context: Context, source: str, rows: list[Row], inputs: Inputs) -> No
         (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
         surfaces = vocabulary_surfaces(pivot.tokenizer), vocabulary_surfaces(theirs.tokenizer)
         samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
-        (into / "quality.html").write_text(page(quality, samples, surfaces), encoding="utf-8")
         drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
         write_samples(into / "samples.json", drawn)
 

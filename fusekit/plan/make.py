@@ -19,7 +19,7 @@ from fusekit.distillation import estimate as training
 from fusekit.distillation.outputs import Target, targets_of
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
-from fusekit.evaluation.held_out import held_out_rows
+from fusekit.evaluation.settings import held_out_rows
 from fusekit.gguf import SUFFIX
 from fusekit.hub import memory_limits
 from fusekit.pipeline.distilling import plain

@@ -21,7 +21,7 @@ from fusekit.distillation.settings import (
     TrainingSettings,
     clashes,
 )
-from fusekit.evaluation.settings import LmEval
+from fusekit.evaluation.settings import PATH, EvaluateSettings
 from fusekit.gguf import SUFFIX
 from fusekit.yaml import KeyPath
 
@@ -161,26 +161,11 @@ class Data(DataSettings):
     size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
 
 
-class Evaluate(Section):
-    """Held-out rows."""
+class Evaluate(EvaluateSettings):
+    """Held-out examples."""
 
-    path: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="Files, folders or hub ids of rows that nothing is trained on."
-    )
-    name: str | None = Field(default=None, description="Configuration of a data set on the hub.")
-    split: str = Field(default="test", description="Split of a data set on the hub.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
-    metrics: list[Literal["bits_per_byte", "exact_match"]] = Field(
-        default=["bits_per_byte"], description="`exact_match` generates the answers, and takes longer."
-    )
-    limit: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="Most rows of each file, of a folder too; null: all."
-    )
-    baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same rows.")
-    batch_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description=_BATCH_TOKENS)
-    lm_eval: LmEval | None = Field(
-        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'mergekit-fusekit[lm-eval]')."
-    )
+    path: str | Annotated[list[str], Field(min_length=1)] = Field(description=PATH)
+    baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same examples.")
 
 
 @dataclass(frozen=True)

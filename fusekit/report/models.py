@@ -1,4 +1,4 @@
-"""What a report says of the pivot and the sources: noted down while they are at hand, in ``models.json``."""
+"""What the report says about the pivot and the sources; a run writes it to ``models.json`` while it has the models."""
 
 from __future__ import annotations
 
@@ -20,14 +20,9 @@ _FORMS = ("byte-level", "metaspace", "WordPiece", "plain")  # by fusekit.alignme
 
 
 class Tokenizer(BaseModel):
-    """A tokenizer in words.
+    """A tokenizer in words. model: ``BPE``, ``Unigram``, ... form: how its tokens write text.
 
-    Attributes:
-        model: ``BPE``, ``Unigram``, ...
-        form: how it writes text as tokens.
-        byte_fallback: whether it has a token for every byte.
-        tokens: how many it has.
-        normalises: how it changes text before, if it does.
+    byte_fallback: whether it has a token for every byte. tokens: how many it has. normalises: how it changes text.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,15 +35,14 @@ class Tokenizer(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """What is known of a model.
+    """A model.
 
     Attributes:
-        model: name or path, as the recipe has it.
+        model: name or path, as in the recipe.
         repository, commit: on the hub; None for a folder.
-        architecture: class name in its configuration. model_type: transformers' name for it.
-        layers, width, vocabulary: of its configuration.
-        parameters: elements of its tensors; None where they were not at hand.
-        dtype: of the weights on disk; of a GGUF file how they are stored (``GGUF Q4_K_M``).
+        architecture, model_type, layers, width, vocabulary: from its configuration.
+        parameters: elements of its tensors; None where they were not on disk.
+        dtype: of the weights on disk; the format of a GGUF file (``GGUF Q4_K_M``).
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -70,7 +64,7 @@ _FACTS = TypeAdapter(dict[str, ModelFacts])
 
 
 def facts_of(checkpoint: Checkpoint, tokenizer: Any = None) -> ModelFacts:
-    """Look at a model's configuration, the headers of its weights where they are on disk, and its tokenizer."""
+    """Read a model's configuration, the headers of its weights where they are on disk, and its tokenizer."""
     config: dict[str, Any] = checkpoint.config
     text = config.get("text_config")
     layered = [config, text if isinstance(text, dict) else {}]
@@ -133,7 +127,7 @@ def describe_tokenizer(tokenizer: Any) -> Tokenizer | None:
 
 
 def write_models(path: Path, facts: Mapping[str, ModelFacts]) -> bool:
-    """Write what is known of models by name; leaves a file that says the same alone. Returns whether it wrote."""
+    """Write ``models.json`` if its content changes. Returns whether it wrote."""
     plain = {name: found.model_dump(mode="json", exclude_defaults=True) for name, found in facts.items()}
     data = (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()
     if path.is_file() and path.read_bytes() == data:
@@ -143,7 +137,7 @@ def write_models(path: Path, facts: Mapping[str, ModelFacts]) -> bool:
 
 
 def read_models(path: Path) -> dict[str, ModelFacts]:
-    """What is known of models by name, nothing where there is no file. Raises ValueError, OSError: damaged."""
+    """Models by name, none where there is no file. Raises ValueError, OSError: the file is damaged."""
     try:
         return _FACTS.validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -6,25 +6,24 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-MINUS = "\N{MINUS SIGN}"
-NO_VALUE = "\N{EN DASH}"
+from fusekit.evaluation.table import NO_VALUE, fixed
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def name(text: object) -> str:
-    """Text from data on one line: what cannot be seen, or turns the direction of writing, as its code point."""
+    """Text from data on one line; invisible characters, and those that turn the writing direction, as code points."""
     shown = " ".join(str(text).split()) if str(text).strip() else str(text)
     return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in _HIDDEN else c for c in shown)
 
 
 def block(text: str) -> str:
-    """Text from data on several lines; as :func:`name`, but for line breaks and tabs."""
+    """As :func:`name`, but line breaks and tabs stay."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in text)
 
 
 def shorten(text: str, most: int) -> str:
-    """At most so many characters, the middle left out: a name's end says as much as its beginning."""
+    """At most so many characters; the middle is left out, since the end of a name says as much as its beginning."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -41,27 +40,6 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def whole(value: float) -> str:
-    """``1,344``."""
-    return f"{value:,.0f}"
-
-
-def fixed(value: float | None, digits: int = 3) -> str:
-    """``2.031``, with a minus sign; an en dash for None or what is no number."""
-    if value is None or not math.isfinite(value):
-        return NO_VALUE
-    return f"{value:,.{digits}f}".replace("-", MINUS)
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """``+0.032``, ``−0.032``, ``±0.000``."""
-    if value is None or not math.isfinite(value):
-        return NO_VALUE
-    rounded = round(value, digits)
-    sign = "±" if rounded == 0 else "+" if rounded > 0 else MINUS
-    return f"{sign}{abs(rounded):,.{digits}f}"
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """A share in per cent: ``0.125`` -> ``12.5 %``."""
     return NO_VALUE if value is None or not math.isfinite(value) else f"{fixed(100 * value, digits)} %"
@@ -72,11 +50,9 @@ def scaled(value: float | None) -> str:
     if value is None:
         return NO_VALUE
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if value >= size / 10 and (unit != "T" or value >= size):
+        if value >= (size if unit == "T" else size / 10):
             found = value / size
-            return (
-                f"{found:.2f} {unit}" if found < 10 else f"{found:.1f} {unit}" if found < 100 else f"{found:.0f} {unit}"
-            )
+            return f"{found:.{2 if found < 10 else 1 if found < 100 else 0}f} {unit}"
     return f"{value:,.0f}"
 
 
@@ -87,6 +63,4 @@ def seconds(value: float | None) -> str:
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

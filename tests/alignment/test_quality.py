@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from fusekit.alignment import project_rows, vocabulary_surfaces
 from fusekit.alignment.alignment import align
 from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
-from fusekit.alignment.html import page
 from fusekit.alignment.quality import AlignmentQuality, script_of
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.cli import cli
 from fusekit.errors import AlignmentError
+from fusekit.report.page import page
 from tests.alignment.texts import EDGE_CASES
 from tests.alignment.tokenizers import load
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from fusekit.cli import cli
 from fusekit.data import reading
 from fusekit.errors import DataError
-from fusekit.evaluation.held_out import held_out_hash, held_out_rows
+from fusekit.evaluation.settings import held_out_hash, held_out_rows
 from fusekit.pipeline.run import run
 from fusekit.recipe import load_recipe
 from tests.pipeline.conftest import finished, first  # noqa: F401
@@ -66,7 +66,7 @@ def test_a_limit_is_of_each_file_of_a_folder(skills: Path) -> None:
 
 def test_the_command_scores_every_file_of_a_folder(skills: Path) -> None:
     result = CliRunner().invoke(
-        cli, ["evaluate", PIVOT, "--data", str(skills), "--metric", "bits_per_byte", "--limit", "1"]
+        cli, ["evaluate", PIVOT, "--data", str(skills), "--metrics", "bits_per_byte", "--limit", "1"]
     )
     assert result.exit_code == 0, result.output
     assert "| add | facts | mean |" in result.output
@@ -101,7 +101,7 @@ def test_scores_on_rows_of_the_hub_are_made_anew_when_they_change(finished, hub)
 
 def test_the_command_takes_split_configuration_and_revision(hub) -> None:
     hub["validation"] = [record("1+1=", "2")]
-    options = ["--split", "validation", "--data-name", "sums", "--data-revision", "v1", "--metric", "bits_per_byte"]
+    options = ["--split", "validation", "--name", "sums", "--revision", "v1", "--metrics", "bits_per_byte"]
     result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--data", "org/set", *options])
     assert result.exit_code == 0, result.output
     assert hub["asked"] == [{"split": "validation", "revision": "v1", "name": "sums", "streaming": False}]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import doctest
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from pydantic import ValidationError
 
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice
+from fusekit.cli import cli
 from fusekit.data.prepare import pack_text
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.evaluation import Score, bits_per_byte, exact_match
+from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
+from fusekit.evaluation import table as results
 from fusekit.evaluation.metrics import ends_counted, evaluate_model
 from fusekit.evaluation.table import table
 from fusekit.types import Cut, Message, Row
@@ -139,37 +146,32 @@ def test_which_ends_count_is_said_by_source_of_data():
     rows.append(Row((Message("fragment", "a"),), "mixed"))
     ends = ends_counted(rows)
     assert ends == {"add": True, "mixed": True, "wiki": False}
-    results = {
-        "model": {"bits_per_byte": {name: Score(1.0, 1) for name in ends}, "exact_match": {"add": Score(1.0, 1)}}
-    }
-    said = table(results, ends=ends)
+    scores = {"model": {"bits_per_byte": dict.fromkeys(ends, 1.0), "exact_match": {"add": 1.0}}}
+    said = table({"models": scores, "ends_counted": ends})
     assert said.count("(add, mixed)") == said.count("(wiki)") == 1
-    assert table(results) in table(results, ends={})
+    assert said.startswith(table({"models": scores}))
 
 
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
     model, tokenizer = pivot
-    with pytest.raises(DataError, match="'add' have no byte to predict"):
+    with pytest.raises(DataError, match="'add'"):
         bits_per_byte(model, tokenizer, [row("57+68=", "")])
     assert exact_match(model, tokenizer, [row("57+68=", "")])["add"].value == 0.0  # it answers
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_are_read(pivot, tmp_path):
-    import shutil
-
     model, tokenizer = pivot
     long = row("12+34=" * 200, "46", "long")
     for metric in (bits_per_byte, exact_match):
         with pytest.raises(DataError) as error:
             metric(model, tokenizer, [row("57+68=", "125"), long], longest=512)
-        assert "1 of 2 held-out rows are longer than the 512 tokens that" in str(error.value)
-        assert "of 'long' ('12+34=12+34=" in str(error.value)
+        assert all(part in str(error.value) for part in ("1 of 2", "512", "'long'", "'12+34=12+34="))
     # A reply that would leave the context is stopped at its end.
     tokens = len(tokenizer.tokenize(row("57+68=", "125")))
     assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"].value == 1.0
     folder = shutil.copytree(DEMO / "numbers", tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
-    with pytest.raises(DataError, match="longer than the 512 tokens"):
+    with pytest.raises(DataError, match="512"):
         evaluate_model(ModelChoice(str(folder)), [long])
 
 
@@ -202,17 +204,11 @@ def test_scores_are_by_source_of_data(pivot):
 
 def test_rows_without_an_answer_are_refused(pivot):
     model, tokenizer = pivot
-    with pytest.raises(DataError, match="ends with a message of 'user'"):
+    with pytest.raises(DataError, match="'user'"):
         exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
 
 
 def test_command(tmp_path):
-    import json
-
-    from click.testing import CliRunner
-
-    from fusekit.cli import cli
-
     data = tmp_path / "held_out.jsonl"
     records = [
         {"dataset": name, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
@@ -220,32 +216,50 @@ def test_command(tmp_path):
     ]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     out = tmp_path / "scores.json"
-    result = CliRunner().invoke(
-        cli, ["evaluate", str(DEMO / "numbers"), str(DEMO / "pivot"), "--data", str(data), "--json", str(out)]
-    )
+    both = ["--metrics", "bits_per_byte", "--metrics", "exact_match", "--json", str(out)]
+    models = [str(DEMO / "numbers"), str(DEMO / "pivot")]
+    result = CliRunner().invoke(cli, ["evaluate", *models, "--data", str(data), *both])
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["ends_counted"] == {"add": True, "wrong": True}
     scores = json.loads(out.read_text())["models"]
     assert scores[str(DEMO / "numbers")]["exact_match"] == {"add": 1.0, "wrong": 0.0}
     assert scores[str(DEMO / "numbers")]["bits_per_byte"]["add"] < scores[str(DEMO / "pivot")]["bits_per_byte"]["add"]
-    assert "| exact match in per cent | add | wrong | mean |" in result.output
+    assert "| add | wrong | mean |" in result.output
     assert f"| {DEMO / 'numbers'} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
 
 
 def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path):
-    from click.testing import CliRunner
-
-    from fusekit.cli import cli
-
     def said(*options: str) -> str:
         result = CliRunner().invoke(cli, ["evaluate", str(DEMO / "numbers"), "--data", "none.jsonl", *options])
         assert result.exit_code != 0
         return f"{result.output}{result.exception}"
 
     nowhere = str(tmp_path / "nowhere" / "scores.json")
-    assert f"{nowhere}: there is no folder" in said("--json", nowhere)
-    assert "'banana' is not one of 'auto'" in said("--dtype", "banana")
-    assert "'{bad' is not JSON" in said("--device-map", "{bad")
-    assert "none.jsonl does not exist" in said("--allow-pickle")
+    assert nowhere in said("--json", nowhere)
+    assert "banana" in said("--dtype", "banana")
+    assert "JSON" in said("--device-map", "{bad")
+    assert "none.jsonl" in said("--allow-pickle")
+
+
+def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
+    data = tmp_path / "sums.jsonl"
+    turns = [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "125"}]
+    data.write_text(json.dumps({"messages": turns}))
+    model = str(DEMO / "numbers")
+    found = evaluate(Path(model), data, metrics=["exact_match", "bits_per_byte"], load={"dtype": "float32"})
+    assert found[model]["exact_match"] == {"sums": 1.0}
+    alone = evaluate_model(ModelChoice(model, dtype="float32"), [row("57+68=", "125", "sums")])
+    assert found[model]["bits_per_byte"] == {"sums": pytest.approx(alone["bits_per_byte"]["sums"].value)}
+    with pytest.raises(DataError):
+        evaluate(model)
+    with pytest.raises(ValidationError, match="metrics"):
+        evaluate(model, data, metrics=["accuracy"])
+
+
+def test_the_examples_in_docstrings_run(tmp_path, monkeypatch):
+    (tmp_path / "demo").symlink_to(DEMO.parent)
+    monkeypatch.chdir(tmp_path)
+    for module in (metrics, results):
+        assert doctest.testmod(module).failed == 0

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusekit import artifacts as artifact
-from fusekit.distillation.run import Target, _begin, _start
+from fusekit.distillation.outputs import Target
+from fusekit.distillation.run import _begin, _start
 from fusekit.errors import FusekitError
 from fusekit.pipeline.rows_file import read_rows_file, write_rows
 from fusekit.pipeline.vouching import weights_hash

@@ -17,10 +17,11 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
+from fusekit.cli.fuse_options import REFUSED
 from fusekit.errors import MergeError, RecipeError, StorageError
 from fusekit.pipeline import cleaning
 from fusekit.pipeline.run import run
-from fusekit.plan.figures import REFUSED, REUSED, TO_DO
+from fusekit.plan.figures import REUSED, TO_DO
 from fusekit.plan.make import make_plan
 from fusekit.recipe import load_recipe
 from tests.gguf_files import write_gguf
@@ -150,7 +151,7 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
     assert "no rows shown" not in done("inspect", "store", tmp_path / "source")
     linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
     assert "linked      100.0 %" in linked or "with a row" in linked
-    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metric", "bits_per_byte")
+    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metrics", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
     distil += ["--source-store", f"llama={tmp_path / 'source'}", "--num-train-epochs", "1", "--batch-size", "6"]
     done(*distil, "--per-device-train-batch-size", "6")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fusekit import artifacts as artifact
+from fusekit.cli.fuse_options import REFUSED
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.run import run
-from fusekit.plan.figures import REFUSED
 from fusekit.plan.make import make_plan
 from fusekit.recipe import load_recipe
 from tests.pipeline.worlds import stamps, with_sources

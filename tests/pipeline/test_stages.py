@@ -258,7 +258,7 @@ def test_align_needs_no_capture(tmp_path):
         "recipe.resolved.yml",
     ]
     found = artifact.read(tmp_path / "out" / "alignment" / "llama")
-    assert sorted(found.files) == ["quality.html", "quality.json", "samples.json", NAME]
+    assert sorted(found.files) == ["quality.json", "samples.json", NAME]
     assert artifact.problems(tmp_path / "out" / "alignment" / "llama") == []
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
+from fusekit.cli.fuse_options import REFUSED
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError
 from fusekit.pipeline import stages
@@ -23,7 +24,7 @@ from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.run import run
 from fusekit.pipeline.stages import Context
 from fusekit.plan import data as plan_data
-from fusekit.plan.figures import GOES_ON, REFUSED, REUSED, TO_DO, Plan
+from fusekit.plan.figures import GOES_ON, REUSED, TO_DO, Plan
 from fusekit.plan.make import PAGE_BYTES, make_plan
 from fusekit.plan.table import WIDTH, table
 from fusekit.recipe import load_recipe

@@ -22,7 +22,7 @@ from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
 from tests.capture.rows import captured, key
 
-STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
+STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
 HOSTILE = "</script><img src=x onerror=alert(1)>`|*[x](javascript:y)&amp;\u202e"
 ROWS = 24
 LAYERS, MODULES = 6, ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "input_layernorm")
@@ -48,8 +48,8 @@ def make_run(
             "first_refusal": f"no system turn{evil}",
         }
         artifact.publish(out / "data", "data", {}, lambda into: _json(into / "counts.json", counts), made)
-    if "capture" in done:
-        _capture(out, sources, evil)
+    if "represent" in done:
+        _represent(out, sources, evil)
     if "align" in done:
         for number, source in enumerate(sources):
             artifact.publish(
@@ -70,7 +70,7 @@ def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
     return Recipe.model_validate(
         {
             "pivot": {"model": f"org/pivot{evil}"},
-            "sources": [{"model": f"/home/me/{name}{evil}", "name": name} for name in sources],
+            "sources": [{"model": f"/home/me/{name}"} for name in sources],  # called as their folders are
             "data": {"path": f"rows{evil}.jsonl", "max_length": 64},
             "merge": {"merge_method": "fusechat_sce", "parameters": {"select_topk": 1.0, "variant": "paper"}},
             "evaluate": {"path": "held-out"},
@@ -78,7 +78,7 @@ def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
     ).model_dump(mode="json")
 
 
-def _capture(out: Path, sources: tuple[str, ...], evil: str) -> None:
+def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
     facts = {
         "pivot": ModelFacts(
             model=f"org/pivot{evil}",
@@ -95,7 +95,7 @@ def _capture(out: Path, sources: tuple[str, ...], evil: str) -> None:
     write_models(out / "models.json", facts)
     keys = [key(number) for number in range(ROWS)]
     for number, name in enumerate(("pivot", *sources)):
-        folder = out / "captures" / name
+        folder = out / "representations" / name
         folder.parent.mkdir(exist_ok=True)
         spec = StoreSpec(model=f"{name}{evil}", model_fingerprint=f"xxh3 {number}", vocabulary=60, top_k=4)
         writer = StoreWriter(folder, spec, keys)
