@@ -13,7 +13,7 @@ from pathlib import Path
 from fusekit import __version__
 
 PACKAGES = ("mergekit", "transformers", "torch", "safetensors", "tokenizers", "numpy", "huggingface_hub")
-METHODS = ("fusechat_sce", "varm")
+METHODS = ("fusechat_sce", "varm", "widen")
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +75,7 @@ def autoload() -> tuple[bool, list[str]]:
     seen, complaint = _ask()
     if seen == set(METHODS):
         return True, [
-            f"sees fusekit: merge_method {' and '.join(METHODS)} are known.",
+            f"sees fusekit: merge_method {', '.join(METHODS)} are known.",
             f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
             "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
         ]

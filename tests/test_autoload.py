@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("fusekit", "_fusekit", "mergekit_fusekit", "_editable_impl_", "__editable__")
 ASK = (
     "import sys, mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
-    "print(sorted(names & {'fusechat_sce', 'varm'}))"
+    "print(sorted(names & {'fusechat_sce', 'varm', 'widen'}))"
 )
-BOTH = "['fusechat_sce', 'varm']"
+BOTH = "['fusechat_sce', 'varm', 'widen']"
 
 
 class Environment:

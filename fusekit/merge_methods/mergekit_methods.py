@@ -1,4 +1,4 @@
-"""The merge methods that mergekit sees: `fusechat_sce` and `varm`. Each is one call to a function of this package."""
+"""The merge methods that mergekit sees: `fusechat_sce`, `varm` and `widen`. Each is one call to a function."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from fusekit.merge_methods.provenance import TensorRecord, active_records, by_mo
 from fusekit.merge_methods.sce import Variant, check_parameters, sce, sce_with_gradients
 from fusekit.merge_methods.units import coefficients_in_graph, coefficients_in_memory, unit_of
 from fusekit.merge_methods.varm import Aggregation, Granularity, varm, varm_elementwise, varm_with_gradients
+from fusekit.merge_methods.widen import Ties, widen
 
 _CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 _UNITS = ("module", "layer", "model")
+_HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
 
 
 def _shared(name: str, value_type: Any, default: Any, description: str) -> ParameterSpec:
@@ -160,6 +162,49 @@ class VaRM(GroupMergeMethod):
         return result
 
 
+class Widen(GroupMergeMethod):
+    """WIDEN: weigh each column of a matrix by how far its magnitude and direction moved among the columns of its model.
+
+    Use it to merge models that moved far from their base and differently far, as a chat model and a model of continued
+    pre-training; between ordinary fine-tunes task arithmetic is usually better. Inputs: a base and one or more models
+    of it. Key parameter: `threshold`, in units of a model's mean rank: columns above it keep their whole change. Rows
+    of an input embedding, which are tokens, take the part of columns. Reference: arXiv 2408.03092.
+    """
+
+    spec = MergeMethodSpec(
+        name="widen",
+        pretty_name="WIDEN",
+        reference_url="https://arxiv.org/abs/2408.03092",
+        contract=_CONTRACT,
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        parameters=(
+            _shared("threshold", Annotated[float, Field(gt=0)], 1.0, "t: ranks above t times their mean are important"),
+            _shared("score", float, 1.0, "s: the weight of important columns"),
+            _shared("ties", Ties, "average", "ranks of equal changes: average, or index as published"),
+        ),
+    )
+
+    def merge_group(self, group: TensorGroup, /, *, threshold: float, score: float, ties: Ties) -> torch.Tensor:
+        """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype, without gradients."""
+        settings: dict[str, Any] = {"threshold": threshold, "score": score, "ties": ties}
+        targets = [entry.tensor for entry in group.non_base]
+        with _named(group):
+            if _needs_gradient(group):
+                raise MergeError("widen gives no gradients: merge under torch.no_grad()")
+            merged = widen(group.base.tensor, targets, columns_are_rows=_is_input_embedding(group), **settings)
+        ids = [entry.id for entry in group.non_base]
+        for record in active_records():
+            entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.scores))
+            record.add(str(group.metadata.name), str(group.base.id), entry)
+        return merged.tensor
+
+
+def _is_input_embedding(group: TensorGroup) -> bool:
+    """Whether the rows of a matrix are tokens that the model reads; an output head is a matrix like others."""
+    module = str(group.metadata.name or "").removesuffix(".weight").rpartition(".")[2]
+    return group.metadata.vocabulary_axis == 0 and module not in _HEADS
+
+
 @contextmanager
 def _named(group: TensorGroup) -> Iterator[None]:
     """Puts the tensor's name, and for NaN the model's, in front of a MergeError from below."""
@@ -185,4 +230,4 @@ def _needs_gradient(group: TensorGroup) -> bool:
     return torch.is_grad_enabled() and any(entry.tensor.requires_grad for entry in group.entries)
 
 
-FUSECHAT_SCE, VARM = METHODS = (FuseChatSCE(), VaRM())
+FUSECHAT_SCE, VARM, WIDEN = METHODS = (FuseChatSCE(), VaRM(), Widen())

@@ -26,8 +26,8 @@ ENVIRONMENT_VARIABLE = "FUSEKIT_PROVENANCE"
 class TensorRecord:
     """How one tensor was merged. Mappings are keyed by model; shares lie in [0, 1].
 
-    coefficients: η (SCE) or W (VaRM), summing to 1. selected: share of the elements that Select kept. erased: per
-    model, share of its merged entries that Erase dropped. unit: the VaRM unit that the coefficients were taken over.
+    coefficients: η (SCE) or W (VaRM), summing to 1, or mean scores (WIDEN). selected: share of the elements that Select
+    kept. erased: per model, share of its merged entries that Erase dropped. unit: the VaRM unit of the coefficients.
     """
 
     method: str

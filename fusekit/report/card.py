@@ -23,6 +23,7 @@ _METHODS = {
     "fusechat_sce": ("SCE of FuseChat", "2408.07990"),
     "sce": ("mergekit's SCE, after FuseChat", "2408.07990"),
     "varm": ("VaRM of FuseChat", "2402.16107"),
+    "widen": ("WIDEN", "2408.03092"),
     "linear": ("linear", "2203.05482"),
     "task_arithmetic": ("task arithmetic", "2212.04089"),
     "ties": ("TIES", "2306.01708"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_nasty_matrices_equal_the_reference(name, ties):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("threshold", "score"), [(1.0, 1.0), (0.5, 0.7), (2.5, 1.0)])
 def test_random_matrices_equal_the_reference(dtype, threshold, score, monkeypatch):
-    monkeypatch.setattr("fusekit.merge_methods.widen._CHUNK_ELEMENTS", 50)  # several pieces
+    monkeypatch.setattr(sys.modules["fusekit.merge_methods.widen"], "_CHUNK_ELEMENTS", 50)  # several pieces
     base, targets = random_case((17, 23), 3, seed=4)
     base, targets = base.to(dtype), [target.to(dtype) for target in targets]
     merged = widen(base, targets, threshold=threshold, score=score).tensor
@@ -133,3 +135,35 @@ def test_bad_inputs_are_named(change, said):
     with pytest.raises(MergeError) as error:
         widen(**arguments)
     assert all(word in str(error.value) for word in said)
+
+
+def test_mergekit_merges_embeddings_by_their_tokens_and_heads_by_their_columns(tmp_path):
+    """A whole merge of tiny Llamas: every tensor is that of the function, the embedding's with its rows as columns."""
+    import yaml
+    from click.testing import CliRunner
+    from safetensors.torch import load_file
+
+    from fusekit.cli import cli
+    from tests.helpers import tiny_llama
+
+    for seed, name in enumerate(("base", "one", "two")):
+        tiny_llama(tmp_path / name, seed)
+    models = [{"model": str(tmp_path / name)} for name in ("one", "two")]
+    recipe = {"merge_method": "widen", "base_model": str(tmp_path / "base"), "models": models, "dtype": "float32"}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(recipe | {"parameters": {"threshold": 1.2}}))
+    done = CliRunner().invoke(cli, ["merge", str(tmp_path / "merge.yml"), str(tmp_path / "out"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    base, one, two, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "one", "two", "out"))
+    for name, tensor in base.items():
+        rows = "embed_tokens" in name
+        expected = widen(tensor, [one[name], two[name]], threshold=1.2, columns_are_rows=rows).tensor
+        torch.testing.assert_close(out[name], expected)
+    assert "lm_head.weight" in out
+
+
+def test_a_tensor_that_carries_gradients_is_refused():
+    from mergekit.merge_methods import merge_tensors
+
+    base, targets = random_case((3, 3), 2)
+    with pytest.raises(MergeError, match="no_grad"):
+        merge_tensors([base.requires_grad_(), *targets], "widen", base_index=0)
