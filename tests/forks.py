@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
         "fusekit.evaluation.metrics",
         "fusekit.merging.run",
         "fusekit.pipeline.run",
-        "fusekit.pipeline.stages",
+        "fusekit.pipeline.plan",
         "fusekit.capture.capture",
         "transformers.models.gpt_neox.modeling_gpt_neox",
         "transformers.models.llama.modeling_llama",

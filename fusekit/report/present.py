@@ -11,11 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fusekit.artifacts import Artifact
+from fusekit.artifacts import Artifact, weights_hash
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, PIVOT, Layout
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report import text
 from fusekit.report.records import Results, Scores

@@ -14,7 +14,7 @@ from fusekit.capture.store import Store
 from fusekit.data.prepare import DROPPED, REASONS
 from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
-from fusekit.recipe.presets import PRESETS
+from fusekit.recipe.loading import PRESETS
 from fusekit.report import present, provenance, text
 from fusekit.report.curves import Chart, chart
 from fusekit.report.facts import Facts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -18,10 +20,10 @@ from hypothesis import strategies as st
 from fusekit.cli import cli
 from fusekit.distillation.arguments import training_arguments
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.pipeline.checks import check_recipe
-from fusekit.recipe import PRESETS, load_recipe
+from fusekit.pipeline.stages import check_recipe
 from fusekit.recipe import shipped as shipped_recipes
-from fusekit.recipe.schema import document, schema_text
+from fusekit.recipe.loading import PRESETS, load_recipe
+from fusekit.recipe.shipped import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
 
@@ -246,7 +248,7 @@ def test_commands(write):
     path = write(SMALL)
     run = CliRunner()
     result = run.invoke(cli, ["validate", str(path)])
-    assert result.output == f"{path}: valid; pivot org/pivot, 2 source(s): first, second\n"
+    assert result.output == f"{path}: valid; pivot org/pivot, 2 sources: first, second\n"
     result = run.invoke(cli, ["validate", str(path), "--resolved", "--set", "seed=7"])
     assert yaml.safe_load(result.output)["seed"] == 7
     schema = json.loads(run.invoke(cli, ["schema"]).output)
@@ -324,7 +326,7 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         error = CliRunner().invoke(cli, [*command, "--set", merge]).exception
         assert isinstance(error, RecipeError)
         for line, says in (
-            (5, "capture.temperature is 2.0, but distill.temperature 1.0"),
+            (5, "capture.temperature is 2.0, but distill.temperature is 1.0"),
             (7, "batch_size 10 (rows per optimizer step) cannot be divided by micro_batch_size 4 x 1 processes"),
             (9, "scheduler 'cosin' is none that transformers knows; did you mean 'cosine'?"),
             (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
@@ -395,3 +397,17 @@ def test_one_target_has_nothing_to_select_by(write, changed):
 def test_a_source_cannot_have_the_name_of_a_target_of_all(write, name):
     with pytest.raises(RecipeError, match=f"no source may be called '{name}'"):
         load_recipe(write(SMALL), [f"sources.0.name={name}"])
+
+
+@pytest.mark.parametrize("place", ["-", "/dev/stdin", "/dev/fd/0"])
+def test_a_recipe_may_come_through_a_pipe(place, write):
+    path = write(SMALL + "include: base.yml\n")
+    write("seed: 7\n", "base.yml")
+    command = [sys.executable, "-m", "fusekit.cli", "validate", place, "--resolved"]
+    done = subprocess.run(command, input=path.read_text(), capture_output=True, text=True, cwd=path.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["seed"] == 7
+    mistaken = SMALL.replace("pivot:", "pivto:")
+    done = subprocess.run(command, input=mistaken, capture_output=True, text=True, cwd=path.parent, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "line 1: unknown key 'pivto'" in done.stderr
