@@ -17,7 +17,7 @@ import click
 
 from fusekit.capturing.store import Store
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo-pairwise.yml"

@@ -580,6 +580,21 @@ def joined_hash(lines: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
+def weights_hash(folder: Path) -> str:
+    """xxh3-128 over a model's weights, configuration and tokenizer, from the hashes in its manifest.
+
+    It is what a merge and scores depend on. No large file is read. Raises StorageError where there is no manifest.
+    """
+    known = read(folder)
+    if known is None:
+        raise StorageError(
+            f"{folder} has no {MANIFEST}: remove it and give the same command again, which makes it again"
+        )
+    names = sorted(name for name in known.files if "/" not in name and Path(name).suffix in (".safetensors", ".jinja"))
+    names += [name for name in ("config.json", "tokenizer.json", "tokenizer_config.json") if name in known.files]
+    return joined_hash(known.files[name].xxh3 for name in names)
+
+
 def _not_listed(folder: Path, artifact: Artifact | None) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     there = sorted(path.relative_to(folder).as_posix() for path in paths)

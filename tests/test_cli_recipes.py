@@ -23,7 +23,7 @@ def invoke(*arguments):
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_a_fusion_recipe_opens_with_what_one_needs_to_know_and_loads(name):
-    from fusekit.recipe import load_recipe
+    from fusekit.recipe.loading import load_recipe
 
     text = RECIPES[name].read_text()
     header = text[: text.index("\npreset:")]
@@ -108,8 +108,8 @@ def test_cp_of_a_fusion_recipe_puts_its_schema_beside_it(tmp_path):
 
 
 def test_cp_suggests_the_nearest_name():
-    assert "did you mean fusechat-sce" in str(invoke("cp", "fusechat-sc").exception)
-    assert "`fusekit ls` lists them" in str(invoke("cp", "zzzz").exception)
+    assert "did you mean 'fusechat-sce'" in str(invoke("cp", "fusechat-sc").exception)
+    assert "known here: demo" in str(invoke("cp", "zzzz").exception)
 
 
 def test_help_lists_the_commands_without_importing_torch():

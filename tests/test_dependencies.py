@@ -53,14 +53,14 @@ def test_only_what_merges_imports_mergekit():
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
-        ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipes", "mergekit torch transformers"),
+        ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipe", "mergekit torch transformers"),
         ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         ("import fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
         ("import fusekit.hub, fusekit.hub, fusekit.hub", "mergekit torch transformers"),
         ("import fusekit.capturing.capture, fusekit.capturing.store", "mergekit"),
         ("import fusekit.pipeline.run", "mergekit"),
-        ("import fusekit.plan.make, fusekit.plan.table", "mergekit"),
+        ("import fusekit.pipeline.plan, fusekit.cli.plan", "mergekit"),
         ("import fusekit.cli.plan", "mergekit torch transformers"),
     ],
 )

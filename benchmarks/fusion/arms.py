@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.distillation.presets import PRESETS
-from fusekit.recipe import Recipe, load_recipe
+from fusekit.recipe import Recipe
+from fusekit.recipe.loading import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo-pairwise.yml"
 

@@ -84,7 +84,7 @@ class Work:
 
     def recipe(self, setting: str, changes: Sequence[str] = (), seed: int = 0):  # type: ignore[no-untyped-def]
         """The recipe of an arm. Raises RecipeError."""
-        from fusekit.recipe import load_recipe
+        from fusekit.recipe.loading import load_recipe
 
         models = self.folder / "models"
         known = {"gemma": _source("gemma", models / "gemma"), "tuned": _source("tuned", self.out / "tuned" / "sft")}
@@ -156,8 +156,8 @@ def _tune(work: Work) -> None:
 
 
 def _rows(work: Work, setting: str):  # type: ignore[no-untyped-def]
+    from fusekit.pipeline.context import read_rows_file
     from fusekit.pipeline.layout import Layout
-    from fusekit.pipeline.rows_file import read_rows_file
 
     return read_rows_file(Layout(work.captured(setting)).data)
 
@@ -173,8 +173,8 @@ def _drawn(work: Work, setting: str, seed: int):  # type: ignore[no-untyped-def]
 
 def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: ignore[no-untyped-def]
     from fusekit.distillation.inputs import Inputs, Source
+    from fusekit.pipeline.context import Readers, choice_of
     from fusekit.pipeline.layout import PIVOT, Layout
-    from fusekit.pipeline.readers import Readers, choice_of
 
     layout = Layout(captured)
     return Inputs(

@@ -12,17 +12,16 @@ from fusekit.errors import FusekitError
 
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
-    "align": ("fusekit.cli.run", "align", "Make the vocabulary maps of a fusion recipe, and judge the alignments."),
     "capture": ("fusekit.cli.capture", "capture", "Capture what a model says about examples into a store."),
     "clean": ("fusekit.cli.clean", "clean", "Remove what a run no longer needs, or a stage to redo it."),
-    "cp": ("fusekit.cli.recipes", "cp", "Copy a shipped recipe to a file."),
+    "cp": ("fusekit.cli.recipe", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
     "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
-    "ls": ("fusekit.cli.recipes", "ls", "List the shipped recipes."),
+    "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
-    "plan": ("fusekit.cli.plan", "plan", "What a fusion recipe would take: stages, tokens, disk, memory, time."),
+    "plan": ("fusekit.cli.plan", "plan", "Show what a fusion recipe would take: tokens, disk, memory."),
     "report": ("fusekit.cli.report", "report", "Make the report of a run again, finished or not."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),

@@ -15,11 +15,13 @@ from fusekit.pipeline.layout import STAGES
 @click.option(
     "--recipe",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What is needed; by default the recipe that made OUT, and that of a run which is not finished.",
+    help="Keep what this recipe needs; by default the recipe that made OUT, and that of a run which is not finished.",
 )
 @overrides
-@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="What this stage made (repeatable).")
-@click.option("--from", "first", type=click.Choice(STAGES), help="What this stage and all after it made.")
+@click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(STAGES), help="Remove what this stage made (repeatable)."
+)
+@click.option("--from", "first", type=click.Choice(STAGES), help="Remove what this stage and all after it made.")
 @click.option("--yes", is_flag=True, help="Remove it.")
 def clean(
     out: Path,
@@ -34,22 +36,22 @@ def clean(
 
     That is what the recipe does not name any more (stores, alignments, targets and scores of a source that was taken
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
-    it is what these stages made, so that the next run makes it anew. Nothing that is not of the run is touched.
+    it is what these stages made, so that the next run makes it again. Nothing that is not of the run is touched.
     """
     from fusekit.artifacts import human
-    from fusekit.pipeline import cleaning
-    from fusekit.pipeline.log import RunLog
-    from fusekit.recipe import load_recipe
+    from fusekit.pipeline import clean as cleaning
+    from fusekit.pipeline.run import RunLog
+    from fusekit.recipe.loading import load_recipe
 
     if (stages or first) and recipe:
         raise click.UsageError(
-            "--recipe says what is needed, --stage and --from what to make anew: give one or the other"
+            "--recipe says what is needed, --stage and --from what to make again: give one or the other"
         )
     if overrides and not recipe:
         raise click.UsageError("--set changes a value of --recipe: give both")
     with cleaning.claimed(out) as layout:
         if stages or first:
-            chosen = {*stages, *(cleaning.from_stage(first) if first else ())}
+            chosen = {*stages, *(STAGES[STAGES.index(first) :] if first else ())}
             found = cleaning.made_by(layout, [stage for stage in STAGES if stage in chosen])
         else:
             found = cleaning.unneeded(layout, load_recipe(recipe, overrides) if recipe else None)
@@ -57,7 +59,7 @@ def clean(
             click.echo(f"{item.path}  {human(item.nbytes)}  {item.why}")
         for line in found.spared:
             click.echo(f"spared: {line}", err=True)
-        total = f"{len(found.items)} things, {human(found.nbytes)}"
+        total = f"{len(found.items)} {'thing' if len(found.items) == 1 else 'things'}, {human(found.nbytes)}"
         if not found.items:
             click.echo("nothing to remove")
         elif yes:

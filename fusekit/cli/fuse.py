@@ -15,7 +15,8 @@ from fusekit.cli.recipe import overrides
 from fusekit.cli.run import run_recipe
 from fusekit.errors import FusekitError
 from fusekit.pipeline.layout import STAGES
-from fusekit.recipe import Recipe, load_recipe
+from fusekit.recipe import Recipe
+from fusekit.recipe.loading import load_recipe
 
 
 @click.command("mergekit-fuse", cls=PrettyPrintHelp)

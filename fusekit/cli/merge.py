@@ -17,7 +17,7 @@ from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError
 from fusekit.merging.run import Settings
 from fusekit.merging.run import merge as run
-from fusekit.recipe.kinds import kind_of
+from fusekit.recipe.loading import kind_of
 
 
 @click.command("merge", cls=PrettyPrintHelp)

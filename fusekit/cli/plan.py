@@ -1,51 +1,140 @@
-"""``fusekit plan``: parse, call, print."""
+"""``fusekit plan``: a plan on one screen."""
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from fusekit.cli.recipe import overrides
+from fusekit.cli.recipe import overrides, recipe_argument
+
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Plan, Step
+    from fusekit.resources import Need
+
+WIDTH = 100
+_HEAD = ("what", "state", "rows", "tokens", "disk", "memory", "operations")
+_ALIGN = "<<>>>>>"
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@recipe_argument
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @overrides
-@click.option("--measure/--no-measure", default=True, help="Load the models that are here and small, to time them.")
-@click.option(
-    "--tflops",
-    type=click.FloatRange(0, min_open=True),
-    help="1e12 operations a second that your devices reach together: hours for what cannot be measured here.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: bytes, seconds, 1e15 operations.")
-def plan(
-    recipe: Path,
-    out: Path | None,
-    *,
-    overrides: tuple[str, ...],
-    measure: bool,
-    tflops: float | None,
-    as_json: bool,
-) -> None:
-    """What `fusekit run RECIPE OUT` would do: stages, tokens, disk, memory, time. Nothing is written.
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: bytes, 1e15 operations.")
+def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what `fusekit run RECIPE OUT` would do: stages, tokens, disk, memory, operations. Nothing is written.
 
-    With OUT, what is there already is compared with the recipe. Ends with status 1 if something is known to stop the
-    run: a model that is missing or gated, inputs that changed, disk or memory that do not suffice here.
+    With OUT, what is there already is compared with the recipe. The exit status is 1 if something is known to stop the
+    run: a model that is missing or gated, inputs that changed, too little disk or memory here.
     """
     from fusekit.cli.capture import drop_noise
-    from fusekit.pipeline.checks import check_recipe
-    from fusekit.plan.make import make_plan
-    from fusekit.plan.table import table
-    from fusekit.recipe import load_recipe
+    from fusekit.pipeline.plan import make_plan
+    from fusekit.pipeline.stages import check_recipe
+    from fusekit.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     check_recipe(loaded)
     drop_noise()
-    found = make_plan(loaded, str(recipe), out, measured=measure)
-    click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found, tflops))
+    found = make_plan(loaded, str(recipe), out)
+    click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found))
     if not found.can_run:
         sys.exit(1)
+
+
+def table(plan: Plan) -> str:
+    """The plan, at most 100 columns wide."""
+    rows = [_HEAD, *map(_row, plan.steps), _total(plan)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = _section(f"plan of {plan.recipe}" + (f" into {plan.out}" if plan.out else ""), ["nothing is written"])
+    lines.append("")
+    for row in rows:
+        cells = [f"{_cut(cell, width):{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.append("")
+    lines += _section("on this machine", [_machine(plan)])
+    lines += _section("notes", [f"{step.stage} {step.name}: {note}" for step in plan.steps for note in step.notes])
+    lines += _section("needed and free", _shown([need for need in plan.needs if need.fits]))
+    lines += _section("figures", plan.basis)
+    lines += _section("not known, so totals are at least", plan.unknown)
+    lines += _section("does not fit", _shown(plan.lacking))
+    lines += _section("would be refused", plan.refused)
+    lines.append("it can run" if plan.can_run else "it cannot run as it is, or not here")
+    return "\n".join(lines)
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    from fusekit.artifacts import human
+
+    name = f"{step.stage} {step.name}"
+    if not step.work:
+        return (name, step.state, "", "", "", "", "")
+    return (
+        name,
+        step.state,
+        f"{step.rows:,}" if step.rows is not None else ("" if step.stage in ("pivot", "merge") else "?"),
+        _count(step.tokens) if step.tokens is not None else ("" if step.stage in ("pivot", "align", "merge") else "?"),
+        human(step.disk) if step.disk is not None else "?",
+        human(step.memory) if step.memory is not None else ("" if step.stage in ("data", "align", "evaluate") else "?"),
+        _operations(step.pflop) if step.pflop is not None else "",
+    )
+
+
+def _total(plan: Plan) -> tuple[str, ...]:
+    from fusekit.artifacts import human
+
+    (disk, whole), (memory, _), (pflop, _) = (plan.total(figure) for figure in ("disk", "memory", "pflop"))
+    resumed = sum(step.state == "resumes" for step in plan.steps)
+    state = f"{sum(step.work for step in plan.steps)} of {len(plan.steps)}" + (f", {resumed} begun" if resumed else "")
+    return ("total to do", state, "", "", ("" if whole else "over ") + human(disk), human(memory), _operations(pflop))
+
+
+def _operations(pflop: float) -> str:
+    return f"{pflop:,.3g} PFLOP" if pflop < 1000 else f"{pflop:,.0f} PFLOP"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size and number >= 10_000:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:,}"
+
+
+def _machine(plan: Plan) -> str:
+    from fusekit.artifacts import human
+
+    found = plan.machine
+    gpus = ", ".join(f"{gpu['name']} ({human(gpu['free'])} free)" for gpu in found["gpus"]) or "no GPU"
+    return (
+        f"{found['cores']} cores, {human(found['memory_free'])} of memory {found['memory_of']}, {gpus}; "
+        f"{human(found['disk_free'])} free on the disk of {found['disk_of']}"
+    )
+
+
+def _shown(needs: list[Need]) -> list[str]:
+    """Per place and kind, the largest need, and how many others there are."""
+    by_kind: dict[tuple[str, str], list[Need]] = {}
+    for need in needs:
+        by_kind.setdefault((need.where, need.what.split()[0]), []).append(need)
+    lines = []
+    for some in by_kind.values():
+        worst = max(some, key=lambda need: need.needed)
+        lines.append(str(worst) + (f" (and {len(some) - 1} smaller)" if len(some) > 1 else ""))
+    return lines
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    found = []
+    for number, line in enumerate(dict.fromkeys(lines)):
+        text = f"{title}: {line}" if number == 0 else f"  {line}"
+        found += textwrap.wrap(text, WIDTH, subsequent_indent="    ")
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

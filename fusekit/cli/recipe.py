@@ -1,16 +1,20 @@
-"""``fusekit validate`` and ``fusekit schema``: what a fusion recipe says, and what it may say."""
+"""``fusekit validate``, ``schema``, ``ls`` and ``cp``: fusion recipes, and those that ship with fusekit."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from fusekit.errors import RecipeError
-from fusekit.recipe import load_recipe
-from fusekit.recipe.kinds import kind_of
-from fusekit.recipe.schema import schema_text
+from fusekit.recipe import shipped as shipped_recipes
+from fusekit.recipe.loading import load_recipe
+from fusekit.recipe.shipped import schema_text
 
+recipe_argument = click.argument(
+    "recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+)
 overrides = click.option(
     "--set",
     "overrides",
@@ -18,19 +22,6 @@ overrides = click.option(
     metavar="KEY=VALUE",
     help="Override one value, e.g. distill.loss=kl.",
 )
-
-
-def refuse_mergekit(recipe: Path) -> None:
-    """Say what runs a mergekit recipe, where a fusion recipe is asked for. Raises RecipeError."""
-    try:
-        kind = kind_of(recipe)
-    except RecipeError:
-        return  # what is wrong with it is said, with lines, when it is loaded
-    if kind == "mergekit":
-        raise RecipeError(
-            f"{recipe} is a mergekit recipe, which merges models of one architecture: `fusekit merge {recipe} OUT` "
-            "runs it. A fusion recipe names a pivot and sources"
-        )
 
 
 def is_recipe(name: str) -> bool:
@@ -50,14 +41,13 @@ def refuse_options(context: click.Context, allowed: set[str]) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@recipe_argument
 @overrides
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> None:
-    """Check a fusion recipe: every mistake at once, with its line and the nearest known name."""
-    from fusekit.pipeline.checks import check_recipe
+    """Check a fusion recipe: every mistake at once, with its line and the nearest known name. - is standard input."""
+    from fusekit.pipeline.stages import check_recipe
 
-    refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
     check_recipe(loaded)
     if resolved:
@@ -65,11 +55,64 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> Non
 
         click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
     else:
-        names = ", ".join(source.label for source in loaded.sources)
-        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {len(loaded.sources)} source(s): {names}")
+        names = [source.label for source in loaded.sources]
+        count = f"{len(names)} {'source' if len(names) == 1 else 'sources'}"
+        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {count}: {', '.join(names)}")
 
 
 @click.command()
 def schema() -> None:
     """Print the JSON schema of fusion recipes, for editors."""
     click.echo(schema_text(), nl=False)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and paths.")
+def ls(as_json: bool) -> None:
+    """List the shipped recipes. `fusekit cp NAME` copies one."""
+    known = shipped_recipes.recipes()
+    if as_json:
+        click.echo(json.dumps({name: str(path) for name, path in known.items()}, indent=1))
+        return
+    width = max(map(len, known))
+    for name, path in known.items():
+        click.echo(f"{name:<{width}}  {shipped_recipes.title(path)}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def cp(name: str, file: Path | None, force: bool) -> None:
+    """Copy the shipped recipe NAME to FILE, or into the folder FILE, or to NAME.yml here.
+
+    Beside a fusion recipe goes the schema that its first line names to editors, unless one is there.
+    """
+    source = shipped_recipes.find(name)
+    target = file or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    try:
+        # "x" refuses an existing file, also one that appears at this very moment.
+        with target.open("wb" if force else "xb") as out:
+            out.write(source.read_bytes())
+    except FileExistsError:
+        raise RecipeError(f"{target} exists already; --force replaces it") from None
+    except OSError as error:
+        raise RecipeError(f"cannot write {target}: {error.strerror}") from error
+    click.echo(f"{target}")
+    if source.read_text(encoding="utf-8").startswith(shipped_recipes.EDITORS):
+        _copy_schema(target.with_name(shipped_recipes.SCHEMA))
+
+
+def _copy_schema(target: Path) -> None:
+    """Write the schema of fusion recipes; one that is there stays, as it may serve other recipes."""
+    wanted = shipped_recipes.schema().read_bytes()
+    try:
+        if not target.exists():
+            target.write_bytes(wanted)
+            click.echo(f"{target}")
+        elif target.read_bytes() != wanted:
+            click.echo(f"{target} is another one and stays; `fusekit schema` prints this version's", err=True)
+    except OSError as error:
+        raise RecipeError(f"cannot write {target}: {error.strerror}") from error

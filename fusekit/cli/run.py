@@ -1,36 +1,29 @@
-"""``fusekit run``, and ``fusekit align``: parse, call, print."""
+"""``fusekit run``: parse, call, print."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fusekit.cli.recipe import overrides, refuse_mergekit
+from fusekit.cli.recipe import overrides, recipe_argument
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.pipeline.layout import STAGES
-
-recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-out_argument = click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-estimates_option = click.option(
-    "--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice."
-)
-quiet_option = click.option("--quiet", is_flag=True, help="Errors only.")
 
 
 @click.command()
 @recipe_argument
-@out_argument
+@click.argument("out", type=click.Path(path_type=Path))
 @overrides
-@click.option("--only", type=click.Choice(STAGES), help="One stage; what it needs has to be there.")
-@click.option("--from", "start", type=click.Choice(STAGES), help="The first stage to do; what it needs is checked.")
-@click.option("--until", type=click.Choice(STAGES), help="The last stage to do.")
-@estimates_option
-@quiet_option
+@click.option("--only", type=click.Choice(STAGES), help="Do one stage; what it needs has to be there.")
+@click.option("--from", "start", type=click.Choice(STAGES), help="Begin with this stage; what it needs is checked.")
+@click.option("--until", type=click.Choice(STAGES), help="End with this stage.")
+@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
 def run(
     recipe: Path,
     out: Path,
@@ -44,25 +37,12 @@ def run(
 ) -> None:
     """Do what is missing of a fusion RECIPE in the folder OUT: from sources to a merged, evaluated model.
 
-    Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped goes on when
-    the same command is given again. What an artifact was made from must not change under it: fusekit says what did.
+    Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped resumes when
+    the same command is given again. Where the inputs of an artifact have changed, it stops and says which.
     """
     run_recipe(
         recipe, out, overrides, only=only, start=start, until=until, ignore_estimates=ignore_estimates, quiet=quiet
     )
-
-
-@click.command()
-@recipe_argument
-@out_argument
-@overrides
-@quiet_option
-def align(recipe: Path, out: Path, *, overrides: tuple[str, ...], quiet: bool) -> None:
-    """Make the vocabulary maps of a fusion RECIPE in OUT, and count what each alignment links and loses.
-
-    The stage `align` of fusekit run, which needs the rows and the tokenizers, but no capture.
-    """
-    run_recipe(recipe, out, overrides, only=("data", "align"), quiet=quiet)
 
 
 def run_recipe(
@@ -70,7 +50,7 @@ def run_recipe(
     out: Path,
     overrides: tuple[str, ...] = (),
     *,
-    only: str | Iterable[str] | None = None,
+    only: str | Collection[str] | None = None,
     start: str | None = None,
     until: str | None = None,
     ignore_estimates: bool = False,
@@ -80,12 +60,11 @@ def run_recipe(
     """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
     from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
-    from fusekit.pipeline.run import chosen_stages
     from fusekit.pipeline.run import run as go
-    from fusekit.recipe import load_recipe
+    from fusekit.pipeline.stages import chosen_stages
+    from fusekit.recipe.loading import load_recipe
 
     chosen_stages(only, start, until)  # before anything is read
-    refuse_mergekit(recipe)
     loaded = load_recipe(recipe, overrides)
     _drop_noise()
     try:
@@ -103,7 +82,7 @@ def run_recipe(
             )
     except (KeyboardInterrupt, TerminatedError) as error:
         if os.environ.get("RANK", "0") == "0":
-            click.echo(f"fusekit: stopped; what is whole in {out} stays. To go on:\n  {command_again()}", err=True)
+            click.echo(f"fusekit: stopped; what is whole in {out} stays. To resume:\n  {command_again()}", err=True)
         sys.exit(status_of(error))
     except OtherProcessError:
         sys.exit(1)  # process 0 has said why

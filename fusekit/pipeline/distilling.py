@@ -1,4 +1,4 @@
-"""The stage ``distill``: a target per source, or one for all."""
+"""The stage ``distill``: a target per source, or one for all, and plain fine-tuning to compare them with."""
 
 from __future__ import annotations
 
@@ -8,37 +8,91 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs
+from fusekit.devices import Processes
+from fusekit.distillation import checkpoints, provenance
 from fusekit.distillation import outputs as overwriting
-from fusekit.distillation import provenance
-from fusekit.distillation.outputs import JOINT, PLAIN
+from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import DistillationError, RecipeError, StorageError
-from fusekit.pipeline.layout import PIVOT
-from fusekit.pipeline.stages import Context, alignment_of
-from fusekit.pipeline.store_facts import store_facts
+from fusekit.errors import DistillationError, RecipeError
+from fusekit.pipeline.capturing import alignment_of, store_facts
+from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status
+from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.recipe import Recipe
 from fusekit.yaml import KeyPath
 
 
-def distill(context: Context) -> list[Path]:
-    """Train a target per source, or one for all, and plain fine-tuning on the same rows to compare them with."""
-    from fusekit.distillation.inputs import Inputs, Source
-    from fusekit.distillation.run import distill as train
+def artifacts(context: Context) -> dict[str, Path]:
+    """The targets by name, and ``baseline`` where the recipe compares them with plain fine-tuning."""
+    found = {folder.name: folder for folder in context.targets}
+    return found | ({BASELINE: context.layout.baselines / PLAIN} if context.recipe.wants_baseline else {})
 
-    recipe, layout = context.recipe, context.layout
+
+def settings_of(context: Context, name: str) -> DistillSettings:
+    """What a model of the stage is trained with."""
+    return plain(context.recipe.settings) if name == BASELINE else context.recipe.settings
+
+
+def plain(settings: DistillSettings) -> DistillSettings:
+    """Settings with nothing but the text to learn from."""
+    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
+    return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
+
+
+def check_place(context: Context, name: str) -> None:
+    """Refuse a folder that holds what no run made, unless it is a target being replaced. Raises StorageError."""
+    folder = artifacts(context)[name]
+    if not overwriting.is_former(folder):
+        artifact.refuse_occupied(folder)
+
+
+def status(context: Context, name: str) -> Status:
+    """Of a target or the baseline, as far as what is at hand can tell: captures may be on another machine.
+
+    The prepared rows have to be there.
+    """
+    folder = artifacts(context)[name]
+    check_place(context, name)
+    if overwriting.is_former(folder):
+        return Status(folder)
+    target, known = Target(folder.name, folder, tuple(_teachers(context, folder.name))), artifact.read(folder)
+    before = known.inputs if known is not None else facts_begun(target)
+    if before is None:
+        return Status(folder)
+    if changed := _differences(context, folder.name, settings_of(context, name), before):
+        return Status(folder, STALE, tuple(changed))
+    if known is not None:
+        return Status(folder, DONE)
+    whole = (at for at, path in checkpoints.checkpoints(target.work) if not checkpoints.problems_of(path, hashes=False))
+    good = next(whole, None)
+    if good is None:
+        return Status(folder)
+    return Status(folder, BEGUN, note=f"resumes at step {good}; its figures are those of the whole training")
+
+
+def make(context: Context, processes: Processes) -> None:
+    """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
+    from fusekit.distillation.inputs import Inputs as TrainingInputs
+    from fusekit.distillation.inputs import Source
+    from fusekit.distillation.run import distill
+
+    def check() -> None:
+        for name, folder in artifacts(context).items():
+            if (folder / artifact.MANIFEST).is_file():
+                status(context, name).is_done()
+
+    processes.first_then_all(check)
+    recipe, layout, readers = context.recipe, context.layout, context.readers
     sources = {}
     for source in recipe.sources:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.map_method is not None else None
-        choice = context.readers.choice(source.label)
-        sources[source.label] = Source(layout.store(source.label), choice, how, folder)
-    reader = context.readers.reader(PIVOT)
-    inputs = Inputs(context.readers.choice(PIVOT), context.rows, layout.store(PIVOT), sources, reader)
-    settings = recipe.settings
+        sources[source.label] = Source(layout.store(source.label), readers.choice(source.label), how, folder)
+    inputs = TrainingInputs(readers.choice(PIVOT), context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT))
 
-    def make(inputs: Inputs, settings: DistillSettings, out: Path) -> list[Path]:
-        return train(
+    def train(inputs: TrainingInputs, settings: DistillSettings, out: Path) -> None:
+        distill(
             inputs,
             settings,
             out,
@@ -47,16 +101,9 @@ def distill(context: Context) -> list[Path]:
             say=lambda line: context.say(f"distill {line}"),
         )
 
-    targets = make(inputs, settings, layout.targets)
-    if context.recipe.wants_baseline:
-        make(replace(inputs, sources={}), plain(settings), layout.baselines)
-    return targets
-
-
-def plain(settings: DistillSettings) -> DistillSettings:
-    """Settings with nothing but the text to learn from."""
-    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
-    return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
+    train(inputs, recipe.settings, layout.targets)
+    if recipe.wants_baseline:
+        train(replace(inputs, sources={}), settings_of(context, BASELINE), layout.baselines)
 
 
 def check_section(recipe: Recipe) -> None:
@@ -83,110 +130,58 @@ def check_section(recipe: Recipe) -> None:
     if captured != values.temperature:
         lines.append(
             f"{recipe.place(('distill', 'temperature'), ('capture', 'temperature'))}: capture.temperature is "
-            f"{captured}, but distill.temperature {values.temperature}: a loss needs rows of its own temperature, so "
-            "set both alike"
+            f"{captured}, but distill.temperature is {values.temperature}: the loss needs rows of its own temperature, "
+            "so set both to one value"
         )
     if lines:
         raise RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"distill: {len(lines)} problems", *lines]))
-
-
-def check_made(context: Context) -> None:
-    """Refuse models of the stage that are there, but of something else: before any other is trained for hours.
-
-    Raises StorageError naming what differs, and the way out.
-    """
-    settings, baseline = context.recipe.settings, context.layout.baselines / PLAIN
-    made = [(folder, settings) for folder in context.targets]
-    made += [(baseline, plain(settings))] if context.recipe.wants_baseline else []
-    for folder, how in made:
-        if (folder / artifact.MANIFEST).is_file() and not overwriting.is_former(folder):
-            _check(context, folder, how)
-
-
-def check_targets(context: Context) -> None:
-    """Refuse targets that are not there, or were made from something else, as far as what is at hand can tell.
-
-    The captures may be on another machine: what a target has of them is asked about where they are here.
-
-    Raises StorageError naming what differs, and the way out.
-    """
-    for folder in context.targets:
-        _check(context, folder, context.recipe.settings)
-
-
-def check_baseline(context: Context) -> None:
-    """As :func:`check_targets`, of plain fine-tuning where the recipe compares the targets with it."""
-    if context.recipe.wants_baseline:
-        _check(context, context.layout.baselines / PLAIN, plain(context.recipe.settings))
-
-
-def _check(context: Context, folder: Path, settings: DistillSettings) -> None:
-    known = artifact.read(folder)
-    if known is None:
-        raise StorageError(f"{folder} is not there: the stage `distill` comes first")
-    if changed := differences(context, str(known.inputs.get("target")), settings, known.inputs):
-        raise StorageError(
-            f"{folder} was made from something else:\n  "
-            + "\n  ".join(changed)
-            + f"\nGo back to what it was, or remove {folder} and begin with the stage `distill`"
-        )
-
-
-def differences(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> list[str]:
-    """One line per fact of a target that is otherwise in the recipe, its rows and the captures that are here.
-
-    target: its name. settings: that it is trained with. before: the facts of the one that is there.
-    """
-    expected = _expected_facts(context, target, settings, before)
-    known = {name: before.get(name, "not given") for name in expected}
-    return artifact.differences(known | _not_asked_for(context, target, before, expected), expected)
-
-
-def _not_asked_for(
-    context: Context, target: str, before: Mapping[str, Any], expected: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Facts that a target has and the recipe no longer asks for: settings, and teachers by what models they are."""
-    models = tuple(f"stores.{model}." for model in (PIVOT, *_teachers(context, target)))
-    settings = ("training.", "fusion.")
-    return {
-        name: value
-        for name, value in before.items()
-        if name not in expected
-        and value != {}  # an empty section
-        and (
-            name.startswith(settings)
-            or (name.startswith("stores.") and name.endswith(".model") and not name.startswith(models))
-        )
-    }
 
 
 def _teachers(context: Context, target: str) -> list[str]:
     return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
 
 
-def _expected_facts(
-    context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the recipe, its rows and the captures that are here determine; ``before`` tells how models were called."""
+def _differences(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> list[str]:
+    """One line per fact of a target that is otherwise in the recipe, its rows and the captures that are here.
+
+    target: its name. settings: that it is trained with. before: the facts of the one that is there.
+    """
+    expected = _inputs(context, target, settings, before)
+    own = tuple(f"stores.{model}." for model in (PIVOT, *_teachers(context, target)))
+    # What the recipe no longer asks for: settings, and teachers, by what models they are.
+    dropped = {
+        name: value
+        for name, value in before.items()
+        if name not in expected and value != {}  # an empty section
+        if name.startswith(("training.", "fusion."))
+        or (name.startswith("stores.") and name.endswith(".model") and not name.startswith(own))
+    }
+    return artifact.differences({name: before.get(name, "not given") for name in expected} | dropped, expected)
+
+
+def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
+    """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
     from fusekit.capturing.store import Store
     from fusekit.distillation.dataset import join
 
-    teachers = _teachers(context, target)
-    folders = {model: context.layout.store(model) for model in (PIVOT, *teachers)}
-    facts = provenance.facts_of_run(
-        target,
-        settings,
-        context.readers.fingerprint(PIVOT),
-        join(context.rows, {}).rows,
-        {model: Store.open(folder) for model, folder in folders.items() if (folder / artifact.MANIFEST).is_file()},
-    )
-    facts = {key: value for key, value in facts.items() if value != {}}  # an empty section
-    for model in folders:  # the captures may be of another recipe, or elsewhere
+    teachers = _teachers(context, target) if not settings.plain else []
+    models = (PIVOT, *_teachers(context, target))
+    folders = {model: context.layout.store(model) for model in models}
+    here = {name: folder for name, folder in folders.items() if (folder / artifact.MANIFEST).is_file()}
+    opened = {name: Store.open(folder, incomplete=True) for name, folder in here.items()}
+    stores = {name: store for name, store in opened.items() if store.complete}
+    pivot, rows = context.readers.fingerprint(PIVOT), join(context.rows, {}).rows
+    facts = {
+        key: value
+        for key, value in provenance.facts_of_run(target, settings, pivot, rows, stores).items()
+        if value != {}  # an empty section
+    }
+    for model in models:  # the captures may be of another recipe, or elsewhere
         of_store = f"stores.{model}."
         captured = {key.removeprefix(of_store): value for key, value in before.items() if key.startswith(of_store)}
         said = store_facts(context, model, captured, thorough=False)
         facts |= {f"{of_store}{key}": value for key, value in said.items()}
-    for teacher in teachers if not settings.plain else ():
+    for teacher in teachers:
         how = provenance.facts_of_alignment(alignment_of(context, teacher))
         facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
     return facts

@@ -1,8 +1,7 @@
-"""The stage that scores models on held-out rows, and on tasks of lm-eval."""
+"""The stage ``evaluate``: scores of every model on held-out rows, and on tasks of lm-eval."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file
+from fusekit.artifacts import Inputs, commit_file, weights_hash
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import is_on_hub, read_rows
@@ -22,15 +21,25 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import EvaluateSettings, LmEval
+from fusekit.evaluation.settings import LmEval
+from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, paths_of, write_json
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
-from fusekit.pipeline.stages import Context, hash_of, paths_of, write_json
-from fusekit.pipeline.vouching import weights_hash
+from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Evaluate
 from fusekit.types import Row
+
+Model = tuple[ModelChoice, str]
+"""A model, and the chat template that it is scored under."""
+
+
+def check_section(recipe: Recipe) -> None:
+    """Refuse tasks of lm-eval that cannot be scored. Raises RecipeError."""
+    if recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
+        lm_eval.check(recipe.evaluate.lm_eval)
 
 
 def check_held_out(context: Context) -> None:
-    """Refuse held-out rows that are not there or no rows, as far as the first of each file tells; the hub is not asked.
+    """Refuse held-out files that are missing or empty, as far as the first row of each tells; the hub is not asked.
 
     Raises DataError, RecipeError.
     """
@@ -40,52 +49,54 @@ def check_held_out(context: Context) -> None:
             raise RecipeError(f"evaluate: there are no rows in {path}")
 
 
-def models_of(context: Context) -> dict[str, tuple[ModelChoice, str]]:
+def models_of(context: Context) -> dict[str, Model]:
     """The models that are scored by name, each with its chat template."""
     recipe, layout = context.recipe, context.layout
     pivot, choice = recipe.pivot, context.readers.choice(PIVOT)
     models = {PIVOT: (choice, pivot.chat_template)}
+    made = {BASELINE: layout.baselines / PLAIN} if recipe.wants_baseline else {}
     own = replace(choice, revision=None, dequantised=None)  # what was made of the pivot is loaded as the pivot is
-    if recipe.wants_baseline:
-        models[BASELINE] = (replace(own, model=str(layout.baselines / PLAIN)), pivot.chat_template)
+    models |= {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
     for source in recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
         models[f"sources/{source.label}"] = (context.readers.choice(source.label), template)
-    for path in context.targets:
-        models[f"targets/{path.name}"] = (replace(own, model=str(path)), pivot.chat_template)
-    if recipe.merge is not None:
-        models[MERGED] = (replace(own, model=str(layout.merged)), pivot.chat_template)
-    return models
+    made = {f"targets/{path.name}": path for path in context.targets}
+    made |= {MERGED: layout.merged} if recipe.merge is not None else {}
+    return models | {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
 
 
-def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | None = None) -> dict[str, Any] | None:
-    """Score every model on the held-out rows; those that are scored already are not scored again.
+def artifacts(context: Context) -> dict[str, Path]:
+    """The scores of every model, where the recipe evaluates."""
+    names = models_of(context) if context.recipe.evaluate is not None else ()
+    return {name: context.layout.evaluation(name) for name in names}
 
-    Args:
-        context: of the run.
-        models: some of :func:`models_of`; without it, all of them.
 
-    Returns what ``results.json`` says, None where the recipe asks for no evaluation.
+def status(context: Context, name: str) -> Status:
+    """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
+    folder = context.layout.evaluation(name)
+    artifact.refuse_occupied(folder)
+    return Status(folder, MISSING if artifact.read(folder) is None else DONE)
+
+
+def make(context: Context, models: Mapping[str, Model] | None = None) -> None:
+    """Score every model on the held-out rows and write ``results.json``; scores of the same inputs are kept.
+
+    models: some of :func:`models_of`; without it, all of them.
     """
     from fusekit.evaluation.metrics import ends_counted
 
     section = context.recipe.evaluate
     if section is None:
-        return None
+        return
     rows, held_out = _held_out(section)
     results: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    for name, (choice, template) in (models if models is not None else models_of(context)).items():
-        identity = {
-            "model": _identity(choice.model, context, name),
-            "load": {"dtype": choice.dtype, "quantization": choice.quantization},
-            "chat_template": template,
-            "reads": _reads(choice, template, context.readers.date),
-        }
+    for name, model in (models if models is not None else models_of(context)).items():
+        identity = _identity(context, name, model)
         inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
-        results[name] = _scores(context, name, (choice, template), inputs, rows)
+        results[name] = _scores(context, name, model, inputs, rows)
         if section.lm_eval is not None:
-            figures[name] = _lm_eval(context, section.lm_eval, name, (choice, template), identity)
+            figures[name] = _lm_eval(context, section.lm_eval, name, model, identity)
             results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
     document: dict[str, Any] = {"models": results}
     if "bits_per_byte" in section.metrics:
@@ -94,10 +105,9 @@ def evaluate(context: Context, models: Mapping[str, tuple[ModelChoice, str]] | N
         document["lm_eval"] = lm_eval.described(figures)
     data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
     commit_file(context.layout.results, lambda file: file.write(data))
-    return document
 
 
-def _held_out(section: EvaluateSettings) -> tuple[list[Row], Inputs]:
+def _held_out(section: Evaluate) -> tuple[list[Row], Inputs]:
     """The rows, and by path what tells whether they are still the same."""
     from fusekit.evaluation.settings import held_out_hash, held_out_rows
 
@@ -107,10 +117,24 @@ def _held_out(section: EvaluateSettings) -> tuple[list[Row], Inputs]:
     return list(chain.from_iterable(read.values())), hashes
 
 
-def _scores(
-    context: Context, name: str, model: tuple[ModelChoice, str], inputs: Inputs, rows: list[Row]
-) -> dict[str, Any]:
-    """A model's scores by metric and source of data."""
+def _identity(context: Context, name: str, model: Model) -> Inputs:
+    """What a model's scores depend on: its weights, how it is loaded, its tokenizer, and the template's content."""
+    choice, template = model
+    tokenizer = load_tokenizer(find_checkpoint(choice))
+    return {
+        "model": (
+            context.readers.fingerprint(name.removeprefix("sources/"))
+            if _is_input(name)
+            else weights_hash(Path(choice.model))
+        ),
+        "load": {"dtype": choice.dtype, "quantization": choice.quantization},
+        "chat_template": template,
+        "reads": RowTokenizer(tokenizer, ChatTemplate.chosen(template), date=context.readers.date).fingerprint,
+    }
+
+
+def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: list[Row]) -> dict[str, Any]:
+    """A model's scores by metric and data set."""
     from fusekit.evaluation.metrics import evaluate_model
 
     section, folder, (choice, template) = context.recipe.evaluate, context.layout.evaluation(name), model
@@ -130,14 +154,13 @@ def _scores(
         plain = {metric: {key: score.value for key, score in by_key.items()} for metric, by_key in found.items()}
         made = context.made(started)
         artifact.publish(folder, "evaluate", inputs, lambda into: write_json(into / "scores.json", plain), made)
-        context.say(f"evaluate {name}: {_means(plain)}")
+        means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in plain.items())
+        context.say(f"evaluate {name}: {', '.join(means)}")
     scores: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return scores
 
 
-def _lm_eval(
-    context: Context, settings: LmEval, name: str, model: tuple[ModelChoice, str], identity: Inputs
-) -> dict[str, dict[str, Any]]:
+def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identity: Inputs) -> dict[str, Any]:
     """A model's figures on the tasks of lm-eval, by task."""
 
     def say(line: str) -> None:
@@ -147,24 +170,8 @@ def _lm_eval(
         _require_whole(name, model[0])
         return lm_eval.load_harness(*model, settings, say, context.readers.date)
 
-    return lm_eval.cached_scores(
-        settings,
-        context.layout.evaluation(f"{lm_eval.FOLDER}/{name}"),
-        identity,
-        load=load,
-        made=context.made,
-        say=say,
-    )
-
-
-def _means(scores: Mapping[str, Mapping[str, float]]) -> str:
-    return ", ".join(f"{metric} {math.fsum(found.values()) / len(found):.4f}" for metric, found in scores.items())
-
-
-def _identity(model: str, context: Context, name: str) -> str:
-    if _is_input(name):
-        return context.readers.fingerprint(name.removeprefix("sources/"))
-    return weights_hash(Path(model))
+    folder = context.layout.evaluation(f"{lm_eval.FOLDER}/{name}")
+    return lm_eval.cached_scores(settings, folder, identity, load=load, made=context.made, say=say)
 
 
 def _require_whole(name: str, choice: ModelChoice) -> None:
@@ -176,9 +183,3 @@ def _require_whole(name: str, choice: ModelChoice) -> None:
 def _is_input(name: str) -> bool:
     """Whether a model that is evaluated was given to the run, not made by it."""
     return name == PIVOT or name.startswith("sources/")
-
-
-def _reads(choice: ModelChoice, template: str, date: datetime.date) -> str:
-    """Of a model's tokenizer and the content of its chat template, whatever file they are in."""
-    tokenizer = load_tokenizer(find_checkpoint(choice))
-    return RowTokenizer(tokenizer, ChatTemplate.chosen(template), date=date).fingerprint

@@ -12,19 +12,10 @@ MERGED = "merged"
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
-OURS = {
+NAMES = {PIVOT, "data", "captures", "alignment", "targets", "baselines", MERGED, "evaluation", "logs"} | {
     "recipe.resolved.yml",
-    "pivot",
-    "data",
-    "captures",
-    "alignment",
-    "targets",
-    "baselines",
     "merge.yml",
-    "merged",
-    "evaluation",
     "results.json",
-    "logs",
     "models.json",
     "report.html",
 }

@@ -3,106 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import commit_file, output_lock, recover
+from fusekit.artifacts import Inputs, commit_file, output_lock, recover, weights_hash
 from fusekit.errors import RecipeError, StorageError
+from fusekit.pipeline.context import DONE, STALE, Context, Status
 from fusekit.pipeline.layout import PIVOT
-from fusekit.pipeline.stages import Context, merge_inputs
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.yaml import loads
 
+DRAWING = ("dare_", "della")
+"""Beginnings of the names of mergekit's methods that draw random numbers."""
+CHANGE_THE_RESULT = (
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+    "out_shard_size",
+    "copy_tokenizer",
+    "write_model_card",
+)
+"""Options of mergekit that change what it writes."""
 
-def merge(context: Context) -> None:
-    """Merge the targets into one model, and leave the recipe that does it behind.
 
-    Every target is read through first: one whose bytes are not those that were committed is refused.
+def artifacts(context: Context) -> dict[str, Path]:
+    """The merged model, by the merge method, where the recipe merges."""
+    section = context.recipe.merge
+    return {} if section is None else {str(section.get("merge_method")): context.layout.merged}
+
+
+def inputs(context: Context) -> Inputs:
+    """What the merged model is made from. Raises StorageError for a target without a manifest.
+
+    The seed counts only for methods that draw, and options of mergekit only where they change what is written.
     """
-    if context.recipe.merge is None:
-        return
-    from mergekit.options import MergeOptions
-
-    from fusekit.merging import Settings
-    from fusekit.merging import merge as run_merge
-
-    layout, targets, section = context.layout, context.targets, dict(context.recipe.merge)
-    folders = _folders(context, targets)
-    names, paths = list(folders), [str(folder) for folder in folders.values()]
-    inputs, final = merge_inputs(context, targets), layout.merged
-    with output_lock(final):
-        recover(final)  # of a process that died between moving a former model aside and putting the new one in place
-    known = artifact.read(final)
-    repeatable = (
-        f"# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT\n"
-        + _dumped(_models(section, paths) | section)
-    )
-    if known is not None and not artifact.differences(known.inputs, artifact.plain(inputs)):
-        _write_recipe(layout.merge_recipe, repeatable)  # it may be gone, or name the places that the targets had before
-        return
-    # Of other targets it is out of date, and is replaced; of the same ones somebody may still want it.
-    if known is not None and known.inputs.get("targets") == inputs["targets"]:
-        context.done(final, inputs)  # says what differs
-    artifact.refuse_foreign(final)
-    for path in targets:
-        artifact.require_whole(path)
-    _write_recipe(layout.merge_recipe, repeatable)
-    started = time.monotonic()
-
-    def finish(folder: Path) -> None:
-        artifact.seal(folder, "merge", inputs, context.made(started))
-
-    pivot = context.recipe.pivot
-    settings = Settings(
-        overwrite=known is not None,
-        ignore_estimates=context.ignore_estimates,
-        allow_pickle=frozenset(names[len(targets) :] if pivot.allow_pickle else ()),
-        allow_remote_code=frozenset(names if pivot.trust_remote_code else ()),
-        folders=folders,
-        say=lambda line: context.say(f"merge: {line}"),
-        before_publishing=finish,
-    )
-    options = MergeOptions(**{"quiet": True, "random_seed": context.recipe.seed, **context.merge_options})
-    # What is published names models, not folders of this machine.
-    named = f"# The merge of this run, its models by name\n{_dumped(_models(section, names) | section)}"
-    merged = run_merge(loads(named, str(layout.merge_recipe)), final, options, settings)
-    context.say(f"merge: {merged}")
+    section = context.recipe.merge or {}
+    options = {name: value for name, value in context.merge_options.items() if name in CHANGE_THE_RESULT}
+    seed = context.merge_options.get("random_seed", context.recipe.seed)
+    return {
+        "merge": dict(section),
+        "pivot": context.readers.fingerprint(PIVOT),
+        "targets": {path.name: weights_hash(path) for path in context.targets},
+        **({"seed": seed} if str(section.get("merge_method")).startswith(DRAWING) else {}),
+        **({"options": options} if options else {}),
+    }
 
 
-def _folders(context: Context, targets: list[Path]) -> dict[str, Path]:
-    """The models of the merge by name: the targets, then the base if the method has one."""
-    folders = {f"targets/{path.name}": path for path in targets}
-    if _takes_base(context.recipe.merge or {}):
-        checkpoint = context.readers.checkpoint(PIVOT)
-        folders[checkpoint.repository or Path(checkpoint.choice.model).name] = checkpoint.folder
-    return folders
-
-
-def _models(section: Mapping[str, Any], models: list[str]) -> dict[str, Any]:
-    """mergekit's keys for these models, the base last if the method has one."""
-    base = {"base_model": models[-1]} if _takes_base(section) else {}
-    return {"models": [{"model": model} for model in models[: len(models) - len(base)]], **base}
-
-
-def _takes_base(section: Mapping[str, Any]) -> bool:
-    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
-    from mergekit.merge_methods import registered_methods
-
-    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
-
-    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
-    return found.get(str(section.get("merge_method"))) != "ignored"
-
-
-def check_place(context: Context) -> None:
+def check_place(context: Context, _name: str = "") -> None:
     """Refuse a merged model that is to be replaced, but holds files that are not of the run. Raises StorageError."""
-    if context.recipe.merge is None:
-        return
     final, known = context.layout.merged, artifact.read(context.layout.merged)
     if known is None:
         artifact.refuse_foreign(final)
@@ -119,6 +70,73 @@ def check_place(context: Context) -> None:
         artifact.refuse_foreign(final)
 
 
+def status(context: Context, _name: str = "") -> Status:
+    """Of the merged model. The targets have to be there.
+
+    One of other targets is out of date, and to be replaced; one of the same targets, but merged otherwise, is stale.
+    """
+    check_place(context)
+    known, now = artifact.read(context.layout.merged), inputs(context)
+    if known is None:
+        return Status(context.layout.merged)
+    changed = artifact.differences(known.inputs, now)
+    if not changed:
+        return Status(context.layout.merged, DONE)
+    if known.inputs.get("targets") == now["targets"]:
+        return Status(context.layout.merged, STALE, tuple(changed))
+    return Status(context.layout.merged, note="a merge of other targets is there; it is replaced in one step")
+
+
+def make(context: Context) -> None:
+    """Merge the targets into one model, and leave the recipe that does it behind.
+
+    Every target is read through first: one whose bytes are not those that were committed is refused.
+    """
+    recipe, layout, targets = context.recipe, context.layout, context.targets
+    if recipe.merge is None:
+        return
+    from mergekit.options import MergeOptions
+
+    from fusekit.merging import Settings
+    from fusekit.merging import merge as run_merge
+
+    final, section = layout.merged, dict(recipe.merge)
+    folders = _folders(context, targets)
+    names, paths = list(folders), [str(folder) for folder in folders.values()]
+    with output_lock(final):
+        recover(final)  # of a process that died between moving a former model aside and putting the new one in place
+    repeatable = (
+        f"# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT\n"
+        + _dumped(_models(section, paths) | section)
+    )
+    if status(context).is_done():
+        _write_recipe(layout.merge_recipe, repeatable)  # it may be gone, or name the places that the targets had before
+        return
+    artifact.refuse_foreign(final)
+    for path in targets:
+        artifact.require_whole(path)
+    _write_recipe(layout.merge_recipe, repeatable)
+    started, made_from = time.monotonic(), inputs(context)
+
+    def finish(folder: Path) -> None:
+        artifact.seal(folder, "merge", made_from, context.made(started))
+
+    settings = Settings(
+        overwrite=artifact.read(final) is not None,
+        ignore_estimates=context.ignore_estimates,
+        allow_pickle=frozenset(names[len(targets) :] if recipe.pivot.allow_pickle else ()),
+        allow_remote_code=frozenset(names if recipe.pivot.trust_remote_code else ()),
+        folders=folders,
+        say=lambda line: context.say(f"merge: {line}"),
+        before_publishing=finish,
+    )
+    options = MergeOptions(**{"quiet": True, "random_seed": recipe.seed, **context.merge_options})
+    # What is published names models, not folders of this machine.
+    named = f"# The merge of this run, its models by name\n{_dumped(_models(section, names) | section)}"
+    merged = run_merge(loads(named, str(layout.merge_recipe)), final, options, settings)
+    context.say(f"merge: {merged}")
+
+
 def check_section(recipe: Recipe) -> None:
     """Refuse a section ``merge`` that mergekit would refuse, or ignore a part of, once the targets are trained.
 
@@ -126,22 +144,22 @@ def check_section(recipe: Recipe) -> None:
     """
     if recipe.merge is None:
         return
-    from fusekit.distillation.outputs import targets_of
     from fusekit.merging.lint import check
     from fusekit.yaml import Document, Problems
 
-    targets = targets_of(recipe.settings, [source.label for source in recipe.sources], Path("targets"))
-    names = [str(target.folder) for target in targets] + [recipe.pivot.path] * _takes_base(recipe.merge)
+    names = [f"targets/{name}" for name in recipe.targets] + [recipe.pivot.path] * _takes_base(recipe.merge)
     data = _models(recipe.merge, names) | dict(recipe.merge)
     problems = Problems(Document(data, "", "merge", {}))
     check(data, problems)
     found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
-    share = _selected(recipe.merge)
-    if not found and len(targets) == 1 and share is not None and share < 1:
+    parameters = recipe.merge.get("parameters")
+    share = parameters.get("select_topk") if isinstance(parameters, dict) else None
+    of_sce = recipe.merge.get("merge_method") == "fusechat_sce"
+    if not found and of_sce and len(recipe.targets) == 1 and isinstance(share, (int, float)) and share < 1:
         found.append(
-            f"{recipe.place(('merge', 'parameters', 'select_topk'))}: select_topk is {share}, but there is one target "
-            f"({targets[0].name}), and of one SCE has no variance to rank: set select_topk to 1, or leave the merge "
-            "out with `merge: null`"
+            f"{recipe.place(('merge', 'parameters', 'select_topk'))}: select_topk is {float(share)}, but there is one "
+            f"target ({recipe.targets[0]}), and SCE has no variance to rank with a single target: set select_topk to "
+            "1, or leave the merge out with `merge: null`"
         )
     if len(found) == 1:
         raise RecipeError(found[0])
@@ -149,12 +167,13 @@ def check_section(recipe: Recipe) -> None:
         raise RecipeError(f"merge: {len(found)} problems\n" + "\n".join(f"  {line}" for line in found))
 
 
-def _selected(section: Mapping[str, Any]) -> float | None:
-    """The share that SCE selects by, where the section gives one for all tensors."""
-    parameters = section.get("parameters")
-    share = parameters.get("select_topk") if isinstance(parameters, dict) else None
-    of_sce = section.get("merge_method") == "fusechat_sce"
-    return float(share) if of_sce and isinstance(share, (int, float)) else None
+def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
+    """The models of the merge by name: the targets, then the base if the method has one."""
+    folders = {f"targets/{path.name}": path for path in targets}
+    if _takes_base(context.recipe.merge or {}):
+        checkpoint = context.readers.checkpoint(PIVOT)
+        folders[checkpoint.repository or Path(checkpoint.choice.model).name] = checkpoint.folder
+    return folders
 
 
 def _dumped(recipe: Mapping[str, Any]) -> str:
@@ -168,9 +187,17 @@ def _write_recipe(path: Path, text: str) -> None:
         commit_file(path, lambda file: file.write(data))
 
 
-def check_merged(context: Context) -> None:
-    """Refuse a merged model that is not there or was made from something else. Raises StorageError."""
-    if context.recipe.merge is None:
-        return
-    if context.done(context.layout.merged, artifact.plain(merge_inputs(context, context.targets))) is None:
-        raise StorageError(f"{context.layout.merged} is not there: the stage `merge` comes first")
+def _models(section: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """mergekit's keys for these models, the base last if the method has one."""
+    base = {"base_model": models[-1]} if _takes_base(section) else {}
+    return {"models": [{"model": model} for model in models[: len(models) - len(base)]], **base}
+
+
+def _takes_base(section: Mapping[str, Any]) -> bool:
+    """Whether a merge method has a base; where it ignores one, mergekit averages it in like any other model."""
+    from mergekit.merge_methods import registered_methods
+
+    import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
+
+    found = {known.spec.name: known.spec.contract.base.value for known in registered_methods()}
+    return found.get(str(section.get("merge_method"))) != "ignored"

@@ -6,19 +6,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from fusekit import yaml as safe_yaml
+from fusekit.distillation.presets import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
-from fusekit.recipe.presets import PRESETS
 from fusekit.recipe.sections import Places, Recipe
 from fusekit.yaml import Document, KeyPath, nearest
 
 MAX_INCLUDES = 16
+FUSION = ("pivot", "sources", "include", "preset")
+MERGEKIT = ("merge_method", "models", "slices", "modules")
+"""Keys at the top that only fusion recipes have, and that only mergekit's have."""
 RENAMED = {"represent": "capture"}
 """Former names of sections, and what they are called now."""
+
+
+def _sce(select_topk: float, variant: str) -> dict[str, Any]:
+    parameters = {"select_topk": select_topk, "variant": variant}
+    return {"merge_method": "fusechat_sce", "parameters": parameters, "dtype": "bfloat16"}
+
+
+# FuseChat's τ is 0.1. In the form that the authors' repository computes it selects what the coefficients are computed
+# from; in the paper's form it also drops the other nine tenths of every fusion vector.
+_AROUND: dict[str, dict[str, Any]] = {
+    "fusekit": {"merge": _sce(1.0, "paper")},
+    "fusechat": {"source": {"chat_template": "pivot"}, "merge": _sce(0.1, "fuseai")},
+    "fusellm": {"data": {"train_on": "all", "pack": True}},
+    "uld": {"merge": _sce(1.0, "paper")},
+    "gold": {"merge": _sce(1.0, "paper")},
+}
+
+
+def _preset(name: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {"distill" if section == "training" else section: dict(values) for section, values in sections.items()}
+    return renamed | _AROUND.get(name, {})
+
+
+PRESETS: dict[str, dict[str, Any]] = {name: _preset(name, sections) for name, sections in DISTILLATION.items()}
 
 
 @dataclass(frozen=True)
@@ -86,23 +113,32 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a fusion recipe.
 
     Args:
-        path: a YAML file. ``include: [other.yml]`` takes what other files in its folder say, its own values on top.
+        path: a YAML file, or ``-`` for the standard input. ``include: [other.yml]`` takes what other files in its
+            folder say, its own values on top.
         overrides: ``a.b=value`` each, value in YAML, on top of everything; a number is an index into a list.
 
     Raises:
         RecipeError: every mistake with its file and line: unknown keys with the nearest known ones, values of a wrong
             kind or out of range, missing keys, includes that leave the folder or include each other.
     """
-    path = Path(path)
+    path = Path("/dev/stdin" if str(path) == "-" else path)
     layers = _Layers()
-    top = _include(layers, path, path.resolve().parent, ())
+    # A pipe, which can be read once, includes files of the working folder.
+    beside = path.parent if path.is_file() or not path.exists() else Path()
+    top = _include(layers, path, beside, beside.resolve(), ())
+    ours, theirs = _kinds(layers.data)
+    if theirs and not ours:
+        raise RecipeError(
+            f"{path} is a mergekit recipe, which merges models of one architecture: `fusekit merge {path} OUT` runs "
+            "it. A fusion recipe names a pivot and sources"
+        )
     for override in overrides:
         _override(layers, override)
     return _checked(layers, top)
 
 
-def _include(layers: _Layers, path: Path, folder: Path, through: tuple[Path, ...]) -> Document:
-    """Add a file on top of what it includes."""
+def _include(layers: _Layers, path: Path, beside: Path, folder: Path, through: tuple[Path, ...]) -> Document:
+    """Add a file on top of what it includes. beside: where its includes are looked for, within ``folder``."""
     document = safe_yaml.load(path)
     data = document.data
     if not isinstance(data, dict):
@@ -115,17 +151,17 @@ def _include(layers: _Layers, path: Path, folder: Path, through: tuple[Path, ...
     for index, name in enumerate(includes):
         where = f"{path}, line {document.line(('include', index))}"
         if "\0" in name:  # which no file system has
-            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
-        included = (path.parent / name).resolve()
+            raise RecipeError(f"{where}: there is no file {name!r} in {beside}")
+        included = (beside / name).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")
         if not included.is_file():
-            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
+            raise RecipeError(f"{where}: there is no file {name!r} in {beside}")
         if included in (*through, own):
             raise RecipeError(f"{where}: {name} includes itself: take the line out")
         if len(through) >= MAX_INCLUDES:
             raise RecipeError(f"{where}: includes are nested more than {MAX_INCLUDES} deep")
-        _include(layers, path.parent / name, folder, (*through, own))
+        _include(layers, beside / name, (beside / name).parent, folder, (*through, own))
     layers.add(document, data)
     return document
 
@@ -254,3 +290,28 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) in (Annotated, list, Union, UnionType):
         return next((found for member in get_args(annotation) if (found := _section(member))), None)
     return None
+
+
+def _kinds(data: Mapping[Any, Any]) -> tuple[list[str], list[str]]:
+    """The keys of data that only fusion recipes have, and those that only mergekit's have."""
+    return [key for key in FUSION if key in data], [key for key in MERGEKIT if key in data]
+
+
+def kind_of(path: Path | str) -> Literal["fusion", "mergekit"]:
+    """What a recipe is for: ``fusion`` (fusekit run) or ``mergekit`` (mergekit-yaml, fusekit merge).
+
+    Raises RecipeError when it has keys of both, or of neither, or cannot be read.
+    """
+    data = safe_yaml.load(path).data
+    ours, theirs = _kinds(data if isinstance(data, dict) else {})
+    if ours and theirs:
+        raise RecipeError(
+            f"{path}: {ours[0]!r} is a key of fusion recipes, {theirs[0]!r} of mergekit recipes: keep one kind. In a "
+            "fusion recipe mergekit's keys go under `merge`"
+        )
+    if not ours and not theirs:
+        raise RecipeError(
+            f"{path} is neither a fusion recipe ({', '.join(FUSION[:2])}, data) nor a mergekit recipe "
+            f"({' or '.join(MERGEKIT[:2])}): `fusekit ls` lists examples of both"
+        )
+    return "fusion" if ours else "mergekit"

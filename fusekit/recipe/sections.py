@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -245,6 +246,13 @@ class Recipe(Section):
     def settings(self) -> DistillSettings:
         """The sections ``alignment``, ``fusion`` and ``distill`` as the trainer takes them."""
         return DistillSettings(preset=self.preset, alignment=self.alignment, fusion=self.fusion, training=self.distill)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the models that are trained: one per source, or one from all."""
+        from fusekit.distillation.outputs import targets_of
+
+        return [target.name for target in targets_of(self.settings, [source.label for source in self.sources], Path())]
 
     @property
     def wants_baseline(self) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from fusekit.errors import RecipeError
+from fusekit.recipe.loading import PRESETS
+from fusekit.recipe.sections import Recipe
+from fusekit.yaml import nearest
 
 SCHEMA = "fusion.schema.json"
 EDITORS = "# yaml-language-server:"
@@ -40,12 +45,24 @@ def schema() -> Path:
 
 def find(name: str) -> Path:
     """The shipped recipe of this name, with or without `.yml`. Raises RecipeError with the nearest names."""
-    import difflib
-
-    known = recipes()
-    key = name.removesuffix(".yml")
+    known, key = recipes(), name.removesuffix(".yml")
     if key in known:
         return known[key]
-    near = difflib.get_close_matches(key, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`fusekit ls` lists them"
-    raise RecipeError(f"no shipped recipe is called {key!r}; {hint}")
+    raise RecipeError(f"no shipped recipe is called {key!r}{nearest(key, known)}")
+
+
+def document() -> dict[str, Any]:
+    """The schema. A recipe that includes others may leave to them what has to be there."""
+    found: dict[str, Any] = Recipe.model_json_schema()
+    include = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    about = "Files in the recipe's folder to build upon; the recipe's own values lie on top."
+    required = found.pop("required")
+    found["properties"] = {"include": include | {"description": about}} | found["properties"]
+    found["properties"]["preset"]["enum"] = sorted(PRESETS)
+    found["anyOf"] = [{"required": ["include"]}, {"required": required}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "Fusion recipe of fusekit"}
+
+
+def schema_text() -> str:
+    """The schema as it stands in its file."""
+    return json.dumps(document(), indent=2, ensure_ascii=False) + "\n"

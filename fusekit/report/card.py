@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fusekit.artifacts import Artifact
+from fusekit.artifacts import Artifact, weights_hash
 from fusekit.evaluation.table import fixed
 from fusekit.pipeline.layout import PIVOT
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.report import text
 from fusekit.report.charts import heat_map, short_names
 from fusekit.report.facts import Facts

@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 from fusekit import artifacts as artifact
 from fusekit import yaml as safe_yaml
 from fusekit.alignment.samples import Sample, read_samples
-from fusekit.artifacts import Artifact
+from fusekit.artifacts import Artifact, weights_hash
 from fusekit.capturing.store import Store
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
 from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import last_part
 from fusekit.report import text

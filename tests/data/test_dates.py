@@ -14,11 +14,10 @@ from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.pipeline import evaluating
+from fusekit.pipeline.context import Context, Readers
 from fusekit.pipeline.layout import PIVOT, Layout
-from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.run import run
-from fusekit.pipeline.stages import Context
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
 from tests.capture.models import tokenizer_for
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
@@ -39,7 +38,7 @@ def on(monkeypatch):
                 return day
 
         clock = SimpleNamespace(date=Day, datetime=datetime.datetime, time=datetime.time)
-        for module in ("fusekit.pipeline.readers", "fusekit.data.tokenize"):
+        for module in ("fusekit.pipeline.context", "fusekit.data.tokenize"):
             monkeypatch.setattr(f"{module}.datetime", clock)
 
     return today
@@ -144,7 +143,9 @@ def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     assert {Store.open(layout.store(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
     context = Context(recipe, layout, Readers(recipe, layout), said.append)
     models = {PIVOT: evaluating.models_of(context)[PIVOT]}
-    scores = evaluating.evaluate(context, models)
+    evaluating.make(context, models)
+    scores = layout.results.read_bytes()
     manifest = yaml.safe_load((layout.evaluation(PIVOT) / "manifest.json").read_text())
     assert manifest["inputs"]["reads"] == context.readers.reader(PIVOT).fingerprint
-    assert evaluating.evaluate(context, models) == scores
+    evaluating.make(context, models)
+    assert layout.results.read_bytes() == scores

@@ -13,7 +13,7 @@ from fusekit.data import reading
 from fusekit.errors import DataError
 from fusekit.evaluation.settings import held_out_hash, held_out_rows
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.pipeline.conftest import finished, first  # noqa: F401
 from tests.pipeline.worlds import stamps
 

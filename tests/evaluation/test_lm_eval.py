@@ -15,7 +15,7 @@ from fusekit.cli import cli
 from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, LmEvalTask
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 PIVOT = str(DEMO / "models" / "numbers")

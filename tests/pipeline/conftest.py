@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import write_recipe
 
 

@@ -10,12 +10,11 @@ import pytest
 import yaml
 
 from fusekit.errors import StorageError
-from fusekit.pipeline import evaluating, stages
+from fusekit.pipeline import capturing, evaluating
+from fusekit.pipeline.context import Context, Readers, read_rows_file
 from fusekit.pipeline.layout import Layout
-from fusekit.pipeline.readers import Readers
 from fusekit.pipeline.run import run
-from fusekit.pipeline.stages import Context
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 
@@ -50,9 +49,9 @@ def test_rows_are_cut_for_the_tokenizer_that_a_name_stands_for_now(recipe, tmp_p
     run(load_recipe(recipe), out, until="data", say=lambda _: None)
     other = load_recipe(recipe, [f"sources.0.model={DEMO / 'sources' / 'neox'}", "sources.0.name=llama"])
     context = Context(other, Layout(out), Readers(other), lambda _: None)
-    rows = stages.read_rows_file(context.layout.data)
-    assert stages.rows_of(context, "pivot", rows) is rows
-    assert stages.rows_of(context, "llama", rows) is not rows
+    rows = read_rows_file(context.layout.data)
+    assert capturing.rows_of(context, "pivot", rows) is rows
+    assert capturing.rows_of(context, "llama", rows) is not rows
 
 
 def test_scores_are_made_anew_when_the_template_or_the_questions_change(recipe, tmp_path):
@@ -61,13 +60,13 @@ def test_scores_are_made_anew_when_the_template_or_the_questions_change(recipe, 
     context = Context(loaded, Layout(tmp_path / "out"), Readers(loaded), said.append)
     every = evaluating.models_of(context)
     models = {name: every[name] for name in ("pivot", "sources/llama")}
-    evaluating.evaluate(context, models)
+    evaluating.make(context, models)
     assert [line.split(":")[0] for line in said] == ["evaluate pivot", "evaluate sources/llama"]
-    evaluating.evaluate(context, models)
+    evaluating.make(context, models)
     assert len(said) == 2
     template = tmp_path / "pivot" / "chat_template.jinja"
     template.write_text(template.read_text() + "\n")
-    evaluating.evaluate(context, models)
+    evaluating.make(context, models)
     assert len(said) == 3
     assert said[2].startswith("evaluate pivot")
     assert json.loads(context.layout.results.read_text())["models"].keys() == {"pivot", "sources/llama"}

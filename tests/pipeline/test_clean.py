@@ -13,7 +13,7 @@ from fusekit import artifacts as artifact
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import stamps, with_sources
 
 
@@ -165,6 +165,6 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
     (tmp_path / ".merged.staging-0123abcd").mkdir()
     error = CliRunner().invoke(cli, ["clean", str(tmp_path), "--yes"]).exception
     assert isinstance(error, StorageError)
-    assert f"{tmp_path} is no run of fusekit: it has no recipe.resolved.yml; nothing was touched" in str(error)
+    assert f"{tmp_path} is not the output of a run: it has no recipe.resolved.yml; nothing was touched" in str(error)
     assert [path.name for path in tmp_path.iterdir()] == [".merged.staging-0123abcd"]
     shutil.rmtree(tmp_path / ".merged.staging-0123abcd")

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusekit import artifacts as artifact
+from fusekit.artifacts import weights_hash
 from fusekit.distillation.outputs import Target
 from fusekit.distillation.run import _begin, _start
 from fusekit.errors import FusekitError
-from fusekit.pipeline.rows_file import read_rows_file, write_rows
-from fusekit.pipeline.vouching import weights_hash
+from fusekit.pipeline.context import read_rows_file, write_rows
 from fusekit.types import Message, Row
 
 FACTS = {"rows": {"count": 2}, "settings": {"num_train_epochs": 1.0}}

@@ -19,7 +19,7 @@ from fusekit.artifacts import output_lock
 from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.capture.conftest import write_rows
 from tests.capture.processes import Process, command
 from tests.helpers import edit_tensors
@@ -178,7 +178,7 @@ def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(
     stopped = child(world, *RUN, before=signal_self, FUSEKIT_TEST_SIGNAL=number, FUSEKIT_TEST_AT=moment)
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
-    assert "fusekit: stopped; what is whole in out stays. To go on:" in stopped.output
+    assert "fusekit: stopped; what is whole in out stays. To resume:" in stopped.output
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *RUN]
     before = inodes(world / "out", kept)

@@ -17,13 +17,12 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
-from fusekit.cli.fuse_options import REFUSED
 from fusekit.errors import MergeError, RecipeError, StorageError
-from fusekit.pipeline import cleaning
+from fusekit.pipeline import clean as cleaning
+from fusekit.pipeline.context import DONE, MISSING, STALE
+from fusekit.pipeline.plan import make_plan
 from fusekit.pipeline.run import run
-from fusekit.plan.figures import REUSED, TO_DO
-from fusekit.plan.make import make_plan
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.gguf_files import write_gguf
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
 
@@ -98,16 +97,16 @@ def test_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):
     shutil.copytree(world / "out", out)
     shutil.copyfile(world / "pivot.Q8_0.gguf", file)
     recipe = load_recipe(world / "recipe.yml", [f"pivot.model={file}"])
-    plan = make_plan(recipe, "r", out, measured=False)
-    assert [step.state for step in plan.steps if step.stage == "pivot"] == [REUSED]  # the same file elsewhere
+    plan = make_plan(recipe, "r", out)
+    assert [step.state for step in plan.steps if step.stage == "pivot"] == [DONE]  # the same file elsewhere
     write_gguf(DEMO / "models" / "pivot", file, "F16")
-    with pytest.raises(StorageError, match=r"out/pivot was made from something else:\n  gguf: 'xxh3"):
+    with pytest.raises(StorageError, match=r"out/pivot: its inputs changed:\n  gguf: 'xxh3"):
         run(recipe, out, say=quiet)
-    plan = make_plan(recipe, "r", out, measured=False)
-    assert [step.state for step in plan.steps if step.stage == "pivot"] == [REFUSED]
-    new = make_plan(recipe, "r", tmp_path / "new", measured=False)
+    plan = make_plan(recipe, "r", out)
+    assert [step.state for step in plan.steps if step.stage == "pivot"] == [STALE]
+    new = make_plan(recipe, "r", tmp_path / "new")
     (step,) = [step for step in new.steps if step.stage == "pivot"]
-    assert (step.state, step.disk) == (TO_DO, find_checkpoint(ModelChoice(str(file))).weight_bytes)
+    assert (step.state, step.disk) == (MISSING, find_checkpoint(ModelChoice(str(file))).weight_bytes)
     assert not new.refused
 
 
@@ -146,12 +145,12 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
         return result.output
 
-    done("capture", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
-    done("capture", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
+    done("represent", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
+    done("represent", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
     assert "no rows shown" not in done("inspect", "store", tmp_path / "source")
     linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
     assert "linked      100.0 %" in linked or "with a row" in linked
-    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metrics", "bits_per_byte")
+    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metric", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
     distil += ["--source-store", f"llama={tmp_path / 'source'}", "--num-train-epochs", "1", "--batch-size", "6"]
     done(*distil, "--per-device-train-batch-size", "6")
@@ -174,5 +173,5 @@ def test_a_merge_refuses_gguf_files_with_the_way_out(world, tmp_path):
 
 
 def test_commands_that_read_no_gguf_need_no_gguf():
-    script = "import sys; sys.modules['gguf'] = None\nimport fusekit.pipeline.run, fusekit.plan.make, fusekit.cli.merge"
+    script = "import sys; sys.modules['gguf'] = None; import fusekit.pipeline.plan, fusekit.cli.merge"
     subprocess.run([sys.executable, "-c", script], check=True)

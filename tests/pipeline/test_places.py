@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fusekit import artifacts as artifact
-from fusekit.cli.fuse_options import REFUSED
 from fusekit.errors import FusekitError, StorageError
+from fusekit.pipeline.context import STALE
+from fusekit.pipeline.plan import make_plan
 from fusekit.pipeline.run import run
-from fusekit.plan.make import make_plan
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import stamps, with_sources
 
 
@@ -24,8 +24,8 @@ def refused(recipe: Path, out: Path, message: str, *steps: str, **options: objec
     with pytest.raises(StorageError, match=message):
         run(load_recipe(recipe), out, say=lambda _: None, quiet=True, **options)
     assert stamps(out) == {**before, **{name: at for name, at in stamps(out).items() if name.startswith("logs/")}}
-    plan = make_plan(load_recipe(recipe), "recipe.yml", out, measured=False)
-    assert [f"{step.stage} {step.name}" for step in plan.steps if step.state == REFUSED] == list(steps)
+    plan = make_plan(load_recipe(recipe), "recipe.yml", out)
+    assert [f"{step.stage} {step.name}" for step in plan.steps if step.state == STALE] == list(steps)
     assert any(re.search(message, line) for line in plan.refused)
 
 
@@ -56,7 +56,7 @@ def test_folders_without_a_manifest_are_not_replaced(place, step, finished, tmp_
 def test_files_that_are_called_like_those_of_a_run_are_not_replaced(finished, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("mine")
-    with pytest.raises(StorageError, match=r"mine is no run of fusekit, but holds 'report\.html'"):
+    with pytest.raises(StorageError, match=r"mine is not the output of a run, but holds 'report\.html'"):
         run(load_recipe(finished[0]), tmp_path / "mine", say=lambda _: None)
 
 

@@ -15,7 +15,7 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from fusekit.report.write import write_report
 from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
 
@@ -125,15 +125,16 @@ def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "mine")])
-    assert "is no run of fusekit, but holds 'thesis.tex'" in str(result.exception)
+    assert "is not the output of a run, but holds 'thesis.tex'" in str(result.exception)
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
 
 
-@pytest.mark.slow
-def test_a_run_until_the_captures(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, ["llama"])
-    result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "out"), "--until", "capture", "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in (tmp_path / "out" / "captures").iterdir() if p.is_dir()) == ["llama", "pivot"]
-    assert not (tmp_path / "out" / "targets").exists()
-    assert (tmp_path / "out" / "logs" / "run.log").read_text().count("capture pivot: ") == 4
+@pytest.mark.parametrize("out", ["/dev/null", "x" * 300, "recipe.yml"])
+def test_an_output_that_cannot_be_a_folder_is_named(out: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, ["llama"])
+    for command in ("run", "plan"):
+        done = CliRunner().invoke(cli, [command, "recipe.yml", out])
+        assert done.exit_code != 0
+        assert done.exception is None or isinstance(done.exception, (StorageError, SystemExit))
+        assert out[:20] in " ".join(f"{done.output} {done.exception}".split())

@@ -27,12 +27,12 @@ from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.pipeline import evaluating
+from fusekit.pipeline.context import Context, Readers, choice_of
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.layout import STAGES, Layout
-from fusekit.pipeline.readers import Readers, choice_of
-from fusekit.pipeline.run import chosen_stages, run
-from fusekit.pipeline.stages import Context
-from fusekit.recipe import load_recipe
+from fusekit.pipeline.run import run
+from fusekit.pipeline.stages import chosen_stages
+from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import DEMO, flip, stamps, write_recipe
 
 
@@ -81,27 +81,27 @@ def test_what_a_later_stage_needs_is_checked_not_made(finished):
         "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
     }
     for override, said in (
-        ("capture.top_k=4", r"targets/llama was made from something else:\n  stores\.pivot\.top_k: 8, now 4"),
+        ("capture.top_k=4", r"targets/llama: its inputs changed:\n  stores\.pivot\.top_k: 8, now 4"),
         (
             "distill.learning_rate=0.01",
-            r"targets/llama was made from something else:\n  training.learning_rate: 0.0003",
+            r"targets/llama: its inputs changed:\n  training.learning_rate: 0.0003",
         ),
         ("alignment.vocabulary=ms", r"projections.llama.vocabulary: 'prefix', now 'ms'"),
     ):
         with pytest.raises(StorageError, match=said):
             run(load_recipe(path, [override]), out, start="merge", say=quiet)
     for override, said in (
-        ("capture.top_k=4", r"captures/pivot was made from something else:\n  top_k: 8, now 4"),
-        ("alignment.vocabulary=ms", r"alignment/llama was made from something else:\n  vocabulary: 'prefix', now 'ms'"),
+        ("capture.top_k=4", r"captures/pivot: its inputs changed:\n  top_k: 8, now 4"),
+        ("alignment.vocabulary=ms", r"alignment/llama: its inputs changed:\n  vocabulary: 'prefix', now 'ms'"),
     ):
         with pytest.raises(StorageError, match=said):
             run(load_recipe(path, [override]), out, start="distill", say=quiet)
     shutil.rmtree(out / "captures")  # they may be on another machine
     run(load_recipe(path), out, start="merge", say=quiet)
-    with pytest.raises(StorageError, match="captures/pivot is not there: the stage `capture` comes first"):
+    with pytest.raises(StorageError, match="captures/pivot is missing: the stage `capture` comes first"):
         run(load_recipe(path), out, only="distill", say=quiet)
     shutil.rmtree(out / "targets" / "llama")
-    with pytest.raises(StorageError, match="targets/llama is not there: the stage `distill` comes first"):
+    with pytest.raises(StorageError, match="targets/llama is missing: the stage `distill` comes first"):
         run(load_recipe(path), out, start="evaluate", say=quiet)
 
 
@@ -248,18 +248,17 @@ def test_lm_eval_does_not_score_a_model_that_is_damaged(finished, monkeypatch):
 
 
 def test_align_needs_no_capture(tmp_path):
-    recipe = write_recipe(tmp_path, ["llama"], evaluate={"path": "nowhere"})
-    result = CliRunner().invoke(cli, ["align", str(recipe), str(tmp_path / "out"), "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
+    recipe, out = load_recipe(write_recipe(tmp_path, ["llama"])), tmp_path / "out"
+    run(recipe, out, only=["data", "align"], say=quiet)
+    assert {path.name for path in out.iterdir() if path.name[0] != "."} == {
         "alignment",
         "data",
         "logs",
         "recipe.resolved.yml",
-    ]
-    found = artifact.read(tmp_path / "out" / "alignment" / "llama")
-    assert sorted(found.files) == ["quality.json", "samples.json", NAME]
-    assert artifact.problems(tmp_path / "out" / "alignment" / "llama") == []
+    }
+    found = artifact.read(out / "alignment" / "llama")
+    assert sorted(found.files) == ["quality.html", "quality.json", "samples.json", NAME]
+    assert artifact.problems(out / "alignment" / "llama") == []
 
 
 def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
@@ -290,32 +289,22 @@ def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
     assert json.loads(worth.read_bytes()) == found
 
 
-def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
+def test_what_is_published_names_models_and_other_options_are_another_result(finished):
     path, out = finished
-    before = stamps(out / "targets")
-    result = CliRunner().invoke(cli, ["distill", str(path), str(out)])
-    assert result.exit_code == 0, result.output
-    assert "distill llama: done already" in result.output
-    result = CliRunner().invoke(cli, ["distill", str(path), str(out), "--num-train-epochs", "2"])
-    assert "--num-train-epochs with a recipe" in result.output
+    recipe, before = load_recipe(path), stamps(out / "targets")
     shutil.rmtree(out / "merged")
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--out-shard-size", "500K"])
-    assert result.exit_code == 0, result.output
+    run(recipe, out, only="merge", say=quiet, merge_options={"out_shard_size": 500_000})
     assert (out / "merged" / "model.safetensors.index.json").is_file()
     assert stamps(out / "targets") == before
-    # What is published names models, not folders of this machine; the recipe that repeats the merge has the folders.
+    # The recipe that repeats the merge names folders of this machine; what is published does not.
     for name in ("README.md", "mergekit_config.yml"):
         published = (out / "merged" / name).read_text()
         assert "targets/llama" in published
         assert str(out) not in published, name
     assert str(out / "targets" / "llama") in (out / "merge.yml").read_text()
     assert artifact.problems(out / "merged") == []
-    # Another size is another result; the same is there already.
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out)])
-    assert "options.out_shard_size: 500000, now not given" in str(result.exception)
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--overwrite"])
-    assert "--overwrite with a recipe" in result.output
-    assert isinstance(CliRunner().invoke(cli, ["merge", str(path), str(tmp_path / "n")]).exception, StorageError)
+    with pytest.raises(StorageError, match=r"options.out_shard_size: 500000, now not given"):
+        run(recipe, out, only="merge", say=quiet)
 
 
 def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
@@ -328,11 +317,8 @@ def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
     both = "pivot: {model: a}\nmerge_method: linear\n"
     assert "'pivot' is a key of fusion recipes, 'merge_method' of mergekit" in said("merge", both)
     assert "is neither a fusion recipe (pivot, sources, data) nor a mergekit recipe" in said("merge", "a: 1\n")
-    for command in ("run", "align", "distill"):
-        mergekit = said(command, "merge_method: linear\nmodels: []\n")
-        assert (
-            f"is a mergekit recipe, which merges models of one architecture: `fusekit merge {recipe} OUT`" in mergekit
-        )
+    for command in ("run", "plan"):
+        assert f"`fusekit merge {recipe} OUT`" in said(command, "merge_method: linear\nmodels: []\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -364,7 +350,7 @@ def test_the_log_has_what_was_said_and_how_it_ended(finished):
         (["/usr/bin/fusekit", "run", "my recipe.yml", "out"], False, "fusekit run 'my recipe.yml' out"),
         (["/x/fusekit/cli/__main__.py", "run", "r.yml", "out"], False, "python -m fusekit.cli run r.yml out"),
         (["/usr/bin/mergekit-fuse", "r.yml", "out", "--cuda"], False, "mergekit-fuse r.yml out --cuda"),
-        (["fusekit", "capture", "m", "--overwrite", "out"], False, "fusekit capture m out"),
+        (["fusekit", "represent", "m", "--overwrite", "out"], False, "fusekit represent m out"),
         (["/x/fusekit/cli/__main__.py", "run", "r"], True, "accelerate launch -m fusekit.cli run r "),
     ],
 )
@@ -390,7 +376,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on(tmp_path):
             break
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 143, [*heard, said]
-    assert f"To go on:\n  python -m fusekit.cli run {recipe} {tmp_path / 'out'} --from data\n" in said
+    assert f"To resume:\n  python -m fusekit.cli run {recipe} {tmp_path / 'out'} --from data\n" in said
     log = (tmp_path / "out" / "logs" / "run.log").read_text()
     assert "stopped by TerminatedError" in log.splitlines()[-1]
     assert artifact.problems(tmp_path / "out" / "data") == []

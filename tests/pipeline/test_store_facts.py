@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from fusekit.errors import CaptureError, StorageError
+from fusekit.pipeline.plan import make_plan
 from fusekit.pipeline.run import run
-from fusekit.plan.make import make_plan
-from fusekit.recipe import load_recipe
+from fusekit.recipe.loading import load_recipe
 from tests.helpers import edit_tensors
 from tests.pipeline.worlds import DEMO, stamps
 
@@ -44,11 +44,9 @@ def with_facts(target: Path, facts: dict[str, object]) -> None:
 def test_what_the_recipe_no_longer_asks_for_is_a_difference(stage, fact, value, finished):
     path, out = finished
     with_facts(out / "targets" / "llama", {fact: value, fact.replace("model", "tokenizer"): value})
-    with pytest.raises(
-        StorageError, match=rf"targets/llama was made from something else:\n  {fact}: {value!r}, now not"
-    ):
+    with pytest.raises(StorageError, match=rf"targets/llama: its inputs changed:\n  {fact}: {value!r}, now not"):
         run(load_recipe(path), out, start=stage, say=lambda _: None)
-    plan = make_plan(load_recipe(path), "recipe.yml", out, measured=False)
+    plan = make_plan(load_recipe(path), "recipe.yml", out)
     assert any(fact in line for line in plan.refused)
 
 
@@ -73,9 +71,7 @@ def test_a_pinned_source_that_is_not_at_hand_is_the_commit_that_it_was(finished,
 def test_another_source_is_refused_by_whatever_stage_begins(stage, finished, other):
     path, out = finished
     before = stamps(out)
-    with pytest.raises(
-        StorageError, match=rf"was made from something else:\n(.*\n)*.*model: '.*/llama', now '{other}'"
-    ):
+    with pytest.raises(StorageError, match=rf"inputs changed:\n(.*\n)*.*model: '.*/llama', now '{other}'"):
         run(load_recipe(path, calling(other)), out, start=stage, say=lambda _: None)
     after = stamps(out)
     assert {name for name in after if before.get(name) != after[name]} <= {"logs/run.log", "logs/begun.yml"}
@@ -108,7 +104,7 @@ def test_weights_that_changed_in_place_are_refused_before_they_are_trained_with(
     shutil.rmtree(out / "targets" / "llama")
     run(recipe, out, until="distill", say=lambda _: None)
     edit_tensors(other, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
-    with pytest.raises(StorageError, match=r"captures/llama was made from something else:\n  model_fingerprint"):
+    with pytest.raises(StorageError, match=r"captures/llama: its inputs changed:\n  model_fingerprint"):
         run(recipe, out, start="distill", say=lambda _: None)
 
 
@@ -119,9 +115,9 @@ def test_a_model_that_moved_or_is_gone_is_the_one_that_taught(finished, tmp_path
     for spelled in (tmp_path / "moved", "./moved"):
         for stage in ("distill", "merge"):
             run(load_recipe(path, calling(spelled)), out, start=stage, until="merge", say=lambda _: None)
-    plan = make_plan(load_recipe(path, calling("./moved")), "recipe.yml", out, measured=False)
+    plan = make_plan(load_recipe(path, calling("./moved")), "recipe.yml", out)
     assert plan.can_run
-    assert {step.state for step in plan.steps if step.stage in ("capture", "distill", "merge")} == {"reused"}
+    assert {step.state for step in plan.steps if step.stage in ("capture", "distill", "merge")} == {"done"}
     shutil.rmtree(out / "captures" / "llama")
     shutil.rmtree(out / "targets" / "llama")
     run(load_recipe(path, calling("./moved")), out, until="merge", say=lambda _: None)

@@ -6,29 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from fusekit.capture.capture import represent
 
-from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
-from fusekit.cli.fuse_options import REFUSED
+from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
-from fusekit.errors import StorageError
-from fusekit.pipeline import stages
+from fusekit.pipeline import capturing
+from fusekit.pipeline import plan_inputs as plan_data
+from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE, Context, Readers, read_rows_file
 from fusekit.pipeline.layout import Layout
-from fusekit.pipeline.readers import Readers
+from fusekit.pipeline.plan import PAGE_BYTES, Plan, make_plan
 from fusekit.pipeline.run import run
-from fusekit.pipeline.stages import Context
-from fusekit.plan import data as plan_data
-from fusekit.plan.figures import GOES_ON, REUSED, TO_DO, Plan
-from fusekit.plan.make import PAGE_BYTES, make_plan
-from fusekit.plan.table import WIDTH, table
-from fusekit.recipe import load_recipe
 from fusekit.recipe import shipped as shipped_recipes
+from fusekit.recipe.loading import load_recipe
 from tests.merging.hub_server import Hub, Repository
 
 ROOT = Path(__file__).parents[2]
@@ -88,18 +85,18 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_measured_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypatch):
+def test_a_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path)
     before = listing(tmp_path), listing(DEMO)
     plan = make_plan(load_recipe(recipe), "recipe.yml", tmp_path / "out")
     assert (listing(tmp_path), listing(DEMO)) == before
     assert plan.can_run
-    assert set(states(plan).values()) == {TO_DO}
+    assert set(states(plan).values()) == {MISSING}
     by_name = {f"{step.stage} {step.name}": step for step in plan.steps}
     for name in ("capture pivot", "capture llama", "distill llama", "distill baseline", "evaluate 5 models"):
         step = by_name[name]
-        assert step.seconds, name
+        assert step.pflop, name
         assert step.disk, name
     assert by_name["capture pivot"].disk < by_name["capture pivot"].disk_at_most
     assert by_name["distill llama"].memory
@@ -111,7 +108,7 @@ def test_a_measured_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypat
 def test_a_weighting_by_rows_is_planned_with_one_baseline(tmp_path):
     sources = [{"model": str(DEMO / "sources" / name)} for name in ("llama", "neox")]
     recipe = write_recipe(tmp_path, sources=sources, distill={"lm_weighting": "soft"})
-    found = states(make_plan(load_recipe(recipe), "recipe.yml", None, measured=False))
+    found = states(make_plan(load_recipe(recipe), "recipe.yml", None))
     assert [name for name in found if name.startswith("distill")] == [
         "distill llama",
         "distill neox",
@@ -121,12 +118,12 @@ def test_a_weighting_by_rows_is_planned_with_one_baseline(tmp_path):
 
 def test_tokens_are_those_that_a_run_counts(captured):
     recipe, out = captured
-    plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)
+    plan = make_plan(load_recipe(recipe), "recipe.yml", None)
     store = json.loads((out / "captures" / "llama" / "manifest.json").read_text())
     step = next(step for step in plan.steps if (step.stage, step.name) == ("capture", "llama"))
     assert step.rows == sum(shard["rows"] for shard in store["shards"]) == 24
     assert step.tokens == sum(shard["tokens"] for shard in store["shards"])
-    on_disk = sum(path.stat().st_size for path in (out / "captures" / "llama").glob("shard-*.parquet"))
+    on_disk = sum(path.stat().st_size for path in (out / "captures" / "llama").glob("shard-*.safetensors"))
     assert on_disk <= step.disk_at_most
     step = next(step for step in plan.steps if (step.stage, step.name) == ("align", "llama"))
     assert step.disk - PAGE_BYTES == pytest.approx((out / "alignment" / "llama" / NAME).stat().st_size, rel=0.2)
@@ -136,19 +133,19 @@ def test_tokens_are_those_that_a_run_counts(captured):
 def test_what_is_there_is_reused_and_nothing_in_it_is_touched(captured):
     recipe, out = captured
     before = listing(out.parent)
-    plan = make_plan(load_recipe(recipe), "recipe.yml", out, measured=False)
+    plan = make_plan(load_recipe(recipe), "recipe.yml", out)
     assert listing(out.parent) == before
     found = states(plan)
-    assert found["data rows"] == found["capture pivot"] == found["capture llama"] == found["align llama"] == REUSED
-    assert found["distill llama"] == TO_DO
+    assert found["data rows"] == found["capture pivot"] == found["capture llama"] == found["align llama"] == DONE
+    assert found["distill llama"] == MISSING
     assert plan.can_run
 
 
 def test_more_entries_than_there_are_ids_are_all_ids_in_a_plan_too(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path), ["capture.top_k=99999", "data.limit=2"])
     run(recipe, tmp_path / "out", until="capture", say=lambda _: None, quiet=True)
-    found = states(make_plan(recipe, "recipe.yml", tmp_path / "out", measured=False))
-    assert found["capture pivot"] == found["capture llama"] == REUSED
+    found = states(make_plan(recipe, "recipe.yml", tmp_path / "out"))
+    assert found["capture pivot"] == found["capture llama"] == DONE
 
 
 @pytest.mark.parametrize(
@@ -161,26 +158,39 @@ def test_more_entries_than_there_are_ids_are_all_ids_in_a_plan_too(tmp_path):
 )
 def test_changed_inputs_are_named_with_the_difference(captured, override, refused, difference):
     recipe, out = captured
-    plan = make_plan(load_recipe(recipe, [override]), "recipe.yml", out, measured=False)
-    assert [name for name, state in states(plan).items() if state == REFUSED] == refused
+    plan = make_plan(load_recipe(recipe, [override]), "recipe.yml", out)
+    assert [name for name, state in states(plan).items() if state == STALE] == refused
     assert any(difference in line for line in plan.refused)
     assert not plan.can_run
 
 
-def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path, monkeypatch):
+def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path):
     recipe, _ = captured
     loaded, out = load_recipe(recipe), tmp_path / "out"
     run(loaded, out, until="data", say=lambda _: None, quiet=True)
     context = Context(loaded, Layout(out), Readers(loaded), lambda _: None, quiet=True)
 
-    all_missing = StoreWriter.missing_shards
-    monkeypatch.setattr(StoreWriter, "missing_shards", lambda self: all_missing(self)[:2])
-    with pytest.raises(StorageError, match="1 of 3"):
-        stages.represent(context, "pivot", stages.read_rows_file(context.layout.data))
-    monkeypatch.undo()
-    plan = make_plan(loaded, "recipe.yml", out, measured=False)
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, _all: int) -> None:
+        if done == 2:
+            raise StoppedError
+
+    settings = capturing.capture_settings(context)
+    settings = replace(settings, options=replace(settings.options, on_shard=stop))
+    rows = read_rows_file(context.layout.data)
+    with pytest.raises(StoppedError):
+        represent(
+            context.readers.checkpoint("pivot"),
+            context.readers.reader("pivot"),
+            rows,
+            context.layout.store("pivot"),
+            settings,
+        )
+    plan = make_plan(loaded, "recipe.yml", out)
     step = next(step for step in plan.steps if step.name == "pivot")
-    assert step.state == GOES_ON
+    assert step.state == BEGUN
     assert step.rows == 24 - 16
     assert "16 of 24 rows are captured" in step.notes[0]
 
@@ -190,7 +200,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     before = listing(tmp_path)
-    result = CliRunner().invoke(cli, ["plan", str(recipe), str(tmp_path / "photos"), "--no-measure"])
+    result = CliRunner().invoke(cli, ["plan", str(recipe), str(tmp_path / "photos")])
     assert result.exit_code == 1
     assert "holds 'cat.jpg'" in " ".join(result.output.split())
     assert listing(tmp_path) == before
@@ -198,15 +208,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_missing_models_and_data_are_refused_and_the_rest_is_planned(tmp_path):
     recipe = write_recipe(tmp_path, sources=[{"model": "./nowhere"}], data={"path": str(tmp_path / "none.jsonl")})
-    plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)
+    plan = make_plan(load_recipe(recipe), "recipe.yml", None)
     assert any("there is no folder ./nowhere" in line for line in plan.refused)
     assert any("none.jsonl does not exist" in line for line in plan.refused)
-    assert states(plan)["capture pivot"] == TO_DO
+    assert states(plan)["capture pivot"] == MISSING
 
 
 def test_what_does_not_fit_is_said_with_the_numbers(tmp_path):
     recipe = write_recipe(tmp_path)
-    plan = make_plan(load_recipe(recipe, ["capture.batch_tokens=99999999999"]), "r", None, measured=False)
+    plan = make_plan(load_recipe(recipe, ["capture.batch_tokens=99999999999"]), "r", None)
     assert [need.what.split()[0] for need in plan.lacking] == ["memory", "memory"]
     assert not plan.can_run
     assert "it cannot run" in table(plan)
@@ -242,7 +252,6 @@ def test_the_recipe_of_the_paper_is_planned_offline_from_its_sizes(tmp_path):
     # gradients of head and embedding, activations and the heap on top
     assert 18 * 7_241_748_480 < steps["distill internlm2-chat-20b"]["memory"] < 21 * 7_241_748_480
     assert steps["merge fusechat_sce"]["disk"] == pytest.approx(2 * 7_241_748_480, rel=0.01)
-    assert all(step["seconds"] is None for step in plan["steps"])
     assert any("as large as the recipe says" in line for line in plan["basis"])
     assert steps["capture nothing"]["memory"] is None
     assert not plan["totals"]["memory"]["complete"]
@@ -286,18 +295,18 @@ def test_large_files_are_counted_to_the_line_and_sampled_everywhere(tmp_path, mo
     (tmp_path / "rows.jsonl").write_text("\n".join(many))  # the last line has no end
     monkeypatch.setattr(plan_data, "READ_WHOLE_BYTES", 1)
     monkeypatch.setattr(plan_data, "SAMPLED_ROWS", 12)
-    plan = make_plan(load_recipe(recipe), "recipe.yml", None, measured=False)
+    plan = make_plan(load_recipe(recipe), "recipe.yml", None)
     step = plan.steps[0]
     assert step.rows == len(many) == 48
     assert any("12 rows of 48 were read" in line for line in plan.basis)
-    exact = make_plan(load_recipe(recipe, [f"data.path={tmp_path / 'rows.jsonl'}"]), "r", None, measured=False)
+    exact = make_plan(load_recipe(recipe, [f"data.path={tmp_path / 'rows.jsonl'}"]), "r", None)
     assert step.tokens == pytest.approx(exact.steps[0].tokens, rel=0.1)
 
 
 def test_more_models_in_the_recipe_are_reused_where_they_are_there(captured):
     recipe, out = captured
     second = f"sources=[{{model: {DEMO / 'sources' / 'llama'}}}, {{model: {DEMO / 'sources' / 'neox'}}}]"
-    plan = make_plan(load_recipe(recipe, [second]), "recipe.yml", out, measured=False)
+    plan = make_plan(load_recipe(recipe, [second]), "recipe.yml", out)
     found = states(plan)
-    assert found["capture llama"] == found["align llama"] == REUSED
-    assert found["capture neox"] == found["distill neox"] == TO_DO
+    assert found["capture llama"] == found["align llama"] == DONE
+    assert found["capture neox"] == found["distill neox"] == MISSING

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusekit.recipe import PRESETS, load_recipe
+from fusekit.recipe.loading import PRESETS, load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 # What transformers does where a preset says nothing.

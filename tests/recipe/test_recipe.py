@@ -19,10 +19,10 @@ from fusekit.cli import cli
 from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.pipeline.checks import check_recipe
+from fusekit.pipeline.stages import check_recipe
 from fusekit.recipe import PRESETS, load_recipe
 from fusekit.recipe import shipped as shipped_recipes
-from fusekit.recipe.schema import document, schema_text
+from fusekit.recipe.shipped import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from fusekit import artifacts as artifact
+from fusekit.artifacts import weights_hash
 from fusekit.errors import StorageError
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.report.facts import read_facts
 from fusekit.report.write import write_report
 from tests.capture.store_processes import kill_at

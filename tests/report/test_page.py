@@ -15,10 +15,9 @@ import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import output_lock
+from fusekit.artifacts import output_lock, weights_hash
 from fusekit.cli import cli
 from fusekit.errors import StorageError
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.report.facts import read_facts
 from fusekit.report.page import page
 from fusekit.report.write import write_report

@@ -14,10 +14,10 @@ from fusekit.alignment.cases import Case
 from fusekit.alignment.quality import AlignmentQuality
 from fusekit.alignment.samples import Group, Sample, Token, write_samples
 from fusekit.alignment.worth import TeacherWorth
+from fusekit.artifacts import weights_hash
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
-from fusekit.pipeline.vouching import weights_hash
 from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
 from tests.capture.rows import captured, key

@@ -1,0 +1,432 @@
+"""The stages ``data``, ``capture`` and ``align``, and the plain checkpoint of a pivot that is a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs, commit_file
+from fusekit.capturing.manifest import Manifest, keys_hash, read_json
+from fusekit.data.prepare import pack_text, prepare
+from fusekit.data.reading import read_rows
+from fusekit.devices import Processes
+from fusekit.distillation.settings import AlignmentSettings
+from fusekit.environment import circumstances
+from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
+from fusekit.gguf import SUFFIX
+from fusekit.pipeline.context import (
+    BEGUN,
+    DONE,
+    STALE,
+    Context,
+    Status,
+    compared,
+    hash_of,
+    paths_of,
+    read_rows_file,
+    write_json,
+    write_rows,
+)
+from fusekit.pipeline.layout import PIVOT
+from fusekit.types import Row
+
+ALIGNED_TEXTS = 2000
+"""Texts of which the quality of a pair is counted, at most."""
+SHOWN_TEXTS, SHOWN_OF_EACH, SHOWN_GROUPS = 8, 2, 60
+"""In the report of an alignment, at most: texts, texts of each data set, groups of each text."""
+WORTH_EXAMPLES = 256
+"""Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
+
+
+# The pivot, if it is a GGUF file: every stage reads a plain checkpoint of it.
+
+
+def pivot_artifacts(context: Context) -> dict[str, Path]:
+    """The plain checkpoint, where there is one to be made."""
+    return {"dequantised": context.layout.pivot} if context.recipe.pivot.path.endswith(SUFFIX) else {}
+
+
+def pivot_status(context: Context, _name: str) -> Status:
+    """Raises CaptureError where the GGUF file cannot be found, and was called otherwise before."""
+    from fusekit.capturing.load import dequantised_from
+
+    folder, choice = context.layout.pivot, context.readers.choice(PIVOT)
+    return compared(folder, lambda _: dequantised_from(choice, artifact.read(folder)))
+
+
+def make_pivot(context: Context) -> None:
+    """Dequantise the file, once."""
+    from fusekit.capturing.load import dequantise
+
+    for folder in pivot_artifacts(context).values():
+        choice = context.readers.choice(PIVOT)
+        dequantise(choice, folder, ignore_estimates=context.ignore_estimates, say=context.say)
+
+
+# data: the rows that all models read, cut alike.
+
+
+def data_inputs(context: Context, before: Inputs) -> Inputs:
+    """What the rows are made from. A file that is not here, but was read before, is taken to be the same."""
+    section, known = context.recipe.data, before.get("files")
+    known = known if isinstance(known, dict) else {}
+    files = {path: hash_of(path) or known.get(path) for path in paths_of(section.path)}
+    return section.model_dump(mode="json", exclude={"size"}) | {"files": files}  # a size is for plans alone
+
+
+def data_status(context: Context, _name: str = "rows") -> Status:
+    """Of the prepared rows."""
+    return compared(context.layout.data, partial(data_inputs, context))
+
+
+def make_data(context: Context) -> None:
+    """Read, filter and cut the rows, alike for all models of the recipe."""
+    if data_status(context).is_done():
+        read_rows_file(context.layout.data)
+        return
+    section, started = context.recipe.data, time.monotonic()
+    paths, readers = paths_of(section.path), {name: context.readers.reader(name) for name in context.readers.names}
+    how = section.model_dump(include={"split", "revision", "streaming", "name"})
+    rows: Iterator[Row] = islice(chain.from_iterable(read_rows(path, **how) for path in paths), section.limit)
+    if section.pack:
+        rows = iter(pack_text(rows, list(readers.values()), section.max_length))
+    prepared = prepare(rows, list(readers.values()), section.max_length, section.overlong)
+    if not prepared.rows:
+        raise RecipeError(f"data: there are no rows in {', '.join(paths)}")
+
+    def write(into: Path) -> None:
+        write_rows(into, prepared.rows)
+        write_json(into / "counts.json", prepared.counts.as_dict())
+
+    made = context.made(started) | {
+        "for": {name: reader.fingerprint for name, reader in readers.items()},
+        "date": context.readers.date.isoformat(),
+    }
+    artifact.publish(context.layout.data, "data", data_inputs(context, {}), write, made)
+    context.say(f"data: {prepared.counts}")
+
+
+def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
+    """The rows as one model reads them: cut again where it was added later and needs more tokens for them."""
+    section, reader = context.recipe.data, context.readers.reader(name)
+    known = artifact.read(context.layout.data)
+    made_for = known.made.get("for") if known is not None else None
+    if isinstance(made_for, dict) and made_for.get(name) == reader.fingerprint:
+        return rows
+    prepared = prepare(rows, [reader], section.max_length, section.overlong)
+    if prepared.counts.dropped:
+        context.say(f"data for {name}: {prepared.counts}")
+    return prepared.rows
+
+
+# capture: a store of each model.
+
+
+def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thorough: bool) -> Inputs:
+    """What a store of this recipe would say of itself, by the names of StoreSpec; a detail is ``details.dtype``.
+
+    A model that is not at hand, but has the name that it had, is taken to be the same; so is a folder at its former
+    place, unless ``thorough``. A folder of another name is the same if its weights are.
+
+    Args:
+        context: of the run.
+        name: of the model.
+        before: the same of what is there, as far as it is known.
+        thorough: read the weights of a folder through.
+
+    Raises:
+        CaptureError: the model cannot be found, and has another name than before, or a revision that is not the commit
+            that it was.
+    """
+    from fusekit.capturing.capture import details_of, vocabulary_size
+
+    section, choice = context.recipe.capture, context.readers.choice(name)
+    details = details_of(choice, context.recipe.data.train_on)
+    facts: Inputs = {
+        "top_k": min(section.top_k, before.get("vocabulary", section.top_k)),
+        "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
+        "temperature": section.temperature,
+        "max_error": section.max_error,
+        **({} if section.rows_per_shard is None else {"rows_per_shard": section.rows_per_shard}),
+        **{f"details.{key}": value for key, value in details.items()},
+    }
+    has_its_name = choice.model == before.get("model")
+    try:
+        checkpoint, reader = context.readers.checkpoint(name), context.readers.reader(name)
+    except CaptureError:
+        commit = str(before.get("model_fingerprint")).split()[:2]  # a GGUF file's name may follow
+        if not has_its_name or (choice.revision is not None and commit != ["commit", choice.revision]):
+            raise
+        return facts  # it has served, and may be gone
+    facts |= {"tokenizer": reader.fingerprint, "vocabulary": vocabulary_size(checkpoint, reader)}
+    if has_its_name and checkpoint.snapshot is None:
+        too_large = context.most_hashed is not None and checkpoint.weight_bytes > context.most_hashed
+        if too_large or not thorough:
+            return facts
+    if (fingerprint := context.readers.fingerprint(name)) != before.get("model_fingerprint"):
+        facts |= {"model": choice.model, "model_fingerprint": fingerprint}
+    return facts
+
+
+def capture_artifacts(context: Context) -> dict[str, Path]:
+    """A store of every model."""
+    return {name: context.layout.store(name) for name in context.readers.names}
+
+
+def check_store_place(context: Context, name: str) -> None:
+    """Refuse a folder that a store is to come to, if it holds other files. Raises StorageError."""
+    from fusekit.capturing.writer import refuse_foreign
+
+    folder = context.layout.store(name)
+    if folder.is_dir() and not (folder / artifact.MANIFEST).exists():
+        refuse_foreign(folder)
+
+
+def capture_status(context: Context, name: str) -> Status:
+    """Of a model's store. The prepared rows have to be there. Raises StorageError for a damaged store."""
+    from fusekit.capturing.capture import data_fingerprint
+    from fusekit.capturing.store import Store
+
+    folder = context.layout.store(name)
+    check_store_place(context, name)
+    manifest = read_json(folder / artifact.MANIFEST, Manifest)
+    if manifest is None:
+        return Status(folder)
+    before, rows = artifact.flat(manifest.spec.model_dump()), rows_of(context, name, context.rows)
+    expected = store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
+    changed = artifact.differences({key: before.get(key, "not given") for key in expected}, expected)
+    if not changed and keys_hash([row.key for row in rows]) != manifest.keys_xxh3:
+        changed = ["rows: others, or in another order"]
+    if changed:
+        return Status(folder, STALE, tuple(changed))
+    done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
+    if manifest.complete:
+        return Status(folder, DONE)
+    note = f"{done} of {len(rows)} rows are captured"
+    return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
+
+
+def make_captures(context: Context, processes: Processes) -> None:
+    """Capture what each model says about the rows, or what is missing of it, and note down the models' facts."""
+    from fusekit.capturing.capture import capture
+
+    for name in context.readers.names:
+        checkpoint = context.readers.checkpoint(name)
+        for line in checkpoint.notices:
+            context.say(f"capture {name}: {line}")
+        with timed(context, name, processes.is_first):
+            store = capture(
+                checkpoint,
+                context.readers.reader(name),
+                rows_of(context, name, context.rows),
+                context.layout.store(name),
+                context.recipe.capture,
+                ignore_estimates=context.ignore_estimates,
+                quiet=context.quiet,
+                notify=partial(_say_of, context, name),
+            )
+        context.say(f"capture {name}: {len(store)} examples in {store.path}")
+    processes.first_then_all(partial(describe, context))
+
+
+def _say_of(context: Context, name: str, line: str) -> None:
+    context.say(f"capture {name}: {line}")
+
+
+@contextmanager
+def timed(context: Context, name: str, first: bool = True) -> Iterator[None]:
+    """Note down how long the capture of a model takes in the run that finishes it; stores keep no times.
+
+    first: whether this is the process that notes it down.
+    """
+    started, store = time.monotonic(), context.layout.store(name) / artifact.MANIFEST
+    before = read_json(store, Manifest) if first else None
+    yield
+    if not first or (before is not None and before.complete):
+        return
+    path = context.layout.times
+    path.parent.mkdir(exist_ok=True)
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    known = known if isinstance(known, dict) else {}  # times are for people: a damaged file starts over
+    known[name] = {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
+    text = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+    commit_file(path, lambda file: file.write(text.encode()))
+
+
+def describe(context: Context) -> None:
+    """Note down what is known of the pivot and the sources while they are at hand; what was known of one stays."""
+    from fusekit.report.models import facts_of, read_models, write_models
+
+    path = context.layout.models
+    try:
+        known = read_models(path)
+    except (OSError, ValueError):
+        known = {}
+    facts = {}
+    for name in context.readers.names:
+        before = known.get(name)
+        try:
+            checkpoint = context.readers.checkpoint(name)
+            if before is None or None in (before.parameters, before.tokenizer) or before.commit != checkpoint.commit:
+                before = facts_of(checkpoint, context.readers.reader(name).tokenizer)
+        except FusekitError:  # it has served, and may be gone
+            pass
+        if before is not None:
+            facts[name] = before
+    write_models(path, facts)
+
+
+# align: vocabulary map and quality of each pair.
+
+
+def alignment_of(context: Context, source: str) -> AlignmentSettings:
+    """How a source's rows come into the pivot's vocabulary."""
+    return context.recipe.alignment_of(next(known for known in context.recipe.sources if known.label == source))
+
+
+def align_artifacts(context: Context) -> dict[str, Path]:
+    """An alignment per source."""
+    return {source.label: context.layout.alignment(source.label) for source in context.recipe.sources}
+
+
+def align_inputs(context: Context, source: str) -> Inputs:
+    """What the vocabulary map and the quality of a pair are made from."""
+    from fusekit.capturing.capture import vocabulary_size
+
+    theirs = context.readers.reader(source)
+    return {
+        "pivot": context.readers.reader(PIVOT).fingerprint,
+        "source": theirs.fingerprint,
+        "vocabulary": alignment_of(context, source).vocabulary,
+        "ids": vocabulary_size(context.readers.checkpoint(source), theirs),
+        "data": artifact.joined_hash(f"{row.key} {row.cut}" for row in context.rows),
+    }
+
+
+def align_status(context: Context, source: str) -> Status:
+    """Of a pair. The prepared rows have to be there."""
+    return compared(context.layout.alignment(source), lambda _: align_inputs(context, source))
+
+
+def make_alignments(context: Context, processes: Processes) -> None:
+    """Align each source with the pivot, and measure what it is worth as a teacher where both are captured."""
+
+    def make(source: str) -> None:
+        if not align_status(context, source).is_done():
+            _align(context, source)
+        _measure_worth(context, source)
+
+    for source in context.recipe.sources:
+        processes.first_then_all(partial(make, source.label))
+
+
+def _align(context: Context, source: str) -> None:
+    """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
+    from fusekit.alignment import align, vocabulary_surfaces
+    from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.alignment.samples import sample_of, write_samples
+    from fusekit.distillation.vocabulary_maps import write_map
+
+    pivot, theirs = (context.readers.reader(name).tokenizer for name in (PIVOT, source))
+    started = time.monotonic()
+    made = _vocabulary_map(context, source)
+    quality = AlignmentQuality(context.recipe.pivot.path, context.readers.model(source).path)
+    shown: dict[str, list[Any]] = {}  # by data set, so that each has its examples
+    more: list[Any] = []
+    texts = (
+        (message.content, row.dataset)
+        for row in context.rows
+        for message in row.messages
+        if message.content and (row.is_text or message.role == "assistant")
+    )
+    for text, dataset in islice(texts, ALIGNED_TEXTS):
+        found = align(text, pivot, theirs)
+        quality.add(found, dataset)
+        if len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS:
+            shown[dataset].append(found)
+        elif len(more) < SHOWN_TEXTS:
+            more.append(found)
+
+    def write(into: Path) -> None:
+        if made is not None:
+            write_map(into, made)
+        (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
+        surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(theirs)
+        samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
+        drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
+        write_samples(into / "samples.json", drawn)
+
+    inputs = align_inputs(context, source)
+    artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
+    share = quality.total.to_dict()
+    context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
+
+
+def _vocabulary_map(context: Context, source: str) -> Any:
+    """The map of a source into the pivot's vocabulary; None where the recipe wants none. It needs no captures."""
+    from fusekit.capturing.capture import vocabulary_size
+    from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, roles_of
+
+    method = alignment_of(context, source).map_method
+    if method is None:
+        return None
+    pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
+    sample = context.rows[:SAMPLED]
+    return make_map(
+        method,
+        pivot.tokenizer,
+        theirs.tokenizer,
+        context.rows,
+        pivot_roles=roles_of((row, pivot.tokenize(row)) for row in sample),
+        source_roles=roles_of((row, theirs.tokenize(row)) for row in sample),
+        size=vocabulary_size(context.readers.checkpoint(source), theirs),
+    )
+
+
+def _measure_worth(context: Context, source: str) -> None:
+    """Measure, say and keep what a source's projected rows know; nothing where a model is not captured as it reads now.
+
+    The result is a file of the pair's alignment, which itself needs no captures; it is made again when what it was
+    measured on has changed. Raises StorageError for a damaged store, DistillationError for unusable rows.
+    """
+    from fusekit.capturing.store import Store
+    from fusekit.distillation.worth import Captured, measure_stores
+
+    how, models = alignment_of(context, source), []
+    for name in (PIVOT, source):
+        folder, reader = context.layout.store(name), context.readers.reader(name)
+        if not (folder / artifact.MANIFEST).is_file():
+            return
+        store = Store.open(folder, incomplete=True)
+        of_run = store.spec.tokenizer == reader.fingerprint and any(row.key in store for row in context.rows)
+        if not store.complete or not of_run:
+            return
+        models.append(Captured(name, reader.tokenizer, store))
+    if how.vocabulary in ("none", "matched"):
+        return
+    path, folder = context.layout.worth(source), context.layout.alignment(source)
+    shards = [artifact.joined_hash(record.xxh3 for record in model.store.records) for model in models]
+    of = {"alignment": how.model_dump(mode="json"), "pivot": shards[0], "source": shards[1]}
+    try:
+        if json.loads(path.read_bytes()).get("of") == of:
+            return
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(f"{path} is damaged: {error}; remove it, and the stage `align` makes it again") from error
+    worth = measure_stores(context.rows, models[0], models[1], how, folder=folder, most=WORTH_EXAMPLES)
+    text = json.dumps({**worth.to_dict(), "of": of}, indent=1) + "\n"
+    artifact.replace_file(folder, path.name, text.encode())
+    context.say(f"align {source}: {worth.summary[0]}")
+    if worth.warnings:
+        context.say(f"warning: align {source}: {'; '.join(worth.warnings)}")

@@ -1,0 +1,248 @@
+"""What the stages of a run share: the recipe, its models, the prepared rows, and the status of an artifact."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.data.templates import ChatTemplate, kept_date
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.environment import circumstances
+from fusekit.errors import DataError, FusekitError, StorageError
+from fusekit.pipeline.layout import PIVOT, Layout
+from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Pivot, Source
+from fusekit.types import Cut, Message, Row
+
+ROWS = "rows.jsonl"
+
+MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
+"""States of an artifact: not there; a part of it is there; there and up to date; there, but its inputs changed."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of one artifact of a run.
+
+    Attributes:
+        folder: of the artifact.
+        state: MISSING, BEGUN, DONE or STALE.
+        changed: of a stale one, a line per input that differs, with both values.
+        note: for people: what is there of one that is to be made.
+        left: of a capture that was begun, how many rows are still to do.
+    """
+
+    folder: Path
+    state: str = MISSING
+    changed: tuple[str, ...] = ()
+    note: str = ""
+    left: int | None = None
+
+    def is_done(self, way_out: str = "to make it again, or choose another output") -> bool:
+        """Whether it is up to date. Raises StorageError naming every input that changed, and the way out."""
+        if self.state == STALE:
+            raise StorageError(
+                f"cannot use {self.folder}: its inputs changed:\n  "
+                + "\n  ".join(self.changed)
+                + f"\nGo back to the former values, or remove {self.folder} {way_out}"
+            )
+        return self.state == DONE
+
+
+def compared(folder: Path, inputs: Callable[[Inputs], Inputs]) -> Status:
+    """The status of an artifact with a manifest, by its inputs.
+
+    inputs: given those of the artifact that is there, what it would be made from now.
+
+    Raises StorageError for a damaged manifest.
+    """
+    known = artifact.read(folder)
+    if known is None:
+        return Status(folder)
+    changed = artifact.differences(known.inputs, inputs(known.inputs))
+    return Status(folder, STALE if changed else DONE, tuple(changed))
+
+
+def choice_of(model: Pivot) -> ModelChoice:
+    """How a model of a recipe is loaded."""
+    return ModelChoice(
+        model.path,
+        trust_remote_code=model.trust_remote_code,
+        allow_pickle=model.allow_pickle,
+        revision=model.revision,
+        **model.load.model_dump(),
+    )
+
+
+@dataclass(eq=False)
+class Readers:
+    """The pivot and the sources of a recipe by name; each is looked up once.
+
+    layout: of the run, which has the plain checkpoint of a pivot that is a GGUF file, and the prepared rows, which keep
+        the date that templates print. None outside a run.
+    """
+
+    recipe: Recipe
+    layout: Layout | None = None
+    _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    _readers: dict[str, RowTokenizer] = field(default_factory=dict)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def date(self) -> datetime.date:
+        """The date that templates print in this run: the day its rows were prepared. Raises StorageError."""
+        known = artifact.read(self.layout.data) if self.layout is not None else None
+        return kept_date(known.made.get("date") if known is not None else None) or datetime.date.today()
+
+    @property
+    def names(self) -> list[str]:
+        """``pivot``, then the sources in the order of the recipe."""
+        return [PIVOT, *(source.label for source in self.recipe.sources)]
+
+    def model(self, name: str) -> Pivot | Source:
+        """What the recipe says of a model."""
+        if name == PIVOT:
+            return self.recipe.pivot
+        return next(source for source in self.recipe.sources if source.label == name)
+
+    def choice(self, name: str) -> ModelChoice:
+        """How a model is loaded."""
+        choice = choice_of(self.model(name))
+        return replace(choice, dequantised=self.layout.pivot) if name == PIVOT and self.layout is not None else choice
+
+    def add(self, name: str, checkpoint: Checkpoint) -> None:
+        """Take a model that was found already."""
+        self._checkpoints[name] = checkpoint
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The model on disk or on the hub. Raises CaptureError."""
+        if name not in self._checkpoints:
+            self._checkpoints[name] = find_checkpoint(self.choice(name))
+        return self._checkpoints[name]
+
+    def fingerprint(self, name: str) -> str:
+        """What identifies a model's weights; a folder is read from end to end, once. Raises CaptureError."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.checkpoint(name).fingerprint()
+        return self._fingerprints[name]
+
+    def reader(self, name: str) -> RowTokenizer:
+        """How the model reads rows in this run. Raises CaptureError, DataError."""
+        if name not in self._readers:
+            template, train_on = self.model(name).chat_template, self.recipe.data.train_on
+            tokenizer = load_tokenizer(self.checkpoint(name))
+            if template == PIVOT and name != PIVOT:
+                pivot = self.reader(PIVOT)
+                try:
+                    theirs = pivot.template
+                except DataError:  # plain text needs none, and conversations are refused when the pivot reads them
+                    theirs = None
+                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer, date=self.date)
+            else:
+                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on, date=self.date)
+        return self._readers[name]
+
+
+@dataclass(eq=False)
+class Context:
+    """What every stage gets: the recipe, where things go, the models, and how to talk to the user.
+
+    Attributes:
+        quiet: no progress of captures.
+        merge_options: fields of mergekit's MergeOptions that were asked for.
+        ignore_estimates: start stages although disk or memory do not seem to suffice.
+        most_hashed: bytes of a model's weights in a folder that are read to find out whether they changed; those of a
+            larger one are taken to be the same. None for no limit.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    readers: Readers
+    say: Callable[[str], None]
+    quiet: bool = False
+    merge_options: Mapping[str, Any] = field(default_factory=dict)
+    ignore_estimates: bool = False
+    most_hashed: int | None = None
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The prepared rows. Raises StorageError where they are damaged."""
+        return read_rows_file(self.layout.data)
+
+    @property
+    def targets(self) -> list[Path]:
+        """Where the targets of the recipe are, or will be."""
+        return [self.layout.targets / name for name in self.recipe.targets]
+
+    def made(self, started: float) -> Inputs:
+        """What may differ between equal artifacts. started: by ``time.monotonic``."""
+        return {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Write prepared rows, one JSON object a line: key, dataset, messages, cut."""
+    with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            record = {
+                "key": row.key,
+                "dataset": row.dataset,
+                "messages": [list(message) for message in row.messages],
+                "cut": list(row.cut) if row.cut else None,
+            }
+            file.write(json.dumps(record) + "\n")  # escaped: lone surrogates and line separators come back as they were
+
+
+def read_rows_file(folder: Path) -> list[Row]:
+    """The rows that :func:`write_rows` wrote. Raises StorageError naming the damaged line."""
+    rows: list[Row] = []
+    path = folder / ROWS
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line)
+                cut = Cut(*record["cut"]) if record["cut"] else None
+                row = Row(tuple(Message(*message) for message in record["messages"]), record["dataset"], cut)
+                if row.key != record["key"]:
+                    raise ValueError(f"its key is {row.key}, not {record['key']}")
+                rows.append(row)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path}, line {len(rows) + 1}, is damaged: {error}; remove {folder} and run again"
+        ) from error
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value to a file of an artifact that is being made."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def paths_of(path: str | list[str]) -> list[str]:
+    """The paths of a recipe's ``path``, which may be one."""
+    return [path] if isinstance(path, str) else path
+
+
+def hash_of(path: str) -> str | None:
+    """xxh3-128 of a local file, or of the files of a folder; None for a data set on the hub. Raises FusekitError."""
+    local = Path(path).expanduser()
+    try:
+        if local.is_file():
+            return artifact.file_hash(local)
+        if local.is_dir():
+            files = sorted(file for file in local.iterdir() if file.is_file())
+            return artifact.joined_hash(f"{file.name} {artifact.file_hash(file)}" for file in files)
+    except OSError as error:
+        raise FusekitError(f"{path}: cannot be read: {error}") from error
+    return None
