@@ -19,8 +19,8 @@ from fusekit.artifacts import commit_file
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.errors import FusekitError
+from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import Readers, choice_of, read_rows_file
-from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe import Recipe
 

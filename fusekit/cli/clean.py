@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fusekit.cli.recipe import overrides
-from fusekit.pipeline.layout import STAGES
+from fusekit.layout import STAGES
 
 
 @click.command()

@@ -14,7 +14,7 @@ from fusekit.cli.merge import drop_noise
 from fusekit.cli.recipe import overrides
 from fusekit.cli.run import run_recipe
 from fusekit.errors import FusekitError
-from fusekit.pipeline.layout import STAGES
+from fusekit.layout import STAGES
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 

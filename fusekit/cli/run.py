@@ -12,7 +12,7 @@ import click
 
 from fusekit.cli.recipe import overrides, recipe_argument
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
-from fusekit.pipeline.layout import STAGES
+from fusekit.layout import STAGES
 
 
 @click.command()

@@ -21,6 +21,7 @@ from fusekit.distillation.settings import AlignmentSettings
 from fusekit.environment import circumstances
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX
+from fusekit.layout import PIVOT
 from fusekit.pipeline.context import (
     BEGUN,
     DONE,
@@ -34,7 +35,6 @@ from fusekit.pipeline.context import (
     write_json,
     write_rows,
 )
-from fusekit.pipeline.layout import PIVOT
 from fusekit.types import Row
 
 ALIGNED_TEXTS = 2000

@@ -17,7 +17,7 @@ from fusekit.distillation.outputs import NOTE, PLAIN
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.gguf import SUFFIX
-from fusekit.pipeline.layout import BASELINE, MERGED, NAMES, PIVOT, Layout
+from fusekit.layout import BASELINE, MERGED, NAMES, PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 

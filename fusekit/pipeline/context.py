@@ -19,7 +19,7 @@ from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.environment import circumstances
 from fusekit.errors import DataError, FusekitError, StorageError
-from fusekit.pipeline.layout import PIVOT, Layout
+from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Pivot, Source
 from fusekit.types import Cut, Message, Row

@@ -15,9 +15,9 @@ from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError, RecipeError
+from fusekit.layout import BASELINE, PIVOT
 from fusekit.pipeline.capturing import alignment_of, store_facts
 from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status
-from fusekit.pipeline.layout import BASELINE, PIVOT
 from fusekit.recipe import Recipe
 from fusekit.yaml import KeyPath
 

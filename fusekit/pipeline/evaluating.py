@@ -22,8 +22,8 @@ from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
+from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, paths_of, write_json
-from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Evaluate
 from fusekit.types import Row

@@ -12,8 +12,8 @@ import yaml
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, output_lock, recover, weights_hash
 from fusekit.errors import RecipeError, StorageError
+from fusekit.layout import PIVOT
 from fusekit.pipeline.context import DONE, STALE, Context, Status
-from fusekit.pipeline.layout import PIVOT
 from fusekit.recipe import Recipe
 from fusekit.yaml import loads
 

@@ -21,11 +21,11 @@ from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError, StorageError
 from fusekit.evaluation.settings import held_out_rows
 from fusekit.hub import DTYPES, Headers, TensorHeader, memory_limits, read_headers
+from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline.capturing import ALIGNED_TEXTS
 from fusekit.pipeline.context import DONE, MISSING, STALE, Context, Status, paths_of
 from fusekit.pipeline.distilling import settings_of
 from fusekit.pipeline.evaluating import models_of
-from fusekit.pipeline.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline.plan_inputs import Counts, Known, Models, count_rows, find_models
 from fusekit.pipeline.run import foreign_to_runs, layout_of
 from fusekit.pipeline.stages import TABLE, check_place

@@ -19,8 +19,8 @@ from fusekit.data.reading import READERS, is_on_hub, read_rows
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.hub import HubUnreachableError
+from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import Readers, choice_of, paths_of
-from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, ModelSize, Pivot
 from fusekit.types import Row

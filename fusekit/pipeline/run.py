@@ -21,9 +21,9 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, remove
 from fusekit.devices import Processes
 from fusekit.errors import StorageError
+from fusekit.layout import NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context, Readers
-from fusekit.pipeline.layout import NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline.stages import TABLE, check_place, check_recipe, chosen_stages, require
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe

@@ -9,9 +9,9 @@ from pathlib import Path
 from fusekit import artifacts as artifact
 from fusekit.devices import Processes
 from fusekit.errors import RecipeError, StorageError
+from fusekit.layout import BASELINE, PIVOT, STAGES
 from fusekit.pipeline import capturing, distilling, evaluating, merging
 from fusekit.pipeline.context import BEGUN, MISSING, Context, Status
-from fusekit.pipeline.layout import BASELINE, PIVOT, STAGES
 from fusekit.recipe import Recipe
 from fusekit.yaml import nearest
 

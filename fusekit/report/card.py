@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fusekit.artifacts import Artifact, weights_hash
 from fusekit.evaluation.table import fixed
-from fusekit.pipeline.layout import PIVOT
+from fusekit.layout import PIVOT
 from fusekit.report import text
 from fusekit.report.charts import heat_map, short_names
 from fusekit.report.facts import Facts

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fusekit.artifacts import human
 from fusekit.evaluation.table import fixed
-from fusekit.pipeline.layout import PIVOT
+from fusekit.layout import PIVOT
 from fusekit.report import text
 from fusekit.report.facts import Coefficients, Facts, Tensor
 

@@ -17,7 +17,7 @@ from fusekit.artifacts import Artifact, weights_hash
 from fusekit.capturing.store import Store
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
-from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT, Layout
+from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import last_part
 from fusekit.report import text

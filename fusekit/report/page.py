@@ -20,7 +20,7 @@ from fusekit.artifacts import Artifact, human, joined_hash
 from fusekit.data.prepare import DROPPED, REASONS
 from fusekit.distillation.dataset import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
-from fusekit.pipeline.layout import BASELINE, MERGED, PIVOT
+from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe
 from fusekit.report import text
 from fusekit.report.charts import heat_map, loss_charts, recipe_graph

@@ -13,9 +13,9 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context, Readers
-from fusekit.pipeline.layout import PIVOT, Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from fusekit.errors import StorageError
+from fusekit.layout import Layout
 from fusekit.pipeline import capturing, evaluating
 from fusekit.pipeline.context import Context, Readers, read_rows_file
-from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 

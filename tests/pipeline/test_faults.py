@@ -17,7 +17,7 @@ import yaml
 
 from fusekit.artifacts import output_lock
 from fusekit.errors import CaptureError, DistillationError, StorageError
-from fusekit.pipeline.layout import Layout
+from fusekit.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from tests.capture.conftest import write_rows

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from fusekit.errors import DataError, StorageError
+from fusekit.layout import Layout
 from fusekit.pipeline.capturing import timed
-from fusekit.pipeline.layout import Layout
 from fusekit.pipeline.plan import make_plan
 from fusekit.pipeline.run import RunLog, run
 from fusekit.recipe.loading import load_recipe
@@ -107,9 +107,7 @@ def test_a_plan_of_plain_fine_tuning_counts_no_second_one(finished):
 def test_the_report_is_of_the_recipe_that_made_what_is_there(finished):
     path, out = finished
     before = (out / "recipe.resolved.yml").read_bytes()
-    with pytest.raises(
-        StorageError, match=r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n"
-    ):
+    with pytest.raises(StorageError, match=r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n"):
         run(load_recipe(path, ["distill.num_train_epochs=9"]), out, only="report", say=quiet)
     assert (out / "recipe.resolved.yml").read_bytes() == before
     run(load_recipe(path), out, only="report", say=quiet)

@@ -26,10 +26,10 @@ from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
+from fusekit.layout import STAGES, Layout
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context, Readers, choice_of
 from fusekit.pipeline.distilling import plain
-from fusekit.pipeline.layout import STAGES, Layout
 from fusekit.pipeline.run import run
 from fusekit.pipeline.stages import chosen_stages
 from fusekit.recipe.loading import load_recipe

@@ -6,22 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from fusekit.capture.capture import represent
 
+from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
 from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
-from fusekit.pipeline import capturing
+from fusekit.layout import Layout
 from fusekit.pipeline import plan_inputs as plan_data
-from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE, Context, Readers, read_rows_file
-from fusekit.pipeline.layout import Layout
+from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE, Context, Readers
 from fusekit.pipeline.plan import PAGE_BYTES, Plan, make_plan
 from fusekit.pipeline.run import run
 from fusekit.recipe import shipped as shipped_recipes
@@ -123,7 +121,7 @@ def test_tokens_are_those_that_a_run_counts(captured):
     step = next(step for step in plan.steps if (step.stage, step.name) == ("capture", "llama"))
     assert step.rows == sum(shard["rows"] for shard in store["shards"]) == 24
     assert step.tokens == sum(shard["tokens"] for shard in store["shards"])
-    on_disk = sum(path.stat().st_size for path in (out / "captures" / "llama").glob("shard-*.safetensors"))
+    on_disk = sum(path.stat().st_size for path in (out / "captures" / "llama").glob("shard-*.parquet"))
     assert on_disk <= step.disk_at_most
     step = next(step for step in plan.steps if (step.stage, step.name) == ("align", "llama"))
     assert step.disk - PAGE_BYTES == pytest.approx((out / "alignment" / "llama" / NAME).stat().st_size, rel=0.2)
@@ -164,30 +162,17 @@ def test_changed_inputs_are_named_with_the_difference(captured, override, refuse
     assert not plan.can_run
 
 
-def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path):
+def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_path, monkeypatch):
     recipe, _ = captured
     loaded, out = load_recipe(recipe), tmp_path / "out"
     run(loaded, out, until="data", say=lambda _: None, quiet=True)
     context = Context(loaded, Layout(out), Readers(loaded), lambda _: None, quiet=True)
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(done: int, _all: int) -> None:
-        if done == 2:
-            raise StoppedError
-
-    settings = capturing.capture_settings(context)
-    settings = replace(settings, options=replace(settings.options, on_shard=stop))
-    rows = read_rows_file(context.layout.data)
-    with pytest.raises(StoppedError):
-        represent(
-            context.readers.checkpoint("pivot"),
-            context.readers.reader("pivot"),
-            rows,
-            context.layout.store("pivot"),
-            settings,
-        )
+    all_missing = StoreWriter.missing_shards
+    monkeypatch.setattr(StoreWriter, "missing_shards", lambda self: all_missing(self)[:2])
+    with pytest.raises(StorageError, match="1 of 3"):
+        run(loaded, out, only="capture", say=lambda _: None, quiet=True)
+    monkeypatch.undo()
     plan = make_plan(loaded, "recipe.yml", out)
     step = next(step for step in plan.steps if step.name == "pivot")
     assert step.state == BEGUN

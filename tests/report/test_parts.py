@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import joined_hash
+from fusekit.layout import Layout
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
-from fusekit.pipeline.layout import Layout
 from fusekit.report import text
 from fusekit.report.charts import MOST_POINTS, chart, heat_map, short_names, thinned, ticks
 from fusekit.report.facts import Coefficients, Facts, Training, read_facts
