@@ -14,11 +14,11 @@ from fusekit.yaml import nearest
 _LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
 """Those that fusekit brings, known without importing torch."""
 RENAMED = {
-    "num_train_epochs": "num_train_epochs",
-    "lr_scheduler_type": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps",
-    "per_device_train_batch_size": "per_device_train_batch_size",
-    "dataloader_num_workers": "dataloader_num_workers",
+    "epochs": "num_train_epochs",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "micro_batch_size": "per_device_train_batch_size",
+    "workers": "dataloader_num_workers",
     "trainer": "nothing: its fields stand in the section itself",
 }
 """Former names of settings of training."""

@@ -17,9 +17,9 @@ from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
 from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
-from fusekit.layout import Layout
+from fusekit.errors import StorageError
 from fusekit.pipeline import plan_inputs as plan_data
-from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE, Context, Readers
+from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE
 from fusekit.pipeline.plan import PAGE_BYTES, Plan, make_plan
 from fusekit.pipeline.run import run
 from fusekit.recipe import shipped as shipped_recipes
@@ -166,8 +166,6 @@ def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_p
     recipe, _ = captured
     loaded, out = load_recipe(recipe), tmp_path / "out"
     run(loaded, out, until="data", say=lambda _: None, quiet=True)
-    context = Context(loaded, Layout(out), Readers(loaded), lambda _: None, quiet=True)
-
     all_missing = StoreWriter.missing_shards
     monkeypatch.setattr(StoreWriter, "missing_shards", lambda self: all_missing(self)[:2])
     with pytest.raises(StorageError, match="1 of 3"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -20,8 +22,8 @@ from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.pipeline.stages import check_recipe
-from fusekit.recipe import PRESETS, load_recipe
 from fusekit.recipe import shipped as shipped_recipes
+from fusekit.recipe.loading import PRESETS, load_recipe
 from fusekit.recipe.shipped import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
@@ -247,7 +249,7 @@ def test_commands(write):
     path = write(SMALL)
     run = CliRunner()
     result = run.invoke(cli, ["validate", str(path)])
-    assert result.output == f"{path}: valid; pivot org/pivot, 2 source(s): first, second\n"
+    assert result.output == f"{path}: valid; pivot org/pivot, 2 sources: first, second\n"
     result = run.invoke(cli, ["validate", str(path), "--resolved", "--set", "seed=7"])
     assert yaml.safe_load(result.output)["seed"] == 7
     schema = json.loads(run.invoke(cli, ["schema"]).output)
@@ -325,11 +327,8 @@ def test_settings_that_can_never_train_are_refused_before_anything_is_captured(w
         error = CliRunner().invoke(cli, [*command, "--set", merge]).exception
         assert isinstance(error, RecipeError)
         for line, says in (
-            (5, "capture.temperature is 2.0, but distill.temperature 1.0"),
-            (
-                7,
-                "batch_size 10 (examples per optimizer step) cannot be divided by per_device_train_batch_size 4 x 1",
-            ),
+            (5, "capture.temperature is 2.0, but distill.temperature is 1.0"),
+            (7, "batch_size 10 (examples per optimizer step) cannot be divided by per_device_train_batch_size 4 x 1"),
             (9, "lr_scheduler_type 'cosin' is none that transformers knows; did you mean 'cosine'?"),
             (10, "lora.lora_alhpa is no field of peft's LoraConfig; did you mean 'lora_alpha'?"),
             (11, "warmpu_steps is no setting of fusekit and no field of TrainingArguments"),
@@ -365,13 +364,13 @@ def test_training_arguments_that_transformers_or_torch_refuse_are_refused_at_the
     environment = dict(os.environ)
     with pytest.raises(RecipeError) as caught:
         check_recipe(load_recipe(write(SMALL + f"distill:\n  seed: 1\n  {field}: {value}\n")))
-    assert "recipe.yml, line 7: " in str(caught.value)
+    assert "recipe.yml, line 6: " in str(caught.value)
     assert says in str(caught.value)
     assert dict(os.environ) == environment
 
 
 def test_a_scheduler_that_lacks_what_it_needs_is_refused_at_its_line(write):
-    path = write(SMALL + "distill:\n  scheduler: cosine_with_min_lr\n")
+    path = write(SMALL + "distill:\n  lr_scheduler_type: cosine_with_min_lr\n")
     with pytest.raises(RecipeError, match=r"recipe.yml, line 5: .*min_lr"):
         check_recipe(load_recipe(path))
     check_recipe(load_recipe(path, ["distill.lr_scheduler_kwargs={min_lr: 1.0e-7}"]))
@@ -399,3 +398,17 @@ def test_one_target_has_nothing_to_select_by(write, changed):
 def test_a_source_cannot_have_the_name_of_a_target_of_all(write, name):
     with pytest.raises(RecipeError, match=f"no source may be called '{name}'"):
         load_recipe(write(SMALL), [f"sources.0.name={name}"])
+
+
+@pytest.mark.parametrize("place", ["-", "/dev/stdin", "/dev/fd/0"])
+def test_a_recipe_may_come_through_a_pipe(place, write):
+    path = write(SMALL + "include: base.yml\n")
+    write("seed: 7\n", "base.yml")
+    command = [sys.executable, "-m", "fusekit.cli", "validate", place, "--resolved"]
+    done = subprocess.run(command, input=path.read_text(), capture_output=True, text=True, cwd=path.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["seed"] == 7
+    mistaken = SMALL.replace("pivot:", "pivto:")
+    done = subprocess.run(command, input=mistaken, capture_output=True, text=True, cwd=path.parent, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "line 1: unknown key 'pivto'" in done.stderr
