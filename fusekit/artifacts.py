@@ -1,9 +1,14 @@
-"""What the operating system said about a disk, as an error that names the path and the bytes needed and free."""
+"""The one commit protocol: locks, files and folders that appear whole or not at all, and manifests that verify them.
+
+A file is written beside its place, made durable, and moved there in one step; a folder likewise. A manifest, written
+last, lists an artifact's files with size and hash, and the inputs that it was made from.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import re
@@ -94,23 +99,6 @@ def disk_fault(error: BaseException, path: Path | str, needed: int | None = None
     return StorageError(f"{where}: {os.strerror(code)} ({numbers}); {_ADVICE[code]}")
 
 
-def _lock_file(output: Path) -> Path:
-    return output.parent / f".{output.name}.fusekit.lock"
-
-
-def _holder_file(output: Path) -> Path:
-    # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
-    return output.parent / f".{output.name}.fusekit.holder"
-
-
-def _describe_holder(output: Path) -> str:
-    try:
-        holder: Any = json.loads(_holder_file(output).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}: {holder['command']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process (it has just started, or its description cannot be read)"
-
-
 @contextmanager
 def output_lock(output: Path) -> Iterator[None]:
     """Hold the lock of an output folder, which need not exist, while the body runs.
@@ -118,40 +106,45 @@ def output_lock(output: Path) -> Iterator[None]:
     output: the resolved final path; its parent is created. Raises StorageError naming the holder (process id, host,
     start time, command) when another process has it, and StorageError when the folder cannot be written.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(_lock_file(output), timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        if not _lock_file(output).exists():  # some file systems refuse in a way that filelock takes for a wait
-            raise StorageError(f"{output}: cannot be locked: no file can be made in {output.parent}") from None
-        raise StorageError(
-            f"{output}: already being written by {_describe_holder(output)}. Wait for it or choose another folder."
-        ) from None
-    except OSError as error:
-        raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
-    try:
-        _write_holder(output)
-        yield
-    finally:
-        with suppress(OSError):
-            _holder_file(output).unlink()
-        lock.release()
-
-
-def _write_holder(output: Path) -> None:
-    holder = {
+    lock_file = output.parent / f".{output.name}.fusekit.lock"
+    # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
+    holder = lock_file.with_suffix(".holder")
+    temporary = holder.with_suffix(".tmp")
+    about = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    temporary = _holder_file(output).with_suffix(".tmp")
+    lock = filelock.FileLock(lock_file, timeout=0)
     try:
-        temporary.write_text(json.dumps(holder), encoding="utf-8")
-        temporary.replace(_holder_file(output))
-    except OSError as error:
-        raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            temporary.write_text(json.dumps(about), encoding="utf-8")
+            temporary.replace(holder)
+        except filelock.Timeout:
+            if not lock_file.exists():  # some file systems refuse in a way that filelock takes for a wait
+                raise StorageError(f"{output}: cannot be locked: no file can be made in {output.parent}") from None
+            raise StorageError(
+                f"{output}: already being written by {_described(holder)}. Wait for it or choose another folder."
+            ) from None
+        except OSError as error:
+            raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                holder.unlink()
+            lock.release()
+
+
+def _described(holder: Path) -> str:
+    try:
+        found: Any = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {found['pid']} on {found['host']} since {found['since']}: {found['command']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process (it has just started, or its description cannot be read)"
 
 
 _AT_FDCWD = -100
@@ -180,7 +173,7 @@ class Staging:
         try:
             sync_tree(self.path)
             _replace_folder(self.path, self.final, self.on_published)
-            sync_folder(self.final.parent)
+            _sync(self.final.parent)
         except OSError as error:
             raise disk_fault(error, self.final) or StorageError(f"{self.final}: cannot publish: {error}") from error
 
@@ -210,38 +203,28 @@ def recover(final: Path) -> list[Path]:
 
     A former output that was moved aside and never replaced is put back. The caller holds ``output_lock(final)``.
     """
-    for previous in sorted(final.parent.glob(f".{_escaped(final.name)}.previous-*")):
+    name = glob.escape(final.name)
+    for previous in sorted(final.parent.glob(f".{name}.previous-*")):
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(final)
-    stale = sorted(final.parent.glob(f".{_escaped(final.name)}.staging-*"))
+    stale = sorted(final.parent.glob(f".{name}.staging-*"))
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
     return stale
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def sync_tree(folder: Path) -> None:
     """fsync every file and folder below ``folder``, and itself."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        elif path.is_file():
-            _sync(path, os.O_RDONLY)
-    sync_folder(folder)
+    for path in [*sorted(folder.rglob("*")), folder]:
+        if path.is_dir() or path.is_file():
+            _sync(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that the names in it survive a power cut."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def _sync(path: Path) -> None:
+    """fsync a file, or a folder, so that the names in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECTORY if path.is_dir() else 0))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -299,7 +282,7 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            sync_folder(path.parent)
+            _sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -332,14 +315,13 @@ def remove(path: Path) -> None:
 MANIFEST = "manifest.json"
 FORMAT = 1
 _FOREIGN = "is not of this artifact"
-_AT_A_TIME = 16 << 20
 
 Inputs = dict[str, Any]
 """What an artifact was made from: plain JSON values by name."""
 
 
 class ChangedError(StorageError):
-    """A file is not what was written, and somebody's work would be lost."""
+    """A file was changed after it was written, and replacing it would lose the change."""
 
 
 class _Model(BaseModel):
@@ -361,7 +343,7 @@ class Artifact(_Model):
         inputs: what it was made from.
         files: by path within the folder, in order.
         replacing: files that are about to be replaced, as they will be (:func:`replace_file`); until they are, both
-            forms are vouched for.
+            forms are valid.
         made: what may differ between equal artifacts (time, versions, host).
     """
 
@@ -405,7 +387,9 @@ def publish(
 def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
     """Write the manifest of a folder that is complete but for it."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    artifact = Artifact(stage=stage, inputs=plain(inputs), files=_files(folder), made=made or {})
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): _file(path) for path in paths}
+    artifact = Artifact(stage=stage, inputs=plain(inputs), files=files, made=made or {})
     (folder / MANIFEST).write_bytes(_json(artifact))
     return artifact
 
@@ -428,7 +412,7 @@ def replace_file(folder: Path, name: str, data: bytes) -> bool:
     """
     artifact = read(folder)
     if artifact is None:
-        raise StorageError(f"{folder} is no artifact of a run: it has no {MANIFEST}")
+        raise StorageError(f"{folder} is not an artifact of a run: it has no {MANIFEST}")
     sweep(folder)
     path, new = folder / name, File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
     there = _file(path) if path.is_file() else None
@@ -469,7 +453,7 @@ def read(folder: Path) -> Artifact | None:
 
 
 def is_kept(folder: Path, inputs: Inputs) -> bool:
-    """Whether an artifact is there, made from these inputs, and whole: small ones are made anew where they are not.
+    """Whether an artifact is there, made from these inputs, and whole: small ones are made again where they are not.
 
     Reads every file through. Raises StorageError for a damaged manifest.
     """
@@ -480,7 +464,7 @@ def is_kept(folder: Path, inputs: Inputs) -> bool:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is not as the manifest says, one line per file: missing, changed, or not its own."""
+    """What is not as the manifest says, one line per file: missing, changed, or not of the artifact."""
     artifact = read(folder)
     if artifact is None:
         return [f"{folder / MANIFEST}: missing"]
@@ -504,10 +488,8 @@ def require_whole(folder: Path) -> None:
     wrong = [line for line in problems(folder) if not line.endswith(_FOREIGN)]
     if wrong:
         raise StorageError(
-            f"{folder} is not what was committed:\n  "
-            + "\n  ".join(wrong)
-            + "\nIt is not used. Put back what it was, or "
-            f"remove {folder} and give the same command again: it alone is made anew"
+            f"{folder} is not what was committed:\n  " + "\n  ".join(wrong) + "\nIt is not used. Restore it, or "
+            f"remove {folder} and give the same command again: it alone is made again"
         )
 
 
@@ -520,7 +502,7 @@ def foreign(folder: Path) -> list[str]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse to replace a folder that holds what is not its artifact's: that would be lost.
+    """Refuse to replace a folder that holds files which are not of its artifact: they would be lost.
 
     A file that the manifest lists does not count, whatever it holds by now. Raises StorageError naming the first file,
     and the way out; also for a damaged manifest.
@@ -530,12 +512,12 @@ def refuse_foreign(folder: Path) -> None:
     what = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
     if (folder / MANIFEST).is_file():
         raise StorageError(
-            f"{folder} is to be made anew, but holds {what}, which its {MANIFEST} does not list: move that away, or "
+            f"{folder} is to be replaced, but holds {what}, which its {MANIFEST} does not list: move that away, or "
             "choose another output; nothing was touched"
         )
     raise StorageError(
-        f"{folder} has no {MANIFEST} that says what it was made from, but holds {what}: move it away if it is yours, "
-        "remove it to make it anew, or choose another output; nothing was touched"
+        f"{folder} has no {MANIFEST}, but holds {what}: move it away if it is yours, remove it to make it again, or "
+        "choose another output; nothing was touched"
     )
 
 
@@ -549,15 +531,20 @@ def differences(before: Inputs, now: Inputs) -> list[str]:
     """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
     ours, theirs = flat(plain(before)), flat(plain(now))
     return [
-        f"{name}: {_shown(ours, name)}, now {_shown(theirs, name)}"
-        for name in dict.fromkeys([*ours, *theirs])
+        f"{name}: {repr(ours[name]) if name in ours else 'not given'}, now "
+        f"{repr(theirs[name]) if name in theirs else 'not given'}"
+        for name in ours | theirs
         if (name in ours) != (name in theirs) or ours[name] != theirs[name]
     ]
 
 
-def flat(inputs: Mapping[str, Any]) -> Inputs:
+def flat(inputs: Mapping[str, Any], prefix: str = "") -> Inputs:
     """Nested values by the path of their names, with dots: ``{"a": {"b": 1}}`` is ``{"a.b": 1}``."""
-    return dict(_flat("", inputs))
+    found: Inputs = {}
+    for key, value in inputs.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return found
 
 
 def plain(inputs: Inputs) -> Inputs:
@@ -570,7 +557,7 @@ def file_hash(path: Path) -> str:
     """xxh3-128 of a file. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(_AT_A_TIME):
+        while piece := file.read(16 << 20):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -619,18 +606,3 @@ def _file(path: Path) -> File:
 def _json(artifact: Artifact) -> bytes:
     exclude = set() if artifact.replacing else {"replacing"}
     return (json.dumps(artifact.model_dump(mode="json", exclude=exclude), indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _files(folder: Path) -> dict[str, File]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): _file(path) for path in paths}
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        return [(prefix, value)]
-    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]
-
-
-def _shown(values: Inputs, name: str) -> str:
-    return repr(values[name]) if name in values else "not given"

@@ -95,7 +95,11 @@ def _total(plan: Plan) -> tuple[str, ...]:
 
 
 def _operations(pflop: float) -> str:
-    return f"{pflop:,.3g} PFLOP" if pflop < 1000 else f"{pflop:,.0f} PFLOP"
+    for unit in ("PFLOP", "TFLOP", "GFLOP"):
+        if pflop >= 1 or unit == "GFLOP":
+            break
+        pflop *= 1000
+    return f"{pflop:,.3g} {unit}" if pflop < 1000 else f"{pflop:,.0f} {unit}"
 
 
 def _count(number: int) -> str:

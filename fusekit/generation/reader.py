@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from fusekit.alignment import tokenize, vocabulary_surfaces
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.load import load_model
+from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
