@@ -23,7 +23,7 @@ from fusekit.evaluation.settings import LmEval, LmEvalTask
 
 FOLDER = "lm_eval"
 """Where its scores are kept, next to those of held-out examples."""
-INSTALL = "pip install 'fusekit[lm-eval]'"
+INSTALL = "pip install 'mergekit-fusekit[lm-eval]'"
 
 BOOTSTRAPS = 1000
 """Bootstrap draws for the standard error of a metric that has no formula for it."""

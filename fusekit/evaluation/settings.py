@@ -111,7 +111,7 @@ class EvaluateSettings(_Section):
         default=None, description="Tokens per batch, padding included; null: what suits the device."
     )
     lm_eval: LmEval | None = Field(
-        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'fusekit[lm-eval]')."
+        default=None, description="Tasks of lm-eval, `[hellaswag, gsm8k]` (pip install 'mergekit-fusekit[lm-eval]')."
     )
 
     @property
