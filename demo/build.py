@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 )
 REPORT_EVERY = 100  # steps
 STAGE_STRIDE = 7  # between the seeds of the pivot's stages, so that each reads rows of its own
-IGNORED = -100  # label of a position that is not learnt
+IGNORED = -100  # label of a position that is not learned
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Stage:
     long_skills: tuple[str, ...] = ()
 
 
-# Stopped while the skills are half learnt: what there is to fuse is what the fine-tunes learn on top. A model of this
+# Stopped while the skills are half learned: what there is to fuse is what the fine-tunes learn on top. A model of this
 # size learns such a skill in one jump, so another seed or another machine may stop on another side of some jump.
 PIVOT = (
     Stage(700, 3e-3, {"add": 22, "reverse": 8, "sort": 6, "facts": 14, "pick": 3}, text_rows=8),
@@ -134,7 +134,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def chat_batch(tokenizer: PreTrainedTokenizerFast, rows: list[tasks.Row]) -> dict[str, torch.Tensor]:
-    """Rows padded on the right; only what the assistant says is learnt. input_ids, labels: int64 [B, T]."""
+    """Rows padded on the right; only what the assistant says is learned. input_ids, labels: int64 [B, T]."""
     encoded = tokenizer.apply_chat_template(
         [row.messages() for row in rows], return_dict=True, return_assistant_tokens_mask=True
     )

@@ -142,10 +142,10 @@ def neox_tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
         vocab_size=1152 - len(byte_tokens), special_tokens=special, limit_alphabet=110, show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
-    # The trainer knows no byte tokens: they go between the special tokens and the learnt pieces.
+    # The trainer knows no byte tokens: they go between the special tokens and the learned pieces.
     state = json.loads(tokenizer.to_str())
-    learnt = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)[len(special) :]
-    state["model"]["vocab"] = {token: id_ for id_, token in enumerate([*special, *byte_tokens, *learnt])}
+    learned = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)[len(special) :]
+    state["model"]["vocab"] = {token: id_ for id_, token in enumerate([*special, *byte_tokens, *learned])}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         unk_token=special[0],

@@ -149,7 +149,7 @@ class TokenizedRow:
         lows: int64 [T], the lowest position that is the same boundary, as in
             :class:`fusekit.alignment.TokenizedText`: lower than ``ends`` where a template or tokenizer drops text,
             higher where the token ends at no certain place. The same array as ``ends`` where that never happens.
-        labels: bool [T], whether the token is one to be learnt; never the first.
+        labels: bool [T], whether the token is one to be learned; never the first.
     """
 
     key: str

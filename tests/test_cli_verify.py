@@ -34,11 +34,11 @@ def test_stages_and_stores_are_verified_alike(run):
     assert f"{run}/data/rows.jsonl: its content is not what was written" in verify(run, 1)
 
 
-def test_targets_of_an_earlier_version_are_named_as_not_vouched_for(run):
+def test_targets_of_an_earlier_version_are_named_as_not_verified(run):
     target = run / "targets" / "one"
     target.mkdir(parents=True)
     (target / RECORD).write_text("{}")
-    assert f"{target}: not vouched for" in verify(run, 0)
-    assert "not vouched for" in verify(target, 1)  # nothing to verify
+    assert f"{target}: not verified" in verify(run, 0)
+    assert "not verified" in verify(target, 1)  # nothing to verify
     (target / "model.safetensors").write_bytes(b"cut")
     assert "model.safetensors is not a whole safetensors file" in verify(run, 1)

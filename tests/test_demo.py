@@ -177,8 +177,8 @@ def test_chat_template_marks_what_the_assistant_says(loaded, name):
     prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    learnt = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(learnt) == "2<|end|>"
+    learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(learned) == "2<|end|>"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -292,9 +292,9 @@ def test_source_template_marks_what_the_assistant_says(sources, name):
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    learnt = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "2"
-    assert learnt[-1] in sources[name][0].generation_config.eos_token_id
+    learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(learned, skip_special_tokens=True).strip() == "2"
+    assert learned[-1] in sources[name][0].generation_config.eos_token_id
 
 
 def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):

@@ -197,11 +197,11 @@ class Check:
         new = sorted({"/".join(path.split("/")[:3]) for path in after.keys() - before.keys()})
         foreign = [path for path in new if not path.startswith(REMADE) and name not in path.split("/")]
         targets = yaml.safe_load((self.whole / "merge.yml").read_text(encoding="utf-8"))["models"]
-        wrong = [f"{path}: was made anew" for path in touched] + [
+        wrong = [f"{path}: was made again" for path in touched] + [
             f"{path}: is not the new source's" for path in foreign
         ]
         if before["merged/model.safetensors"] == after["merged/model.safetensors"]:
-            wrong.append("merged/model.safetensors: was not made anew")
+            wrong.append("merged/model.safetensors: was not made again")
         if len(targets) != len(recipe["sources"]):
             wrong.append(f"merge.yml: has {len(targets)} targets of {len(recipe['sources'])} sources")
         self.say(f"{name} added: {seconds} s, {len(wrong)} differences")

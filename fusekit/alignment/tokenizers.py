@@ -255,7 +255,7 @@ def fingerprint_of_settings(tokenizer: Any) -> tuple[Any, ...]:
 class PerTokenizer:
     """The last few tokenizer objects and what was derived from each.
 
-    An entry is made anew when :func:`fingerprint_of_settings` says that the tokenizer was changed.
+    An entry is made again when :func:`fingerprint_of_settings` says that the tokenizer was changed.
     """
 
     SIZE = 8  # what is derived holds the tokenizer, so weak references would never be dropped

@@ -122,7 +122,7 @@ def dequantise(
 
     Raises:
         CaptureError: it is no GGUF file, does not fit, or cannot be loaded.
-        StorageError: ``folder`` was made from something else (says what differs), is damaged, or holds other files.
+        StorageError: ``folder`` was made from other inputs (says which), is damaged, or holds other files.
     """
     choice, folder = ModelChoice(choice) if isinstance(choice, str) else choice, Path(folder)
     if split(choice.model) is None:
@@ -136,9 +136,9 @@ def dequantise(
             return
         if not overwrite:
             raise StorageError(
-                f"{folder} was made from something else:\n  "
+                f"{folder} cannot be resumed: its inputs changed:\n  "
                 + "\n  ".join(changed)
-                + f"\nGo back to what it was, remove {folder} to make it anew, or choose another output"
+                + f"\nGo back to what it was, remove {folder} to make it again, or choose another output"
             )
     checkpoint = find_checkpoint(choice)
     for line in [*checkpoint.notices, f"dequantising {choice.model} into {folder}, which is done once"]:

@@ -242,7 +242,7 @@ class StoreWriter:
             changed = [f"the first {rows} rows: others, or in another order"]
         if changed:
             raise StorageError(
-                f"{self.path} was made from something else:\n  "
+                f"{self.path} cannot be resumed: its inputs changed:\n  "
                 + "\n  ".join(changed)
                 + f"\nUse another folder, or remove {self.path} to start over"
             )

@@ -101,7 +101,7 @@ def distill(
                 inputs, settings, out, resume=resume, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say
             )
     except (KeyboardInterrupt, TerminatedError) as error:
-        say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume goes on.")
+        say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume continues.")
         sys.exit(status_of(error))
     if is_main():
         click.echo("\n".join(map(str, made)))

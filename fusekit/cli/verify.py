@@ -24,7 +24,7 @@ def verify(paths: tuple[Path, ...], quiet: bool) -> None:
     """Read every artifact under PATHS and compare it with what was committed: stores, and the stages of a run.
 
     Each problem is printed with its file. A target of a distillation without a manifest, of an earlier version, is
-    named as not vouched for. Exit status 1 if there is a problem, or if there is nothing to verify.
+    named as not verified. Exit status 1 if there is a problem, or if there is nothing to verify.
     """
     found = problems = 0
     for path in paths:
@@ -96,4 +96,4 @@ def _target(folder: Path) -> tuple[list[str], str]:
 
     for file in sorted(folder.glob("*.safetensors")):
         read_headers(file, folder.name)
-    return [], f"{folder}: not vouched for: the weights' headers are whole, but it has no {MANIFEST}"
+    return [], f"{folder}: not verified: the weights' headers are whole, but it has no {MANIFEST}"

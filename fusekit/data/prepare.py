@@ -26,7 +26,7 @@ REASONS = {
     "refused": "a template refuses it, or a model cannot encode it",
     "cut": "kept up to where the first model reached max_length",
     "unlinked": "kept, with a message that some template rewrites: its tokens link to nothing",
-    "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learnt there",
+    "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learned",
     "unended": "kept, with an answer whose end of turn is no control token of some model: it links to nothing",
 }
 """Why a row is not used, or not as it is."""
@@ -302,7 +302,7 @@ def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
         elif not block.messages:
             raise DataError(
                 f"block_tokens {block.size} is too small: {data[start : start + 40].decode(errors='ignore')!r} has no "
-                "place within it where every model can begin anew"
+                "place within it where every model can start over"
             )
         yield block.close()
 

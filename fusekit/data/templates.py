@@ -400,7 +400,7 @@ class Renderer:
                     continue
             if fits:
                 regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
-            elif answers:  # rewritten: at no place, and learnt all the same
+            elif answers:  # rewritten: at no place, and learned all the same
                 start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
                 if floor <= start <= stop:
                     regions.append(Region(i, start, stop, None, None))

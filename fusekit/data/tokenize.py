@@ -1,4 +1,4 @@
-"""Rows as one model reads them: its tokens, each with its place in the contents, and which are to be learnt."""
+"""Rows as one model reads them: its tokens, each with its place in the contents, and which are to be learned."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RowTokenizer:
         tokenizer: of ``transformers``; any kind whose tokens' bytes can be known (:mod:`fusekit.alignment`).
         template: the chat template; None for :meth:`ChatTemplate.of` the tokenizer.
         train_on: ``assistant``: what the assistant writes and the end of its turn; ``all``: every token but the first.
-            Of plain text everything is learnt but bos.
+            Of plain text everything is learned but bos.
         foreign: the tokenizer that a template without control strings of its own was written for. The template's
             bos, eos and end of turn are written as this tokenizer's own, where it does not have them as they are.
         date: the day that a template prints which asks for today's; None for today.
@@ -72,7 +72,7 @@ class RowTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits over the tokenizer, the template and what is learnt."""
+        """32 hexadecimal digits over the tokenizer, the template and what is learned."""
         try:
             template = self.template.fingerprint
         except DataError:  # plain text needs none
@@ -312,24 +312,24 @@ class RowTokenizer:
     def _content_stretches(
         self, rendered: Rendered, region: Region, text: str, messages: Sequence[Message]
     ) -> list[Stretch]:
-        """What stands in a region up to a cut, cut at the tags of its reasoning and where it begins to be learnt."""
+        """What stands in a region up to a cut, cut at the tags of its reasoning and where it begins to be learned."""
         start, message = region.start, region.message
         stop = start + len(text)
         tags = {tag[0]: tag[1] for tag in rendered.tags if start <= tag[0] and tag[1] <= stop}
         edges = {start, stop, *tags, *tags.values()}
-        learnt = rendered.generated or ()
+        learned = rendered.generated or ()
         if rendered.generated is None and messages[message].role == "assistant":
-            learnt = ((rendered.answers.get(message, start), max(stop, start)),)
+            learned = ((rendered.answers.get(message, start), max(stop, start)),)
         if messages[message].role == "assistant":
-            edges |= {edge for span in learnt for edge in span if start < edge < stop}
+            edges |= {edge for span in learned for edge in span if start < edge < stop}
         else:
-            learnt = ()
+            learned = ()
         stretches = []
         for a, b in pairwise(sorted(edges)) if start < stop else [(start, stop)]:
             string = rendered.text[a:b]
             found = self._encoder_for_template.find_control(string) if tags.get(a) == b else []
             id_ = found[0].id if len(found) == 1 and len(string) == found[0].stop - found[0].start else -1
-            label = any(x <= a and (a < y or a == b == y) for x, y in learnt)
+            label = any(x <= a and (a < y or a == b == y) for x, y in learned)
             stretches.append(Stretch(string, id_, True, message, False, label))
         return stretches
 
@@ -366,10 +366,10 @@ class RowTokenizer:
             for a, b in pairwise(edges):
                 entry = by_start.get(a)
                 number = before if b <= border else numbers[n]
-                learnt = any(x <= a < y for x, y in labels)
+                learned = any(x <= a < y for x, y in labels)
                 ends = closing >= 0 and entry is control[closing]
                 piece.append(
-                    Stretch(entry[3] if entry else text[a:b], entry[2] if entry else -1, False, number, ends, learnt)
+                    Stretch(entry[3] if entry else text[a:b], entry[2] if entry else -1, False, number, ends, learned)
                 )
             pieces.append(piece)
         return pieces
@@ -385,7 +385,7 @@ class RowTokenizer:
         closing: int,
         messages: Sequence[Message],
     ) -> list[Span]:
-        """Which characters of a piece between two contents are learnt, counted from its start."""
+        """Which characters of a piece between two contents are learned, counted from its start."""
         start, stop = piece
         if rendered.generated is not None:
             return [(max(a - start, 0), min(b, stop) - start) for a, b in rendered.generated if a < stop and b > start]
@@ -446,7 +446,7 @@ class Stretch(NamedTuple):
         content: whether it is a message's content.
         message: which message it belongs to.
         closes: whether it is the end of that message's turn.
-        label: whether it is learnt.
+        label: whether it is learned.
     """
 
     text: str
@@ -567,9 +567,9 @@ def _place(
 
 
 def _labels(starts: IntArray, reach: IntArray, stops: IntArray, stretches: Sequence[Stretch]) -> BoolArray:
-    """Tokens that reach into a stretch that is learnt, or stand without width where one begins."""
-    learnt = np.array([stretch.label for stretch in stretches], bool)
-    edges = np.diff(np.concatenate([[False], learnt, [False]]).astype(np.int64))
+    """Tokens that reach into a stretch that is learned, or stand without width where one begins."""
+    learned = np.array([stretch.label for stretch in stretches], bool)
+    edges = np.diff(np.concatenate([[False], learned, [False]]).astype(np.int64))
     bounds = np.concatenate([[0], stops])
     labels = np.zeros(len(starts), bool)
     for begin, end in zip(bounds[np.flatnonzero(edges == 1)], bounds[np.flatnonzero(edges == -1)], strict=True):

@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, Sampler
 from fusekit.errors import DistillationError
 
 IGNORED = -100
-"""The label of a position that is not learnt, as everywhere in transformers."""
+"""The label of a position that is not learned, as everywhere in transformers."""
 
 
 class EpochSampler(Sampler[int]):
     """A permutation of the rows from the seed and the epoch alone, filled up with blanks.
 
     accelerate makes the batches of all processes equal by training the first rows of the epoch once more, so the number
-    of processes would change what is learnt. Blanks (numbers from ``len(data)`` on) weigh nothing.
+    of processes would change what is learned. Blanks (numbers from ``len(data)`` on) weigh nothing.
 
     Args:
         data: what has the rows.
@@ -96,7 +96,7 @@ class FusionCollator:
     """Makes a batch out of examples (:class:`fusekit.distillation.dataset.Example`).
 
     Padding is told by length alone, so it does not matter what the padding token is, or that it is the end-of-text
-    token too: the last end of text of a row is attended to and learnt like any other.
+    token too: the last end of text of a row is attended to and learned like any other.
 
     Attributes:
         pad_id: what padding is written as; any id below the vocabulary.
@@ -110,7 +110,7 @@ class FusionCollator:
         """One batch of B rows, padded on the right to T tokens, with n labels in all.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learnt);
+            ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learned);
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
             ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
             ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]. On the host, as
@@ -126,13 +126,13 @@ class FusionCollator:
         for b, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             ids[b, :length], mask[b, :length], labels[b, :length] = example["input_ids"], 1, example["labels"]
         labels[:, 0] = IGNORED  # nothing predicts the first token
-        learnt = np.flatnonzero(labels != IGNORED)
+        learned = np.flatnonzero(labels != IGNORED)
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
-            "predicting": torch.from_numpy(learnt - 1),
-            "label_ids": torch.from_numpy(labels.ravel()[learnt]),
+            "predicting": torch.from_numpy(learned - 1),
+            "label_ids": torch.from_numpy(labels.ravel()[learned]),
             "sizes": (labels != IGNORED).sum(axis=1),
             **{name: [example.get(name, _NOBODY) for example in examples] for name in ("cross_entropies", "typical")},
         }

@@ -44,7 +44,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Make a checkpoint durable and write the list that vouches for it, with what it was made under (``facts``).
+    """Make a checkpoint durable and write the list of its files, with what it was made under (``facts``).
 
     Raises:
         StorageError: the disk failed.

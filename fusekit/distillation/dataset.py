@@ -321,7 +321,7 @@ class RunningSums:
             self.counts = counts if self.counts is None else self.counts + counts
 
     def drain(self) -> torch.Tensor:
-        """Everything as one float64 vector, and begin anew."""
+        """Everything as one float64 vector, and start over."""
         terms = torch.stack(self.losses).double().cpu().sum(0).tolist() if self.losses else [0.0, 0.0]
         counts = np.zeros(len(self.names)) if self.counts is None else self.counts
         vector = torch.tensor([*terms, float(self.labels), *counts.tolist()], dtype=torch.float64)
@@ -345,7 +345,7 @@ class RunningSums:
 
 PIVOT = "pivot"
 KEPT_BYTES = 128 << 20
-"""Of examples that a process keeps from the first epoch on; a row beyond that is made anew every time."""
+"""Of examples that a process keeps from the first epoch on; a row beyond that is made again every time."""
 
 MOST_DATA = 64
 """Sources of data with counts of their own: those of most rows. A run may have one for each of a thousand files."""
@@ -387,7 +387,7 @@ class FusionDataset(Dataset[Example]):
 
     Attributes:
         joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
-            all lack is learnt from its text alone.
+            all lack is learned from its text alone.
         count_names: names of the examples' counts.
 
     Raises:

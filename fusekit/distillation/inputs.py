@@ -233,7 +233,7 @@ def projection_of(
         if made.matrix.shape[0] < theirs.vocabulary:
             raise DistillationError(
                 f"{folder}: the vocabulary map has {made.matrix.shape[0]} rows, but the store of {theirs.name} has ids "
-                f"up to {theirs.vocabulary}: remove {folder}, and the stage `align` makes it anew"
+                f"up to {theirs.vocabulary}: remove {folder}, and the stage `align` makes it again"
             )
     else:
         made = make_map(

@@ -332,7 +332,7 @@ def compute_dtype(flat: Tensor) -> torch.dtype:
 __all__ = ["IGNORE", "LOSSES", "TRUNCATIONS", "FusionLoss", "SparseTargets", "fusion_loss"]
 
 IGNORE = -100
-"""A label that is none, as everywhere in transformers."""
+"""The ignored label, as everywhere in transformers."""
 
 LOSSES = tuple(DISTANCES)
 TRUNCATIONS = ("tail", "renormalize")

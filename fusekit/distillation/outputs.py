@@ -62,9 +62,9 @@ def facts_begun(target: Target) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to begin anew") from error
+        raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to start over") from error
     if not isinstance(found, dict) or not found:
-        raise DistillationError(f"{path} cannot be read: it holds no facts; remove {target.work} to begin anew")
+        raise DistillationError(f"{path} cannot be read: it holds no facts; remove {target.work} to start over")
     return found
 
 
@@ -73,7 +73,7 @@ NOTE = ".overwriting.json"
 
 
 def begin(out: Path, folders: Sequence[Path]) -> None:
-    """Note which of these targets stand now: whoever resumes makes those anew. Raises StorageError for a full disk."""
+    """Note which of these targets stand now: whoever resumes makes those again. Raises StorageError for a full disk."""
     former = _read(out) | {folder.name: _identity(folder) for folder in folders if folder.exists()}
     if former:
         data = json.dumps(former, indent=1, sort_keys=True).encode() + b"\n"
@@ -100,7 +100,7 @@ def _read(out: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError, AttributeError) as error:
         raise StorageError(
-            f"{out / NOTE} cannot be read ({error}), so it is not known which targets were being made anew: remove it "
+            f"{out / NOTE} cannot be read ({error}), so it is not known which targets were being replaced: remove it "
             "and give --overwrite"
         ) from error
 

@@ -56,9 +56,9 @@ def distill(
         inputs: the pivot, the rows and what each model said about them.
         settings: see :class:`fusekit.distillation.settings.DistillSettings`.
         out: folder for the targets.
-        resume: go on with what is there: targets that are published stay, others continue from their last good
+        resume: continue what is there: targets that are published stay, others continue from their last good
             checkpoint.
-        overwrite: begin anew, replacing what is there.
+        overwrite: start over, replacing what is there.
         ignore_estimates: start although disk or memory do not seem to suffice.
         say: told what a user should know, in the first process.
 
@@ -71,7 +71,7 @@ def distill(
         StorageError: the output is in use, not empty, or the disk fails.
     """
     if resume and overwrite:
-        raise DistillationError("resume goes on with what is there, overwrite replaces it: ask for one of them")
+        raise DistillationError("resume continues what is there, overwrite replaces it: ask for one of them")
     out = Path(out).resolve()
     targets = targets_of(settings, list(inputs.sources), out)
     tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
@@ -99,7 +99,7 @@ def _with_plain_pivot(inputs: Inputs, out: Path, overwrite: bool, ignore_estimat
 
 
 def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool, overwrite: bool) -> None:
-    """Lock the output, clean up after runs that died, and refuse what is there unless asked to go on or begin anew."""
+    """Lock the output, clean up after runs that died, and refuse what is there unless asked to go on or start over."""
     stack.enter_context(output_lock(out))
     out.mkdir(exist_ok=True)
     for target in targets:
@@ -107,7 +107,7 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
     there = [path for target in targets for path in (target.folder, target.work) if path.exists()]
     if there and not resume and not overwrite:
         raise DistillationError(
-            f"{there[0]} is there already: resume goes on with it, overwrite replaces it; nothing was touched"
+            f"{there[0]} is there already: resume continues it, overwrite replaces it; nothing was touched"
         )
     if resume:
         for target in targets:
@@ -156,7 +156,7 @@ class _Work:
         if start is None:
             on_main(lambda: _begin(target, facts))
         else:
-            self.say(f"goes on from {start.name}")
+            self.say(f"resumes from {start.name}")
         trainer = self.trainer(model)
         if start is not None:
             trainer.resume_counts(checkpoints.facts_of(start))
@@ -225,9 +225,9 @@ class _Work:
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the target is published already, and not one that is being made anew.
+    """Whether the target is published already, and not one that is being replaced.
 
-    Raises DistillationError when it was made from something else; StorageError when its manifest is damaged.
+    Raises DistillationError when its inputs changed; StorageError when its manifest is damaged.
     """
     if overwriting.is_former(target.folder):
         return False
@@ -239,12 +239,12 @@ def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
 
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """folder: what was made from ``before``; without it the target is made anew, whatever command it is made by."""
+    """folder: what was made from ``before``; without it the target is made again, whatever command it is made by."""
     changed = artifact.differences(dict(before), dict(now))
     if changed:
         raise DistillationError(
-            f"{folder} was made from something else, so it cannot be gone on with: {'; '.join(changed)}. Go back to "
-            f"what it was, or remove {folder} to begin anew"
+            f"{folder} cannot be resumed: its inputs changed ({'; '.join(changed)}). Go back to what "
+            f"they were, or remove {folder} to start over"
         )
 
 

@@ -97,7 +97,7 @@ class FusionSettings(_Section):
     pivot_teaches: bool = Field(
         default=True,
         description="Whether its own distribution is taught where it is the best, as in the papers; else such labels "
-        "are learnt from the text alone.",
+        "are learned from the text alone.",
     )
 
     @field_validator("function")
@@ -253,7 +253,7 @@ class DistillSettings(_Section):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the text is learnt."""
+        """Whether nothing but the text is learned."""
         return self.training.lm_weight == 1 and self.training.lm_weighting != "soft"
 
     @classmethod

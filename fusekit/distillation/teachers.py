@@ -174,6 +174,7 @@ def _capture_student(
         details=dict(reader.facts),
     )
     training = student.model.training
+    student.model.to(args.device)
     try:
         return capture_rows(
             rows,

@@ -158,7 +158,7 @@ class FusionTrainer(Trainer):
         self.counts: dict[str, float] = {}
         self._sums = RunningSums(getattr(train_dataset, "count_names", ()))
         self._sampler: EpochSampler | None = None
-        compiled = args.torch_compile  # a hook that comes and goes would be compiled anew
+        compiled = args.torch_compile  # a hook that comes and goes would be compiled again
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
 
     # Data
@@ -204,7 +204,7 @@ class FusionTrainer(Trainer):
 
         inputs: of :class:`fusekit.distillation.batching.FusionCollator`. num_items_in_batch: labels of the optimizer
         step over all processes; not used in evaluation, where the batch stands alone. A batch without a label gives
-        zero, connected to all parameters, so that no process waits for another. A loss that is no number makes all
+        zero, connected to all parameters, so that no process waits for another. A non-finite loss makes all
         gradients NaN, and the step is skipped on every process.
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
@@ -248,10 +248,10 @@ class FusionTrainer(Trainer):
         ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
         return SparseTargets(ids, logprobs, tail, taught, self.objective.temperature)
 
-    # A loss or gradient that is no number
+    # A non-finite loss or gradient
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Also drops gradients that are no numbers: they must not reach the weights.
+        """Also drops non-finite gradients: they must not reach the weights.
 
         The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now
         and then, and DeepSpeed steps on its own.
@@ -267,13 +267,13 @@ class FusionTrainer(Trainer):
         self.skipped_in_row += 1
         self.skipped += 1
         step = self.state.global_step + 1
-        self.say(f"warning: step {step} is skipped: its loss or gradient is no number (norm {float(grad_norm)})")
+        self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {float(grad_norm)})")
         if self.skipped_in_row >= self.objective.max_skipped_steps:
             good = checkpoints.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
             raise DistillationError(
-                f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a loss or gradient that "
-                f"is no number; {kept}. A lower learning rate, a warm-up or dtype float32 usually help"
+                f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a non-finite "
+                f"loss or gradient; {kept}. A lower learning rate, a warm-up or dtype float32 usually help"
             )
         return grad_norm
 
@@ -306,7 +306,7 @@ class FusionTrainer(Trainer):
         return {name: self.counts.get(name, 0.0) + value for name, value in named.items()}
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As transformers, then the list that vouches for it, and only then may older checkpoints go."""
+        """As transformers, then the list of its files, and only then may older checkpoints go."""
         if self.skipped_in_row:
             self.say(f"no checkpoint at step {self.state.global_step}: its step was skipped")
             return

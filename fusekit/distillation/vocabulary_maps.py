@@ -96,7 +96,7 @@ def read_map(folder: Path, method: str, pivot: Any, source: Any) -> VocabularyMa
     way out.
     """
     path = folder / NAME
-    redo = f"remove {folder}, and the stage `align` makes it anew"
+    redo = f"remove {folder}, and the stage `align` makes it again"
     try:
         with np.load(path, allow_pickle=False) as stored:
             shape = tuple(stored["shape"].tolist())

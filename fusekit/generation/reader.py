@@ -285,7 +285,7 @@ class Cursor:
     def _anchor(self, limit: int, data: bytes) -> tuple[int, int]:
         """Tokens that stay whatever is added to the text, and their byte end: up to a word that began some tokens ago.
 
-        Tokenizers cut text into words first, so where a word begins they begin anew.
+        Tokenizers cut text into words first, so where a word begins they start over.
         """
         for keep in range(len(self.ids) - _ANCHOR, max(len(self.ids) - _FURTHEST, 0), -1):
             end = self.ends[keep - 1]

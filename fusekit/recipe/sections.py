@@ -80,7 +80,7 @@ class DataSize(Section):
 
     rows: Annotated[int, Field(gt=0)] = Field(description="All of them.")
     tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of all rows, for the pivot.")
-    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of them learnt; null: all.")
+    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of them learned; null: all.")
 
 
 class Pivot(Section):

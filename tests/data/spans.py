@@ -41,13 +41,13 @@ def check(
                 assert tokens.ends[i] == tokens.lows[i] == dropped + consumed
         ending = [i for i in mine if tokens.part[i] == Part.END]
         assert all(tokens.ends[i] == len(content) for i in ending)
-        learnt = b"".join(surfaces[ids[i]] for i in mine if tokens.labels[i])
+        learned = b"".join(surfaces[ids[i]] for i in mine if tokens.labels[i])
         if message.role != "assistant":
-            assert learnt == b"", (number, learnt)
+            assert learned == b"", (number, learned)
         else:
             whole = kept + (end or "").encode()
             first = next(i for i in mine if tokens.labels[i])
-            assert learnt.endswith(whole), (number, learnt, whole)
-            assert len(learnt) - len(whole) <= len(surfaces[ids[first]]) - (tokens.part[first] == Part.CONTENT)
+            assert learned.endswith(whole), (number, learned, whole)
+            assert len(learned) - len(whole) <= len(surfaces[ids[first]]) - (tokens.part[first] == Part.CONTENT)
             assert [tokens.labels[i] for i in ending] == [True] * len(ending)
             assert len(ending) == (end is not None)

@@ -78,7 +78,7 @@ def spelled(tokens, reader, which):
     return b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[which].tolist()).decode()
 
 
-def learnt(tokens, reader, message):
+def learned(tokens, reader, message):
     return spelled(tokens, reader, tokens.labels & (tokens.message == message))
 
 
@@ -103,10 +103,10 @@ def test_all_from_the_generation_prompt_to_the_end_is_learnt(name, expected, tur
     reader = READERS[name]
     tokens = reader.tokenize(row(turns))
     assert tokens.ids.tolist() == rendered(reader, turns)
-    assert learnt(tokens, reader, len(turns) - 1) == expected + "<|im_end|>"
+    assert learned(tokens, reader, len(turns) - 1) == expected + "<|im_end|>"
     if turns is TWO:
         first = {"verbatim": "\n\n", "no line feeds": "<think></think>\n"}.get(name, "")
-        assert learnt(tokens, reader, 1) == first + "Two.<|im_end|>"
+        assert learned(tokens, reader, 1) == first + "Two.<|im_end|>"
     think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     assert [i for i in tokens.ids[tokens.message == len(turns) - 1].tolist() if i in think] == think
 
@@ -160,7 +160,7 @@ def test_an_answer_that_mentions_a_tag_is_text(name, mention):
     think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     for turns in ([("user", "q"), ("assistant", mention)], [("user", "q"), ("assistant", mention), *ONE]):
         tokens = reader.tokenize(row(turns))
-        assert learnt(tokens, reader, 1).endswith(mention + "<|im_end|>")
+        assert learned(tokens, reader, 1).endswith(mention + "<|im_end|>")
         inside = (tokens.message == 1) & (tokens.part == Part.CONTENT)
         assert spelled(tokens, reader, inside) == mention
         assert not set(tokens.ids[inside].tolist()) & set(think)
@@ -184,7 +184,7 @@ def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
     )
     turns = [("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]
     tokens = reader.tokenize(row(turns))
-    assert learnt(tokens, reader, 1).endswith("CD<|im_end|>")
+    assert learned(tokens, reader, 1).endswith("CD<|im_end|>")
     assert not (tokens.part[tokens.message == 1] == Part.CONTENT).any()
     assert prepare([row(turns)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
 
@@ -205,7 +205,7 @@ def test_plain_answers_and_plain_templates_are_as_before():
     reader = READERS["empty one"]
     turns = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
     tokens = reader.tokenize(row(turns))
-    assert learnt(tokens, reader, 1) == "a<|im_end|>"
-    assert learnt(tokens, reader, 3) == "<think>\n\n</think>\n\nb<|im_end|>"
+    assert learned(tokens, reader, 1) == "a<|im_end|>"
+    assert learned(tokens, reader, 3) == "<think>\n\n</think>\n\nb<|im_end|>"
     chatml = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
     check(row(TWO), chatml.tokenize(row(TWO)), chatml, "<|im_end|>")

@@ -34,7 +34,7 @@ def row(turns, cut=None):
     return Row(tuple(Message(*turn) for turn in turns), cut=cut)
 
 
-def learnt(tokens, reader):
+def learned(tokens, reader):
     return [b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[tokens.labels & (tokens.message == n)].tolist())
             for n in np.unique(tokens.message[tokens.labels]).tolist()]  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_a_model_without_an_end_of_turn_has_no_end_to_link():
     tokens = foreign.tokenize(row(TURNS))
     assert not foreign.ends_turns
     assert not (tokens.part == Part.END).any()
-    assert learnt(tokens, foreign) == [b" " + t[1].encode() + b"<|end_of_turn|>" for t in TURNS if t[0] == "assistant"]
+    assert learned(tokens, foreign) == [b" " + t[1].encode() + b"<|end_of_turn|>" for t in TURNS if t[0] == "assistant"]
     counts = prepare([row(TURNS)], [foreign], 500).counts
     assert counts.reasons == {"unended": 1}
     assert counts.keys == {"unended": [row(TURNS).key]}
@@ -186,7 +186,7 @@ def test_a_template_that_drops_earlier_reasoning_keeps_its_links():
         ("assistant", "<think>x</think>y"),
     ]
     tokens = reader.tokenize(row(turns))
-    assert learnt(tokens, reader) == [b"short answer<|im_end|>", b"<think>x</think>y<|im_end|>"]
+    assert learned(tokens, reader) == [b"short answer<|im_end|>", b"<think>x</think>y<|im_end|>"]
     text, _ = tokens.content(1)
     assert text.ends.tolist() == [19, 24, 31, 32]
     assert text.lows.tolist() == [0, 24, 31, 32]
@@ -200,7 +200,7 @@ def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alon
     tokens = reader.tokenize(row(TURNS))
     assert [n for n in range(5) if (tokens.part[tokens.message == n] == Part.CONTENT).any()] == [0, 1, 3]
     assert not (tokens.part[tokens.message == 4] == Part.END).any()
-    assert learnt(tokens, reader) == ["HI, 你好 🤖<|im_end|>".encode(), b"FINE.<|im_end|>"]
+    assert learned(tokens, reader) == ["HI, 你好 🤖<|im_end|>".encode(), b"FINE.<|im_end|>"]
     assert len(tokens.content(2)[0]) == 0
     assert prepare([row(TURNS)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
     with pytest.raises(DataError, match=r"is cut in message 2, whose content .* rewrites"):

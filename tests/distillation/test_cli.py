@@ -131,7 +131,7 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
     stopped = process.wait(60)
     assert stopped.exitcode == 143, stopped.output
-    assert "The same command with --resume goes on" in stopped.output
+    assert "The same command with --resume continues" in stopped.output
     assert sorted(path.name for path in out.iterdir()) == ["other.training"]
     refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--num-train-epochs", "1")])
     assert "there already" in str(refused.exception)

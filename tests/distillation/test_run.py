@@ -241,7 +241,7 @@ def test_a_run_goes_on_where_it_was(interrupted: Path, world: Path, tmp_path: Pa
     (folder,) = distill(
         inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append
     )
-    assert "source1: goes on from checkpoint-2" in said
+    assert "source1: resumes from checkpoint-2" in said
     (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
     # Not the weights alone: the log, the counts, and the manifest but for its times.
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(interrupted: Path, world: Path
         inputs(world), settings(training={"num_train_epochs": 2}), interrupted, resume=True, say=said.append
     )
     assert "source1: warning: checkpoint-2 is not used: optimizer.pt is missing" in said
-    assert "source1: goes on from checkpoint-1" in said
+    assert "source1: resumes from checkpoint-1" in said
     (whole,) = distill(inputs(world), settings(training={"num_train_epochs": 2}), tmp_path / "whole")
     assert equal(tensors(folder), tensors(whole))
 
@@ -304,7 +304,7 @@ def test_an_overwrite_that_was_interrupted_goes_on(
     assert (former / "manifest.json").read_bytes() == before
     said: list[str] = []
     (folder,) = distill(inputs(world), how, out, resume=True, say=said.append)
-    assert "source1: goes on from checkpoint-2" in said
+    assert "source1: resumes from checkpoint-2" in said
     (whole,) = distill(inputs(world), how, tmp_path / "whole")
     assert differences(folder, whole) == []
     assert sorted(path.name for path in out.iterdir()) == ["source1"]

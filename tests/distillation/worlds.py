@@ -69,15 +69,15 @@ def read(row: Row, tokenizer: Any, limit: tuple[int, int] | None = None) -> Toke
     known = tokenizer.convert_tokens_to_ids
     add(known("<bos>"), 0, Part.TEMPLATE, 0, 0, False)
     for number, (role, content) in enumerate(row.messages):
-        learnt = role in ("assistant", TEXT, FRAGMENT)
+        learned = role in ("assistant", TEXT, FRAGMENT)
         if role in ("user", "assistant"):
             add(known(f"<{role}>"), number, Part.TEMPLATE, 0, 0, False)
         text = tokenize(content, tokenizer)
         for id_, end, low in zip(text.ids.tolist(), text.ends.tolist(), text.lows.tolist(), strict=True):
-            add(id_, number, Part.CONTENT, end, low, learnt)
+            add(id_, number, Part.CONTENT, end, low, learned)
         size = len(content.encode())
         if role != FRAGMENT:
-            add(known("<eos>" if role == TEXT else "<end>"), number, Part.END, size, size, learnt)
+            add(known("<eos>" if role == TEXT else "<end>"), number, Part.END, size, size, learned)
     arrays = [np.array(values, np.int64) for values in (ids, message, part, ends)]
     same = lows == ends
     return TokenizedRow(row.key, *arrays, arrays[3] if same else np.array(lows, np.int64), np.array(labels, bool))

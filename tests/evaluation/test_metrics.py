@@ -132,7 +132,7 @@ def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_
         expected = with_ends if rows is whole else content
         found = bits_per_byte(model, tokenizer, rows, text_ends=True)
         assert found["t"].value == pytest.approx(expected, rel=1e-6)
-    # What is captured of a row is learnt: the end of a whole text, and none where it was cut.
+    # What is captured of a row is learned: the end of a whole text, and none where it was cut.
     for rows, expected in ((whole, with_ends), (pieces, content), (longer, content), (packed, content)):
         captured = Teacher(model).score([tokenizer.tokenize(row) for row in rows]).rows
         sizes = [row.tokens.label_bytes for row in captured]

@@ -85,7 +85,7 @@ def test_a_training_whose_facts_are_damaged_says_so(found: str, target: Target) 
     path.write_text(found)
     try:
         with pytest.raises(
-            FusekitError, match=r"made_from\.json cannot be read.*; remove .*two\.training to begin anew"
+            FusekitError, match=r"made_from\.json cannot be read.*; remove .*two\.training to start over"
         ):
             resumed(target)
     finally:

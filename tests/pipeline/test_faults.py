@@ -168,7 +168,7 @@ def signal_self() -> None:
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
         ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.parquet", "capture", "captures", ""),
-        ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
+        ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "resumes from checkpoint-1"),
     ],
     ids=["capture", "training"],
 )
@@ -248,7 +248,7 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
     (disk / "ballast").unlink()
     done = child(world, "run", "recipe.yml", str(disk / "out"), "--until", stage)
     assert done.exitcode == 0, done.output
-    assert "goes on from checkpoint-1" in done.output if stage == "distill" else inodes(disk, kept) == before
+    assert "resumes from checkpoint-1" in done.output if stage == "distill" else inodes(disk, kept) == before
     assert differences(finished / "out" / made, disk / "out" / made) == []
 
 

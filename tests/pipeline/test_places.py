@@ -66,7 +66,7 @@ def test_a_file_beside_merged_weights_is_not_lost_when_they_are_made_anew(finish
     mine.write_text("mine")
     run(load_recipe(recipe), out, say=lambda _: None)  # they stay, and so does it
     two = with_sources(recipe, ["llama", "neox"])
-    said = r"merged is to be made anew, but holds model-q4\.gguf, which its manifest\.json does not list"
+    said = r"merged is to be replaced, but holds model-q4\.gguf, which its manifest\.json does not list"
     refused(two, out, said, "merge linear")
     with pytest.raises(StorageError, match=said):
         run(load_recipe(two), out, start="capture", say=lambda _: None)
@@ -120,7 +120,7 @@ def test_a_file_beside_scores_is_not_lost_when_they_are_made_anew(finished):
     recipe, out = finished
     (out / "evaluation" / "pivot" / "mine.csv").write_text("mine")
     run(load_recipe(recipe), out, only="evaluate", say=lambda _: None)
-    with pytest.raises(StorageError, match=r"evaluation/pivot is to be made anew, but holds mine\.csv"):
+    with pytest.raises(StorageError, match=r"evaluation/pivot is to be replaced, but holds mine\.csv"):
         run(load_recipe(recipe, ["evaluate.limit=2"]), out, only="evaluate", say=lambda _: None)
     assert (out / "evaluation" / "pivot" / "mine.csv").read_text() == "mine"
 

@@ -81,14 +81,14 @@ def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tu
     assert hashes["merged"] != weights(out)["merged"]
     assert "targets/neox" in json.loads((out / "results.json").read_text())["models"]
 
-    # In another order nothing is made anew.
+    # In another order nothing is made again.
     run(load_recipe(with_sources(path, ["neox", "llama"])), out, say=lambda _: None)
     reordered = stamps(out)
     card = {"merged/README.md", "merged/manifest.json"}  # which lists the sources in the recipe's order
     assert {name for name in later if later[name] != reordered.get(name)} <= SUMMARIES | card
     assert list(json.loads((out / "results.json").read_text())["models"])[2:4] == ["sources/neox", "sources/llama"]
 
-    # Without the first source only the merge is made anew; what it left stays until it is cleaned away.
+    # Without the first source only the merge is made again; what it left stays until it is cleaned away.
     run(load_recipe(with_sources(path, ["neox"])), out, say=lambda _: None)
     less = stamps(out)
     kept = [name for name in later if not name.startswith(("merge", "evaluation/merged")) and name not in SUMMARIES]

@@ -1,4 +1,4 @@
-"""Recipes of the demo's models on a few rows, and what tells an artifact that was made anew from one that was kept."""
+"""Recipes of the demo's models on a few rows, and what tells an artifact that was made again from one that was kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    """When each file of the artifacts was written; inodes tell a folder that was made anew from one that was kept."""
+    """When each file of the artifacts was written; inodes tell a folder that was made again from one that was kept."""
     return {
         str(path.relative_to(folder)): path.stat().st_ino + path.stat().st_mtime_ns
         for path in sorted(folder.rglob("*"))
