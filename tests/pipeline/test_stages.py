@@ -257,7 +257,7 @@ def test_align_needs_no_capture(tmp_path):
         "recipe.resolved.yml",
     }
     found = artifact.read(out / "alignment" / "llama")
-    assert sorted(found.files) == ["quality.html", "quality.json", "samples.json", NAME]
+    assert sorted(found.files) == ["quality.json", "samples.json", NAME]
     assert artifact.problems(out / "alignment" / "llama") == []
 
 
