@@ -19,6 +19,7 @@ from fusekit.artifacts import output_lock
 from fusekit.capture.load import load_tokenizer
 from fusekit.capture.models import find_checkpoint
 from fusekit.cli import cli
+from fusekit.cli.fuse import fuse
 from fusekit.cli.stopping import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
@@ -290,7 +291,7 @@ def test_align_measures_the_teacher_once_both_are_captured(tmp_path):
     assert json.loads(worth.read_bytes()) == found
 
 
-def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
+def test_distill_takes_a_fusion_recipe_and_mergekit_fuse_merges_its_targets(finished, tmp_path):
     path, out = finished
     before = stamps(out / "targets")
     result = CliRunner().invoke(cli, ["distill", str(path), str(out)])
@@ -299,7 +300,11 @@ def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
     result = CliRunner().invoke(cli, ["distill", str(path), str(out), "--epochs", "2"])
     assert "--epochs with a recipe" in result.output
     shutil.rmtree(out / "merged")
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--out-shard-size", "500K"])
+    result = CliRunner().invoke(cli, ["merge", str(path), str(out)])
+    assert isinstance(result.exception, RecipeError)
+    assert f"mergekit-fuse {path} {out} --only merge" in str(result.exception)
+    only = [str(path), str(out), "--only", "merge"]
+    result = CliRunner().invoke(fuse, [*only, "--out-shard-size", "500K"])
     assert result.exit_code == 0, result.output
     assert (out / "merged" / "model.safetensors.index.json").is_file()
     assert stamps(out / "targets") == before
@@ -311,11 +316,10 @@ def test_distill_and_merge_take_a_fusion_recipe(finished, tmp_path):
     assert str(out / "targets" / "llama") in (out / "merge.yml").read_text()
     assert artifact.problems(out / "merged") == []
     # Another size is another result; the same is there already.
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out)])
+    result = CliRunner().invoke(fuse, only)
     assert "options.out_shard_size: 500000, now not given" in str(result.exception)
-    result = CliRunner().invoke(cli, ["merge", str(path), str(out), "--overwrite"])
-    assert "--overwrite with a recipe" in result.output
-    assert isinstance(CliRunner().invoke(cli, ["merge", str(path), str(tmp_path / "n")]).exception, StorageError)
+    only[1] = str(tmp_path / "n")
+    assert isinstance(CliRunner().invoke(fuse, only).exception, StorageError)
 
 
 def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
