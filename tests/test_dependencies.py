@@ -21,7 +21,6 @@ MERGES = (
     "mergekit_yaml.py",
     "cli/merge.py",
     "cli/fuse.py",
-    "cli/fuse_options.py",
     "pipeline/merging.py",
     "plan/merging.py",
 )

@@ -1,32 +1,45 @@
-"""``mergekit-fuse``: ``fusekit run`` with mergekit's own options, beside ``mergekit-yaml`` and the rest."""
+"""``mergekit-fuse``: ``fusekit run`` with mergekit's own options for the merge."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
+from click.core import ParameterSource
 from huggingface_hub import constants
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from fusekit.cli.fuse_options import options_for_run
 from fusekit.cli.merge import drop_noise
 from fusekit.cli.recipe import overrides
 from fusekit.cli.run import run_recipe
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.layout import STAGES
-from fusekit.recipe import Recipe
-from fusekit.recipe.loading import load_recipe
+from fusekit.recipe import Recipe, load_recipe
+
+REFUSED = {
+    "lora_merge_cache": "the targets of a fusion are whole models, so no adapter is merged into one: leave it out",
+    "lora_merge_dtype": "the targets of a fusion are whole models, so no adapter is merged into one: leave it out",
+    "lazy_unpickle": "targets are safetensors, which are read lazily anyway: leave it out",
+    "unsafe_truncate_embeddings": "all targets have the pivot's vocabulary, so there is nothing to cut: leave it out",
+    "allow_crimes": "all targets have the pivot's architecture, so there is nothing to allow: leave it out",
+}
+"""Why an option of mergekit has no meaning for a run, by its name."""
+
+OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
+"""Options for every stage, not only the merge."""
 
 
 @click.command("mergekit-fuse", cls=PrettyPrintHelp)
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @overrides
-@click.option("--only", type=click.Choice(STAGES), help="One stage; what it needs has to be there")
-@click.option("--from", "start", type=click.Choice(STAGES), help="The first stage to do; what it needs is checked")
-@click.option("--until", type=click.Choice(STAGES), help="The last stage to do")
-@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice")
+@click.option("--only", type=click.Choice(STAGES), help="Run only this stage; it needs the earlier ones")
+@click.option("--from", "start", type=click.Choice(STAGES), help="First stage to run; what it needs is checked")
+@click.option("--until", type=click.Choice(STAGES), help="Last stage to run")
+@click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
 @add_merge_options
 @click.pass_context
 def fuse(
@@ -43,14 +56,14 @@ def fuse(
 ) -> None:
     """Run the fusion RECIPE in the folder OUT: from sources of any architecture to one merged model.
 
-    The same as fusekit run. The options of mergekit are for the merge: --cuda and
-    --device say where it computes; captures and training use the accelerator that is there. --transformers-cache,
-    --quiet and -v hold for all stages. --trust-remote-code lets the Python code of every model of the recipe run; for
-    one model it is `trust_remote_code: true` in the recipe.
+    This is fusekit run with mergekit's options, which are for the merge: --cuda and --device say where it computes;
+    captures and training use the accelerator that is there. --transformers-cache, --quiet and -v hold for all stages.
+    --trust-remote-code lets the Python code of every model of the recipe run; for one model, set
+    `trust_remote_code: true` in the recipe.
     """
     merge_options.apply_global_options()
     drop_noise()
-    options = options_for_run(context, merge_options)
+    options = _options_for_run(context, merge_options)
     if merge_options.transformers_cache:
         # Read whenever a model is looked up; data sets have a cache of their own.
         constants.HF_HUB_CACHE = str(Path(merge_options.transformers_cache).expanduser().resolve())
@@ -67,6 +80,27 @@ def fuse(
         quiet=merge_options.quiet,
         merge_options=options,
     )
+
+
+def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str, Any]:
+    """The options of mergekit that were given, for the stage ``merge`` of a run.
+
+    Raises RecipeError for one that has no meaning there, and for a CUDA device that this machine lacks.
+    """
+    given = {
+        name
+        for name in MergeOptions.model_fields
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    }
+    for name in sorted(given & REFUSED.keys()):
+        raise RecipeError(f"--{name.replace('_', '-')} with a fusion recipe: {REFUSED[name]}")
+    if "safe_serialization" in given and not options.safe_serialization:
+        raise RecipeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
+    if str(options.device).startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"there is no CUDA device, and the merge is asked to compute on {options.device}")
+    if given & {"gpu_rich", "cuda"}:
+        given |= {"device"}
+    return {name: getattr(options, name) for name in sorted(given.difference(OF_THE_RUN))}
 
 
 def _trusting(recipe: Recipe) -> list[str]:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from fusekit.cli.fuse_options import options_for_run
-from fusekit.cli.recipe import refuse_options
-from fusekit.cli.run import run_recipe
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.run import Settings
 from fusekit.merging.run import merge as run
 from fusekit.recipe.loading import kind_of
@@ -23,8 +19,8 @@ from fusekit.recipe.loading import kind_of
 @click.command("merge", cls=PrettyPrintHelp)
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--overwrite", is_flag=True, help="Replace the model at OUT, in one step, once the new one is whole")
-@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice")
+@click.option("--overwrite", is_flag=True, help="Replace the model at OUT, in one step, once the new one is complete")
+@click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
 @click.option(
     "--allow-pickle",
     multiple=True,
@@ -38,9 +34,7 @@ from fusekit.recipe.loading import kind_of
     help="Run Python code of this model (repeatable)",
 )
 @add_merge_options
-@click.pass_context
 def merge(
-    context: click.Context,
     *,
     recipe: str,
     out: str,
@@ -50,21 +44,18 @@ def merge(
     allow_remote_code: tuple[str, ...],
     merge_options: MergeOptions,
 ) -> None:
-    """Merge the models of a mergekit RECIPE into the folder OUT; or the targets of a fusion recipe: RECIPE.yml OUT.
-
-    With a fusion recipe OUT is the folder of its run, as in fusekit run --only merge. Which of the two RECIPE is, its
-    keys tell.
+    """Merge the models of a mergekit RECIPE into the folder OUT.
 
     The recipe, its models, disk and memory are checked before anything is read, the result before it is published;
-    OUT appears in one step, whole, or not at all.
+    OUT appears in one step, whole, or not at all. A fusion recipe is for fusekit run or mergekit-fuse.
     """
     merge_options.apply_global_options()
     drop_noise()
     if kind_of(recipe) == "fusion":
-        refuse_options(context, {"recipe", "out", *MergeOptions.model_fields})
-        options = options_for_run(context, merge_options)
-        run_recipe(Path(recipe), Path(out), only="merge", quiet=merge_options.quiet, merge_options=options)
-        return
+        raise RecipeError(
+            f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out} --only merge` merges the targets of its run, "
+            "with the same options; `fusekit run` does all of it"
+        )
     quiet = merge_options.quiet
 
     def say(line: str) -> None:

@@ -152,17 +152,6 @@ def test_mismatched_embeddings_get_mergekits_advice(method, shape):
         merge_methods.get(method)((group,))
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
-@pytest.mark.parametrize("density", [0.5, 1.0])
-def test_no_variance_preserves_shape(shape, density):
-    base, other = torch.ones(shape), torch.full(shape, 3.0)
-    group = TensorGroup.from_tensors([base, other, other], base_index=0)
-    (merged,) = merge_methods.get("fusechat_sce")(
-        [group], parameters={"select_topk": density, "variant": "renormalized"}
-    )
-    torch.testing.assert_close(merged, other if density == 1 else base)
-
-
 @pytest.mark.parametrize("parameters", [{"select_topk": 0}, {"select_topk": 1.01}, {"variant": "fusai"}])
 def test_values_out_of_range_are_refused(parameters):
     with pytest.raises(ValueError, match=f"(?s){next(iter(parameters.values()))}"):
@@ -586,12 +575,6 @@ def test_modules_of_known_layers():
     assert unit_of("model.norm.weight", "model") == "model"
     with pytest.raises(MergeError, match="granularity is 'layers', it must be one of"):
         unit_of("model.layers.0.mlp.w", "layers")
-
-
-def test_card_names_the_method_with_its_link(tmp_path):
-    base, targets = family(tmp_path, 2)
-    run(recipe_of(base, targets), tmp_path / "out")
-    assert "[FuseChat SCE](https://arxiv.org/abs/2408.07990)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_merged_model_loads(tmp_path):

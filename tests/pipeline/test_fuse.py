@@ -11,8 +11,7 @@ import torch
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
-from fusekit.cli.fuse import fuse
-from fusekit.cli.fuse_options import OF_THE_RUN, REFUSED
+from fusekit.cli.fuse import OF_THE_RUN, REFUSED, fuse
 from fusekit.errors import RecipeError
 from tests.pipeline.worlds import stamps
 
