@@ -18,6 +18,7 @@ COMMANDS = {
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
     "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
+    "generate": ("fusekit.cli.generate", "generate", "Let several models write each answer together."),
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
     "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),

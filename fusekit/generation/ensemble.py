@@ -28,6 +28,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     on_segment: Callable[[int, Segment], None] | None = None,
+    first: int = 0,
     **settings: Any,
 ) -> list[Generation]:
     """Let several models write each answer together.
@@ -38,6 +39,7 @@ def generate(
         prompts: a text, a conversation (messages, or dicts with role and content), or a list of them. A text is a
             user's message under each model's own chat template, or continued as it is with ``raw=True``.
         on_segment: is told each segment as it is written, with the number of its prompt.
+        first: number of the first prompt, which goes into the seed of each: a part of a list samples as the whole does.
         settings: fields of :class:`GenerationSettings`: ``mode="cool"``, ``"unite"`` or ``"safe"``, ...
 
     Returns:
@@ -58,7 +60,7 @@ def generate(
     readers = load_readers(models)
     write = MODES[asked.mode](readers, asked)
     answers = []
-    for number, messages in enumerate(conversations):
+    for number, messages in enumerate(conversations, first):
         cursors = [Cursor(reader, reader.prompt(messages, raw=asked.raw)) for reader in readers]
         segments, running = [], write(cursors, np.random.default_rng([asked.seed, number]))
         while True:

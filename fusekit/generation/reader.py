@@ -25,7 +25,8 @@ from fusekit.generation.settings import GenerationError
 from fusekit.types import FRAGMENT, Message, Part, Row
 
 _STAND_IN = "x"
-_GUARDS = ("\n", ".", "a")  # in front of text that must not get a dummy space, where no token begins in the guard
+# In front of text that must not get a dummy space. Hardly any vocabulary joins the first one to what follows.
+_GUARDS = ("\x01", "\n", ".", "a", "0")
 _UNCERTAIN = -1  # the end of a token that stands at no certain byte of the text, after normalisation
 _ANCHOR, _FURTHEST = 4, 256  # tokens that may change when text is added: at least, at most
 _ROWS_KEPT = 64
