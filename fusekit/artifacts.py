@@ -354,11 +354,6 @@ class Artifact(_Model):
     replacing: dict[str, File] = Field(default_factory=dict)
     made: Inputs = Field(default_factory=dict)
 
-    @property
-    def fingerprint(self) -> str:
-        """xxh3-128 of the content: equal for artifacts whose files are equal."""
-        return joined_hash(f"{name} {file.xxh3}" for name, file in self.files.items())
-
 
 def publish(
     final: Path, stage: str, inputs: Inputs, write: Callable[[Path], object], made: Inputs | None = None

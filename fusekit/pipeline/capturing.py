@@ -65,7 +65,8 @@ def make_pivot(context: Context) -> None:
     """Dequantise the file, once."""
     from fusekit.capture.load import dequantise
 
-    for folder in pivot_artifacts(context).values():
+    for name, folder in pivot_artifacts(context).items():
+        pivot_status(context, name).is_done()
         choice = context.readers.choice(PIVOT)
         dequantise(choice, folder, ignore_estimates=context.ignore_estimates, say=context.say)
 

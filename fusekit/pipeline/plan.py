@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -20,12 +20,13 @@ from fusekit.devices import Processes
 from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError, StorageError
 from fusekit.evaluation.held_out import held_out_rows
-from fusekit.hub import DTYPES, Headers, TensorHeader, memory_limits, read_headers
+from fusekit.hub import memory_limits
 from fusekit.pipeline.capturing import ALIGNED_TEXTS
 from fusekit.pipeline.context import DONE, MISSING, STALE, Context, Status, paths_of
 from fusekit.pipeline.distilling import settings_of
 from fusekit.pipeline.evaluating import models_of
 from fusekit.pipeline.layout import PIVOT, STAGES, Layout
+from fusekit.pipeline.merging import expected_needs
 from fusekit.pipeline.plan_inputs import Counts, Known, Models, count_rows, find_models
 from fusekit.pipeline.run import foreign_to_runs, layout_of
 from fusekit.pipeline.stages import TABLE, check_place
@@ -316,7 +317,7 @@ class _Planner:
             step = self.step("merge", name, all(target.state == DONE for target in targets))
             checkpoint, section = self.models.pivot.checkpoint, self.recipe.merge
             if step.work and checkpoint is not None and section is not None:
-                disk, memory = _merge_needs(checkpoint, section, len(targets), self.place / "merged")
+                disk, memory = expected_needs(checkpoint, section, len(targets), self.place / "merged")
                 step.disk, step.disk_at_most, step.memory = disk.needed, disk.needed, memory.needed
                 self.plan.needs += [disk, memory]
 
@@ -414,51 +415,6 @@ def _small_files(checkpoint: Checkpoint) -> int:
         return SMALL_FILES
     files = (path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _merge_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
-    """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them.
-
-    Args:
-        checkpoint: the pivot.
-        section: ``merge`` of the recipe.
-        targets: how many there will be.
-        final: where the merged model will be.
-    """
-    from mergekit.options import MergeOptions
-
-    from fusekit.merging.estimate import estimate
-    from fusekit.merging.plan import Plan as MergePlan
-    from fusekit.merging.plan import PlannedTensor
-
-    tensors = []
-    for name, header in _headers(checkpoint).items():
-        dtype = str(section.get("dtype") or header.dtype)
-        inputs = dict.fromkeys(range(targets + 1), header)
-        loaded = len(inputs) * header.elements * capture.itemsize(dtype)
-        copied = loaded if dtype != header.dtype else 0
-        out = str(section.get("out_dtype") or dtype)
-        tensors.append(PlannedTensor(name, header.shape, out, False, inputs, loaded, copied))
-    method = str(section.get("merge_method"))
-    return estimate(MergePlan(method, method, tensors, []), [], MergeOptions(quiet=True), final)
-
-
-def _headers(checkpoint: Checkpoint) -> Headers:
-    """Headers of the checkpoint's tensors, or such as make up its size where its files are not here."""
-    files = [checkpoint.folder / name for name in checkpoint.weights if name.endswith(".safetensors")]
-    found: Headers = {}
-    if files and all(path.is_file() for path in files):
-        for path in files:
-            found |= read_headers(path, checkpoint.choice.model)
-        return found
-    shape, dtype = capture.shape_of(checkpoint.config), capture.stored_dtype(checkpoint)
-    size = dict(DTYPES.values()).get(dtype, 4)
-    left = checkpoint.weight_bytes // size
-    while left > 0:
-        rows = max(1, min(shape.wide if found else shape.vocabulary, left // shape.hidden))
-        found[f"tensor {len(found)}"] = TensorHeader(dtype, (rows, shape.hidden), "(not here)", size)
-        left -= rows * shape.hidden
-    return found
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -162,7 +162,15 @@ def signal_self() -> None:
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
         ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.safetensors", "capture", "captures", ""),
-        ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "goes on from checkpoint-1"),
+        (
+            "SIGTERM",
+            143,
+            "llama.training/checkpoint-2/",
+            "captures/*/*",
+            "distill",
+            "targets",
+            "goes on from checkpoint-1",
+        ),
     ],
     ids=["capture", "training"],
 )
