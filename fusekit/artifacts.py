@@ -67,6 +67,11 @@ def human(size: float) -> str:
     return f"{size / 1000:.2f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def system_errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
     seen: set[int] = set()

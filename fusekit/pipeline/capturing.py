@@ -210,7 +210,7 @@ def capture_status(context: Context, name: str) -> Status:
     done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
     if manifest.complete:
         return Status(folder, DONE)
-    note = f"{done} of {len(rows)} rows are captured"
+    note = f"{done} of {artifact.counted(len(rows), 'row')} captured"
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
 
 
@@ -233,7 +233,7 @@ def make_captures(context: Context, processes: Processes) -> None:
                 settings,
                 notify=lambda line, name=name: context.say(f"capture {name}: {line}"),  # type: ignore[misc]
             )
-        context.say(f"capture {name}: {len(store)} rows in {store.path}")
+        context.say(f"capture {name}: {artifact.counted(len(store), 'row')} in {store.path}")
     processes.first_then_all(partial(describe, context))
 
 

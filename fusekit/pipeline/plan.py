@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.artifacts import counted, existing_parent, free_bytes, human
 from fusekit.capture import estimate as capture
 from fusekit.capture.capture import vocabulary_size
 from fusekit.capture.models import Checkpoint
@@ -230,7 +230,7 @@ class _Planner:
         prepared: list[Row] | None = None
         if step.state == DONE:
             prepared = self.tried(step, lambda: self.context.rows)
-            step.notes += [f"{len(prepared)} rows"] if prepared is not None else []
+            step.notes += [counted(len(prepared), "row")] if prepared is not None else []
         self.rows = count_rows(self.recipe.data, self.models, prepared)
         self.plan.refused += self.rows.problems
         step.rows, step.tokens = self.rows.rows, self.rows.tokens_of(PIVOT)
@@ -261,7 +261,7 @@ class _Planner:
                 # What the stage asks for takes every token for a label; what is expected does not.
                 step.disk_at_most = round(share * capture.store_bytes(tokens=tokens, labels=tokens, **sizes))
                 step.disk = round(share * capture.store_bytes(tokens=tokens, labels=labels, **sizes))
-                what = f"disk ({count} captured rows of {name}, at most)"
+                what = f"disk ({counted(count, 'captured row')} of {name}, at most)"
                 self._need_disk(what, step.disk_at_most, self.place)
                 step.pflop = 2 * _active(known) * share * tokens / 1e15
             for need in capture.memory_needs(known.checkpoint, self.recipe.capture.batch_tokens, self.processes):
@@ -339,7 +339,7 @@ class _Planner:
         if self.recipe.evaluate is None:
             return
         rows, names = self._held_out, list(models_of(self.context))
-        step = Step("evaluate", f"{len(names)} models")
+        step = Step("evaluate", counted(len(names), "model"))
         self.plan.steps.append(step)
         look = (lambda: [TABLE["evaluate"].status(self.context, name) for name in names]) if self.there else list
         if done := sum(status.state == DONE for status in self.tried(step, look) or []):
@@ -390,7 +390,7 @@ class _Planner:
         cache, needed = existing_parent(Path(constants.HF_HUB_CACHE)), written + work
         sizes = {known.model: known.download_bytes for known in self.models.known.values() if known.download_bytes}
         downloaded = sum(sizes.values())
-        download = f"download of {len(sizes)} model{'s' if len(sizes) > 1 else ''}, {human(downloaded)}"
+        download = f"download of {counted(len(sizes), 'model')}, {human(downloaded)}"
         together = bool(sizes) and cache.stat().st_dev == self.place.stat().st_dev
         if together:
             self._need_disk(f"{what}, {download})", needed + downloaded, self.place)
