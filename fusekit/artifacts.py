@@ -67,6 +67,11 @@ def human(size: float) -> str:
     return f"{size / 1000:.2f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def system_errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
     seen: set[int] = set()
@@ -353,11 +358,6 @@ class Artifact(_Model):
     files: dict[str, File]
     replacing: dict[str, File] = Field(default_factory=dict)
     made: Inputs = Field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """xxh3-128 of the content: equal for artifacts whose files are equal."""
-        return joined_hash(f"{name} {file.xxh3}" for name, file in self.files.items())
 
 
 def publish(

@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.cli import cli
-from fusekit.distillation.outputs import RECORD
 from tests.capture.store_processes import write
 
 
@@ -28,17 +27,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_stages_and_stores_are_verified_alike(run):
     said = verify(run, 0)
-    assert f"{run}/data: 1 files of the stage 'data', all as committed" in said
+    assert f"{run}/data: 1 file of the stage 'data', all as committed" in said
     assert f"{run}/captures/pivot: " in said
     (run / "data" / "rows.jsonl").write_text("[]\n")
     assert f"{run}/data/rows.jsonl: its content is not what was written" in verify(run, 1)
-
-
-def test_targets_of_an_earlier_version_are_named_as_not_verified(run):
-    target = run / "targets" / "one"
-    target.mkdir(parents=True)
-    (target / RECORD).write_text("{}")
-    assert f"{target}: not verified" in verify(run, 0)
-    assert "not verified" in verify(target, 1)  # nothing to verify
-    (target / "model.safetensors").write_bytes(b"cut")
-    assert "model.safetensors is not a whole safetensors file" in verify(run, 1)

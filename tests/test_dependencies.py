@@ -52,7 +52,7 @@ def test_only_what_merges_imports_mergekit():
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
-        ("import fusekit.recipe, fusekit.cli.recipe, fusekit.cli.recipe", "mergekit torch transformers"),
+        ("import fusekit.recipe, fusekit.cli.recipe", "mergekit torch transformers"),
         ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         ("import fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),

@@ -38,7 +38,7 @@ def clean(
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
     it is what these stages made, so that the next run makes it again. Nothing that is not of the run is touched.
     """
-    from fusekit.artifacts import human
+    from fusekit.artifacts import counted, human
     from fusekit.pipeline import clean as cleaning
     from fusekit.pipeline.run import RunLog
     from fusekit.recipe.loading import load_recipe
@@ -59,7 +59,7 @@ def clean(
             click.echo(f"{item.path}  {human(item.nbytes)}  {item.why}")
         for line in found.spared:
             click.echo(f"spared: {line}", err=True)
-        total = f"{len(found.items)} {'thing' if len(found.items) == 1 else 'things'}, {human(found.nbytes)}"
+        total = f"{counted(len(found.items), 'thing')}, {human(found.nbytes)}"
         if not found.items:
             click.echo("nothing to remove")
         elif yes:

@@ -64,7 +64,7 @@ def generate(
         raise StorageError(f"{html}: the folder {html.absolute().parent} does not exist; create it first")
     asked = read_prompts(file) if file is not None else [prompt if prompt is not None else sys.stdin.read()]
 
-    from fusekit.capture.models import ModelChoice
+    from fusekit.capturing.models import ModelChoice
     from fusekit.generation.ensemble import generate as write
     from fusekit.generation.reader import load_readers
 

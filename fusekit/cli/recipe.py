@@ -55,9 +55,10 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> Non
 
         click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
     else:
+        from fusekit.artifacts import counted
+
         names = [source.label for source in loaded.sources]
-        count = f"{len(names)} {'source' if len(names) == 1 else 'sources'}"
-        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {count}: {', '.join(names)}")
+        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {counted(len(names), 'source')}: {', '.join(names)}")
 
 
 @click.command()

@@ -65,7 +65,8 @@ def make_pivot(context: Context) -> None:
     """Dequantise the file, once."""
     from fusekit.capturing.load import dequantise
 
-    for folder in pivot_artifacts(context).values():
+    for name, folder in pivot_artifacts(context).items():
+        pivot_status(context, name).is_done()
         choice = context.readers.choice(PIVOT)
         dequantise(choice, folder, ignore_estimates=context.ignore_estimates, say=context.say)
 
@@ -209,7 +210,7 @@ def capture_status(context: Context, name: str) -> Status:
     done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
     if manifest.complete:
         return Status(folder, DONE)
-    note = f"{done} of {len(rows)} rows are captured"
+    note = f"{done} of {artifact.counted(len(rows), 'row')} captured"
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
 
 
@@ -232,7 +233,7 @@ def make_captures(context: Context, processes: Processes) -> None:
                 quiet=context.quiet,
                 notify=partial(_say_of, context, name),
             )
-        context.say(f"capture {name}: {len(store)} examples in {store.path}")
+        context.say(f"capture {name}: {artifact.counted(len(store), 'row')} in {store.path}")
     processes.first_then_all(partial(describe, context))
 
 

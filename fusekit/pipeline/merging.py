@@ -11,10 +11,14 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, output_lock, recover, weights_hash
+from fusekit.capturing import estimate as capture
+from fusekit.capturing.models import Checkpoint
 from fusekit.errors import RecipeError, StorageError
+from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
 from fusekit.layout import PIVOT
 from fusekit.pipeline.context import DONE, STALE, Context, Status
 from fusekit.recipe import Recipe
+from fusekit.resources import Need
 from fusekit.yaml import loads
 
 DRAWING = ("dare_", "della")
@@ -174,6 +178,51 @@ def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
         checkpoint = context.readers.checkpoint(PIVOT)
         folders[checkpoint.repository or Path(checkpoint.choice.model).name] = checkpoint.folder
     return folders
+
+
+def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
+    """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them.
+
+    Args:
+        checkpoint: the pivot.
+        section: ``merge`` of the recipe.
+        targets: how many there will be.
+        final: where the merged model will be.
+    """
+    from mergekit.options import MergeOptions
+
+    from fusekit.merging.estimate import estimate
+    from fusekit.merging.plan import Plan as MergePlan
+    from fusekit.merging.plan import PlannedTensor
+
+    tensors = []
+    for name, header in _headers(checkpoint).items():
+        dtype = str(section.get("dtype") or header.dtype)
+        inputs = dict.fromkeys(range(targets + 1), header)
+        loaded = len(inputs) * header.elements * capture.itemsize(dtype)
+        copied = loaded if dtype != header.dtype else 0
+        out = str(section.get("out_dtype") or dtype)
+        tensors.append(PlannedTensor(name, header.shape, out, False, inputs, loaded, copied))
+    method = str(section.get("merge_method"))
+    return estimate(MergePlan(method, method, tensors, []), [], MergeOptions(quiet=True), final)
+
+
+def _headers(checkpoint: Checkpoint) -> Headers:
+    """Headers of the checkpoint's tensors, or such as make up its size where its files are not here."""
+    files = [checkpoint.folder / name for name in checkpoint.weights if name.endswith(".safetensors")]
+    found: Headers = {}
+    if files and all(path.is_file() for path in files):
+        for path in files:
+            found |= read_headers(path, checkpoint.choice.model)
+        return found
+    shape, dtype = capture.shape_of(checkpoint.config), capture.stored_dtype(checkpoint)
+    size = dict(DTYPES.values()).get(dtype, 4)
+    left = checkpoint.weight_bytes // size
+    while left > 0:
+        rows = max(1, min(shape.wide if found else shape.vocabulary, left // shape.hidden))
+        found[f"tensor {len(found)}"] = TensorHeader(dtype, (rows, shape.hidden), "(not here)", size)
+        left -= rows * shape.hidden
+    return found
 
 
 def _dumped(recipe: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.artifacts import counted, existing_parent, free_bytes, human
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.capture import vocabulary_size
 from fusekit.capturing.models import Checkpoint
@@ -20,12 +20,13 @@ from fusekit.devices import Processes
 from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError, StorageError
 from fusekit.evaluation.settings import held_out_rows
-from fusekit.hub import DTYPES, Headers, TensorHeader, memory_limits, read_headers
+from fusekit.hub import memory_limits
 from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline.capturing import ALIGNED_TEXTS
 from fusekit.pipeline.context import DONE, MISSING, STALE, Context, Status, paths_of
 from fusekit.pipeline.distilling import settings_of
 from fusekit.pipeline.evaluating import models_of
+from fusekit.pipeline.merging import expected_needs
 from fusekit.pipeline.plan_inputs import Counts, Known, Models, count_rows, find_models
 from fusekit.pipeline.run import foreign_to_runs, layout_of
 from fusekit.pipeline.stages import TABLE, check_place
@@ -229,7 +230,7 @@ class _Planner:
         prepared: list[Row] | None = None
         if step.state == DONE:
             prepared = self.tried(step, lambda: self.context.rows)
-            step.notes += [f"{len(prepared)} rows"] if prepared is not None else []
+            step.notes += [counted(len(prepared), "row")] if prepared is not None else []
         self.rows = count_rows(self.recipe.data, self.models, prepared)
         self.plan.refused += self.rows.problems
         step.rows, step.tokens = self.rows.rows, self.rows.tokens_of(PIVOT)
@@ -260,7 +261,7 @@ class _Planner:
                 # What the stage asks for takes every token for a label; what is expected does not.
                 step.disk_at_most = round(share * capture.store_bytes(tokens=tokens, labels=tokens, **sizes))
                 step.disk = round(share * capture.store_bytes(tokens=tokens, labels=labels, **sizes))
-                what = f"disk ({count} captured rows of {name}, at most)"
+                what = f"disk ({counted(count, 'captured row')} of {name}, at most)"
                 self._need_disk(what, step.disk_at_most, self.place)
                 step.pflop = 2 * _active(known) * share * tokens / 1e15
             for need in capture.memory_needs(known.checkpoint, self.recipe.capture.batch_tokens, self.processes):
@@ -316,7 +317,7 @@ class _Planner:
             step = self.step("merge", name, all(target.state == DONE for target in targets))
             checkpoint, section = self.models.pivot.checkpoint, self.recipe.merge
             if step.work and checkpoint is not None and section is not None:
-                disk, memory = _merge_needs(checkpoint, section, len(targets), self.place / "merged")
+                disk, memory = expected_needs(checkpoint, section, len(targets), self.place / "merged")
                 step.disk, step.disk_at_most, step.memory = disk.needed, disk.needed, memory.needed
                 self.plan.needs += [disk, memory]
 
@@ -338,7 +339,7 @@ class _Planner:
         if self.recipe.evaluate is None:
             return
         rows, names = self._held_out, list(models_of(self.context))
-        step = Step("evaluate", f"{len(names)} models")
+        step = Step("evaluate", counted(len(names), "model"))
         self.plan.steps.append(step)
         look = (lambda: [TABLE["evaluate"].status(self.context, name) for name in names]) if self.there else list
         if done := sum(status.state == DONE for status in self.tried(step, look) or []):
@@ -389,7 +390,7 @@ class _Planner:
         cache, needed = existing_parent(Path(constants.HF_HUB_CACHE)), written + work
         sizes = {known.model: known.download_bytes for known in self.models.known.values() if known.download_bytes}
         downloaded = sum(sizes.values())
-        download = f"download of {len(sizes)} model{'s' if len(sizes) > 1 else ''}, {human(downloaded)}"
+        download = f"download of {counted(len(sizes), 'model')}, {human(downloaded)}"
         together = bool(sizes) and cache.stat().st_dev == self.place.stat().st_dev
         if together:
             self._need_disk(f"{what}, {download})", needed + downloaded, self.place)
@@ -414,51 +415,6 @@ def _small_files(checkpoint: Checkpoint) -> int:
         return SMALL_FILES
     files = (path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _merge_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
-    """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them.
-
-    Args:
-        checkpoint: the pivot.
-        section: ``merge`` of the recipe.
-        targets: how many there will be.
-        final: where the merged model will be.
-    """
-    from mergekit.options import MergeOptions
-
-    from fusekit.merging.estimate import estimate
-    from fusekit.merging.plan import Plan as MergePlan
-    from fusekit.merging.plan import PlannedTensor
-
-    tensors = []
-    for name, header in _headers(checkpoint).items():
-        dtype = str(section.get("dtype") or header.dtype)
-        inputs = dict.fromkeys(range(targets + 1), header)
-        loaded = len(inputs) * header.elements * capture.itemsize(dtype)
-        copied = loaded if dtype != header.dtype else 0
-        out = str(section.get("out_dtype") or dtype)
-        tensors.append(PlannedTensor(name, header.shape, out, False, inputs, loaded, copied))
-    method = str(section.get("merge_method"))
-    return estimate(MergePlan(method, method, tensors, []), [], MergeOptions(quiet=True), final)
-
-
-def _headers(checkpoint: Checkpoint) -> Headers:
-    """Headers of the checkpoint's tensors, or such as make up its size where its files are not here."""
-    files = [checkpoint.folder / name for name in checkpoint.weights if name.endswith(".safetensors")]
-    found: Headers = {}
-    if files and all(path.is_file() for path in files):
-        for path in files:
-            found |= read_headers(path, checkpoint.choice.model)
-        return found
-    shape, dtype = capture.shape_of(checkpoint.config), capture.stored_dtype(checkpoint)
-    size = dict(DTYPES.values()).get(dtype, 4)
-    left = checkpoint.weight_bytes // size
-    while left > 0:
-        rows = max(1, min(shape.wide if found else shape.vocabulary, left // shape.hidden))
-        found[f"tensor {len(found)}"] = TensorHeader(dtype, (rows, shape.hidden), "(not here)", size)
-        left -= rows * shape.hidden
-    return found
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusekit.capture.models import ModelChoice
+from fusekit.capturing.models import ModelChoice
 from fusekit.generation import GenerationError, GenerationSettings, generate
 from fusekit.generation.cool_fusion import mean_perplexity
 from fusekit.generation.ensemble import MODES

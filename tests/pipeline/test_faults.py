@@ -167,8 +167,16 @@ def signal_self() -> None:
 @pytest.mark.parametrize(
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.parquet", "capture", "captures", ""),
-        ("SIGTERM", 143, "llama.training/checkpoint-2/", "rep*/*/*", "distill", "targets", "resumes from checkpoint-1"),
+        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.safetensors", "capture", "captures", ""),
+        (
+            "SIGTERM",
+            143,
+            "llama.training/checkpoint-2/",
+            "captures/*/*",
+            "distill",
+            "targets",
+            "goes on from checkpoint-1",
+        ),
     ],
     ids=["capture", "training"],
 )

@@ -153,7 +153,7 @@ def test_a_run_that_is_half_done_has_a_report_that_says_so(tmp_path: Path, until
     assert found.wrong == []
     done = STAGES.index(until)
     says = {
-        "represent": "Not captured completely yet: pivot, one and two.",
+        "capture": "Not captured completely yet: pivot, one and two.",
         "align": "Not aligned yet: one and two.",
         "distill": "No target is trained yet.",
         "merge": "The targets are not merged yet.",
@@ -181,7 +181,7 @@ DAMAGED = (
     "models.json",
     "data/counts.json",
     "data/manifest.json",
-    "representations/one/manifest.json",
+    "captures/one/manifest.json",
     "alignment/one/quality.json",
     "alignment/one/samples.json",
     "targets/one/training.json",

@@ -126,4 +126,4 @@ def test_an_artifact_is_identified_by_its_files_but_not_by_the_card(tmp_path: Pa
     found = {one.place: one for one in made(read_facts(run))}
     hashes = [f"{name} {file.xxh3}" for name, file in known.files.items() if name != "README.md"]
     assert found["merged"].content == joined_hash(hashes)
-    assert list(found)[:2] == ["data", "representations/pivot"]
+    assert list(found)[:2] == ["data", "captures/pivot"]

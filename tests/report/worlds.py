@@ -22,7 +22,7 @@ from fusekit.recipe import Recipe
 from fusekit.report.models import ModelFacts, Tokenizer, write_models
 from tests.capture.rows import captured, key
 
-STAGES = ("data", "represent", "align", "distill", "merge", "evaluate")
+STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
 HOSTILE = "</script><img src=x onerror=alert(1)>`|*[x](javascript:y)&amp;\u202e"
 ROWS = 24
 LAYERS, MODULES = 6, ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "input_layernorm")
@@ -48,7 +48,7 @@ def make_run(
             "first_refusal": f"no system turn{evil}",
         }
         artifact.publish(out / "data", "data", {}, lambda into: _json(into / "counts.json", counts), made)
-    if "represent" in done:
+    if "capture" in done:
         _represent(out, sources, evil)
     if "align" in done:
         for number, source in enumerate(sources):
@@ -95,7 +95,7 @@ def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
     write_models(out / "models.json", facts)
     keys = [key(number) for number in range(ROWS)]
     for number, name in enumerate(("pivot", *sources)):
-        folder = out / "representations" / name
+        folder = out / "captures" / name
         folder.parent.mkdir(exist_ok=True)
         spec = StoreSpec(model=f"{name}{evil}", model_fingerprint=f"xxh3 {number}", vocabulary=60, top_k=4)
         writer = StoreWriter(folder, spec, keys)
