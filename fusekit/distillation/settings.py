@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -273,9 +277,25 @@ class DistillSettings(_Section):
         for section, values in (changes or {}).items():
             sections.setdefault(section, {}).update(values)
         try:
-            return cls(preset=preset, **sections)
+            made = cls(preset=preset, **sections)
         except ValidationError as error:
             raise DistillationError(_explained(error)) from error
+        known = {*TrainingSettings.model_fields, *_training_arguments()}
+        if unknown := [name for name in made.training.trainer if name not in known]:
+            raise DistillationError(f"unknown setting training.{unknown[0]}{nearest(unknown[0], known)}")
+        return made
+
+
+@cache
+def _training_arguments() -> frozenset[str]:
+    """The fields of transformers.TrainingArguments, read from its source: importing it takes torch, and seconds."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    named = (node.target for node in found.body if isinstance(node, ast.AnnAssign))
+    return frozenset(target.id for target in named if isinstance(target, ast.Name))
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -47,8 +47,6 @@ def ends(path, i):
 def test_empty_and_too_large(monkeypatch):
     empty = align("", load("mistral"), load("qwen"), method="dtw")
     assert empty.source_at.shape == (0,)
-    from fusekit.alignment import papers as dtw
-
-    monkeypatch.setattr(dtw, "MAX_CELLS", 10)
+    monkeypatch.setattr("fusekit.alignment.alignment.MAX_CELLS", 10)
     with pytest.raises(AlignmentError, match="cells"):
         align("a long enough text to align", load("mistral"), load("qwen"), method="dtw")

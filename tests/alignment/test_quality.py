@@ -13,11 +13,12 @@ from fusekit.alignment import project_rows, vocabulary_surfaces
 from fusekit.alignment.alignment import align
 from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
 from fusekit.alignment.quality import AlignmentQuality, script_of
+from fusekit.alignment.samples import sample_of
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.cli import cli
-from fusekit.errors import AlignmentError
-from fusekit.report.page import page
+from fusekit.errors import AlignmentError, FusekitError
+from fusekit.report.page import alignment_page
 from tests.alignment.texts import EDGE_CASES
 from tests.alignment.tokenizers import load
 
@@ -54,12 +55,12 @@ def test_the_page_and_the_figures_have_the_worth_where_it_was_measured():
     quality = quality_of(["ab cd"])
     alignment = align("ab cd", load("mistral"), load("qwen"))
     surfaces = vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))
-    assert "worth" not in page(quality, [alignment], surfaces)
+    assert "worth" not in alignment_page(quality, [sample_of(alignment, surfaces)])
     quality.worth = TeacherWorth("<em>")
     cases, nats = np.array([Case.SAME, Case.UNLINKED]), np.array([4.25, 0.0])
     survived = np.array([0.5])
     quality.worth.add(cases, cases == Case.SAME, teacher=nats, pivot=np.ones(2), source=4.0, survived=survived)
-    html = page(quality, [alignment], surfaces)
+    html = alignment_page(quality, [sample_of(alignment, surfaces)])
     assert all(word in html for word in ("4.250", "1.000", "worse than the pivot", "&lt;em&gt;"))
     assert "<em>" not in html
     assert json.loads(quality.to_json())["worth"] == json.loads(json.dumps(quality.worth.to_dict()))
@@ -91,7 +92,8 @@ class Outline(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.titles += [value for name, value in attrs if name == "title"]
-        assert not any(name in ("src", "href") or name.startswith("on") for name, _ in attrs)
+        inline = ("href", "data:,")  # the empty icon, so that no browser asks for one
+        assert not any(name in ("src", "href") or name.startswith("on") for name, _ in set(attrs) - {inline})
 
     def handle_data(self, data):
         self.words.append(data)
@@ -110,9 +112,9 @@ def test_the_page_escapes_everything_and_loads_nothing():
     taught = project_rows(alignment, mapping, rows, np.full(m, np.log(0.1)))
     outline = Outline()
     source_rows = mapping.project(*rows)
-    html = page(quality, [alignment], surfaces, rows=[(source_rows._replace(ids=rows[0]), taught.rows)])
+    html = alignment_page(quality, [sample_of(alignment, surfaces, (source_rows._replace(ids=rows[0]), taught.rows))])
     outline.feed(html)
-    assert not {"script", "img", "b", "i", "link", "iframe"} - {"b"} & set(outline.tags)
+    assert not {"script", "img", "i", "iframe"} & set(outline.tags)
     assert "<script" not in html
     assert "<b>pivot" not in html
     assert "<b>pivot</b>" in "".join(outline.words)
@@ -136,9 +138,9 @@ def run(*arguments: str):
 def test_inspect_alignment(folders, tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = [
-        {"text": "The quick fox"},
+        {"messages": [{"role": "user", "content": "The quick fox"}]},
         {"messages": [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "Café 日本"}]},
-        {"conversations": [{"from": "human", "value": "over"}]},
+        {"messages": [{"role": "user", "content": "over"}]},
     ]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     result = run(
@@ -149,7 +151,7 @@ def test_inspect_alignment(folders, tmp_path):
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "q.json").read_text())
     assert figures["texts"] == 5
-    assert set(figures["data"]) == {"--text", "rows.jsonl"}
+    assert set(figures["data"]) == {"--text", "rows"}
     assert "linked" in result.output
     assert "pivot  │" in result.output
     assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
@@ -158,8 +160,8 @@ def test_inspect_alignment(folders, tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        ('{"text": "a"}\n{"text": ', "x.jsonl", ["line 2", "not JSON"]),
-        ('{"other": 1}', "x.json", ["'messages'"]),
+        ('{"text": "a"}\n{"text": ', "x.jsonl", ["line 2", "JSON"]),
+        ('{"other": 1}', "x.json", ["messages"]),
         ("a,b", "x.csv", [".csv", ".jsonl"]),
         ("", "x.txt", ["no text"]),
     ],
@@ -168,7 +170,7 @@ def test_data_that_cannot_be_read(folders, tmp_path, content, name, words):
     file = tmp_path / name
     file.write_text(content)
     result = run(folders / "bert", folders / "bert", "--data", file)
-    assert isinstance(result.exception, AlignmentError)
+    assert isinstance(result.exception, FusekitError)
     assert all(word in str(result.exception) for word in words)
 
 

@@ -340,7 +340,7 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
     [
         (
             {"adam_beta3": 1},
-            "adam_beta3 is no setting of fusekit and no field of TrainingArguments; did you mean 'adam_beta",
+            "unknown setting training.adam_beta3; did you mean 'adam_beta",
         ),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is set by batch_size"),
         ({"save_only_model": True}, "save_only_model cannot be set"),

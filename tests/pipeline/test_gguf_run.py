@@ -145,12 +145,12 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
         assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
         return result.output
 
-    done("represent", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
-    done("represent", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
+    done("capture", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
+    done("capture", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
     assert "no rows shown" not in done("inspect", "store", tmp_path / "source")
     linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
     assert "linked      100.0 %" in linked or "with a row" in linked
-    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metric", "bits_per_byte")
+    done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metrics", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
     distil += ["--source-store", f"llama={tmp_path / 'source'}", "--num-train-epochs", "1", "--batch-size", "6"]
     done(*distil, "--per-device-train-batch-size", "6")

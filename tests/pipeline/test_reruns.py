@@ -63,9 +63,7 @@ def test_a_merged_model_of_other_targets_is_made_anew_one_of_other_settings_refu
     with pytest.raises(StorageError, match=r"merge\.dtype: 'float32', now 'bfloat16'"):
         run(load_recipe(path, ["merge.dtype=bfloat16"]), out, only="merge", say=quiet)
     manifest.unlink()
-    with pytest.raises(
-        StorageError, match=r"merged has no manifest\.json that says .* holds README\.md \(and \d more\): move"
-    ):
+    with pytest.raises(StorageError, match=r"merged has no manifest\.json, but holds README\.md \(and \d more\): move"):
         run(load_recipe(path), out, only="merge", say=quiet)
 
 

@@ -350,7 +350,7 @@ def test_the_log_has_what_was_said_and_how_it_ended(finished):
         (["/usr/bin/fusekit", "run", "my recipe.yml", "out"], False, "fusekit run 'my recipe.yml' out"),
         (["/x/fusekit/cli/__main__.py", "run", "r.yml", "out"], False, "python -m fusekit.cli run r.yml out"),
         (["/usr/bin/mergekit-fuse", "r.yml", "out", "--cuda"], False, "mergekit-fuse r.yml out --cuda"),
-        (["fusekit", "represent", "m", "--overwrite", "out"], False, "fusekit represent m out"),
+        (["fusekit", "capture", "m", "--overwrite", "out"], False, "fusekit capture m out"),
         (["/x/fusekit/cli/__main__.py", "run", "r"], True, "accelerate launch -m fusekit.cli run r "),
     ],
 )
