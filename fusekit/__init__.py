@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fusekit.distillation.trainer import FusionTrainer as FusionTrainer
     from fusekit.errors import FusekitError as FusekitError
     from fusekit.evaluation import evaluate as evaluate
+    from fusekit.generation import generate as generate
     from fusekit.merge_methods.sce import sce as sce
     from fusekit.merge_methods.varm import varm as varm
     from fusekit.merge_methods.widen import widen as widen
@@ -39,6 +40,7 @@ _HOMES = {
     "capture": "api",
     "evaluate": "evaluation",
     "fusion_loss": "distillation.losses",
+    "generate": "generation",
     "load_recipe": "recipe",
     "merge": "merging",
     "run": "pipeline.run",

@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
         "fusekit.merging.run",
         "fusekit.pipeline.run",
         "fusekit.pipeline.plan",
-        "fusekit.capture.capture",
+        "fusekit.capturing.capture",
         "transformers.models.gpt_neox.modeling_gpt_neox",
         "transformers.models.llama.modeling_llama",
         "tests.capture.store_processes",

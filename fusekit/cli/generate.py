@@ -63,6 +63,8 @@ def generate(
     if html is not None and not html.absolute().parent.is_dir():
         raise StorageError(f"{html}: the folder {html.absolute().parent} does not exist; create it first")
     asked = read_prompts(file) if file is not None else [prompt if prompt is not None else sys.stdin.read()]
+    if not asked[0]:
+        raise GenerationError("the prompt is empty")
 
     from fusekit.capturing.models import ModelChoice
     from fusekit.generation.ensemble import generate as write

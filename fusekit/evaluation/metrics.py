@@ -66,7 +66,7 @@ def bits_per_byte(
 
     Raises:
         DataError: there is no byte to predict, an example is too long for the model, or its distribution is non-finite.
-        CaptureError: see :meth:`fusekit.capture.engine.Teacher.score`.
+        CaptureError: see :meth:`fusekit.capturing.engine.Teacher.score`.
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
@@ -316,7 +316,7 @@ def evaluate(
         data: files, folders or hub ids of held-out examples; may be left out where ``lm_eval`` names tasks.
         chat_template: ``own``, the name of a shipped template, or a jinja file.
         notify: gets a line about what the user should know.
-        load: how to load the models, as fields of :class:`fusekit.capture.models.ModelChoice`: ``dtype``, ...
+        load: how to load the models, as fields of :class:`fusekit.capturing.models.ModelChoice`: ``dtype``, ...
         settings: fields of :class:`fusekit.evaluation.settings.EvaluateSettings`: ``metrics``, ``limit``,
             ``lm_eval``, ...
 

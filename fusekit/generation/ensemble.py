@@ -34,7 +34,7 @@ def generate(
     """Let several models write each answer together.
 
     Args:
-        models: at least two, the main one first: ids, folders, :class:`fusekit.capture.models.ModelChoice`, loaded
+        models: at least two, the main one first: ids, folders, :class:`fusekit.capturing.models.ModelChoice`, loaded
             models, pairs of a model and its tokenizer, or :func:`fusekit.generation.reader.load_readers` of them.
         prompts: a text, a conversation (messages, or dicts with role and content), or a list of them. A text is a
             user's message under each model's own chat template, or continued as it is with ``raw=True``.
