@@ -11,9 +11,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "accelerate",
-        "fusekit.alignment.html",
         "fusekit.cli.merge",
-        "fusekit.cli.represent",
+        "fusekit.cli.capture",
         "fusekit.cli.run",
         "fusekit.distillation.run",
         "fusekit.evaluation.metrics",
