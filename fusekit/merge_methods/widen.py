@@ -50,8 +50,8 @@ def widen(
     A matrix [out, in] is taken apart into the magnitudes and the unit directions of its columns. Within each model the
     columns are ranked by how much either changed; S is the mean of both softmaxes over the models of these ranks, and
     ``score`` where a rank is above ``threshold`` times its model's mean. A vector's S is the softmax over the models of
-    ``abs(δ)``, and ``score`` where ``abs(δ)`` is above ``threshold`` times its mean. Tensors of three dimensions are merged slice
-    by slice along the first. One model alone is given back.
+    ``abs(δ)``, and ``score`` where ``abs(δ)`` is above ``threshold`` times its mean. Tensors of three dimensions are
+    merged slice by slice along the first. One model alone is given back.
 
     >>> base, first, second = torch.ones(3), torch.tensor([1.1, 1.0, 1.02]), torch.tensor([1.0, 1.3, 1.01])
     >>> widen(base, [first, second]).tensor
