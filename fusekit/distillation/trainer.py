@@ -349,7 +349,7 @@ class _Epochs(TrainerCallback):
 class _Lines(TrainerCallback):
     """Says the lines of the log, and ends one where a checkpoint is written, and at the last step.
 
-    What a line sums up begins anew then, so a run that goes on from the checkpoint writes the same lines.
+    What a line sums up starts over then, so a run that resumes from the checkpoint writes the same lines.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -107,7 +107,7 @@ def test_without_lm_eval_the_command_that_installs_it_is_named_at_once(tmp_path,
     ):
         result = CliRunner().invoke(cli, command)
         assert isinstance(result.exception, RecipeError)
-        assert "pip install 'fusekit[lm-eval]'" in str(result.exception)
+        assert "pip install 'mergekit-fusekit[lm-eval]'" in str(result.exception)
     assert not (out / "data").exists()
     # Stages before it run without it, on another machine perhaps: this one stops at what it lacks itself.
     assert "`data`" in str(CliRunner().invoke(cli, ["run", str(path), str(out), "--only", "align"]).exception)

@@ -156,14 +156,14 @@ def test_ctrl_c_after_the_publication_does_not_deny_it(recipe, workshop, monkeyp
     if overwrite:
         assert CliRunner().invoke(merge, arguments).exit_code == 0
         arguments.append("--overwrite")
-    sync_folder = publish.sync_folder
+    sync = publish._sync
 
     def interrupted(folder):
-        sync_folder(folder)
+        sync(folder)
         if folder == workshop.resolve():  # the last thing before the former model is deleted
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish, "sync_folder", interrupted)
+    monkeypatch.setattr(publish, "_sync", interrupted)
     done = CliRunner().invoke(merge, arguments)
     assert done.exit_code == 130
     assert "the merged model is published to out, whole" in done.output

@@ -167,7 +167,7 @@ def signal_self() -> None:
 @pytest.mark.parametrize(
     ("number", "status", "moment", "kept", "stage", "made", "said"),
     [
-        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.safetensors", "capture", "captures", ""),
+        ("SIGINT", 130, "llama/.shard-00001", "captures/*/*.parquet", "capture", "captures", ""),
         (
             "SIGTERM",
             143,
@@ -175,7 +175,7 @@ def signal_self() -> None:
             "captures/*/*",
             "distill",
             "targets",
-            "goes on from checkpoint-1",
+            "resumes from checkpoint-1",
         ),
     ],
     ids=["capture", "training"],
