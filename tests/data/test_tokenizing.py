@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -84,6 +84,15 @@ def test_an_eos_that_is_also_the_padding_is_learnt():
     assert tokens.labels[-1]
 
 
+def whole(data: bytes, start: int, stop: int) -> str:
+    """The characters that bytes from start to stop are of, which may be white space beyond ASCII."""
+    while start < stop and 0x80 <= data[start] < 0xC0:
+        start -= 1
+    while start < stop < len(data) and 0x80 <= data[stop] < 0xC0:
+        stop += 1
+    return data[start:stop].decode()
+
+
 def links_of(turns, pivot, source):
     """Check every link of two models over a row: both have spelled the same content."""
     a, b = pivot.tokenize(row(turns)), source.tokenize(row(turns))
@@ -100,7 +109,7 @@ def links_of(turns, pivot, source):
                 continue
             low, high = max(p.lows[i], s.lows[j]), min(p.ends[i], s.ends[j])
             assert low <= high
-            assert data[min(p.ends[i], s.ends[j]) : max(p.ends[i], s.ends[j])].strip() == b""
+            assert whole(data, *sorted((p.ends[i], s.ends[j]))).strip() == ""
         if len(p) and len(s) and data.strip():
             assert (linked >= 0).any()
     return a, b
@@ -116,10 +125,10 @@ def test_links_between_two_models(source):
 
 @settings(max_examples=40, deadline=None)
 @given(contents=st.lists(st.text(max_size=25), min_size=2, max_size=2))
+@example(contents=["", "\xa00"])
+@example(contents=["", "\x850"])
 @pytest.mark.parametrize("pair", [("openchat-3.5", "qwen"), ("llama-3", "gemma"), ("qwen", "phi-3")])
 def test_links_over_random_contents(pair, contents):
-    # phi-3 strips a no-break space and its like after a marker, of which the links know nothing yet.
-    assume(not contents[1][:1].isspace() or contents[1][0] in " \t\r\n")
     try:
         links_of([("user", contents[0]), ("assistant", contents[1])], model(pair[0]), model(pair[1]))
     except FusekitError as error:
