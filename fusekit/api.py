@@ -55,6 +55,7 @@ def capture(
 
     from fusekit.capturing.capture import capture as capture_checkpoint
     from fusekit.capturing.load import load_tokenizer
+    from fusekit.capturing.manifest import date_of
     from fusekit.capturing.models import ModelChoice, find_checkpoint
     from fusekit.capturing.settings import CaptureSettings
     from fusekit.data.prepare import prepare
@@ -76,7 +77,9 @@ def capture(
         wrong = [f"{found['loc'][0]} is {found['input']!r}: {found['msg']}" for found in error.errors()]
         raise DataError("; ".join(wrong)) from error
     checkpoint = find_checkpoint(model if isinstance(model, ModelChoice) else ModelChoice(str(model)))
-    tokenizer = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(chat_template), data.train_on)
+    date = None if overwrite else date_of(Path(out))
+    template = ChatTemplate.chosen(chat_template)
+    tokenizer = RowTokenizer(load_tokenizer(checkpoint), template, data.train_on, date=date)
     prepared = prepare(rows_of(dataset), [tokenizer], data.max_length, data.overlong)
     if not prepared.rows:
         raise DataError(f"no example is left: {prepared.counts}")

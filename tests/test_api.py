@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import doctest
 import inspect
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -63,10 +65,7 @@ def test_the_trainer_has_the_loss_of_the_command(teacher: Store, tmp_path: Path)
     }
     own = tmp_path / "out" / "captures" / "pivot"
     inputs = Inputs(ModelChoice(PIVOT), list(rows_of(RECORDS)), own, {"neox": Source(teacher.path)})
-    # The store of the trainer's pivot names its weights by their hash.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusekit.distillation.inputs._refuse_other_pivot", lambda *_: None)
-        (folder,) = distill(inputs, DistillSettings.of("fusekit", {"training": training}), tmp_path / "command")
+    (folder,) = distill(inputs, DistillSettings.of("fusekit", {"training": training}), tmp_path / "command")
     record = json.loads((folder / "training.json").read_text())
     assert losses(trainer.state.log_history) == losses(record["log"])
     assert len(losses(record["log"])) == 4
@@ -75,11 +74,11 @@ def test_the_trainer_has_the_loss_of_the_command(teacher: Store, tmp_path: Path)
 @pytest.mark.slow
 def test_teachers_may_be_models_and_the_student_a_loaded_one(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.float32)
-    args = config(tmp_path, max_steps=2, top_k=4, fusion={"mode": "joint"})
+    args = config(tmp_path, max_steps=2, top_k=4, eval_strategy="steps", eval_steps=1)
     lora = {"r": 2, "target_modules": "all-linear"}
     trainer = FusionTrainer(model, args, RECORDS, NEOX, eval_dataset=RECORDS[:4], peft_config=lora)
     assert trainer.train().global_step == 2
-    assert trainer.evaluate()["eval_loss"] > 0
+    assert len([line for line in trainer.state.log_history if line.get("eval_loss", 0) > 0]) == 2
     assert Store.open(tmp_path / "captures" / "teacher").spec.top_k == 4
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trained
@@ -100,6 +99,7 @@ def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
         ({"alignment": {"tial": "drop"}}, ("tial", "tail")),
         ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),
         ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor",)),
+        ({"fusion": {"mode": "pairwise"}}, ("fusion.mode", "pairwise")),
     ],
 )
 def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[str, ...], tmp_path: Path) -> None:
@@ -130,6 +130,34 @@ def test_wrong_arguments_say_what_was_given_and_what_is_wanted(
     with pytest.raises(kind) as error:
         FusionTrainer(**arguments)
     assert all(word in str(error.value) for word in said)
+
+
+def test_what_needs_rewards_or_has_its_teachers_is_refused(teacher: Store, tmp_path: Path) -> None:
+    with pytest.raises(DistillationError, match="reward_softmax"):
+        FusionTrainer(PIVOT, config(tmp_path, fusion={"function": "reward_softmax"}), RECORDS, {"neox": teacher})
+    made = FusionTrainer(PIVOT, config(tmp_path), RECORDS, {"neox": teacher}).train_dataset.data
+    with pytest.raises(DistillationError, match="teachers"):
+        FusionTrainer(PIVOT, config(tmp_path), made, {"neox": teacher})
+
+
+def test_a_template_that_prints_the_day_keeps_the_day_of_the_capture(tmp_path: Path) -> None:
+    """A capture that is resumed on another day, and a student that is read beside it, print the day it was begun on."""
+    template = tmp_path / "dated.jinja"
+    plain = (ROOT / "demo/models/pivot/chat_template.jinja").read_text()
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + plain)
+    begun = capture(PIVOT, RECORDS, tmp_path / "store", chat_template=str(template), quiet=True)
+
+    class OtherDay(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return cls(2001, 2, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusekit.data.tokenize.datetime", SimpleNamespace(date=OtherDay))
+        again = capture(PIVOT, RECORDS, tmp_path / "store", chat_template=str(template), quiet=True)
+        other = capture(PIVOT, RECORDS[:3], tmp_path / "new", chat_template=str(template), quiet=True)
+    assert again.spec.details["date"] == begun.spec.details["date"]
+    assert other.spec.details["date"] == "2001-02-03"
 
 
 def test_a_store_of_other_examples_is_refused(teacher: Store, tmp_path: Path) -> None:

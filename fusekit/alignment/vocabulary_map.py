@@ -314,12 +314,6 @@ class VocabularyMap:
             found[missing] = first_pieces([remains[i] for i in missing], self.pivot)
         return found
 
-    @property
-    def mapped_share(self) -> float:
-        """Share of the source's ordinary entries that map somewhere."""
-        ordinary = np.flatnonzero(np.isin(self.source.kinds, [Kind.ORDINARY, Kind.BYTE, Kind.ADDED]))
-        return float(np.mean(np.diff(self.matrix.indptr)[ordinary] > 0)) if len(ordinary) else 0.0
-
 
 @dataclass(frozen=True, eq=False)
 class _Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ class ShardRecord(_Model):
     quarantined: list[Quarantined]
 
 
-class ShardVoucher(_Model):
+class CommittedShard(_Model):
     """``shard-00000.json``: a shard's record while the store is not complete.
 
     plan_xxh3: of the spec and the keys for which it was written (:func:`plan_hash`).
@@ -192,3 +193,14 @@ def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
         raise StorageError(f"{path} is damaged: {where}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged: {error}") from error
+
+
+def date_of(store: Path) -> datetime.date | None:
+    """The day that the chat template printed when a capture was begun; None for a new one, or a template without a day.
+
+    Whoever reads rows for that store again prints the same day. Raises StorageError for a damaged manifest.
+    """
+    from fusekit.data.templates import kept_date
+
+    known = read_json(store / MANIFEST, Manifest)
+    return None if known is None else kept_date(known.spec.details.get("date"))

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from fusekit.capturing.codec import Codec, Columns
 from fusekit.capturing.manifest import (
     MANIFEST,
+    CommittedShard,
     Manifest,
     Quarantined,
     ShardRecord,
-    ShardVoucher,
     StoreSpec,
     keys_hash,
     plan_hash,
@@ -294,9 +294,9 @@ def _records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
         plan = plan_hash(manifest.spec, manifest.keys_xxh3)
         for number in range(len(manifest.bounds) - 1):
             name = shard_name(number)
-            voucher = read_json((folder / name).with_suffix(".json"), ShardVoucher)
-            if voucher and voucher.plan_xxh3 == plan:
-                records[name] = voucher.shard
+            committed = read_json((folder / name).with_suffix(".json"), CommittedShard)
+            if committed and committed.plan_xxh3 == plan:
+                records[name] = committed.shard
     found = []
     for number, (start, stop) in enumerate(zip(manifest.bounds, manifest.bounds[1:], strict=False)):
         record = records.pop(shard_name(number), None)

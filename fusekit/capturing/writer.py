@@ -26,10 +26,10 @@ from fusekit.artifacts import commit_file, disk_fault, remove, sweep
 from fusekit.capturing.codec import Codec, Columns
 from fusekit.capturing.manifest import (
     MANIFEST,
+    CommittedShard,
     Manifest,
     Quarantined,
     ShardRecord,
-    ShardVoucher,
     StoreSpec,
     keys_hash,
     plan_hash,
@@ -160,7 +160,7 @@ class StoreWriter:
                 if key in quarantined
             ],
         )
-        write_json(path.with_suffix(".json"), ShardVoucher(plan_xxh3=self._plan_hash, shard=record), self.rank)
+        write_json(path.with_suffix(".json"), CommittedShard(plan_xxh3=self._plan_hash, shard=record), self.rank)
         self._done.add(plan.index)
 
     def quarantined(self) -> dict[str, str]:
@@ -205,8 +205,8 @@ class StoreWriter:
         name = shard_name(plan.index)
         found = None
         try:
-            voucher = read_json((self.path / name).with_suffix(".json"), ShardVoucher)
-            found = voucher.shard if voucher and voucher.plan_xxh3 == self._plan_hash else None
+            committed = read_json((self.path / name).with_suffix(".json"), CommittedShard)
+            found = committed.shard if committed and committed.plan_xxh3 == self._plan_hash else None
         except StorageError:  # damaged: it counts for nothing
             found = None
         found = found or self._records.get(name)

@@ -15,8 +15,9 @@ import click
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.cli.options import given, options_of
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
+from fusekit.data.settings import DataSettings
 from fusekit.errors import DataError, FusekitError
-from fusekit.recipe.sections import Data, Load
+from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
     from fusekit.capturing.models import Checkpoint
@@ -48,7 +49,7 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
 @click.argument("data", nargs=-1, required=True)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @options_of(CaptureSettings)
-@options_of(Data, "max_length", "overlong", "train_on", "pack", "split", "streaming", "limit")
+@options_of(DataSettings, "max_length", "overlong", "train_on", "pack", "split", "streaming", "limit")
 @click.option("--data-name", help="Configuration of a data set on the hub.")
 @click.option("--data-revision", help="Branch, tag or commit of a data set on the hub.")
 @click.option(
@@ -108,7 +109,7 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
     from fusekit.capturing.capture import capture as run
     from fusekit.data.prepare import prepare
 
-    data = Data(path=list(options["data"]), **given({**options, "revision": None}, Data))
+    data = DataSettings(path=list(options["data"]), **given({**options, "revision": None}, DataSettings))
     checkpoint, tokenizers = _models(options, data.train_on, say)
     prepared = prepare(_rows(options, data, tokenizers), tokenizers, data.max_length, data.overlong)
     if not prepared.rows:
@@ -136,9 +137,9 @@ def _models(
 ) -> tuple[Checkpoint, list[RowTokenizer]]:
     """The model, and how it and the others of the run read rows."""
     from fusekit.capturing.load import load_tokenizer
-    from fusekit.capturing.manifest import MANIFEST, Manifest, read_json
+    from fusekit.capturing.manifest import date_of
     from fusekit.capturing.models import ModelChoice, find_checkpoint
-    from fusekit.data.templates import ChatTemplate, kept_date
+    from fusekit.data.templates import ChatTemplate
     from fusekit.data.tokenize import RowTokenizer
 
     names = ("model", "revision", "trust_remote_code", "allow_pickle")
@@ -146,15 +147,13 @@ def _models(
     others = [find_checkpoint(ModelChoice(name), weights=False) for name in options["others"]]
     for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
         say(line)
-    # A template that prints the day keeps that of the first capture.
-    known = None if options["overwrite"] else read_json(options["out"] / MANIFEST, Manifest)
-    date = None if known is None else kept_date(known.spec.details.get("date"))
+    date = None if options["overwrite"] else date_of(options["out"])
     own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on, date=date)
     others_read = [RowTokenizer(load_tokenizer(found), None, train_on, date=own.date) for found in others]
     return checkpoint, [own, *others_read]
 
 
-def _rows(options: dict[str, Any], data: Data, tokenizers: list[RowTokenizer]) -> Iterator[Row]:
+def _rows(options: dict[str, Any], data: DataSettings, tokenizers: list[RowTokenizer]) -> Iterator[Row]:
     from fusekit.data.prepare import pack_text
     from fusekit.data.reading import read_rows
 

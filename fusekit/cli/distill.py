@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import re
 import sys
-from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +143,7 @@ def _value(text: str) -> Any:
 
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
+    from fusekit.capturing.manifest import date_of
     from fusekit.capturing.models import ModelChoice
     from fusekit.distillation.inputs import Inputs, Source
 
@@ -158,7 +158,11 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
         sources[name] = Source(Path(store), tokenizer or None)
     reader = None
     if options["pivot_store"] is None or options["pack"]:
-        reader = _row_tokenizer(pivot, options["chat_template"], _date_of(sources.values()))
+        reader = _row_tokenizer(
+            pivot,
+            options["chat_template"],
+            next(filter(None, (date_of(source.store) for source in sources.values())), None),
+        )
     rows = _rows(options, list(sources.values()), reader)
     return Inputs(
         ModelChoice(pivot),
@@ -181,15 +185,6 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
     models = [source.tokenizer_choice(Store.open(source.store).spec.model).model for source in sources]
     tokenizers = [reader, *(_row_tokenizer(model, None) for model in models)]
     return list(pack_text(read, tokenizers, options["max_length"]))
-
-
-def _date_of(sources: Iterable[Source]) -> datetime.date | None:
-    """The day that the sources' templates printed, if one's does. Raises StorageError."""
-    from fusekit.capturing.store import Store
-    from fusekit.data.templates import kept_date
-
-    dates = (kept_date(Store.open(source.store).spec.details.get("date")) for source in sources)
-    return next((date for date in dates if date is not None), None)
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:

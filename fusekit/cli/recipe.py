@@ -24,22 +24,6 @@ overrides = click.option(
 )
 
 
-def is_recipe(name: str) -> bool:
-    """Whether what may be a model or a recipe is a YAML file."""
-    return Path(name).suffix in (".yml", ".yaml") and Path(name).is_file()
-
-
-def refuse_options(context: click.Context, allowed: set[str]) -> None:
-    """Refuse options beside a fusion recipe, whose settings are its own. Raises click.UsageError."""
-    from click.core import ParameterSource
-
-    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    if foreign := sorted(given - allowed):
-        spelled = next((p.opts[0] for p in context.command.params if p.name == foreign[0]), foreign[0])
-        way = "see `fusekit clean --stage`" if spelled == "--overwrite" else "see `fusekit run --set`"
-        raise click.UsageError(f"{spelled} with a recipe: its settings are those of the recipe; {way}")
-
-
 @click.command()
 @recipe_argument
 @overrides

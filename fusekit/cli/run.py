@@ -58,6 +58,7 @@ def run_recipe(
     merge_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
+    from fusekit.cli.capture import drop_noise
     from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
     from fusekit.pipeline.run import run as go
@@ -66,7 +67,7 @@ def run_recipe(
 
     chosen_stages(only, start, until)  # before anything is read
     loaded = load_recipe(recipe, overrides)
-    _drop_noise()
+    drop_noise()
     try:
         with sigterm_unwinds():
             done = go(
@@ -88,10 +89,3 @@ def run_recipe(
         sys.exit(1)  # process 0 has said why
     if done.results is not None and not quiet:
         click.echo(table(done.results))
-
-
-def _drop_noise() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

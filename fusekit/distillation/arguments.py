@@ -167,9 +167,7 @@ def _known_fields() -> set[str]:
 def wrong_scheduler(name: str) -> str | None:
     """Why transformers has no scheduler of this name, None where it has."""
     known = [scheduler.value for scheduler in SchedulerType]
-    return (
-        None if name in known else f"lr_scheduler_type {name!r} is none that transformers knows{nearest(name, known)}"
-    )
+    return None if name in known else f"lr_scheduler_type {name!r} is unknown to transformers{nearest(name, known)}"
 
 
 def processes() -> int:

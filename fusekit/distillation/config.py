@@ -66,8 +66,16 @@ class FusionConfig(TrainingArguments):
         super().__post_init__()
         defaults = {item.name: item.default for item in fields(TrainingArguments)}
         for name, why in IMPOSSIBLE.items():
-            if name in defaults and getattr(self, name) != defaults[name] and name != "remove_unused_columns":
+            # The trainer sets the first itself, and can evaluate, where a run holds nothing out.
+            if name in ("remove_unused_columns", "eval_strategy") or name not in defaults:
+                continue
+            if getattr(self, name) != defaults[name]:
                 raise DistillationError(f"{name} cannot be set: {why}")
+        if mode := (self.fusion or {}).get("mode"):
+            raise DistillationError(
+                f"fusion.mode is {mode!r}, but a trainer trains one model: leave mode out, and make one trainer per "
+                "teacher for pairwise fusion"
+            )
         own = {name: getattr(self, name) for name in _LOSS if getattr(self, name) is not None}
         sections = {"training": own, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
         self.settings = DistillSettings.of(self.preset, sections)

@@ -106,11 +106,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         StorageError: a store is damaged or not complete.
         DistillationError: stores that were made with another temperature, pivot or tokenizer than the run's.
     """
-    if settings.fusion.function == "reward_softmax":
-        raise DistillationError(
-            "reward_softmax needs a reward per row and model, which no store has: use it from Python "
-            "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
-        )
+    refuse_rewards(settings)
     if settings.training.lm_weighting == "relative" and inputs.pivot_store is None and sources:
         raise DistillationError(
             "lm_weighting relative compares the teachers with the pivot, but there is no store of the pivot: capture "
@@ -123,11 +119,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
     stores = {name: Store.open(inputs.sources[name].store) for name in sources}
     for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
-        if store.spec.temperature != settings.training.temperature:
-            raise DistillationError(
-                f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
-                f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
-            )
+        refuse_temperature(name, store, settings)
     rows = {row.key: row for row in inputs.rows}
     if pivot_store is not None:
         _refuse_other_pivot(pivot_store, fingerprint, checkpoint)
@@ -153,6 +145,24 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         settings,
         inputs.row_tokenizer,
     )
+
+
+def refuse_rewards(settings: DistillSettings) -> None:
+    """Raise DistillationError where targets need rewards, which no store has."""
+    if settings.fusion.function == "reward_softmax":
+        raise DistillationError(
+            "reward_softmax needs a reward per row and model, which no store has: use it from Python "
+            "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
+        )
+
+
+def refuse_temperature(name: str, store: Store, settings: DistillSettings) -> None:
+    """Raise DistillationError where a store holds rows of another temperature than the loss has."""
+    if store.spec.temperature != settings.training.temperature:
+        raise DistillationError(
+            f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
+            f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,7 @@ def _with_plain_pivot(inputs: Inputs, out: Path, overwrite: bool, ignore_estimat
 
 
 def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool, overwrite: bool) -> None:
-    """Lock the output, clean up after runs that died, and refuse what is there unless asked to go on or start over."""
+    """Lock the output, clean up after runs that died, and refuse what is there unless asked to resume or start over."""
     stack.enter_context(output_lock(out))
     out.mkdir(exist_ok=True)
     for target in targets:
@@ -249,7 +249,7 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
-    """The checkpoint to go on from, None for the beginning. Raises DistillationError when the inputs changed."""
+    """The checkpoint to resume from, None for the beginning. Raises DistillationError when the inputs changed."""
     before = facts_begun(target)
     if before is None:
         return None

@@ -11,11 +11,12 @@ import torch
 import xxhash
 
 from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.rows import NEED_PIVOT
 from fusekit.api import capture
 from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.load import load_model, load_tokenizer, valid_ids
-from fusekit.capturing.manifest import MANIFEST, StoreSpec
+from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import Selection
 from fusekit.capturing.store import Store
@@ -24,7 +25,7 @@ from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.inputs import Reading, projection_of
+from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
 from fusekit.distillation.outputs import with_adapter
 from fusekit.errors import DistillationError
 from fusekit.types import Row
@@ -35,10 +36,14 @@ CAPTURES = "captures"
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """The model that is trained, loaded, with its tokenizer."""
+    """The model that is trained, loaded, with its tokenizer.
+
+    identity: fingerprint of the weights where they are those of files; None for a model that was given loaded.
+    """
 
     model: Any
     tokenizer: Any
+    identity: str | None = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, dtype: str) -> Student:
@@ -46,7 +51,8 @@ class Student:
         if isinstance(model, (str, Path)):
             checkpoint = find_checkpoint(ModelChoice(str(model), dtype=dtype))
             loaded = load_model(checkpoint, torch.device("cpu"))
-            return cls(loaded, tokenizer if tokenizer is not None else load_tokenizer(checkpoint))
+            own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
+            return cls(loaded, own, checkpoint.fingerprint())
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
             raise DistillationError(
                 f"model is {type(model).__name__}: give a causal language model of transformers, or its name or path"
@@ -63,7 +69,9 @@ class Student:
         return self.model if peft_config is None else with_adapter(self.model, peft_config)
 
     def fingerprint(self) -> str:
-        """xxh3-128 of the weights as they are now."""
+        """What identifies the weights: as a capture names files, else the xxh3-128 of the tensors."""
+        if self.identity is not None:
+            return self.identity
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -88,23 +96,24 @@ def fusion_dataset(
         DistillationError: a teacher of a wrong kind, or one without the examples.
         CaptureError, StorageError: a capture fails.
     """
-    settings, folder = args.settings, Path(args.output_dir) / CAPTURES
-    reader = RowTokenizer(student.tokenizer)
+    settings, given = args.settings, _named(teachers)
+    refuse_rewards(settings)
+    # A template that prints the day prints that of the captures that are there.
+    own_folder = Path(args.output_dir) / CAPTURES / PIVOT
+    there = [*(Path(t) for t in given.values() if isinstance(t, (str, Path))), own_folder]
+    there += [teacher.path for teacher in given.values() if isinstance(teacher, Store)]
+    reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
     prepared = prepare(rows_of(dataset), [reader], args.max_length or 2048)
     if not prepared.rows:
         raise DistillationError(f"no example is left to train on: {prepared.counts}")
     rows, stores = prepared.rows, {}
-    for name, teacher in _named(teachers).items():
+    for name, teacher in given.items():
         stores[name] = _store_of(name, teacher, rows, args, say=say)
-        if stores[name].spec.temperature != settings.training.temperature:
-            raise DistillationError(
-                f"the store of {name} holds rows of temperature {stores[name].spec.temperature}, but the loss has "
-                f"temperature {settings.training.temperature}: capture it at that temperature, or set it to the store's"
-            )
+        refuse_temperature(name, stores[name], settings)
     if not stores:
         return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
     by_key = {row.key: row for row in rows}
-    own = _capture_student(student, reader, rows, folder / PIVOT, args) if _needs_pivot(args) else None
+    own = _capture_student(student, reader, rows, own_folder, args) if _needs_pivot(args) else None
     ours = Reading.of(PIVOT, student.tokenizer, own, by_key)
     projections = {}
     for name, store in stores.items():
@@ -151,8 +160,13 @@ def _needs_pivot(args: FusionConfig) -> bool:
     settings = args.settings
     if settings.plain:
         return False
-    backs_off = settings.alignment.map_method is not None and settings.alignment.tail in ("back_off", "pivot_share")
-    return settings.fusion.include_pivot or backs_off or settings.training.lm_weighting == "relative"
+    how = settings.alignment
+    projected = how.vocabulary not in ("none", "matched") and how.tokens == "span"
+    return (
+        settings.fusion.include_pivot
+        or (projected and how.tail in NEED_PIVOT)
+        or settings.training.lm_weighting == "relative"
+    )
 
 
 def _capture_student(

@@ -126,6 +126,8 @@ class FusionTrainer(Trainer):
             )
         if isinstance(args, FusionConfig):
             student = Student.of(model, processing_class, args.settings.training.dtype)
+            if isinstance(train_dataset, FusionDataset) and teachers is not None:
+                raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
             if not isinstance(train_dataset, FusionDataset):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
             if eval_dataset is not None:
@@ -294,7 +296,7 @@ class FusionTrainer(Trainer):
     # Checkpoints
 
     def resume_counts(self, facts: Mapping[str, Any]) -> None:
-        """Go on counting where the run that wrote a checkpoint with these facts was."""
+        """Continue the counts of the run that wrote a checkpoint with these facts."""
         self.counts, self.skipped = dict(facts.get("counts", {})), int(facts.get("skipped", 0))
 
     def counts_so_far(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from fusekit.generation.reader import Cursor, unfinished
-from fusekit.generation.settings import GenerationSettings, Segment
+from fusekit.generation.settings import GenerationSettings, Segment, drain
 
 
 class _Draft(NamedTuple):
@@ -39,14 +39,7 @@ def cool(cursors: Sequence[Cursor], settings: GenerationSettings) -> Generator[S
     """
     if not settings.rerank:
         return (yield from _fused(cursors, settings))
-    segments: list[Segment] = []
-    running = _fused(cursors, settings)
-    while True:
-        try:
-            segments.append(next(running))
-        except StopIteration as stopped:
-            finish = str(stopped.value)
-            break
+    segments, finish = drain(_fused(cursors, settings))
     alone = []
     for writer, cursor in enumerate(cursors):
         cursor.rewind(0)

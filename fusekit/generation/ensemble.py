@@ -7,6 +7,7 @@ token boundary of every model and the main one is unsure). Boundaries are exact 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from fusekit.alignment import VocabularyMap, build_vocabulary_map
 from fusekit.generation.cool_fusion import cool
 from fusekit.generation.reader import Cursor, Next, Reader, load_readers, unfinished
-from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
+from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment, drain
 from fusekit.types import Message
 
 Prompt = str | Sequence[Message | dict[str, str]]
@@ -62,15 +63,8 @@ def generate(
     answers = []
     for number, messages in enumerate(conversations, first):
         cursors = [Cursor(reader, reader.prompt(messages, raw=asked.raw)) for reader in readers]
-        segments, running = [], write(cursors, np.random.default_rng([asked.seed, number]))
-        while True:
-            try:
-                segments.append(next(running))
-            except StopIteration as stopped:
-                finish = str(stopped.value)
-                break
-            if on_segment is not None:
-                on_segment(number, segments[-1])
+        running = write(cursors, np.random.default_rng([asked.seed, number]))
+        segments, finish = drain(running, partial(on_segment, number) if on_segment is not None else None)
         answers.append(Generation("".join(segment.text for segment in segments), segments, finish))
     return answers
 
@@ -98,13 +92,6 @@ def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:
     if not raw and messages[-1].role == "assistant":
         raise GenerationError("a conversation ends with an assistant's message: leave out the answer to be written")
     return messages
-
-
-class _Choice(NamedTuple):
-    """What is written next: a token's bytes, None for the end of the turn, and the probability it was chosen with."""
-
-    text: bytes | None
-    probability: float
 
 
 class _Pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -93,3 +94,17 @@ class Generation(NamedTuple):
     text: str
     segments: list[Segment]
     finish: str
+
+
+def drain(
+    running: Generator[Segment, None, str], on_segment: Callable[[Segment], None] | None = None
+) -> tuple[list[Segment], str]:
+    """All segments of an answer that is being written, and why it ended. on_segment: called with each as it comes."""
+    segments: list[Segment] = []
+    while True:
+        try:
+            segments.append(next(running))
+        except StopIteration as stopped:
+            return segments, str(stopped.value)
+        if on_segment is not None:
+            on_segment(segments[-1])

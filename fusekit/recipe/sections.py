@@ -27,7 +27,6 @@ from fusekit.gguf import SUFFIX
 from fusekit.yaml import KeyPath
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
-_BATCH_TOKENS = "Tokens of a batch, padding included; null: what suits the device."
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _OTHER_FOLDERS = ("pivot", "joint", "sft")
 """What a run calls its other stores and targets."""

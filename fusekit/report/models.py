@@ -14,8 +14,6 @@ from fusekit.artifacts import commit_file
 if TYPE_CHECKING:
     from fusekit.capturing.models import Checkpoint
 
-MODELS_FILE = "models.json"
-
 _FORMS = ("byte-level", "metaspace", "WordPiece", "plain")  # by fusekit.alignment.surfaces.Form
 
 

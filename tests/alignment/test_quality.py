@@ -17,7 +17,7 @@ from fusekit.alignment.samples import sample_of
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.cli import cli
-from fusekit.errors import AlignmentError, FusekitError
+from fusekit.errors import AlignmentError, DataError
 from fusekit.report.page import alignment_page
 from tests.alignment.texts import EDGE_CASES
 from tests.alignment.tokenizers import load
@@ -158,19 +158,19 @@ def test_inspect_alignment(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "words"),
+    ("content", "name", "kind", "words"),
     [
-        ('{"text": "a"}\n{"text": ', "x.jsonl", ["line 2", "JSON"]),
-        ('{"other": 1}', "x.json", ["messages"]),
-        ("a,b", "x.csv", [".csv", ".jsonl"]),
-        ("", "x.txt", ["no text"]),
+        ('{"text": "a"}\n{"text": ', "x.jsonl", DataError, ["line 2", "JSON"]),
+        ('{"other": 1}', "x.json", DataError, ["messages"]),
+        ("a,b", "x.csv", DataError, [".csv", ".jsonl"]),
+        ("", "x.txt", AlignmentError, ["no text"]),
     ],
 )
-def test_data_that_cannot_be_read(folders, tmp_path, content, name, words):
+def test_data_that_cannot_be_read(folders, tmp_path, content, name, kind, words):
     file = tmp_path / name
     file.write_text(content)
     result = run(folders / "bert", folders / "bert", "--data", file)
-    assert isinstance(result.exception, FusekitError)
+    assert type(result.exception) is kind
     assert all(word in str(result.exception) for word in words)
 
 

@@ -48,9 +48,9 @@ def test_sigkill_at_every_moment(tmp_path, whole):
         path = tmp_path / str(moment) / "out"
         assert Child(tmp_path / "log", (path,), kill_at, (moment, "")).wait() == -signal.SIGKILL
         complete += no_half_store(path)
-        vouched = {name for name in listing(path) if name.startswith("shard-") and name.endswith(".json")}
+        recorded = {name for name in listing(path) if name.startswith("shard-") and name.endswith(".json")}
         written = write(path)
-        assert not {f"shard-{number:05}.json" for number in written} & vouched, "a committed shard was written again"
+        assert not {f"shard-{number:05}.json" for number in written} & recorded, "a committed shard was written again"
         kept.append(4 - len(written))
         assert listing(path) == whole
     assert set(kept) == {0, 1, 2, 3, 4}

@@ -113,7 +113,7 @@ def test_a_saved_step_replaces_what_was_left_of_it(tmp_path: Path) -> None:
 
 
 def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The former checkpoint may go only once the new one is vouched for, also when one is all that is kept."""
+    """The former checkpoint may go only once the new one is recorded, also when one is all that is kept."""
     seal = checkpoints.seal
 
     def dying(checkpoint: Path, facts: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_what_differs_is_named(tmp_path: Path, change, said: str) -> None:
     assert said in line
 
 
-def test_manifests_are_compared_by_what_they_vouch_for(tmp_path: Path) -> None:
+def test_manifests_are_compared_by_what_they_record(tmp_path: Path) -> None:
     a, b = output(tmp_path / "a", learning_rate=1), output(tmp_path / "b", b"others", learning_rate=2)
     said = differences(a, b)
     assert "targets/one/manifest.json: inputs.learning_rate: 1 and 2" in said

@@ -1,4 +1,4 @@
-"""Parts of a run: which stages, what they need of the others, what vouches for what they find."""
+"""Parts of a run: which stages, what they need of the others, what verifies what they find."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -143,7 +144,7 @@ def test_matched_entries_are_distilled_with_the_map_of_equal_strings(tmp_path):
     }
     pivot, source = (load_tokenizer(find_checkpoint(choice_at(place))) for place in ("models/pivot", "sources/llama"))
     made = read_map(out / "alignment" / "llama", "em", pivot, source)
-    assert 0.1 < made.mapped_share < 1
+    assert 0.1 < np.mean(np.diff(made.matrix.indptr) > 0) < 1
     before = stamps(out / "targets")
     run(recipe, out, only="merge", say=quiet)
     assert stamps(out / "targets") == before

@@ -165,7 +165,7 @@ def _in_a_child(folder: Path, data: bytes, number: int, counter: Path) -> int:
     return int(child.exitcode)
 
 
-def test_a_kill_at_any_moment_leaves_a_card_that_is_vouched_for(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> None:
     def fresh(name: str) -> Path:
         folder = tmp_path / name / "out" / "merged"
         artifact.publish(folder, "merge", {}, lambda into: (into / "README.md").write_bytes(b"old"))
