@@ -26,7 +26,7 @@ class DataError(FusekitError):
 
 
 class CaptureError(FusekitError):
-    """What a model knows about rows of data cannot be captured."""
+    """What a model knows about examples of data cannot be captured."""
 
 
 class ModelError(MergeError, CaptureError):

@@ -246,9 +246,9 @@ def _refuse_quarantined(writer: StoreWriter, share: float) -> None:
     if len(quarantined) > allowed:
         key, why = next(iter(quarantined.items()))
         raise CaptureError(
-            f"{writer.path}: {len(quarantined)} rows have no distribution, more than the {allowed} of {total} that may "
-            f"(--max-quarantined {share:g}); the first is {key}: {why}. Are the model's weights whole, and is its "
-            "dtype one that it was trained for? If so many may be missing, raise the limit: what is captured stays"
+            f"{writer.path}: {len(quarantined)} examples have no distribution, more than the {allowed} of {total} "
+            f"that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the model's weights whole, and is "
+            "its dtype one that it was trained for? If so many may be missing, raise the limit: what is captured stays"
         )
 
 

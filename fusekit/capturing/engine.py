@@ -179,14 +179,14 @@ class Teacher:
         for row in rows:
             if self.longest is not None and len(row) > self.longest:
                 raise CaptureError(
-                    f"row {row.key} has {len(row)} tokens, but {self.name} was made for {self.longest} (its "
-                    f"config.json): cut or drop longer rows (--max-length {self.longest})"
+                    f"example {row.key} has {len(row)} tokens, but {self.name} was made for {self.longest} (its "
+                    f"config.json): cut or drop longer examples (--max-length {self.longest})"
                 )
             highest, label = int(row.ids.max(initial=0)), int(row.ids[row.labels].max(initial=0))
             if highest >= self.input_rows or label >= self.vocabulary:
                 raise CaptureError(
-                    f"row {row.key} has the token id {highest}, but {self.name} has {self.input_rows} embeddings and "
-                    f"{self.vocabulary} logits: is the tokenizer that of another model?"
+                    f"example {row.key} has the token id {highest}, but {self.name} has {self.input_rows} embeddings "
+                    f"and {self.vocabulary} logits: is the tokenizer that of another model?"
                 )
 
     def _fitting(self, batches: list[list[int]], lengths: list[int]) -> Iterator[list[int]]:
@@ -218,14 +218,14 @@ class Teacher:
             return self._score_batch(rows)
         half = (len(rows) + 1) // 2
         self.batch_tokens = min(self.batch_tokens, half * longest)
-        self.notify(f"{self.name}: memory ran out at {len(rows)} rows of {longest} tokens, {half} are tried")
+        self.notify(f"{self.name}: memory ran out at {len(rows)} examples of {longest} tokens, {half} are tried")
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
     def _too_large(self, row: TokenizedRow, failure: str) -> str:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return (
-            f"row {row.key} of {len(row)} tokens does not fit into memory even alone, and {self.name} itself takes "
-            f"{weights / 1e9:.2f} GB ({failure}). Shorten the rows (--max-length), load the model smaller (--dtype "
+            f"example {row.key} of {len(row)} tokens does not fit into memory even alone, and {self.name} itself takes "
+            f"{weights / 1e9:.2f} GB ({failure}). Shorten the examples (--max-length), load the model smaller (--dtype "
             "bfloat16, --quantization) or spread it over several devices (--device-map auto)"
         )
 

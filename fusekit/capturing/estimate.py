@@ -50,7 +50,7 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     store = store_bytes(rows=rows, tokens=tokens, labels=tokens, vocabulary=vocabulary, top_k=top_k)
     if out.is_dir():  # what an interrupted run has written already
         store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
-    wanted = [(out, store, f"{rows} captured rows, at most")]
+    wanted = [(out, store, f"{rows} captured examples, at most")]
     if checkpoint.snapshot and checkpoint.download_bytes:
         wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))
     by_device: dict[int, list[tuple[Path, int, str]]] = {}

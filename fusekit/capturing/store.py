@@ -104,7 +104,7 @@ class Store:
         folder = Path(path)
         manifest = read_json(folder / MANIFEST, Manifest)
         if manifest is None:
-            raise StorageError(f"{folder} is no store of captured rows: it has no {MANIFEST}")
+            raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
         records = _records(folder, manifest)
         if not incomplete:
             _refuse_incomplete(folder, manifest, records)

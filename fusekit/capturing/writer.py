@@ -278,8 +278,8 @@ def remove_store(path: Path | str) -> None:
     if not _has_store(folder):
         if (folder / MANIFEST).exists():
             raise StorageError(
-                f"{folder / MANIFEST} is not of a store of captured rows: nothing was removed; choose another folder, "
-                "or remove that one yourself"
+                f"{folder / MANIFEST} does not belong to a store of captures: nothing was removed; choose another "
+                "folder, or remove that one yourself"
             )
         refuse_foreign(folder)
     remove(folder / MANIFEST)

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     help="Examples that were captured: files, folders or hub ids (repeatable).",
 )
 @click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most rows to read of the data.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most examples to read of the data.")
 @click.option("--pack", is_flag=True, help="Pack plain text into blocks, as the stores were captured with --pack.")
 @click.option(
     "--max-length", default=2048, show_default=True, type=click.IntRange(min=2), help="Tokens of a packed block."
 )
-@click.option("--pivot-store", type=click.Path(path_type=Path), help="What the pivot said about the rows.")
+@click.option("--pivot-store", type=click.Path(path_type=Path), help="Store of what the pivot said about the examples.")
 @click.option(
     "--source-store",
     "sources",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     help="Any other setting of a recipe, as alignment.one_hot=true, or distill.optim=adafactor for a field of "
     "TrainingArguments (repeatable).",
 )
-@click.option("--chat-template", help="For rows that no store has: own, a shipped name, or a file.")
+@click.option("--chat-template", help="For examples that no store has: own, a shipped name, or a file.")
 @click.option("--resume", is_flag=True, help="Resume what is there.")
 @click.option("--overwrite", is_flag=True, help="Start over, replacing what is there.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")

@@ -73,7 +73,7 @@ def summary_lines(store: Store) -> Iterator[str]:
         )
     if found["quarantined"]:
         yield ""
-        yield f"  {len(found['quarantined'])} rows have no distribution:"
+        yield f"  {len(found['quarantined'])} examples have no distribution:"
         for key, reason in list(found["quarantined"].items())[:_SHOWN_QUARANTINED]:
             yield f"    {key}  {reason}"
 

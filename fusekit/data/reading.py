@@ -99,7 +99,7 @@ def files_of(path: str | Path) -> list[str | Path]:
         return [path]
     if other := _other_folder(local):
         raise DataError(
-            f"{path} is {other}, not rows of data: give files of rows ({', '.join(READERS)}), a folder of such "
+            f"{path} is {other}, not examples of data: give files of rows ({', '.join(READERS)}), a folder of such "
             "files, or the id of a data set on the hub"
         )
     files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())

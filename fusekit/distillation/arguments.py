@@ -29,7 +29,7 @@ IMPOSSIBLE = {
     "remove_unused_columns": "what the loss needs is no argument of the model",
     "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
     "label_smoothing_factor": "fusekit computes the loss",
-    "auto_find_batch_size": "it would change the rows of an optimizer step",
+    "auto_find_batch_size": "it would change the examples of an optimizer step",
     "use_liger_kernel": "it computes a loss of its own",
     "eval_strategy": "nothing is held out while training; the section evaluate scores the models",
 }

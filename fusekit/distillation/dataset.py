@@ -41,11 +41,11 @@ class Captures(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """How the rows of one model met the rows of data.
+    """How the rows of one model met the examples of data.
 
     Attributes:
         matched: how many keys both have.
-        missing: keys of rows of data that the model has nothing about, in the data's order.
+        missing: keys of examples of data that the model has nothing about, in the data's order.
         surplus: keys that the model has and the data has not, sorted.
         duplicates: keys that the model has more than once, sorted; each counts once.
     """
@@ -56,7 +56,7 @@ class Match:
     duplicates: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.matched} rows matched"]
+        parts = [f"{self.matched} examples matched"]
         for name in ("missing", "surplus", "duplicates"):
             keys = getattr(self, name)
             if keys:
@@ -84,14 +84,14 @@ class Joined:
 
     def report(self) -> list[str]:
         """One line for the data and one for each model."""
-        lines = [f"{len(self.rows)} rows of data"]
+        lines = [f"{len(self.rows)} examples of data"]
         if self.duplicates:
             lines[0] += f", {len(self.duplicates)} of them given more than once ({_first(self.duplicates)})"
         return lines + [f"{name}: {match}" for name, match in self.matches.items()]
 
 
 def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
-    """Match rows of data with the captured rows of models.
+    """Match examples of data with the captured rows of models.
 
     Args:
         rows: the data; of equal rows the first is kept.
@@ -108,14 +108,14 @@ def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
         else:
             by_key[row.key] = row
     if not by_key:
-        raise DistillationError("there are no rows of data to train on")
+        raise DistillationError("there are no examples of data to train on")
     matches = {name: _match(by_key, keys_of(captures)) for name, captures in models.items()}
     for name, match in matches.items():
         if not match.matched:
             raise DistillationError(
-                f"{name} has none of the {len(by_key)} rows of data: it was captured from other data. The data begin "
-                f"with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; capture it from "
-                "the same rows, read and cut the same way"
+                f"{name} has none of the {len(by_key)} examples of data: it was captured from other data. The data "
+                f"begin with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; capture it "
+                "from the same examples, read and cut the same way"
             )
     return Joined(tuple(by_key.values()), tuple(copies), matches)
 

@@ -105,10 +105,10 @@ def reward_softmax(candidates: Sequence[Candidate], level: str = "sequence", tem
     """The mixture with weights softmax_j(reward_j / temperature).
 
     Inputs as :func:`avg_ce`, at ``sequence`` level. Raises DistillationError also for a missing reward, ``token`` level
-    (a reward is one number per row) and a temperature that is not above 0.
+    (a reward is one number per example) and a temperature that is not above 0.
     """
     if level != "sequence":
-        raise DistillationError(f"level {level!r} with rewards: a reward is one number per row; use level sequence")
+        raise DistillationError(f"level {level!r} with rewards: a reward is one number per example; use level sequence")
     if not temperature > 0:
         raise DistillationError(f"the temperature of the rewards is {temperature}, it must be above 0")
     scores = _scores(candidates, level)

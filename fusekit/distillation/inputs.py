@@ -151,7 +151,7 @@ def refuse_rewards(settings: DistillSettings) -> None:
     """Raise DistillationError where targets need rewards, which no store has."""
     if settings.fusion.function == "reward_softmax":
         raise DistillationError(
-            "reward_softmax needs a reward per row and model, which no store has: use it from Python "
+            "reward_softmax needs a reward per example and model, which no store has: use it from Python "
             "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
         )
 

@@ -88,7 +88,7 @@ class FusionSettings(_Section):
         "docs/losses.md.",
     )
     level: Literal["sequence", "token"] = Field(
-        default="sequence", description="Choose or weigh once per row, or at every label."
+        default="sequence", description="Choose or weigh once per example, or at every label."
     )
     metric: Literal["projected_ce", "bits_per_byte", "token_ce"] = Field(
         default="projected_ce",

@@ -61,9 +61,9 @@ class ModelSize(Section):
     The names are those of a config.json.
     """
 
-    parameters: Annotated[int, Field(gt=0)] = Field(description="All of them.")
+    parameters: Annotated[int, Field(gt=0)] = Field(description="Number of parameters.")
     active_parameters: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="That take part in one token, of a mixture of experts; null: all."
+        default=None, description="Number that takes part in one token, of a mixture of experts; null: all."
     )
     vocab_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Rows of the embedding.")
     hidden_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Width of the hidden states.")
@@ -77,9 +77,9 @@ class ModelSize(Section):
 class DataSize(Section):
     """How large the data are, for ``fusekit plan`` where they cannot be read."""
 
-    rows: Annotated[int, Field(gt=0)] = Field(description="All of them.")
-    tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of all rows, for the pivot.")
-    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Of them learned; null: all.")
+    rows: Annotated[int, Field(gt=0)] = Field(description="Number of examples.")
+    tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Tokens of all, for the pivot.")
+    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Labels among them; null: all.")
 
 
 class Pivot(Section):
@@ -182,7 +182,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, description="Of merge methods that draw (dare); training has `distill.seed`.")
     pivot: Pivot = Field(description="The model that is trained; the result has its architecture and tokenizer.")
     sources: Annotated[list[Source], Field(min_length=1)] = Field(description="The models that the pivot learns from.")
-    data: Data = Field(description="The rows that all models read.")
+    data: Data = Field(description="The examples that all models read.")
     capture: CaptureSettings = Field(default=CaptureSettings(), description="What is kept of a model's distributions.")
     alignment: AlignmentSettings = Field(
         default=AlignmentSettings(), description="How sources' rows come into the pivot's tokens and vocabulary."
@@ -194,7 +194,7 @@ class Recipe(Section):
     merge: dict[str, Any] | None = Field(
         default=None, description="mergekit's own syntax; models and base_model are filled in."
     )
-    evaluate: Evaluate | None = Field(default=None, description="Held-out rows to score every model on.")
+    evaluate: Evaluate | None = Field(default=None, description="Held-out examples to score every model on.")
 
     _places: Places = PrivateAttr(default_factory=Places)
 
@@ -214,7 +214,7 @@ class Recipe(Section):
     def _no_rewards(cls, fusion: FusionSettings) -> FusionSettings:
         if fusion.function == "reward_softmax":
             raise ValueError(
-                "function reward_softmax needs a reward per row and model, which no recipe can name: use it from "
+                "function reward_softmax needs a reward per example and model, which no recipe can name: use it from "
                 "Python (FusionDataset(rewards=...)), or choose min_ce or avg_ce"
             )
         return fusion

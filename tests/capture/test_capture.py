@@ -227,10 +227,10 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
     assert len(store) == len(rows) - 1
     broken = poison(common)
     edit_tensors(model, add_head)
-    with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
+    with pytest.raises(CaptureError, match=r"examples have no distribution, more than the 1 of 20 that may"):
         run(data, tmp_path / "many", checkpoint=broken)
     # Running it again is no way around the limit, raising it is.
-    with pytest.raises(CaptureError, match=r"rows have no distribution, more than the 1 of 20 that may"):
+    with pytest.raises(CaptureError, match=r"examples have no distribution, more than the 1 of 20 that may"):
         run(data, tmp_path / "many", checkpoint=broken)
     many = settings(max_quarantined=1.0)
     store = run(data, tmp_path / "many", many, checkpoint=broken)
@@ -249,7 +249,7 @@ def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):
     shutil.copytree(DEMO / "numbers", model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
-    with pytest.raises(CaptureError, match=r"was made for 12 \(its config\.json\): cut or drop longer rows"):
+    with pytest.raises(CaptureError, match=r"was made for 12 \(its config\.json\): cut or drop longer examples"):
         run(data, tmp_path / "out", checkpoint=find_checkpoint(ModelChoice(str(model))))
 
 
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, 
 def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mounted):  # noqa: F811
     small = mounted("size=4k")
     with pytest.raises(
-        CaptureError, match=r"disk \(20 captured rows, at most\): about .* needed, .* free on the disk of"
+        CaptureError, match=r"disk \(20 captured examples, at most\): about .* needed, .* free on the disk of"
     ):
         run(data, small / "out")
     assert list(small.iterdir()) == [small / ".out.fusekit.lock"] or list(small.iterdir()) == []

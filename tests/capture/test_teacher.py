@@ -237,7 +237,7 @@ def test_batches_are_halved_once_and_later_ones_start_at_what_fitted(monkeypatch
     assert [rows for rows, _ in limit.tried] == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
     for one, other in zip(found.rows, expected.rows, strict=True):
         np.testing.assert_allclose(one.rows.logprobs, other.rows.logprobs, atol=FLOAT32_BOUND)
-    assert "memory ran out at 8 rows of 19 tokens, 4 are tried" in said[0]
+    assert "memory ran out at 8 examples of 19 tokens, 4 are tried" in said[0]
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
@@ -275,7 +275,7 @@ def test_memory_that_really_runs_out_halves_the_batch(tmp_path):
     file = tmp_path / "said"
     # One tensor of the feed-forward takes 8 x 199 x 16384 x 4 = 104 MB, and there are two of them at a time.
     assert run(_score_with_little_memory, 100, 16384, 8, file).exitcode == 0
-    assert "memory ran out at 8 rows of 19" in file.read_text()
+    assert "memory ran out at 8 examples of 19" in file.read_text()
     assert "same=True close=True" in file.read_text()
 
 
@@ -284,7 +284,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_with_the_numbers(tmp_path):
     # 104 MB for a row alone: more than what the process has freed and not given back.
     assert run(_score_with_little_memory, 4, 131072, 2, file).exitcode == 0
     said = file.read_text()
-    assert said.startswith("refused row ")
+    assert said.startswith("refused example ")
     assert "of 200 tokens does not fit into memory even alone" in said
     assert "tried to allocate" in said.lower()
     assert "--max-length" in said

@@ -252,7 +252,7 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, what):
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
         read_rows(tmp_path)
-    assert f"{tmp_path} is {what}, not rows of data: give files of rows (.jsonl, .json, .parquet, .txt)" in str(
+    assert f"{tmp_path} is {what}, not examples of data: give files of rows (.jsonl, .json, .parquet, .txt)" in str(
         error.value
     )
 

@@ -70,7 +70,7 @@ def test_the_command_trains_and_says_where(world: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     folder = tmp_path / "out" / "other"
     assert done.stdout.splitlines()[-1] == str(folder.resolve())
-    assert "other: 6 rows matched" in done.stderr
+    assert "other: 6 examples matched" in done.stderr
     record = json.loads((folder / "training.json").read_text())
     assert record["settings"]["training"]["lora"] == {"r": 4}
     assert record["settings"]["alignment"]["one_hot"] is True

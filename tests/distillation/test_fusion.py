@@ -190,7 +190,7 @@ class TestRewards:
         ("source", "settings", "message"),
         [
             (like(SOURCE, reward=None), {}, "no reward for source"),
-            (SOURCE, {"level": "token"}, "one number per row"),
+            (SOURCE, {"level": "token"}, "one number per example"),
             (SOURCE, {"temperature": 0.0}, "temperature of the rewards is 0"),
         ],
     )

@@ -122,7 +122,7 @@ def test_a_pivot_becomes_a_plain_checkpoint(pivot: str, lora: Any, world: Path, 
     record = json.loads((folder / "training.json").read_text())
     assert record["sources"] == ["source1"]
     assert [line["step"] for line in record["log"] if "loss" in line] == [1, 2]
-    assert record["rows"] == ["8 rows of data", "pivot: 8 rows matched", "source1: 8 rows matched"]
+    assert record["rows"] == ["8 examples of data", "pivot: 8 examples matched", "source1: 8 examples matched"]
     assert said[-1] == f"source1: published to {folder}"
 
 

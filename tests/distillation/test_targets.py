@@ -86,7 +86,7 @@ def test_rows_are_joined_by_key_whatever_their_order() -> None:
                 np.testing.assert_array_equal(value, partial[i][name])
     match = partial.joined.matches["s"]
     assert (match.matched, match.missing, match.surplus) == (8, (ROWS[4].key,), (extra.key,))
-    assert partial.joined.report()[2] == f"s: 8 rows matched, 1 missing ({ROWS[4].key}), 1 surplus ({extra.key})"
+    assert partial.joined.report()[2] == f"s: 8 examples matched, 1 missing ({ROWS[4].key}), 1 surplus ({extra.key})"
 
 
 def test_a_row_that_a_source_lacks_is_not_taught_by_it() -> None:
@@ -114,9 +114,9 @@ def test_duplicates_count_once() -> None:
 
 def test_a_model_of_other_data_is_refused() -> None:
     other = captured(worlds.conversations(3, seed=50))
-    with pytest.raises(DistillationError, match=r"s has none of the 9 rows of data.*captured from other data"):
+    with pytest.raises(DistillationError, match=r"s has none of the 9 examples of data.*captured from other data"):
         dataset(ROWS, {"s": other})
-    with pytest.raises(DistillationError, match="no rows of data"):
+    with pytest.raises(DistillationError, match="no examples of data"):
         join([], {})
 
 

@@ -114,7 +114,7 @@ def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
     pivot, source = captured("pivot"), captured("source")
     with pytest.raises(DistillationError, match="vocabulary map"):
         measure(ROWS, pivot, source, Projection(None))
-    with pytest.raises(DistillationError, match=f"the source has none of the 1 rows.*{ROWS[1].key}"):
+    with pytest.raises(DistillationError, match=f"the source has none of the 1 examples.*{ROWS[1].key}"):
         measure(ROWS[:1], pivot, {ROWS[1].key: source[ROWS[1].key]}, Projection(MAP))
 
 

@@ -146,7 +146,7 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
         "sources": list(sources),
         "settings": {"fusion": {"function": "min_ce", "level": "sequence", "metric": "bits_per_byte"}},
         "made_from": {"target": name},
-        "rows": [f"{ROWS} rows of data{evil}"],
+        "rows": [f"{ROWS} examples of data{evil}"],
         "unmatched": {source: [key(5)] for source in sources[:1]},
         "counts": counts | {f"chosen/{source}": 36.0 for source in sources},
         "skipped_steps": 1,
