@@ -6,6 +6,7 @@ import datetime
 import doctest
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -25,7 +26,9 @@ from fusekit.data.reading import rows_of
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.teachers import Student
 from fusekit.errors import CaptureError, DataError, DistillationError
+from tests.merging.hub_server import Hub, Repository
 
 ROOT = Path(__file__).parents[1]
 PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
@@ -83,6 +86,41 @@ def test_teachers_may_be_models_and_the_student_a_loaded_one(tmp_path: Path) -> 
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_a_student_and_a_teacher_come_from_the_hub(tmp_path: Path) -> None:
+    """The real client against a hub on loopback, with nothing in its cache."""
+    code = (
+        "import json, sys; from fusekit import FusionConfig, FusionTrainer; from fusekit.capturing.store import Store\n"
+        "args = FusionConfig('out', max_steps=1, save_strategy='no', disable_tqdm=True)\n"
+        "rows = json.load(sys.stdin)\n"
+        "trainer = FusionTrainer('demo/pivot', args, rows, teachers={'numbers': 'demo/numbers'}); trainer.train()\n"
+        "print(trainer.state.global_step, Store.open('out/captures/pivot').spec.model_fingerprint)"
+    )
+    pivot, numbers = (Repository(ROOT / "demo/models" / name) for name in ("pivot", "numbers"))
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    with Hub({"demo/pivot": pivot, "demo/numbers": numbers}) as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {**inherited, **own, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            **{"input": json.dumps(RECORDS[:4]), "env": environment, "cwd": tmp_path, "capture_output": True},
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].split() == ["1", "commit", pivot.commit()]
+
+
+def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
+    """A tensor without dimensions too."""
+    model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.bfloat16)
+    model.register_buffer("scale", torch.tensor(1.0))
+    before = Student.of(model, None, "auto").fingerprint()
+    assert Student.of(model, None, "auto").fingerprint() == before
+    model.scale += 1
+    assert Student.of(model, None, "auto").fingerprint() != before
 
 
 def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.load import load_model, load_tokenizer, valid_ids
 from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.settings import Selection
 from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import on_main
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
@@ -38,21 +39,22 @@ CAPTURES = "captures"
 class Student:
     """The model that is trained, loaded, with its tokenizer.
 
-    identity: fingerprint of the weights where they are those of files; None for a model that was given loaded.
+    checkpoint: the files that the weights are from; None for a model that was given loaded.
     """
 
     model: Any
     tokenizer: Any
-    identity: str | None = None
+    checkpoint: Checkpoint | None = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, dtype: str) -> Student:
         """From a name, a path or a loaded model; DistillationError for anything else."""
         if isinstance(model, (str, Path)):
             checkpoint = find_checkpoint(ModelChoice(str(model), dtype=dtype))
+            on_main(checkpoint.fetch)
             loaded = load_model(checkpoint, torch.device("cpu"))
             own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
-            return cls(loaded, own, checkpoint.fingerprint())
+            return cls(loaded, own, checkpoint)
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
             raise DistillationError(
                 f"model is {type(model).__name__}: give a causal language model of transformers, or its name or path"
@@ -70,12 +72,12 @@ class Student:
 
     def fingerprint(self) -> str:
         """What identifies the weights: as a capture names files, else the xxh3-128 of the tensors."""
-        if self.identity is not None:
-            return self.identity
+        if self.checkpoint is not None:
+            return self.checkpoint.fingerprint()
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return f"xxh3:{digest.hexdigest()}"
 
 
