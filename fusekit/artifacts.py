@@ -437,6 +437,15 @@ def replace_file(folder: Path, name: str, data: bytes) -> bool:
     return changed
 
 
+def is_stage(folder: Path) -> bool:
+    """Whether a manifest is that of a stage: a store's has none, and what cannot be read is taken for a store's."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "stage" in found
+
+
 def read(folder: Path) -> Artifact | None:
     """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
     try:

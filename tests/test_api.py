@@ -7,6 +7,7 @@ import doctest
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -20,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import fusekit
-from fusekit import FusekitError, FusionConfig, FusionTrainer, Store, capture
+from fusekit import FusekitError, FusionConfig, FusionTrainer, Store, artifacts, capture
 from fusekit.capturing.models import ModelChoice
 from fusekit.data.reading import rows_of
 from fusekit.distillation.inputs import Inputs, Source
@@ -158,6 +159,9 @@ def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[
         ({"train_dataset": [{"quest": "1", "reply": "2"}]}, DataError, ("'quest'", "messages")),
         ({"train_dataset": {"prompt": "1"}}, DataError, ("dict", "messages")),
         ({"train_dataset": []}, DistillationError, ("no example",)),
+        ({}, DistillationError, ("no source", "sft")),
+        ({"teachers": {"pivot": NEOX}}, DistillationError, ("'pivot'",)),
+        ({"teachers": {"../neox": NEOX}}, DistillationError, ("'../neox'",)),
     ],
     ids=str,
 )
@@ -196,6 +200,31 @@ def test_a_template_that_prints_the_day_keeps_the_day_of_the_capture(tmp_path: P
         other = capture(PIVOT, RECORDS[:3], tmp_path / "new", chat_template=str(template), quiet=True)
     assert again.spec.details["date"] == begun.spec.details["date"]
     assert other.spec.details["date"] == "2001-02-03"
+
+
+def test_evaluation_without_teachers_is_the_likelihood_of_the_text(teacher: Store, tmp_path: Path) -> None:
+    """Whatever weight the text has in training."""
+    model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.float32)
+    args = config(tmp_path, lm_weighting="constant", lm_weight=0.25, per_device_eval_batch_size=1)
+    trainer = FusionTrainer(model, args, RECORDS, {"neox": teacher}, eval_dataset=RECORDS[:3])
+    found = trainer.evaluate()["eval_loss"]
+    expected = []
+    for index in range(3):
+        example = trainer.eval_dataset[index]
+        ids, labels = (torch.tensor(example[name])[None] for name in ("input_ids", "labels"))
+        with torch.inference_mode():
+            expected.append(float(model.eval()(input_ids=ids, labels=labels).loss))
+    assert found == pytest.approx(sum(expected) / 3, rel=1e-5)
+
+
+def test_a_model_that_a_run_made_is_no_store(tmp_path: Path) -> None:
+    """A published model has a manifest, as a store has; as a teacher it is captured."""
+    made = tmp_path / "made"
+    shutil.copytree(ROOT / "demo/models/numbers", made)
+    artifacts.seal(made, "distill", {}, {})
+    trainer = FusionTrainer(PIVOT, config(tmp_path / "out", max_steps=1), RECORDS[:4], {"made": made})
+    assert len(Store.open(tmp_path / "out" / "captures" / "made")) == 4
+    assert trainer.train_dataset.data.candidates == ["pivot", "made"]
 
 
 def test_a_store_of_other_examples_is_refused(teacher: Store, tmp_path: Path) -> None:

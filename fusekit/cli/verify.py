@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +55,7 @@ def _checked(folder: Path) -> tuple[list[str], str]:
     from fusekit import artifacts as artifact
     from fusekit.artifacts import counted
 
-    if not _is_stage(folder):
+    if not artifact.is_stage(folder):
         from fusekit.capturing.store import Store
 
         store = Store.open(folder)
@@ -66,12 +65,3 @@ def _checked(folder: Path) -> tuple[list[str], str]:
     assert known is not None
     held = f"{counted(len(known.files), 'file')} of the stage {known.stage!r}"
     return artifact.problems(folder), f"{folder}: {held}, all as committed"
-
-
-def _is_stage(folder: Path) -> bool:
-    """Whether a manifest is that of a stage: a store's has none, and what cannot be read is taken for a store's."""
-    try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "stage" in found

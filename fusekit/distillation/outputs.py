@@ -1,10 +1,10 @@
-"""The models that a run makes, and where: known before torch's trainer is."""
+"""The models that a run makes: their places, how they begin, and how they are written."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,28 @@ class Target:
         return self.folder.parent / f"{self.name}.training"
 
 
+def refuse_names(sources: Iterable[str]) -> None:
+    """Raise DistillationError where a source has a name that cannot be a folder's of the output."""
+    for name in sources:
+        if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
+            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
+
+
+def refuse_nobody(settings: DistillSettings, sources: Collection[str]) -> None:
+    """Raise DistillationError where settings want a teacher, and there is none."""
+    if not sources and not settings.plain:
+        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
+
+
 def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
     """The models that settings ask for: one per source, one from all, or, of plain settings, one from the text alone.
 
     Raises DistillationError when there is no source to learn from, or one has a name that cannot be a folder's.
     """
-    for name in sources:
-        if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
-            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
+    refuse_names(sources)
+    refuse_nobody(settings, sources)
     if settings.plain:
         return [Target(PLAIN, out / PLAIN, ())]
-    if not sources:
-        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
     if settings.fusion.mode == "joint":
         return [Target(JOINT, out / JOINT, tuple(sources))]
     return [Target(name, out / name, (name,)) for name in sources]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import xxhash
@@ -13,6 +13,7 @@ import xxhash
 from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.rows import NEED_PIVOT
 from fusekit.api import capture
+from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.load import load_model, load_tokenizer, valid_ids
@@ -27,7 +28,7 @@ from fusekit.devices import on_main
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
-from fusekit.distillation.outputs import with_adapter
+from fusekit.distillation.outputs import refuse_names, refuse_nobody, with_adapter
 from fusekit.errors import DistillationError
 from fusekit.types import Row
 
@@ -84,12 +85,12 @@ class Student:
 def fusion_dataset(
     student: Student, dataset: Any, teachers: Any, args: FusionConfig, say: Callable[[str], None] = lambda _: None
 ) -> FusionDataset:
-    """Examples for a student, with the targets that its teachers give.
+    """Examples for a student to train on, with the targets that its teachers give.
 
     Args:
         student: the model.
         dataset: see :func:`fusekit.data.reading.rows_of`.
-        teachers: see :class:`~fusekit.FusionTrainer`; None for the text alone.
+        teachers: see :class:`~fusekit.FusionTrainer`; None where the settings learn from the text alone.
         args: of the trainer.
         say: told what a user should know.
 
@@ -100,15 +101,14 @@ def fusion_dataset(
     """
     settings, given = args.settings, _named(teachers)
     refuse_rewards(settings)
+    refuse_names(given)
     # A template that prints the day prints that of the captures that are there.
     own_folder = Path(args.output_dir) / CAPTURES / PIVOT
-    there = [*(Path(t) for t in given.values() if isinstance(t, (str, Path))), own_folder]
-    there += [teacher.path for teacher in given.values() if isinstance(teacher, Store)]
+    there = [own_folder, *(teacher.path for teacher in given.values() if isinstance(teacher, Store))]
+    there += [Path(teacher) for teacher in given.values() if _is_store(teacher)]
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
-    prepared = prepare(rows_of(dataset), [reader], args.max_length or 2048)
-    if not prepared.rows:
-        raise DistillationError(f"no example is left to train on: {prepared.counts}")
-    rows, stores = prepared.rows, {}
+    rows, stores = _prepared(dataset, reader, args), {}
+    refuse_nobody(settings, given)
     for name, teacher in given.items():
         stores[name] = _store_of(name, teacher, rows, args, say=say)
         refuse_temperature(name, stores[name], settings)
@@ -127,6 +127,26 @@ def fusion_dataset(
     for line in made.joined.report():
         say(line)
     return made
+
+
+def text_dataset(student: Student, dataset: Any, args: FusionConfig) -> FusionDataset:
+    """Examples whose text alone a student is evaluated on. Arguments and errors as :func:`fusion_dataset`."""
+    reader = RowTokenizer(student.tokenizer)
+    return FusionDataset(_prepared(dataset, reader, args), tokenizer=reader, fusion=args.settings.fusion)
+
+
+def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig) -> list[Row]:
+    prepared = prepare(rows_of(dataset), [reader], args.max_length or 2048)
+    if not prepared.rows:
+        raise DistillationError(f"no example is left: {prepared.counts}")
+    return prepared.rows
+
+
+def _is_store(teacher: Any) -> TypeGuard[str | Path]:
+    """Whether a path is that of a store. A model that a run made has a manifest too, which names a stage."""
+    if not isinstance(teacher, (str, Path)):
+        return False
+    return (Path(teacher) / MANIFEST).is_file() and not is_stage(Path(teacher))
 
 
 def _named(teachers: Any) -> dict[str, Any]:
@@ -148,7 +168,7 @@ def _store_of(name: str, teacher: Any, rows: Sequence[Row], args: FusionConfig, 
             f"the teacher {name} is {type(teacher).__name__}: give a Store, the path of one, or the name or path of a "
             "model"
         )
-    if not isinstance(teacher, ModelChoice) and (Path(teacher) / MANIFEST).is_file():
+    if _is_store(teacher):
         return Store.open(teacher)
     out = Path(args.output_dir) / CAPTURES / name
     say(f"capturing {name} into {out}")

@@ -22,7 +22,7 @@ from fusekit.distillation.dataset import FusionDataset, RunningSums
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.teachers import Student, fusion_dataset
+from fusekit.distillation.teachers import Student, fusion_dataset, text_dataset
 from fusekit.errors import DistillationError
 from fusekit.types import FloatArray
 
@@ -131,7 +131,7 @@ class FusionTrainer(Trainer):
             if not isinstance(train_dataset, FusionDataset):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
             if eval_dataset is not None:
-                eval_dataset = fusion_dataset(student, eval_dataset, None, args, say)
+                eval_dataset = text_dataset(student, eval_dataset, args)
             model, processing_class = student.with_adapter(peft_config), student.tokenizer
             objective = objective or Objective.of(args.settings.training)
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
@@ -212,6 +212,8 @@ class FusionTrainer(Trainer):
         places, labels = inputs["predicting"], inputs["label_ids"]
         outputs, logits, positions = self._logits(model, inputs, places)
         lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
+        if not model.training and "target_ids" not in inputs:
+            lm_weight = 1.0  # nothing but the text is evaluated
         targets = self._targets(inputs) if np.any(np.less(lm_weight, 1)) else None
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         items = num_items_in_batch if model.training else None
