@@ -21,7 +21,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: f
             found.append(_wide(by_id(back.rows.ids, back.rows.logprobs), k))
             tails.append((row.rows.tail, back.rows.tail))
         decode = rate(lambda: sum(len(row.actual) for row in store), positions)
+        random = rate(lambda: [one_alone(store, key) for key in shuffled(store.keys)], positions)
     encode = rate(lambda: shard_bytes([codec.encode(row) for row in rows], codec.exact), positions)
     both = tuple(np.concatenate(column) for column in zip(*tails, strict=True))
     return {
@@ -201,7 +202,20 @@ def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: f
         **errors(np.concatenate(given), np.concatenate(found), both),
         "encode_positions_per_s": encode,
         "decode_positions_per_s": decode,
+        "random_positions_per_s": random,
     }
+
+
+def one_alone(store: Store, key: str) -> CapturedRow:
+    """An example of which nothing is decoded yet: what each costs in a store that is larger than its cache."""
+    store._groups.clear()
+    store._cached = 0
+    return store.get(key)
+
+
+def shuffled(things: Sequence[Any]) -> list[Any]:
+    """The same in a random order."""
+    return [things[at] for at in np.random.default_rng(0).permutation(len(things))]
 
 
 def by_id(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
@@ -255,6 +269,13 @@ def fusechat(rows: list[CapturedRow]) -> dict[str, Any]:
         decode = rate(
             lambda: [(np.array(r["per_step_logits"]), np.array(r["per_step_indices"])) for r in back], len(rows) * T
         )
+        order = shuffled(range(len(back)))
+        random = rate(
+            lambda: [
+                (np.array(r["per_step_logits"]), np.array(r["per_step_indices"])) for r in (back[i] for i in order)
+            ],
+            len(rows) * T,
+        )
         found = np.concatenate([np.array(row["per_step_logits"], np.float64) for row in back])
     given = np.concatenate(logits)
     given -= np.logaddexp.reduce(given, axis=1, keepdims=True)
@@ -265,6 +286,7 @@ def fusechat(rows: list[CapturedRow]) -> dict[str, Any]:
         **errors(given, found, None),
         "encode_positions_per_s": round(len(rows) * T / seconds),
         "decode_positions_per_s": decode,
+        "random_positions_per_s": random,
         "note": "errors after renormalising the entries; no tail; whole Arrow files over all tokens",
     }
 
