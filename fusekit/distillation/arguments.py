@@ -1,22 +1,26 @@
-"""TrainingArguments from settings: every field can be set, each in one place, and a misspelled one is an error."""
+"""TrainingArguments and adapters from settings, each field in one place, and all that is wrong with them at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from fusekit.devices import shared
+from fusekit.capturing.load import longest_input
+from fusekit.capturing.models import Checkpoint
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.yaml import nearest
+from fusekit.yaml import KeyPath, nearest
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
@@ -81,35 +85,81 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
     try:
         return TrainingArguments(**fields, **{**defaults, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
-        raise DistillationError(f"transformers refuses the training arguments: {error}") from error
+        raise DistillationError(f"transformers refuses the training arguments: {_shorter(error)}") from error
 
 
-def refused(settings: TrainingSettings) -> tuple[str | None, str] | None:
-    """What would keep these settings from training on this machine once the model is loaded, None where nothing would.
+def _shorter(error: Exception) -> str:
+    """What was said, with the nearest of forty names in place of them all."""
+    text = " ".join(str(error).split())
+    listed = re.fullmatch(r"(\S+) is not a valid (\w+), please select one of \[(.*)\]", text)
+    if listed is None:
+        return text
+    known = re.findall(r"'([^']*)'", listed[3])
+    return f"{listed[1]!r} is unknown{nearest(listed[1], known)}"
+
+
+def problems(
+    training: TrainingSettings, pivot: Checkpoint | None = None, max_length: int | None = None
+) -> list[tuple[KeyPath, str]]:
+    """All that would keep settings from training on this machine once the model is loaded.
 
     The arguments, and with them a trainer, its optimizer and its scheduler, are made for a model of two parameters:
     transformers, accelerate and torch each refuse some values, some of them (fp16, tf32, 8-bit optimizers) by device or
-    package.
+    package. An adapter is put on the pivot's modules without its weights.
 
     Args:
-        settings: whose fields are all known (:func:`wrong_fields`) and whose batch can be divided.
+        training: the settings.
+        pivot: the model to train, found but not loaded; without it ``lora`` is tried on two linear layers, and modules
+            are not looked up.
+        max_length: most tokens of an example, where that was asked for.
 
     Returns:
-        The field that it is due to, ``optim`` for one, None where it is no single one; and what was said.
+        The place of a setting in a recipe, ``("distill", "lora", "r")`` for one, and what is wrong with it.
     """
-    if processes() > 1 and not shared():
-        return None  # the arguments would wait for the other processes
-    said = _refusal(settings)
-    if said is None:
-        return None
-    values = settings.model_dump()
-    for name in [*settings.trainer, "bf16", "lr_scheduler_type"]:
-        if _refusal(TrainingSettings(**{key: value for key, value in values.items() if key != name})) is None:
-            return name, said
-    return None, said
+    wrong = wrong_fields(training.trainer)
+    given = {name: value for name, value in training.model_dump(exclude_unset=True).items() if name not in wrong}
+    found: list[tuple[KeyPath, str]] = [(("distill", name), says) for name, says in wrong.items()]
+    try:
+        accumulation(training, processes())
+    except DistillationError as error:
+        sizes = [name for name in ("batch_size", "per_device_train_batch_size") if given.pop(name, None) is not None]
+        found.append((("distill", (sizes or ["batch_size"])[0]), str(error)))
+    refused = _each(given, lambda fields: _refusal(TrainingSettings(**fields)))
+    found += [(("distill", *(field or "").split(".")), says) for field, says in refused]
+    if training.lora is not None:
+        refused = _each(training.lora, partial(_lora_refusal, pivot))
+        found += [(("distill", "lora", *([field] if field else [])), says) for field, says in refused]
+    most = longest_input(pivot) if pivot is not None else None
+    if pivot is not None and most is not None and max_length is not None and max_length > most:
+        says = (
+            f"max_length is {max_length}, but {pivot.choice.model} was made for {most} tokens: set it to at most {most}"
+        )
+        found.append((("data", "max_length"), says))
+    return found
+
+
+def _each(fields: Mapping[str, Any], refusal: Callable[[dict[str, Any]], str | None]) -> list[tuple[str | None, str]]:
+    """Every refusal, with the field that it is due to: without it nothing, or something else, is refused.
+
+    None where it is due to no single field; what comes after that is not found.
+    """
+    found: list[tuple[str | None, str]] = []
+    left = dict(fields)
+    while (says := refusal(left)) is not None:
+        without = {name: refusal({key: value for key, value in left.items() if key != name}) for name in left}
+        blamed = [name for name, other in without.items() if other is None]
+        blamed += [name for name, other in without.items() if other != says]
+        if not blamed:
+            return [*found, (None, says)]
+        found.append((blamed[0], says))
+        del left[blamed[0]]
+    return found
 
 
 def _refusal(settings: TrainingSettings) -> str | None:
+    if processes() > 1 and not torch.distributed.is_initialized():
+        return None  # the arguments would wait for the other processes
+    settings = settings.model_copy(update={"batch_size": settings.per_device_train_batch_size * processes()})
     with _environment_kept(), tempfile.TemporaryDirectory() as folder:
         try:
             args = training_arguments(settings, Path(folder))
@@ -120,8 +170,52 @@ def _refusal(settings: TrainingSettings) -> str | None:
         except DistillationError as error:
             return str(error)
         except Exception as error:  # whatever a package of an optimizer or of a logger raises
-            return f"these training arguments cannot be used here: {' '.join(str(error).split())}"
+            return f"these training arguments cannot be used here: {_shorter(error)}"
     return None
+
+
+def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | None:
+    try:
+        with torch.device("meta"):
+            if pivot is None:
+                model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))
+                fields = {**fields, "target_modules": "all-linear"}
+            else:
+                model = skeleton(pivot)
+            with_adapter(model, fields)
+    except DistillationError as error:
+        return str(error)
+    return None
+
+
+def skeleton(checkpoint: Checkpoint) -> Any:
+    """A model without its weights: all modules and shapes, on the device ``meta``."""
+    trusted = {"trust_remote_code": checkpoint.choice.trust_remote_code}
+    if checkpoint.gguf is not None or not (checkpoint.folder / "config.json").is_file():
+        config = AutoConfig.for_model(**checkpoint.config)
+    else:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **trusted)
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
+
+    Raises DistillationError for fields that peft does not know or refuses.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model
+
+    if isinstance(config, PeftConfig):
+        return get_peft_model(model, config)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if unknown := [name for name in config if name not in known]:
+        raise DistillationError(f"lora.{unknown[0]} is no field of peft's LoraConfig{nearest(unknown[0], known)}")
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config})
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DistillationError(f"peft refuses the lora settings: {error}") from error
 
 
 @contextmanager
@@ -149,6 +243,10 @@ def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
             wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{nearest(name, near)}"
         elif not _is_of(value, kinds[name]):
             wrong[name] = f"{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong[name] = f"{name} is {value!r}: give a finite number"
+        elif name == "data_seed" and not 0 <= (value or 0) < 1 << 32:
+            wrong[name] = f"data_seed is {value}: give a number from 0 to {(1 << 32) - 1}"
     return wrong
 
 
@@ -162,12 +260,6 @@ def _is_of(value: object, kind: Any) -> bool:
 
 def _known_fields() -> set[str]:
     return {field.name for field in dataclasses.fields(TrainingArguments)}
-
-
-def wrong_scheduler(name: str) -> str | None:
-    """Why transformers has no scheduler of this name, None where it has."""
-    known = [scheduler.value for scheduler in SchedulerType]
-    return None if name in known else f"lr_scheduler_type {name!r} is unknown to transformers{nearest(name, known)}"
 
 
 def processes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import xxhash
 from fusekit.artifacts import MANIFEST, commit_file, remove
 from fusekit.capturing.load import load_model
 from fusekit.capturing.models import Checkpoint
+from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
-from fusekit.yaml import nearest
 
 FACTS = "made_from.json"
 JOINT, PLAIN = "joint", "sft"
@@ -145,37 +145,6 @@ def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
     if settings.activation_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings would leave the checkpointed layers without gradient
     return with_adapter(model, settings.lora)
-
-
-def with_adapter(model: Any, config: Any) -> Any:
-    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
-
-    Raises DistillationError for fields that peft does not know or refuses.
-    """
-    from peft import LoraConfig, PeftConfig, get_peft_model
-
-    if isinstance(config, PeftConfig):
-        return get_peft_model(model, config)
-    fields = dict(config)
-    if wrong := wrong_lora_fields(fields):
-        raise DistillationError("; ".join(wrong.values()))
-    try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
-        return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise DistillationError(f"peft refuses the lora settings: {error}") from error
-
-
-def wrong_lora_fields(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Why each field of ``lora`` that peft does not know cannot be set, by its name."""
-    from peft import LoraConfig
-
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    return {
-        name: f"lora.{name} is no field of peft's LoraConfig{nearest(name, known)}"
-        for name in fields
-        if name not in known
-    }
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -18,11 +18,12 @@ import fusekit
 from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
+from fusekit.capturing.models import find_checkpoint
 from fusekit.devices import Processes, is_main, on_main
 from fusekit.distillation import checkpoints, estimate, provenance
 from fusekit.distillation import outputs as models
 from fusekit.distillation import outputs as overwriting
-from fusekit.distillation.arguments import refused, training_arguments
+from fusekit.distillation.arguments import problems, training_arguments
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
@@ -76,9 +77,9 @@ def distill(
     targets = targets_of(settings, list(inputs.sources), out)
     tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
     with ExitStack() as stack:
-        training_arguments(settings.training, targets[0].work)  # starts the processes' group, and checks the fields
-        if found := refused(settings.training):
-            raise DistillationError(found[1])
+        Processes.current()  # starts the processes' group
+        if found := problems(settings.training, find_checkpoint(inputs.pivot)):
+            raise DistillationError("; ".join(says for _, says in found))
         on_main(lambda: _claim(stack, out, targets, resume, overwrite))
         inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))

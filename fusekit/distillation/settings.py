@@ -31,7 +31,7 @@ CHECKPOINTS_KEPT = 2
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class AlignmentSettings(_Section):
@@ -159,7 +159,7 @@ class TrainingSettings(_Section):
     lora: dict[str, Any] | None = Field(
         default=None, description="Train an adapter with these fields of peft's LoraConfig; null: all weights."
     )
-    seed: int = Field(default=0, ge=0, description="Random seed.")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="Random seed.")
     dataloader_num_workers: int = Field(default=0, ge=0, description="Data loader processes.")
     max_skipped_steps: int = Field(
         default=5, ge=1, description="Stop after so many steps in a row with a non-finite loss or gradient."

@@ -25,10 +25,11 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import on_main
+from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
-from fusekit.distillation.outputs import refuse_names, refuse_nobody, with_adapter
+from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.errors import DistillationError
 from fusekit.types import Row
 

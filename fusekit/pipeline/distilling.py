@@ -14,12 +14,11 @@ from fusekit.distillation import checkpoints, provenance
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import DistillationError, RecipeError
+from fusekit.errors import RecipeError
 from fusekit.layout import BASELINE, PIVOT
 from fusekit.pipeline.capturing import alignment_of, store_facts
 from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status
 from fusekit.recipe import Recipe
-from fusekit.yaml import KeyPath
 
 
 def artifacts(context: Context) -> dict[str, Path]:
@@ -111,22 +110,10 @@ def check_section(recipe: Recipe) -> None:
 
     The rows of a step have to be divided among the processes that are there now.
     """
-    from fusekit.distillation.arguments import accumulation, processes, refused, wrong_fields, wrong_scheduler
-    from fusekit.distillation.outputs import wrong_lora_fields
+    from fusekit.distillation.arguments import problems
 
     values, captured = recipe.distill, recipe.capture.temperature
-    found: dict[KeyPath, str] = {("distill", name): says for name, says in wrong_fields(values.trainer).items()}
-    found |= {("distill", "lora", name): says for name, says in wrong_lora_fields(values.lora or {}).items()}
-    if says := wrong_scheduler(values.lr_scheduler_type):
-        found["distill", "lr_scheduler_type"] = says
-    lines = [f"{recipe.place(path)}: {says}" for path, says in found.items()]
-    try:
-        accumulation(values, processes())
-    except DistillationError as error:
-        lines.append(f"{recipe.place(('distill', 'batch_size'), ('distill', 'per_device_train_batch_size'))}: {error}")
-    if not lines and (found_here := refused(values)) is not None:
-        field, says = found_here
-        lines.append(f"{recipe.place(('distill', *(field or '').split('.')))}: {says}")
+    lines = [f"{recipe.place(path)}: {says}" for path, says in problems(values)]
     if captured != values.temperature:
         lines.append(
             f"{recipe.place(('distill', 'temperature'), ('capture', 'temperature'))}: capture.temperature is "
