@@ -244,14 +244,19 @@ class Problems:
         if text not in self.warnings:
             self.warnings.append(text)
 
+    def lines(self) -> list[str]:
+        """Every problem with the document and its line, in the order of the lines."""
+        rows = sorted(self.found, key=lambda entry: entry[0])
+        return [f"{self.document.name}, line {line}: {message}" for line, message, _ in rows]
+
     def raise_if_any(self, kind: type[FusekitError] = RecipeError) -> None:
         """Raise one error with every problem and its line; return if there is none."""
-        if not self.found:
-            return
-        rows = [f"line {line}: {message}" for line, message, _ in sorted(self.found, key=lambda entry: entry[:2])]
-        if len(rows) == 1:
-            raise kind(f"{self.document.name}, {rows[0]}")
-        raise kind(f"{self.document.name}: {len(rows)} problems\n" + "\n".join(f"  {row}" for row in rows))
+        lines = self.lines()
+        if len(lines) == 1:
+            raise kind(lines[0])
+        if lines:
+            rows = "".join(f"\n  {line.removeprefix(f'{self.document.name}, ')}" for line in lines)
+            raise kind(f"{self.document.name}: {len(lines)} problems{rows}")
 
 
 def reasons(error: ValidationError) -> list[str]:

@@ -10,9 +10,9 @@ import click
 import torch
 from click.core import ParameterSource
 from huggingface_hub import constants
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, PrettyPrintHelp
 
-from fusekit.cli.merge import drop_noise
+from fusekit.cli.merge import drop_noise, merge_options
 from fusekit.cli.recipe import overrides
 from fusekit.cli.run import run_recipe
 from fusekit.errors import FusekitError, RecipeError
@@ -40,7 +40,7 @@ OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
 @click.option("--from", "start", type=click.Choice(STAGES), help="First stage to run; what it needs is checked")
 @click.option("--until", type=click.Choice(STAGES), help="Last stage to run")
 @click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
-@add_merge_options
+@merge_options
 @click.pass_context
 def fuse(
     context: click.Context,

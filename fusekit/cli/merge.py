@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, add_merge_options
 
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.merging.run import Settings
+from fusekit.merging.run import Settings, check_options
+from fusekit.merging.run import check as run_check
 from fusekit.merging.run import merge as run
 from fusekit.recipe.loading import kind_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _ShardSize(ShardSizeParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is not a size: give a whole number with K, M or B, such as 5B", param, ctx)
+
+
+def merge_options(command: Command) -> Command:
+    """mergekit's own options, with an error in place of a traceback for values that mean nothing."""
+    command = add_merge_options(command)
+    for option in command.__click_params__:  # type: ignore[attr-defined]
+        if option.name == "out_shard_size":
+            option.type = _ShardSize()
+        elif option.name in ("num_threads", "write_threads"):
+            option.type = click.IntRange(min=1)
+    return command
 
 
 @click.command("merge", cls=PrettyPrintHelp)
 @click.argument("recipe", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+@click.option("--check", is_flag=True, help="Print what would be done and every problem; write nothing")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (sizes in bytes)")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, in one step, once the new one is complete")
 @click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
 @click.option(
@@ -33,11 +59,13 @@ from fusekit.recipe.loading import kind_of
     metavar="MODEL",
     help="Run Python code of this model (repeatable)",
 )
-@add_merge_options
+@merge_options
 def merge(
     *,
     recipe: str,
-    out: str,
+    out: str | None,
+    check: bool,
+    as_json: bool,
     overwrite: bool,
     ignore_estimates: bool,
     allow_pickle: tuple[str, ...],
@@ -49,13 +77,14 @@ def merge(
     The recipe, its models, disk and memory are checked before anything is read, the result before it is published;
     OUT appears in one step, whole, or not at all. A fusion recipe is for fusekit run or mergekit-fuse.
     """
-    merge_options.apply_global_options()
     drop_noise()
     if kind_of(recipe) == "fusion":
         raise RecipeError(
-            f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out} --only merge` merges the targets of its run, "
-            "with the same options; `fusekit run` does all of it"
+            f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out or 'OUT'} --only merge` merges the targets of "
+            "its run, with the same options; `fusekit run` does all of it"
         )
+    if out is None and not check:
+        raise click.UsageError("give a folder OUT for the merged model, or --check to see what would be done")
     quiet = merge_options.quiet
 
     def say(line: str) -> None:
@@ -71,15 +100,23 @@ def merge(
         say=say,
         on_published=lambda: published.append(True),
     )
+    if check:
+        found = run_check(recipe, out, merge_options, settings)
+        click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
+        sys.exit(0 if found.can_run else 1)
+    check_options(merge_options)
+    merge_options.apply_global_options()
     try:
         with sigterm_unwinds():
-            merged: Any = run(recipe, out, merge_options, settings)
+            merged = run(recipe, str(out), merge_options, settings)
     except (KeyboardInterrupt, TerminatedError) as error:
-        _stopped(out, status_of(error), bool(published))
+        _stopped(str(out), status_of(error), bool(published))
     except FusekitError:
         logging.info("the merge failed", exc_info=True)
         raise
-    if not quiet:
+    if as_json:
+        click.echo(json.dumps(merged.as_dict(), indent=1, ensure_ascii=False))
+    elif not quiet:
         click.echo(str(merged))
 
 
@@ -91,7 +128,7 @@ def drop_noise() -> None:
     )
 
 
-def _stopped(out: str, status: int, published: bool) -> None:
+def _stopped(out: str, status: int, published: bool) -> NoReturn:
     if published:
         message = f"stopped while tidying up; the merged model is published to {out}, whole."
     else:

@@ -1,6 +1,7 @@
 """A safe merge: lint, estimate, run mergekit, check the result, publish it in one step.
 
-``merge(recipe, out)`` does all of it; ``fusekit merge`` is that on the command line.
+``merge(recipe, out)`` does all of it, ``check(recipe, out)`` says what it would do; on the command line they are
+``fusekit merge`` and ``fusekit merge --check``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusekit.merging.run import Merged, Settings, merge
+    from fusekit.merging.run import Check, Merged, Settings, check, merge
 
-__all__ = ["Merged", "Settings", "merge"]
+__all__ = ["Check", "Merged", "Settings", "check", "merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import BaseModel, ValidationError
 
@@ -41,7 +41,11 @@ def check(data: Any, problems: Problems) -> MergeConfiguration | None:
     _check_dtypes(data, problems)
     _check_chat_template(data, problems)
     _check_ranges(data, problems)
-    return _validate(data, problems)
+    config = _validate(data, problems)
+    if config is not None and not problems.found:  # else what is missing may be there, misspelled
+        for path, output in _sets_of_inputs(data):
+            _check_inputs(data, path, output, problems)
+    return config
 
 
 def _check_keys(value: Any, annotation: Any, path: KeyPath, problems: Problems) -> None:
@@ -81,7 +85,7 @@ def _choose(value: Any, annotation: Any) -> Any:
 
 
 def _check_method(data: dict[str, Any], problems: Problems) -> None:
-    methods = {method.spec.name: method for method in registered_methods()}
+    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
     name = data.get("merge_method")
     if name is None:
         problems.add((), f"`merge_method` is missing; one of: {', '.join(sorted(methods))}")
@@ -115,6 +119,41 @@ def _check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Pro
             elif owner is not None and scope == ParameterScope.NON_BASE and owner == data.get("base_model"):
                 problems.warn(here, f"{name!r} has no effect on the base model in {spec.name}")
             _check_setting(setting, here, f"{name!r} of {spec.name}", known[name].validate, problems)
+
+
+def _sets_of_inputs(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """Everything in a recipe that lists models to merge, by place: itself, its modules, slices of either."""
+    for path, body in _outputs(data):
+        yield from [(path, body)] if isinstance(body.get("models"), list) else []
+        yield from _mappings(body.get("slices"), (*path, "slices"))
+
+
+def _check_inputs(data: dict[str, Any], path: KeyPath, output: dict[str, Any], problems: Problems) -> None:
+    """Report models that are too few or too many for the method, and required parameters that are given nowhere."""
+    spec = merge_methods.get(data["merge_method"]).spec
+    key = "models" if "models" in output else "sources"
+    inputs, base = _mappings(output.get(key), (*path, key)), output.get("base_model", data.get("base_model"))
+    names = [str(item.get("model")) for _, item in inputs]
+    if inputs and key == "models" and base is not None and str(base) not in names:
+        names.append(str(base))  # mergekit adds it
+    try:
+        spec.contract.validate_ids(names, None if base is None else str(base))
+    except ValueError as error:
+        problems.add(path or ("models",), f"{spec.name} cannot merge these models: {error}")
+    enclosing = [
+        level.get("parameters") for level in (data, output, *(body for at, body in _outputs(data) if at == path[:2]))
+    ]
+    for parameter in spec.parameters:
+        if not parameter.required or any(isinstance(given, dict) and parameter.name in given for given in enclosing):
+            continue
+        missing = f"the parameter {parameter.name!r} of {spec.name} is missing"
+        if parameter.scope == ParameterScope.SHARED:
+            problems.add((*path, "parameters"), f"{missing}: give it under `parameters`")
+            continue
+        for here, item in inputs:
+            exempt = parameter.scope == ParameterScope.NON_BASE and item.get("model") == base
+            if not exempt and parameter.name not in (item.get("parameters") or ()):
+                problems.add(here, f"{missing} for {item.get('model')}: give it there, or for all under `parameters`")
 
 
 def _outputs(data: dict[str, Any]) -> list[tuple[KeyPath, dict[str, Any]]]:

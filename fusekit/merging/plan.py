@@ -6,7 +6,7 @@ Only models of one architecture can be merged, and only if their configurations 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -16,6 +16,7 @@ from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.config import ConditionalParameter
 from mergekit.io.tasks import SaveTensor
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
@@ -61,13 +62,15 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge as mergekit plans it. name: of the method; method: its pretty name. read_bytes: of all inputs; nbytes: of
-    the result."""
+    """A merge as mergekit plans it. name: of the method; method: its pretty name. base: its name, None without one;
+    models: those that are merged (into it). read_bytes: of all inputs; nbytes: of the result."""
 
     name: str
     method: str
     tensors: list[PlannedTensor]
     warnings: list[str]
+    base: str | None = None
+    models: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -95,12 +98,16 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     tensors = [_planned_tensor(save, by_pin, configs, problems) for save in saves]
     if len(problems.found) > MAX_REPORTED:
         rest = len(problems.found) - MAX_REPORTED
-        problems.found[MAX_REPORTED:] = [(10**9, f"and {rest} more of the same kind", ())]
+        last = max(line for line, _, _ in problems.found[:MAX_REPORTED])
+        problems.found[MAX_REPORTED:] = [(last, f"and {rest} more of the same kind", ())]
     problems.raise_if_any(MergeError)
     _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
     warnings = [*_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
-    return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings)
+    takes_base = method.spec.contract.base != BasePolicy.IGNORED
+    base = by_pin[config.base_model].name if takes_base and config.base_model in by_pin else None
+    names = [model.name for model in by_pin.values() if model.weights and model.name != base]
+    return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings, base, names)
 
 
 def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list[Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors import safe_open
@@ -18,12 +21,13 @@ from transformers import AutoConfig
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import yaml as safe_yaml
-from fusekit.artifacts import disk_fault, human, output_lock, recover, staging
+from fusekit.artifacts import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
-from fusekit.hub import Headers, is_pickle, read_headers, weight_entry
+from fusekit.hub import Headers, HubUnreachableError, is_pickle, read_headers, weight_entry
 from fusekit.merge_methods.provenance import record_coefficients
 from fusekit.merging.card import write_card, write_coefficients
 from fusekit.merging.estimate import estimate, refuse
+from fusekit.merging.lint import check as check_recipe
 from fusekit.merging.lint import lint
 from fusekit.merging.loading import first_not_finite, merge_adapters, registered
 from fusekit.merging.models import Access, Model, OrderedConfiguration, checkpoint_headers, resolve, with_models
@@ -32,6 +36,8 @@ from fusekit.resources import Need, is_out_of_memory
 from fusekit.yaml import Document, Problems
 
 LINE_SECONDS = 10.0
+MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")
+"""Of an output, so that the names of what is written beside it fit a file system."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -63,20 +69,76 @@ class Settings:
 
 @dataclass(frozen=True)
 class Merged:
-    """A published merge: where, its size in bytes, seconds, the method's name, number of tensors and input models."""
+    """A published merge: where, its size in bytes, seconds, the method's name, number of tensors, the base's name, None
+    without one, and the names of the models that were merged (into it)."""
 
     path: Path
     nbytes: int
     seconds: float
     method: str
     tensors: int
-    models: int
+    base: str | None
+    models: list[str]
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {self.models} models merged with {self.method}, {self.tensors} tensors, "
-            f"{human(self.nbytes)}, {self.seconds:.1f} s"
+            f"{self.path}: {_merging(self.models, self.base, 'merged ')} with {self.method}, "
+            f"{counted(self.tensors, 'tensor')}, {human(self.nbytes)}, {self.seconds:.1f} s"
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a merge would do, as far as headers tell, and everything that is known to stop it.
+
+    Attributes:
+        method, base, models: as in :class:`Merged`; None and empty where the recipe does not get that far.
+        tensors: of the result. read_bytes, download_bytes, nbytes: what is read, fetched from the hub, and written.
+        needs: disk and memory, against what is free; a line each.
+        warnings, problems: a line each, with the place in the recipe where there is one.
+    """
+
+    recipe: str
+    method: str | None = None
+    base: str | None = None
+    models: list[str] = field(default_factory=list)
+    tensors: int = 0
+    read_bytes: int = 0
+    download_bytes: int = 0
+    nbytes: int = 0
+    needs: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def can_run(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self) | {"can_run": self.can_run}
+
+    def __str__(self) -> str:
+        lines = []
+        if self.method is not None:
+            fetched = f"{human(self.download_bytes)} to download, " if self.download_bytes else ""
+            lines = [
+                f"{self.recipe}: {_merging(self.models, self.base)} with {self.method}, "
+                f"{counted(self.tensors, 'tensor')}",
+                f"{fetched}{human(self.read_bytes)} to read, {human(self.nbytes)} to write",
+            ]
+        lines += [*self.needs, *(f"warning: {line}" for line in self.warnings)]
+        lines += [f"problem: {line}" for line in self.problems]
+        count = counted(len(self.problems), "problem")
+        return "\n".join([*lines, "it can run" if self.can_run else f"it cannot run: {count}"])
+
+
+def _merging(models: list[str], base: str | None, verb: str = "") -> str:
+    return f"{counted(len(models), 'model')} {verb}" + (f"into {base}" if base else "").strip()
 
 
 def merge(
@@ -110,8 +172,7 @@ def merge(
     """
     started = time.monotonic()
     options, settings = options or MergeOptions(), settings or Settings()
-    if not options.safe_serialization:
-        raise MergeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
+    check_options(options)
     document = recipe if isinstance(recipe, Document) else safe_yaml.load(recipe)
     final = final_path(out, overwrite=settings.overwrite)
     config, warnings = lint(document)
@@ -122,11 +183,94 @@ def merge(
             settings.say(f"removed what an interrupted merge left behind: {folder}")
         # Again: a former output may just have been put back.
         final_path(final, overwrite=settings.overwrite)
-        job = _prepare(document, config, options, settings, final)
+        job = _prepare(config, options, settings, final, Problems(document))
+        check_apart(final, _kept(job))
         plan = _build(job)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-    weights = sum(model.weights for model in job.models)
-    return Merged(final, size, time.monotonic() - started, plan.method, len(plan.tensors), weights)
+    return Merged(final, size, time.monotonic() - started, plan.method, len(plan.tensors), plan.base, plan.models)
+
+
+Result = TypeVar("Result")
+
+
+def check(
+    recipe: Document | Path | str,
+    out: Path | str | None = None,
+    options: MergeOptions | None = None,
+    settings: Settings | None = None,
+) -> Check:
+    """What :func:`merge` would do with the same arguments, and every problem that is known before weights are read.
+
+    Nothing is written or locked; of a model on the hub, configuration and tokenizer are fetched into the cache. Without
+    ``out`` the output is not looked at. Raises RecipeError only where the recipe is not YAML.
+    """
+    options, settings = options or MergeOptions(), settings or Settings()
+    document = recipe if isinstance(recipe, Document) else safe_yaml.load(recipe)
+    found: list[str] = []
+
+    def attempt(step: Callable[[Problems], Result], problems: Problems) -> Result | None:
+        try:
+            return step(problems)
+        except FusekitError as error:
+            if not problems.found or isinstance(error, HubUnreachableError):
+                found.append(str(error))
+            return None
+        finally:
+            found.extend(problems.lines())
+
+    lint_problems = Problems(document)
+    attempt(lambda _: check_options(options), Problems(document))
+    final = None
+    if out is not None:
+        final = attempt(lambda _: final_path(out, overwrite=settings.overwrite), Problems(document))
+    config = attempt(lambda problems: check_recipe(document.data, problems), lint_problems)
+    job = plan = None
+    if config is not None:
+        place = final or Path("out").resolve()
+        job = attempt(lambda problems: _prepare(config, options, settings, place, problems), Problems(document))
+    if job is not None and final is not None:
+        attempt(lambda _: check_apart(final, _kept(job)), Problems(document))
+    if job is not None and not lint_problems.found:
+        with registered(job.models, options.lazy_unpickle, lambda _: None):
+            plan = attempt(
+                lambda problems: make_plan(job.config, job.models, job.mergekit_options, problems), Problems(document)
+            )
+    if job is None or plan is None:
+        return Check(document.name, warnings=lint_problems.warnings, problems=found)
+    needs = estimate(plan, job.models, options, job.final)
+    if not settings.ignore_estimates:
+        found += [f"this does not fit: {need}" for need in needs if not need.fits]
+    return Check(
+        document.name,
+        plan.method,
+        plan.base,
+        plan.models,
+        len(plan.tensors),
+        plan.read_bytes,
+        sum(model.download_bytes for model in job.models),
+        plan.nbytes,
+        [str(need) for need in needs],
+        [*lint_problems.warnings, *plan.warnings],
+        found,
+    )
+
+
+def check_options(options: MergeOptions) -> None:
+    """Raise MergeError for options of mergekit that cannot work here, whatever the recipe says."""
+    if not options.safe_serialization:
+        raise MergeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
+    if options.out_shard_size < 0:
+        raise MergeError(f"--out-shard-size is {options.out_shard_size}: give a size above 0, or 0 for a single file")
+    for name, value in (("--num-threads", options.num_threads), ("--write-threads", options.write_threads)):
+        if value is not None and value < 1:
+            raise MergeError(f"{name} is {value}: give 1 or more")
+    if options.multi_gpu and torch.accelerator.device_count() == 0:
+        raise MergeError("--multi-gpu: torch sees no accelerator on this machine: leave it out")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MergeError(f"the device {options.device!r} cannot be used here ({reason}): use --device cpu") from error
 
 
 def final_path(out: Path | str, *, overwrite: bool) -> Path:
@@ -135,6 +279,14 @@ def final_path(out: Path | str, *, overwrite: bool) -> Path:
     Raises MergeError when it is a file, a mount point (nothing can be renamed over it), not empty without
     ``overwrite``, or holds something else than a model (config.json is the sign), which overwriting would delete.
     """
+    if not str(out).strip():
+        raise MergeError("the output is an empty name: give a folder for the merged model")
+    name = os.path.basename(os.path.abspath(out))  # noqa: PTH119, PTH100  resolving a name that is too long fails
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise MergeError(
+            f"the name of the output has {len(os.fsencode(name))} bytes ({name[:20]}...): give one of at most "
+            f"{MAX_NAME_BYTES}, since files beside it have longer names"
+        )
     final = Path(out).resolve()
     if final.exists() and not final.is_dir():
         raise MergeError(f"{out} is a file: give a folder for the merged model")
@@ -194,7 +346,9 @@ class _Job:
         )
 
 
-def _prepare(document: Document, config: Any, options: MergeOptions, settings: Settings, final: Path) -> _Job:
+def _prepare(
+    config: MergeConfiguration, options: MergeOptions, settings: Settings, final: Path, problems: Problems
+) -> _Job:
     """Find the models and everything that is wrong with them, before anything large is read or fetched."""
     access = Access(
         settings.allow_pickle,
@@ -203,23 +357,26 @@ def _prepare(document: Document, config: Any, options: MergeOptions, settings: S
         Path(options.transformers_cache) if options.transformers_cache else None,
         settings.folders,
     )
-    models = resolve(config, Problems(document), access)
+    models = resolve(config, problems, access)
     for line in access.notices:
         settings.say(f"notice: {line}")
-    kept = [("the recipe", Path(document.name))]
-    kept += [("a cache", Path(path)) for path in (options.transformers_cache, options.lora_merge_cache) if path]
     for model in models.values():
+        if model.adapter and not options.lora_merge_cache:
+            raise MergeError(f"{model.name} has an adapter: say where to keep it merged with --lora-merge-cache FOLDER")
+    written = with_models(config, {reference: reference for reference in models})
+    pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
+    return _Job(problems.document, written, pinned, list(models.values()), options, settings, final)
+
+
+def _kept(job: _Job) -> list[tuple[str, Path]]:
+    """What the output may not replace, for people, and where it is."""
+    caches = (job.options.transformers_cache, job.options.lora_merge_cache)
+    kept = [("the recipe", Path(job.document.name)), *(("a cache", Path(path)) for path in caches if path)]
+    for model in job.models:
         kept.append((f"the input model {model.name}", model.folder))
         if model.adapter:
             kept.append((f"the adapter of {model.name}", model.adapter))
-            if not options.lora_merge_cache:
-                raise MergeError(
-                    f"{model.name} has an adapter: say where to keep it merged with --lora-merge-cache FOLDER"
-                )
-    check_apart(final, kept)
-    written = with_models(config, {reference: reference for reference in models})
-    pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
-    return _Job(document, written, pinned, list(models.values()), options, settings, final)
+    return kept
 
 
 def _build(job: _Job) -> Plan:

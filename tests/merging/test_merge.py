@@ -115,4 +115,4 @@ def test_no_network_is_asked_for_local_models(recipe, workshop):
     # Not a terminal: plain lines, no bar that is redrawn.
     assert "\r" not in done.output
     assert "merging: 100%" in done.output
-    assert "3 models merged with Task Arithmetic" in done.output
+    assert "2 models merged into models/base with Task Arithmetic" in done.output

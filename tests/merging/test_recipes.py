@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusekit import yaml as safe_yaml
-from fusekit.errors import FusekitError, MergeError, RecipeError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging import Settings, merge
 from fusekit.merging.lint import lint
 from tests.merging.conftest import listing
@@ -136,15 +136,45 @@ def test_recipes_that_mean_nothing(text):
     assert "recipe.yml" in problems(text)
 
 
-def test_missing_required_parameter_is_named(write_recipe):
-    recipe = write_recipe(parameters={"normalize": True})
-    with pytest.raises(MergeError, match="weight"):
-        merge(recipe, "out", settings=Settings(say=lambda _: None))
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n", ["'t' of slerp"]),
+        (
+            "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nmodels: [{model: a}]\n",
+            ["slerp", "2 inputs", "got 1"],
+        ),
+        (
+            "merge_method: ties\nbase_model: a\n"
+            "models:\n- model: b\n- {model: c, parameters: {weight: 1}}\n- model: d\n",
+            ["line 4: the parameter 'weight'", "for b", "line 6: the parameter 'weight'", "for d"],
+        ),
+        (
+            "merge_method: slerp\nbase_model: a\n"
+            "slices:\n- sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]\n",
+            ["line 4: the parameter 't'"],
+        ),
+        ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n", ["ties", "base"]),
+        ("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: a}]\n", ["linear", "Duplicate"]),
+    ],
+)
+def test_what_a_method_needs_is_known_from_the_recipe_alone(text, parts):
+    message = problems(text)
+    assert all(part in message for part in parts), message
 
 
-def test_a_base_that_the_method_needs_is_asked_for(write_recipe):
-    with pytest.raises(MergeError, match="base"):
-        merge(write_recipe(merge_method="ties", base_model=None), "out", settings=Settings(say=lambda _: None))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nmodels: [{model: b}]\n",
+        "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {weight: 1}}]\n",
+        "merge_method: slerp\nbase_model: a\n"
+        "slices: [{parameters: {t: 1}, sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]\n",
+        "merge_method: linear\nmodules: {default: {models: [{model: a}], parameters: {weight: 1}}}\n",
+    ],
+)
+def test_a_parameter_may_be_given_wherever_mergekit_looks(text):
+    lint(safe_yaml.loads(text))
 
 
 @pytest.mark.parametrize(
