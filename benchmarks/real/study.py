@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from benchmarks.fusion.arms import MERGES, of_preset
-from benchmarks.fusion.scores import Figure, file_of, keep, kept, write
+from benchmarks.fusion.scores import file_of, keep, kept, read, write
 from benchmarks.real.tables import put_tables
 
 CHECKOUT = Path(__file__).parents[2]
@@ -112,17 +112,21 @@ def _source(name: str, model: Path) -> dict[str, str]:
     return {"model": str(model), "name": name}
 
 
-def prepare(work: Work) -> None:
+def prepare(work: Work, settings: Sequence[str]) -> None:
     """Dequantise the models, capture what they say about the examples, fine-tune the second source, score both."""
     from fusekit.pipeline.run import run
 
     work.out.mkdir(parents=True, exist_ok=True)
     dequantise(work.folder / "models")
     for setting in ("text", "chat"):
+        if not {setting, "pairwise" if setting == "text" else setting} & set(settings):
+            continue
         run(work.recipe(setting), work.captured(setting), until="align", say=click.echo, quiet=True)
         for name in ("smollm2", "gemma"):
             template = "gemma" if (setting, name) == ("chat", "gemma") else "own"
             _score(work, setting, f"{setting}/{name}", None, work.folder / "models" / name, template)
+    if "pairwise" not in settings:
+        return
     _tune(work)
     _score(work, "pairwise", "pairwise/tuned", None, work.out / "tuned" / "sft")
     run(work.recipe("pairwise"), work.captured("pairwise"), until="align", say=click.echo, quiet=True)
@@ -259,7 +263,10 @@ def _unit(work: Work, setting: str, arm: str, seed: int) -> str:
 
 
 def _write(work: Work) -> None:
-    figures: list[Figure] = kept(work.out / "scores")
+    """The figures of this folder take the place of those that the file has of the same arms; the others stay."""
+    made = kept(work.out / "scores")
+    again = {figure.model for figure in made}
+    figures = sorted([*made, *(figure for figure in read(FIGURES) if figure.model not in again)])
     write(FIGURES, figures)
     put_tables(README, figures)
 
@@ -274,10 +281,11 @@ def _write(work: Work) -> None:
 def main(folder: Path, epochs: float, seeds: int, jobs: int, settings: Sequence[str], arms: Sequence[str]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"}
     work = Work(folder.resolve(), epochs)
-    prepare(work)
+    settings = settings or tuple(SETTINGS)
+    prepare(work, settings)
     units = [
         (setting, arm, seed)
-        for setting in settings or SETTINGS
+        for setting in settings
         for seed in range(seeds)
         for arm in ARMS[setting]
         if not arms or arm in arms

@@ -17,16 +17,9 @@ import numpy as np
 
 from fusekit.alignment.projection import NO_ID, merge_entries
 from fusekit.errors import DistillationError
-from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TopK
+from fusekit.types import BoolArray, FloatArray, TopK
 
 LEVELS = ("sequence", "token")
-
-METRICS: dict[str, Callable[[CapturedRow], float]] = {
-    "token_ce": lambda row: row.token_ce,
-    "bits_per_byte": lambda row: row.bits_per_byte,
-}
-"""What a candidate's cross-entropy can be. ``token_ce`` is the papers' (nats per token of its own tokenizer), and not
-comparable between tokenizers; ``bits_per_byte`` is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +30,7 @@ class Candidate:
         name: the model's, for messages.
         rows: [n, k] in the pivot's vocabulary.
         taught: bool [n], where it has something to say.
-        cross_entropy: of the whole row, by one of :data:`METRICS` or
-            :func:`~fusekit.distillation.dataset.projected_ce`, the same one for every candidate.
+        cross_entropy: of the whole row, by one metric for every candidate (:mod:`fusekit.distillation.matching`).
         label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
         reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
     """
@@ -59,16 +51,11 @@ class Fused:
         rows: [n, k'], k' at most the sum of the candidates' k.
         taught: bool [n]; where False the row is empty and its tail 1.
         weights: float64 [n, K], each candidate's share of each label's row; sums to 1 where taught, 0 elsewhere.
-        chosen: int64 [n], the candidate with the largest share (the first of equal ones), -1 where not taught.
-        preferred: int64, the candidate with the largest share of the whole row, -1 if there is none; at ``token`` level
-            the one chosen most often.
     """
 
     rows: TopK
     taught: BoolArray
     weights: FloatArray
-    chosen: IntArray
-    preferred: int
 
 
 FusionFunction = Callable[..., Fused]
@@ -176,17 +163,14 @@ def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:
     if level == "sequence":
         scores = np.array([[c.cross_entropy if c.taught.any() else np.inf for c in candidates]], np.float64)
     elif level == "token":
-        scores = np.stack([np.where(c.taught, _label_nll(c, n), np.inf) for c in candidates], axis=1)
+        for c in candidates:
+            if c.label_nll is None or len(c.label_nll) != n:
+                raise DistillationError(f"{c.name} has no label_nll of {n} labels: level token compares them")
+        scores = np.stack([np.where(c.taught, c.label_nll, np.inf) for c in candidates], axis=1)  # type: ignore[arg-type]
     else:
         raise DistillationError(f"there is no level {level!r}: it is one of {', '.join(LEVELS)}")
     finite: FloatArray = np.where(np.isfinite(scores), scores, np.inf)
     return finite
-
-
-def _label_nll(candidate: Candidate, n: int) -> FloatArray:
-    if candidate.label_nll is None or len(candidate.label_nll) != n:
-        raise DistillationError(f"{candidate.name} has no label_nll of {n} labels: level token compares them")
-    return candidate.label_nll
 
 
 def _softmax(logits: FloatArray, scores: FloatArray) -> FloatArray:
@@ -206,33 +190,19 @@ def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
     total = shares.sum(axis=1, keepdims=True)
     shares = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
     taught = total[:, 0] > 0
-    chosen = np.where(taught, shares.argmax(axis=1), -1)
-    if len(weights) == 1 and weights.any():
-        preferred = int(weights[0].argmax())
-    else:
-        preferred = int(np.bincount(chosen[taught]).argmax()) if taught.any() else -1
-    return Fused(_rows(candidates, shares, taught), taught, shares, chosen.astype(np.int64), preferred)
+    return Fused(_rows(candidates, shares, taught), taught, shares)
 
 
 def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray) -> TopK:
     whole = [j for j in range(len(candidates)) if np.array_equal(shares[:, j], taught.astype(np.float64))]
     if whole:  # one candidate is all there is: its rows, bit for bit
-        rows, known = candidates[whole[0]].rows, taught[:, None]
-        if taught.all():
-            return rows
-        return TopK(
-            np.where(known, rows.ids, -1), np.where(known, rows.logprobs, -np.inf), np.where(taught, rows.tail, 1.0)
-        )
+        ids, logprobs, tail = candidates[whole[0]].rows
+        known = taught[:, None]
+        return TopK(np.where(known, ids, -1), np.where(known, logprobs, -np.inf), np.where(taught, tail, 1.0))
     if any((candidate.rows.ids == NO_ID).any() for candidate in candidates):
         raise DistillationError("rows with entries that have no id cannot be added up: use min_ce at level sequence")
-    ids = np.concatenate([np.where(shares[:, [j]] > 0, c.rows.ids, -1) for j, c in enumerate(candidates)], axis=1)
-    mass = np.concatenate(
-        [
-            np.exp(np.where(c.rows.ids >= 0, c.rows.logprobs, -np.inf)) * shares[:, [j]]
-            for j, c in enumerate(candidates)
-        ],
-        axis=1,
-    )
+    weighed = [(c.rows, shares[:, [j]]) for j, c in enumerate(candidates)]
+    ids = np.concatenate([np.where(share > 0, rows.ids, -1) for rows, share in weighed], axis=1)
+    mass = [np.exp(np.where(rows.ids >= 0, rows.logprobs, -np.inf)) * share for rows, share in weighed]
     tails = np.stack([candidate.rows.tail for candidate in candidates], axis=1)
-    tail: FloatArray = np.where(taught, (tails * shares).sum(axis=1), 1.0)
-    return merge_entries(ids, mass, tail)
+    return merge_entries(ids, np.concatenate(mass, axis=1), np.where(taught, (tails * shares).sum(axis=1), 1.0))

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from fusekit.alignment.ends import tokenize
+from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import on_main, shared
-from fusekit.distillation.dataset import PIVOT, FusionDataset, Tokenizes
+from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of

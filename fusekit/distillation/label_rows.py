@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,40 +57,6 @@ def _part(tokens: TokenizedText, part: slice) -> TokenizedText:
     return TokenizedText(tokens.ids[part], ends, ends if tokens.exact else tokens.lows[part])
 
 
-_MOST = 1 << 20  # remainders kept, some 100 MB
-
-
-class RememberingMap(VocabularyMap):
-    """As the map it is made from, and as exact: what a remainder maps to depends on its bytes alone.
-
-    Where the pivot stands inside a source token, every entry that goes on the same way leaves a few bytes to be cut by
-    the pivot's tokenizer; the same few come back row after row, and encoding them is a third of the alignment.
-    """
-
-    _known: dict[bytes, int]
-
-    @classmethod
-    def of(cls, vocabulary_map: VocabularyMap) -> RememberingMap:
-        """A map that remembers, with nothing to remember yet."""
-        if isinstance(vocabulary_map, RememberingMap):
-            return vocabulary_map
-        made = cls(vocabulary_map.matrix, vocabulary_map.method, vocabulary_map.pivot, vocabulary_map.source)
-        made.__dict__["_known"] = {}
-        return made
-
-    def remainders(self, remains: list[bytes]) -> IntArray:
-        """See :meth:`VocabularyMap.remainders`."""
-        known = self._known
-        new = [rest for rest in dict.fromkeys(remains) if rest not in known]
-        if new:
-            found = super().remainders(new).tolist()
-            if len(known) + len(new) > _MOST:
-                known.clear()
-                new, found = list(dict.fromkeys(remains)), super().remainders(list(dict.fromkeys(remains))).tolist()
-            known.update(zip(new, found, strict=True))
-        return np.fromiter((known[rest] for rest in remains), np.int64, len(remains))
-
-
 @dataclass(frozen=True, eq=False)
 class Projection:
     """How a source's rows come to stand at the pivot's positions.
@@ -115,8 +82,6 @@ class Projection:
             raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(sorted(_PROJECT))}")
         if self.vocabulary_map is None and self.tokens != "span":
             raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
-        if self.vocabulary_map is not None:
-            object.__setattr__(self, "vocabulary_map", RememberingMap.of(self.vocabulary_map))
 
     @property
     def into_pivot(self) -> bool:
@@ -152,6 +117,12 @@ class LabelRows:
     linked: BoolArray
     cases: IntArray
 
+    @classmethod
+    def of(cls, own: CapturedRow) -> LabelRows:
+        """What the pivot itself said, which it knows of every label."""
+        everywhere = np.ones(len(own.actual), bool)
+        return cls(own.rows, everywhere, everywhere, np.full(len(own.actual), int(Case.SAME)))
+
 
 def label_rows(
     row: Row, pivot: TokenizedRow, source: CapturedRow, projection: Projection, own: CapturedRow | None = None
@@ -172,9 +143,7 @@ def label_rows(
         DistillationError: the row has no message that the pivot's tokens belong to.
         AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
     """
-    n = len(pivot.label_positions)
-    label_of = _label_indices(pivot)
-    known = _label_indices(source.tokens)
+    label_of, known = _label_indices(pivot), _label_indices(source.tokens)
     pieces: list[_Piece] = []
     for message in np.unique(pivot.message[pivot.labels]).tolist():
         if message >= len(row.messages):
@@ -183,7 +152,7 @@ def label_rows(
         if len(ours) < 2 or len(theirs) < 2:
             continue
         at = label_of[start + 1 : start + len(ours)]
-        labelled = np.flatnonzero(at >= 0)
+        positions = np.flatnonzero(at >= 0)
         alignment = align_tokens(row.messages[message].content, ours, theirs)
         said, missing = _predictions(source, known, source_start, len(theirs))
         pivots = None
@@ -192,12 +161,11 @@ def label_rows(
             pivots = Predictions(pivots.rows, np.where(unknown, np.nan, pivots.actual))
         aligned = projection.apply(alignment, said, pivots)
         certain = _certain(alignment, aligned, missing, projection)
-        pieces.append(_Piece(at[labelled], labelled, aligned, certain, alignment.source_at >= 0))
-    return _at_labels(n, pieces)
+        pieces.append(_Piece(at[positions], positions, aligned, certain, alignment.source_at >= 0))
+    return _at_labels(len(pivot.label_positions), pieces)
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
+class _Piece(NamedTuple):
     """The aligned rows of one message. ``labels``: numbers of the labels; ``positions``: of what predicts them."""
 
     labels: IntArray

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from fusekit.distillation import checkpoints
 from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
 from fusekit.distillation.config import FusionConfig
-from fusekit.distillation.dataset import FusionDataset, RunningSums
+from fusekit.distillation.counts import RunningSums
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import TrainingSettings

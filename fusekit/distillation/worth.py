@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store
-from fusekit.distillation.dataset import Captures, join, label_nll, last_place, until
 from fusekit.distillation.inputs import Reading, projection_of
 from fusekit.distillation.label_rows import Projection, label_rows
+from fusekit.distillation.matching import Captures, join, label_nll, over_the_same_text
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.types import FloatArray, Row, TopK
+from fusekit.types import Row
 
 
-@dataclass(frozen=True, eq=False)
-class Captured:
+class Captured(NamedTuple):
     """A model's tokenizer, and the store of what it said. name: for messages."""
 
     name: str
@@ -79,33 +76,19 @@ def measure(
     picked = range(len(both)) if most is None or len(both) <= most else np.linspace(0, len(both) - 1, most, dtype=int)
     for at in picked:
         row = both[at]
-        own, said = pivot.get(row.key), source.get(row.key)
-        assert own is not None  # the keys are in them
-        assert said is not None
-        stops = last_place(own.tokens), last_place(said.tokens)
-        if stops[0] != stops[1]:  # figures are over the same text
-            own, said = until(own, min(stops)), until(said, min(stops))
+        own, said = over_the_same_text([captured for of in (pivot, source) if (captured := of.get(row.key))])
         try:
             taught = label_rows(row, own.tokens, said, projection, own)
         except AlignmentError as error:
             raise DistillationError(f"row {row.key}: {error}") from error
-        teacher = label_nll(taught.rows, own.tokens.ids[own.tokens.label_positions])
-        by_teacher = taught.taught & (taught.cases != Case.ONE_HOT)
+        mass = np.where(said.rows.ids >= 0, np.exp(said.rows.logprobs), 0.0)
+        listed, lost = mass.sum(axis=1), into.spread(said.rows.ids, mass)[2]
         worth.add(
             taught.cases,
-            by_teacher,
-            teacher=teacher,
+            taught.taught & (taught.cases != Case.ONE_HOT),
+            teacher=label_nll(taught.rows, own.tokens.ids[own.tokens.label_positions]),
             pivot=-own.actual,
             source=-float(said.actual.sum()),
-            survived=_survived(said.rows, into),
+            survived=1.0 - np.divide(lost, listed, out=np.zeros_like(listed), where=listed > 0),
         )
     return worth
-
-
-def _survived(rows: TopK, into: VocabularyMap) -> FloatArray:
-    """Of each row, the share of the listed mass that the map carries over: float64 [n]."""
-    mass = np.where(rows.ids >= 0, np.exp(rows.logprobs), 0.0)
-    listed = mass.sum(axis=1)
-    _, _, lost = into.spread(rows.ids, mass)
-    survived: FloatArray = 1.0 - np.divide(lost, listed, out=np.zeros_like(listed), where=listed > 0)
-    return survived

@@ -149,7 +149,7 @@ def _differences(context: Context, target: str, settings: DistillSettings, befor
 def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
     from fusekit.capturing.store import Store
-    from fusekit.distillation.dataset import join
+    from fusekit.distillation.matching import join
 
     teachers = _teachers(context, target) if not settings.plain else []
     models = (PIVOT, *_teachers(context, target))

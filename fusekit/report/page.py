@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from fusekit.alignment.samples import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, human, joined_hash
 from fusekit.data.prepare import DROPPED, REASONS
-from fusekit.distillation.dataset import CHOSEN, counts_by_data
+from fusekit.distillation.counts import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe

@@ -11,17 +11,10 @@ import pytest
 
 from fusekit.alignment.cases import Case
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
-from fusekit.distillation.dataset import (
-    OTHERS,
-    FusionDataset,
-    counts_by_data,
-    join,
-    label_nll,
-    metrics_of,
-    projected_ce,
-)
-from fusekit.distillation.fusion import METRICS
+from fusekit.distillation.counts import counts_by_data
+from fusekit.distillation.dataset import OTHERS, FusionDataset
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.matching import METRICS, join, label_nll, metrics_of, projected_ce
 from fusekit.distillation.settings import FusionSettings
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Message, Row, TopK
@@ -145,11 +138,12 @@ def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach()
     rows = TopK(np.zeros((4, 1), np.int64), np.zeros((4, 1)), np.zeros(4))
     cases = np.array([Case.SAME, Case.ONE_HOT, Case.SAME, Case.UNLINKED])
     given = LabelRows(rows, np.array([True, True, True, False]), np.ones(4, bool), cases)
-    assert projected_ce([(rows, nll), (given, nll / 2)]) == [2.5, 1.25]
+    own = LabelRows(rows, np.ones(4, bool), np.ones(4, bool), np.full(4, Case.SAME))
+    assert projected_ce([own, given], [nll, nll / 2]) == [2.5, 1.25]
     nothing = LabelRows(rows, np.zeros(4, bool), np.ones(4, bool), cases)
-    assert projected_ce([(rows, nll), (nothing, nll)]) == [3.75, np.inf]
+    assert projected_ce([own, nothing], [nll, nll]) == [3.75, np.inf]
     with pytest.raises(DistillationError, match="bits_per_byte"):
-        projected_ce([(rows, nll), (given, None)])
+        projected_ce([own, given], [nll, None])
 
 
 def test_what_is_typical_of_a_data_set_is_the_mean_of_the_best_models_of_its_rows() -> None:
