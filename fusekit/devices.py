@@ -79,6 +79,19 @@ class Processes:
             torch.distributed.barrier()
 
 
+def missing_device(name: str | int) -> str | None:
+    """Why torch cannot compute on a device here, None where it can. name: ``cpu``, ``cuda``, ``cuda:1``, an index."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if there is not None else 0
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return f"{name!r} is no device of torch: name cpu, cuda, cuda:0 or the like"
+    if device.type == "cpu" or (there is not None and there.type == device.type and (device.index or 0) < count):
+        return None
+    return f"there is no device {name} on this machine, which has {f'{count} of {there}' if there else 'a CPU alone'}"
+
+
 def is_main() -> bool:
     """Whether this process is the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -11,10 +11,10 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from yaml.constructor import SafeConstructor
 from yaml.events import AliasEvent, NodeEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -30,6 +30,32 @@ _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 
 KeyPath = tuple[str | int, ...]
+SHOWN_NAMES = 40
+"""Known names that an error lists where none is near; of more it gives none."""
+
+
+class Settings(BaseModel):
+    """A section of settings: unknown keys and truth values for numbers are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
+            raise ValueError(f"{str(value).lower()} is a truth value, which this setting does not take")
+        return value
+
+
+class Place(NamedTuple):
+    """Where a value was written: the name of a file or an option, and the line from 1, 0 where there is none."""
+
+    name: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, line {self.line}" if self.line else self.name
 
 
 @dataclass(frozen=True)
@@ -78,8 +104,11 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 def load(path: Path | str) -> Document:
-    """Read and parse a YAML file of at most MAX_BYTES bytes. Raises RecipeError naming the file and the line."""
-    path = Path(path)
+    """Read and parse a YAML file of at most MAX_BYTES bytes, ``-`` being the standard input.
+
+    Raises RecipeError naming the file and the line.
+    """
+    path = Path("/dev/stdin" if str(path) == "-" else path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -219,7 +248,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
+    if len(names) > SHOWN_NAMES:
+        return f"; none of the {len(names)} known names is near it"
     return f"; known here: {', '.join(names)}" if names else "; nothing is accepted here"
+
+
+def together(name: str, problems: Sequence[str]) -> str:
+    """The text of one error for all problems of a document."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{name}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 @dataclass
@@ -252,11 +290,9 @@ class Problems:
     def raise_if_any(self, kind: type[FusekitError] = RecipeError) -> None:
         """Raise one error with every problem and its line; return if there is none."""
         lines = self.lines()
-        if len(lines) == 1:
-            raise kind(lines[0])
+        named = f"{self.document.name}, " if len(lines) > 1 else ""
         if lines:
-            rows = "".join(f"\n  {line.removeprefix(f'{self.document.name}, ')}" for line in lines)
-            raise kind(f"{self.document.name}: {len(lines)} problems{rows}")
+            raise kind(together(self.document.name, [line.removeprefix(named) for line in lines]))
 
 
 def reasons(error: ValidationError) -> list[str]:
@@ -268,16 +304,21 @@ def by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
     """Messages of a pydantic error by the path in the recipe: the names of union members are not part of it."""
     places: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False, include_context=False):
-        value: Any = data
-        path: KeyPath = ()
         missing = detail["type"] == "missing"
-        parts: Sequence[int | str] = detail["loc"][:-1] if missing else detail["loc"]
-        for part in parts:
-            if isinstance(value, Mapping) and part in value:
-                value, path = value[part], (*path, str(part))
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-                value, path = value[part], (*path, part)
+        path = path_in(data, detail["loc"][:-1] if missing else detail["loc"])
         message = f"`{detail['loc'][-1]}` is missing" if missing else " ".join(str(detail["msg"]).split())
         if message not in places.setdefault(path, []):
             places[path].append(message)
     return places
+
+
+def path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
+    """The part of a pydantic location that is in the data: names of union members, and what a short form leaves out,
+    are not."""
+    path: KeyPath = ()
+    for part in location:
+        if isinstance(data, Mapping) and part in data:
+            data, path = data[part], (*path, str(part))
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data, path = data[part], (*path, part)
+    return path

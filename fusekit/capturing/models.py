@@ -224,6 +224,12 @@ def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: 
     return config
 
 
+def is_repository(name: str) -> bool:
+    """Whether a model is taken for one on the hub: nothing is there, and it does not look like a path."""
+    place = (gguf.split(name) or (name, ""))[0]
+    return bool(place) and place[0] not in "/~." and place.count("/") <= 1 and not Path(place).exists()
+
+
 def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot | None]:
     name = choice.model
     local = Path(name).expanduser()
@@ -233,7 +239,7 @@ def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot
         return local.resolve(), None
     if local.exists():
         raise CaptureError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
-    if not name or name[0] in "/~." or name.count("/") > 1:
+    if not is_repository(name):
         raise CaptureError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
     snapshot = hub.find(name, choice.revision, None, notices)
     return snapshot.folder, snapshot

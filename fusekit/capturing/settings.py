@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fusekit.errors import CaptureError
+from fusekit.yaml import Settings
 
 DEFAULT_MAX_ERROR = 0.2
 
@@ -36,10 +37,8 @@ class Selection:
             raise CaptureError(f"temperature is {self.temperature}; it must be above 0 and finite")
 
 
-class CaptureSettings(BaseModel):
+class CaptureSettings(Settings):
     """What is kept of a model's distributions, and how it is captured."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     top_k: Annotated[int, Field(gt=0)] = Field(default=10, description="Most entries per label.")
     keep_mass: Annotated[float, Field(gt=0, le=1)] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,11 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     """
     from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.plan import make_plan
-    from fusekit.pipeline.stages import check_recipe
+    from fusekit.pipeline.stages import mistakes
     from fusekit.recipe.loading import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    check_recipe(loaded)
     drop_noise()
+    loaded = load_recipe(recipe, overrides, partial(mistakes, files=False))  # which the plan itself looks for
     found = make_plan(loaded, str(recipe), out)
     click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found))
     if not found.can_run:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from fusekit import yaml as safe_yaml
 from fusekit.errors import RecipeError
 from fusekit.recipe import shipped as shipped_recipes
-from fusekit.recipe.loading import load_recipe
+from fusekit.recipe.loading import kind_of, load_recipe
 from fusekit.recipe.shipped import schema_text
+from fusekit.yaml import Document
 
 recipe_argument = click.argument(
     "recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
@@ -28,21 +31,69 @@ overrides = click.option(
 @recipe_argument
 @overrides
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
-def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool) -> None:
-    """Check a fusion recipe: every mistake at once, with its line and the nearest known name. - is standard input."""
-    from fusekit.pipeline.stages import check_recipe
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, warnings, not_looked_at.")
+def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
+    """Check a recipe: every mistake at once, with its line and the nearest known name. - is standard input.
 
-    loaded = load_recipe(recipe, overrides)
-    check_recipe(loaded)
+    Of a fusion recipe, local models, templates and data are looked for as well; what is on the hub is not. Of a
+    mergekit recipe the text is checked; `fusekit plan` also looks at its models.
+    """
+    import yaml
+
+    problems: list[str] = []
+    try:
+        document = safe_yaml.load(recipe)
+        if kind_of(document) == "mergekit":
+            what, warnings, unseen = _merge_recipe(document, overrides)
+            values = document.data
+        else:
+            what, unseen, values = _fusion_recipe(document, overrides)
+            warnings = []
+    except RecipeError as error:
+        if not as_json:
+            raise
+        problems = [line.strip() for line in str(error).splitlines()]
+        problems = problems[1:] or problems  # the first of several counts them
+        warnings, unseen = [], []
+    if as_json:
+        found = {"valid": not problems, "problems": problems, "warnings": warnings, "not_looked_at": unseen}
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        click.get_current_context().exit(bool(problems))
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
+    if unseen:
+        click.echo(f"not looked at: {', '.join(unseen)}", err=True)
     if resolved:
-        import yaml
-
-        click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+        click.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
     else:
-        from fusekit.artifacts import counted
+        click.echo(f"{recipe}: valid; {what}")
 
-        names = [source.label for source in loaded.sources]
-        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {counted(len(names), 'source')}: {', '.join(names)}")
+
+def _fusion_recipe(document: Document, overrides: tuple[str, ...]) -> tuple[str, list[str], Any]:
+    """What a fusion recipe is, what of it is not here to be looked at, and its values."""
+    from fusekit.artifacts import counted
+    from fusekit.cli.capture import drop_noise
+    from fusekit.pipeline.capturing import not_looked_at
+    from fusekit.pipeline.stages import mistakes
+
+    drop_noise()
+    loaded = load_recipe(document, overrides, mistakes)
+    names = [source.label for source in loaded.sources]
+    what = f"pivot {loaded.pivot.path}, {counted(len(names), 'source')}: {', '.join(names)}"
+    return what, not_looked_at(loaded), loaded.model_dump(mode="json")
+
+
+def _merge_recipe(document: Document, overrides: tuple[str, ...]) -> tuple[str, list[str], list[str]]:
+    """What a mergekit recipe is, warnings, and the models that are not looked at."""
+    import fusekit.merge_methods  # noqa: F401  registers them with mergekit
+    from fusekit.artifacts import counted
+    from fusekit.merging.lint import lint
+
+    if overrides:
+        raise click.UsageError(f"--set is for fusion recipes, and {document.name} is a mergekit recipe: edit it")
+    config, warnings = lint(document)
+    models = [str(model) for model in config.referenced_models()]
+    return f"{config.merge_method} of {counted(len(models), 'model')}", warnings, models
 
 
 @click.command()

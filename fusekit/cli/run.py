@@ -62,17 +62,14 @@ def run_recipe(
     from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
     from fusekit.pipeline.run import run as go
-    from fusekit.pipeline.stages import chosen_stages
-    from fusekit.recipe.loading import load_recipe
 
-    chosen_stages(only, start, until)  # before anything is read
-    loaded = load_recipe(recipe, overrides)
     drop_noise()
     try:
         with sigterm_unwinds():
             done = go(
-                loaded,
+                recipe,
                 out,
+                overrides,
                 only=only,
                 start=start,
                 until=until,

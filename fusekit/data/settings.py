@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fusekit.yaml import Settings
 
 
-class DataSettings(BaseModel):
+class DataSettings(Settings):
     """Where examples come from, and how they are cut."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="Files (.json, .jsonl, .parquet, .txt) or hub ids: messages, ShareGPT, instruction triples, text."

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
-from fusekit.yaml import nearest
+from fusekit.yaml import Settings, nearest
 
 _LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
 """Those that fusekit brings, known without importing torch."""
@@ -30,8 +31,8 @@ CHECKPOINTS_KEPT = 2
 """Of a run, unless ``save_total_limit`` says otherwise."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+class _Section(Settings):
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
 
 class AlignmentSettings(_Section):
@@ -171,7 +172,11 @@ class TrainingSettings(_Section):
     @classmethod
     def _renamed(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and (old := [name for name in RENAMED if name in values]):
-            raise ValueError("; ".join(f"`{name}` is now called {RENAMED[name]}" for name in old))
+            says = [PydanticCustomError("renamed", "it is now called {now}", {"now": RENAMED[name]}) for name in old]
+            details: list[InitErrorDetails] = [
+                {"type": said, "loc": (name,), "input": values[name]} for name, said in zip(old, says, strict=True)
+            ]
+            raise ValidationError.from_exception_data("TrainingSettings", details)
         return values
 
     @property

@@ -9,20 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fusekit import artifacts as artifact
 from fusekit.types import Row
+from fusekit.yaml import Settings
 
 PATH = "Files, folders or hub ids of examples that nothing is trained on."
 _Count = Annotated[int, Field(gt=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LmEvalTask(_Section):
+class LmEvalTask(Settings):
     """A task of lm-eval; its name alone is enough."""
 
     task: Annotated[str, Field(min_length=1)] = Field(description="The name of a task, a group or a tag of lm-eval.")
@@ -45,7 +42,7 @@ class LmEvalTask(_Section):
         return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(core_schema))]}
 
 
-class LmEval(_Section):
+class LmEval(Settings):
     """Tasks of lm-eval on which every model is scored; a list of tasks alone is enough."""
 
     tasks: Annotated[list[LmEvalTask], Field(min_length=1)] = Field(description="The tasks, in order.")
@@ -93,7 +90,7 @@ class LmEval(_Section):
         return [self.include_path] if isinstance(self.include_path, str) else list(self.include_path or [])
 
 
-class EvaluateSettings(_Section):
+class EvaluateSettings(Settings):
     """Held-out examples, and what is measured on them; also a recipe's section ``evaluate``."""
 
     path: str | list[str] = Field(default=[], description=PATH)

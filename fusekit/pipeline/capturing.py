@@ -14,28 +14,35 @@ from typing import Any
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file
 from fusekit.capturing.manifest import Manifest, keys_hash, read_json
+from fusekit.capturing.models import find_checkpoint, is_repository
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import read_rows
-from fusekit.devices import Processes
+from fusekit.data.reading import is_on_hub, read_rows
+from fusekit.data.templates import ChatTemplate
+from fusekit.devices import Processes, missing_device
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.environment import circumstances
-from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
+from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX
-from fusekit.layout import PIVOT
+from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import (
     BEGUN,
     DONE,
     STALE,
     Context,
     Status,
+    choice_of,
     compared,
     hash_of,
     paths_of,
     read_rows_file,
+    unreadable,
     write_json,
     write_rows,
 )
+from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Load, Mistake
 from fusekit.types import Row
+from fusekit.yaml import KeyPath, nearest
 
 ALIGNED_TEXTS = 2000
 """Texts of which the quality of a pair is counted, at most."""
@@ -43,6 +50,62 @@ SHOWN_TEXTS, SHOWN_OF_EACH, SHOWN_GROUPS = 8, 2, 60
 """In the report of an alignment, at most: texts, texts of each data set, groups of each text."""
 WORTH_EXAMPLES = 256
 """Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
+
+
+def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
+    """Local models, templates and data that are missing or cannot be used, and ways of loading that are not there.
+
+    layout: of the run, whose captures and rows are kept although what they were made from may be gone.
+    """
+
+    def kept(folder: str) -> bool:
+        return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
+
+    found: list[Mistake] = []
+    for index, model in enumerate((recipe.pivot, *recipe.sources), -1):
+        at: KeyPath = ("pivot",) if index < 0 else ("sources", index)
+        name = PIVOT if index < 0 else recipe.sources[index].label
+        found += [Mistake(says, (*at, "load", key)) for key, says in _loading(model.load)]
+        if model.chat_template != PIVOT or index < 0:
+            try:
+                ChatTemplate.chosen(model.chat_template)
+            except DataError as error:
+                found.append(Mistake(str(error), (*at, "chat_template")))
+        if is_repository(model.path) or kept(f"captures/{name}"):
+            continue
+        try:
+            find_checkpoint(choice_of(model), weights=not model.path.endswith(SUFFIX), download=False)
+        except FusekitError as error:
+            found.append(Mistake(str(error), (*at, "model")))
+    if not kept("data"):
+        for path in paths_of(recipe.data.path):
+            found += unreadable(path, ("data", "path"))
+    return found
+
+
+def _loading(load: Load) -> Iterator[tuple[str, str]]:
+    """Fields that ask for what transformers does not know or this machine does not have, and why."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], load.attn_implementation
+    if attention is not None and "/" not in attention and attention not in known:  # those with one are kernels' names
+        yield "attn_implementation", f"unknown attn_implementation {attention!r}{nearest(attention, known)}"
+    for device in load.devices:
+        if says := missing_device(device):
+            yield "device_map", says
+    if load.quantization is not None:
+        try:
+            AutoQuantizationConfig.from_dict(dict(load.quantization))
+        except Exception as error:  # transformers', and those of the packages that it asks
+            yield "quantization", f"transformers refuses the quantization: {' '.join(str(error).split())}"
+
+
+def not_looked_at(recipe: Recipe) -> list[str]:
+    """What of a recipe is on the hub, where :func:`mistakes` does not look."""
+    models = [model.path for model in (recipe.pivot, *recipe.sources) if is_repository(model.path)]
+    data = [*paths_of(recipe.data.path), *(paths_of(recipe.evaluate.path) if recipe.evaluate is not None else [])]
+    return list(dict.fromkeys([*models, *filter(is_on_hub, data)]))
 
 
 # The pivot, if it is a GGUF file: every stage reads a plain checkpoint of it.

@@ -15,14 +15,16 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.environment import circumstances
 from fusekit.errors import DataError, FusekitError, StorageError
 from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Pivot, Source
+from fusekit.recipe.sections import Mistake, Pivot, Source
 from fusekit.types import Cut, Message, Row
+from fusekit.yaml import KeyPath
 
 ROWS = "rows.jsonl"
 
@@ -232,6 +234,18 @@ def write_json(path: Path, value: Any) -> None:
 def paths_of(path: str | list[str]) -> list[str]:
     """The paths of a recipe's ``path``, which may be one."""
     return [path] if isinstance(path, str) else path
+
+
+def unreadable(path: str, *places: KeyPath) -> list[Mistake]:
+    """Whether local data are missing or hold no rows, as far as the first one tells; the hub is not asked."""
+    if is_on_hub(path):
+        return []
+    try:
+        if next(read_rows(path, limit=1), None) is None:
+            return [Mistake(f"there are no rows in {path}", *places)]
+    except FusekitError as error:
+        return [Mistake(str(error), *places)]
+    return []
 
 
 def hash_of(path: str) -> str | None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
+from fusekit.capturing.models import find_checkpoint, is_repository
 from fusekit.devices import Processes
 from fusekit.distillation import checkpoints, provenance
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import RecipeError
+from fusekit.errors import FusekitError
+from fusekit.gguf import SUFFIX
 from fusekit.layout import BASELINE, PIVOT
 from fusekit.pipeline.capturing import alignment_of, store_facts
-from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status
+from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, choice_of
 from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Data, Mistake
 
 
 def artifacts(context: Context) -> dict[str, Path]:
@@ -105,23 +109,28 @@ def make(context: Context, processes: Processes) -> None:
         train(replace(inputs, sources={}), settings_of(context, BASELINE), layout.baselines)
 
 
-def check_section(recipe: Recipe) -> None:
-    """Refuse settings that no training on this machine can have. Raises RecipeError with each and where it was written.
+def mistakes(recipe: Recipe) -> list[Mistake]:
+    """Settings that no training on this machine can have.
 
     The rows of a step have to be divided among the processes that are there now.
     """
     from fusekit.distillation.arguments import problems
 
     values, captured = recipe.distill, recipe.capture.temperature
-    lines = [f"{recipe.place(path)}: {says}" for path, says in problems(values)]
+    section, pivot = recipe.data, None
+    if not is_repository(recipe.pivot.path) and not recipe.pivot.path.endswith(SUFFIX):
+        with suppress(FusekitError):  # which is a mistake of the pivot
+            pivot = find_checkpoint(choice_of(recipe.pivot), weights=False)
+    # A resolved recipe has the default, too, which says nothing of the model.
+    asked = section.max_length if section.max_length != Data.model_fields["max_length"].default else None
+    found = [Mistake(says, path) for path, says in problems(values, pivot, asked)]
     if captured != values.temperature:
-        lines.append(
-            f"{recipe.place(('distill', 'temperature'), ('capture', 'temperature'))}: capture.temperature is "
-            f"{captured}, but distill.temperature is {values.temperature}: the loss needs rows of its own temperature, "
-            "so set both to one value"
+        says = (
+            f"capture.temperature is {captured}, but distill.temperature is {values.temperature}: the loss needs rows "
+            "of its own temperature, so set both to one value"
         )
-    if lines:
-        raise RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"distill: {len(lines)} problems", *lines]))
+        found.append(Mistake(says, ("distill", "temperature"), ("capture", "temperature")))
+    return found
 
 
 def _teachers(context: Context, target: str) -> list[str]:

@@ -15,7 +15,6 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, weights_hash
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
-from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
@@ -23,30 +22,29 @@ from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.layout import BASELINE, MERGED, PIVOT
-from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, paths_of, write_json
+from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, paths_of, unreadable, write_json
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Evaluate
+from fusekit.recipe.sections import Evaluate, Mistake
 from fusekit.types import Row
 
 Model = tuple[ModelChoice, str]
 """A model, and the chat template that it is scored under."""
 
 
-def check_section(recipe: Recipe) -> None:
-    """Refuse tasks of lm-eval that cannot be scored. Raises RecipeError."""
-    if recipe.evaluate is not None and recipe.evaluate.lm_eval is not None:
-        lm_eval.check(recipe.evaluate.lm_eval)
+def mistakes(recipe: Recipe) -> list[Mistake]:
+    """Held-out files that are missing or empty, as far as the first row of each tells, and impossible tasks of lm-eval.
 
-
-def check_held_out(context: Context) -> None:
-    """Refuse held-out files that are missing or empty, as far as the first row of each tells; the hub is not asked.
-
-    Raises DataError, RecipeError.
+    The hub is not asked.
     """
-    section = context.recipe.evaluate
+    section, found = recipe.evaluate, []
     for path in paths_of(section.path) if section is not None else []:
-        if not is_on_hub(path) and next(read_rows(path, limit=1), None) is None:
-            raise RecipeError(f"evaluate: there are no rows in {path}")
+        found += unreadable(path, ("evaluate", "path"))
+    if section is not None and section.lm_eval is not None:
+        try:
+            lm_eval.check(section.lm_eval)
+        except RecipeError as error:
+            found += [Mistake(line, ("evaluate", "lm_eval")) for line in str(error).splitlines()]
+    return found
 
 
 def models_of(context: Context) -> dict[str, Model]:

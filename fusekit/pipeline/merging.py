@@ -13,11 +13,12 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, output_lock, recover, weights_hash
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.models import Checkpoint
-from fusekit.errors import RecipeError, StorageError
+from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
 from fusekit.layout import PIVOT
 from fusekit.pipeline.context import DONE, STALE, Context, Status
 from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need
 from fusekit.yaml import loads
 
@@ -141,13 +142,10 @@ def make(context: Context) -> None:
     context.say(f"merge: {merged}")
 
 
-def check_section(recipe: Recipe) -> None:
-    """Refuse a section ``merge`` that mergekit would refuse, or ignore a part of, once the targets are trained.
-
-    Raises RecipeError with every problem and where it was written.
-    """
+def mistakes(recipe: Recipe) -> list[Mistake]:
+    """What mergekit would refuse of a section ``merge``, or ignore a part of, once the targets are trained."""
     if recipe.merge is None:
-        return
+        return []
     from fusekit.merging.lint import check
     from fusekit.yaml import Document, Problems
 
@@ -155,20 +153,17 @@ def check_section(recipe: Recipe) -> None:
     data = _models(recipe.merge, names) | dict(recipe.merge)
     problems = Problems(Document(data, "", "merge", {}))
     check(data, problems)
-    found = [f"{recipe.place(('merge', *path))}: {message}" for _, message, path in problems.found]
+    found = [Mistake(says, ("merge", *path)) for _, says, path in problems.found]
     parameters = recipe.merge.get("parameters")
     share = parameters.get("select_topk") if isinstance(parameters, dict) else None
     of_sce = recipe.merge.get("merge_method") == "fusechat_sce"
     if not found and of_sce and len(recipe.targets) == 1 and isinstance(share, (int, float)) and share < 1:
-        found.append(
-            f"{recipe.place(('merge', 'parameters', 'select_topk'))}: select_topk is {float(share)}, but there is one "
-            f"target ({recipe.targets[0]}), and SCE has no variance to rank with a single target: set select_topk to "
-            "1, or leave the merge out with `merge: null`"
+        says = (
+            f"select_topk is {float(share)}, but there is one target ({recipe.targets[0]}), and SCE has no variance to "
+            "rank with a single target: set select_topk to 1, or leave the merge out with `merge: null`"
         )
-    if len(found) == 1:
-        raise RecipeError(found[0])
-    if found:
-        raise RecipeError(f"merge: {len(found)} problems\n" + "\n".join(f"  {line}" for line in found))
+        found.append(Mistake(says, ("merge", "parameters", "select_topk")))
+    return found
 
 
 def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:

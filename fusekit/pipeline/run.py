@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,9 +22,8 @@ from fusekit.artifacts import commit_file, disk_fault, output_lock, remove
 from fusekit.devices import Processes
 from fusekit.errors import StorageError
 from fusekit.layout import NAMES, PIVOT, STAGES, Layout
-from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context, Readers
-from fusekit.pipeline.stages import TABLE, check_place, check_recipe, chosen_stages, require
+from fusekit.pipeline.stages import TABLE, check_place, chosen_stages, mistakes, require
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
@@ -42,8 +41,9 @@ class Run:
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | Path | str,
     out: Path | str,
+    overrides: Sequence[str] = (),
     *,
     only: str | Collection[str] | None = None,
     start: str | None = None,
@@ -59,8 +59,9 @@ def run(
     every process calls this: captures and training are shared, the rest is done by the first.
 
     Args:
-        recipe: what to do.
+        recipe: what to do, or the file that says it.
         out: folder of the run; its artifacts are those of :class:`Layout`.
+        overrides: of a file, as for :func:`load_recipe`.
         only: a stage, or several; what they need of the others has to be there, and is checked.
         start: the first stage to do; what later ones need of those before it has to be there, and is checked.
         until: the last stage to do.
@@ -75,6 +76,12 @@ def run(
     """
     chosen = chosen_stages(only, start, until)
     layout, processes = layout_of(out), Processes.current()
+    check = partial(mistakes, stages=chosen, layout=layout)
+    # Before the output is touched: a recipe that cannot be done leaves nothing behind.
+    if not isinstance(recipe, Recipe):
+        recipe = processes.first_then_all(partial(load_recipe, recipe, overrides, check))
+    else:
+        processes.first_then_all(lambda: recipe.refuse(check(recipe)))
     log = RunLog(layout.logs)
 
     def tell(line: str) -> None:
@@ -93,13 +100,9 @@ def run(
             _claim(context, chosen)
             held.enter_context(log.around())
 
-        # Before the output is touched: a recipe that cannot be done leaves nothing behind.
-        processes.first_then_all(partial(check_recipe, recipe, chosen))
         processes.first_then_all(claim)
         if chosen != ["report"]:
             TABLE[PIVOT].make(context, processes)
-        if "evaluate" in chosen:
-            processes.first_then_all(partial(evaluating.check_held_out, context))
         for name in STAGES:
             if name == "report" and name in chosen:
                 processes.first_then_all(partial(_save if decided else _refuse_other_recipe, layout, recipe))

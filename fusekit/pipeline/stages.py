@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fusekit import artifacts as artifact
 from fusekit.devices import Processes
 from fusekit.errors import RecipeError, StorageError
-from fusekit.layout import BASELINE, PIVOT, STAGES
+from fusekit.layout import BASELINE, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging
 from fusekit.pipeline.context import BEGUN, MISSING, Context, Status
 from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Mistake
 from fusekit.yaml import nearest
 
 
@@ -97,20 +99,24 @@ def chosen_stages(only: str | Collection[str] | None, start: str | None, until: 
     return list(STAGES[first : last + 1])
 
 
-def check_recipe(recipe: Recipe, stages: Collection[str] = STAGES) -> None:
-    """Refuse now what a late stage would refuse after hours: an impossible training, merge or task of lm-eval.
+def mistakes(
+    recipe: Recipe, stages: Collection[str] = STAGES, layout: Layout | None = None, *, files: bool = True
+) -> list[Mistake]:
+    """What is wrong with a recipe that can be read.
 
-    stages: those that are to be done. Raises RecipeError with every problem and where it was written.
+    Args:
+        recipe: what is to be done.
+        stages: those that are to be done.
+        layout: of the run, None where it has no folder yet.
+        files: whether models, templates and data are looked for.
     """
-    checks = {"distill": distilling.check_section, "merge": merging.check_section, "evaluate": evaluating.check_section}
-    found = []
-    for check in (check for stage, check in checks.items() if stage in stages):
-        try:
-            check(recipe)
-        except RecipeError as error:
-            found.append(str(error))
-    if found:
-        raise RecipeError("\n".join(found))
+    checks: dict[str, Callable[[Recipe], list[Mistake]]] = {
+        "capture": partial(capturing.mistakes, layout=layout) if files else lambda _: [],
+        "distill": distilling.mistakes,
+        "merge": merging.mistakes,
+        "evaluate": evaluating.mistakes,
+    }
+    return [mistake for stage, check in checks.items() if stage in stages for mistake in check(recipe)]
 
 
 def check_place(context: Context, stage: str, name: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from fusekit import yaml as safe_yaml
 from fusekit.distillation.presets import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
-from fusekit.recipe.sections import Places, Recipe
-from fusekit.yaml import Document, KeyPath, nearest
+from fusekit.recipe.sections import UNREAD, Mistake, Places, Recipe, in_full
+from fusekit.yaml import Document, KeyPath, Place, nearest, path_in
 
 MAX_INCLUDES = 16
 FUSION = ("pivot", "sources", "include", "preset")
@@ -48,24 +47,12 @@ def _preset(name: str, sections: Mapping[str, Any]) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {name: _preset(name, sections) for name, sections in DISTILLATION.items()}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a value of a recipe was written: a document and its path there; what errors call it is ``str``."""
-
-    document: Document
-    path: KeyPath
-
-    def __str__(self) -> str:
-        name = self.document.name
-        return name if name.startswith("--") else f"{name}, line {self.document.line(self.path)}"
-
-
 class _Layers:
     """Values from several documents, later ones on top, and where each came from."""
 
     def __init__(self) -> None:
         self.data: dict[str, Any] = {}
-        self.places: dict[KeyPath, Place] = {}
+        self.places: dict[KeyPath, tuple[Document, KeyPath]] = {}
 
     def add(self, document: Document, data: Mapping[str, Any], at: KeyPath = ()) -> None:
         """Mappings are merged key by key; anything else, lists too, replaces what was there."""
@@ -80,18 +67,13 @@ class _Layers:
                 target[str(key)] = _plain(value)
                 for known in [known for known in self.places if known[: len(path)] == path]:
                     del self.places[known]
-            self.places[path] = Place(document, path)
-
-    def written(self, fallback: Document) -> dict[KeyPath, str]:
-        """Where every value was written, as errors say it."""
-        return {path: str(self.place(path, fallback)) for path in _paths(self.data)}
+            self.places[path] = document, path
 
     def place(self, path: KeyPath, fallback: Document) -> Place:
         """Where the value at ``path``, or the nearest one that encloses it, was written."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return Place(self.places[path[:length]].document, path)
-        return Place(fallback, path)
+        enclosing = (path[:length] for length in range(len(path), 0, -1))
+        document = next((self.places[at][0] for at in enclosing if at in self.places), fallback)
+        return Place(document.name, 0 if document.name.startswith("--") else document.line(path))
 
 
 def _plain(value: Any) -> Any:
@@ -109,23 +91,29 @@ def _paths(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
         yield from _paths(child, (*at, key))
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: Path | str | Document,
+    overrides: Sequence[str] = (),
+    check: Callable[[Recipe], Iterable[Mistake]] = lambda _: (),
+) -> Recipe:
     """Read a fusion recipe.
 
     Args:
-        path: a YAML file, or ``-`` for the standard input. ``include: [other.yml]`` takes what other files in its
-            folder say, its own values on top.
+        source: a YAML file, ``-`` for the standard input, or what was read from one. ``include: [other.yml]`` takes
+            what other files in its folder say, its own values on top.
         overrides: ``a.b=value`` each, value in YAML, on top of everything; a number is an index into a list.
+        check: what else is wrong with a recipe. It gets the recipe without its mistakes, and what it finds is reported
+            together with them.
 
     Raises:
         RecipeError: every mistake with its file and line: unknown keys with the nearest known ones, values of a wrong
             kind or out of range, missing keys, includes that leave the folder or include each other.
     """
-    path = Path("/dev/stdin" if str(path) == "-" else path)
-    layers = _Layers()
-    # A pipe, which can be read once, includes files of the working folder.
+    top = source if isinstance(source, Document) else safe_yaml.load(source)  # once: it may be a pipe
+    layers, path = _Layers(), Path(top.name)
+    # A pipe includes files of the working folder.
     beside = path.parent if path.is_file() or not path.exists() else Path()
-    top = _include(layers, path, beside, beside.resolve(), ())
+    _include(layers, top, beside, beside.resolve(), ())
     ours, theirs = _kinds(layers.data)
     if theirs and not ours:
         raise RecipeError(
@@ -134,16 +122,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _override(layers, override)
-    return _checked(layers, top)
+    return _checked(layers, top, check)
 
 
-def _include(layers: _Layers, path: Path, beside: Path, folder: Path, through: tuple[Path, ...]) -> Document:
+def _include(layers: _Layers, document: Document, beside: Path, folder: Path, through: tuple[Path, ...]) -> None:
     """Add a file on top of what it includes. beside: where its includes are looked for, within ``folder``."""
-    document = safe_yaml.load(path)
-    data = document.data
-    if not isinstance(data, dict):
+    path = document.name
+    if not isinstance(document.data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `pivot`, `sources` and `data`")
-    own = path.resolve()
+    data, own = dict(document.data), Path(path).resolve()
     includes = data.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
@@ -161,9 +148,8 @@ def _include(layers: _Layers, path: Path, beside: Path, folder: Path, through: t
             raise RecipeError(f"{where}: {name} includes itself: take the line out")
         if len(through) >= MAX_INCLUDES:
             raise RecipeError(f"{where}: includes are nested more than {MAX_INCLUDES} deep")
-        _include(layers, beside / name, (beside / name).parent, folder, (*through, own))
-    layers.add(document, data)
-    return document
+        _include(layers, safe_yaml.load(beside / name), (beside / name).parent, folder, (*through, own))
+    layers.add(document, in_full(data))
 
 
 def _override(layers: _Layers, override: str) -> None:
@@ -184,7 +170,7 @@ def _override(layers: _Layers, override: str) -> None:
         target[_index(target, str(path[-1]), override)] = document.data
     else:
         target[str(path[-1])] = document.data
-    layers.places[tuple(int(p) if str(p).isdigit() else p for p in path)] = Place(document, ())
+    layers.places[tuple(int(p) if str(p).isdigit() else p for p in path)] = document, ()
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
@@ -193,21 +179,66 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _checked(layers: _Layers, top: Document) -> Recipe:
+def _checked(layers: _Layers, top: Document, check: Callable[[Recipe], Iterable[Mistake]]) -> Recipe:
+    """The recipe that the layers make. Raises RecipeError with one line per mistake, in the order of the files."""
+    layers.data = in_full(layers.data)
+    found: list[Mistake] = []
     name = layers.data.get("preset", "fusekit")
     if not isinstance(name, str) or name not in PRESETS:
-        place = layers.place(("preset",), top)
-        raise RecipeError(f"{place}: unknown preset {name!r}{nearest(str(name), PRESETS)}")
-    data = _with_preset(layers.data, PRESETS[name])
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(_report(error, layers, top)) from None
-    recipe._places = Places(layers.written(top))
+        found.append(Mistake(f"unknown preset {name!r}{nearest(str(name), PRESETS)}", ("preset",)))
+        name = layers.data["preset"] = "fusekit"
+    recipe, wrong = _validated(layers.data, PRESETS[name])
+    found += wrong
+    places = Places({at: layers.place(at, top) for at in _paths(layers.data)}, Place(top.name, 1))
+    if recipe is not None:
+        recipe._places = places
+        found += check(recipe)
+    if found:
+        raise RecipeError(places.report(found))
+    assert recipe is not None
     return recipe
 
 
-def _with_preset(data: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+def _validated(written: Mapping[str, Any], preset: Mapping[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
+    """A recipe without what is wrong with it, None where too much is; and the mistakes."""
+    found: list[Mistake] = []
+    for _ in range(4):
+        try:
+            return Recipe.model_validate(_with_preset(written, preset)), found
+        except ValidationError as error:
+            grouped: dict[tuple[KeyPath, ...], list[str]] = {}
+            for detail in error.errors(include_url=False):
+                paths, message = _mistake(detail, written)
+                if message not in grouped.setdefault(paths, []):
+                    grouped[paths].append(message)
+        found += [Mistake("; or ".join(messages), *paths) for paths, messages in grouped.items()]
+        written = _plain(written)
+        for paths in grouped:
+            _take_out(written, max(paths, key=lambda path: len(path_in(written, path))))
+    return None, found
+
+
+def _take_out(data: Any, path: KeyPath) -> None:
+    """Remove what is at a path, the whole of a list but that of sources, or put a stand-in where one has to be."""
+    while path and isinstance(path[-1], int) and path[:-1] != ("sources",):
+        path = path[:-1]
+    *within, key = path or ("",)
+    if path_in(data, within) != tuple(within):
+        return
+    for part in within:
+        data = data[part]
+    unread = UNREAD + ".".join(map(str, within))
+    stand_ins = {"pivot": {"model": UNREAD}, "data": {"path": UNREAD}, "sources": [{"model": UNREAD}]}
+    if isinstance(key, int):
+        data[key] = {"model": f"{unread}.{key}"}
+    elif key in ("model", "path"):
+        data[key] = unread
+    elif isinstance(data, dict):
+        data.pop(key, None)
+        data.update({key: stand_ins[key]} if key in stand_ins else {})
+
+
+def _with_preset(data: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     per_source = preset.get("source", {})
     result = _merged({key: value for key, value in preset.items() if key != "source"}, data)
     if isinstance(result.get("sources"), list):
@@ -230,48 +261,30 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def _report(error: ValidationError, layers: _Layers, top: Document) -> str:
-    """One line per mistake, in the order of the files' lines."""
-    found: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        named = detail.get("ctx", {}).get("paths", [detail["loc"]])  # several, where values clash
-        path = max((_path_in(layers.data, location) for location in named), key=len)
-        label = ".".join(map(str, path)) or "recipe"
-        if detail["type"] == "missing":
-            message = f"`{detail['loc'][-1]}` is missing{' in ' + label if path else ''}"
-        elif detail["type"] == "extra_forbidden":
-            *within, key = detail["loc"]
-            path = path if path[-1:] == (key,) else (*path, key)
-            now = RENAMED.get(str(key))
-            hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
-            message = f"unknown key {key!r}{hint}"
-        else:
-            text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
-            message = f"{label}: {text}" + (f", not {detail['input']!r}" if _short(detail["input"]) else "")
-        if message not in found.setdefault(path, []):
-            found[path].append(message)
-    entries = []
-    for path, messages in found.items():
-        place = layers.place(path, top)
-        entries.append((place.document.name, place.document.line(path), f"{place}: {'; or '.join(messages)}"))
-    rows = [text for _, _, text in sorted(entries)]
-    return rows[0] if len(rows) == 1 else f"{top.name}: {len(rows)} problems\n" + "\n".join(f"  {row}" for row in rows)
+def _mistake(detail: Any, data: Any) -> tuple[tuple[KeyPath, ...], str]:
+    """Where a mistake that pydantic found is, and what it is."""
+    if "paths" in detail.get("ctx", {}):  # several, where values clash
+        paths: tuple[KeyPath, ...] = tuple(detail["ctx"]["paths"])
+        written = max(paths, key=lambda path: len(path_in(data, path)))
+        label = ".".join(map(str, path_in(data, written)))
+        return paths, f"{label}: {detail['msg']}"
+    path = path_in(data, detail["loc"])
+    label = ".".join(map(str, path)) or "recipe"
+    *within, key = detail["loc"] or ("",)
+    if detail["type"] == "missing":
+        return ((*path, key),), f"`{key}` is missing{' in ' + label if path else ''}"
+    if detail["type"] == "extra_forbidden":
+        now = RENAMED.get(str(key))
+        hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
+        return (path if path[-1:] == (key,) else (*path, key),), f"unknown key {key!r}{hint}"
+    text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
+    return (path,), f"{label}: {text}" + (
+        f", not {detail['input']!r}" if text.startswith("Input should") and _short(detail["input"]) else ""
+    )
 
 
 def _short(value: Any) -> bool:
     return isinstance(value, (str, int, float, NoneType)) and len(repr(value)) <= 60
-
-
-def _path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
-    """The part of a pydantic location that is in the data: names of union members, and what a short form leaves out,
-    are not."""
-    path: KeyPath = ()
-    for part in location:
-        if isinstance(data, Mapping) and part in data:
-            data, path = data[part], (*path, str(part))
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data, path = data[part], (*path, part)
-    return path
 
 
 def _fields(location: Sequence[int | str]) -> list[str]:
@@ -297,12 +310,13 @@ def _kinds(data: Mapping[Any, Any]) -> tuple[list[str], list[str]]:
     return [key for key in FUSION if key in data], [key for key in MERGEKIT if key in data]
 
 
-def kind_of(path: Path | str) -> Literal["fusion", "mergekit"]:
+def kind_of(path: Path | str | Document) -> Literal["fusion", "mergekit"]:
     """What a recipe is for: ``fusion`` (fusekit run) or ``mergekit`` (mergekit-yaml, fusekit merge).
 
     Raises RecipeError when it has keys of both, or of neither, or cannot be read.
     """
-    data = safe_yaml.load(path).data
+    document = path if isinstance(path, Document) else safe_yaml.load(path)
+    path, data = document.name, document.data
     ours, theirs = _kinds(data if isinstance(data, dict) else {})
     if ours and theirs:
         raise RecipeError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fusekit.capturing.settings import CaptureSettings
@@ -22,23 +22,40 @@ from fusekit.distillation.settings import (
     TrainingSettings,
     clashes,
 )
+from fusekit.errors import RecipeError
 from fusekit.evaluation.settings import PATH, EvaluateSettings
 from fusekit.gguf import SUFFIX
-from fusekit.yaml import KeyPath
+from fusekit.yaml import KeyPath, Place, Settings, together
 
 _AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LONGEST_NAME = 100
 _OTHER_FOLDERS = ("pivot", "joint", "sft")
 """What a run calls its other stores and targets."""
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+UNREAD = "?"
+"""What stands for the name of a model or of data that could not be read, as if it were on the hub."""
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values cannot be changed once loaded."""
+def in_full(data: Any) -> Any:
+    """A recipe with its short forms written out: a pivot or source that is a path, data that are one or several."""
+    if not isinstance(data, Mapping):
+        return data
+    found = dict(data)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    def model(value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    if "pivot" in found:
+        found["pivot"] = model(found["pivot"])
+    if isinstance(found.get("sources"), list):
+        found["sources"] = [model(source) for source in found["sources"]]
+    if isinstance(found.get("data"), (str, list)):
+        found["data"] = {"path": found["data"]}
+    return found
 
 
-class Load(Section):
+class Load(Settings):
     """How transformers loads a model; passed through to ``from_pretrained``."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -54,8 +71,14 @@ class Load(Section):
         default=None, description="`sdpa`, `flash_attention_2`, ...; null: transformers'."
     )
 
+    @property
+    def devices(self) -> list[str | int]:
+        """The devices that ``device_map`` names."""
+        named = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
+        return [name for name in named if name is not None and name not in _DEVICE_MAPS]
 
-class ModelSize(Section):
+
+class ModelSize(Settings):
     """How large a model is: for ``fusekit plan`` where neither the disk nor the hub can be asked, and nothing else.
 
     The names are those of a config.json.
@@ -74,7 +97,7 @@ class ModelSize(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
 
 
-class DataSize(Section):
+class DataSize(Settings):
     """How large the data are, for ``fusekit plan`` where they cannot be read."""
 
     rows: Annotated[int, Field(gt=0)] = Field(description="Number of examples.")
@@ -82,7 +105,7 @@ class DataSize(Section):
     labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Labels among them; null: all.")
 
 
-class Pivot(Section):
+class Pivot(Settings):
     """The model whose architecture and tokenizer the result has."""
 
     model: str = Field(description="A folder, or a name on the Hugging Face hub; or the path of a GGUF file.")
@@ -116,7 +139,7 @@ class Pivot(Section):
         return self
 
 
-class SourceAlignment(Section):
+class SourceAlignment(Settings):
     """What differs for one source from the section ``alignment``."""
 
     tokens: Literal["span", "dtw"] | None = Field(default=None, description=_AS_RECIPE.format("tokens"))
@@ -168,18 +191,44 @@ class Evaluate(EvaluateSettings):
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same examples.")
 
 
+class Mistake:
+    """Something wrong with a recipe. says: what, with the way out. paths: of the value, of several where they clash."""
+
+    def __init__(self, says: str, *paths: KeyPath) -> None:
+        self.says, self.paths = says, paths
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the values of a recipe were written. Recipes that say the same are equal, wherever they say it."""
 
-    by_path: Mapping[KeyPath, str] = field(default_factory=dict, compare=False)
+    by_path: Mapping[KeyPath, Place] = field(default_factory=dict, compare=False)
+    whole: Place = field(default=Place("recipe", 0), compare=False)
+
+    def place(self, *paths: KeyPath) -> Place:
+        """Where a value, or the nearest that encloses it, was written; its path where that is not known.
+
+        paths: of the value; several where values clash, of which the recipe may have written only one.
+        """
+        for length in range(max(map(len, paths)), 0, -1):
+            for path in paths:
+                if len(path) >= length and path[:length] in self.by_path:
+                    return self.by_path[path[:length]]
+        return self.whole if self.by_path else Place(".".join(map(str, paths[0])), 0)
+
+    def report(self, mistakes: Sequence[Mistake]) -> str:
+        """The text of an error with every mistake and its place, in the order of files and lines."""
+        rows = sorted((self.place(*mistake.paths), mistake.says) for mistake in mistakes)
+        return together(self.whole.name, list(dict.fromkeys(f"{place}: {says}" for place, says in rows)))
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
     preset: str = Field(default="fusekit", description="A named set of values, below the recipe's own.")
-    seed: int = Field(default=0, ge=0, description="Of merge methods that draw (dare); training has `distill.seed`.")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 32, description="Random seed of merge methods that draw; training has `distill.seed`."
+    )
     pivot: Pivot = Field(description="The model that is trained; the result has its architecture and tokenizer.")
     sources: Annotated[list[Source], Field(min_length=1)] = Field(description="The models that the pivot learns from.")
     data: Data = Field(description="The examples that all models read.")
@@ -198,16 +247,15 @@ class Recipe(Section):
 
     _places: Places = PrivateAttr(default_factory=Places)
 
-    def place(self, *paths: KeyPath) -> str:
-        """Where a value, or the nearest that encloses it, was written: a file and a line, or its path.
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        return in_full(data)
 
-        paths: of the value; several where values clash, of which the recipe may have written only one.
-        """
-        for length in range(max(map(len, paths)), 0, -1):
-            for path in paths:
-                if len(path) >= length and path[:length] in self._places.by_path:
-                    return self._places.by_path[path[:length]]
-        return ".".join(map(str, paths[0]))
+    def refuse(self, mistakes: Sequence[Mistake]) -> None:
+        """Raise RecipeError with every mistake and where it was written, if there is one."""
+        if mistakes:
+            raise RecipeError(self._places.report(mistakes))
 
     @field_validator("fusion")
     @classmethod
@@ -221,25 +269,35 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        found: list[tuple[str, list[KeyPath]]] = [(says, [("sources",)]) for says in self._wrong_names()]
+        found = [*self._wrong_names()]
         for clash in clashes(self.alignment, self.fusion, self.distill):
             values: list[KeyPath] = [({"training": "distill"}.get(name, name), key) for name, key in clash.values]
-            found.append((clash.says, values))
+            found.append(Mistake(clash.says, *values))
         if found:
-            raise ValidationError.from_exception_data("Recipe", [_mistake(says, paths, self) for says, paths in found])
+            details: list[InitErrorDetails] = []
+            for mistake in found:  # the context has all paths: the recipe may have written only one of them
+                kind = PydanticCustomError("clash", "{says}", {"says": mistake.says, "paths": mistake.paths})
+                details.append(InitErrorDetails(type=kind, loc=mistake.paths[0], input=self))
+            raise ValidationError.from_exception_data("Recipe", details)
         return self
 
-    def _wrong_names(self) -> Iterator[str]:
+    def _wrong_names(self) -> Iterator[Mistake]:
         labels = [source.label for source in self.sources]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            yield f"two sources are called {twice[0]!r}: give one a `name` of its own"
-        for label in labels:
-            if label in _OTHER_FOLDERS or label.endswith(".training") or not label or label.startswith("."):
-                yield (
+        for index, (source, label) in enumerate(zip(self.sources, labels, strict=True)):
+            at = ("sources", index)
+            if label in labels[:index]:
+                yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", at)
+            elif label in _OTHER_FOLDERS or label.endswith(".training") or not label or label.startswith("."):
+                yield Mistake(
                     f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
-                    "another `name`"
+                    "another `name`",
+                    at,
                 )
+            elif len(label) > LONGEST_NAME:
+                says = f"the source {label[:20]}... has a name of {len(label)} characters: give it a `name` of at most "
+                yield Mistake(f"{says}{LONGEST_NAME}", at)
+            elif (source.path, source.revision) == (self.pivot.path, self.pivot.revision):
+                yield Mistake(f"the source {label!r} is the pivot itself, which it has nothing to teach: remove it", at)
 
     @property
     def settings(self) -> DistillSettings:
@@ -261,9 +319,3 @@ class Recipe(Section):
     def alignment_of(self, source: Source) -> AlignmentSettings:
         """The section ``alignment`` with what differs for a source."""
         return self.alignment.model_copy(update=source.alignment.model_dump(exclude_none=True))
-
-
-def _mistake(says: str, paths: Sequence[KeyPath], recipe: Recipe) -> InitErrorDetails:
-    """Of several values together. The context has the paths of all: the recipe may have written only one of them."""
-    error = PydanticCustomError("clash", "{says}", {"says": says, "paths": paths})
-    return InitErrorDetails(type=error, loc=paths[0], input=recipe)

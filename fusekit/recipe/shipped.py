@@ -59,6 +59,14 @@ def document() -> dict[str, Any]:
     required = found.pop("required")
     found["properties"] = {"include": include | {"description": about}} | found["properties"]
     found["properties"]["preset"]["enum"] = sorted(PRESETS)
+    text = {"type": "string"}
+    for section, short in (
+        (found["properties"]["pivot"], [text]),
+        (found["properties"]["sources"]["items"], [text]),
+        (found["properties"]["data"], [text, {"type": "array", "items": text, "minItems": 1}]),
+    ):
+        section["anyOf"] = [*short, {"$ref": section.pop("$ref")}]
+    found["properties"]["data"]["description"] = Recipe.model_fields["data"].description
     found["anyOf"] = [{"required": ["include"]}, {"required": required}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "Fusion recipe of fusekit"}
 
