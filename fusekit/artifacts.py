@@ -139,8 +139,9 @@ def output_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            with suppress(OSError):
-                holder.unlink()
+            for path in (holder, temporary):  # on a full disk the description is not written
+                with suppress(OSError):
+                    path.unlink()
             lock.release()
 
 

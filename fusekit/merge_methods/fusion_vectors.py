@@ -163,8 +163,10 @@ class FusionVectors:
         for name, tensor in zip(names, tensors, strict=True):
             if not isinstance(tensor, Tensor):
                 raise MergeError(f"{name} is a {type(tensor).__name__}: give torch tensors")
-            if not tensor.is_floating_point():
-                raise MergeError(f"{name} has dtype {tensor.dtype}: only floating-point tensors can be merged")
+            if not tensor.is_floating_point() or tensor.element_size() == 1:
+                raise MergeError(
+                    f"{name} has dtype {tensor.dtype}: only float16, bfloat16, float32 and float64 are merged"
+                )
             for what in ("shape", "dtype", "device"):
                 mine, first = getattr(tensor, what), getattr(tensors[0], what)
                 if mine != first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import Field
 
+from fusekit import mergekit_private
 from fusekit.errors import MergeError
 from fusekit.merge_methods.fusion_vectors import NonFiniteError
 from fusekit.merge_methods.provenance import TensorRecord, active_records, by_model
@@ -31,6 +32,8 @@ from fusekit.merge_methods.widen import Ties, widen
 
 _CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 _UNITS = ("module", "layer", "model")
+_SCALES = ("_scale_inv", "_scale", ".absmax", ".quant_map")
+"""What scales of quantised weights are called: the name of the weight and one of these."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
 
 
@@ -210,20 +213,48 @@ def _named(group: TensorGroup) -> Iterator[None]:
     """Puts the tensor's name, and for NaN the model's, in front of a MergeError from below."""
     prefix = f"{group.metadata.name}: " if group.metadata.name else ""
     try:
+        for entry in group.entries:
+            _refuse_codes(entry.id, str(group.metadata.name))
         yield
     except NonFiniteError:
-        bad = [str(entry.id) for entry in group.entries if not torch.isfinite(entry.tensor).all()]
-        if not bad:
-            raise MergeError(
-                f"{prefix}the difference of a model to the base overflows {group.entries[0].tensor.dtype}; use dtype: "
-                "float64, or check the models"
-            ) from None
-        raise MergeError(
-            f"{prefix}NaN or Inf in the weights of {', '.join(bad)}; that checkpoint is damaged or comes from a "
-            "diverged run: merge another one"
-        ) from None
+        raise MergeError(f"{prefix}{_why_not_finite(group)}") from None
     except MergeError as error:
         raise MergeError(f"{prefix}{error}") from None
+
+
+def _why_not_finite(group: TensorGroup) -> str:
+    bad = [entry for entry in group.entries if not torch.isfinite(entry.tensor).all()]
+    dtype = group.entries[0].tensor.dtype
+    if not bad:
+        return f"the difference of a model to the base overflows {dtype}; use dtype: float64, or check the models"
+    names = ", ".join(str(entry.id) for entry in bad)
+    loaders = mergekit_private.loaders()
+    for entry in bad:
+        with suppress(Exception):  # tensors of another name, or none in a file: then only the merged values are known
+            stored = loaders[entry.id].get_tensor(group.metadata.name)
+            if torch.isfinite(stored).all():
+                return (
+                    f"weights of {names} overflow {dtype}, whose largest number is {torch.finfo(dtype).max:.4g}: "
+                    f"the file has up to {float(stored.abs().max()):.4g}; use dtype: bfloat16 or float32"
+                )
+    return (
+        f"NaN or Inf in the weights of {names}; that checkpoint is damaged or comes from a diverged run: merge another "
+        f"one (or it is too large for {dtype}, if it was cast to that)"
+    )
+
+
+def _refuse_codes(model: Any, name: str) -> None:
+    """Raise MergeError where a model's file has scales beside a tensor, which then holds codes of quantised weights.
+
+    In a graph the tensor itself does not show it: mergekit casts the codes to the `dtype` of the recipe.
+    """
+    loader = mergekit_private.loaders().get(model)
+    scales = [] if loader is None else [name + end for end in _SCALES if name + end in loader.index.tensor_paths]
+    if scales:
+        raise MergeError(
+            f"{model} has quantised weights, {scales[0]} belongs to this tensor: merge the checkpoint that it was "
+            "quantised from, or dequantise it first"
+        )
 
 
 def _needs_gradient(group: TensorGroup) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import html
 import json
 import os
 import sys
@@ -83,11 +84,17 @@ class MergeRecord:
             values = [record.coefficients[model] for record in records if model in record.coefficients]
             erased = [record.erased[model] for record in records if record.erased and model in record.erased]
             erased_mean = f"{np.mean(erased):.1%}" if erased else "-"
-            lines.append(f"| {model} | {np.mean(values):.4f} | {min(values):.4f} | {max(values):.4f} | {erased_mean} |")
+            figures = f"{np.mean(values):.4f} | {min(values):.4f} | {max(values):.4f} | {erased_mean}"
+            lines.append(f"| {_in_a_table(model)} | {figures} |")
         selected = [record.selected for record in records if record.selected is not None]
         if selected:
             lines += ["", f"Selected: {np.mean(selected):.1%} of the elements of a tensor, on average."]
         return "\n".join(lines) + "\n"
+
+
+def _in_a_table(name: str) -> str:
+    """A model's name as a cell of Markdown that shows it as it is."""
+    return html.escape(name, quote=False).replace("|", "&#124;")
 
 
 _process_records: list[MergeRecord] = []  # at most one, asked for by the environment

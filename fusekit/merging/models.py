@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING
 
 from fusekit import gguf, hub, mergekit_private
@@ -113,13 +115,32 @@ class Access:
         return self.any_remote_code or name in self.remote_code
 
 
+CODES = ("float8", "int8", "uint8")
+"""Beginnings of dtypes that hold codes of quantised weights; of a model's own tensors only masks have them."""
+SCALES = (
+    "_scale_inv",
+    ".weight_scale",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    "_blocks",
+)
+"""Endings of names beside such codes."""
+MASKS = (".bias", ".masked_bias")
+_UNQUANTISED = "merge the checkpoint that it was quantised from, or dequantise it first"
+
+
 @dataclass
 class Model:
     """One input model. name: as in the recipe; place: where it first stands there; reference: as mergekit reads it.
 
     folder: on disk (for a hub model, the snapshot that its files go to). weights: False when only its tokenizer is
     wanted. headers: its tensors. download: weight files that are still to be fetched. needs_code: its files ask to
-    run Python code of their own. knows_type: transformers has its model type.
+    run Python code of their own. knows_type: transformers has its model type. quantisation: the method that its
+    config.json names.
     """
 
     name: str
@@ -133,6 +154,7 @@ class Model:
     download: list[str] = field(default_factory=list)
     needs_code: bool = False
     knows_type: bool = True
+    quantisation: str | None = None
     pinned: PinnedModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -223,6 +245,8 @@ def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
         raise MergeError(f"{name!r} cannot be read: {error.strerror or error}") from error
     if name[0] in "/~." or name.count("/") > 1:
         hint = "; `~` is not expanded here, write the path out" if name[0] == "~" else ""
+        if "://" in name:
+            hint = f"; of a model on the hub give the id alone, such as {'/'.join(name.rstrip('/').split('/')[3:5])}"
         raise MergeError(f"there is no folder {name} (looked from {Path.cwd()}){hint}")
     snapshot = hub.find(name, path.revision, access.cache, access.notices)
     return snapshot.folder, snapshot
@@ -281,6 +305,16 @@ def _read_weights(model: Model, files: list[str], access: Access) -> None:
     model.headers = checkpoint_headers(
         entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, access)
     )
+    for name, header in model.headers.items():
+        if header.dtype.startswith(CODES) and not name.endswith(MASKS):
+            raise MergeError(f"{model.name} has quantised weights, {name} is {header.dtype}: {_UNQUANTISED}")
+        if name.endswith(SCALES):
+            raise MergeError(f"{model.name} has quantised weights, to which {name} belongs: {_UNQUANTISED}")
+    if model.quantisation is not None:
+        raise MergeError(
+            f"{model.name}: its config.json has a quantization_config ({model.quantisation}): {_UNQUANTISED}; if its "
+            "weights are plain, remove that entry, which would make the merged model unreadable"
+        )
     if model.snapshot:
         model.download = model.snapshot.missing(sorted({tensor.file for tensor in model.headers.values()}))
 
@@ -321,6 +355,11 @@ def _pickle_headers(model: Model, path: Path) -> Headers:
 def _read_code_claims(model: Model) -> None:
     """Whether the files of a model ask transformers to import Python code that comes with them."""
     if not (model.folder / "config.json").is_file():
+        if (model.folder / "adapter_config.json").is_file():
+            raise MergeError(
+                f"{model.name} is an adapter, not a model: name it behind its model, `model: {_base_of(model.folder)}+"
+                f"{model.name}`"
+            )
         raise MergeError(f"{model.name} has no config.json in {model.folder}: is it a model in Hugging Face's format?")
     for file in ("config.json", "tokenizer_config.json"):
         path = model.folder / file
@@ -335,6 +374,36 @@ def _read_code_claims(model: Model) -> None:
         model.needs_code |= "auto_map" in content
         if file == "config.json":
             model.knows_type = content.get("model_type") in CONFIG_MAPPING
+            inner = content.get("text_config")
+            for part in (content, inner if isinstance(inner, dict) else {}):
+                if found := part.get("quantization_config") or part.get("compression_config"):
+                    model.quantisation = str(found.get("quant_method", "?") if isinstance(found, dict) else found)
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter says it belongs to."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or "MODEL")
+    return "MODEL"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer of any kind."""
+    return any(
+        path.name.startswith(("tokenizer.", "vocab.")) or path.suffix in (".model", ".tiktoken")
+        for path in folder.iterdir()
+    )
+
+
+def tokenizer_rows(folder: Path, label: str) -> int | None:
+    """Rows of an embedding that the tokenizer.json of a model asks for, None without one. Raises MergeError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return 1 + max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
+    except Exception as error:
+        raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
 
 
 def _check_code(models: Iterable[Model], access: Access, problems: Problems) -> None:

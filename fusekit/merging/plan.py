@@ -5,12 +5,13 @@ Only models of one architecture can be merged, and only if their configurations 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import torch
+import transformers
 from mergekit import merge_methods
 from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
@@ -23,11 +24,19 @@ from mergekit.plan import MergePlanner
 from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.hub import TensorHeader
-from fusekit.merging.models import Model, OrderedConfiguration, instances
+from fusekit.merging.models import Model, OrderedConfiguration, has_tokenizer, instances, tokenizer_rows
 from fusekit.yaml import KeyPath, Problems, nearest
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
-SAME_MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+SAME_MEANING = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rope_parameters"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier"),
+    *("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "scale_depth"),
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
+)
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+SMALL_RATIO = 10.5
+"""Of two epsilons of a norm: up to here (1e-6 and 1e-5) they are small against the variances of activations."""
 MAX_REPORTED = 8
 ANY = -1
 """A dimension that is not known before the tokenizer is built."""
@@ -89,34 +98,45 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     """
     by_pin = {model.pinned: model for model in models}
     configs = _load_configs(by_pin.values(), problems, options.trust_remote_code)
-    if not options.allow_crimes:
-        _check_architectures(config, by_pin, configs, problems)
+    _check_meaning(config, by_pin, configs, options.allow_crimes, problems)
+    _check_depths(config, by_pin, configs, problems)
     _check_tied_heads(config, by_pin, configs, problems)
     _check_layer_ranges(config, configs, problems)
     problems.raise_if_any(MergeError)
-    saves = [task for task in _mergekit_tasks(config, options) if isinstance(task, SaveTensor)]
+    tasks, out_config = _mergekit_tasks(config, options)
+    saves = [task for task in tasks if isinstance(task, SaveTensor)]
     tensors = [_planned_tensor(save, by_pin, configs, problems) for save in saves]
     if len(problems.found) > MAX_REPORTED:
         rest = len(problems.found) - MAX_REPORTED
         last = max(line for line, _, _ in problems.found[:MAX_REPORTED])
         problems.found[MAX_REPORTED:] = [(last, f"and {rest} more of the same kind", ())]
     problems.raise_if_any(MergeError)
+    donor = by_pin[donor_of(config)]
+    _check_sizes(out_config, tensors, donor, problems)
+    _check_tokenizers(config, by_pin, tensors, options, problems)
+    problems.raise_if_any(MergeError)
     _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
-    warnings = [*_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
+    warnings = [*problems.warnings, *_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
     takes_base = method.spec.contract.base != BasePolicy.IGNORED
     base = by_pin[config.base_model].name if takes_base and config.base_model in by_pin else None
     names = [model.name for model in by_pin.values() if model.weights and model.name != base]
     return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings, base, names)
 
 
-def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> list[Any]:
+def donor_of(config: OrderedConfiguration) -> Any:
+    """The model whose configuration and tokenizer the merged model gets: the base, or the first of the recipe."""
+    return config.base_model or config.referenced_models()[0]
+
+
+def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> tuple[list[Any], Any]:
+    """mergekit's tasks, and the configuration of the merged model."""
     try:
         architecture = get_architecture_info(config, options)
         out_config = mergekit_private.out_config(config, architecture, options.trust_remote_code)
         # The planner rewrites the configuration that it is given.
         planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
-        return list(planner.plan_to_disk(out_path="(planned only)"))
+        return list(planner.plan_to_disk(out_path="(planned only)")), out_config
     except FusekitError:
         raise
     except Exception as error:
@@ -150,62 +170,105 @@ def _load_configs(models: Iterable[Model], problems: Problems, trust_remote_code
     return configs
 
 
-def _check_architectures(
-    config: OrderedConfiguration,
-    models: dict[Any, Model],
-    configs: dict[Any, Any],
-    problems: Problems,
+def _check_meaning(
+    config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], crimes: bool, problems: Problems
 ) -> None:
     """Report models whose architecture, or whose reading of the same weights, differs from the reference model's.
 
-    The reference is the base model, or the first model of the recipe.
+    The reference is the base model, or the first model of the recipe: its config is that of the merged model. crimes:
+    mergekit's --allow-crimes, which makes warnings of what is an error otherwise.
     """
     reference = config.base_model if config.base_model in configs else next(iter(configs))
     first, first_config = models[reference], configs[reference]
+    report = problems.warn if crimes else problems.add
     for pinned, other_config in configs.items():
         other = models[pinned]
-        if pinned == reference:
-            continue
         ours, theirs = first_config.architectures[0], other_config.architectures[0]
         if ours != theirs or arch_info_for_config(first_config) != arch_info_for_config(other_config):
-            problems.add(
+            report(
                 other.place,
                 f"{other.name} is a {theirs} ({other_config.model_type}), {first.name} is a {ours} "
                 f"({first_config.model_type}): only models of one architecture can be merged (a wrong base_model?)",
             )
             continue
         for key in SAME_MEANING:
-            mine, its = _text_config(first_config, key), _text_config(other_config, key)
-            if mine != its:
-                problems.add(
+            for part, mine, its in _differences(key, _text_config(first_config, key), _text_config(other_config, key)):
+                report(
                     other.place,
-                    f"{other.name} has {key} {its}, {first.name} has {mine}: their weights do not mean the "
-                    "same (a wrong base_model?)",
+                    f"{other.name} has {part} {its}, {first.name} has {mine}: their weights do not mean the same (a "
+                    "wrong base_model?); if they do, give both the same value in config.json, or use --allow-crimes",
                 )
+        for key in (*EPSILONS, "sliding_window"):
+            mine, its = _text_config(first_config, key), _text_config(other_config, key)
+            if mine == its:
+                continue
+            numbers = sorted(value if isinstance(value, (int, float)) else 0.0 for value in (mine, its))
+            small = key == "sliding_window" or numbers[1] <= SMALL_RATIO * numbers[0]
+            (problems.warn if small else report)(
+                other.place,
+                f"{other.name} has {key} {its}, {first.name} has {mine}, which the merged model gets"
+                + ("" if small else ": it would read the weights of the other differently; --allow-crimes merges them"),
+            )
+
+
+def _differences(key: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of a config differ: the name of the innermost key, and both values. None is as if not given."""
+    if isinstance(mine, dict) and isinstance(its, dict):
+        for name in dict.fromkeys([*mine, *its]):
+            yield from _differences(f"{key}.{name}", mine.get(name), its.get(name))
+    elif mine != its:
+        yield key, mine, its
 
 
 def _check_tied_heads(
     config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], problems: Problems
 ) -> None:
-    """Report output heads that would be lost: the merged model takes the base's config, which may tie them."""
-    donor = config.base_model or config.referenced_models()[0]
-    if donor not in configs or not _text_config(configs[donor], "tie_word_embeddings"):
-        return
-    for pinned, other_config in configs.items():
-        if not _text_config(other_config, "tie_word_embeddings"):
+    """Report output heads that would be lost, or made of embeddings: the merged model takes the base's config."""
+    donor = donor_of(config)
+    tied = {pinned: bool(_text_config(found, "tie_word_embeddings")) for pinned, found in configs.items()}
+    for pinned, is_tied in tied.items():
+        if donor not in configs or is_tied == tied[donor]:
+            continue
+        name, of_donor = models[pinned].name, models[donor].name
+        if is_tied:
+            problems.warn(
+                models[pinned].place,
+                f"{name} has tie_word_embeddings: true and {of_donor}, whose config the merged model gets, false: its "
+                "embedding is merged as its output head",
+            )
+        else:
             problems.add(
                 models[pinned].place,
-                f"{models[pinned].name} has an output head of its own (tie_word_embeddings: false) and "
-                f"{models[donor].name}, whose config the merged model gets, has not (true): the head would be "
-                "lost; use a base_model without tied embeddings",
+                f"{name} has an output head of its own (tie_word_embeddings: false) and {of_donor}, whose config the "
+                "merged model gets, has not (true): the head would be lost; use a base_model without tied embeddings",
             )
+
+
+def _outputs(config: OrderedConfiguration) -> list[tuple[KeyPath, Any]]:
+    """What a recipe makes, by place: itself, and each of its modules."""
+    return [((), config), *((("modules", str(name)), module) for name, module in (config.modules or {}).items())]
+
+
+def _check_depths(
+    config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], problems: Problems
+) -> None:
+    """Report models that are merged as a whole and have another number of layers than the base, or the first."""
+    for _, output in _outputs(config):
+        inputs = [each.model for each in output.models or () if each.model in configs]
+        first = config.base_model if config.base_model in configs else next(iter(inputs), None)
+        for pinned in inputs:
+            mine, its = (_text_config(configs[each], "num_hidden_layers") for each in (first, pinned))
+            if mine != its:
+                problems.add(
+                    models[pinned].place,
+                    f"{models[pinned].name} has {its} layers, {models[first].name} has {mine}: choose models of one "
+                    "depth, or pick layers of each with `slices:`",
+                )
 
 
 def _check_layer_ranges(config: OrderedConfiguration, configs: dict[Any, Any], problems: Problems) -> None:
     """Report slices that reach beyond the last layer of their model; mergekit would plan them all the same."""
-    outputs: list[tuple[KeyPath, Any]] = [((), config)]
-    outputs += [(("modules", str(name)), module) for name, module in (config.modules or {}).items()]
-    for path, output in outputs:
+    for path, output in _outputs(config):
         for index, piece in enumerate(output.slices or ()):
             for place, source in enumerate(piece.sources):
                 layers = _text_config(configs.get(source.model), "num_hidden_layers")
@@ -308,6 +371,67 @@ def _check_shapes(
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
+def _check_sizes(out_config: Any, tensors: list[PlannedTensor], donor: Model, problems: Problems) -> None:
+    """Report tensors that transformers would not load with the config of the merged model, which is built on no device.
+
+    Tensors that transformers keeps under another name (fused experts, say) are not compared.
+    """
+    kind = getattr(transformers, out_config.architectures[0], None)
+    if kind is None:
+        return  # code of its own
+    try:
+        with torch.device("meta"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in kind(out_config).state_dict().items()}
+    except Exception as error:
+        problems.warn(donor.place, f"transformers cannot build a model by the config.json of {donor.name}: {error}")
+        return
+    for tensor in tensors:
+        if (built := shapes.get(tensor.name)) and tensor.shape is not None and not same_shape(tensor.shape, built):
+            problems.add(
+                donor.place,
+                f"{tensor.name} has shape {list(tensor.shape)}, and the config.json of {donor.name}, which the merged "
+                f"model gets, makes it {list(built)}: the model could not be loaded; correct that config.json",
+            )
+            return
+
+
+def same_shape(planned: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a shape is the planned one, of which ANY fits everything."""
+    return len(planned) == len(found) and all(want in (ANY, have) for want, have in zip(planned, found, strict=True))
+
+
+def _check_tokenizers(
+    config: OrderedConfiguration,
+    by_pin: dict[Any, Model],
+    tensors: list[PlannedTensor],
+    options: MergeOptions,
+    problems: Problems,
+) -> None:
+    """Report tokenizers that do not load, none at all, and one whose tokens are more than the embedding has rows."""
+    donor = by_pin[donor_of(config)]
+    configured = bool(config.tokenizer or config.tokenizer_source)
+    if not configured and not options.copy_tokenizer:
+        return
+    rows = None
+    for model in by_pin.values() if configured else [donor]:
+        try:
+            found = tokenizer_rows(model.folder, model.name)
+            rows = found if model is donor else rows
+        except MergeError as error:
+            problems.add(model.place, str(error))
+    if configured:
+        return
+    if not has_tokenizer(donor.folder):
+        problems.warn(donor.place, f"{donor.name} has no tokenizer, so the merged model will have none")
+    embedding = next((t.shape[0] for t in tensors if t.shape and "embed" in t.name and len(t.shape) == 2), None)
+    if rows is not None and embedding is not None and rows > embedding > 0:
+        problems.warn(
+            donor.place,
+            f"the tokenizer of {donor.name} has ids up to {rows - 1}, its embedding {embedding} rows: texts with the "
+            "tokens beyond them will fail",
+        )
 
 
 def _check_method_parameters(saves: list[Any], tensors: list[PlannedTensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,12 +13,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import yaml as safe_yaml
@@ -30,15 +32,24 @@ from fusekit.merging.estimate import estimate, refuse
 from fusekit.merging.lint import check as check_recipe
 from fusekit.merging.lint import lint
 from fusekit.merging.loading import first_not_finite, merge_adapters, registered
-from fusekit.merging.models import Access, Model, OrderedConfiguration, checkpoint_headers, resolve, with_models
-from fusekit.merging.plan import ANY, Plan, PlannedTensor, make_plan
+from fusekit.merging.models import (
+    Access,
+    Model,
+    OrderedConfiguration,
+    checkpoint_headers,
+    has_tokenizer,
+    resolve,
+    tokenizer_rows,
+    with_models,
+)
+from fusekit.merging.plan import ANY, Plan, PlannedTensor, donor_of, make_plan, same_shape
 from fusekit.resources import Need, is_out_of_memory
 from fusekit.yaml import Document, Problems
 
 LINE_SECONDS = 10.0
 MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")
 """Of an output, so that the names of what is written beside it fit a file system."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -345,6 +356,9 @@ class _Job:
             update={"trust_remote_code": self.trust_remote_code, "write_model_card": False, "quiet": True}
         )
 
+    def folder_of(self, pinned: Any) -> Path:
+        return next(model.folder for model in self.models if model.pinned == pinned)
+
 
 def _prepare(
     config: MergeConfiguration, options: MergeOptions, settings: Settings, final: Path, problems: Problems
@@ -408,12 +422,16 @@ def _build(job: _Job) -> Plan:
 def _write(job: _Job, plan: Plan, progress: Progress, needs: list[Need]) -> Plan:
     progress.total = max(plan.read_bytes, 1)
     options, source = job.mergekit_options, job.document.text
+    if not has_tokenizer(job.folder_of(donor_of(job.config))):  # mergekit would log a traceback
+        options = options.model_copy(update={"copy_tokenizer": False})
     with staging(job.final, job.settings.on_published) as stage, record_coefficients() as record:
         folder = stage.path
         try:
             with progress:
                 run_merge(job.config.model_copy(deep=True), str(folder), options, config_source=source)
-            check_result(folder, plan, trust_remote_code=job.trust_remote_code, tokenizer=_expects_tokenizer(job))
+            _copy_generation_config(folder, job)
+            tokenizer = bool(options.copy_tokenizer or job.config.tokenizer or job.config.tokenizer_source)
+            check_result(folder, plan, trust_remote_code=job.trust_remote_code, tokenizer=tokenizer)
             if job.options.write_model_card:
                 write_card(folder, job.final.name, job.written, source, job.models)
             write_coefficients(folder, record, card=job.options.write_model_card)
@@ -430,12 +448,16 @@ def _write(job: _Job, plan: Plan, progress: Progress, needs: list[Need]) -> Plan
     return plan
 
 
-def _expects_tokenizer(job: _Job) -> bool:
-    if job.config.tokenizer or job.config.tokenizer_source:
-        return True
-    donor = job.config.base_model or job.config.referenced_models()[0]
-    folder = next(model.folder for model in job.models if model.pinned == donor)
-    return job.options.copy_tokenizer and any((folder / name).is_file() for name in TOKENIZER_FILES)
+def _copy_generation_config(folder: Path, job: _Job) -> None:
+    """Give the merged model the generation config of its base, which mergekit copies only beside a copied tokenizer.
+
+    Where the tokens are those of another model, its ids would mean something else: that model's is copied.
+    """
+    source = job.config.tokenizer.source if job.config.tokenizer else job.config.tokenizer_source
+    wanted = source if isinstance(source, ModelReference) else donor_of(job.config)
+    path = job.folder_of(wanted) / "generation_config.json"
+    if path.is_file():
+        shutil.copyfile(path, folder / path.name)
 
 
 def _explain(error: Exception, final: Path, plan: Plan, needs: list[Need]) -> MergeError | StorageError:
@@ -456,8 +478,8 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
     """Read a merged model back from the disk and check it against its plan.
 
     Every planned tensor is there with its shape and dtype and nothing else is, all values are finite, the index agrees
-    with the shards, the configuration loads and agrees with the embedding, and the tokenizer is there if one was to be
-    written. Raises MergeError saying what is wrong; nothing is changed.
+    with the shards, the configuration loads and agrees with the embedding, generation config and tokenizer load where
+    they are there, and a tokenizer is there if one was to be written. Raises MergeError; nothing is changed.
     """
     headers = _read_result(folder)
     for planned in plan.tensors:
@@ -467,8 +489,14 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
         raise MergeError(f"the result holds a tensor that was not planned: {extra[0]}")
     _check_values(folder, headers, plan)
     _check_config(folder, headers, plan, trust_remote_code)
-    if tokenizer and not any((folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer_config.json")):
+    tokenizer_rows(folder, "the result")
+    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise MergeError(f"the generation_config.json of the base does not load: {error}") from error
 
 
 def _read_result(folder: Path) -> Headers:
@@ -490,12 +518,8 @@ def _check_tensor(planned: PlannedTensor, headers: Headers) -> None:
         if not planned.optional:
             raise MergeError(f"the result lacks the tensor {planned.name}")
         return
-    if planned.shape is not None:
-        same = len(planned.shape) == len(found.shape) and all(
-            want in (ANY, have) for want, have in zip(planned.shape, found.shape, strict=True)
-        )
-        if not same:
-            raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
+    if planned.shape is not None and not same_shape(planned.shape, found.shape):
+        raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
     if planned.dtype is not None and planned.dtype != found.dtype:
         raise MergeError(f"the result: {planned.name} is {found.dtype}, not {planned.dtype}")
 

@@ -50,6 +50,15 @@ def test_records_nest_and_end_and_see_other_threads():
     assert set(outer.tensors) == {"w", "later"}
 
 
+def test_a_models_name_cannot_break_the_table():
+    with record_coefficients() as record:
+        ids = ["base", "a|b", "<img src=x onerror=alert(1)>"]
+        merge_tensors([BASE, FIRST, SECOND], "fusechat_sce", ids=ids, base_index=0, name="w")
+    rows = [line for line in record.markdown().splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in rows} == {6}
+    assert "<img" not in record.markdown()
+
+
 def test_markdown_has_a_row_per_model():
     with record_coefficients() as record:
         merge()

@@ -67,6 +67,15 @@ def test_full_disk_names_path_needed_and_free_and_leaves_nothing(recipe, mounted
     assert not (small / "out").exists()
 
 
+def test_a_disk_that_is_full_from_the_start_is_left_as_it_was(recipe, mounted):
+    """Not even the description of the holder of the lock fits."""
+    disk = mounted("size=16k")
+    (disk / "ballast").write_bytes(bytes(16 << 10))
+    with pytest.raises(StorageError, match="No space left"):
+        merge(recipe, disk / "out", settings=Settings(ignore_estimates=True, say=lambda _: None))
+    assert set(listing(disk)) <= {"ballast", ".out.fusekit.lock"}
+
+
 def test_full_disk_keeps_the_model_that_was_there(recipe, mounted):
     disk = mounted("size=96k")
     merge(recipe, disk / "out", settings=Settings(ignore_estimates=True, say=lambda _: None))
