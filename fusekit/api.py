@@ -41,7 +41,8 @@ def capture(
         quiet: show no progress.
         say: called with lines for the user.
         settings: fields of :class:`~fusekit.capturing.settings.CaptureSettings` (top_k, temperature, ...), and
-            ``max_length``, ``overlong`` and ``train_on`` of :class:`~fusekit.data.settings.DataSettings`.
+            ``max_length``, ``overlong``, ``train_on`` and ``on_bad_row`` of
+            :class:`~fusekit.data.settings.DataSettings`.
 
     Returns:
         The store, which :class:`~fusekit.FusionTrainer` takes as a teacher.
@@ -58,6 +59,7 @@ def capture(
     from fusekit.capturing.manifest import date_of
     from fusekit.capturing.models import ModelChoice, find_checkpoint
     from fusekit.capturing.settings import CaptureSettings
+    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import prepare
     from fusekit.data.reading import rows_of
     from fusekit.data.settings import DataSettings
@@ -66,7 +68,7 @@ def capture(
     from fusekit.errors import DataError
     from fusekit.yaml import nearest
 
-    cuts = ("max_length", "overlong", "train_on")
+    cuts = ("max_length", "overlong", "train_on", "on_bad_row")
     known = (*cuts, *CaptureSettings.model_fields)
     if unknown := [name for name in settings if name not in known]:
         raise DataError(f"capture has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
@@ -80,10 +82,12 @@ def capture(
     date = None if overwrite else date_of(Path(out))
     template = ChatTemplate.chosen(chat_template)
     tokenizer = RowTokenizer(load_tokenizer(checkpoint), template, data.train_on, date=date)
-    prepared = prepare(rows_of(dataset), [tokenizer], data.max_length, data.overlong)
+    counts = DataCounts(data.on_bad_row)
+    prepared = prepare(rows_of(dataset, counts), [tokenizer], data.max_length, data.overlong, counts)
     if not prepared.rows:
         raise DataError(f"no example is left: {prepared.counts}")
-    say(str(prepared.counts))
+    for line in counts.lines:
+        say(line)
     return capture_checkpoint(
         checkpoint,
         tokenizer,

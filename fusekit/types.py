@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,17 +49,37 @@ class Row:
         messages: in order. Plain text has only messages of role ``TEXT``, the last one ``FRAGMENT`` if it is cut off.
         dataset: which source of data it came from, for counts by source; no part of the key.
         cut: where the row ends for all models of a run, so that every figure is over the same bytes; None for its end.
+        context: numbers of the messages that the data marks as context: they have no labels, whatever their role.
     """
 
     messages: tuple[Message, ...]
     dataset: str = ""
     cut: Cut | None = None
+    context: tuple[int, ...] = ()
 
     @cached_property
     def key(self) -> str:
-        """32 hexadecimal digits, the xxh3-128 of the messages: the same row has the same key in every store."""
-        canonical = json.dumps([list(message) for message in self.messages], ensure_ascii=True, separators=(",", ":"))
-        return xxhash.xxh3_128_hexdigest(canonical.encode())
+        """32 hexadecimal digits, the xxh3-128 of messages and context: the same in every store."""
+        whole = [*map(list, self.messages), *([list(self.context)] if self.context else [])]
+        return xxhash.xxh3_128_hexdigest(json.dumps(whole, ensure_ascii=True, separators=(",", ":")).encode())
+
+    def to_record(self) -> dict[str, Any]:
+        """The row as plain JSON values: key, dataset, messages, cut, and context where there is one."""
+        record: dict[str, Any] = {"key": self.key, "dataset": self.dataset, "messages": list(map(list, self.messages))}
+        record["cut"] = list(self.cut) if self.cut else None
+        return record | ({"context": list(self.context)} if self.context else {})
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Row:
+        """The row that :meth:`to_record` gave. Raises ValueError, KeyError or TypeError where it is another one."""
+        messages = tuple(Message(*message) for message in record["messages"])
+        cut = Cut(*record["cut"]) if record["cut"] else None
+        if not all(isinstance(text, str) for text in [record["dataset"], *chain.from_iterable(messages)]):
+            raise TypeError("the data set, a role or a content is no text")
+        row = cls(messages, record["dataset"], cut, tuple(record.get("context", ())))
+        if row.key != record["key"]:
+            raise ValueError(f"its key is {row.key}, not {record['key']}")
+        return row
 
     @property
     def is_text(self) -> bool:

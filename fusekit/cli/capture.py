@@ -22,6 +22,7 @@ from fusekit.recipe.sections import Load
 if TYPE_CHECKING:
     from fusekit.capturing.models import Checkpoint
     from fusekit.capturing.store import Store
+    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import Prepared
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.types import Row
@@ -49,7 +50,7 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
 @click.argument("data", nargs=-1, required=True)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @options_of(CaptureSettings)
-@options_of(DataSettings, "max_length", "overlong", "train_on", "pack", "split", "streaming", "limit")
+@options_of(DataSettings, "max_length", "overlong", "train_on", "pack", "split", "streaming", "limit", "on_bad_row")
 @click.option("--data-name", help="Configuration of a data set on the hub.")
 @click.option("--data-revision", help="Branch, tag or commit of a data set on the hub.")
 @click.option(
@@ -107,14 +108,16 @@ def capture(**options: Any) -> None:
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
     from fusekit.capturing.capture import capture as run
+    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import prepare
 
     data = DataSettings(path=list(options["data"]), **given({**options, "revision": None}, DataSettings))
     checkpoint, tokenizers = _models(options, data.train_on, say)
-    prepared = prepare(_rows(options, data, tokenizers), tokenizers, data.max_length, data.overlong)
+    counts = DataCounts(data.on_bad_row)
+    prepared = prepare(_rows(options, data, tokenizers, counts), tokenizers, data.max_length, data.overlong, counts)
     if not prepared.rows:
         raise DataError(f"{', '.join(options['data'])}: there are no rows")
-    say(str(prepared.counts))
+    say("\n".join(counts.lines))
     store = run(
         checkpoint,
         tokenizers[0],
@@ -153,12 +156,14 @@ def _models(
     return checkpoint, [own, *others_read]
 
 
-def _rows(options: dict[str, Any], data: DataSettings, tokenizers: list[RowTokenizer]) -> Iterator[Row]:
+def _rows(
+    options: dict[str, Any], data: DataSettings, tokenizers: list[RowTokenizer], counts: DataCounts
+) -> Iterator[Row]:
     from fusekit.data.prepare import pack_text
     from fusekit.data.reading import read_rows
 
-    hub = {"revision": options["data_revision"], "name": options["data_name"]}
-    files = (read_rows(path, split=data.split, streaming=data.streaming, **hub) for path in options["data"])
+    how = {"revision": options["data_revision"], "name": options["data_name"], "streaming": data.streaming}
+    files = (read_rows(path, split=data.split, counts=counts, **how) for path in options["data"])
     limited = islice(chain.from_iterable(files), data.limit)
     return pack_text(limited, tokenizers, data.max_length) if data.pack else limited
 

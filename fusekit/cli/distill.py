@@ -14,6 +14,7 @@ import yaml
 
 from fusekit.cli.options import given, options_of
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
+from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Examples that were captured: files, folders or hub ids (repeatable).",
 )
-@click.option("--split", default="train", show_default=True, help="Split of a data set on the hub.")
-@click.option("--limit", type=click.IntRange(min=1), help="Most examples to read of the data.")
+@options_of(DataSettings, "split", "limit", "on_bad_row")
 @click.option("--pack", is_flag=True, help="Pack plain text into blocks, as the stores were captured with --pack.")
 @click.option(
     "--max-length", default=2048, show_default=True, type=click.IntRange(min=2), help="Tokens of a packed block."
@@ -175,16 +175,23 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
 
 def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
     from fusekit.capturing.store import Store
+    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import pack_text
     from fusekit.data.reading import read_rows
 
-    rows = chain.from_iterable(read_rows(path, split=options["split"]) for path in options["data"])
-    read = rows if options["limit"] is None else islice(rows, options["limit"])
-    if not options["pack"] or reader is None:
-        return list(read)
+    data = DataSettings(path=list(options["data"]), **given(options, DataSettings))
+    counts = DataCounts(data.on_bad_row)
+    rows = chain.from_iterable(read_rows(path, split=data.split, counts=counts) for path in data.path)
+    read = list(islice(rows, data.limit))
+    if counts.seen or counts.unused:
+        counts.seen += len(read)
+        counts.kept = len(read)
+        click.echo("\n".join(counts.lines), err=True)
+    if not data.pack or reader is None:
+        return read
     models = [source.tokenizer_choice(Store.open(source.store).spec.model).model for source in sources]
     tokenizers = [reader, *(_row_tokenizer(model, None) for model in models)]
-    return list(pack_text(read, tokenizers, options["max_length"]))
+    return list(pack_text(read, tokenizers, data.max_length))
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:

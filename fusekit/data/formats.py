@@ -1,10 +1,11 @@
-"""The forms that a record of data can have, and how each becomes a row."""
+"""The forms that a record of data can have, and how each becomes an example."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+from fusekit.data.counts import DataCounts
 from fusekit.errors import DataError
 from fusekit.types import FRAGMENT, TEXT, Message, Row
 
@@ -20,16 +21,31 @@ ROLES = {
 }
 """What data sets call the three roles."""
 
+MARKS = ("weight", "train", "training", "loss", "loss_mask")
+"""Fields of a message or an example: 0 or false for what is context and not supervised (OpenAI, Axolotl, ms-swift)."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of an answer that hold its reasoning."""
+LOST = ("tools", "functions", "tool_calls", "function_call", "history", "train_detail")
+"""Fields without which a conversation is another one; fusekit does not render them."""
+
 PAIRS = (("prompt", "response"), ("question", "answer"), ("prompt", "completion"), ("instruction", "response"))
 ACCEPTED = (
     "messages (a list of {role, content}), conversations (a list of {from, value}), instruction/input/output, "
     "prompt/response, question/answer, text, or fragment (text that is cut off)"
 )
 
-Parse = Callable[[Mapping[str, Any], str], tuple[Message, ...]]
+Turn = tuple[Message, bool]
+"""A message, and whether it is supervised where its role is."""
 
 
-def form_of(record: object, where: str) -> Parse:
+class Form(NamedTuple):
+    """How records of one form are read. used: their fields that are read, beside those of every form."""
+
+    parse: Callable[[Mapping[str, Any], str], list[Turn]]
+    used: tuple[str, ...]
+
+
+def form_of(record: object, where: str) -> Form:
     """The form of a record, by its keys.
 
     Args:
@@ -39,9 +55,10 @@ def form_of(record: object, where: str) -> Parse:
     Raises:
         DataError: it has none, or several, of the accepted forms; with the keys found.
     """
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: a row is {_kind(record)}, not an object with the keys {ACCEPTED}")
-    found = [parse for fits, parse in _FORMS if fits(record)]
+    record = _object(record, where)
+    if record.keys() >= KEPT_KEYS:
+        return KEPT
+    found = [form for fits, form in _FORMS if fits(record)]
     if len(found) == 1:
         return found[0]
     keys = ", ".join(repr(str(key))[:40] for key in list(record)[:12]) or "none"
@@ -50,59 +67,182 @@ def form_of(record: object, where: str) -> Parse:
     raise DataError(f"{where}: the keys are {keys}; accepted are {ACCEPTED}")
 
 
-def parse_record(record: object, parse: Parse, where: str, dataset: str) -> Row:
-    """A row from a record of a known form. Raises DataError with ``where`` for anything that is not as it has to be."""
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: a row is {_kind(record)}, not an object")
+def parse_record(record: object, form: Form, where: str, dataset: str, counts: DataCounts) -> Row:
+    """The example of a record of a known form. counts: what its unused fields are counted in.
+
+    Raises DataError with ``where`` for anything that is not as it has to be.
+    """
+    record = _object(record, where)
+    if form is KEPT:
+        return _kept(record, where)
+    turns = form.parse(record, where)
+    used = {"dataset", *form.used}
+    for key in MARKS:
+        marks = _marks(record, key, turns, where)
+        if marks is not None:
+            used.add(key)
+            turns = [(message, old and new) for (message, old), new in zip(turns, marks, strict=True)]
+    if form.used[0] not in (TEXT, FRAGMENT):
+        _refuse_lost(record, where, but=form.used)
+        used.add("system")
+        system = _text(record, "system", where, optional=True)
+        if system and (not turns or turns[0][0].role != "system"):
+            turns = [(Message("system", system), True), *turns]
+        elif system and turns[0][0].content != system:
+            raise DataError(f"{where}: 'system' and the system message of the conversation differ: keep one")
+    unused = {str(key) for key in record.keys() - used if not _is_empty(record[key])}
+    counts.leave_unused(sorted({*unused, *_unused_of_turns(record, form)}))
     named = record.get("dataset")
     named = _encodable(named, "dataset", where) if isinstance(named, str) and named else dataset
-    return Row(parse(record, where), named)
+    context = tuple(number for number, (_, supervised) in enumerate(turns) if not supervised)
+    return Row(tuple(message for message, _ in turns), named, context=context)
 
 
-def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    return _turns(_list(record, "messages", where), "role", "content", where)
+def _kept(record: Mapping[str, Any], where: str) -> Row:
+    try:
+        return Row.from_record(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: no example that a run wrote: {type(error).__name__}: {error}") from error
 
 
-def _sharegpt(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    turns = _list(record, "conversations", where)
-    if turns and isinstance(turns[0], Mapping) and "from" not in turns[0] and "role" in turns[0]:
-        return _turns(turns, "role", "content", where)
-    messages = _turns(turns, "from", "value", where)
-    system = record.get("system")
-    if isinstance(system, str) and system and (not messages or messages[0].role != "system"):
-        return (Message("system", _encodable(system, "system", where)), *messages)
-    return messages
+def _marks(record: Mapping[str, Any], key: str, turns: list[Turn], where: str) -> list[bool] | None:
+    """The marks of an example, one per message; None for a field that is no mark, such as the weight 0.3."""
+    value = record.get(key)
+    if not isinstance(value, list):
+        return [bool(value)] * len(turns) if _is_mark(value) else None
+    if not value or not all(map(_is_mark, value)):
+        return None
+    if len(value) != len(turns):
+        raise DataError(f"{where}: {key!r} has {len(value)} marks for {len(turns)} messages: give one for each message")
+    for number, ((message, _), mark) in enumerate(zip(turns, value, strict=True)):
+        if mark:
+            _check_supervised(message.role, f"{where}, message {number} has {key} {mark!r}")
+    return list(map(bool, value))
 
 
-def _alpaca(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+def _check_supervised(role: str, said: str) -> None:
+    if role in ("system", "user"):
+        raise DataError(
+            f"{said} and is of the {role}: only answers are supervised one by one (train_on: all supervises every "
+            "message that has no mark)"
+        )
+
+
+def _is_mark(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+def _messages(record: Mapping[str, Any], where: str) -> list[Turn]:
+    return _turns(_list(record, "messages", where), where)
+
+
+def _sharegpt(record: Mapping[str, Any], where: str) -> list[Turn]:
+    return _turns(_list(record, "conversations", where), where, _keys_of(record["conversations"]))
+
+
+def _keys_of(turns: object) -> tuple[str, str]:
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return ("role", "content") if isinstance(first, Mapping) and "from" not in first and "role" in first else _SHAREGPT
+
+
+def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
     instruction, given = _text(record, "instruction", where), _text(record, "input", where, optional=True)
     question = f"{instruction}\n\n{given}" if given else instruction
-    return Message("user", question), Message("assistant", _text(record, "output", where))
+    turns: list[Turn] = []
+    for number, pair in enumerate([] if _is_empty(record.get("history")) else _list(record, "history", where)):
+        here = f"{where}, turn {number} of 'history'"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{here} is {_kind(pair)}, not [question, answer]")
+        asked = dict(zip(("question", "answer"), pair, strict=True))
+        turns += _asked(_text(asked, "question", here), _text(asked, "answer", here))
+    return [*turns, *_asked(question, _text(record, "output", where))]
 
 
-def _pair(asked: str, answered: str) -> Parse:
-    def parse(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-        return Message("user", _text(record, asked, where)), Message("assistant", _text(record, answered, where))
-
-    return parse
+def _asked(question: str, answer: str) -> list[Turn]:
+    return [(Message("user", question), True), (Message("assistant", answer), True)]
 
 
-def _plain(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+def _pair(asked: str, answered: str) -> Form:
+    def parse(record: Mapping[str, Any], where: str) -> list[Turn]:
+        if isinstance(record.get(asked), list) and isinstance(record.get(answered), list):  # conversations: TRL's form
+            return [
+                *((message, False) for message, _ in _turns(record[asked], f"{where}, {asked}")),
+                *_turns(record[answered], f"{where}, {answered}"),
+            ]
+        return _asked(_text(record, asked, where), _text(record, answered, where))
+
+    return Form(parse, (asked, answered))
+
+
+def _plain(record: Mapping[str, Any], where: str) -> list[Turn]:
     role, key = (FRAGMENT, "fragment") if "fragment" in record else (TEXT, "text")
-    return (Message(role, _text(record, key, where)),)
+    return [(Message(role, _text(record, key, where)), True)]
 
 
-def _turns(turns: list[Any], role_key: str, content_key: str, where: str) -> tuple[Message, ...]:
-    messages = []
-    for number, turn in enumerate(turns):
-        here = f"{where}, message {number}"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{here} is {_kind(turn)}, not an object with {role_key!r} and {content_key!r}")
-        role = ROLES.get(str(turn.get(role_key)).lower())
-        if role is None:
-            raise DataError(f"{here} has {role_key} {str(turn.get(role_key))[:40]!r}: known are {', '.join(ROLES)}")
-        messages.append(Message(role, _text(turn, content_key, here)))
-    return tuple(messages)
+_MESSAGES, _SHAREGPT = ("role", "content"), ("from", "value")
+_OF_TURNS = {*_MESSAGES, *_SHAREGPT, *REASONING, *MARKS}
+
+
+def _turns(turns: list[Any], where: str, keys: tuple[str, str] = _MESSAGES) -> list[Turn]:
+    return [_turn(turn, f"{where}, message {number}", *keys) for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, here: str, role_key: str, content_key: str) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{here} is {_kind(turn)}, not an object with {role_key!r} and {content_key!r}")
+    if turn.get(role_key) is None:
+        raise DataError(f"{here} has no {role_key!r}: known are {', '.join(ROLES)}")
+    role = ROLES.get(str(turn[role_key]).lower())
+    if role is None:
+        raise DataError(f"{here} has {role_key} {str(turn[role_key])[:40]!r}: known are {', '.join(ROLES)}")
+    _refuse_lost(turn, here)
+    content = _text(turn, content_key, here)
+    thoughts = {_text(turn, key, here).strip() for key in REASONING if not _is_empty(turn.get(key))}
+    if thoughts:
+        if role != "assistant" or len(thoughts) > 1 or content.lstrip().startswith("<think>"):
+            raise DataError(
+                f"{here} has {' and '.join(key for key in REASONING if turn.get(key))}: reasoning stands in one of "
+                "these fields of an answer, or as <think>...</think> in its content"
+            )
+        content = f"<think>\n{thoughts.pop()}\n</think>\n\n{content}"
+    marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
+    if unknown := [f"{key} {value!r}" for key, value in marks.items() if not _is_mark(value)]:
+        raise DataError(f"{here} has {unknown[0]}: 0 and false mark context, 1 and true what is supervised")
+    said = f"{here} has {' and '.join(f'{key} {value!r}' for key, value in marks.items())}"
+    if len(set(map(bool, marks.values()))) > 1:
+        raise DataError(f"{said}: keep one of them")
+    if any(marks.values()):
+        _check_supervised(role, said)
+    return Message(role, content), all(marks.values())
+
+
+def _refuse_lost(record: Mapping[str, Any], where: str, but: tuple[str, ...] = ()) -> None:
+    for key in LOST:
+        if key in record and key not in but and not _is_empty(record[key]):
+            raise DataError(
+                f"{where} has {key!r}, which fusekit does not render, so the models would read another example: write "
+                "it into the contents, or leave the example out (data.on_bad_row: skip)"
+            )
+
+
+def _unused_of_turns(record: Mapping[str, Any], form: Form) -> Iterator[str]:
+    """The fields of a record's messages that are not used, as ``messages.name``."""
+    for key in form.used:
+        turns = record.get(key)
+        if isinstance(turns, list):
+            for turn in turns:
+                if isinstance(turn, Mapping):
+                    yield from (f"{key}.{name}" for name in turn.keys() - _OF_TURNS if not _is_empty(turn[name]))
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value in ("", "[]", "{}", "null") or (isinstance(value, (list, dict)) and not value)
+
+
+def _object(record: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: a row is {_kind(record)}, not an object with the keys {ACCEPTED}")
+    return record
 
 
 def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -138,25 +278,22 @@ def _kind(value: object) -> str:
     )
 
 
-def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda record: all(key in record for key in keys)
+def _has(keys: tuple[str, ...], without: tuple[str, ...] = ()) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda record: all(key in record for key in keys) and not any(key in record for key in without)
 
 
-_CHAT_KEYS = ("messages", "conversations")
-_OTHER_KEYS = (*_CHAT_KEYS, "output", "response", "answer", "completion")
-_FORMS: list[tuple[Callable[[Mapping[str, Any]], bool], Parse]] = [
-    (_has("messages"), _messages),
-    (lambda record: "conversations" in record and "messages" not in record, _sharegpt),
-    (lambda record: not any(key in record for key in _CHAT_KEYS) and _has("instruction", "output")(record), _alpaca),
-    *(
-        (
-            lambda record, pair=pair: not any(key in record for key in (*_CHAT_KEYS, "output")) and _has(*pair)(record),
-            _pair(*pair),
-        )
-        for pair in PAIRS
-    ),
+KEPT, KEPT_KEYS = Form(lambda _record, _where: [], ()), {"key", "dataset", "messages", "cut"}
+"""What a run wrote into its folder ``data`` (:meth:`fusekit.types.Row.to_record`)."""
+_CHAT = ("messages", "conversations")
+_ANSWERS = (*_CHAT, "output", "response", "answer", "completion")
+_FORMS = [
+    (_has(("messages",)), Form(_messages, ("messages",))),
+    (_has(("conversations",), without=("messages",)), Form(_sharegpt, ("conversations",))),
     (
-        lambda record: ("text" in record) != ("fragment" in record) and not any(key in record for key in _OTHER_KEYS),
-        _plain,
+        _has(("instruction", "output"), without=_CHAT),
+        Form(_alpaca, ("instruction", "input", "output", "history")),
     ),
+    *((_has(pair, without=(*_CHAT, "output")), _pair(*pair)) for pair in PAIRS),
+    (_has(("text",), without=("fragment", *_ANSWERS)), Form(_plain, ("text",))),
+    (_has(("fragment",), without=("text", *_ANSWERS)), Form(_plain, ("fragment",))),
 ]

@@ -4,72 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 
+from fusekit.data.counts import DROPPED, REASONS, DataCounts
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import AlignmentError, DataError
 from fusekit.types import FRAGMENT, TEXT, Cut, IntArray, Message, Part, Row, TokenizedRow
 
-EXAMPLES = 10
-"""How many keys are kept per reason."""
-
 OVERLONG = ("cut", "drop")
-
-REASONS = {
-    "empty": "no message with any text",
-    "duplicate": "the same messages as an earlier row",
-    "overlong": "longer than max_length for some model, dropped",
-    "no_label": "no token to learn for some model, perhaps since the cut left none",
-    "refused": "a template refuses it, or a model cannot encode it",
-    "cut": "kept up to where the first model reached max_length",
-    "unlinked": "kept, with a message that some template rewrites: its tokens link to nothing",
-    "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learned",
-    "unended": "kept, with an answer whose end of turn is no control token of some model: it links to nothing",
-}
-"""Why a row is not used, or not as it is."""
-
-DROPPED = ("empty", "duplicate", "overlong", "no_label", "refused")
-
-
-@dataclass
-class DataCounts:
-    """What became of the rows. seen = kept + the sum of ``dropped``.
-
-    Attributes:
-        seen, kept: numbers of rows.
-        reasons: rows per reason of :data:`REASONS`.
-        keys: the first keys per reason.
-        first_refusal: what the first refused row was refused for.
-    """
-
-    seen: int = 0
-    kept: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    keys: dict[str, list[str]] = field(default_factory=dict)
-    first_refusal: str = ""
-
-    def add(self, reason: str, key: str) -> None:
-        """Count a row."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        keys = self.keys.setdefault(reason, [])
-        if len(keys) < EXAMPLES:
-            keys.append(key)
-
-    @property
-    def dropped(self) -> int:
-        """Rows that are not used."""
-        return sum(self.reasons.get(reason, 0) for reason in DROPPED)
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain types, for a manifest or a report."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        return f"{self.kept} of {self.seen} rows kept" + (f" ({counts})" if counts else "")
 
 
 @dataclass(frozen=True)
@@ -81,7 +26,11 @@ class Prepared:
 
 
 def prepare(
-    rows: Iterable[Row], tokenizers: Sequence[RowTokenizer], max_length: int, overlong: str = "cut"
+    rows: Iterable[Row],
+    tokenizers: Sequence[RowTokenizer],
+    max_length: int,
+    overlong: str = "cut",
+    counts: DataCounts | None = None,
 ) -> Prepared:
     """Drop and cut rows so that every model of a run reads the same bytes of each.
 
@@ -90,6 +39,7 @@ def prepare(
         tokenizers: of every model of the run.
         max_length: the most tokens that a row may have for any of them.
         overlong: ``cut`` at the smallest byte end over all models (``Row.cut``), or ``drop``.
+        counts: what the reader of ``rows`` has counted; the rest is counted here.
 
     Raises:
         DataError: an argument makes no sense, or no row is left (with the counts).
@@ -99,7 +49,7 @@ def prepare(
     if max_length < 2 or not tokenizers:
         raise DataError(f"max_length is {max_length} for {len(tokenizers)} models: at least 2 tokens and one model")
     kept: list[Row] = []
-    counts = DataCounts()
+    counts = DataCounts() if counts is None else counts
     seen: set[str] = set()
     for row in rows:
         counts.seen += 1
@@ -118,7 +68,8 @@ def prepare(
             kept.append(row)
     if counts.seen and not kept:
         meaning = "; ".join(f"{reason}: {REASONS[reason]}" for reason in DROPPED if reason in counts.reasons)
-        raise DataError(f"no row is left: {counts} ({meaning}). {counts.first_refusal}".strip())
+        first = counts.first_refusal or "".join(counts.keys.get("unusable", [])[:1])
+        raise DataError(f"no example is left: {counts} ({meaning}). {first}".strip())
     return Prepared(kept, counts)
 
 
@@ -228,6 +179,8 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
     for document in documents:
         if not document.is_text:
             raise DataError(f"row {document.key} is a conversation: only plain text is packed into blocks")
+        if document.context:
+            raise DataError(f"row {document.key} is marked as context: in a block all text is supervised; leave it out")
         for message in document.messages:
             if message.content:
                 yield from _pack(message, document.dataset, block)

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fusekit.data.counts import DataCounts
 from fusekit.data.formats import ACCEPTED, form_of, parse_record
 from fusekit.errors import DataError
 from fusekit.types import TEXT, Message, Row
@@ -16,7 +17,7 @@ MAX_DESCRIPTION = 64 << 20
 """Bytes of a manifest.json or config.json that is read to tell what a folder is."""
 
 Record = tuple[str, Any]
-"""Where it is, for errors, and what it is."""
+"""Where it is, for errors, and what it is; a DataError where it cannot be read, but those after it can."""
 
 
 def read_rows(
@@ -27,14 +28,16 @@ def read_rows(
     streaming: bool = False,
     limit: int | None = None,
     name: str | None = None,
+    counts: DataCounts | None = None,
 ) -> Iterator[Row]:
     """Read conversations or plain text, lazily: a large JSONL or Parquet file is never in memory as a whole.
 
     Args:
-        path: a ``.jsonl``, ``.json`` (a list of rows, or JSON lines), ``.parquet`` or ``.txt`` file (one document), a
-            folder of such files (in order of their names), or the id of a data set on the hub.
+        path: a ``.jsonl``, ``.json`` (a list, ``{"data": [...]}``, or JSON lines), ``.parquet`` or ``.txt`` file (one
+            document), a folder of such files (in order of their names), or the id of a data set on the hub.
         split, revision, name, streaming: of the data set on the hub; ``name`` is its configuration.
         limit: read at most so many rows; None for all.
+        counts: what unusable examples (where its ``on_bad_row`` says ``skip``) and unused fields are counted in.
 
     Returns:
         The rows in order. ``Row.dataset`` is the record's ``dataset`` field, or else the file's name without its
@@ -43,50 +46,74 @@ def read_rows(
     Raises:
         DataError: while iterating (for a missing file at once): names file and line, what was found, and the way out.
     """
+    counts = DataCounts() if counts is None else counts
     if limit is not None and limit < 0:
         raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
     local = Path(path).expanduser()
     if local.is_dir():
-        rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file)))
+        rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file), counts))
     elif local.exists():
-        rows = _rows_of_file(local)
+        rows = _rows_of_file(local, counts)
     elif isinstance(path, Path) or not is_on_hub(path):
         raise DataError(f"{path} does not exist")
     else:
         records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
-        rows = _rows_of_records(records, str(path))
+        rows = rows_of_records(records, str(path), counts)
     return rows if limit is None else islice(rows, limit)
 
 
-def rows_of(dataset: Any) -> Iterator[Row]:
+def rows_of(dataset: Any, counts: DataCounts | None = None) -> Iterator[Row]:
     """The rows of whatever holds examples.
 
     Args:
         dataset: a ``datasets.Dataset``, or any iterable of mappings with the columns of a file's records (messages,
             ShareGPT's conversations, instruction triples, text), of rows, or a path or name as for :func:`read_rows`,
             or several of those.
+        counts: as for :func:`read_rows`.
 
     Raises:
         DataError: no example that can be read; names its number and its columns.
     """
+    counts = DataCounts() if counts is None else counts
     if isinstance(dataset, (str, Path)):
-        yield from read_rows(dataset)
+        yield from read_rows(dataset, counts=counts)
         return
     if not isinstance(dataset, Iterable) or isinstance(dataset, Mapping):
         raise DataError(
             f"{type(dataset).__name__} holds no examples: give a datasets.Dataset, the path of a file, or a list of "
             f"records with {ACCEPTED}"
         )
-    parse = None
-    for number, record in enumerate(dataset, 1):
-        if isinstance(record, (str, Path)):
-            yield from read_rows(record)
-        elif isinstance(record, Row):
-            yield record
+
+    def records() -> Iterator[Record]:
+        for number, record in enumerate(dataset, 1):
+            if isinstance(record, (str, Path)):
+                yield from ((str(record), row) for row in read_rows(record, counts=counts))
+            else:
+                yield f"example {number}", record
+
+    yield from rows_of_records(records(), "", counts)
+
+
+def rows_of_records(records: Iterable[Record], dataset: str, counts: DataCounts) -> Iterator[Row]:
+    """The rows of records of one form, which the first usable one tells; rows among them as they are.
+
+    Args:
+        records: where each is, and what it is.
+        dataset: of rows whose record names none.
+        counts: as for :func:`read_rows`.
+    """
+    form = None
+    for where, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            if not isinstance(record, Row):
+                form = form or form_of(record, where)
+                record = parse_record(record, form, where, dataset, counts)  # noqa: PLW2901
+        except DataError as error:
+            counts.unusable(error)
         else:
-            where = f"example {number}"
-            parse = parse or form_of(record, where)
-            yield parse_record(record, parse, where, "")
+            yield record
 
 
 def files_of(path: str | Path) -> list[str | Path]:
@@ -97,6 +124,8 @@ def files_of(path: str | Path) -> list[str | Path]:
     local = Path(path).expanduser()
     if not local.is_dir():
         return [path]
+    if (local / "rows.jsonl").is_file() and _mapping(local / "manifest.json").get("stage") == "data":
+        return [local / "rows.jsonl"]  # what a run prepared
     if other := _other_folder(local):
         raise DataError(
             f"{path} is {other}, not examples of data: give files of rows ({', '.join(READERS)}), a folder of such "
@@ -136,13 +165,11 @@ def _mapping(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rows_of_file(file: Path) -> Iterator[Row]:
+def _rows_of_file(file: Path, counts: DataCounts) -> Iterator[Row]:
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise DataError(f"{file} ends in {file.suffix!r}: files of rows end in {', '.join(READERS)}")
-    if reader is _text_records:
-        return (Row((Message(TEXT, text),), file.stem) for _, text in _guarded(reader, file))
-    return _rows_of_records(_guarded(reader, file), file.stem)
+    return rows_of_records(_guarded(reader, file), file.stem, counts)
 
 
 def _guarded(reader: Callable[[Path], Iterable[Record]], file: Path) -> Iterator[Record]:
@@ -153,70 +180,61 @@ def _guarded(reader: Callable[[Path], Iterable[Record]], file: Path) -> Iterator
         raise DataError(f"{file} cannot be read: {reason}") from error
 
 
-def _rows_of_records(records: Iterable[Record], dataset: str) -> Iterator[Row]:
-    parse = None
-    for where, record in records:
-        if parse is None:
-            parse = form_of(record, where)
-        yield parse_record(record, parse, where, dataset)
-
-
-def _decoded(line: bytes, file: Path, number: int) -> str:
+def _decoded(data: bytes, file: Path, line: int = 1) -> str:
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        line, start = line + data.count(b"\n", 0, error.start), data.rfind(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}, line {number}: no UTF-8 at byte {error.start} of the line: convert the file"
+            f"{file}, line {line}: no UTF-8 at byte {error.start - start} of the line: convert the file"
         ) from error
 
 
-def _loaded(text: str, file: Path, number: int) -> Any:
+def _loaded(data: bytes, file: Path, line: int = 1) -> Any:
+    """The value of JSON text that begins at a line of a file."""
     try:
-        return json.loads(text)
-    except ValueError as error:  # JSONDecodeError, and numbers of too many digits
-        if isinstance(error, json.JSONDecodeError):
-            raise DataError(
-                f"{file}, line {number + error.lineno - 1}: no JSON: {error.msg} (column {error.colno})"
-            ) from error
-        raise DataError(f"{file}, line {number}: no JSON: {error}") from error
+        return json.loads(_decoded(data, file, line))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}, line {line + error.lineno - 1}: no JSON: {error.msg} (column {error.colno})"
+        ) from error
+    except ValueError as error:  # numbers of too many digits
+        raise DataError(f"{file}, line {line}: no JSON: {error}") from error
 
 
 def _json_lines(file: Path) -> Iterator[Record]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = _decoded(line, file, number).rstrip("\r\n")  # else a line cut short is said to be wrong in the next
-            if text.strip():
-                yield f"{file}, line {number}", _loaded(text, file, number)
+            if line.strip(_BLANK):
+                try:
+                    # Without its end, else a line that is cut short is said to be wrong in the next one.
+                    record = _loaded(line.rstrip(b"\r\n"), file, number)
+                except DataError as error:
+                    record = error
+                yield f"{file}, line {number}", record
+
+
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 def _json(file: Path) -> Iterator[Record]:
-    """A list of rows; JSON lines with the ending ``.json`` too, as data sets often have it."""
-    with file.open("rb") as opened:
-        start = opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] == b"{":
-        yield from _json_lines_or_object(file)
+    """A list of rows, alone or under ``data``; JSON lines with the ending ``.json`` too, as data sets often have it."""
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip(_BLANK)), b"")
+    try:
+        record = json.loads(first.decode("utf-8-sig"))
+    except ValueError:  # a value over several lines
+        record = None
+    if isinstance(record, dict) and not isinstance(record.get("data"), list):
+        yield from _json_lines(file)
         return
-    rows = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
+    rows = _loaded(file.read_bytes(), file)
+    if isinstance(rows, dict):
+        rows = rows.get("data")
     if not isinstance(rows, list):
-        raise DataError(f"{file} holds a {type(rows).__name__}, not a list of rows")
+        raise DataError(f"{file} is one JSON value: rows are a list, a list under 'data', or one object a line")
     for number, row in enumerate(rows, 1):
         yield f"{file}, row {number}", row
-
-
-def _json_lines_or_object(file: Path) -> Iterator[Record]:
-    with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-    try:
-        json.loads(first.decode("utf-8-sig"))
-    except ValueError:  # an object over several lines
-        whole = _loaded(_decoded(file.read_bytes(), file, 1), file, 1)
-        rows = whole.get("data") if isinstance(whole, dict) else None
-        if not isinstance(rows, list):
-            raise DataError(f"{file} is one JSON object: rows are a list, or one object a line") from None
-        for number, row in enumerate(rows, 1):
-            yield f"{file}, row {number}", row
-        return
-    yield from _json_lines(file)
 
 
 def _parquet(file: Path) -> Iterator[Record]:
@@ -234,25 +252,16 @@ def _parquet(file: Path) -> Iterator[Record]:
         raise DataError(f"{file}, after row {number}: no readable Parquet: {error}") from error
 
 
-def _text_records(file: Path) -> Iterator[Record]:
+def _text(file: Path) -> Iterator[Record]:
     """The whole file is one document."""
-    yield str(file), _decoded_text(file)
-
-
-def _decoded_text(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {line}: no UTF-8 at byte {error.start}: convert the file") from error
+    yield str(file), Row((Message(TEXT, _decoded(file.read_bytes(), file)),), file.stem)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".parquet": _parquet,
-    ".txt": _text_records,
+    ".txt": _text,
 }
 """Endings of files of rows."""
 

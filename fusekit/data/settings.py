@@ -20,6 +20,9 @@ class DataSettings(Settings):
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     streaming: bool = Field(default=False, description="Read a data set on the hub without downloading all of it.")
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most examples to read; null: all.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="What happens at an unusable example; skipped ones are counted and listed."
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(default=2048, description="Most tokens of an example.")
     overlong: Literal["cut", "drop"] = Field(default="cut", description="What happens to longer examples.")
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are labels.")

@@ -129,7 +129,7 @@ class ChatTemplate:
     @classmethod
     def from_file(cls, path: str | Path) -> ChatTemplate:
         """A jinja file, with the control strings of the tokenizer that uses it. Raises DataError."""
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             if path.stat().st_size > MAX_FILE:
                 raise DataError(f"{path} has {path.stat().st_size:,} bytes: no chat template is over {MAX_FILE:,}")
@@ -145,7 +145,7 @@ class ChatTemplate:
         """
         if name == "own":
             return None
-        if name not in SHIPPED and not Path(name).is_file():
+        if name not in SHIPPED and not Path(name).expanduser().is_file():
             raise DataError(
                 f"no chat template is called {name!r}: there are own, {', '.join(template_names())}; "
                 "or give a jinja file"

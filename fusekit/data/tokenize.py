@@ -111,8 +111,11 @@ class RowTokenizer:
             AlignmentError: the tokens' ends cannot be known.
         """
         _check_cut(row)
-        if row.is_text:
-            return self._tokenize_text(row)
+        found = self._tokenize_text(row) if row.is_text else self._tokenize_chat(row)
+        found.labels[np.isin(found.message, row.context)] = False
+        return found
+
+    def _tokenize_chat(self, row: Row) -> TokenizedRow:
         if any(message.role in (TEXT, FRAGMENT) for message in row.messages):
             raise DataError(f"row {row.key} mixes plain text with messages of a conversation")
         stretches, contents = self._layout(row)

@@ -15,6 +15,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file
 from fusekit.capturing.manifest import Manifest, keys_hash, read_json
 from fusekit.capturing.models import find_checkpoint, is_repository
+from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
@@ -142,7 +143,9 @@ def data_inputs(context: Context, before: Inputs) -> Inputs:
     section, known = context.recipe.data, before.get("files")
     known = known if isinstance(known, dict) else {}
     files = {path: hash_of(path) or known.get(path) for path in paths_of(section.path)}
-    return section.model_dump(mode="json", exclude={"size"}) | {"files": files}  # a size is for plans alone
+    # A size is for plans alone; with on_bad_row: error all examples were usable, as in runs before there was a choice.
+    unnamed = {"size"} if section.on_bad_row == "skip" else {"size", "on_bad_row"}
+    return section.model_dump(mode="json", exclude=unnamed) | {"files": files}
 
 
 def data_status(context: Context, _name: str = "rows") -> Status:
@@ -158,10 +161,12 @@ def make_data(context: Context) -> None:
     section, started = context.recipe.data, time.monotonic()
     paths, readers = paths_of(section.path), {name: context.readers.reader(name) for name in context.readers.names}
     how = section.model_dump(include={"split", "revision", "streaming", "name"})
-    rows: Iterator[Row] = islice(chain.from_iterable(read_rows(path, **how) for path in paths), section.limit)
+    counts = DataCounts(section.on_bad_row)
+    files = (read_rows(path, counts=counts, **how) for path in paths)
+    rows: Iterator[Row] = islice(chain.from_iterable(files), section.limit)
     if section.pack:
         rows = iter(pack_text(rows, list(readers.values()), section.max_length))
-    prepared = prepare(rows, list(readers.values()), section.max_length, section.overlong)
+    prepared = prepare(rows, list(readers.values()), section.max_length, section.overlong, counts)
     if not prepared.rows:
         raise RecipeError(f"data: there are no rows in {', '.join(paths)}")
 
@@ -174,7 +179,8 @@ def make_data(context: Context) -> None:
         "date": context.readers.date.isoformat(),
     }
     artifact.publish(context.layout.data, "data", data_inputs(context, {}), write, made)
-    context.say(f"data: {prepared.counts}")
+    for line in counts.lines:
+        context.say(f"data: {line}")
 
 
 def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:

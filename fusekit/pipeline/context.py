@@ -23,7 +23,7 @@ from fusekit.errors import DataError, FusekitError, StorageError
 from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake, Pivot, Source
-from fusekit.types import Cut, Message, Row
+from fusekit.types import Row
 from fusekit.yaml import KeyPath
 
 ROWS = "rows.jsonl"
@@ -195,13 +195,9 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     """Write prepared rows, one JSON object a line: key, dataset, messages, cut."""
     with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            record = {
-                "key": row.key,
-                "dataset": row.dataset,
-                "messages": [list(message) for message in row.messages],
-                "cut": list(row.cut) if row.cut else None,
-            }
-            file.write(json.dumps(record) + "\n")  # escaped: lone surrogates and line separators come back as they were
+            file.write(
+                json.dumps(row.to_record()) + "\n"
+            )  # escaped: lone surrogates and line separators come back as they were
 
 
 def read_rows_file(folder: Path) -> list[Row]:
@@ -211,12 +207,7 @@ def read_rows_file(folder: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                record = json.loads(line)
-                cut = Cut(*record["cut"]) if record["cut"] else None
-                row = Row(tuple(Message(*message) for message in record["messages"]), record["dataset"], cut)
-                if row.key != record["key"]:
-                    raise ValueError(f"its key is {row.key}, not {record['key']}")
-                rows.append(row)
+                rows.append(Row.from_record(json.loads(line)))
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

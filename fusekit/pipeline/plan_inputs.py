@@ -13,9 +13,9 @@ from typing import Any
 
 from fusekit.capturing.estimate import itemsize
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.data.formats import form_of, parse_record
+from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import READERS, is_on_hub, read_rows
+from fusekit.data.reading import READERS, Record, is_on_hub, read_rows, rows_of_records
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.hub import HubUnreachableError
@@ -224,16 +224,17 @@ def _read(paths: Sequence[str], section: Data) -> tuple[list[Row], int, list[str
     """Rows, how many there are in all, and what to say if those are not all."""
     files = list(chain.from_iterable(_files(Path(path).expanduser()) for path in paths))
     size = sum(file.stat().st_size for file in files)
-    limit = section.limit
+    limit, counts = section.limit, DataCounts(section.on_bad_row)
     if size <= READ_WHOLE_BYTES:
-        rows = list(islice(chain.from_iterable(read_rows(path) for path in paths), limit))
-        return rows, len(rows), []
+        rows = list(islice(chain.from_iterable(read_rows(path, counts=counts) for path in paths), limit))
+        return rows, len(rows), counts.lines[1:]
     total, rows = 0, []
     for file in files:
-        count, some = _sampled(file, max(1, SAMPLED_ROWS * file.stat().st_size // size))
+        count, some = _sampled(file, max(1, SAMPLED_ROWS * file.stat().st_size // size), counts)
         total, rows = total + count, rows + some
     total = total if limit is None else min(total, limit)
-    return rows, total, [f"{len(rows)} rows of {total} were read, spread over the files; the rest is scaled"]
+    said = f"{len(rows)} rows of {total} were read, spread over the files; the rest is scaled"
+    return rows, total, [said, *counts.lines[1:]]
 
 
 def _files(path: Path) -> list[Path]:
@@ -244,40 +245,37 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _sampled(file: Path, wanted: int) -> tuple[int, list[Row]]:
+def _sampled(file: Path, wanted: int, counts: DataCounts) -> tuple[int, list[Row]]:
     """How many rows a large file has, and some of them; of JSON lines from everywhere, of others the first."""
     if file.suffix.lower() == ".jsonl":
         count, last = 0, b"\n"
         with file.open("rb") as opened:
             while piece := opened.read(_COUNTED_AT_A_TIME):
                 count, last = count + piece.count(b"\n"), piece[-1:]
-        return count + (last != b"\n"), list(_spread(file, wanted))
+        return count + (last != b"\n"), list(rows_of_records(_spread(file, wanted), file.stem, counts))
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(file).metadata.num_rows, list(read_rows(file, limit=wanted))
-    rows = list(read_rows(file))
+        return pyarrow.parquet.ParquetFile(file).metadata.num_rows, list(read_rows(file, limit=wanted, counts=counts))
+    rows = list(read_rows(file, counts=counts))
     return len(rows), rows[:: max(1, len(rows) // wanted)]
 
 
-def _spread(file: Path, wanted: int) -> Iterator[Row]:
+def _spread(file: Path, wanted: int) -> Iterator[Record]:
     """The lines after so many places, evenly spread over the file."""
-    size, parse = file.stat().st_size, None
+    size = file.stat().st_size
     with file.open("rb") as opened:
         for number in range(wanted):
             opened.seek(size * number // wanted)
             if number:
                 opened.readline()  # the rest of the line that the place is in
             line = opened.readline()
-            if not line.strip():
-                continue
             where = f"{file}, near byte {opened.tell()}"
             try:
-                record = json.loads(line)
+                if line.strip():
+                    yield where, json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
-            parse = parse or form_of(record, where)
-            yield parse_record(record, parse, where, file.stem)
+                yield where, DataError(f"{where}: not JSON: {error}")
 
 
 def _counted(

@@ -40,13 +40,14 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class Counts(_Record):
-    """``data/counts.json``: what became of the examples (:class:`fusekit.data.prepare.DataCounts`)."""
+    """``data/counts.json``: what became of the examples (:class:`fusekit.data.counts.DataCounts`)."""
 
     seen: int
     kept: int
     reasons: dict[str, int] = {}
     keys: dict[str, list[str]] = {}
     first_refusal: str = ""
+    unused: dict[str, int] = {}
 
 
 class Share(_Record):

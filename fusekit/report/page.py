@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fusekit.alignment.samples import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, human, joined_hash
-from fusekit.data.prepare import DROPPED, REASONS
+from fusekit.data.counts import DROPPED, REASONS
 from fusekit.distillation.counts import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT
@@ -314,6 +314,8 @@ def left_out(facts: Facts) -> list[LeftOut]:
             if reason == "refused" and facts.counts.first_refusal:
                 why += f": {facts.counts.first_refusal}"
             found.append(LeftOut("data", count, why, reason not in DROPPED, facts.counts.keys.get(reason, [])[:_KEYS]))
+        for name, count in facts.counts.unused.items():
+            found.append(LeftOut("data", count, f"kept, without the field {name}, which is not used", True, []))
     for name, store in facts.stores.items():
         rows, where = store.quarantined, f"capture of {name}"
         found += [LeftOut(where, 1, f"quarantined: {row.reason}", False, [row.key]) for row in rows[:_QUARANTINED]]

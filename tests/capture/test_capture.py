@@ -298,7 +298,7 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     assert figures["total"]["rows"] == 20
     assert set(figures["datasets"]) == {"add", "reverse"}
     assert figures["data"]["kept"] == 20
-    assert "20 of 20 rows kept" in made.stderr
+    assert "20 of 20 examples kept" in made.stderr
     assert "tokens/s" in made.stderr
     page = invoke("inspect", "store", out, "--rows", 1, "--labels", 2).output
     first = Store.open(out)[0]

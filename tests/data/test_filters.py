@@ -31,11 +31,11 @@ def test_counts_by_reason_with_the_first_keys():
     assert counts.keys["overlong"] == [long.key]
     assert (counts.seen, counts.kept, counts.dropped) == (7, 2, 5)
     assert counts.as_dict()["reasons"] == counts.reasons
-    assert str(counts).startswith("2 of 7 rows kept (")
+    assert str(counts).startswith("2 of 7 examples kept (")
 
 
 def test_no_row_left_is_an_error_with_the_counts():
-    with pytest.raises(DataError, match=r"no row is left: 0 of 1 rows kept \(1 no_label\)"):
+    with pytest.raises(DataError, match=r"no example is left: 0 of 1 examples kept \(1 no_label\)"):
         prepare([row("a")], readers(), 100)
     with pytest.raises(DataError, match=r"1 refused.*cannot render row"):
         prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], readers(), 100)

@@ -95,8 +95,9 @@ def test_json_lines_may_end_in_json_and_begin_with_a_mark(tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(b"\xef\xbb\xbf" + "\n".join(json.dumps(RECORDS["messages"]) for _ in range(2)).encode())
     assert [row.messages for row in read_rows(file)] == [PAIR] * 2
-    file.write_text(json.dumps({"data": [RECORDS["messages"]]}, indent=1))
-    assert [row.messages for row in read_rows(file)] == [PAIR]
+    for indent in (None, 1):
+        file.write_text(json.dumps({"data": [RECORDS["messages"]]}, indent=indent))
+        assert [row.messages for row in read_rows(file)] == [PAIR]
 
 
 GOOD = json.dumps(RECORDS["messages"])
@@ -111,6 +112,7 @@ BAD = [
     ('{"messages": ["x"]}', r"line 1, message 0 is text, not an object with 'role' and 'content'"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 1, message 0 has role 'tool': known are system, human"),
     ('{"messages": [{"role": "user", "content": null}]}', r"message 0: 'content' is null, not text"),
+    ('{"messages": [{"content": "x"}]}', "line 1, message 0 has no 'role'"),
     ('{"messages": [{"role": "user"}]}', r"message 0: 'content' is missing, not text"),
     ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
     ('{"text": "a", "dataset": "b\\ud800"}', "'dataset' has half of a surrogate pair at character 1"),
