@@ -80,7 +80,7 @@ def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
             found.append(Mistake(str(error), (*at, "model")))
     if not kept("data"):
         for path in paths_of(recipe.data.path):
-            found += unreadable(path, ("data", "path"))
+            found += unreadable(path, ("data", "path"), on_bad_row=recipe.data.on_bad_row)
     return found
 
 

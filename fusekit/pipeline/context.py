@@ -15,6 +15,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.data.counts import DataCounts
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
@@ -227,12 +228,12 @@ def paths_of(path: str | list[str]) -> list[str]:
     return [path] if isinstance(path, str) else path
 
 
-def unreadable(path: str, *places: KeyPath) -> list[Mistake]:
+def unreadable(path: str, *places: KeyPath, on_bad_row: str = "error") -> list[Mistake]:
     """Whether local data are missing or hold no rows, as far as the first one tells; the hub is not asked."""
     if is_on_hub(path):
         return []
     try:
-        if next(read_rows(path, limit=1), None) is None:
+        if next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None) is None:
             return [Mistake(f"there are no rows in {path}", *places)]
     except FusekitError as error:
         return [Mistake(str(error), *places)]
