@@ -73,8 +73,10 @@ def sce(
 
     Returns:
         The merged tensor with its coefficients. Arithmetic is float32 (float64 for float64 inputs) with float64 sums.
-        Elements where no fusion vector survives are the base's, bit for bit. Scratch memory is at most about one tensor
-        of the compute dtype, whatever K is. Inputs are not modified; the result carries no gradient.
+        Scaling all fusion vectors by a constant changes neither coefficients nor selection, down to the smallest
+        float32; in float64 between 1e-150 and 1e150. Elements where no fusion vector survives are the base's, bit for
+        bit. Scratch memory is at most about one tensor of the compute dtype, whatever K is. Inputs are not modified;
+        the result carries no gradient.
 
     Raises:
         MergeError: no targets, or one tensor in place of a list; mixed shapes, dtypes or devices; parameters out of
@@ -183,7 +185,7 @@ def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) 
     except OverflowError:
         check_finite(vectors.energies(chunk_size=chunk_size))
         raise MergeError(
-            f"the variance of the fusion vectors overflows {vectors.dtype}: their entries are too large for "
+            f"the differences between targets overflow {vectors.dtype}: their entries are too large for "
             f"{vectors.targets[0].dtype} weights; check the models, or cast them to float64"
         ) from None
 

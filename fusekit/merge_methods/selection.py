@@ -19,6 +19,10 @@ from fusekit.merge_methods.fusion_vectors import Scratch, compare, compute_dtype
 _SAMPLE = 1 << 16
 # Up to this share of the elements only those near or above the threshold are kept, 8 bytes each; beyond it all scores.
 _SPARSE_SHARE = 0.25
+# Where the largest score is below this, or not finite, scores are computed again from scaled differences, whose squares
+# neither underflow nor overflow. And the powers of two that a dtype can be scaled by.
+_TINY = {torch.float32: 2.0**-40, torch.float64: 2.0**-800}
+_EXPONENTS = {torch.float32: (-126, 100), torch.float64: (-1022, 1000)}
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,13 @@ class Selection:
         return positions if chunk.positions is None else chunk.positions[positions].long()
 
 
-def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor) -> Tensor:
-    """Write K² times the population variance across `targets` into `out`, and return it.
+def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor, scale: float = 1.0) -> Tensor:
+    """Write K² times the population variance across `targets`, times scale², into `out`, and return it.
 
     targets: K flat tensors [n] of one dtype. The variance of fusion vectors φ_j - θ is that of the φ_j, and it is that
     of φ_j - φ_1, which is small where φ is not: no digits are lost, and equal targets give exactly zero.
-    out: [n], float64 for float64 targets, else float32.
+    out: [n], float64 for float64 targets, else float32. scale: a power of two, by which differences are multiplied
+    before they are squared, so that scores neither underflow nor overflow.
     """
     size = out.numel()
     first = scratch.get("first", size, out.dtype).copy_(targets[0])
@@ -75,6 +80,8 @@ def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor) ->
     out.zero_()
     for target in targets[1:]:
         difference.copy_(target).sub_(first)
+        if scale != 1:
+            difference.mul_(scale)
         total.add_(difference)
         out.add_(difference.mul_(difference))
     return out.mul_(len(targets)).sub_(total.mul_(total))  # K Σd² - (Σd)²
@@ -84,17 +91,19 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
     """Find the top `select_topk` of the elements that vary at all: floor(select_topk * their number).
 
     targets: K >= 2 flat tensors [numel]. Scratch: 8 bytes per selected element up to a quarter of them, else one
-    tensor of the compute dtype. Raises OverflowError if a variance is not finite.
+    tensor of the compute dtype. Scaling all fusion vectors by a power of two changes nothing; an element varies if its
+    differences are above 1e-11 of the largest ones (float32). Raises OverflowError for differences that are not finite.
     """
-    low = _sampled_bound(targets, select_topk) if select_topk <= _SPARSE_SHARE else 0.0
-    chunks = _score(targets, low, chunk_size)
-    if not all(math.isfinite(chunk.largest) for chunk in chunks.values()):
-        raise OverflowError  # NaN, Inf, or deltas beyond 1e19: the caller knows the tensors and finds out which
+    scale = 1.0
+    low, chunks = _candidates(targets, select_topk, scale, chunk_size)
+    if not _TINY[compute_dtype(targets[0].dtype)] < _largest(chunks) < math.inf:
+        scale = _scale(targets, chunk_size)
+        low, chunks = _candidates(targets, select_topk, scale, chunk_size)
     count = math.floor(select_topk * sum(chunk.varying for chunk in chunks.values()))
     if count == 0:
         return Selection(chunks, math.inf, 0)
     if low > 0 and sum(chunk.scores.numel() for chunk in chunks.values()) < count:
-        chunks = _score(targets, 0.0, chunk_size)  # the sample misled
+        chunks = _score(targets, 0.0, scale, chunk_size)  # the sample misled
     scores = [chunk.scores for chunk in chunks.values()]
     threshold = kth_largest(scores, count)
     above = sum(count_where(np.greater, each, threshold) for each in scores)
@@ -106,7 +115,37 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
     return Selection(chunks, threshold, count, dict(zip(chunks, taken, strict=True)))
 
 
-def _score(targets: Sequence[Tensor], low: float, chunk_size: int | None) -> dict[int, ChunkScores]:
+def _candidates(
+    targets: Sequence[Tensor], select_topk: float, scale: float, chunk_size: int | None
+) -> tuple[float, dict[int, ChunkScores]]:
+    """The score from which elements are kept, 0 for all, and their scores."""
+    low = _sampled_bound(targets, select_topk, scale) if select_topk <= _SPARSE_SHARE else 0.0
+    return low, _score(targets, low, scale, chunk_size)
+
+
+def _largest(chunks: dict[int, ChunkScores]) -> float:
+    """The largest score; NaN if any is."""
+    return float(np.max([chunk.largest for chunk in chunks.values()]))
+
+
+def _scale(targets: Sequence[Tensor], chunk_size: int | None) -> float:
+    """The power of two that brings the largest difference between targets near 1. Raises OverflowError without one."""
+    dtype = compute_dtype(targets[0].dtype)
+
+    def largest(scratch: Scratch, start: int, stop: int) -> float:
+        first = scratch.get("first", stop - start, dtype).copy_(targets[0][start:stop])
+        difference = scratch.get("difference", stop - start, dtype)
+        sizes = [difference.copy_(target[start:stop]).sub_(first).abs_().max() for target in targets[1:]]
+        return float(torch.stack(sizes).max())
+
+    found = float(np.max(for_each_chunk(largest, targets[0].numel(), targets[0].device, chunk_size)))
+    if not math.isfinite(found):
+        raise OverflowError  # NaN, Inf, or a difference beyond the dtype: the caller finds out which
+    lowest, highest = _EXPONENTS[dtype]
+    return 2.0 ** min(max(-math.frexp(found)[1], lowest), highest) if found else 1.0
+
+
+def _score(targets: Sequence[Tensor], low: float, scale: float, chunk_size: int | None) -> dict[int, ChunkScores]:
     """Scores of all elements, or, with `low` above zero, of those with a score of at least `low`."""
     numel, device = targets[0].numel(), targets[0].device
     dtype = compute_dtype(targets[0].dtype)
@@ -114,7 +153,7 @@ def _score(targets: Sequence[Tensor], low: float, chunk_size: int | None) -> dic
 
     def score(scratch: Scratch, start: int, stop: int) -> tuple[int, ChunkScores]:
         out = scratch.get("scores", stop - start, dtype) if low > 0 else everything[start:stop]
-        scores = variance_scores([target[start:stop] for target in targets], scratch, out)
+        scores = variance_scores([target[start:stop] for target in targets], scratch, out, scale)
         varying, largest = count_where(np.greater, scores, 0.0), float(scores.max())
         if low <= 0:
             return start, ChunkScores(None, scores, varying, largest)
@@ -124,7 +163,7 @@ def _score(targets: Sequence[Tensor], low: float, chunk_size: int | None) -> dic
     return dict(for_each_chunk(score, numel, device, chunk_size))
 
 
-def _sampled_bound(targets: Sequence[Tensor], select_topk: float) -> float:
+def _sampled_bound(targets: Sequence[Tensor], select_topk: float, scale: float) -> float:
     """A score that the threshold is above, unless the sample is an unusual one; 0 where nothing can be said.
 
     The sample is pseudo-random, so that the rows of a matrix do not show in it, and fixed, so that runs repeat.
@@ -134,7 +173,7 @@ def _sampled_bound(targets: Sequence[Tensor], select_topk: float) -> float:
         return 0.0
     positions = torch.from_numpy(np.random.default_rng(0).integers(0, numel, _SAMPLE)).to(device)
     out = torch.empty(_SAMPLE, dtype=compute_dtype(targets[0].dtype), device=device)
-    variance_scores([target[positions] for target in targets], Scratch(device), out)
+    variance_scores([target[positions] for target in targets], Scratch(device), out, scale)
     sample = np.sort(out.cpu().numpy())[::-1]
     rank = select_topk * np.count_nonzero(sample > 0)
     bound = float(sample[min(int(rank + 4 * math.sqrt(rank) + 4), _SAMPLE - 1)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods import merge_coefficients, sce, sce_fusion_vector, select, varm
+from fusekit.merge_methods import sce, sce_fusion_vector, select, varm, widen
 from fusekit.merge_methods.selection import kth_largest, select_top_variance
 from tests import reference
 from tests.merge_methods.cases import nasty_cases, random_case, tied_case
@@ -95,9 +95,12 @@ def test_result_is_the_same_to_the_bit_for_every_chunking(variant, chunk_size, t
     assert merged.selected == expected.selected
 
 
-@pytest.mark.parametrize("exponent", [-20, -7, 3, 10])
+@pytest.mark.parametrize("exponent", [-90, -60, -20, -7, 3, 10, 80])
 def test_scaling_by_a_power_of_two_changes_nothing_else(exponent):
-    """What 1e-6 in a denominator would break: ordinary fine-tunes have mean squares far below it."""
+    """What 1e-6 in a denominator would break: ordinary fine-tunes have mean squares far below it.
+
+    At 2**-90 squares underflow float32, at 2**80 they overflow.
+    """
     base, targets = cast(random_case((64, 64), 3), torch.float32)
     deltas = [target - base for target in targets]
     scaled = [delta * 2.0**exponent for delta in deltas]
@@ -108,13 +111,33 @@ def test_scaling_by_a_power_of_two_changes_nothing_else(exponent):
         assert torch.equal(select(deltas, 0.1), select(scaled, 0.1))
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3])
-def test_scaling_leaves_coefficients_and_selection(factor):
-    base, targets = cast(random_case((64, 64), 3), torch.float64)
-    deltas = [target - base for target in targets]
-    scaled = [delta * factor for delta in deltas]
-    np.testing.assert_allclose(merge_coefficients(scaled), merge_coefficients(deltas), rtol=1e-12)
-    assert torch.equal(select(deltas, 0.1), select(scaled, 0.1))
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float64, factor) for factor in (1e-140, 1e-25, 1e-6, 1e-3, 1e3, 1e140)]
+    + [(torch.float32, factor) for factor in (1e-34, 1e-25, 1e36)]
+    + [(torch.bfloat16, factor) for factor in (1e-30, 1e30)],
+    ids=str,
+)
+def test_all_methods_hold_at_every_scale(dtype, factor):
+    """On a base of the same scale; the loops of the reference take scaled copies in float64."""
+    base, targets = random_case((64, 64), 3, scale=0.05)
+    scaled = [(tensor * factor).to(dtype) for tensor in (base, *targets)]
+    near = [tensor.double() / factor for tensor in scaled]
+    deltas = [target - near[0] for target in near[1:]]
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5}
+    merged = sce(scaled[0], scaled[1:], select_topk=0.1)
+    mask = select(scaled[1:], 0.1)
+    expected = [float(delta[mask].square().sum()) for delta in deltas]
+    np.testing.assert_allclose(merged.coefficients, np.array(expected) / sum(expected), **tolerance)
+    if dtype != torch.bfloat16:  # whose steps differ between scales
+        assert torch.equal(mask, select(deltas, 0.1))
+    assert merged.selected == mask.double().mean().item()
+    for method in (varm, widen):
+        found, wanted = method(scaled[0], scaled[1:]), method(near[0], near[1:])
+        weights = (found.coefficients, wanted.coefficients) if method is varm else (found.scores, wanted.scores)
+        np.testing.assert_allclose(*weights, **tolerance)
+        again = found.tensor.double() / factor
+        torch.testing.assert_close(again, wanted.tensor, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_bits_of_the_base_stay_where_nothing_survives():
@@ -198,7 +221,7 @@ def test_bad_inputs_are_named():
             assert all(part in str(caught.value) for part in named), caught.value
     with pytest.raises(MergeError, match=r"select_topk is 0\.5 with one target"):
         sce(base, targets[:1], select_topk=0.5)
-    with pytest.raises(MergeError, match="torch.int64"):
+    with pytest.raises(MergeError, match=r"torch\.int64"):
         sce(base.long(), [t.long() for t in targets])
 
 
@@ -221,10 +244,18 @@ def test_nan_in_the_base_is_an_error_where_nothing_is_selected_too(dtype, varian
         sce(base, targets, select_topk=0.1, variant=variant)
 
 
-def test_variances_beyond_float32_are_an_error():
+def test_differences_beyond_float32_are_an_error():
     base = torch.zeros(4)
-    with pytest.raises(MergeError, match=r"overflows torch\.float32.*float64"):
-        sce(base, [torch.full((4,), 1e30), torch.full((4,), -1e30)], select_topk=0.5)
+    with pytest.raises(MergeError, match=r"overflow torch\.float32.*float64"):
+        sce(base, [torch.full((4,), 3e38), torch.full((4,), -3e38)], select_topk=0.5)
+
+
+def test_small_differences_count_beside_large_ones():
+    base = torch.zeros(64)
+    first = torch.full((64,), 1e-38) * torch.logspace(0, -9, 64)  # down to the smallest subnormal numbers, and to zero
+    assert sce(base, [first, base], select_topk=1.0).coefficients.tolist() == [1, 0]
+    count = int((first > 0).sum()) // 2
+    assert select([first, base], 0.5).tolist() == [True] * count + [False] * (64 - count)
 
 
 def _order_oracle(targets, tau):
