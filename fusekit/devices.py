@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from fusekit.errors import CaptureError
@@ -92,37 +91,43 @@ def missing_device(name: str | int) -> str | None:
     return f"there is no device {name} on this machine, which has {f'{count} of {there}' if there else 'a CPU alone'}"
 
 
-def is_main() -> bool:
-    """Whether this process is the first, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+class _PlainLines(tqdm):
+    """A bar where nothing can be redrawn: a line of its own now and then, and none of what is over at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}{postfix}, {remaining} left"
+        super().__init__(*args, **options, bar_format=line, mininterval=30.0, maxinterval=30.0, delay=30.0)
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """Writes a line."""
+
+        def write(line: str) -> None:
+            if line:
+                file.write(f"{line}\n")
+                file.flush()
+
+        return write
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing is there to be cleared."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool:  # noqa: ARG002
+        """Nothing is drawn again."""
+        return True
 
 
-def shared() -> bool:
-    """Whether there are several processes."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+def progress(total: int, label: str, unit: str, *, quiet: bool = False, done: int = 0) -> Any:
+    """A bar on stderr with rate and time left; without a terminal a plain line every half minute.
 
-
-def on_main(work: Callable[[], Result]) -> Result:
-    """Run ``work`` in the first process; every process gets its result, or its exception.
-
-    Without a launcher there is one process. The result and the exception must be picklable.
+    total: of units, of which ``done`` were done earlier.
     """
-    if not shared():
-        return work()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = work()
-        except Exception as error:  # the others would wait forever
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    result: Result = box[0]
-    return result
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, unit=unit, disable=quiet, initial=done)
+    return _PlainLines(total=total, desc=label, unit=unit, disable=quiet, initial=done)
 
 
-def progress(total: int, label: str, unit: str, *, quiet: bool = False) -> Any:
-    """A tqdm bar on stderr, redrawn ten times a second on a terminal and every ten seconds elsewhere."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=label, unit=unit, disable=quiet, mininterval=interval, maxinterval=interval)
+def duration(seconds: float) -> str:
+    """``0:08``, ``12:30``, ``3:02:11``."""
+    text: str = tqdm.format_interval(seconds)
+    return text.removeprefix("0") if len(text) == 5 else text

@@ -27,7 +27,7 @@ from fusekit.data.reading import rows_of
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.distillation.teachers import Student
+from fusekit.distillation.teachers import Loaded
 from fusekit.errors import CaptureError, DataError, DistillationError
 from tests.merging.hub_server import Hub, Repository
 
@@ -118,10 +118,10 @@ def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
     """A tensor without dimensions too."""
     model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.bfloat16)
     model.register_buffer("scale", torch.tensor(1.0))
-    before = Student.of(model, None, "auto").fingerprint()
-    assert Student.of(model, None, "auto").fingerprint() == before
+    before = Loaded.of(model).fingerprint()
+    assert Loaded.of(model).fingerprint() == before
     model.scale += 1
-    assert Student.of(model, None, "auto").fingerprint() != before
+    assert Loaded.of(model).fingerprint() != before
 
 
 def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:

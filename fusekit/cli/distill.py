@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Resume what is there.")
 @click.option("--overwrite", is_flag=True, help="Start over, replacing what is there.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the folders of the models and errors only.")
 def distill(
     pivot: str,
     out: Path,
@@ -77,6 +78,7 @@ def distill(
     resume: bool,
     overwrite: bool,
     ignore_estimates: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Train PIVOT on what other models know, into folders of OUT.
@@ -88,26 +90,31 @@ def distill(
         raise click.UsageError("give --data, the examples that the stores were captured from")
     if resume and overwrite:
         raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
-    from fusekit.devices import is_main
+    from fusekit.devices import OtherProcessError, Processes
     from fusekit.distillation.run import distill as run
 
     settings = _settings(options)
     inputs = _inputs(pivot, options)
-    say = _say_to(sys.stderr)
+    say: Callable[[str], None] = lambda line: None if quiet else click.echo(line, err=True)  # noqa: E731
     try:
         with sigterm_unwinds():
             made = run(
-                inputs, settings, out, resume=resume, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say
+                inputs,
+                settings,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                ignore_estimates=ignore_estimates,
+                quiet=quiet,
+                say=say,
             )
+    except OtherProcessError:
+        sys.exit(1)  # process 0 has said why
     except (KeyboardInterrupt, TerminatedError) as error:
         say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume continues.")
         sys.exit(status_of(error))
-    if is_main():
+    if Processes.current().is_first:
         click.echo("\n".join(map(str, made)))
-
-
-def _say_to(stream: Any) -> Callable[[str], None]:
-    return lambda line: click.echo(line, file=stream)
 
 
 def _settings(options: dict[str, Any]) -> DistillSettings:

@@ -47,7 +47,19 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+class OneDevice(TrainingArguments):
+    """Arguments of a process that trains on one device: several are one process each.
+
+    DataParallel, which transformers takes where a process sees several GPUs, would scatter the targets.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one."""
+        return min(int(super().n_gpu), 1)
+
+
+def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
     """The arguments of a run whose checkpoints go to ``folder``.
 
     Args:
@@ -83,7 +95,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
     there = torch.accelerator.is_available()
     defaults = _DEFAULTS | {"dataloader_pin_memory": there, "use_cpu": not there}
     try:
-        return TrainingArguments(**fields, **{**defaults, **settings.trainer})
+        return OneDevice(**fields, **{**defaults, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {_shorter(error)}") from error
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
-from fusekit.distillation.arguments import IMPOSSIBLE
+from fusekit.distillation.arguments import IMPOSSIBLE, OneDevice
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
@@ -22,7 +22,7 @@ def _declared(section: type[BaseModel], name: str) -> Any:
 
 
 @dataclass
-class FusionConfig(TrainingArguments):
+class FusionConfig(OneDevice):
     """Arguments of :class:`~fusekit.FusionTrainer`: any of ``transformers.TrainingArguments``, and these.
 
     ``preset`` gives the values of the loss, of ``alignment`` and of ``fusion`` that are not given; the learning rate,

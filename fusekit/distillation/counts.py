@@ -56,42 +56,36 @@ def shares(counts: Mapping[str, float]) -> dict[str, float]:
     return found | {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}
 
 
+LOSSES = ("loss", "lm_loss", "fusion_loss", "labels")
+
+
 class RunningSums:
-    """What this process has seen since the last line. names: of the counts."""
+    """What this process has seen since the last line of the log: the losses over its labels, and the examples' counts.
+
+    names: of the counts.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self._clear()
+        self.names = tuple(names)
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Start over."""
         self._losses: list[torch.Tensor] = []
-        self._labels = 0
         self._counts = np.zeros(len(self.names))
 
-    def add(self, lm: torch.Tensor, fusion: torch.Tensor, labels: int, counts: FloatArray | None) -> None:
-        """Add a micro-batch, without waiting for its device: the sums of its losses over so many labels."""
-        self._losses.append(torch.stack([lm.detach().float(), fusion.detach().float()]))
-        self._labels += labels
+    def add(self, losses: Sequence[torch.Tensor], labels: int, counts: FloatArray | None) -> None:
+        """Add a micro-batch, without waiting for its device.
+
+        losses: total, of the text and of the fusion, each the sum over so many labels; non-finite ones do not count.
+        """
+        of_batch = torch.stack([loss.detach().float() for loss in losses])
+        of_batch = torch.cat([of_batch, torch.full_like(of_batch[:1], labels)])
+        self._losses.append(torch.where(of_batch.isfinite().all(), of_batch, 0.0))
         if counts is not None and self.names:
             self._counts = self._counts + counts
 
-    def drain(self) -> torch.Tensor:
-        """Everything as one float64 vector, and start over."""
-        terms = torch.stack(self._losses).double().cpu().sum(0).tolist() if self._losses else [0.0, 0.0]
-        vector = torch.tensor([*terms, float(self._labels), *self._counts.tolist()], dtype=torch.float64)
-        self._clear()
-        return vector
-
-    def pending(self) -> torch.Tensor:
-        """The counts since the last line, float64 [len(names)]."""
-        return torch.from_numpy(np.array(self._counts))
-
-    def read(self, vector: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """What the sum of drained vectors says: the values for a line of the log, and the counts by name.
-
-        ``lm_loss`` and ``fusion_loss`` are per label, as in the loss.
-        """
-        lm, fusion, labels, *counts = vector.tolist()
-        named = dict(zip(self.names, counts, strict=True))
-        line = {"lm_loss": lm / max(labels, 1.0), "fusion_loss": fusion / max(labels, 1.0)}
-        return line | (shares(named) if named else {}), named
+    def vector(self) -> torch.Tensor:
+        """float64 [len(LOSSES) + len(names)]: the sums of losses, the labels, and the counts."""
+        losses = torch.stack(self._losses).cpu().double().sum(0) if self._losses else torch.zeros(len(LOSSES)).double()
+        return torch.cat([losses, torch.from_numpy(self._counts)])

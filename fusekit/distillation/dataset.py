@@ -15,6 +15,7 @@ from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate
 from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.matching import (
     PROJECTED,
     Captures,
@@ -61,6 +62,8 @@ class FusionDataset(Dataset[Example]):
         tokenizer: reads rows that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
         rewards: candidate to key to a reward model's number, for ``reward_softmax``.
+        relative: whether ``lm_weighting`` is relative, which needs the ``typical`` bits per byte of examples. Live
+            teachers score all examples for it first.
 
     Attributes:
         joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
@@ -81,6 +84,7 @@ class FusionDataset(Dataset[Example]):
         tokenizer: Tokenizes | None = None,
         fusion: FusionSettings | None = None,
         rewards: Mapping[str, Mapping[str, float]] | None = None,
+        relative: bool = True,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
         self.sources, self.projections = dict(sources or {}), dict(projections or {})
@@ -112,8 +116,11 @@ class FusionDataset(Dataset[Example]):
         self._data = {name for name, _ in sizes.most_common(MOST_DATA)}
         data = sorted(self._data) + ([OTHERS] if len(sizes) > MOST_DATA else [])
         self.count_names = count_names(self.candidates, data if self.candidates else ())
+        self.relative = relative
         self._kept: dict[int, Example] = {}
-        self._room = KEPT_BYTES
+        # What is scored together differs by epoch, and in its last bits: a run that resumes keeps nothing either.
+        live = any(isinstance(source, LiveTeacher) for source in self.sources.values())
+        self._room = 0 if live else KEPT_BYTES
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_room": KEPT_BYTES}
@@ -144,7 +151,7 @@ class FusionDataset(Dataset[Example]):
     @cached_property
     def typical(self) -> dict[str, FloatArray]:
         """:func:`~fusekit.distillation.matching.typical_bits_per_byte` of the rows; empty without the pivot's store."""
-        if self.pivot is None:
+        if self.pivot is None or not self.relative:
             return {}
         return typical_bits_per_byte(self.rows, self.pivot, self.sources.values())
 

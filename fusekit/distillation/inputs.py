@@ -16,13 +16,14 @@ from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
-from fusekit.devices import on_main, shared
+from fusekit.devices import Processes
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError
-from fusekit.types import CapturedRow, Part, Row
+from fusekit.types import Part, Row, TokenizedRow
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
             "it, or use lm_weighting constant"
         )
     checkpoint = find_checkpoint(inputs.pivot)
-    on_main(checkpoint.fetch)
-    fingerprint = on_main(checkpoint.fingerprint)
+    processes = Processes.current()
+    processes.first_then_all(checkpoint.fetch)
+    fingerprint = processes.first_then_all(checkpoint.fingerprint)
     tokenizer = load_tokenizer(checkpoint)
     pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
     stores = {name: Store.open(inputs.sources[name].store) for name in sources}
@@ -132,9 +134,9 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         reading = Reading.of(name, theirs, store, rows)
         how = source.alignment or settings.alignment
         make = partial(projection_of, how, ours, reading, inputs.rows, source.vocabulary_map)
-        if shared():
-            on_main(lambda make=make: make() and None)  # type: ignore[misc]  # the others find the map in the cache
-        projections[name] = make()
+        if processes.world > 1:
+            processes.first_then_all(lambda make=make: make() and None)  # type: ignore[misc]
+        projections[name] = make()  # the others find the map in the cache
     return Opened(
         checkpoint,
         fingerprint,
@@ -157,7 +159,7 @@ def refuse_rewards(settings: DistillSettings) -> None:
         )
 
 
-def refuse_temperature(name: str, store: Store, settings: DistillSettings) -> None:
+def refuse_temperature(name: str, store: Store | LiveTeacher, settings: DistillSettings) -> None:
     """Raise DistillationError where a store holds rows of another temperature than the loss has."""
     if store.spec.temperature != settings.training.temperature:
         raise DistillationError(
@@ -172,19 +174,20 @@ class Reading:
 
     name: str
     tokenizer: Any
-    sample: Sequence[tuple[Row, CapturedRow]]
+    sample: Sequence[tuple[Row, TokenizedRow]]
     vocabulary: int
 
     @classmethod
-    def of(cls, name: str, tokenizer: Any, store: Store | None, rows: Mapping[str, Row]) -> Reading:
-        """The tokenizer of a model with what its store has of the rows, which are given by key.
+    def of(cls, name: str, tokenizer: Any, store: Store | LiveTeacher | None, rows: Mapping[str, Row]) -> Reading:
+        """The tokenizer of a model with what it has of the rows, which are given by key.
 
         Raises DistillationError when the rows were read with another tokenizer than this.
         """
         if store is None:
             return cls(name, tokenizer, (), 0)
         keys = islice((key for key in store.keys if key in rows), SAMPLED)
-        made = cls(name, tokenizer, [(rows[key], store.get(key)) for key in keys], store.spec.vocabulary)
+        read = store.tokens if isinstance(store, LiveTeacher) else lambda key: store.get(key).tokens
+        made = cls(name, tokenizer, [(rows[key], read(key)) for key in keys], store.spec.vocabulary)
         made._check()
         return made
 
@@ -194,8 +197,7 @@ class Reading:
         Tokens at the seams of a template may differ from those of the content alone, so not all have to be equal.
         """
         equal = total = 0
-        for row, captured in self.sample:
-            tokens = captured.tokens
+        for row, tokens in self.sample:
             for number, message in enumerate(row.messages):
                 read = tokens.ids[(tokens.message == number) & (tokens.part == Part.CONTENT)]
                 expected = tokenize(message.content, self.tokenizer).ids[: len(read) + 1]
@@ -210,7 +212,7 @@ class Reading:
 
     def roles(self) -> dict[str, int]:
         """The tokens that end a turn and a text."""
-        return roles_of((row, captured.tokens) for row, captured in self.sample)
+        return roles_of(self.sample)
 
 
 def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) -> None:

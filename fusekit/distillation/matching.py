@@ -14,6 +14,7 @@ import numpy as np
 from fusekit.alignment.cases import Case
 from fusekit.capturing.store import Store
 from fusekit.distillation.label_rows import LabelRows
+from fusekit.distillation.live import LiveTeacher
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, FloatArray, IntArray, Part, Row, TokenizedRow, TopK
 
@@ -194,6 +195,8 @@ def typical_bits_per_byte(rows: Iterable[Row], pivot: Captures, sources: Iterabl
 
 
 def _bits_per_byte(captures: Captures) -> dict[str, float]:
+    if isinstance(captures, LiveTeacher):
+        return captures.bits_per_byte()
     if isinstance(captures, Store):
         summary = captures.summary
         bits = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))

@@ -19,7 +19,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
 from fusekit.capturing.models import find_checkpoint
-from fusekit.devices import Processes, is_main, on_main
+from fusekit.devices import Processes, duration
 from fusekit.distillation import checkpoints, estimate, provenance
 from fusekit.distillation import outputs as models
 from fusekit.distillation import outputs as overwriting
@@ -46,6 +46,8 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     ignore_estimates: bool = False,
+    quiet: bool = False,
+    others: tuple[int, int] = (0, 0),
     say: Say = lambda _: None,
 ) -> list[Path]:
     """Train every target and publish each as a plain checkpoint in a folder of ``out``.
@@ -61,6 +63,8 @@ def distill(
             checkpoint.
         overwrite: start over, replacing what is there.
         ignore_estimates: start although disk or memory do not seem to suffice.
+        quiet: draw no bar.
+        others: how many models the caller trains before and after these, for the place that the bar names.
         say: told what a user should know, in the first process.
 
     Returns:
@@ -75,18 +79,20 @@ def distill(
         raise DistillationError("resume continues what is there, overwrite replaces it: ask for one of them")
     out = Path(out).resolve()
     targets = targets_of(settings, list(inputs.sources), out)
-    tell: Say = lambda line: say(line) if is_main() else None  # noqa: E731
+    processes = Processes.current()
+    tell: Say = lambda line: say(line) if processes.is_first else None  # noqa: E731
     with ExitStack() as stack:
-        Processes.current()  # starts the processes' group
         if found := problems(settings.training, find_checkpoint(inputs.pivot)):
             raise DistillationError("; ".join(says for _, says in found))
-        on_main(lambda: _claim(stack, out, targets, resume, overwrite))
+        processes.first_then_all(lambda: _claim(stack, out, targets, resume, overwrite))
         inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
-        for target in targets:
-            _Work.of(target, opened, settings, tell).make(resume, ignore_estimates)
+        for number, target in enumerate(targets, others[0] + 1):
+            label = f"distill {number} of {sum(others) + len(targets)}"
+            work = _Work.of(target, opened, settings, tell)
+            work.make(resume, ignore_estimates, None if quiet else label)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
-        on_main(lambda: overwriting.finish(out))
+        processes.first_then_all(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
 
 
@@ -95,7 +101,9 @@ def _with_plain_pivot(inputs: Inputs, out: Path, overwrite: bool, ignore_estimat
     if split(inputs.pivot.model) is None or inputs.pivot.dequantised is not None:
         return inputs
     folder = out / PIVOT
-    on_main(lambda: dequantise(inputs.pivot, folder, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say))
+    Processes.current().first_then_all(
+        lambda: dequantise(inputs.pivot, folder, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say)
+    )
     return replace(inputs, pivot=replace(inputs.pivot, dequantised=folder))
 
 
@@ -140,25 +148,25 @@ class _Work:
         )
         return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
 
-    def make(self, resume: bool, ignore_estimates: bool = False) -> None:
-        """Train and publish; a target that is published already stays."""
+    def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
+        """Train and publish; a target that is published already stays. label: of the bar, None for none."""
         target, facts, training = self.target, self.facts, self.settings.training
-        started = time.monotonic()
-        if resume and on_main(lambda: _is_done(target, facts)):
+        started, first = time.monotonic(), Processes.current().first_then_all
+        if resume and first(lambda: _is_done(target, facts)):
             self.say(f"done already, {target.folder}")
             return
-        start = on_main(lambda: _start(target, facts, self.say)) if resume else None
+        start = first(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
         if not ignore_estimates:
-            on_main(lambda: self.refuse_what_does_not_fit(start))
+            first(lambda: self.refuse_what_does_not_fit(start))
         set_seed(training.seed)  # an adapter begins with random values
         model = models.load_pivot(self.opened.checkpoint, training)
         if start is None:
-            on_main(lambda: _begin(target, facts))
+            first(lambda: _begin(target, facts))
         else:
             self.say(f"resumes from {start.name}")
-        trainer = self.trainer(model)
+        trainer = self.trainer(model, label)
         if start is not None:
             trainer.resume_counts(checkpoints.facts_of(start))
         try:
@@ -166,8 +174,9 @@ class _Work:
         except Exception as error:
             raise disk_fault(error, target.work) or error from None
         state, counts = _gathered(trainer), trainer.counts_so_far()
-        on_main(lambda: self.publish(trainer, state, counts, round(time.monotonic() - started, 3)))
-        self.say(f"published to {target.folder}")
+        seconds = time.monotonic() - started
+        first(lambda: self.publish(trainer, state, counts, round(seconds, 3)))
+        self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
     def refuse_what_does_not_fit(self, start: Path | None) -> None:
         """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
@@ -178,15 +187,18 @@ class _Work:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
         estimate.refuse(needs)
 
-    def trainer(self, model: Any) -> FusionTrainer:
+    def trainer(self, model: Any, label: str | None) -> FusionTrainer:
         """The trainer of the target."""
+        args = training_arguments(self.settings.training, self.target.work)
+        args.disable_tqdm |= label is None
         return FusionTrainer(
             model,
-            training_arguments(self.settings.training, self.target.work),
+            args,
             self.data,
             objective=Objective.of(self.settings.training),
             facts={"made_from": self.facts},
             say=self.say,
+            label=label or "",
         )
 
     def publish(

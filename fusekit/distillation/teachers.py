@@ -1,45 +1,46 @@
-"""A trainer's arguments made into examples with targets: a model, a data set, and teachers of any kind."""
+"""From what a user gives to examples with targets: a model, a data set, and teachers of any kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import xxhash
 
 from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.rows import NEED_PIVOT
-from fusekit.api import capture
 from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher
-from fusekit.capturing.load import load_model, load_tokenizer, valid_ids
+from fusekit.capturing.estimate import memory_needs, refuse
+from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.capturing.settings import Selection
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.devices import on_main
+from fusekit.devices import Processes
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
+from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.errors import DistillationError
 from fusekit.types import Row
 
 CAPTURES = "captures"
-"""Folder of the output in which models are captured that are given in place of stores."""
+"""Folder of the output in which the trained model's own predictions are captured before training."""
 
 
 @dataclass(frozen=True, eq=False)
-class Student:
-    """The model that is trained, loaded, with its tokenizer.
+class Loaded:
+    """A model with its tokenizer.
 
     checkpoint: the files that the weights are from; None for a model that was given loaded.
     """
@@ -49,23 +50,30 @@ class Student:
     checkpoint: Checkpoint | None = None
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, dtype: str) -> Student:
-        """From a name, a path or a loaded model; DistillationError for anything else."""
+    def of(cls, model: Any, tokenizer: Any = None, *, dtype: str = "auto", name: str = "model") -> Loaded:
+        """From a name, a path, a ModelChoice or a loaded model; on the CPU where it is loaded here.
+
+        name: of the argument. Raises DistillationError for anything else, CaptureError for what cannot be loaded.
+        """
         if isinstance(model, (str, Path)):
-            checkpoint = find_checkpoint(ModelChoice(str(model), dtype=dtype))
-            on_main(checkpoint.fetch)
-            loaded = load_model(checkpoint, torch.device("cpu"))
+            model = ModelChoice(str(model), dtype=dtype)
+        if isinstance(model, ModelChoice):
+            checkpoint = find_checkpoint(model)
+            processes = Processes.current()
+            processes.first_then_all(checkpoint.fetch)
+            device = processes.device if model.device_map or model.quantization else torch.device("cpu")
             own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
-            return cls(loaded, own, checkpoint)
+            return cls(load_model(checkpoint, device), own, checkpoint)
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
             raise DistillationError(
-                f"model is {type(model).__name__}: give a causal language model of transformers, or its name or path"
+                f"{name} is {type(model).__name__}: give a causal language model of transformers, or its name or path"
             )
         if tokenizer is None:
-            name = getattr(getattr(model, "config", None), "_name_or_path", "")
-            if not name:
-                raise DistillationError("the loaded model does not say where it came from: give processing_class")
-            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(name), weights=False))
+            place = getattr(getattr(model, "config", None), "_name_or_path", "")
+            if not place:
+                hint = "give processing_class" if name == "model" else "give its name or path"
+                raise DistillationError(f"{name} is loaded and does not say where it came from: {hint}")
+            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(place), weights=False))
         return cls(model, tokenizer)
 
     def with_adapter(self, peft_config: Any) -> Any:
@@ -82,9 +90,81 @@ class Student:
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return f"xxh3:{digest.hexdigest()}"
 
+    def spec(self, reader: RowTokenizer, rows: Sequence[Row], settings: CaptureSettings) -> StoreSpec:
+        """What a store of its own predictions is made from."""
+        config = self.model.config.get_text_config()
+        vocabulary = max(int(config.vocab_size), len(vocabulary_surfaces(self.tokenizer)))
+        name = self.checkpoint.choice.model if self.checkpoint else getattr(self.model.config, "_name_or_path", "")
+        return StoreSpec(
+            model=str(name or type(self.model).__name__),
+            model_fingerprint=self.fingerprint(),
+            tokenizer=reader.fingerprint,
+            data=data_fingerprint(rows),
+            vocabulary=vocabulary,
+            top_k=min(settings.top_k, vocabulary),
+            keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
+            temperature=settings.temperature,
+            details=dict(reader.facts),
+        )
+
+    def teacher(self, spec: StoreSpec, settings: CaptureSettings, name: str, say: Callable[[str], None]) -> Teacher:
+        """The model as it scores rows, on the device that it is on."""
+        selection = replace(settings.selection, k=spec.top_k)
+        longest = longest_input(self.checkpoint) if self.checkpoint else None
+        return Teacher(
+            self.model,
+            valid_ids(self.tokenizer),
+            selection,
+            batch_tokens=settings.batch_tokens,
+            name=name,
+            notify=say,
+            longest=longest,
+        )
+
+
+def live_teacher(
+    name: str,
+    model: Any,
+    rows: Sequence[Row],
+    settings: CaptureSettings,
+    *,
+    max_length: int,
+    reader: RowTokenizer | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> LiveTeacher:
+    """A teacher that is scored on the fly, loaded onto this process's device.
+
+    Args:
+        name: of the teacher.
+        model: its name or path, a ModelChoice, or a loaded model.
+        rows: the examples.
+        settings: what is kept of its distributions, and how it is scored.
+        max_length: most tokens of an example; longer ones are cut for it.
+        reader: its tokenizer and template; by default its own.
+        say: told what a user should know.
+
+    Raises:
+        CaptureError: it cannot be loaded, or does not fit.
+        DistillationError: it is no model.
+    """
+    choice = ModelChoice(str(model)) if isinstance(model, (str, Path)) else model
+    processes = Processes.current()
+    if isinstance(choice, ModelChoice):
+        refuse(memory_needs(find_checkpoint(choice), settings.batch_tokens, processes))
+    tokenizer = reader.tokenizer if reader is not None else None
+    loaded = Loaded.of(choice, tokenizer, name=f"the teacher {name}")
+    if not isinstance(choice, ModelChoice) or not (choice.device_map or choice.quantization):
+        loaded.model.to(processes.device)
+    reader = reader or RowTokenizer(loaded.tokenizer)
+    prepared = prepare(rows, [reader], max_length)
+    spec = loaded.spec(reader, prepared.rows, settings).model_copy(update={"max_error": 0.0})
+    say(f"{name} ({spec.model}) is scored while training reads: {prepared.counts}")
+    teacher = loaded.teacher(spec, settings, name, say)
+    return LiveTeacher(name, teacher, reader, prepared.rows, spec=spec, max_quarantined=settings.max_quarantined)
+
 
 def fusion_dataset(
-    student: Student, dataset: Any, teachers: Any, args: FusionConfig, say: Callable[[str], None] = lambda _: None
+    student: Loaded, dataset: Any, teachers: Any, args: FusionConfig, say: Callable[[str], None] = lambda _: None
 ) -> FusionDataset:
     """Examples for a student to train on, with the targets that its teachers give.
 
@@ -103,34 +183,54 @@ def fusion_dataset(
     settings, given = args.settings, _named(teachers)
     refuse_rewards(settings)
     refuse_names(given)
+    stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
     # A template that prints the day prints that of the captures that are there.
-    own_folder = Path(args.output_dir) / CAPTURES / PIVOT
-    there = [own_folder, *(teacher.path for teacher in given.values() if isinstance(teacher, Store))]
-    there += [Path(teacher) for teacher in given.values() if _is_store(teacher)]
+    there = [_own_folder(args), *(store.path for store in stores.values() if isinstance(store, Store))]
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
-    rows, stores = _prepared(dataset, reader, args), {}
+    rows = _prepared(dataset, reader, args)
     refuse_nobody(settings, given)
-    for name, teacher in given.items():
-        stores[name] = _store_of(name, teacher, rows, args, say=say)
-        refuse_temperature(name, stores[name], settings)
-    if not stores:
+    if not given:
         return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
+    how = CaptureSettings(top_k=args.top_k or 10, temperature=settings.training.temperature)
+    sources: dict[str, Store | LiveTeacher] = {}
+    for name, teacher in stores.items():
+        if teacher is student.model:
+            raise DistillationError(f"the teacher {name} is the model that is trained: give its name or path")
+        if isinstance(teacher, Store):
+            sources[name] = teacher
+        else:
+            sources[name] = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+        refuse_temperature(name, sources[name], settings)
     by_key = {row.key: row for row in rows}
-    own = _capture_student(student, reader, rows, own_folder, args) if _needs_pivot(args) else None
+    own = _capture_student(student, reader, rows, args, how) if _needs_pivot(args) else None
     ours = Reading.of(PIVOT, student.tokenizer, own, by_key)
     projections = {}
-    for name, store in stores.items():
-        theirs = load_tokenizer(find_checkpoint(ModelChoice(store.spec.model), weights=False))
-        projections[name] = projection_of(settings.alignment, ours, Reading.of(name, theirs, store, by_key), rows)
+    for name, source in sources.items():
+        theirs = source.tokenizer if isinstance(source, LiveTeacher) else _tokenizer_of(source)
+        projections[name] = projection_of(settings.alignment, ours, Reading.of(name, theirs, source, by_key), rows)
     made = FusionDataset(
-        rows, pivot=own, sources=stores, projections=projections, tokenizer=reader, fusion=settings.fusion
+        rows,
+        pivot=own,
+        sources=sources,
+        projections=projections,
+        tokenizer=reader,
+        fusion=settings.fusion,
+        relative=settings.training.lm_weighting == "relative",
     )
     for line in made.joined.report():
         say(line)
     return made
 
 
-def text_dataset(student: Student, dataset: Any, args: FusionConfig) -> FusionDataset:
+def _own_folder(args: FusionConfig) -> Path:
+    return Path(args.output_dir) / CAPTURES / PIVOT
+
+
+def _tokenizer_of(store: Store) -> Any:
+    return load_tokenizer(find_checkpoint(ModelChoice(store.spec.model), weights=False))
+
+
+def text_dataset(student: Loaded, dataset: Any, args: FusionConfig) -> FusionDataset:
     """Examples whose text alone a student is evaluated on. Arguments and errors as :func:`fusion_dataset`."""
     reader = RowTokenizer(student.tokenizer)
     return FusionDataset(_prepared(dataset, reader, args), tokenizer=reader, fusion=args.settings.fusion)
@@ -143,7 +243,7 @@ def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig) -> list[Ro
     return prepared.rows
 
 
-def _is_store(teacher: Any) -> TypeGuard[str | Path]:
+def _is_store(teacher: Any) -> bool:
     """Whether a path is that of a store. A model that a run made has a manifest too, which names a stage."""
     if not isinstance(teacher, (str, Path)):
         return False
@@ -158,24 +258,6 @@ def _named(teachers: Any) -> dict[str, Any]:
     if isinstance(teachers, Sequence) and not isinstance(teachers, str):
         raise DistillationError(f"teachers is a {type(teachers).__name__}: give a mapping from names to teachers")
     return {"teacher": teachers}
-
-
-def _store_of(name: str, teacher: Any, rows: Sequence[Row], args: FusionConfig, *, say: Callable[[str], None]) -> Store:
-    """The store of a teacher, captured here where it is a model."""
-    if isinstance(teacher, Store):
-        return teacher
-    if not isinstance(teacher, (str, Path, ModelChoice)):
-        raise DistillationError(
-            f"the teacher {name} is {type(teacher).__name__}: give a Store, the path of one, or the name or path of a "
-            "model"
-        )
-    if _is_store(teacher):
-        return Store.open(teacher)
-    out = Path(args.output_dir) / CAPTURES / name
-    say(f"capturing {name} into {out}")
-    how: dict[str, Any] = {"top_k": args.top_k, "max_length": args.max_length}
-    how["temperature"] = args.settings.training.temperature
-    return capture(teacher, rows, out, quiet=args.disable_tqdm, say=say, **how)
 
 
 def _needs_pivot(args: FusionConfig) -> bool:
@@ -193,31 +275,18 @@ def _needs_pivot(args: FusionConfig) -> bool:
 
 
 def _capture_student(
-    student: Student, reader: RowTokenizer, rows: Sequence[Row], out: Path, args: FusionConfig
+    student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: FusionConfig, how: CaptureSettings
 ) -> Store:
     """What the student says about the rows before training."""
-    selection = Selection(int(args.top_k or 10), 1.0, args.settings.training.temperature)
-    vocabulary = max(
-        int(student.model.config.get_text_config().vocab_size), len(vocabulary_surfaces(student.tokenizer))
-    )
-    spec = StoreSpec(
-        model=str(getattr(student.model.config, "_name_or_path", "") or type(student.model).__name__),
-        model_fingerprint=student.fingerprint(),
-        tokenizer=reader.fingerprint,
-        data=data_fingerprint(rows),
-        vocabulary=vocabulary,
-        top_k=min(selection.k, vocabulary),
-        temperature=selection.temperature,
-        details=dict(reader.facts),
-    )
+    spec = student.spec(reader, rows, how)
     training = student.model.training
     student.model.to(args.device)
     try:
         return capture_rows(
             rows,
             reader,
-            lambda: Teacher(student.model, valid_ids(student.tokenizer), selection, name="the model"),
-            out,
+            lambda: student.teacher(spec, how, "the model", lambda _: None),
+            _own_folder(args),
             lambda: spec,
             quiet=args.disable_tqdm,
         )

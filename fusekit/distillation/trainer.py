@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,19 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from fusekit.devices import Processes, progress
 from fusekit.distillation import checkpoints
+from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
 from fusekit.distillation.config import FusionConfig
-from fusekit.distillation.counts import RunningSums
+from fusekit.distillation.counts import LOSSES, RunningSums, shares
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
+from fusekit.distillation.live import Ahead, LiveTeacher
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.teachers import Student, fusion_dataset, text_dataset
+from fusekit.distillation.teachers import Loaded, fusion_dataset, text_dataset
 from fusekit.errors import DistillationError
+from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray
 
 
@@ -70,7 +76,7 @@ class Objective:
         return np.repeat(np.array(by_row, np.float64), batch["sizes"])
 
 
-class FusionTrainer(Trainer):
+class FusionTrainer(TrainerWithGradients):
     """Trains a model on examples and on what its teachers say about them: transformers' Trainer with the fusion loss.
 
     >>> from fusekit import FusionConfig, FusionTrainer
@@ -81,16 +87,19 @@ class FusionTrainer(Trainer):
     2
 
     Both terms of the loss are sums over labels divided by the number of labels of the whole optimizer step, over all
-    micro-batches and processes, so how a batch is split changes nothing but the last bits. A teacher that is a model is
-    captured before training, into ``captures/`` of the output folder, and so is the model itself where the settings
-    compare with it; a capture that is there already is resumed or used.
+    micro-batches and processes, so how a batch is split changes nothing but the last bits. A teacher that is a model
+    stays loaded and is scored while training reads, a step ahead of it; what ``capture`` stored is read instead. What
+    the trained model said before training, where the settings compare with it, is captured into ``captures/`` of the
+    output folder; a capture that is there already is resumed or used.
 
     Args:
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
-        args: a :class:`~fusekit.FusionConfig`, or TrainingArguments beside an ``objective``.
+        args: a :class:`~fusekit.FusionConfig`, or a :class:`~fusekit.distillation.arguments.OneDevice` beside an
+            ``objective``.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
             instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
-        teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to capture.
+        teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to score on the fly (its
+            name, path, a :class:`~fusekit.capturing.models.ModelChoice`, or itself).
         eval_dataset: examples as in ``train_dataset``, whose loss is that of the text alone.
         processing_class: the tokenizer; by default that of ``model``.
         peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
@@ -98,6 +107,7 @@ class FusionTrainer(Trainer):
         objective: the loss, where ``args`` does not say it.
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
+        label: of the progress bar.
 
     Raises:
         DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
@@ -109,7 +119,7 @@ class FusionTrainer(Trainer):
     def __init__(
         self,
         model: Any,
-        args: TrainingArguments,
+        args: OneDevice,
         train_dataset: Any,
         teachers: Any = None,
         *,
@@ -120,13 +130,14 @@ class FusionTrainer(Trainer):
         objective: Objective | None = None,
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
+        label: str = "training",
     ) -> None:
-        if not isinstance(args, FusionConfig) and (objective is None or not isinstance(args, TrainingArguments)):
+        if not isinstance(args, FusionConfig) and (objective is None or not isinstance(args, OneDevice)):
             raise DistillationError(
                 f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
             )
         if isinstance(args, FusionConfig):
-            student = Student.of(model, processing_class, args.settings.training.dtype)
+            student = Loaded.of(model, processing_class, dtype=args.settings.training.dtype)
             if isinstance(train_dataset, FusionDataset) and teachers is not None:
                 raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
             if not isinstance(train_dataset, FusionDataset):
@@ -135,10 +146,12 @@ class FusionTrainer(Trainer):
                 eval_dataset = text_dataset(student, eval_dataset, args)
             model, processing_class = student.with_adapter(peft_config), student.tokenizer
             objective = objective or Objective.of(args.settings.training)
+        assert objective is not None
+        self.live = _live_teachers(train_dataset, args)
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
         args.prediction_loss_only = True
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # DataParallel would scatter the targets; several devices are one process each
+        # Older checkpoints go once the newest is sealed, not before.
+        self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=model,
@@ -147,42 +160,47 @@ class FusionTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=FusionCollator(pad_id if pad_id is not None else 0),
-            callbacks=[*(callbacks or []), _Epochs(self), _Lines(say)],
+            callbacks=[*(callbacks or []), _Steps(self, label)],
         )
         self.remove_callback(PrinterCallback)  # its lines are said
+        self.remove_callback(ProgressCallback)  # and its bar drawn
         # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
         self.model_accepts_loss_kwargs = True
-        assert objective is not None
         self.objective = objective
         self.facts = dict(facts or {})
         self.say = say
         self.skipped_in_row = 0
         self.skipped = 0
         self.counts: dict[str, float] = {}
-        self._sums = RunningSums(getattr(train_dataset, "count_names", ()))
-        self._sampler: EpochSampler | None = None
+        self.sums = RunningSums(getattr(train_dataset, "count_names", ()))
+        self.sampler: EpochSampler | None = None
         compiled = args.torch_compile  # a hook that comes and goes would be compiled again
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
 
     # Data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy not in ("random", "sequential"):
-            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
-            return sampler
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        shared = self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last
-        multiple = self._train_batch_size * self.accelerator.num_processes if shared else 1
-        shuffled = self.args.train_sampling_strategy == "random"
-        step = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        self._sampler = EpochSampler(
+    def get_train_dataloader(self) -> Any:
+        """The examples in an order that does not depend on how they are shared out, their teachers a step ahead."""
+        args, world = self.args, self.accelerator.num_processes
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            return super().get_train_dataloader()
+        shuffled, batch = args.train_sampling_strategy == "random", args.train_batch_size
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        self.sampler = EpochSampler(
             self.train_dataset,
             seed if shuffled else None,
-            multiple,
+            batch * world if world > 1 and not args.dataloader_drop_last else 1,
             lengths=self.train_dataset.lengths if shuffled else None,
-            step=step,
+            step=batch * world * args.gradient_accumulation_steps,
         )
-        return self._sampler
+        data: Any = self.train_dataset
+        if self.live:
+            steps = args.gradient_accumulation_steps
+            data = Ahead(data, self.live, self.sampler, batch=batch, steps=steps, processes=Processes.current())
+        names = [field.name for field in dataclasses.fields(args) if field.name.startswith("dataloader_")]
+        how = {name.removeprefix("dataloader_"): getattr(args, name) for name in names}
+        loader = DataLoader(data, batch, sampler=self.sampler, collate_fn=self.data_collator, **how)
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -231,7 +249,7 @@ class FusionTrainer(Trainer):
             fusion_weight=_weight((1 - lm_weight) * share, logits),
         )
         if items is not None:
-            self._sums.add(loss.lm, loss.fusion, len(labels), inputs.get("counts"))
+            self.sums.add([loss.total / share, loss.lm, loss.fusion], len(labels), inputs.get("counts"))
         value = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, math.nan)
         return (value, outputs) if return_outputs else value
 
@@ -253,26 +271,23 @@ class FusionTrainer(Trainer):
         ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
         return SparseTargets(ids, logprobs, tail, taught, self.objective.temperature)
 
-    # A non-finite loss or gradient
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Also drops non-finite gradients: they must not reach the weights.
+    def check_gradients(self, model: torch.nn.Module, norm: float) -> None:
+        """Drop non-finite gradients: they must not reach the weights.
 
         The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now
         and then, and DeepSpeed steps on its own.
         """
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if getattr(self.accelerator, "scaler", None) is not None or self.is_deepspeed_enabled:
-            return grad_norm
-        if math.isfinite(float(grad_norm)):
+            return
+        if math.isfinite(norm):
             self.skipped_in_row = 0
-            return grad_norm
+            return
         for parameter in model.parameters():
             parameter.grad = None
         self.skipped_in_row += 1
         self.skipped += 1
         step = self.state.global_step + 1
-        self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {float(grad_norm)})")
+        self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {norm})")
         if self.skipped_in_row >= self.objective.max_skipped_steps:
             good = checkpoints.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
@@ -280,21 +295,32 @@ class FusionTrainer(Trainer):
                 f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a non-finite "
                 f"loss or gradient; {kept}. A lower learning rate, a warm-up or dtype float32 usually help"
             )
-        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a line of training the two terms of the loss and what the targets were, over all processes."""
+        """Adds to a line of training what its labels had, over all processes.
+
+        ``loss``, and its terms ``lm_loss`` and ``fusion_loss`` before they are weighed, are nats per label, over the
+        labels since the line before; labels of skipped steps do not count.
+        """
         if "loss" in logs:
-            vector = self._sums.drain()
-            if self.accelerator.num_processes > 1:
-                vector = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
-            line, counts = self._sums.read(vector)
-            logs.update(line)
+            losses, counts = self._summed()
+            self.sums.clear()
+            if losses["labels"]:
+                logs.update({name: value / losses["labels"] for name, value in losses.items() if name != "labels"})
+            logs.update(shares(counts) if counts else {})
             if self.skipped:
                 logs["skipped_steps"] = float(self.skipped)
-            for name, value in counts.items():
-                self.counts[name] = self.counts.get(name, 0.0) + value
+            self.counts = {name: self.counts.get(name, 0.0) + value for name, value in counts.items()}
         super().log(logs, start_time)
+
+    def _summed(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The losses and the counts since the last line, over all processes. Every process calls it."""
+        vector = self.sums.vector()
+        if self.accelerator.num_processes > 1:
+            vector = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
+        values = vector.tolist()
+        n = len(LOSSES)
+        return dict(zip(LOSSES, values[:n], strict=True)), dict(zip(self.sums.names, values[n:], strict=True))
 
     # Checkpoints
 
@@ -304,73 +330,91 @@ class FusionTrainer(Trainer):
 
     def counts_so_far(self) -> dict[str, float]:
         """The run's counts, those since the last line of the log too, over all processes. Every process calls it."""
-        pending = self._sums.pending()
-        if self.accelerator.num_processes > 1:
-            pending = self.accelerator.reduce(pending.to(self.args.device), "sum").cpu()
-        named = dict(zip(self._sums.names, pending.tolist(), strict=True))
-        return {name: self.counts.get(name, 0.0) + value for name, value in named.items()}
+        return {name: self.counts.get(name, 0.0) + value for name, value in self._summed()[1].items()}
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As transformers, then the list of its files, and only then may older checkpoints go."""
-        if self.skipped_in_row:
-            self.say(f"no checkpoint at step {self.state.global_step}: its step was skipped")
-            return
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # one that was damaged or not finished
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        counts = self.counts_so_far()
+    def seal_checkpoint(self, step: int) -> None:
+        """List the files of a checkpoint; only then may older ones go. Every process calls it."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        facts = {**self.facts, "step": step, "counts": self.counts_so_far(), "skipped": self.skipped}
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            progress = {"step": self.state.global_step, "counts": counts, "skipped": self.skipped}
-            checkpoints.seal(folder, {**self.facts, **progress})
-            if limit:
+            checkpoints.seal(folder, facts)
+            if self.checkpoints_kept:
                 best = self.state.best_model_checkpoint
-                checkpoints.rotate(folder.parent, limit, also=Path(best) if best else None)
+                checkpoints.rotate(folder.parent, self.checkpoints_kept, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
+
+
+def _live_teachers(data: Any, args: TrainingArguments) -> list[LiveTeacher]:
+    """Those of a data set. Raises DistillationError where loader processes would read it: they have no models."""
+    found = [source for source in getattr(data, "sources", {}).values() if isinstance(source, LiveTeacher)]
+    if found and args.dataloader_num_workers:
+        raise DistillationError(
+            f"dataloader_num_workers is {args.dataloader_num_workers}, but {found[0].name} is scored on the fly, which "
+            "loader processes cannot do: set it to 0, or capture the teacher first and give its store"
+        )
+    return found
 
 
 def _weight(weight: float | FloatArray, logits: torch.Tensor) -> float | torch.Tensor:
     return weight if isinstance(weight, float) else torch.as_tensor(weight, dtype=torch.float32, device=logits.device)
 
 
-class _Epochs(TrainerCallback):
-    """Tells the sampler which epoch begins: accelerate does not reach it in every combination of wrappers."""
+class _Steps(TrainerCallback):
+    """What happens around steps: the sampler's epoch, the bar or the lines of the log, and sound checkpoints.
 
-    def __init__(self, trainer: FusionTrainer) -> None:
-        self.trainer = trainer
+    A line of the log ends where a checkpoint is written, and at the last step: what it sums up starts over then, so a
+    run that resumes from the checkpoint writes the same lines.
+    """
+
+    def __init__(self, trainer: FusionTrainer, label: str) -> None:
+        self.trainer, self.label = trainer, label
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Draw the bar; after a resumed run's steps, if there are any."""
+        quiet = args.disable_tqdm or not state.is_world_process_zero
+        self._bar = progress(state.max_steps, self.label, "step", quiet=quiet, done=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """The bar stays as it is."""
+        self._bar.close()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""
-        if self.trainer._sampler is not None:
-            self.trainer._sampler.set_epoch(int(state.epoch or 0))
-
-
-class _Lines(TrainerCallback):
-    """Says the lines of the log, and ends one where a checkpoint is written, and at the last step.
-
-    What a line sums up starts over then, so a run that resumes from the checkpoint writes the same lines.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+        # accelerate does not reach the sampler in every combination of wrappers
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:  # noqa: ARG002
         """Of a line of training, not of its summary at the end."""
-        if "loss" in logs and state.is_world_process_zero:
+        if "lm_loss" in logs and state.is_world_process_zero:
             parts = f"text {logs['lm_loss']:.4f}, fusion {logs['fusion_loss']:.4f}"
-            self.say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f} ({parts})")
+            with tqdm.external_write_mode():
+                self.trainer.say(
+                    f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f} per label ({parts})"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After transformers has decided whether to save."""
-        last = state.global_step >= state.max_steps
-        control.should_log |= (control.should_save or last) and args.logging_strategy != "no"
+        """After transformers has decided whether to save. A skipped step leaves no checkpoint."""
+        self._bar.update(state.global_step - self._bar.n)
+        self._prepare(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """As after a step."""
-        self.on_step_end(args, state, control)
+        self._prepare(args, state, control)
+
+    def _prepare(self, args: Any, state: Any, control: Any) -> None:
+        if control.should_save and self.trainer.skipped_in_row:
+            self.trainer.say(f"no checkpoint at step {state.global_step}: its step was skipped")
+            control.should_save = False
+        last = state.global_step >= state.max_steps
+        control.should_log |= (control.should_save or last) and args.logging_strategy != "no"
+        if control.should_save:
+            if args.should_save:  # one that was damaged or not finished
+                shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
+            self.trainer.accelerator.wait_for_everyone()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """All files of the checkpoint are there."""
+        self.trainer.seal_checkpoint(state.global_step)

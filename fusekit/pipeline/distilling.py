@@ -94,19 +94,22 @@ def make(context: Context, processes: Processes) -> None:
         sources[source.label] = Source(layout.store(source.label), readers.choice(source.label), how, folder)
     inputs = TrainingInputs(readers.choice(PIVOT), context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT))
 
-    def train(inputs: TrainingInputs, settings: DistillSettings, out: Path) -> None:
+    def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
         distill(
             inputs,
             settings,
             out,
             resume=True,
             ignore_estimates=context.ignore_estimates,
+            quiet=context.quiet,
+            others=others,
             say=lambda line: context.say(f"distill {line}"),
         )
 
-    train(inputs, recipe.settings, layout.targets)
+    train(inputs, recipe.settings, layout.targets, (0, int(recipe.wants_baseline)))
     if recipe.wants_baseline:
-        train(replace(inputs, sources={}), settings_of(context, BASELINE), layout.baselines)
+        alone = replace(inputs, sources={})
+        train(alone, settings_of(context, BASELINE), layout.baselines, (len(context.targets), 0))
 
 
 def mistakes(recipe: Recipe) -> list[Mistake]:

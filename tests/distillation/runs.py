@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
+from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.settings import FusionSettings
@@ -67,7 +68,7 @@ def trainer(
     }
     return FusionTrainer(
         (random_model("llama") if model is None else model).train(),
-        TrainingArguments(**fields | arguments),
+        OneDevice(**fields | arguments),
         examples,
         objective=objective or Objective(lm_weight=0.7),
         **options,

@@ -1,0 +1,131 @@
+"""Teachers that are scored while training reads: the same targets as from a store, whatever is made ahead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusekit import FusionConfig, FusionTrainer, Store, capture
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.data.reading import rows_of
+from fusekit.devices import Processes
+from fusekit.distillation.batching import EpochSampler
+from fusekit.distillation.live import LiveTeacher, own_order
+from fusekit.distillation.teachers import live_teacher
+from fusekit.errors import CaptureError, DistillationError
+
+ROOT = Path(__file__).parents[2]
+PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
+RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:12]]
+CPU = torch.device("cpu")
+
+
+def trainer(out: Path, teachers: Any, **fields: Any) -> FusionTrainer:
+    plain: dict[str, Any] = {
+        "loss": "kl",
+        "lm_weight": 0.5,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return FusionTrainer(PIVOT, FusionConfig(str(out), **plain | fields), RECORDS, teachers=teachers)
+
+
+def lines(made: FusionTrainer) -> list[dict[str, float]]:
+    return [line for line in made.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return capture(NEOX, RECORDS, tmp_path_factory.mktemp("live") / "neox", quiet=True, max_error=0)
+
+
+@pytest.mark.parametrize("weighting", ["constant", "relative"])
+def test_losses_are_those_of_the_store(weighting: str, exact: Store, tmp_path: Path) -> None:
+    """Up to what batches of other sizes round; and the same examples are taken from the same candidates."""
+    stored = trainer(tmp_path / "a", {"neox": exact}, lm_weighting=weighting)
+    live = trainer(tmp_path / "b", {"neox": NEOX}, lm_weighting=weighting)
+    stored.train()
+    live.train()
+    assert not (tmp_path / "b" / "captures" / "neox").exists()
+    assert len(lines(live)) == 6
+    for ours, theirs in zip(lines(live), lines(stored), strict=True):
+        assert ours["fusion_loss"] > 0
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+    assert live.counts == stored.counts
+
+
+def test_a_store_rounds_within_its_bound(exact: Store) -> None:
+    rows = list(rows_of(RECORDS))
+    found = live_teacher("neox", NEOX, rows, CaptureSettings(), max_length=2048)
+    rounded = exact.spec.model_copy(update={"max_error": 0.2}).max_error / 2
+    for key in found.keys:
+        ours, theirs = found.get(key), exact.get(key)
+        assert ours is not None
+        assert (ours.rows.ids == theirs.rows.ids).all()
+        assert np.abs(ours.rows.logprobs - theirs.rows.logprobs).max() < 1e-4 < rounded
+        assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-5)
+
+
+def test_a_run_that_resumes_reads_the_same_numbers(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "lm_weighting": "constant"}
+    whole = trainer(tmp_path, {"neox": NEOX}, **how)
+    whole.train()
+    again = trainer(tmp_path, {"neox": NEOX}, **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    a, b = (dict(made.model.state_dict()) for made in (whole, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_loaded_model_is_a_teacher_but_not_of_itself(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(NEOX, dtype=torch.float32)
+    made = trainer(tmp_path, model, max_steps=1)
+    assert made.train().global_step == 1
+    assert isinstance(made.train_dataset.data.sources["teacher"], LiveTeacher)
+    own = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.float32)
+    with pytest.raises(DistillationError, match="neox"):
+        FusionTrainer(own, FusionConfig(str(tmp_path)), RECORDS, teachers={"neox": own})
+
+
+def test_loader_processes_have_no_teachers(tmp_path: Path) -> None:
+    with pytest.raises(DistillationError) as error:
+        trainer(tmp_path, {"neox": NEOX}, dataloader_num_workers=2)
+    assert "dataloader_num_workers is 2" in str(error.value)
+    assert "neox" in str(error.value)
+
+
+def test_examples_without_a_distribution_are_left_out_and_too_many_are_refused() -> None:
+    model = AutoModelForCausalLM.from_pretrained(NEOX, dtype=torch.float32)
+    rows = list(rows_of(RECORDS))
+    found = live_teacher("neox", model, rows, CaptureSettings(), max_length=2048)
+    with torch.no_grad():  # a token that only some of the examples have
+        model.get_input_embeddings().weight[int(found.tokens(rows[0].key).ids[2])] = torch.nan
+    having = [key for key in found.keys if int(found.tokens(rows[0].key).ids[2]) in found.tokens(key).ids]
+    assert having[0] == rows[0].key
+    assert rows[0].key not in found
+    if len(having) > 1:
+        with pytest.raises(CaptureError, match="neox"):
+            found.score(found.keys)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (2, 2), (3, 1)])
+def test_processes_share_an_epoch_as_accelerate_does(world: int, batch: int) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    sampler = EpochSampler(range(13), 3, world * batch if world > 1 else 1)
+    for rank in range(world):
+        shard = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), world, rank)
+        expected = [index for some in shard for index in some] if world > 1 else list(sampler)
+        assert own_order(list(sampler), batch, Processes(rank, world, world, CPU)).tolist() == expected
