@@ -83,7 +83,8 @@ def test_teachers_may_be_models_and_the_student_a_loaded_one(tmp_path: Path) -> 
     trainer = FusionTrainer(model, args, RECORDS, NEOX, eval_dataset=RECORDS[:4], peft_config=lora)
     assert trainer.train().global_step == 2
     assert len([line for line in trainer.state.log_history if line.get("eval_loss", 0) > 0]) == 2
-    assert Store.open(tmp_path / "captures" / "teacher").spec.top_k == 4
+    assert trainer.train_dataset.data.sources["teacher"].spec.top_k == 4
+    assert not (tmp_path / "captures" / "teacher").exists()
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
@@ -218,12 +219,12 @@ def test_evaluation_without_teachers_is_the_likelihood_of_the_text(teacher: Stor
 
 
 def test_a_model_that_a_run_made_is_no_store(tmp_path: Path) -> None:
-    """A published model has a manifest, as a store has; as a teacher it is captured."""
+    """A published model has a manifest, as a store has; as a teacher it is loaded."""
     made = tmp_path / "made"
     shutil.copytree(ROOT / "demo/models/numbers", made)
     artifacts.seal(made, "distill", {}, {})
     trainer = FusionTrainer(PIVOT, config(tmp_path / "out", max_steps=1), RECORDS[:4], {"made": made})
-    assert len(Store.open(tmp_path / "out" / "captures" / "made")) == 4
+    assert len(trainer.train_dataset.data.sources["made"]) == 4
     assert trainer.train_dataset.data.candidates == ["pivot", "made"]
 
 

@@ -67,6 +67,7 @@ class Loaded:
         if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
             raise DistillationError(
                 f"{name} is {type(model).__name__}: give a causal language model of transformers, or its name or path"
+                + ("" if name == "model" else ", a Store or the path of one")
             )
         if tokenizer is None:
             place = getattr(getattr(model, "config", None), "_name_or_path", "")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusekit import FusionConfig, FusionTrainer, Store, capture
+from fusekit.capturing.models import ModelChoice
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.reading import rows_of
 from fusekit.devices import Processes
@@ -19,9 +20,11 @@ from fusekit.distillation.batching import EpochSampler
 from fusekit.distillation.live import LiveTeacher, own_order
 from fusekit.distillation.teachers import live_teacher
 from fusekit.errors import CaptureError, DistillationError
+from fusekit.types import TopK
 
 ROOT = Path(__file__).parents[2]
-PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
+PIVOT, PLACE = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
+NEOX = ModelChoice(PLACE, dtype="float32")  # in bfloat16 batches of other sizes differ by some .03 nats
 RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:12]]
 CPU = torch.device("cpu")
 
@@ -47,14 +50,16 @@ def lines(made: FusionTrainer) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return capture(NEOX, RECORDS, tmp_path_factory.mktemp("live") / "neox", quiet=True, max_error=0)
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
+    folder = tmp_path_factory.mktemp("live")
+    how: dict[str, Any] = {"exact": {"max_error": 0}, "rounded": {}}
+    return {name: capture(NEOX, RECORDS, folder / name, quiet=True, **settings) for name, settings in how.items()}
 
 
 @pytest.mark.parametrize("weighting", ["constant", "relative"])
-def test_losses_are_those_of_the_store(weighting: str, exact: Store, tmp_path: Path) -> None:
+def test_losses_are_those_of_the_store(weighting: str, stores: dict[str, Store], tmp_path: Path) -> None:
     """Up to what batches of other sizes round; and the same examples are taken from the same candidates."""
-    stored = trainer(tmp_path / "a", {"neox": exact}, lm_weighting=weighting)
+    stored = trainer(tmp_path / "a", {"neox": stores["exact"]}, lm_weighting=weighting)
     live = trainer(tmp_path / "b", {"neox": NEOX}, lm_weighting=weighting)
     stored.train()
     live.train()
@@ -62,20 +67,26 @@ def test_losses_are_those_of_the_store(weighting: str, exact: Store, tmp_path: P
     assert len(lines(live)) == 6
     for ours, theirs in zip(lines(live), lines(stored), strict=True):
         assert ours["fusion_loss"] > 0
-        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
-    assert live.counts == stored.counts
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert live.counts == pytest.approx(stored.counts)
 
 
-def test_a_store_rounds_within_its_bound(exact: Store) -> None:
-    rows = list(rows_of(RECORDS))
-    found = live_teacher("neox", NEOX, rows, CaptureSettings(), max_length=2048)
-    rounded = exact.spec.model_copy(update={"max_error": 0.2}).max_error / 2
-    for key in found.keys:
-        ours, theirs = found.get(key), exact.get(key)
-        assert ours is not None
-        assert (ours.rows.ids == theirs.rows.ids).all()
-        assert np.abs(ours.rows.logprobs - theirs.rows.logprobs).max() < 1e-4 < rounded
-        assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-5)
+def by_id(rows: TopK) -> tuple[Any, Any]:
+    """What is rounded may be ordered otherwise."""
+    order = np.argsort(rows.ids, axis=1)
+    return np.take_along_axis(rows.ids, order, 1), np.take_along_axis(rows.logprobs, order, 1)
+
+
+def test_rows_are_those_of_a_store_within_its_bound(stores: dict[str, Store]) -> None:
+    found = live_teacher("neox", NEOX, list(rows_of(RECORDS)), CaptureSettings(), max_length=2048)
+    for name, bound in (("exact", 1e-4), ("rounded", stores["rounded"].spec.max_error)):
+        for key in found.keys:
+            ours, theirs = found.get(key), stores[name].get(key)
+            assert ours is not None
+            (ids, logprobs), (stored_ids, stored) = (by_id(row.rows) for row in (ours, theirs))
+            assert (ids == stored_ids).all()
+            assert np.abs(logprobs - stored).max() < bound
+            assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-5)
 
 
 def test_a_run_that_resumes_reads_the_same_numbers(tmp_path: Path) -> None:
@@ -89,7 +100,7 @@ def test_a_run_that_resumes_reads_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_loaded_model_is_a_teacher_but_not_of_itself(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(NEOX, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(PLACE, dtype=torch.float32)
     made = trainer(tmp_path, model, max_steps=1)
     assert made.train().global_step == 1
     assert isinstance(made.train_dataset.data.sources["teacher"], LiveTeacher)
@@ -106,7 +117,7 @@ def test_loader_processes_have_no_teachers(tmp_path: Path) -> None:
 
 
 def test_examples_without_a_distribution_are_left_out_and_too_many_are_refused() -> None:
-    model = AutoModelForCausalLM.from_pretrained(NEOX, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(PLACE, dtype=torch.float32)
     rows = list(rows_of(RECORDS))
     found = live_teacher("neox", model, rows, CaptureSettings(), max_length=2048)
     with torch.no_grad():  # a token that only some of the examples have
