@@ -105,11 +105,15 @@ def disk_fault(error: BaseException, path: Path | str, needed: int | None = None
 
 
 @contextmanager
-def output_lock(output: Path) -> Iterator[None]:
+def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
     """Hold the lock of an output folder, which need not exist, while the body runs.
 
-    output: the resolved final path; its parent is created. Raises StorageError naming the holder (process id, host,
-    start time, command) when another process has it, and StorageError when the folder cannot be written.
+    Args:
+        output: the resolved final path; its parent is created.
+        patience: seconds to wait for another process that has the lock.
+
+    Raises StorageError naming the holder (process id, host, start time, command) when another process has it, and
+    StorageError when the folder cannot be written.
     """
     lock_file = output.parent / f".{output.name}.fusekit.lock"
     # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
@@ -121,7 +125,7 @@ def output_lock(output: Path) -> Iterator[None]:
         "since": datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    lock = filelock.FileLock(lock_file, timeout=0)
+    lock = filelock.FileLock(lock_file, timeout=patience)
     try:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,19 @@ class OtherProcessError(CaptureError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run. rank: from 0, of ``world``. local: how many share this machine."""
+    """This process among those of the run.
+
+    Attributes:
+        rank: from 0, of ``world``.
+        local: how many share this machine.
+        connected: whether the processes of the run can wait for each other; else each does its share alone.
+    """
 
     rank: int
     world: int
     local: int
     device: torch.device
+    connected: bool = True
 
     @classmethod
     def current(cls) -> Processes:
@@ -46,16 +53,51 @@ class Processes:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         return cls(state.process_index, state.num_processes, local, torch.device(state.device))
 
+    @classmethod
+    def separate(cls, rank: int, world: int) -> Processes:
+        """One of ``world`` processes that know nothing of each other. Raises CaptureError for no such rank."""
+        if not 0 <= rank < world:
+            raise CaptureError(f"rank is {rank}, but ranks are from 0 to {world - 1} (world is {world})")
+        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        kind = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+        device = (
+            torch.device("cpu") if kind is None else torch.device(kind.type, local % torch.accelerator.device_count())
+        )
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+        return cls(rank, world, int(here) if here.isdecimal() else 1, device, connected=False)
+
+    @classmethod
+    def started(cls, rank: int | None = None, world: int | None = None) -> Processes:
+        """The processes as they were started: by arguments, by torch's or accelerate's launcher, by Slurm, or alone.
+
+        ``RANK`` and ``WORLD_SIZE`` without the ``MASTER_ADDR`` of a launcher, or ``SLURM_PROCID`` and ``SLURM_NTASKS``,
+        are separate processes.
+
+        Raises CaptureError where one of rank and world is given without the other.
+        """
+        if (rank is None) != (world is None):
+            raise CaptureError(f"rank is {rank}, world is {world}: give both or none (--rank, --world)")
+        if rank is not None and world is not None:
+            return cls.separate(rank, world)
+        known = os.environ
+        names = ("RANK", "WORLD_SIZE") if "RANK" in known else ("SLURM_PROCID", "SLURM_NTASKS")
+        launched = "RANK" in known and "MASTER_ADDR" in known
+        if not launched and all(known.get(name, "").isdecimal() for name in names) and int(known[names[1]]) > 1:
+            return cls.separate(*(int(known[name]) for name in names))
+        return cls.current()
+
     @property
     def is_first(self) -> bool:
-        return self.rank == 0
+        """Whether this process speaks for the run."""
+        return self.rank == 0 or not self.connected
 
     def first_then_all(self, function: Callable[[], Result]) -> Result:
         """What ``function`` returns in process 0; the others wait for it.
 
         Raises what it raises there, and :class:`OtherProcessError` in the others.
         """
-        if self.world == 1:
+        if self.world == 1 or not self.connected:
             return function()
         failure: Exception | None = None
         message: list[Any] = [None, None]
@@ -74,7 +116,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until every process is here."""
-        if self.world > 1:
+        if self.world > 1 and self.connected:
             torch.distributed.barrier()
 
 

@@ -13,10 +13,12 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit import gguf, hub
+from fusekit.capturing.settings import EngineSettings
 from fusekit.errors import CaptureError
 from fusekit.hub import DTYPES, is_pickle, read_index, weight_entry
 
 _HASHED_AT_A_TIME = 16 << 20
+TRANSFORMERS = EngineSettings()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ModelChoice:
         allow_pickle: read pickled weights of this model (still with ``weights_only``).
         dequantised: folder of a plain checkpoint that :func:`fusekit.capturing.load.dequantise` makes of a GGUF
             file; read in its place once it is there.
+        engine: what runs the model when it is captured; everything else runs it with transformers.
     """
 
     model: str
@@ -45,6 +48,7 @@ class ModelChoice:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     dequantised: Path | None = None
+    engine: EngineSettings = TRANSFORMERS
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusekit.errors import CaptureError
 from fusekit.yaml import Settings
@@ -67,3 +67,48 @@ class CaptureSettings(Settings):
     def selection(self) -> Selection:
         """What is kept of a distribution."""
         return Selection(self.top_k, self.keep_mass, self.temperature)
+
+
+Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
+
+
+class EngineSettings(Settings):
+    """What runs a model's forward passes when it is captured."""
+
+    name: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="Engine in this process; vLLM is installed on its own."
+    )
+    url: list[Url] = Field(
+        default=[], description="Base URL of a vLLM or SGLang server, in place of an engine; several share the work."
+    )
+    options: dict[str, Any] | None = Field(
+        default=None, description="Arguments of vllm.LLM, such as tensor_parallel_size."
+    )
+    probe: str | None = Field(
+        default=None,
+        description="Store that transformers made of the same model, to check the engine where the model does not fit.",
+    )
+    tolerance: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Largest difference in nats between the engine and transformers at the check before a capture; by "
+        "default 0.01 for float32 and 0.5 otherwise.",
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="Seconds that a server may take to answer one request."
+    )
+    patience: Annotated[float, Field(ge=0)] = Field(
+        default=300.0, description="Seconds for which a request is repeated while servers fail."
+    )
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> EngineSettings:
+        if self.url and self.name != "transformers":
+            raise ValueError(f"name is {self.name}, but {self.url[0]} is given too: leave one of them out")
+        if self.options and self.kind != "vllm":
+            raise ValueError(f"options are arguments of vllm.LLM, but the engine is {self.kind}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """``transformers``, ``vllm`` or ``server``."""
+        return "server" if self.url else self.name

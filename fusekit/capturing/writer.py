@@ -74,6 +74,7 @@ class StoreWriter:
         rank, world: this process among how many; shard i is written by process i % world.
         extend: rows may follow those of a complete store. The shards that are there stay as they are, and ``spec`` may
             differ from the store's in ``data`` alone. Until :meth:`finish` the store is what it was.
+        joins: others may have begun the store and not yet committed a shard: what its manifest names holds.
 
     Raises:
         StorageError: the folder holds something else, or a store of another spec or other rows (says what differs);
@@ -89,6 +90,7 @@ class StoreWriter:
         world: int = 1,
         *,
         extend: bool = False,
+        joins: bool = False,
     ) -> None:
         self.path, self.spec, self.keys = Path(path), spec, list(keys)
         self.rank, self.world = rank, world
@@ -98,7 +100,7 @@ class StoreWriter:
         _refuse_repeated(self.keys)
         _make(self.path)
         manifest = read_json(self.path / MANIFEST, Manifest)
-        if manifest is not None and rank == 0 and _holds_nothing(self.path, manifest):
+        if manifest is not None and rank == 0 and not joins and _holds_nothing(self.path, manifest):
             manifest = None  # of a run that ended before its first shard: nothing was made from what it names
         if manifest is None:
             refuse_foreign(self.path)
@@ -168,24 +170,26 @@ class StoreWriter:
         records = (self._record(plan) for plan in self._plans())
         return {row.key: row.reason for record in records if record for row in record.quarantined}
 
+    def lacking(self) -> list[str]:
+        """The files of the shards that no process has written yet."""
+        return [
+            shard_name(plan.index)
+            for plan in self._plans()
+            if (record := self._record(plan)) is None or _size(self.path / record.file) != record.size
+        ]
+
     def finish(self) -> None:
         """Make the store complete: rank 0, once every process has written its shards.
 
         Raises StorageError naming shards that are not there.
         """
-        records, lacking = [], []
-        for plan in self._plans():
-            record = self._record(plan)
-            if record is None or _size(self.path / record.file) != record.size:
-                lacking.append(shard_name(plan.index))
-            else:
-                records.append(record)
-        if lacking:
+        if lacking := self.lacking():
             raise StorageError(
                 f"{self.path}: {len(lacking)} of {len(self._bounds) - 1} shards are not written yet: "
                 f"{', '.join(lacking[:_MOST_SHOWN])}{', ...' if len(lacking) > _MOST_SHOWN else ''}. "
                 "Run the same command again; it writes only those"
             )
+        records = [record for plan in self._plans() if (record := self._record(plan))]
         if not (self._was_complete and self._records == {record.file: record for record in records}):
             self._records = {record.file: record for record in records}
             self._write_manifest(complete=True)

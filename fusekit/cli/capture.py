@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
-from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.cli.options import given, options_of
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.data.settings import DataSettings
-from fusekit.errors import DataError, FusekitError
+from fusekit.errors import CaptureError, DataError, FusekitError
 from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
     help="Another model of the run: examples are cut where both read the same bytes. Repeatable.",
 )
 @options_of(Load, "dtype", "device_map", "attn_implementation")
+@options_of(EngineSettings, prefix="engine_")
 @click.option(
     "--quantization",
     callback=_quantization,
@@ -73,6 +75,8 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
 @click.option("--revision", help="Branch, tag or commit of the model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of the model.")
+@click.option("--rank", type=click.IntRange(0), help="Capture this share of --world, from 0, without a launcher.")
+@click.option("--world", type=click.IntRange(1), help="Number of shares. The last process completes the store.")
 @click.option("--overwrite", is_flag=True, help="Start over where there is a store.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -82,13 +86,14 @@ def capture(**options: Any) -> None:
 
     MODEL: a folder, a name on the hub or a GGUF file. DATA: files (.json, .jsonl, .parquet, .txt), folders or data
     sets on the hub, one or several. OUT: a folder; a capture that was stopped is resumed. Under `accelerate launch -m
-    fusekit.cli` or `torchrun -m fusekit.cli` each process takes its share. `fusekit run RECIPE OUT --until capture`
-    captures all models of a recipe.
+    fusekit.cli` or `torchrun -m fusekit.cli` each process takes its share; so do processes with --rank and --world, or
+    those of `srun`, which start and end when they like. `fusekit run RECIPE OUT --until capture` captures all models
+    of a recipe.
     """
     from fusekit.devices import OtherProcessError, Processes
 
     drop_noise()
-    processes = Processes.current()
+    processes = Processes.started(options["rank"], options["world"])
     silent = options["quiet"] or not processes.is_first
     try:
         with sigterm_unwinds():
@@ -146,7 +151,12 @@ def _models(
     from fusekit.data.tokenize import RowTokenizer
 
     names = ("model", "revision", "trust_remote_code", "allow_pickle")
-    checkpoint = find_checkpoint(ModelChoice(**{name: options[name] for name in names}, **given(options, Load)))
+    try:
+        engine = EngineSettings(**given(options, EngineSettings, "engine_"))
+    except ValidationError as error:
+        raise CaptureError("; ".join(f"engine: {found['msg']}" for found in error.errors())) from error
+    choice = ModelChoice(**{name: options[name] for name in names}, engine=engine, **given(options, Load))
+    checkpoint = find_checkpoint(choice)
     others = [find_checkpoint(ModelChoice(name), weights=False) for name in options["others"]]
     for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
         say(line)

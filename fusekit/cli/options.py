@@ -13,7 +13,9 @@ from pydantic import BaseModel
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[Command], Command]:
+def options_of(
+    settings: type[BaseModel], *names: str, defaults: bool = True, prefix: str = ""
+) -> Callable[[Command], Command]:
     """A decorator that adds an option for each named field of a pydantic model, in their order.
 
     A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, a list an option that
@@ -24,6 +26,7 @@ def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) ->
         settings: the model.
         names: of its fields; none for all of them.
         defaults: whether the help shows the fields' defaults; not where a preset may replace them.
+        prefix: of a section, ``engine_`` for ``--engine-url``; its field ``name`` is ``--engine``.
 
     Raises:
         KeyError: a name that is no field.
@@ -33,21 +36,27 @@ def options_of(settings: type[BaseModel], *names: str, defaults: bool = True) ->
     def decorate(command: Command) -> Command:
         for name in reversed(chosen):
             field = settings.model_fields[name]
-            flag, text = "--" + name.replace("_", "-"), field.description or ""
+            option = _named(prefix, name)
+            flag, text = "--" + option.replace("_", "-"), field.description or ""
             several = get_origin(field.annotation) is list
             kind = _kind(get_args(field.annotation)[0] if several else field.annotation, field.metadata)
-            if defaults and field.default is not None and not field.is_required() and kind is not _JSON:
+            if defaults and field.default not in (None, []) and not field.is_required() and kind is not _JSON:
                 text += f"  [default: {', '.join(map(str, field.default)) if several else field.default}]"
             declared = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
-            command = click.option(declared, name, default=None, type=kind, help=text, multiple=several)(command)
+            command = click.option(declared, option, default=None, type=kind, help=text, multiple=several)(command)
         return command
 
     return decorate
 
 
-def given(options: Mapping[str, Any], settings: type[BaseModel]) -> dict[str, Any]:
-    """The fields of a model that were given as options, by name."""
-    return {name: options[name] for name in settings.model_fields if options.get(name) not in (None, ())}
+def given(options: Mapping[str, Any], settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The fields of a model that were given as options, by name. prefix: as of :func:`options_of`."""
+    found = {name: options.get(_named(prefix, name)) for name in settings.model_fields}
+    return {name: value for name, value in found.items() if value not in (None, ())}
+
+
+def _named(prefix: str, field: str) -> str:
+    return prefix.rstrip("_") if prefix and field == "name" else prefix + field
 
 
 class _Json(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions

@@ -83,6 +83,7 @@ def choice_of(model: Pivot) -> ModelChoice:
         trust_remote_code=model.trust_remote_code,
         allow_pickle=model.allow_pickle,
         revision=model.revision,
+        engine=model.engine,
         **model.load.model_dump(),
     )
 

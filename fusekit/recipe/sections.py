@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
@@ -115,6 +115,7 @@ class Pivot(Settings):
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     chat_template: str = Field(default="own", description="`own`, the name of a shipped template, or a jinja file.")
     load: Load = Field(default=Load(), description="How transformers loads the model.")
+    engine: EngineSettings = Field(default=EngineSettings(), description="What runs the model when it is captured.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with this model.")
     allow_pickle: bool = Field(default=False, description="Read pickled weights of this model.")
     size: ModelSize | None = Field(default=None, description="For `fusekit plan` where the model is not at hand.")

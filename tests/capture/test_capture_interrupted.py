@@ -135,11 +135,15 @@ def test_sigkill_at_commits_of_either_of_two_processes(tmp_path):
 
 def signal_self_at_second_shard() -> None:
     """Send the signal named in the environment to this process while the second shard is written."""
-    number = signal.Signals[os.environ["FUSEKIT_TEST_SIGNAL"]]
+    signal_self_at("shard-00001", signal.Signals[os.environ["FUSEKIT_TEST_SIGNAL"]])
+
+
+def signal_self_at(shard: str, number: signal.Signals) -> None:
+    """Send a signal to this process while a shard is written."""
     sent = []
 
     def hook(event, args):
-        if event == "open" and ".shard-00001.parquet" in str(args[0]) and not sent:
+        if event == "open" and f".{shard}.parquet" in str(args[0]) and not sent:
             sent.append(True)
             os.kill(os.getpid(), number)
 

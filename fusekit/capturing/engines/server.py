@@ -1,0 +1,334 @@
+"""Teachers behind HTTP servers: vLLM's ``/v1/completions`` with ``prompt_logprobs`` and SGLang's ``/generate``.
+
+The wire forms are those of vLLM 0.32 and SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusekit.capturing.engines.replies import Reply, Vocabulary, captured, prompt_of
+from fusekit.capturing.settings import EngineSettings, Selection
+from fusekit.errors import CaptureError
+from fusekit.types import CapturedRow, TokenizedRow
+
+CONCURRENCY = 16
+"""Requests that wait for one server at a time, whose answers are all that is kept in memory."""
+
+API_KEY = "FUSEKIT_ENGINE_API_KEY"
+"""Environment variable with the key of servers that want one."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+"""Seconds before a failed request is repeated; doubled from one to the other."""
+
+_NO_MASS = -9999.0
+"""What vLLM writes for -inf, which JSON does not have."""
+
+
+class _FailedError(Exception):
+    """A request that may succeed when it is repeated."""
+
+
+class Identity(NamedTuple):
+    """What a server says of itself. kind: ``vllm`` or ``sglang``. head_dtype, batch_invariant: None if it does not."""
+
+    kind: str
+    version: str
+    model: str
+    head_dtype: str | None = None
+    batch_invariant: bool | None = None
+
+
+@dataclass
+class _Server:
+    url: str
+    identity: Identity
+    flying: int = 0
+    failures: int = 0
+    rests_until: float = 0.0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+class Servers:
+    """Servers of one model that score examples, each request by the least busy one.
+
+    Args:
+        settings: where they are, and how long to wait for them.
+        selection: what is kept of each distribution; its temperature is 1.
+        vocabulary: the tokenizer's.
+        tolerance: most nats between two answers of one model.
+        notify: called with a line when a server fails.
+
+    Raises:
+        CaptureError: no answer, no known server, servers of different kinds, versions or models.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        selection: Selection,
+        vocabulary: Vocabulary,
+        tolerance: float,
+        notify: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self.settings, self.selection, self.vocabulary, self.notify = settings, selection, vocabulary, notify
+        self.tolerance = tolerance
+        self._probe: tuple[TokenizedRow, Reply] | None = None
+        self._stopped = threading.Event()
+        self._servers = [_Server(url.rstrip("/"), self._identity(url.rstrip("/"))) for url in settings.url]
+        self.identity = self._servers[0].identity
+        for server in self._servers[1:]:
+            self._same(server, server.identity)
+
+    def score_batches(
+        self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
+    ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
+        """As :meth:`fusekit.capturing.engine.Teacher.score_batches`, example by example.
+
+        After the last example every server has to be who it was, so that nothing is kept of one that was replaced.
+
+        Raises CaptureError: a server refuses a request, another model answers, or all fail for longer than
+        ``settings.patience`` seconds.
+        """
+        names = datasets or [""] * len(rows)
+        waiting = iter(range(len(rows)))
+        pool = ThreadPoolExecutor(CONCURRENCY * len(self._servers))
+        try:
+            flying: deque[tuple[int, Future[Reply]]] = deque()
+            while True:
+                room = CONCURRENCY * len(self._servers) - len(flying)
+                flying.extend((i, pool.submit(self._score, rows[i])) for i in islice(waiting, room))
+                if not flying:
+                    break
+                index, reply = flying.popleft()
+                yield [(index, captured(rows[index], names[index], reply.result(), self.selection, self.vocabulary))]
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
+            self._stopped.clear()
+        for server in self._servers:
+            with suppress(_FailedError):  # it is verified before its next answer
+                self._verify(server)
+
+    def _verify(self, server: _Server) -> None:
+        """Ask a server who it is, and for one example again.
+
+        Raises CaptureError where another model answers, _FailedError where none does.
+        """
+        try:
+            self._same(server, self._ask_identity(server.url))
+            if self._probe is None:
+                return
+            row, before = self._probe
+            now = self._request(server, row)
+        except _FailedError:
+            server.failures += 1
+            raise
+        apart = float(np.abs(np.maximum(now.actual, -1e4) - np.maximum(before.actual, -1e4)).max())
+        if not apart <= self.tolerance:
+            raise CaptureError(
+                f"{server.url} gives the labels of example {row.key} other log-probabilities than at the start, by up "
+                f"to {apart:.3g} nats (the tolerance is {self.tolerance:g}): another model answers. What is captured "
+                "stays; start the same model again"
+            )
+
+    def _same(self, server: _Server, identity: Identity) -> None:
+        if identity != self.identity:
+            raise CaptureError(
+                f"{server.url} is {identity.kind} {identity.version} with the model {identity.model}, but the first "
+                f"server was {self.identity.kind} {self.identity.version} with {self.identity.model}: one store is "
+                "captured from one model and engine. What is captured stays; start the same server again"
+            )
+
+    def _score(self, row: TokenizedRow) -> Reply:
+        prompt = prompt_of(row)
+        if not prompt:
+            return Reply(np.zeros((0, 1), np.int64), np.zeros((0, 1)), np.zeros(0))
+        first = 0.0
+        while True:
+            server = self._least_busy()
+            try:
+                with server.lock:
+                    if server.failures:
+                        self._verify(server)
+                        server.failures, server.rests_until = 0, 0.0
+                found = self._request(server, row)
+                self._probe = self._probe or (row, found)
+                return found
+            except _FailedError as error:
+                now = time.monotonic()
+                first = first or now
+                pause = min(FIRST_PAUSE * 2**server.failures, LONGEST_PAUSE) * random.uniform(0.5, 1)
+                with server.lock:
+                    if not server.failures:
+                        self.notify(f"{server.url} failed, the request is repeated: {error}")
+                    if now >= server.rests_until:  # many requests fail at once
+                        server.failures, server.rests_until = min(server.failures + 1, 20), now + pause
+                if now - first > self.settings.patience or self._stopped.is_set():
+                    raise CaptureError(
+                        f"{server.url} failed for {now - first:.0f} seconds (engine.patience is "
+                        f"{self.settings.patience:g}) at example {row.key}: {error}. What is captured stays: "
+                        "start the server and run the same command again"
+                    ) from error
+            finally:
+                with server.lock:
+                    server.flying -= 1
+
+    def _request(self, server: _Server, row: TokenizedRow) -> Reply:
+        path, body = REQUESTS[self.identity.kind](prompt_of(row), self.selection.k, self.identity.model)
+        answer = self._ask(server.url, path, body, f"example {row.key} of {len(row)} tokens")
+        return REPLIES[self.identity.kind](answer, row)
+
+    def _least_busy(self) -> _Server:
+        """The server that has the fewest requests, of those that do not rest; if all rest, once the first is back."""
+        now = time.monotonic()
+        server = min(self._servers, key=lambda one: (max(one.rests_until - now, 0.0), one.flying))
+        with server.lock:
+            server.flying += 1
+        if server.rests_until > now:
+            self._stopped.wait(server.rests_until - now)
+        return server
+
+    def _identity(self, url: str) -> Identity:
+        """What a server says of itself. Raises CaptureError."""
+        deadline = time.monotonic() + self.settings.patience
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return self._ask_identity(url)
+            except _FailedError as error:
+                if time.monotonic() + pause > deadline:
+                    raise CaptureError(
+                        f"{url} does not answer: {error}. Start a server of vLLM or SGLang there (docs/how-to/"
+                        "engines.md); what is captured stays"
+                    ) from error
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _ask_identity(self, url: str) -> Identity:
+        try:
+            info = self._ask(url, "/server_info", None, "server info")
+            return Identity(
+                "sglang",
+                str(info.get("version", "of unknown version")),
+                str(info["model_path"]),
+                "float32" if info.get("enable_fp32_lm_head") else info.get("dtype"),
+                bool(info.get("enable_deterministic_inference")),
+            )
+        except (CaptureError, KeyError, TypeError, AttributeError):
+            pass  # not SGLang's
+        try:
+            version = self._ask(url, "/version", None, "its version")["version"]
+            models = self._ask(url, "/v1/models", None, "its models")["data"]
+            base = [model["id"] for model in models if not model.get("parent")]  # an adapter names its model
+            return Identity("vllm", str(version), str(base[0]))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CaptureError(f"{url} answers, but neither as vLLM nor as SGLang does") from error
+
+    def _ask(self, url: str, path: str, body: dict[str, Any] | None, where: str) -> Any:
+        """The JSON answer of a server. Raises _FailedError, CaptureError for what no repetition changes."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(API_KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read(2000).decode("utf-8", "replace").split())
+            if error.code in (408, 425, 429) or error.code >= 500:
+                raise _FailedError(f"status {error.code}: {said}") from error
+            raise CaptureError(
+                f"{url}{path} refuses {where} with status {error.code}: {said}. A vLLM server lists at most "
+                f"--max-logprobs tokens of a label (20 unless it is started with another number; top_k is "
+                f"{self.selection.k}) and reads at most --max-model-len tokens; a server with a key wants it in "
+                f"{API_KEY}"
+            ) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _FailedError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _vllm_request(prompt: list[int], k: int, model: str) -> tuple[str, dict[str, Any]]:
+    body = {"model": model, "prompt": prompt, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0}
+    return "/v1/completions", body
+
+
+def _vllm_reply(answer: Any, row: TokenizedRow) -> Reply:
+    try:
+        positions = row.label_positions.tolist()
+        labels = row.ids[positions].tolist()
+        listed = [answer["choices"][0]["prompt_logprobs"][at] for at in positions]
+        parsed = [{int(id_): float(entry["logprob"]) for id_, entry in one.items()} for one in listed]
+        actual = [one[label] for one, label in zip(parsed, labels, strict=True)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise _FailedError(
+            f"no prompt_logprobs of every label in the answer ({type(error).__name__}: {error})"
+        ) from error
+    width = max(map(len, parsed))
+    ids, logprobs = np.full((len(parsed), width), -1, np.int64), np.full((len(parsed), width), -np.inf)
+    for at, one in enumerate(parsed):
+        ids[at, : len(one)], logprobs[at, : len(one)] = list(one), list(one.values())
+    return Reply(ids, _with_infinities(logprobs), _with_infinities(np.array(actual)))
+
+
+def _sglang_request(prompt: list[int], k: int, _model: str) -> tuple[str, dict[str, Any]]:
+    return "/generate", {
+        "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": k,
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+    }
+
+
+def _sglang_reply(answer: Any, row: TokenizedRow) -> Reply:
+    try:
+        info, positions = answer["meta_info"], row.label_positions
+        shape, start = info["input_top_logprobs_shape"], info["input_top_logprobs_null_prefix"]
+        values = _array(info, "val", np.float32).reshape(shape)[positions - start]
+        ids = _array(info, "idx", np.int32).reshape(shape)[positions - start]
+        tokens = [info["input_token_logprobs"][at] for at in positions.tolist()]
+        if [token[1] for token in tokens] != row.ids[positions].tolist():
+            raise ValueError("it has other tokens than were sent")
+        actual = np.array([token[0] for token in tokens], np.float64)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _FailedError(
+            f"no flat base64 top log-probabilities of every label in the answer ({type(error).__name__}: {error}); "
+            "SGLang has them from 0.5.23 on"
+        ) from error
+    return Reply(ids.astype(np.int64), _with_infinities(values.astype(np.float64)), _with_infinities(actual))
+
+
+def _array(info: dict[str, Any], name: str, dtype: type[np.generic]) -> Any:
+    return np.frombuffer(base64.b64decode(info[f"input_top_logprobs_{name}_flat_b64"]), dtype)
+
+
+def _with_infinities(logprobs: Any) -> Any:
+    return np.where(logprobs <= _NO_MASS, -np.inf, logprobs)
+
+
+REQUESTS: dict[str, Callable[[list[int], int, str], tuple[str, dict[str, Any]]]] = {
+    "vllm": _vllm_request,
+    "sglang": _sglang_request,
+}
+REPLIES: dict[str, Callable[[Any, TokenizedRow], Reply]] = {"vllm": _vllm_reply, "sglang": _sglang_reply}

@@ -1,0 +1,344 @@
+"""Captures through servers that speak vLLM's and SGLang's wire forms: the store is that of transformers."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fusekit
+from fusekit.capturing.capture import capture
+from fusekit.capturing.engines.check import difference
+from fusekit.capturing.engines.opening import Opening
+from fusekit.capturing.engines.replies import Reply, Vocabulary, captured
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
+from fusekit.capturing.store import Store
+from fusekit.cli import cli
+from fusekit.devices import Processes
+from fusekit.errors import CaptureError, StorageError
+from fusekit.types import TokenizedRow
+from tests.capture.conftest import DEMO, demo_rows, write_rows
+from tests.capture.engine_server import EngineServer, load, serve
+from tests.capture.processes import Process, free_port, kill_all
+from tests.capture.rows import coordinates, key
+
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
+CLOSE = 1e-5
+"""Nats between two float32 forwards of one model in batches of different shapes."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return demo_rows(tmp_path_factory.mktemp("data"), 24)
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory):
+    """What transformers says, unrounded."""
+    return run(data, tmp_path_factory.mktemp("expected") / "out")
+
+
+def run(data, out, *urls, how=None, **engine):
+    rows, tokenizer = data
+    settings = EngineSettings(url=list(urls), **({"patience": 5, "timeout": 10} if urls else {}) | engine)
+    checkpoint = find_checkpoint(ModelChoice(str(DEMO / "numbers"), dtype="float32", engine=settings))
+    how = how or CaptureSettings(top_k=8, rows_per_shard=6, max_error=0)
+    return capture(checkpoint, tokenizer, rows, out, how, quiet=True, processes=ALONE)
+
+
+def assert_same(store, expected):
+    """Equal but for ids that tie, and for log-probabilities by CLOSE."""
+    assert store.keys == expected.keys
+    for ours, theirs in zip(store, expected, strict=True):
+        assert np.array_equal(ours.tokens.ids, theirs.tokens.ids)
+        assert np.abs(ours.actual - theirs.actual).max() < CLOSE
+        assert np.abs(ours.rows.tail - theirs.rows.tail).max() < CLOSE
+        assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, abs=CLOSE * len(ours.actual))
+        for ids, logprobs, other_ids, other in zip(
+            ours.rows.ids, ours.rows.logprobs, theirs.rows.ids, theirs.rows.logprobs, strict=True
+        ):
+            there = ids >= 0
+            assert np.array_equal(there, other_ids >= 0)
+            assert np.abs(logprobs[there] - other[there]).max() < CLOSE
+            for at in np.flatnonzero(ids != other_ids):
+                near = other[max(at - 1, 0) : at + 2]
+                assert np.diff(np.sort(near)).min() < CLOSE or at == len(ids) - 1, "ids differ without a tie"
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_gives_the_store_of_transformers(data, expected, tmp_path, kind):
+    with EngineServer(DEMO / "numbers", kind) as server:
+        store = run(data, tmp_path / "out", server.url)
+        assert_same(store, expected)
+        details = store.spec.details
+        assert (details["engine"], details["engine_version"]) == (
+            "server",
+            {"vllm": "vllm 0.32.0", "sglang": "sglang 0.5.23"}[kind],
+        )
+        assert details["engine_head_dtype"] == {"vllm": None, "sglang": "float32"}[kind]
+    # A complete store needs no server, and is that of another engine to everyone else.
+    assert len(run(data, tmp_path / "out", server.url, patience=0)) == len(store)
+    with pytest.raises(StorageError, match=r"details.engine: 'server', now 'transformers'"):
+        run(data, tmp_path / "out")
+
+
+def test_the_remaining_settings_act_on_an_engine_too(data, tmp_path):
+    how = CaptureSettings(top_k=8, keep_mass=0.9, rows_per_shard=6, max_error=0)
+    with EngineServer(DEMO / "numbers") as server:
+        store = run(data, tmp_path / "out", server.url, how=how)
+    assert_same(store, run(data, tmp_path / "transformers", how=how))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_failures_are_repeated(data, expected, tmp_path, kind):
+    with EngineServer(DEMO / "numbers", kind) as server:
+        server.faults.extend([""] * 5 + ["500", "503", "drop", "cut", "hang", "", "500", "500"])
+        store = run(data, tmp_path / "out", server.url, timeout=1)
+        assert not server.faults
+    assert_same(store, expected)
+
+
+def test_a_killed_server_leaves_whole_shards_and_the_same_command_resumes(data, expected, tmp_path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.02)
+    capturing = Process(_capture, data, tmp_path / "out", url)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / "shard-00001.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(server.pid, signal.SIGKILL)
+        done = capturing.wait()
+    finally:
+        kill_all([server])
+    assert done.exitcode == 1, done.output
+    assert "CaptureError" in done.output
+    assert url in done.output
+    first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
+    left = Store.open(tmp_path / "out", incomplete=True)
+    assert not left.complete
+    with EngineServer(DEMO / "numbers", port=port):
+        assert_same(run(data, tmp_path / "out", url), expected)
+    assert (tmp_path / "out" / "shard-00000.parquet").stat().st_ino == first
+
+
+def _capture(data, out, url):
+    run(data, out, url, patience=1, how=CaptureSettings(top_k=8, rows_per_shard=6, max_error=0))
+
+
+def test_a_server_that_comes_back_is_waited_for(data, expected, tmp_path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.02)
+    capturing = Process(_capture_patiently, data, tmp_path / "out", url)
+    while not (tmp_path / "out" / "shard-00000.json").exists():
+        time.sleep(0.01)
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait()
+    with EngineServer(DEMO / "numbers", port=port):
+        done = capturing.wait()
+    assert done.exitcode == 0, done.output
+    assert_same(Store.open(tmp_path / "out"), expected)
+
+
+def _capture_patiently(data, out, url):
+    run(data, out, url, patience=60)
+
+
+def test_several_servers_share_the_examples_and_one_may_die(data, expected, tmp_path):
+    with EngineServer(DEMO / "numbers") as one:
+        port = free_port()
+        other = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.05)
+        capturing = Process(_capture_patiently_from_two, data, tmp_path / "out", one.url, f"http://127.0.0.1:{port}")
+        while not (tmp_path / "out" / "shard-00000.json").exists():
+            time.sleep(0.01)
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        done = capturing.wait()
+        assert done.exitcode == 0, done.output
+        assert one.scored < len(expected) + 12  # the other had its share before
+    assert_same(Store.open(tmp_path / "out"), expected)
+
+
+def _capture_patiently_from_two(data, out, one, other):
+    run(data, out, one, other, patience=60)
+
+
+def test_another_model_is_refused_at_the_start(data, tmp_path):
+    with EngineServer(DEMO / "pivot") as server, pytest.raises(CaptureError, match="largest difference") as error:
+        run(data, tmp_path / "out", server.url)
+    assert server.url in str(error.value)
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_another_model_in_the_middle_is_refused_before_its_shard_is_kept(data, tmp_path):
+    with EngineServer(DEMO / "numbers") as server:
+        server.swap = (14, load(DEMO / "pivot"))  # the check takes 4 and 1, each shard of 6 one more
+        with pytest.raises(CaptureError, match="another model answers"):
+            run(data, tmp_path / "out", server.url)
+    assert [path.name for path in (tmp_path / "out").glob("shard-*.parquet")] == ["shard-00000.parquet"]
+
+
+def test_servers_of_two_models_are_refused(data, tmp_path):
+    both = EngineServer(DEMO / "numbers"), EngineServer(DEMO / "pivot")
+    with both[0] as one, both[1] as other, pytest.raises(CaptureError, match=r"pivot.*numbers"):
+        run(data, tmp_path / "out", one.url, other.url)
+
+
+@pytest.mark.parametrize(
+    ("engine", "how", "named"),
+    [
+        ({}, {"temperature": 2.0}, "temperature is 2"),
+        ({}, {"top_k": 30}, "--max-logprobs"),
+        ({"patience": 0}, {}, "does not answer"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(data, tmp_path, engine, how, named):
+    with EngineServer(DEMO / "numbers") as server:
+        url = server.url if "patience" not in engine else f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(CaptureError, match=named):
+            run(data, tmp_path / "out", url, how=CaptureSettings(**how), **engine)
+
+
+def test_options_of_transformers_are_refused(data, tmp_path):
+    rows, tokenizer = data
+    choice = ModelChoice(str(DEMO / "numbers"), device_map="auto", engine=EngineSettings(url=["http://localhost:1"]))
+    with pytest.raises(CaptureError, match="device_map is 'auto'"):
+        capture(find_checkpoint(choice), tokenizer, rows, tmp_path / "out", processes=ALONE)
+    with pytest.raises(ValueError, match=r"vllm.*http://localhost:1"):
+        EngineSettings(name="vllm", url=["http://localhost:1"])
+
+
+def test_a_probe_takes_the_place_of_transformers(data, expected, tmp_path, monkeypatch):
+    rows, tokenizer = data
+    probe = run((rows[:3], tokenizer), tmp_path / "probe", how=CaptureSettings(top_k=8))
+
+    def never(*_args):
+        raise AssertionError("transformers loads the model")
+
+    monkeypatch.setattr("fusekit.capturing.engines.opening.load_model", never)
+    with EngineServer(DEMO / "numbers") as server:
+        assert_same(run(data, tmp_path / "out", server.url, probe=str(probe.path)), expected)
+        with pytest.raises(CaptureError, match="top_k 8"):
+            run(data, tmp_path / "more", server.url, probe=str(probe.path), how=CaptureSettings(top_k=9))
+    with EngineServer(DEMO / "pivot") as server, pytest.raises(CaptureError, match="largest difference"):
+        run(data, tmp_path / "other", server.url, probe=str(probe.path))
+    other = tmp_path / "numbers"
+    shutil.copytree(DEMO / "pivot", other)
+    engine = EngineSettings(url=["http://localhost:1"], probe=str(probe.path))
+    checkpoint = find_checkpoint(ModelChoice(str(other), engine=engine))
+    opening = Opening(checkpoint, tokenizer, CaptureSettings(top_k=8), 768, print)
+    with pytest.raises(CaptureError, match="has to be checked against transformers"):
+        opening.start(rows, torch.device("cpu"))
+
+
+def test_the_command_and_the_function_take_a_url(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 6)
+    with EngineServer(DEMO / "numbers") as server:
+        done = CliRunner().invoke(
+            cli,
+            f"capture {DEMO / 'numbers'} {tmp_path / 'rows.jsonl'} {tmp_path / 'one'} --engine-url {server.url} "
+            "--dtype float32 --max-length 64",
+        )
+        assert done.exit_code == 0, done.output
+        assert "largest difference" in done.output
+        store = fusekit.capture(
+            DEMO / "numbers",
+            str(tmp_path / "rows.jsonl"),
+            tmp_path / "two",
+            engine=server.url,
+            max_length=64,
+            quiet=True,
+        )
+    assert store.keys == Store.open(tmp_path / "one").keys
+
+
+# ---------------------------------------------------------------- replies
+
+
+def row_of(T, rng):
+    columns = coordinates(T, rng)
+    return TokenizedRow(key(1), rng.integers(0, 50, T), **columns)
+
+
+def slow(ids, logprobs, k, keep_mass, tokens):
+    """Entries and remaining mass of one label, the obvious way."""
+    listed = {i: p for i, p in zip(ids, logprobs, strict=True) if i >= 0 and i in tokens and p > -math.inf}
+    kept, mass = [], 0.0
+    for i, p in sorted(listed.items(), key=lambda entry: (-entry[1], entry[0]))[:k]:
+        if mass >= keep_mass < 1:
+            break
+        kept.append((i, p))
+        mass += math.exp(p)
+    return kept, 0.0 if len(kept) == len(tokens) else max(0.0, 1 - mass)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_replies_become_rows(seed):
+    """Random replies in any order, with repeated ids, ties, gaps and probabilities of 0."""
+    rng = np.random.default_rng(seed)
+    row = row_of(12, rng)
+    n, V, m = int(row.labels.sum()), 50, int(rng.integers(1, 12))
+    k = int(rng.integers(1, 12))
+    logits = np.round(rng.normal(0, 3, (n, V)), int(rng.integers(0, 3)))
+    logits[:, 49] = -np.inf  # a padding id
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.stack([rng.permutation(V)[:m] for _ in range(n)]) if n else np.zeros((0, m), np.int64)
+    if m > 2 and n:
+        ids[:, 1] = ids[:, 0]
+        ids[rng.random(n) < 0.3, 2] = -1
+    entries = np.take_along_axis(logprobs, np.maximum(ids, 0), 1)
+    tokens = Vocabulary(np.arange(49), V)
+    actual = logprobs[np.arange(n), row.ids[row.labels] % 49]
+    keep_mass = float(rng.choice([1.0, 0.7]))
+    found = captured(row, "d", Reply(ids, entries, actual), Selection(k, keep_mass), tokens)
+    for at in range(n):
+        kept, tail = slow(ids[at].tolist(), entries[at].tolist(), k, keep_mass, set(range(49)))
+        here = found.rows.ids[at] >= 0
+        assert list(zip(found.rows.ids[at][here].tolist(), found.rows.logprobs[at][here].tolist(), strict=True)) == kept
+        assert found.rows.ids[at].shape == (k,)
+        assert found.rows.tail[at] == pytest.approx(tail, abs=1e-12)
+    assert found.cross_entropy == pytest.approx(-actual.sum())
+
+
+def test_no_distribution_is_quarantined_and_padding_with_mass_refused():
+    rng = np.random.default_rng(1)
+    row = row_of(12, rng)
+    n = int(row.labels.sum())
+    tokens, selection = Vocabulary(np.arange(49), 50), Selection(2)
+
+    def reply(ids, p, actual=-1.0):
+        return Reply(np.tile(ids, (n, 1)), np.log(np.tile(p, (n, 1))), np.full(n, actual))
+
+    assert "1.1" in captured(row, "", reply([1, 2], [0.9, 0.2]), selection, tokens)
+    assert isinstance(captured(row, "", reply([1, 2], [0.9, np.nan]), selection, tokens), str)
+    assert isinstance(captured(row, "", reply([1, 2], [0.9, 0.05], -np.inf), selection, tokens), str)
+    for outside in (49, 60):  # a row of the head without a token; an id that this model does not have
+        with pytest.raises(CaptureError, match=f"id {outside}"):
+            captured(row, "", reply([1, outside], [0.9, 0.05]), selection, tokens)
+    kept = captured(row, "", reply([1, 49], [0.9, 0.0005]), selection, tokens)
+    assert kept.rows.ids.tolist() == [[1, -1]] * n
+    assert kept.rows.tail == pytest.approx(0.1)
+
+
+def test_a_missing_entry_counts_with_its_distance_to_the_last():
+    rng = np.random.default_rng(2)
+    row = row_of(12, rng)
+    n = int(row.labels.sum())
+
+    def one(ids, p):
+        reply = Reply(np.tile(ids, (n, 1)), np.log(np.tile(p, (n, 1))), np.full(n, -1.0))
+        return captured(row, "", reply, Selection(2), Vocabulary(np.arange(50), 50))
+
+    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 3], [0.5, 0.2])]).largest == pytest.approx(0)
+    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 3], [0.5, 0.1])]).largest == pytest.approx(math.log(2))
+    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 2], [0.25, 0.2])]).largest == pytest.approx(math.log(2))
