@@ -49,7 +49,9 @@ def coefficients(deltas: Sequence[Sequence[float]]) -> list[float]:
     return shares([math.fsum(d * d for d in delta) for delta in deltas])
 
 
-def sce_deltas(deltas: Sequence[Sequence[float]], tau: float, variant: str) -> tuple[list[float], list[float]]:
+def sce_deltas(
+    deltas: Sequence[Sequence[float]], tau: float, variant: str, weights: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
     """(merged fusion vector, eta)."""
     n = len(deltas[0])
     mask = select(deltas, tau)
@@ -58,7 +60,7 @@ def sce_deltas(deltas: Sequence[Sequence[float]], tau: float, variant: str) -> t
     vectors = deltas if variant == "fuseai" else selected
     merged = []
     for i in range(n):
-        column = [vector[i] for vector in vectors]
+        column = [w * vector[i] for w, vector in zip(weights or [1.0] * len(vectors), vectors, strict=True)]
         plus = sum(column) >= 0
         survives = [d > 0 if plus else d < 0 for d in column]
         value = math.fsum(e * d for e, d, s in zip(eta, column, survives, strict=True) if s)
@@ -69,8 +71,14 @@ def sce_deltas(deltas: Sequence[Sequence[float]], tau: float, variant: str) -> t
     return merged, eta
 
 
-def sce(base: torch.Tensor, targets: Sequence[torch.Tensor], tau: float, variant: str) -> tuple[torch.Tensor, list]:
-    merged, eta = sce_deltas(fusion_vectors(base, targets), tau, variant)
+def sce(
+    base: torch.Tensor,
+    targets: Sequence[torch.Tensor],
+    tau: float,
+    variant: str,
+    weights: Sequence[float] | None = None,
+) -> tuple[torch.Tensor, list]:
+    merged, eta = sce_deltas(fusion_vectors(base, targets), tau, variant, weights)
     result = [t + d for t, d in zip(flat(base), merged, strict=True)]
     return torch.tensor(result, dtype=torch.float64).reshape(base.shape), eta
 
@@ -84,12 +92,15 @@ def varm(base: torch.Tensor, targets: Sequence[torch.Tensor], weights: Sequence[
     return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
 
 
-def varm_element(base: torch.Tensor, targets: Sequence[torch.Tensor]) -> torch.Tensor:
+def varm_element(
+    base: torch.Tensor, targets: Sequence[torch.Tensor], factors: Sequence[float] | None = None
+) -> torch.Tensor:
     deltas = fusion_vectors(base, targets)
+    factors = factors or [1.0] * len(deltas)
     result = []
     for i, t in enumerate(flat(base)):
         weights = shares([delta[i] ** 2 for delta in deltas])
-        result.append(t + math.fsum(w * delta[i] for w, delta in zip(weights, deltas, strict=True)))
+        result.append(t + math.fsum(f * w * delta[i] for f, w, delta in zip(factors, weights, deltas, strict=True)))
     return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
 
 

@@ -7,7 +7,7 @@ multiply-add, whose use varies with the position in a vector register), so it gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -132,7 +132,7 @@ def add_in_order(chunk_sums: Sequence[np.ndarray]) -> np.ndarray:
 class Chunk:
     """Some elements of base and fusion vectors, in buffers that the next chunk reuses.
 
-    base: [n] of the compute dtype, None without a base. vectors: K x [n]. vote: Σ_j δ_j, float64 [n], if asked for.
+    base: [n] of the compute dtype, None without a base. vectors: K x [n]. vote: Σ_j w_j δ_j, float64 [n], if asked for.
     """
 
     base: Tensor | None
@@ -192,9 +192,18 @@ class FusionVectors:
         return compute_dtype(self.targets[0].dtype)
 
     def chunk(
-        self, scratch: Scratch, start: int, stop: int, positions: Tensor | None = None, *, vote: bool = False
+        self,
+        scratch: Scratch,
+        start: int,
+        stop: int,
+        positions: Tensor | None = None,
+        *,
+        vote: Sequence[float] | None = None,
     ) -> Chunk:
-        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`."""
+        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`.
+
+        vote: weights of the fusion vectors in the vote; None for no vote.
+        """
 
         def load(name: str, source: Tensor) -> Tensor:
             elements = source[start:stop]
@@ -204,19 +213,17 @@ class FusionVectors:
 
         base = None if self.base is None else load("base", self.base)
         vectors = [load(f"vector{j}", target) for j, target in enumerate(self.targets)]
-        total = scratch.get("vote", vectors[0].numel(), torch.float64).zero_() if vote else None
-        if total is not None and base is not None and self.dtype != torch.float64:
-            # Σφ_j - Kθ in float64, before the differences are rounded: exact for these dtypes, so that models that
-            # cancel out but for their last digits still vote with those.
-            for vector in vectors:
-                total.add_(vector)
-            total.sub_(base, alpha=len(vectors))
+        total = None if vote is None else scratch.get("vote", vectors[0].numel(), torch.float64).zero_()
+        # Σ w_j φ_j - Σ w_j θ in float64, before the differences are rounded: exact for narrower dtypes, so that models
+        # that cancel out but for their last digits still vote with those.
+        early = self.dtype != torch.float64
+        if total is not None and base is not None and early:
+            _add_weighted(total, [*vectors, base], [*(vote or ()), -sum(vote or ())])
         if base is not None:
             for vector in vectors:
                 vector.sub_(base)
-        if total is not None and (base is None or self.dtype == torch.float64):
-            for vector in vectors:
-                total.add_(vector)
+        if total is not None and (base is None or not early):
+            _add_weighted(total, vectors, vote or ())
         return Chunk(base, vectors, total)
 
     def energies(self, selected: Callable[[int], Tensor] | None = None, chunk_size: int | None = None) -> np.ndarray:
@@ -248,6 +255,11 @@ class FusionVectors:
         return torch.empty_like(self.targets[0], memory_format=torch.contiguous_format)
 
 
+def _add_weighted(total: Tensor, tensors: Iterable[Tensor], weights: Iterable[float]) -> None:
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor, alpha=weight)
+
+
 def shares(energies: np.ndarray) -> np.ndarray:
     """energies / Σ energies, uniform only where the sum is exactly zero. float64 [K] -> float64 [K], sums to 1."""
     total = energies.sum()
@@ -270,6 +282,16 @@ def check_finite(energies: np.ndarray) -> None:
     if not np.isfinite(energies).all():
         bad = [j for j, energy in enumerate(energies) if not np.isfinite(energy)]
         raise NonFiniteError(bad)
+
+
+def check_weights(weights: Sequence[float] | None, targets: int) -> list[float]:
+    """The weights of K targets, all 1 if there are none. Raises MergeError for another number, NaN and Inf."""
+    given = [1.0] * targets if weights is None else [float(weight) for weight in weights]
+    if len(given) != targets:
+        raise MergeError(f"{len(given)} weights for {targets} targets: give one for each")
+    if not np.isfinite(given).all():
+        raise MergeError(f"the weights {given} are not all finite")
+    return given
 
 
 class NonFiniteError(MergeError):

@@ -17,6 +17,7 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
+    PerInputValues,
     TensorGroup,
 )
 from pydantic import Field
@@ -41,13 +42,19 @@ def _shared(name: str, value_type: Any, default: Any, description: str) -> Param
     return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
 
 
+_WEIGHT = ParameterSpec(
+    "weight", float, ParameterScope.NON_BASE, default=1.0, description="factor of a model's contribution"
+)
+
+
 class FuseChatSCE(GroupMergeMethod):
     """SCE of FuseChat: select the elements that vary most, weigh the targets by energy, erase minority signs.
 
     Use it to merge several fine-tunes of one base, whose fusion vectors it weighs matrix by matrix without any tuning.
     Inputs: a base and one or more fine-tunes of it. Key parameter: `select_topk`, the share of the elements that is
     kept (FuseChat-7B: 0.1, FuseO1: 1.0; a share below 1 needs two or more fine-tunes). `variant` picks between the
-    paper's form and the two that its published codes run. Reference: arXiv 2408.07990, section 3.4.
+    paper's form and the two that its published codes run. `weight`, of a model, is a factor of its fusion vector in the
+    vote and in the sum, not in the selection and the coefficients. Reference: arXiv 2408.07990, section 3.4.
     """
 
     spec = MergeMethodSpec(
@@ -60,6 +67,7 @@ class FuseChatSCE(GroupMergeMethod):
             _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0, "share of varying elements to keep"),
             _shared("variant", Variant, "paper", "paper, renormalized, or fuseai"),
             _shared("int8_mask", bool, False, "accepted as in mergekit's sce; the masks here take no memory"),
+            _WEIGHT,
         ),
     )
 
@@ -74,17 +82,18 @@ class FuseChatSCE(GroupMergeMethod):
         """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype."""
         tensors = [entry.tensor for entry in group.non_base]
         settings = {key: parameters[key] for key in ("select_topk", "variant")}
+        weights = parameters["weight"].values_for(group.non_base)
         records = active_records()
         with _named(group):
-            merged = sce(group.base.tensor, tensors, count_erased=bool(records), **settings)
+            merged = sce(group.base.tensor, tensors, weights=weights, count_erased=bool(records), **settings)
             result = merged.tensor
             if _needs_gradient(group):
-                result = sce_with_gradients(group.base.tensor, tensors, **settings)
+                result = sce_with_gradients(group.base.tensor, tensors, weights=weights, **settings)
         ids = [entry.id for entry in group.non_base]
         for record in records:
             coefficients = by_model(ids, merged.coefficients)
             erased = None if merged.erased is None else by_model(ids, merged.erased)
-            entry = TensorRecord(self.spec.name, settings, coefficients, merged.selected, erased)
+            entry = TensorRecord(self.spec.name, settings | _shown(ids, weights), coefficients, merged.selected, erased)
             record.add(str(group.metadata.name), str(group.base.id), entry)
         return result
 
@@ -95,7 +104,8 @@ class VaRM(GroupMergeMethod):
     Use it for a weighted average of fine-tunes whose weights come from the models, with nothing to tune. Inputs: a base
     and one or more fine-tunes of it. Key parameter: `granularity`, the unit that shares weights; `matrix` is the
     paper's choice. `module`, `layer` and `model` need mergekit-yaml, mergekit-multi or merge_state_dicts, which know
-    the other tensors. Reference: arXiv 2402.16107, section 3.3.
+    the other tensors. `weight`, of a model, is a factor of its term in the sum, not in the coefficients. Reference:
+    arXiv 2402.16107, section 3.3.
     """
 
     spec = MergeMethodSpec(
@@ -107,6 +117,7 @@ class VaRM(GroupMergeMethod):
         parameters=(
             _shared("granularity", Granularity, "matrix", "matrix, module, layer, model, or element"),
             _shared("aggregation", Aggregation, "elements", "of a unit's matrices: elements, or matrices"),
+            _WEIGHT,
         ),
     )
 
@@ -140,25 +151,28 @@ class VaRM(GroupMergeMethod):
         *,
         granularity: Granularity,
         aggregation: Aggregation,
+        weight: PerInputValues[float],
         coefficients: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Merge one tensor. `coefficients`: W of its unit, [K], if they are known already."""
         base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
+        weights = weight.values_for(group.non_base)
         with _named(group):
             if granularity in _UNITS and coefficients is None:
                 coefficients = coefficients_in_graph(group, granularity, aggregation)
             if granularity == "element":
-                merged = varm_elementwise(base, targets)
+                merged = varm_elementwise(base, targets, weights=weights)
             else:
-                merged = varm(base, targets, coefficients=coefficients)
+                merged = varm(base, targets, coefficients=coefficients, weights=weights)
             result = merged.tensor
             if _needs_gradient(group):
+                elementwise = granularity == "element"
                 result = varm_with_gradients(
-                    base, targets, elementwise=granularity == "element", coefficients=coefficients
+                    base, targets, elementwise=elementwise, coefficients=coefficients, weights=weights
                 )
         unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
-        settings = {"granularity": granularity, "aggregation": aggregation}
         ids = [entry.id for entry in group.non_base]
+        settings = {"granularity": granularity, "aggregation": aggregation} | _shown(ids, weights)
         for record in active_records():
             entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.coefficients), unit=unit)
             record.add(str(group.metadata.name), str(group.base.id), entry)
@@ -200,6 +214,11 @@ class Widen(GroupMergeMethod):
             entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.scores))
             record.add(str(group.metadata.name), str(group.base.id), entry)
         return merged.tensor
+
+
+def _shown(ids: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+    """The weights of models as a record has them: not at all where they are 1."""
+    return {"weight": by_model(ids, weights)} if any(weight != 1 for weight in weights) else {}
 
 
 def _is_input_embedding(group: TensorGroup) -> bool:

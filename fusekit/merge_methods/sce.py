@@ -23,6 +23,7 @@ from fusekit.merge_methods.fusion_vectors import (
     Scratch,
     add_to_base,
     check_finite,
+    check_weights,
     compute_dtype,
     count_where,
     dense,
@@ -57,6 +58,7 @@ def sce(
     *,
     select_topk: float = 1.0,
     variant: Variant = "paper",
+    weights: Sequence[float] | None = None,
     count_erased: bool = False,
     chunk_size: int | None = None,
 ) -> SCEMerge:
@@ -68,6 +70,8 @@ def sce(
         select_topk: τ in (0, 1], the share of the elements with non-zero variance to keep; 1 keeps all elements.
         variant: "paper" is equation 9 as printed; "renormalized" divides each element by the sum of the η that survived
             there, as mergekit's `sce` means to; "fuseai" merges unselected vectors, as the authors' repository does.
+        weights: K factors w of the contributions; None is 1 for all, which changes no bit. Selection and η are as
+            without them; what is voted on, erased and added is w_j δ̂_j, so that 0 leaves a fusion vector out.
         count_erased: also count what the Erase step drops.
         chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
@@ -92,7 +96,14 @@ def sce(
         >>> merged.tensor
         tensor([2.7000, 0.0000])
     """
-    return _merge(FusionVectors.of(base, targets), select_topk, variant, count_erased, chunk_size)
+    return _merge(
+        FusionVectors.of(base, targets),
+        select_topk,
+        variant,
+        weights=weights,
+        count_erased=count_erased,
+        chunk_size=chunk_size,
+    )
 
 
 @torch.no_grad()
@@ -108,7 +119,14 @@ def sce_fusion_vector(
 
     deltas: K tensors of one shape, dtype and device. Everything else as `sce`; `tensor` is the merged fusion vector.
     """
-    return _merge(FusionVectors.of(None, deltas), select_topk, variant, count_erased, chunk_size)
+    return _merge(
+        FusionVectors.of(None, deltas),
+        select_topk,
+        variant,
+        weights=None,
+        count_erased=count_erased,
+        chunk_size=chunk_size,
+    )
 
 
 @torch.no_grad()
@@ -155,9 +173,16 @@ def check_parameters(targets: int, select_topk: float, variant: str) -> None:
 
 
 def _merge(
-    vectors: FusionVectors, select_topk: float, variant: Variant, count_erased: bool, chunk_size: int | None
+    vectors: FusionVectors,
+    select_topk: float,
+    variant: Variant,
+    *,
+    weights: Sequence[float] | None,
+    count_erased: bool,
+    chunk_size: int | None,
 ) -> SCEMerge:
     check_parameters(len(vectors.targets), select_topk, variant)
+    factors = check_weights(weights, len(vectors.targets))
     selection = _select(vectors, select_topk, chunk_size)
     energies = vectors.energies(None if selection is None else selection.indices, chunk_size)
     check_finite(energies)
@@ -166,6 +191,7 @@ def _merge(
         vectors,
         None if variant == "fuseai" else selection,
         coefficients,
+        factors,
         # Energies were taken of all elements only if all are selected: elsewhere nothing has looked at the base yet.
         check_base=selection is not None,
         divide=variant != "paper",
@@ -194,6 +220,7 @@ def _erase_and_update(
     vectors: FusionVectors,
     selection: Selection | None,
     coefficients: np.ndarray,
+    factors: list[float],
     *,
     check_base: bool,
     divide: bool,
@@ -209,7 +236,10 @@ def _erase_and_update(
         if check_base and vectors.base is not None:
             _check_base(vectors.base[start:stop], len(weights))
         positions = None if selection is None else selection.indices(start)
-        chunk = vectors.chunk(scratch, start, stop, positions, vote=True)
+        chunk = vectors.chunk(scratch, start, stop, positions, vote=factors)
+        for vector, factor in zip(chunk.vectors, factors, strict=True):
+            if factor != 1:
+                vector.mul_(factor)
         counts = np.zeros((2, len(weights)), dtype=np.int64)
         merged = _merge_chunk(scratch, chunk, weights, divide, counts if count_erased else None)
         merged = add_to_base(chunk.base, merged)
@@ -261,7 +291,9 @@ def _merge_chunk(
     return merged.mul_(sign)
 
 
-def sce_with_gradients(base: Tensor, targets: Sequence[Tensor], *, select_topk: float, variant: Variant) -> Tensor:
+def sce_with_gradients(
+    base: Tensor, targets: Sequence[Tensor], *, select_topk: float, variant: Variant, weights: Sequence[float]
+) -> Tensor:
     """The tensor of `sce` by dense operations of autograd, with gradients to base and targets.
 
     mergekit keeps the autograd connections of module parameters that are merged in memory, so its methods do too.
@@ -270,13 +302,14 @@ def sce_with_gradients(base: Tensor, targets: Sequence[Tensor], *, select_topk: 
     deltas = dense(base, targets)
     mask = torch.ones_like(base, dtype=torch.bool) if select_topk == 1 else select(targets, select_topk)
     coefficients = dense_shares(deltas * mask)
-    merged = deltas if variant == "fuseai" else deltas * mask
+    factors = torch.tensor(weights, dtype=torch.float64, device=base.device).reshape(-1, *[1] * base.ndim)
+    merged = (deltas if variant == "fuseai" else deltas * mask) * factors.to(deltas.dtype)
     with torch.no_grad():  # Σ_j δ_j as the chunked form has it: before the differences are rounded, where that is exact
-        wide = [target.double() for target in targets]
+        wide = torch.stack([target.double() for target in targets])
         if base.dtype == torch.float64:
-            vote = torch.stack(wide).sub(base).sum(0)
+            vote = (wide.sub(base) * factors).sum(0)
         else:
-            vote = torch.stack(wide).sum(0) - len(targets) * base.double()
+            vote = (wide * factors).sum(0) - sum(weights) * base.double()
     kept = torch.where(vote >= 0, merged > 0, merged < 0)
     update = (coefficients * merged * kept).sum(0)
     if variant != "paper":

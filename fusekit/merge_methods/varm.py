@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusekit.artifacts import counted
 from fusekit.errors import MergeError
 from fusekit.merge_methods.fusion_vectors import (
     FusionVectors,
@@ -23,6 +24,7 @@ from fusekit.merge_methods.fusion_vectors import (
     add_to_base,
     block_sums,
     check_finite,
+    check_weights,
     dense,
     dense_shares,
     for_each_chunk,
@@ -52,6 +54,7 @@ def varm(
     targets: Sequence[Tensor],
     *,
     coefficients: Sequence[float] | np.ndarray | None = None,
+    weights: Sequence[float] | None = None,
     chunk_size: int | None = None,
 ) -> VaRMMerge:
     """Merge K fine-tunes into their base by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ). arXiv 2402.16107 eq. 7.
@@ -61,6 +64,7 @@ def varm(
         targets: a list of φ_1..φ_K, of the same shape, dtype and device.
         coefficients: W, K shares that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
             For a larger unit (module, layer, model) give the `unit_coefficients` of its matrices.
+        weights: K factors w of the contributions: θ + Σ_j w_j W_j δ_j. None is 1 for all, which changes no bit.
         chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
     Returns:
@@ -82,32 +86,40 @@ def varm(
     if coefficients is None:
         energies = vectors.energies(chunk_size=chunk_size)
         check_finite(energies)
-        weights = shares(energies)
+        ratios = shares(energies)
     else:
-        weights = _checked(coefficients, len(targets))
+        ratios = _checked(coefficients, len(targets))
+    factors = ratios * check_weights(weights, len(targets))
     result = vectors.empty_result()
 
     def update(scratch: Scratch, start: int, stop: int) -> None:
         chunk = vectors.chunk(scratch, start, stop)
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
-        for vector, weight in zip(chunk.vectors, weights, strict=True):
-            merged.add_(vector.mul_(float(weight)))
+        for vector, factor in zip(chunk.vectors, factors, strict=True):
+            merged.add_(vector.mul_(float(factor)))
         if coefficients is not None and not math.isfinite(float(merged.sum(dtype=torch.float64))):
-            raise NonFiniteError(range(len(weights)))
+            raise NonFiniteError(range(len(factors)))
         result[start:stop].copy_(add_to_base(chunk.base, merged))
 
     for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
-    return VaRMMerge(result.reshape(vectors.shape), weights)
+    return VaRMMerge(result.reshape(vectors.shape), ratios)
 
 
 @torch.no_grad()
-def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int | None = None) -> VaRMMerge:
-    """VaRM with every element a unit of its own: θ + Σ_j δ_j³ / Σ_j δ_j². The ablation of the paper's table 5.
+def varm_elementwise(
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    chunk_size: int | None = None,
+) -> VaRMMerge:
+    """VaRM with every element a unit of its own: θ + Σ_j w_j δ_j³ / Σ_j δ_j². The ablation of the paper's table 5.
 
     Inputs, arithmetic and errors as `varm`. Elements that no target changed keep the base's bits. The weights are taken
     on δ; weights on φ (as in the authors' script) vanish for unchanged elements and collapse the model.
     """
     vectors = FusionVectors.of(base, targets)
+    factors = check_weights(weights, len(targets))
     check_finite(vectors.energies(chunk_size=chunk_size))
     result = vectors.empty_result()
 
@@ -119,17 +131,17 @@ def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int
         largest.add_(torch.sign(largest).neg_().add_(1))  # zero -> 1
         total = scratch.get("total", stop - start, vectors.dtype).zero_()
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
-        weights = []
+        squares = []
         for vector in chunk.vectors:
-            weights.append((vector / largest).square_())  # relative to the largest: no under- or overflow
-            total.add_(weights[-1])
+            squares.append((vector / largest).square_())  # relative to the largest: no under- or overflow
+            total.add_(squares[-1])
         changed = int(torch.count_nonzero(total))
         total.add_(torch.sign(total).neg_().add_(1))
         ends = whole_blocks(stop - start)
         sums = np.empty((len(targets), len(ends)))
-        for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
-            sums[j] = block_sums(weight.div_(total).double(), ends)
-            merged.add_(vector.mul_(weight))
+        for j, (vector, square) in enumerate(zip(chunk.vectors, squares, strict=True)):
+            sums[j] = block_sums(square.div_(total).double(), ends)
+            merged.add_(vector.mul_(square) if factors[j] == 1 else vector.mul_(square).mul_(factors[j]))
         result[start:stop].copy_(add_to_base(chunk.base, merged))
         return sums, changed
 
@@ -173,28 +185,35 @@ def unit_coefficients(matrices: Sequence[MatrixStatistics], aggregation: Aggrega
 
 
 def _checked(coefficients: Sequence[float] | np.ndarray, targets: int) -> np.ndarray:
-    weights = np.asarray(coefficients, dtype=np.float64)
-    if weights.shape != (targets,):
-        raise MergeError(f"{weights.size} coefficient(s) for {targets} target(s): give one for each")
-    if not (weights >= 0).all():
-        raise MergeError(f"the coefficients {weights.tolist()} are not all >= 0: they are shares")
-    if not abs(weights.sum() - 1) < 1e-6:
-        raise MergeError(f"the coefficients sum to {weights.sum()}, they must sum to 1")
-    return weights
+    ratios = np.asarray(coefficients, dtype=np.float64)
+    if ratios.shape != (targets,):
+        raise MergeError(f"{counted(ratios.size, 'coefficient')} for {counted(targets, 'target')}: give one for each")
+    if not (ratios >= 0).all():
+        raise MergeError(f"the coefficients {ratios.tolist()} are not all >= 0: they are shares")
+    if not abs(ratios.sum() - 1) < 1e-6:
+        raise MergeError(f"the coefficients sum to {ratios.sum()}, they must sum to 1")
+    return ratios
 
 
 def varm_with_gradients(
-    base: Tensor, targets: Sequence[Tensor], *, elementwise: bool, coefficients: np.ndarray | None
+    base: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    elementwise: bool,
+    coefficients: np.ndarray | None,
+    weights: Sequence[float],
 ) -> Tensor:
     """The tensor of `varm` or `varm_elementwise` by dense operations of autograd; given coefficients are constants."""
     deltas = dense(base, targets)
+
+    def column(values: Sequence[float] | np.ndarray) -> Tensor:
+        return torch.as_tensor(values, dtype=deltas.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
+
     if elementwise:
         largest = deltas.detach().abs().amax(0)
         squares = (deltas / torch.where(largest == 0, 1, largest)).square()  # relative: no under- or overflow
         total = squares.sum(0)
-        weights = squares / torch.where(total == 0, 1, total)
-    elif coefficients is None:
-        weights = dense_shares(deltas)
+        ratios = squares / torch.where(total == 0, 1, total)
     else:
-        weights = torch.as_tensor(coefficients, dtype=deltas.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
-    return (base.to(deltas.dtype) + (weights * deltas).sum(0)).to(base.dtype)
+        ratios = dense_shares(deltas) if coefficients is None else column(coefficients)
+    return (base.to(deltas.dtype) + (ratios * column(weights) * deltas).sum(0)).to(base.dtype)

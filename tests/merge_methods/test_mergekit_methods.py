@@ -172,6 +172,8 @@ GRADIENT_CASES = [
     ("fusechat_sce", {"select_topk": 0.4, "variant": "fuseai"}),
     ("varm", {}),
     ("varm", {"granularity": "element"}),
+    ("fusechat_sce", {"select_topk": 0.4, "variant": "renormalized", "weight": 0.5}),
+    ("varm", {"weight": 0.5}),
 ]
 
 
@@ -207,6 +209,32 @@ def test_with_gradients_the_numbers_and_the_record_are_the_same(method, paramete
         torch.testing.assert_close(merged.detach(), expected, atol=0, rtol=1e-5)
         assert with_gradient.as_dict() == record.as_dict()
         assert record
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path):
+    base, targets = family(tmp_path / "models", targets=2)
+    recipe = recipe_of(base, targets, method)
+    recipe["models"][0]["parameters"] = {"weight": [0.25, 0.5]}  # a gradient over the layers
+    recipe["models"][1]["parameters"] = {"weight": [{"filter": "mlp", "value": 0}, {"value": 2}]}
+    with record_coefficients() as record:
+        merged = run(recipe, tmp_path / "out")
+    models = tensors_of(base, *targets)
+    function = sce if method == "fusechat_sce" else varm
+    for name, tensor in merged.items():
+        first = 0.25 if "layers.0" in name or "embed" in name or "layers" not in name else 0.5
+        weights = [first, 0 if "mlp" in name else 2]
+        expected = function(models[0][name], [model[name] for model in models[1:]], weights=weights)
+        assert torch.equal(tensor, expected.tensor), name
+        shown = record.tensors[name].parameters["weight"]
+        assert list(shown.values()) == weights
+        np.testing.assert_allclose(list(record.tensors[name].coefficients.values()), expected.coefficients)
+    tensors = [model["model.norm.weight"] for model in models]
+    expected = function(tensors[0], tensors[1:], weights=[0.5, 2]).tensor
+    assert torch.equal(merge_tensors(tensors, method, base_index=0, parameters={"weight": [0.5, 2]}), expected)
+    plain = run(recipe_of(base, targets, method), tmp_path / "plain")
+    ones = run(recipe_of(base, targets, method, {"weight": 1}), tmp_path / "ones")
+    assert all(torch.equal(plain[name], ones[name]) for name in plain)
 
 
 def test_a_difference_that_overflows_is_said_to():
@@ -452,7 +480,7 @@ def optional_task(method, refs, parameters):
         base_model=refs[0],
         output_weight=weight,
         parameters=ImmutableMap(parameters),
-        input_parameters=ImmutableMap({ref: ImmutableMap({}) for ref in refs}),
+        input_parameters=ImmutableMap({ref: ImmutableMap({"weight": 1.0}) for ref in refs}),
     )
 
 

@@ -24,9 +24,9 @@ def cast(case, dtype):
     return base.to(dtype), [target.to(dtype) for target in targets]
 
 
-def assert_equals_reference(base, targets, tau, variant):
-    expected, eta = reference.sce(base, targets, tau, variant)
-    merged = sce(base, targets, select_topk=tau, variant=variant)
+def assert_equals_reference(base, targets, tau, variant, weights=None):
+    expected, eta = reference.sce(base, targets, tau, variant, weights)
+    merged = sce(base, targets, select_topk=tau, variant=variant, weights=weights)
     assert merged.tensor.dtype == base.dtype
     assert merged.tensor.shape == base.shape
     np.testing.assert_allclose(merged.coefficients, eta, rtol=1e-5, atol=0)
@@ -67,6 +67,43 @@ def test_small_integers_equal_the_exact_reference(rows, tau, variant):
     np.testing.assert_allclose(merged.tensor.numpy(), expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(merged.coefficients, eta, rtol=1e-12)
     assert select(deltas, tau).tolist() == reference.select([reference.flat(d) for d in deltas], tau)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("weights", [(0.5, 0.5, 0.5), (1.0, 0.3, 2.0), (1.0, 0.0, 1.0), (1.0, -0.5, 1.0)], ids=str)
+def test_weights_equal_the_reference(weights, variant):
+    for case in (random_case((13, 11), 3), tied_case((13, 11), 3)):
+        for dtype in DTYPES:
+            for tau in (0.3, 1.0):
+                base, targets = cast(case, dtype)
+                assert_equals_reference(base, targets, tau, variant, weights)
+    for case in NASTY.values():
+        base, targets = cast(case, torch.float32)
+        assert_equals_reference(base, targets, 1.0, variant, (weights * 2)[: len(targets)])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_of_one_change_no_bit_and_those_of_zero_leave_a_model_out(variant):
+    base, targets = cast(random_case((50, 40), 3), torch.float32)
+    for tau in (0.2, 1.0):
+        plain = sce(base, targets, select_topk=tau, variant=variant, count_erased=True)
+        ones = sce(base, targets, select_topk=tau, variant=variant, count_erased=True, weights=[1, 1, 1])
+        assert torch.equal(ones.tensor, plain.tensor)
+        assert ones.erased.tobytes() == plain.erased.tobytes()
+        halves = sce(base, targets, select_topk=tau, variant=variant, weights=[0.5, 0.5, 0.5])
+        torch.testing.assert_close(halves.tensor - base, (plain.tensor - base) / 2, rtol=1e-5, atol=1e-7)
+        assert halves.coefficients.tobytes() == plain.coefficients.tobytes()
+        assert torch.equal(sce(base, targets, select_topk=tau, variant=variant, weights=[0, 0, 0]).tensor, base)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"), [([1.0], "1 weights for 2"), ([1.0, math.nan], "nan"), ([1, math.inf], "inf")]
+)
+def test_bad_weights_are_named(weights, said):
+    base, targets = random_case((3, 3), 2)
+    for method in (sce, varm):
+        with pytest.raises(MergeError, match=said):
+            method(base, targets, weights=weights)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])

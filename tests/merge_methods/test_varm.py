@@ -34,6 +34,22 @@ def test_random_tensors_equal_the_reference(k, dtype):
     assert_close(varm_elementwise(base, targets).tensor, reference.varm_element(base, targets), base, targets)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weights", [(1.0, 0.3, 2.0), (1.0, 0.0, -0.5)], ids=str)
+def test_weights_equal_the_reference_and_those_of_one_change_no_bit(weights, dtype):
+    base, targets = random_case((23, 17), 3)
+    base, targets = base.to(dtype), [t.to(dtype) for t in targets]
+    ratios = reference.coefficients(reference.fusion_vectors(base, targets))
+    merged = varm(base, targets, weights=weights)
+    expected = reference.varm(base, targets, [w * r for w, r in zip(weights, ratios, strict=True)])
+    assert_close(merged.tensor, expected, base, targets)
+    np.testing.assert_allclose(merged.coefficients, ratios, rtol=1e-5)
+    elements = varm_elementwise(base, targets, weights=weights).tensor
+    assert_close(elements, reference.varm_element(base, targets, weights), base, targets)
+    for method in (varm, varm_elementwise):
+        assert torch.equal(method(base, targets, weights=[1, 1, 1]).tensor, method(base, targets).tensor)
+
+
 @pytest.mark.parametrize("name", NASTY)
 def test_nasty_tensors_equal_the_reference(name):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -96,7 +112,7 @@ def test_no_variation_is_uniform_and_keeps_the_bits_of_the_base():
 
 def test_bad_inputs_are_named():
     base, targets = random_case((3, 3), 2)
-    with pytest.raises(MergeError, match=r"1 coefficient\(s\) for 2 target"):
+    with pytest.raises(MergeError, match="1 coefficient for 2 targets"):
         varm(base, targets, coefficients=[1.0])
     with pytest.raises(MergeError, match=r"sum to 1\.5, they must sum to 1"):
         varm(base, targets, coefficients=[1.0, 0.5])
