@@ -46,7 +46,7 @@ def _disk(plan: Plan, models: list[Model], options: MergeOptions, final: Path) -
     for model in models:
         if model.download_bytes and model.snapshot:
             wanted.append((model.snapshot.cache, model.download_bytes, f"the download of {model.name}"))
-        if model.adapter and options.lora_merge_cache:
+        if model.adapter and not model.lora and options.lora_merge_cache:
             size = sum(header.nbytes for header in model.headers.values())
             wanted.append((Path(options.lora_merge_cache), size, f"{model.name} with its adapter merged"))
     by_device: dict[int, list[tuple[Path, int, str]]] = {}

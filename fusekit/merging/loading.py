@@ -19,12 +19,12 @@ from fusekit.merging.models import Model, checkpoint_headers
 
 
 def merge_adapters(models: Iterable[Model], options: MergeOptions) -> bool:
-    """Merge every adapter (``model+adapter``) into its model, by mergekit; returns whether there was any.
+    """Merge every adapter that is not added at reading into its model, by mergekit; returns whether there was any.
 
     The models are then those in mergekit's adapter cache. mergekit takes any folder there for a finished one, so a
     folder that was begun and not finished is removed. Raises MergeError when an adapter cannot be merged.
     """
-    with_adapter = [model for model in models if model.adapter]
+    with_adapter = [model for model in models if model.adapter and not model.lora]
     for model in with_adapter:
         cache = Path(options.lora_merge_cache)
         before = set(cache.iterdir()) if cache.is_dir() else set()
@@ -86,6 +86,8 @@ class CheckingLoader(LazyTensorLoader):
             raise MergeError(f"{self.model.name} lacks the tensor {key}") from None
         except Exception as error:
             raise MergeError(f"{self.model.name}: the tensor {key} cannot be read from {file}: {error}") from error
+        if tensor is not None and self.model.lora is not None:
+            tensor = self.model.lora.applied(key, tensor)
         if tensor is None or key in self.checked:
             return tensor
         if header is not None:

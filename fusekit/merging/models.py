@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from transformers import CONFIG_MAPPING
 from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
 from fusekit.hub import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
+from fusekit.merging.lora import Adapter, plain_adapter
 from fusekit.yaml import KeyPath, Problems, nearest
 
 Kind = TypeVar("Kind")
@@ -100,8 +102,8 @@ class Access:
 
     pickle, remote_code: the models whose weights may be torch pickles, and whose own Python code may run.
     any_remote_code: mergekit's --trust-remote-code, for all models. cache: where hub models are kept, None for the
-    client's default. folders: where models are whose names are neither paths nor hub ids. notices: lines for the user,
-    collected.
+    client's default. folders: where models are whose names are neither paths nor hub ids. add_adapters: LoRA adapters
+    are added as weights are read, where that is possible. notices: lines for the user, collected.
     """
 
     pickle: frozenset[str] = frozenset()
@@ -109,6 +111,7 @@ class Access:
     any_remote_code: bool = False
     cache: Path | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
+    add_adapters: bool = True
     notices: list[str] = field(default_factory=list)
 
     def may_run_code(self, name: str) -> bool:
@@ -140,7 +143,7 @@ class Model:
     folder: on disk (for a hub model, the snapshot that its files go to). weights: False when only its tokenizer is
     wanted. headers: its tensors. download: weight files that are still to be fetched. needs_code: its files ask to
     run Python code of their own. knows_type: transformers has its model type. quantisation: the method that its
-    config.json names.
+    config.json names. lora: the adapter, if it can be added as weights are read.
     """
 
     name: str
@@ -155,12 +158,14 @@ class Model:
     needs_code: bool = False
     knows_type: bool = True
     quantisation: str | None = None
-    pinned: PinnedModel = field(init=False)
+    lora: Adapter | None = None
 
-    def __post_init__(self) -> None:
-        self.pinned = PinnedModel(
+    @cached_property
+    def pinned(self) -> PinnedModel:
+        # An adapter that is added as weights are read is none to mergekit, which would write a merged copy.
+        return PinnedModel(
             model=ModelPath(path=str(self.folder)),
-            lora=ModelPath(path=str(self.adapter)) if self.adapter else None,
+            lora=ModelPath(path=str(self.adapter)) if self.adapter and not self.lora else None,
             override_architecture=self.reference.override_architecture,
             name=self.name,
         )
@@ -219,6 +224,8 @@ def _resolve_one(reference: Any, place: KeyPath, weights: bool, access: Access) 
     _read_code_claims(model)
     if weights:
         _read_weights(model, files, access)
+        if adapter and access.add_adapters:
+            model.lora = plain_adapter(adapter, model.headers)
     return model
 
 

@@ -321,7 +321,12 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
     optional = save.optional and len(inputs) < len(gather.weight_info)
     loaded = _loaded_dtypes(gather, inputs)
     sizes = {pinned: header.elements * _itemsize(loaded[pinned]) for pinned, header in inputs.items()}
-    copied = sum(size for pinned, size in sizes.items() if loaded[pinned] != inputs[pinned].dtype)
+    adapted = {
+        pinned for pinned in inputs if (lora := by_pin[pinned].lora) and gather.weight_info[pinned].name in lora.names
+    }
+    copied = sum(size for pinned, size in sizes.items() if pinned in adapted or loaded[pinned] != inputs[pinned].dtype)
+    if adapted:
+        copied += 8 * max(header.elements for header in inputs.values())  # B A, and B A times s, of one model at a time
     dtype = None if converted else _result_dtype(save, loaded.values())
     return PlannedTensor(save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied)
 

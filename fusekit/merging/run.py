@@ -370,13 +370,17 @@ def _prepare(
         options.trust_remote_code,
         Path(options.transformers_cache) if options.transformers_cache else None,
         settings.folders,
+        add_adapters=options.lora_merge_dtype is None,
     )
     models = resolve(config, problems, access)
     for line in access.notices:
         settings.say(f"notice: {line}")
     for model in models.values():
-        if model.adapter and not options.lora_merge_cache:
-            raise MergeError(f"{model.name} has an adapter: say where to keep it merged with --lora-merge-cache FOLDER")
+        if model.adapter and not model.lora and not options.lora_merge_cache:
+            raise MergeError(
+                f"{model.name} has an adapter that cannot be added while weights are read: say where to keep it merged "
+                "with --lora-merge-cache FOLDER"
+            )
     written = with_models(config, {reference: reference for reference in models})
     pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
     return _Job(problems.document, written, pinned, list(models.values()), options, settings, final)

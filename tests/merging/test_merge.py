@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fusekit import mergekit_private
 from fusekit.merging import Settings, merge
 from tests.helpers import tiny_llama
 from tests.merging.conftest import traces
@@ -19,6 +20,7 @@ from tests.merging.processes import fusekit_merge
 
 
 def stock(recipe, out, **options):
+    mergekit_private.loaders().clear()  # of models that had these relative names before
     run_merge(
         MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text())),
         str(out),
