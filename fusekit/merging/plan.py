@@ -46,7 +46,8 @@ ANY = -1
 class PlannedTensor:
     """One tensor of the result. shape may hold ANY; None: unknown. dtype: torch name; None: unknown.
 
-    inputs: header by pinned model, for the models that have it. optional: the method may leave it out.
+    inputs: header by pinned model, for the models that have it. optional: the method may leave it out. converted: the
+    models whose file has it in parts, under other names (experts one by one).
     loaded_bytes: of the inputs in the dtype that they are loaded in; copied_bytes: of those whose file has another one
     (the others are read from the mapped file).
     """
@@ -58,6 +59,7 @@ class PlannedTensor:
     inputs: Mapping[Any, TensorHeader]
     loaded_bytes: int = 0
     copied_bytes: int = 0
+    converted: tuple[Any, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -105,14 +107,16 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     problems.raise_if_any(MergeError)
     tasks, out_config = _mergekit_tasks(config, options)
     saves = [task for task in tasks if isinstance(task, SaveTensor)]
-    tensors = [_planned_tensor(save, by_pin, configs, problems) for save in saves]
+    donor = by_pin[donor_of(config)]
+    built = _built_shapes(out_config, donor, problems)
+    tensors = [_planned_tensor(save, by_pin, configs, built, problems) for save in saves]
+    _check_parts(by_pin, tensors, problems)
     if len(problems.found) > MAX_REPORTED:
         rest = len(problems.found) - MAX_REPORTED
         last = max(line for line, _, _ in problems.found[:MAX_REPORTED])
         problems.found[MAX_REPORTED:] = [(last, f"and {rest} more of the same kind", ())]
     problems.raise_if_any(MergeError)
-    donor = by_pin[donor_of(config)]
-    _check_sizes(out_config, tensors, donor, problems)
+    _check_sizes(built, tensors, donor, problems)
     _check_tokenizers(config, by_pin, tensors, options, problems)
     problems.raise_if_any(MergeError)
     _check_method_parameters(saves, tensors)
@@ -292,10 +296,16 @@ def _gather(save: Any) -> Any:
     return getattr(task, "gather_tensors", task)
 
 
-def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any], problems: Problems) -> PlannedTensor:
+def _planned_tensor(
+    save: Any,
+    by_pin: dict[Any, Model],
+    configs: dict[Any, Any],
+    built: Mapping[str, tuple[int, ...]],
+    problems: Problems,
+) -> PlannedTensor:
     gather, task = _gather(save), save.tensor_task
     inputs: dict[Any, TensorHeader] = {}
-    converted = False
+    converted = []
     for pinned, weight in gather.weight_info.items():
         model = by_pin[pinned]
         names = [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
@@ -303,7 +313,9 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
         if header is not None:
             inputs[pinned] = header
         elif can_convert_checkpoint_keys(configs[pinned].model_type, set(model.headers), weight.name):
-            converted = True
+            converted.append(pinned)
+            if (whole := _whole(model, built.get(save.tensor_name))) is not None:
+                inputs[pinned] = whole
         elif not weight.optional:
             problems.add(
                 model.place,
@@ -314,7 +326,8 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
     _check_shapes(save, inputs, axis if aligned else None, by_pin, problems)
     reference = _reference(inputs, task.base_model)
     shape = inputs[reference].shape if inputs else None
-    if converted:
+    known = all(pinned in inputs for pinned in converted)
+    if not known:
         shape = None
     elif shape is not None and aligned and axis is not None:
         shape = (*shape[:axis], ANY, *shape[axis + 1 :])
@@ -324,11 +337,26 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any]
     adapted = {
         pinned for pinned in inputs if (lora := by_pin[pinned].lora) and gather.weight_info[pinned].name in lora.names
     }
-    copied = sum(size for pinned, size in sizes.items() if pinned in adapted or loaded[pinned] != inputs[pinned].dtype)
+    copied = sum(
+        size
+        for pinned, size in sizes.items()
+        if pinned in {*adapted, *converted} or loaded[pinned] != inputs[pinned].dtype
+    )
     if adapted:
         copied += 8 * max(header.elements for header in inputs.values())  # B A, and B A times s, of one model at a time
-    dtype = None if converted else _result_dtype(save, loaded.values())
-    return PlannedTensor(save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied)
+    dtype = _result_dtype(save, loaded.values()) if known else None
+    return PlannedTensor(
+        save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied, tuple(converted)
+    )
+
+
+def _whole(model: Model, shape: tuple[int, ...] | None) -> TensorHeader | None:
+    """The header that a tensor of experts would have if they were in one tensor; None where that is not known."""
+    dtypes = {(header.dtype, header.itemsize) for name, header in model.headers.items() if "expert" in name}
+    if shape is None or len(dtypes) != 1:
+        return None
+    dtype, itemsize = dtypes.pop()
+    return TensorHeader(dtype, shape, "(in parts)", itemsize)
 
 
 def _loaded_dtypes(gather: Any, inputs: Mapping[Any, TensorHeader]) -> dict[Any, str]:
@@ -378,28 +406,52 @@ def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
-def _check_sizes(out_config: Any, tensors: list[PlannedTensor], donor: Model, problems: Problems) -> None:
-    """Report tensors that transformers would not load with the config of the merged model, which is built on no device.
+def _built_shapes(out_config: Any, donor: Model, problems: Problems) -> dict[str, tuple[int, ...]]:
+    """The shapes that transformers gives tensors by the config of the merged model, which it builds on no device.
 
-    Tensors that transformers keeps under another name (fused experts, say) are not compared.
+    Empty for a model with code of its own, and with a warning where it cannot be built.
     """
     kind = getattr(transformers, out_config.architectures[0], None)
     if kind is None:
-        return  # code of its own
+        return {}
     try:
         with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in kind(out_config).state_dict().items()}
+            return {name: tuple(tensor.shape) for name, tensor in kind(out_config).state_dict().items()}
     except Exception as error:
         problems.warn(donor.place, f"transformers cannot build a model by the config.json of {donor.name}: {error}")
-        return
+        return {}
+
+
+def _check_sizes(
+    built: Mapping[str, tuple[int, ...]], tensors: list[PlannedTensor], donor: Model, problems: Problems
+) -> None:
+    """Report a tensor that transformers would not load with the config of the merged model."""
     for tensor in tensors:
-        if (built := shapes.get(tensor.name)) and tensor.shape is not None and not same_shape(tensor.shape, built):
+        wanted = built.get(tensor.name)
+        if wanted is not None and tensor.shape is not None and not same_shape(tensor.shape, wanted):
             problems.add(
                 donor.place,
                 f"{tensor.name} has shape {list(tensor.shape)}, and the config.json of {donor.name}, which the merged "
-                f"model gets, makes it {list(built)}: the model could not be loaded; correct that config.json",
+                f"model gets, makes it {list(wanted)}: the model could not be loaded; correct that config.json",
             )
             return
+
+
+def _check_parts(by_pin: dict[Any, Model], tensors: list[PlannedTensor], problems: Problems) -> None:
+    """Report models whose parts do not add up to the tensors that mergekit makes of them: it stacks what is there."""
+    for pinned, model in by_pin.items():
+        of_parts = [tensor for tensor in tensors if pinned in tensor.converted]
+        if not of_parts or any(pinned not in tensor.inputs for tensor in of_parts):
+            continue
+        whole = {id(tensor.inputs[pinned]) for tensor in tensors if pinned in tensor.inputs}
+        parts = sum(header.elements for header in model.headers.values() if id(header) not in whole)
+        wanted = sum(tensor.inputs[pinned].elements for tensor in of_parts)
+        if parts < wanted:
+            problems.add(
+                model.place,
+                f"{model.name}: the tensors that {of_parts[0].name} and others like it are made of have {parts:,} "
+                f"elements, not {wanted:,}: is a shard missing?",
+            )
 
 
 def same_shape(planned: tuple[int, ...], found: tuple[int, ...]) -> bool:
@@ -462,7 +514,7 @@ def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[s
 
 def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> list[str]:
     """mergekit writes what its definition of the architecture lists, and drops the rest without a word."""
-    if any(tensor.shape is None for tensor in tensors):
+    if any(tensor.converted for tensor in tensors):
         return []
     read = {(pinned, id(header)) for tensor in tensors for pinned, header in tensor.inputs.items()}
     warnings = []
