@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ class Need:
         """Whether there is enough."""
         return self.needed <= self.free
 
+    @property
+    def tight(self) -> bool:
+        """Whether it takes more than half of what is free, or more."""
+        return 2 * self.needed > self.free
+
     def __str__(self) -> str:
         return f"{self.what}: about {human(self.needed)} needed, {human(self.free)} {self.where}"
 
@@ -43,6 +49,12 @@ def main_memory(what: str, needed: int, processes: int = 1, mapped: int = 0) -> 
     if tightest.address_space:
         processes, needed = 1, needed + mapped
     return Need(what, (taken + needed) * processes, tightest.available + taken * processes, tightest.source)
+
+
+def worth_saying(needs: Iterable[Need]) -> list[str]:
+    """A line for each need that is tight; for all of them where the log level is INFO (``-v``)."""
+    every = logging.getLogger("fusekit").isEnabledFor(logging.INFO)
+    return [str(need) for need in needs if every or need.tight]
 
 
 def refuse_lacking(needs: Iterable[Need], headline: str, way_out: str, kind: type[FusekitError]) -> None:

@@ -30,6 +30,7 @@ from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, progress
 from fusekit.errors import CaptureError
+from fusekit.resources import worth_saying
 from fusekit.types import Row, TokenizedRow
 
 _SAMPLED_ROWS = 200
@@ -165,8 +166,8 @@ class Capture:
         )
         if self.checkpoint.choice.engine.probe is None:  # else transformers loads no model
             needs += memory_needs(self.checkpoint, self.settings.batch_tokens, processes)
-        for need in needs:
-            self._say(str(need))
+        for line in worth_saying(needs):
+            self._say(line)
         if not self.ignore_estimates:
             refuse(needs)
         self.checkpoint.fetch(bar=not self.quiet)

@@ -22,11 +22,12 @@ COMMANDS = {
     "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
     "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
-    "plan": ("fusekit.cli.plan", "plan", "Show what a fusion recipe would take: tokens, disk, memory."),
+    "new": ("fusekit.cli.recipe", "new", "Write a minimal fusion recipe to start from."),
+    "plan": ("fusekit.cli.plan", "plan", "Show what a recipe would take: tokens, disk, memory."),
     "report": ("fusekit.cli.report", "report", "Make the report of a run again, finished or not."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
-    "validate": ("fusekit.cli.recipe", "validate", "Check a fusion recipe: every mistake at once."),
+    "validate": ("fusekit.cli.recipe", "validate", "Check a recipe: every mistake at once."),
     "verify": ("fusekit.cli.verify", "verify", "Compare artifacts on disk with what was committed."),
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: versions, devices, sees_fusekit, other_fusekit.")
+def doctor(as_json: bool) -> None:
     """Explain this installation in plain words.
 
     Exit status 1 if stock mergekit does not see fusekit's methods, or if another project called fusekit is installed.
@@ -15,13 +18,17 @@ def doctor() -> None:
 
     works, explanation = autoload()
     clash = other_fusekit()
-    for title, lines in (
-        ("Versions", [f"{name:<16} {version}" for name, version in versions().items()]),
-        ("Devices", devices()),
-        ("Stock mergekit (mergekit-yaml, mergekit-multi, mergekit-pytorch)", explanation),
-        ("Another fusekit", clash),
-    ):
-        if lines:
-            click.echo("\n".join([title, *(f"  {line}" for line in lines), ""]))
+    if as_json:
+        found = {"versions": versions(), "devices": devices(), "sees_fusekit": works, "other_fusekit": clash}
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for title, lines in (
+            ("Versions", [f"{name:<16} {version}" for name, version in versions().items()]),
+            ("Devices", devices()),
+            ("Stock mergekit (mergekit-yaml, mergekit-multi, mergekit-pytorch)", explanation),
+            ("Another fusekit", clash),
+        ):
+            if lines:
+                click.echo("\n".join([title, *(f"  {line}" for line in lines), ""]))
     if clash or not works:
         click.get_current_context().exit(1)

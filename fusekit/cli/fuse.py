@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 from huggingface_hub import constants
 from mergekit.options import MergeOptions, PrettyPrintHelp
@@ -17,6 +16,7 @@ from fusekit.cli.recipe import overrides
 from fusekit.cli.run import run_recipe
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.layout import STAGES
+from fusekit.merging.run import check_options
 from fusekit.recipe import Recipe, load_recipe
 
 REFUSED = {
@@ -85,7 +85,7 @@ def fuse(
 def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str, Any]:
     """The options of mergekit that were given, for the stage ``merge`` of a run.
 
-    Raises RecipeError for one that has no meaning there, and for a CUDA device that this machine lacks.
+    Raises RecipeError for one that has no meaning there, MergeError for a device that this machine lacks.
     """
     given = {
         name
@@ -94,10 +94,7 @@ def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str,
     }
     for name in sorted(given & REFUSED.keys()):
         raise RecipeError(f"--{name.replace('_', '-')} with a fusion recipe: {REFUSED[name]}")
-    if "safe_serialization" in given and not options.safe_serialization:
-        raise RecipeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
-    if str(options.device).startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"there is no CUDA device, and the merge is asked to compute on {options.device}")
+    check_options(options)
     if given & {"gpu_rich", "cuda"}:
         given |= {"device"}
     return {name: getattr(options, name) for name in sorted(given.difference(OF_THE_RUN))}

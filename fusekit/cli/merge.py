@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, add_merge_options
 
+from fusekit import yaml as safe_yaml
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.run import Settings, check_options
@@ -78,7 +79,8 @@ def merge(
     OUT appears in one step, whole, or not at all. A fusion recipe is for fusekit run or mergekit-fuse.
     """
     drop_noise()
-    if kind_of(recipe) == "fusion":
+    document = safe_yaml.load(recipe)  # once: it may be a pipe
+    if kind_of(document) == "fusion":
         raise RecipeError(
             f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out or 'OUT'} --only merge` merges the targets of "
             "its run, with the same options; `fusekit run` does all of it"
@@ -101,14 +103,14 @@ def merge(
         on_published=lambda: published.append(True),
     )
     if check:
-        found = run_check(recipe, out, merge_options, settings)
+        found = run_check(document, out, merge_options, settings)
         click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
         sys.exit(0 if found.can_run else 1)
     check_options(merge_options)
     merge_options.apply_global_options()
     try:
         with sigterm_unwinds():
-            merged = run(recipe, str(out), merge_options, settings)
+            merged = run(document, str(out), merge_options, settings)
     except (KeyboardInterrupt, TerminatedError) as error:
         _stopped(str(out), status_of(error), bool(published))
     except FusekitError:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fusekit.cli.recipe import overrides, recipe_argument
+from fusekit import yaml as safe_yaml
+from fusekit.cli.recipe import check_merge, overrides, recipe_argument
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Plan, Step
@@ -31,15 +32,18 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     """Show what `fusekit run RECIPE OUT` would do: stages, tokens, disk, memory, operations. Nothing is written.
 
     With OUT, what is there already is compared with the recipe. The exit status is 1 if something is known to stop the
-    run: a model that is missing or gated, inputs that changed, too little disk or memory here.
+    run: a model that is missing or gated, inputs that changed, too little disk or memory here. Of a mergekit recipe it
+    prints what `fusekit merge --check` does.
     """
     from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.plan import make_plan
     from fusekit.pipeline.stages import mistakes
     from fusekit.recipe.loading import load_recipe
 
+    document = safe_yaml.load(recipe)
+    check_merge(document, out, overrides, as_json=as_json)
     drop_noise()
-    loaded = load_recipe(recipe, overrides, partial(mistakes, files=False))  # which the plan itself looks for
+    loaded = load_recipe(document, overrides, partial(mistakes, files=False))  # which the plan itself looks for
     found = make_plan(loaded, str(recipe), out)
     click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found))
     if not found.can_run:

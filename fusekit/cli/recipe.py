@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,7 +12,6 @@ from fusekit import yaml as safe_yaml
 from fusekit.errors import RecipeError
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import kind_of, load_recipe
-from fusekit.recipe.shipped import schema_text
 from fusekit.yaml import Document
 
 recipe_argument = click.argument(
@@ -31,75 +30,73 @@ overrides = click.option(
 @recipe_argument
 @overrides
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, warnings, not_looked_at.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, not_looked_at.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
     """Check a recipe: every mistake at once, with its line and the nearest known name. - is standard input.
 
-    Of a fusion recipe, local models, templates and data are looked for as well; what is on the hub is not. Of a
-    mergekit recipe the text is checked; `fusekit plan` also looks at its models.
+    Local models, templates and data are looked for as well; what is on the hub is not. Of a mergekit recipe it prints
+    what `fusekit merge --check` does.
     """
+    document = safe_yaml.load(recipe)
+    check_merge(document, None, overrides, as_json=as_json)
     import yaml
 
-    problems: list[str] = []
-    try:
-        document = safe_yaml.load(recipe)
-        if kind_of(document) == "mergekit":
-            what, warnings, unseen = _merge_recipe(document, overrides)
-            values = document.data
-        else:
-            what, unseen, values = _fusion_recipe(document, overrides)
-            warnings = []
-    except RecipeError as error:
-        if not as_json:
-            raise
-        problems = [line.strip() for line in str(error).splitlines()]
-        problems = problems[1:] or problems  # the first of several counts them
-        warnings, unseen = [], []
-    if as_json:
-        found = {"valid": not problems, "problems": problems, "warnings": warnings, "not_looked_at": unseen}
-        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
-        click.get_current_context().exit(bool(problems))
-    for line in warnings:
-        click.echo(f"warning: {line}", err=True)
-    if unseen:
-        click.echo(f"not looked at: {', '.join(unseen)}", err=True)
-    if resolved:
-        click.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
-    else:
-        click.echo(f"{recipe}: valid; {what}")
-
-
-def _fusion_recipe(document: Document, overrides: tuple[str, ...]) -> tuple[str, list[str], Any]:
-    """What a fusion recipe is, what of it is not here to be looked at, and its values."""
     from fusekit.artifacts import counted
     from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.capturing import not_looked_at
     from fusekit.pipeline.stages import mistakes
 
     drop_noise()
-    loaded = load_recipe(document, overrides, mistakes)
-    names = [source.label for source in loaded.sources]
-    what = f"pivot {loaded.pivot.path}, {counted(len(names), 'source')}: {', '.join(names)}"
-    return what, not_looked_at(loaded), loaded.model_dump(mode="json")
+    try:
+        loaded = load_recipe(document, overrides, mistakes)
+    except RecipeError as error:
+        if not as_json:
+            raise
+        first, *more = [line.strip() for line in str(error).splitlines()]  # the first of several counts them
+        click.echo(json.dumps({"valid": False, "problems": more or [first]}, indent=1, ensure_ascii=False))
+        sys.exit(1)
+    unseen, names = not_looked_at(loaded), [source.label for source in loaded.sources]
+    if as_json:
+        click.echo(json.dumps({"valid": True, "problems": [], "not_looked_at": unseen}, indent=1, ensure_ascii=False))
+        return
+    if unseen:
+        click.echo(f"not looked at, since it is on the hub: {', '.join(unseen)}", err=True)
+    if resolved:
+        click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+    else:
+        click.echo(f"{recipe}: valid; pivot {loaded.pivot.path}, {counted(len(names), 'source')}: {', '.join(names)}")
 
 
-def _merge_recipe(document: Document, overrides: tuple[str, ...]) -> tuple[str, list[str], list[str]]:
-    """What a mergekit recipe is, warnings, and the models that are not looked at."""
-    import fusekit.merge_methods  # noqa: F401  registers them with mergekit
-    from fusekit.artifacts import counted
-    from fusekit.merging.lint import lint
-
+def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Of a mergekit recipe, print what a merge would do and every problem, and exit; of others do nothing."""
+    if kind_of(document) == "fusion":
+        return
     if overrides:
         raise click.UsageError(f"--set is for fusion recipes, and {document.name} is a mergekit recipe: edit it")
-    config, warnings = lint(document)
-    models = [str(model) for model in config.referenced_models()]
-    return f"{config.merge_method} of {counted(len(models), 'model')}", warnings, models
+    from fusekit.merging import check
+
+    found = check(document, out)
+    click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
+    sys.exit(not found.can_run)
 
 
 @click.command()
-def schema() -> None:
+@click.option("--markdown", is_flag=True, help="Print the page of every key and preset instead.")
+def schema(markdown: bool) -> None:
     """Print the JSON schema of fusion recipes, for editors."""
-    click.echo(schema_text(), nl=False)
+    if markdown:
+        from fusekit.recipe import reference
+
+    click.echo(reference.markdown() if markdown else shipped_recipes.schema_text(), nl=False)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), default=Path("fusion.yml"))
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def new(file: Path, force: bool) -> None:
+    """Write a minimal fusion recipe with comments to FILE, and the schema for editors beside it."""
+    _write(file, shipped_recipes.NEW.encode(), force)
+    _copy_schema(file.with_name(shipped_recipes.SCHEMA))
 
 
 @click.command()
@@ -128,17 +125,21 @@ def cp(name: str, file: Path | None, force: bool) -> None:
     target = file or Path(source.name)
     if target.is_dir():
         target = target / source.name
+    _write(target, source.read_bytes(), force)
+    if source.read_text(encoding="utf-8").startswith(shipped_recipes.EDITORS):
+        _copy_schema(target.with_name(shipped_recipes.SCHEMA))
+
+
+def _write(target: Path, data: bytes, force: bool) -> None:
     try:
         # "x" refuses an existing file, also one that appears at this very moment.
         with target.open("wb" if force else "xb") as out:
-            out.write(source.read_bytes())
+            out.write(data)
     except FileExistsError:
         raise RecipeError(f"{target} exists already; --force replaces it") from None
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from error
     click.echo(f"{target}")
-    if source.read_text(encoding="utf-8").startswith(shipped_recipes.EDITORS):
-        _copy_schema(target.with_name(shipped_recipes.SCHEMA))
 
 
 def _copy_schema(target: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from fusekit.layout import STAGES
 @click.option("--from", "start", type=click.Choice(STAGES), help="Begin with this stage; what it needs is checked.")
 @click.option("--until", type=click.Choice(STAGES), help="End with this stage.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print all estimates, not only those that are tight.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON: folders, scores, seconds.")
 def run(
     recipe: Path,
     out: Path,
@@ -34,14 +39,26 @@ def run(
     until: str | None = None,
     ignore_estimates: bool = False,
     quiet: bool = False,
+    verbose: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Do what is missing of a fusion RECIPE in the folder OUT: from sources to a merged, evaluated model.
 
     Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped resumes when
     the same command is given again. Where the inputs of an artifact have changed, it stops and says which.
     """
+    if verbose:
+        logging.getLogger("fusekit").setLevel(logging.INFO)
     run_recipe(
-        recipe, out, overrides, only=only, start=start, until=until, ignore_estimates=ignore_estimates, quiet=quiet
+        recipe,
+        out,
+        overrides,
+        only=only,
+        start=start,
+        until=until,
+        ignore_estimates=ignore_estimates,
+        quiet=quiet,
+        as_json=as_json,
     )
 
 
@@ -55,6 +72,7 @@ def run_recipe(
     until: str | None = None,
     ignore_estimates: bool = False,
     quiet: bool = False,
+    as_json: bool = False,
     merge_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
@@ -62,6 +80,7 @@ def run_recipe(
     from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
     from fusekit.pipeline.run import run as go
+    from fusekit.report.text import seconds
 
     drop_noise()
     try:
@@ -84,5 +103,12 @@ def run_recipe(
         sys.exit(status_of(error))
     except OtherProcessError:
         sys.exit(1)  # process 0 has said why
-    if done.results is not None and not quiet:
-        click.echo(table(done.results))
+    if as_json:
+        found = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(done).items()}
+        found["targets"] = [str(path) for path in done.targets]
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    elif not quiet:
+        if done.results is not None:
+            click.echo(table(done.results))
+        where = f"the merged model is in {done.merged}" if done.merged else f"what it made is in {done.out}"
+        click.echo(f"done in {seconds(done.seconds)}: {where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,27 +16,30 @@ MANIFEST = "manifest.json"
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--quiet", is_flag=True, help="Print problems only.")
-def verify(paths: tuple[Path, ...], quiet: bool) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Print problems only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: problems by the folder of each artifact.")
+def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     """Read every artifact under PATHS and compare it with what was committed: stores, and the stages of a run.
 
     Each problem is printed with its file. The exit status is 1 if there is a problem, or nothing to verify.
     """
     from fusekit.artifacts import counted
 
-    found = problems = 0
+    found: dict[str, list[str]] = {}
     for folder in (folder for path in paths for folder in _artifacts(path)):
         try:
             wrong, good = _checked(folder)
         except (FusekitError, OSError) as error:
             wrong = [line if line.startswith(str(folder)) else f"{folder}: {line}" for line in str(error).splitlines()]
             good = ""
-        found += 1
-        problems += len(wrong)
-        for line in wrong or ([] if quiet else [good]):
+        found[str(folder)] = wrong
+        for line in [] if as_json else wrong or ([] if quiet else [good]):
             click.echo(line)
-    if problems:
-        click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(found, 'artifact')}", err=True)
+    problems = sum(map(len, found.values()))
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    elif problems:
+        click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}", err=True)
     elif not found:
         click.echo(f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}", err=True)
     if problems or not found:

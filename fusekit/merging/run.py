@@ -43,7 +43,7 @@ from fusekit.merging.models import (
     with_models,
 )
 from fusekit.merging.plan import ANY, Plan, PlannedTensor, donor_of, make_plan, same_shape
-from fusekit.resources import Need, is_out_of_memory
+from fusekit.resources import Need, is_out_of_memory, worth_saying
 from fusekit.yaml import Document, Problems
 
 LINE_SECONDS = 10.0
@@ -407,8 +407,8 @@ def _build(job: _Job) -> Plan:
         needs = estimate(plan, job.models, options, job.final)
         sizes = f"{human(plan.read_bytes)} to read, {human(plan.nbytes)} to write"
         say(f"{plan.method}, {len(plan.tensors)} tensors: {sizes}")
-        for need in needs:
-            say(str(need))
+        for line in worth_saying(needs):
+            say(line)
         if not job.settings.ignore_estimates:
             refuse(needs)
         for model in job.models:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,11 +34,21 @@ _DECIDE = {"data", "distill", "merge"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a run made. out: the folder. targets: of the distillation. results: scores by model, None without."""
+    """What a run made.
+
+    Attributes:
+        out: the folder.
+        targets: of the distillation.
+        merged: the merged model, None where the recipe or the stages have none.
+        results: scores by model, None without.
+        seconds: how long it took.
+    """
 
     out: Path
     targets: list[Path]
+    merged: Path | None
     results: dict[str, Any] | None
+    seconds: float
 
 
 def run(
@@ -74,7 +85,7 @@ def run(
         FusekitError: what each stage raises; an output in use, or that holds something else; inputs of an artifact that
             changed (with both values).
     """
-    chosen = chosen_stages(only, start, until)
+    started, chosen = time.monotonic(), chosen_stages(only, start, until)
     layout, processes = layout_of(out), Processes.current()
     check = partial(mistakes, stages=chosen, layout=layout)
     # Before the output is touched: a recipe that cannot be done leaves nothing behind.
@@ -84,10 +95,14 @@ def run(
         processes.first_then_all(lambda: recipe.refuse(check(recipe)))
     log = RunLog(layout.logs)
 
+    heading: list[str] = []
+
     def tell(line: str) -> None:
         if processes.is_first:
-            log.write(line)
-            say(line)
+            for text in (*heading, line):
+                log.write(text)
+                say(text)
+            heading.clear()
 
     readers = Readers(recipe, layout)
     context = Context(recipe, layout, readers, tell, quiet, dict(merge_options or {}), ignore_estimates)
@@ -107,6 +122,7 @@ def run(
             if name == "report" and name in chosen:
                 processes.first_then_all(partial(_save if decided else _refuse_other_recipe, layout, recipe))
             if name in chosen:
+                heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]  # said if anything is
                 TABLE[name].make(context, processes)
             elif name in needed:
                 processes.first_then_all(partial(require, context, name, baseline="evaluate" in chosen))
@@ -115,7 +131,9 @@ def run(
     results = None
     if "evaluate" in chosen and recipe.evaluate is not None:
         results = json.loads(layout.results.read_text(encoding="utf-8"))
-    return Run(layout.out, context.targets if {"distill", "merge", "evaluate"} & set(chosen) else [], results)
+    targets = context.targets if {"distill", "merge", "evaluate"} & set(chosen) else []
+    merged = layout.merged if targets and recipe.merge is not None and layout.merged.is_dir() else None
+    return Run(layout.out, targets, merged, results, time.monotonic() - started)
 
 
 def layout_of(out: Path | str) -> Layout:

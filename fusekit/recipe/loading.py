@@ -310,12 +310,11 @@ def _kinds(data: Mapping[Any, Any]) -> tuple[list[str], list[str]]:
     return [key for key in FUSION if key in data], [key for key in MERGEKIT if key in data]
 
 
-def kind_of(path: Path | str | Document) -> Literal["fusion", "mergekit"]:
+def kind_of(document: Document) -> Literal["fusion", "mergekit"]:
     """What a recipe is for: ``fusion`` (fusekit run) or ``mergekit`` (mergekit-yaml, fusekit merge).
 
-    Raises RecipeError when it has keys of both, or of neither, or cannot be read.
+    Raises RecipeError when it has keys of both, or of neither.
     """
-    document = path if isinstance(path, Document) else safe_yaml.load(path)
     path, data = document.name, document.data
     ours, theirs = _kinds(data if isinstance(data, dict) else {})
     if ours and theirs:

@@ -15,6 +15,27 @@ SCHEMA = "fusion.schema.json"
 EDITORS = "# yaml-language-server:"
 """How a line begins by which editors find the schema of a file."""
 
+NEW = """\
+# yaml-language-server: $schema=./fusion.schema.json
+# A fusion recipe: check it with `fusekit validate`, see what it takes with `fusekit plan`, run it with `fusekit run`.
+
+# The model to train, a folder or a name on the Hugging Face hub; the result has its architecture and tokenizer.
+pivot: HuggingFaceTB/SmolLM2-135M-Instruct
+
+# The models that it learns from, of any architecture and tokenizer. A mapping says more than the name:
+#   - {model: Qwen/Qwen2.5-0.5B-Instruct, load: {dtype: bfloat16}}
+sources:
+  - HuggingFaceTB/SmolLM2-360M-Instruct
+  - Qwen/Qwen2.5-0.5B-Instruct
+
+# Examples that all of them read: a .jsonl, .json, .parquet or .txt file, or a name on the hub.
+data: examples.jsonl
+
+# Examples that nothing is trained on, to score every model on:
+# evaluate: {path: held-out.jsonl}
+"""
+"""What ``fusekit new`` writes."""
+
 
 def folder() -> Path:
     """The folder of the shipped recipes. Raises RecipeError if this installation has none."""

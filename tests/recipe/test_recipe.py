@@ -26,6 +26,7 @@ from fusekit.pipeline.stages import mistakes
 from fusekit.recipe import Recipe
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import PRESETS, load_recipe
+from fusekit.recipe.reference import markdown
 from fusekit.recipe.shipped import document, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
@@ -337,6 +338,15 @@ def test_commands(write):
     assert schema_text() == shipped_recipes.schema().read_text(encoding="utf-8"), (
         "the recipe's sections have changed: fusekit schema > recipes/fusion.schema.json"
     )
+    page = Path(__file__).parents[2] / "docs" / "recipe-keys.md"
+    assert markdown() == page.read_text(encoding="utf-8"), "fusekit schema --markdown > docs/recipe-keys.md"
+
+
+def test_new_writes_a_recipe_that_loads_and_its_schema(write, tmp_path):
+    said = CliRunner().invoke(cli, ["new"])
+    assert said.output.split() == ["fusion.yml", "fusion.schema.json"]
+    assert len(load_recipe(tmp_path / "fusion.yml").sources) == 2
+    assert isinstance(CliRunner().invoke(cli, ["new"]).exception, RecipeError)
 
 
 def test_every_field_of_the_schema_says_what_it_is():
