@@ -72,6 +72,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def with_article(noun: str) -> str:
+    """``a list``, ``an int``."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def system_errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
     seen: set[int] = set()

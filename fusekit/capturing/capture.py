@@ -15,7 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from fusekit.artifacts import differences, output_lock, remove
+<<<<<<< HEAD
+from fusekit.artifacts import counted, differences, output_lock, remove
+=======
+from fusekit.artifacts import counted, output_lock
+>>>>>>> e7ebc8c (Count with one helper, with the noun's plural and article)
 from fusekit.capturing.codec import Columns
 from fusekit.capturing.engine import Teacher, rows_per_shard
 from fusekit.capturing.engines.opening import Opening
@@ -399,9 +403,10 @@ def _refuse_quarantined(writer: StoreWriter, share: float) -> None:
     if len(quarantined) > allowed:
         key, why = next(iter(quarantined.items()))
         raise CaptureError(
-            f"{writer.path}: {len(quarantined)} examples have no distribution, more than the {allowed} of {total} "
-            f"that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the model's weights whole, and is "
-            "its dtype one that it was trained for? If so many may be missing, raise the limit: what is captured stays"
+            f"{writer.path}: {counted(len(quarantined), 'example')} without a distribution, more than the "
+            f"{allowed} of {total} that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the "
+            "model's weights whole, and is its dtype one that it was trained for? If so many may be missing, raise the limit: "
+            "what is captured stays"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fusekit.artifacts import counted
 from fusekit.capturing.manifest import ROWS_PER_SHARD
 from fusekit.capturing.settings import Selection
 from fusekit.capturing.topk import Scores, score_logits
@@ -218,7 +219,9 @@ class Teacher:
             return self._score_batch(rows)
         half = (len(rows) + 1) // 2
         self.batch_tokens = min(self.batch_tokens, half * longest)
-        self.notify(f"{self.name}: memory ran out at {len(rows)} examples of {longest} tokens, {half} are tried")
+        self.notify(
+            f"{self.name}: memory ran out at {counted(len(rows), 'example')} of {longest} tokens, {half} are tried"
+        )
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
     def _too_large(self, row: TokenizedRow, failure: str) -> str:

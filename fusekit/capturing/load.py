@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fusekit import artifacts as artifact
+from fusekit.artifacts import counted
 from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.environment import circumstances
@@ -80,8 +81,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         )
     if missing := sorted(report["missing_keys"]):
         raise CaptureError(
-            f"{choice.model} lacks {len(missing)} tensors, which would be random: {missing[0]}: are its weights of "
-            "another model?"
+            f"{choice.model} lacks {counted(len(missing), 'tensor')}, which would be random: {missing[0]}: are its "
+            "weights of another model?"
         )
     return model.eval()
 

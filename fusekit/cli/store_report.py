@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusekit.artifacts import human
+from fusekit.artifacts import counted, human
 
 if TYPE_CHECKING:
     from fusekit.capturing.store import Store
@@ -73,7 +73,7 @@ def summary_lines(store: Store) -> Iterator[str]:
         )
     if found["quarantined"]:
         yield ""
-        yield f"  {len(found['quarantined'])} examples have no distribution:"
+        yield f"  {counted(len(found['quarantined']), 'example')} without a distribution:"
         for key, reason in list(found["quarantined"].items())[:_SHOWN_QUARANTINED]:
             yield f"    {key}  {reason}"
 
@@ -85,7 +85,7 @@ def row_lines(row: CapturedRow, tokenizer: Any, most: int) -> Iterator[str]:
     """
     tokens = row.tokens
     yield f"row {tokens.key} ({row.dataset or 'no dataset'})"
-    size = f"{len(tokens)} tokens, {len(row.actual)} labels"
+    size = f"{counted(len(tokens), 'token')}, {counted(len(row.actual), 'label')}"
     yield f"  {size}, {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
     yield f"  {_shown(tokenizer.decode(tokens.ids.tolist()), 600)}"
     positions = tokens.label_positions.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fusekit.artifacts import with_article
 from fusekit.data.counts import DataCounts
 from fusekit.errors import DataError
 from fusekit.types import FRAGMENT, TEXT, Message, Row
@@ -274,7 +275,7 @@ def _encodable(value: str, key: str, where: str) -> str:
 
 def _kind(value: object) -> str:
     return {list: "a list", dict: "an object", str: "text", type(None): "null"}.get(
-        type(value), f"a {type(value).__name__}"
+        type(value), with_article(type(value).__name__)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fusekit.alignment.cases import Case
+from fusekit.artifacts import counted
 from fusekit.capturing.store import Store
 from fusekit.distillation.label_rows import LabelRows
 from fusekit.distillation.live import LiveTeacher
@@ -77,7 +78,7 @@ class Joined(NamedTuple):
     def report(self) -> list[str]:
         """One line for the data and one for each model."""
         twice = f", {len(self.duplicates)} of them given more than once ({_first(self.duplicates)})"
-        data = f"{len(self.rows)} examples of data{twice if self.duplicates else ''}"
+        data = f"{counted(len(self.rows), 'example')} of data{twice if self.duplicates else ''}"
         return [data, *(f"{name}: {match}" for name, match in self.matches.items())]
 
 
@@ -103,9 +104,9 @@ def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
     for name, match in matches.items():
         if not match.matched:
             raise DistillationError(
-                f"{name} has none of the {len(by_key)} examples of data: it was captured from other data. The data "
-                f"begin with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; capture it "
-                "from the same examples, read and cut the same way"
+                f"{name} has none of {counted(len(by_key), 'example')} of data: it was captured from other data. The "
+                f"data begin with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; capture "
+                "it from the same examples, read and cut the same way"
             )
     return Joined(tuple(by_key.values()), tuple(copies), matches)
 

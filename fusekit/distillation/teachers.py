@@ -12,7 +12,7 @@ import xxhash
 
 from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.rows import NEED_PIVOT
-from fusekit.artifacts import is_stage
+from fusekit.artifacts import is_stage, with_article
 from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.estimate import memory_needs, refuse
@@ -257,7 +257,9 @@ def _named(teachers: Any) -> dict[str, Any]:
     if isinstance(teachers, Mapping):
         return dict(teachers)
     if isinstance(teachers, Sequence) and not isinstance(teachers, str):
-        raise DistillationError(f"teachers is a {type(teachers).__name__}: give a mapping from names to teachers")
+        raise DistillationError(
+            f"teachers is {with_article(type(teachers).__name__)}: give a mapping from names to teachers"
+        )
     return {"teacher": teachers}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusekit.artifacts import with_article
 from fusekit.errors import MergeError
 from fusekit.threads import side_by_side
 
@@ -162,7 +163,7 @@ class FusionVectors:
         names = ["base"] * (base is not None) + [f"target {index}" for index in range(len(targets))]
         for name, tensor in zip(names, tensors, strict=True):
             if not isinstance(tensor, Tensor):
-                raise MergeError(f"{name} is a {type(tensor).__name__}: give torch tensors")
+                raise MergeError(f"{name} is {with_article(type(tensor).__name__)}: give torch tensors")
             if not tensor.is_floating_point() or tensor.element_size() == 1:
                 raise MergeError(
                     f"{name} has dtype {tensor.dtype}: only float16, bfloat16, float32 and float64 are merged"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fusekit import __version__
-from fusekit.artifacts import commit_file
+from fusekit.artifacts import commit_file, counted
 from fusekit.errors import StorageError
 
 ENVIRONMENT_VARIABLE = "FUSEKIT_PROVENANCE"
@@ -74,7 +74,7 @@ class MergeRecord:
         lines = [
             "### Merge coefficients",
             "",
-            f"{methods} by fusekit {__version__}, {len(records)} tensors. "
+            f"{methods} by fusekit {__version__}, {counted(len(records), 'tensor')}. "
             "The coefficients of every tensor are in `coefficients.json`.",
             "",
             "| model | mean coefficient | least | greatest | erased |",

@@ -406,7 +406,7 @@ def _build(job: _Job) -> Plan:
             say(f"warning: {line}")
         needs = estimate(plan, job.models, options, job.final)
         sizes = f"{human(plan.read_bytes)} to read, {human(plan.nbytes)} to write"
-        say(f"{plan.method}, {len(plan.tensors)} tensors: {sizes}")
+        say(f"{plan.method}, {counted(len(plan.tensors), 'tensor')}: {sizes}")
         for line in worth_saying(needs):
             say(line)
         if not job.settings.ignore_estimates:

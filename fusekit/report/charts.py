@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import NamedTuple
 
-from fusekit.artifacts import human
+from fusekit.artifacts import counted, human
 from fusekit.evaluation.table import fixed
 from fusekit.layout import PIVOT
 from fusekit.report import text
@@ -119,7 +119,7 @@ def _store_box(facts: Facts, name: str, colour: str) -> Box:
     store = facts.stores.get(name)
     if store is None:
         return _box(["not captured yet"], colour, missing=True)
-    state = text.counted(len(store), "example") + ("" if store.complete else " so far")
+    state = counted(len(store), "example") + ("" if store.complete else " so far")
     size = human(sum(record.size for record in store.records))
     return _box([f"top {store.spec.top_k} per token", f"{state}, {size}"], colour)
 

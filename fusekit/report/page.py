@@ -16,7 +16,7 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from fusekit.alignment.samples import LOST, MEANING, Sample
-from fusekit.artifacts import Artifact, human, joined_hash
+from fusekit.artifacts import Artifact, counted, human, joined_hash
 from fusekit.data.counts import DROPPED, REASONS
 from fusekit.distillation.counts import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
@@ -151,7 +151,7 @@ def lead(facts: Facts) -> str:
     """What was fused, for somebody who has not heard of it."""
     joint, one = facts.value("fusion.mode") == "joint", len(facts.sources) == 1
     on = f"{facts.counts.kept:,} examples" if facts.counts else "the same examples"
-    said = f"One model, the pivot, learned from {text.counted(len(facts.sources), 'other')}"
+    said = f"One model, the pivot, learned from {counted(len(facts.sources), 'other')}"
     said += f": {text.listed(facts.sources)}. "
     if joint or one:
         said += (
@@ -370,14 +370,14 @@ def _artifact(place: str, known: Artifact) -> Made:
     # The card is left out: it is written when everything else is known.
     content = joined_hash(f"{name} {file.xxh3}" for name, file in known.files.items() if name != CARD)
     size = sum(file.size for file in known.files.values())
-    holds = f"{text.counted(len(known.files), 'file')}, {human(size)}"
+    holds = f"{counted(len(known.files), 'file')}, {human(size)}"
     return Made(place, known.stage, holds, content, _seconds(known.made), _strings(known.made))
 
 
 def _store(facts: Facts, name: str) -> Made:
     store, times = facts.stores[name], facts.captures.get(name, {})
     size = human(sum(record.size for record in store.records))
-    holds = f"{text.counted(len(store), 'example')} in {text.counted(len(store.records), 'shard')}, {size}"
+    holds = f"{counted(len(store), 'example')} in {counted(len(store.records), 'shard')}, {size}"
     content = joined_hash(record.xxh3 for record in store.records)
     circumstances = _strings(times) or {str(k): str(v) for k, v in store.manifest.made.items()}
     return Made(f"captures/{name}", "capture", holds, content, _seconds(times), circumstances)

@@ -35,11 +35,6 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
-def counted(number: int, what: str) -> str:
-    """``1 file``, ``1,344 rows``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """A share in per cent: ``0.125`` -> ``12.5 %``."""
     return NO_VALUE if value is None or not math.isfinite(value) else f"{fixed(100 * value, digits)} %"
