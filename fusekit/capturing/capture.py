@@ -405,8 +405,8 @@ def _refuse_quarantined(writer: StoreWriter, share: float) -> None:
         raise CaptureError(
             f"{writer.path}: {counted(len(quarantined), 'example')} without a distribution, more than the "
             f"{allowed} of {total} that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the "
-            "model's weights whole, and is its dtype one that it was trained for? If so many may be missing, raise the limit: "
-            "what is captured stays"
+            "model's weights whole, and is its dtype one that it was trained for? If so many may be missing, raise the "
+            "limit: what is captured stays"
         )
 
 

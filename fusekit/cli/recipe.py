@@ -77,7 +77,7 @@ def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...]
 
     found = check(document, out)
     click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
-    sys.exit(not found.can_run)
+    sys.exit(0 if found.can_run else 1)
 
 
 @click.command()

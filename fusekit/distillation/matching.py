@@ -105,8 +105,8 @@ def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
         if not match.matched:
             raise DistillationError(
                 f"{name} has none of {counted(len(by_key), 'example')} of data: it was captured from other data. The "
-                f"data begin with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; capture "
-                "it from the same examples, read and cut the same way"
+                f"data begin with {next(iter(by_key))}, {name} with {', '.join(match.surplus[:1]) or 'nothing'}; "
+                "capture it from the same examples, read and cut the same way"
             )
     return Joined(tuple(by_key.values()), tuple(copies), matches)
 

@@ -122,7 +122,8 @@ def run(
             if name == "report" and name in chosen:
                 processes.first_then_all(partial(_save if decided else _refuse_other_recipe, layout, recipe))
             if name in chosen:
-                heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]  # said if anything is
+                if len(chosen) > 1:  # and if it has anything to say
+                    heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]
                 TABLE[name].make(context, processes)
             elif name in needed:
                 processes.first_then_all(partial(require, context, name, baseline="evaluate" in chosen))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
 from fusekit.cli.fuse import OF_THE_RUN, REFUSED, fuse
-from fusekit.errors import RecipeError
+from fusekit.errors import FusekitError, MergeError, RecipeError
 from tests.pipeline.worlds import stamps
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_its_options_reach_the_merge(finished):
 def test_an_option_that_can_mean_nothing_is_refused_with_a_sentence(options, said, first, tmp_path):
     folder, _ = first
     result = CliRunner().invoke(fuse, [str(folder / "recipe.yml"), str(tmp_path / "out"), *options])
-    assert isinstance(result.exception, RecipeError)
+    assert isinstance(result.exception, FusekitError)
     assert said in str(result.exception)
     assert not (tmp_path / "out").exists()
     assert not set(REFUSED) & set(OF_THE_RUN)
@@ -76,11 +76,13 @@ def test_an_option_that_can_mean_nothing_is_refused_with_a_sentence(options, sai
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("option", [["--cuda"], ["--gpu-rich"], ["--device", "cuda:1"]])
+@pytest.mark.parametrize(
+    "option", [["--cuda"], ["--gpu-rich"], ["--multi-gpu"], ["--device", "cuda:1"], ["--device", "foo"]]
+)
 def test_a_device_that_is_not_there_is_refused_before_anything_is_done(option, first, tmp_path):
     folder, _ = first
     result = CliRunner().invoke(fuse, [str(folder / "recipe.yml"), str(tmp_path / "out"), *option])
-    assert "there is no CUDA device" in str(result.exception)
+    assert isinstance(result.exception, MergeError)
     assert not (tmp_path / "out").exists()
 
 

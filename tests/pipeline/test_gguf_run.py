@@ -167,7 +167,9 @@ def test_a_merge_refuses_gguf_files_with_the_way_out(world, tmp_path):
 
     for model in (world / "pivot.Q8_0.gguf", world / "models"):
         recipe = tmp_path / "merge.yml"
-        recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(model)}]}))
+        recipe.write_text(
+            yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(model)}], "parameters": {"weight": 1}})
+        )
         with pytest.raises(MergeError, match=r"(?s)GGUF file.*dequantise\('.*\.gguf', 'FOLDER'\)"):
             merge(recipe, tmp_path / "out", MergeOptions(quiet=True), Settings())
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fusekit.errors import DataError, StorageError
+from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.capturing import timed
 from fusekit.pipeline.plan import make_plan
@@ -90,7 +90,7 @@ def test_what_cannot_be_gone_on_with_is_refused_before_anything_is_trained(finis
 
 def test_held_out_rows_that_are_not_there_are_missed_at_the_start(finished, tmp_path):
     recipe = load_recipe(finished[0], ["evaluate.path=nowhere.jsonl"])
-    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+    with pytest.raises(RecipeError, match=r"nowhere\.jsonl does not exist"):
         run(recipe, tmp_path / "new", say=quiet)
     assert not (tmp_path / "new" / "data").exists()
     plan = make_plan(recipe, "recipe.yml", finished[1])

@@ -24,7 +24,7 @@ from fusekit.cli.stopping import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
-from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
+from fusekit.errors import FusekitError, RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.layout import STAGES, Layout
@@ -193,7 +193,7 @@ def test_a_source_may_bring_code_of_its_own_to_every_stage(finished, allowed):
         run(recipe, out, until="distill", say=quiet)
         assert artifact.problems(out / "targets" / "llama") == []
     else:
-        with pytest.raises(CaptureError, match="wants to run Python code of its own"):
+        with pytest.raises(RecipeError, match="wants to run Python code of its own"):
             run(recipe, out, until="distill", say=quiet)
 
 
@@ -318,8 +318,12 @@ def test_the_kind_of_a_recipe_is_told_by_its_keys(tmp_path):
     both = "pivot: {model: a}\nmerge_method: linear\n"
     assert "'pivot' is a key of fusion recipes, 'merge_method' of mergekit" in said("merge", both)
     assert "is neither a fusion recipe (pivot, sources, data) nor a mergekit recipe" in said("merge", "a: 1\n")
-    for command in ("run", "plan"):
-        assert f"`fusekit merge {recipe} OUT`" in said(command, "merge_method: linear\nmodels: []\n")
+    mergekit = "merge_method: linear\nmodels: []\n"
+    assert f"`fusekit merge {recipe} OUT`" in said("run", mergekit)
+    for command in ("plan", "validate"):
+        assert said(command, mergekit) == "1"  # the exit status of what `fusekit merge --check` prints
+        found = json.loads(CliRunner().invoke(cli, [command, str(recipe), "--json"]).stdout)
+        assert not found["can_run"]
     assert not (tmp_path / "out").exists()
 
 
