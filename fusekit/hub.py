@@ -87,6 +87,16 @@ class Snapshot:
             raise explain(error, self.repository, None) from error
 
 
+def neither(name: str) -> ModelError:
+    """What to say of a model that is no folder, and whose name is none that the hub could have."""
+    if "://" in name:
+        way_out = "/".join(name.split("://", 1)[1].split("/")[1:3]) or "owner/name"
+        return ModelError(f"{name} is a web address: give the model's name on the hub, {way_out}")
+    if name.startswith("~"):
+        return ModelError(f"there is no folder {name} ({Path(name).expanduser()})")
+    return ModelError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
+
+
 def find(repository: str, revision: str | None, cache: Path | None, notices: list[str]) -> Snapshot:
     """The commit that a hub id means now, with the names and sizes of its files.
 

@@ -136,3 +136,14 @@ def test_doctor_explains_the_switch():
     assert done.returncode == 1
     for words in ("mergekit         0.1", "CPU:", "FUSEKIT_AUTOLOAD=0 turns it off: unset it", "fusekit merge RECIPE"):
         assert words in done.stdout
+
+
+def test_the_shell_completes_commands_without_importing_them():
+    environment = {**os.environ, "_FUSEKIT_COMPLETE": "bash_complete", "COMP_WORDS": "fusekit v", "COMP_CWORD": "1"}
+    program = (
+        "import sys; sys.argv[0] = 'fusekit'; from fusekit.cli import cli\n"
+        "try: cli()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == ["plain,validate", "plain,verify"], done.stderr

@@ -244,7 +244,7 @@ def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot
     if local.exists():
         raise CaptureError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
     if not is_repository(name):
-        raise CaptureError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
+        raise hub.neither(name)
     snapshot = hub.find(name, choice.revision, None, notices)
     return snapshot.folder, snapshot
 
