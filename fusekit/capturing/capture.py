@@ -15,11 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-<<<<<<< HEAD
 from fusekit.artifacts import counted, differences, output_lock, remove
-=======
-from fusekit.artifacts import counted, output_lock
->>>>>>> e7ebc8c (Count with one helper, with the noun's plural and article)
 from fusekit.capturing.codec import Columns
 from fusekit.capturing.engine import Teacher, rows_per_shard
 from fusekit.capturing.engines.opening import Opening
