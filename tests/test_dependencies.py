@@ -19,6 +19,7 @@ MERGES = (
     "mergekit_plugin.py",
     "mergekit_private.py",
     "mergekit_yaml.py",
+    "cli/recipe.py",  # checks a mergekit recipe
     "cli/merge.py",
     "cli/fuse.py",
     "pipeline/merging.py",
