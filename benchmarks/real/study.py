@@ -58,9 +58,12 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {
         "fine-tuning": _TEXT_ALONE,
         "fusekit": (),
+        "grouped KL": of_preset("grouped_kl"),
         "FuseLLM": (*_HALF, *of_preset("fusellm", tokens="dtw")),
         "ULD, λ 0.5": (*_HALF, *of_preset("uld"), *_JOINT),
         "GOLD, λ 0.5": (*_HALF, *of_preset("gold"), *_JOINT),
+        "P-KL, λ 0.5": (*_HALF, *of_preset("p_kl"), *_JOINT),
+        "ALM, λ 0.5": (*_HALF, *of_preset("alm"), *_JOINT),
     },
     "chat": {"fine-tuning": _TEXT_ALONE, "fusekit": ()},
     "pairwise": {"fusekit": ("fusion.mode=pairwise",)},

@@ -74,6 +74,7 @@ def project_rows(
     conditioning: bool = True,
     one_hot: bool = False,
     collisions: str = "add",
+    spelled: bool = True,
 ) -> AlignedRows:
     """Targets at the pivot's positions from a source's rows over the same text.
 
@@ -99,6 +100,8 @@ def project_rows(
             read since, at the end of a label inside a source token on the bytes that are left of it.
         one_hot: put a one-hot on the next label where there is no row, as the papers do.
         collisions: see :meth:`VocabularyMap.project`.
+        spelled: the label's probability is that of all source tokens that spell it; False: of the first of them, which
+            is right of a group of tokens that begin with it (:func:`fusekit.alignment.groups.pivot_groups`).
 
     Returns:
         :class:`AlignedRows`. Where a source is certain of the text, its row is certain of the pivot's label.
@@ -123,11 +126,13 @@ def project_rows(
     at = np.flatnonzero(steps.base >= 0)
     base = steps.base[at]
     entries = _entries(alignment.source_ids, rows, actual, base)
-    label = entries.actual * _completing(steps, at, actual)
-    crossing = np.flatnonzero(steps.overhang[at] > 0)
-    before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
-    begun = _entries(alignment.source_ids, rows, actual, before)
-    label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
+    label = entries.actual
+    if spelled:
+        label = label * _completing(steps, at, actual)
+        crossing = np.flatnonzero(steps.overhang[at] > 0)
+        before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
+        begun = _entries(alignment.source_ids, rows, actual, before)
+        label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
     targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries, spaced=spaced)
     ours = _of_pivot(alignment, vocabulary_map, pivot)
     listed = entries.mass.sum(axis=1) + entries.actual

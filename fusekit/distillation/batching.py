@@ -113,7 +113,8 @@ class FusionCollator:
             ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learned);
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
             ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
-            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]. On the host, as
+            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n], and for losses
+            of stretches of text ``target_chunks`` int64 [n]. On the host, as
             numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
             ``counts``, the sum of the examples' counts.
         """
@@ -150,15 +151,20 @@ def _targets(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     n = sum(sizes)
     width = max(example["target_ids"].shape[1] for example in examples if "target_ids" in example)
     ids, logprobs = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf, np.float32)
-    tail, taught = np.ones(n, np.float32), np.zeros(n, bool)
-    start = 0
+    tail, taught, chunks = np.ones(n, np.float32), np.zeros(n, bool), np.full(n, -1, np.int64)
+    start = numbered = 0
     for example, size in zip(examples, sizes, strict=True):
         if "target_ids" in example:
             part, k = slice(start, start + size), example["target_ids"].shape[1]
             ids[part, :k], logprobs[part, :k] = example["target_ids"], example["target_logprobs"]
             tail[part], taught[part] = example["target_tail"], example["target_taught"]
+            if (own := example.get("target_chunks")) is not None:
+                chunks[part] = np.where(own >= 0, own + numbered, -1)
+                numbered += int(own.max(initial=-1)) + 1
         start += size
+    of_chunks = any("target_chunks" in example for example in examples)
     return {
+        **({"target_chunks": torch.from_numpy(chunks)} if of_chunks else {}),
         "target_ids": torch.from_numpy(ids),
         "target_logprobs": torch.from_numpy(logprobs),
         "target_tail": torch.from_numpy(tail),

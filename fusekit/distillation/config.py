@@ -33,7 +33,7 @@ class FusionConfig(OneDevice):
     'relative'
 
     Attributes:
-        preset: a named set of values: fusekit, fusechat, fusellm, uld, gold or sft.
+        preset: a named set of values: fusekit, fusechat, fusellm, uld, gold, grouped_kl, p_kl, alm or sft.
         lm_weight, lm_weighting, loss, truncation, temperature: of L = λ L_CLM + (1 - λ) L_fusion.
         alignment: how teachers' rows come into the model's tokens and vocabulary, by name.
         fusion: what becomes of several teachers' rows, by name.

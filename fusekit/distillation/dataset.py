@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from fusekit.capturing.capture import Tokenizes
 from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate
-from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.label_rows import LabelRows, Projection, label_nll, label_rows
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.matching import (
     PROJECTED,
     Captures,
     Joined,
     join,
-    label_nll,
     metrics_of,
     projected_ce,
     typical_bits_per_byte,
 )
 from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 
@@ -41,8 +43,9 @@ OTHERS = "(others)"
 Example = dict[str, Any]
 """A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
 ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
-(:class:`fusekit.distillation.losses.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
-``typical`` bits per byte of its data set, the pivot's and the best models', float64 [2] (empty without the pivot's)."""
+and for losses of stretches of text ``target_chunks`` int64 [n] (:class:`fusekit.distillation.targets.SparseTargets`),
+the candidates' ``cross_entropies`` by the metric, and the ``typical`` bits per byte of its data set, the pivot's and
+the best models', float64 [2] (empty without the pivot's)."""
 
 
 class FusionDataset(Dataset[Example]):
@@ -107,6 +110,11 @@ class FusionDataset(Dataset[Example]):
                     f"alignment.tail is {self.projections[name].tail} for {name}, which needs what the pivot said, but "
                     "there is no store of it: capture the pivot, or use listed_share"
                 )
+        if len(self.sources) > 1 and any(how.own_ids for how in self.projections.values()):
+            raise DistillationError(
+                f"the rows of {' and '.join(self.sources)} are in groups or vocabularies of their own, which cannot be "
+                "taught to one target: use mode pairwise"
+            )
         self.joined: Joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
         self.rows = self.joined.rows
         if pivot is not None and tokenizer is None:
@@ -149,6 +157,16 @@ class FusionDataset(Dataset[Example]):
         return dict(example)
 
     @cached_property
+    def members(self) -> Members | None:
+        """Which tokens of the pivot stand for an id of the targets, for the losses ``grouped_kl`` and ``p_kl``."""
+        for how in self.projections.values():
+            if how.members is not None:
+                starts, tokens, shares = how.members
+                weights = None if shares is None else torch.from_numpy(shares).float()
+                return Members(torch.from_numpy(starts), torch.from_numpy(tokens), weights)
+        return None
+
+    @cached_property
     def typical(self) -> dict[str, FloatArray]:
         """:func:`~fusekit.distillation.matching.typical_bits_per_byte` of the rows; empty without the pivot's store."""
         if self.pivot is None or not self.relative:
@@ -184,6 +202,10 @@ class FusionDataset(Dataset[Example]):
         if own is not None and self.fusion.include_pivot:
             said[PIVOT], given[PIVOT] = own, LabelRows.of(own)
             losses[PIVOT] = -own.actual  # known also where the label is not listed, where the rows have only a bound
+            for how in self.projections.values():
+                if how.groups is not None:
+                    given[PIVOT] = replace(given[PIVOT], rows=how.grouped(own.rows))
+                    losses[PIVOT] = np.minimum(-own.actual, label_nll(given[PIVOT].rows, how.groups[labels]))
         for name, source in self.sources.items():
             if row.key not in source:
                 continue
@@ -194,7 +216,7 @@ class FusionDataset(Dataset[Example]):
             except AlignmentError as error:
                 raise DistillationError(f"row {row.key} of {name}: {error}") from error
             said[name], given[name] = captured, projected
-            losses[name] = label_nll(projected.rows, labels) if how.into_pivot else None
+            losses[name] = how.nll(projected.rows, labels)
             _count(counts, projected)
         if not said:
             return {}
@@ -214,7 +236,9 @@ class FusionDataset(Dataset[Example]):
             counts |= {CHOSEN + name: share for name, share in zip(given, by_candidate, strict=True)}
         if not self.fusion.pivot_teaches and PIVOT in given:
             taught = taught & (fused.weights[:, list(given).index(PIVOT)] < 1)
+        chunks = given[list(given)[int(fused.weights.sum(axis=0).argmax())]].chunks
         return {
+            **({} if chunks is None else {"target_chunks": chunks}),
             "target_ids": fused.rows.ids.astype(np.int64),
             "target_logprobs": fused.rows.logprobs.astype(np.float32),
             "target_tail": fused.rows.tail.astype(np.float32),

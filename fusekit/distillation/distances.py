@@ -76,6 +76,7 @@ DISTANCES: dict[str, Distance] = {
     "kl": forward_kl,
     "reverse_kl": reverse_kl,
     "js": jensen_shannon,
+    "grouped_kl": forward_kl,  # of groups of the student's tokens
     "uld_topk": absolute_difference,
     "gold": forward_kl,  # of the entries that have an id; of the others see `with_ranked`
 }

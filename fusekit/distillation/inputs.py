@@ -20,7 +20,7 @@ from fusekit.devices import Processes
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.live import LiveTeacher
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError
 from fusekit.types import Part, Row, TokenizedRow
@@ -258,5 +258,5 @@ def projection_of(
             source_roles=theirs.roles(),
             size=theirs.vocabulary,
         )
-    tokens = "matched" if how.vocabulary == "matched" else how.tokens
+    tokens = how.vocabulary if how.vocabulary in VOCABULARIES.values() else how.tokens
     return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)

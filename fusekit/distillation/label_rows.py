@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from fusekit.alignment.alignment import METHODS, TokenAlignment, align_tokens
 from fusekit.alignment.cases import Case, plan_rows
+from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
-from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
+from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, RowsLike, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import DistillationError
-from fusekit.types import BoolArray, CapturedRow, IntArray, Row, TokenizedRow, TokenizedText, TopK
+from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Row, TokenizedRow, TokenizedText, TopK
 
 
 def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> TokenAlignment:
@@ -66,7 +68,11 @@ class Projection:
             have read the same bytes, whatever comes next.
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
             position rule of the map's method; positions without a row get a one-hot on the label, as there.
+            ``grouped``: as ``span``, over groups of the pivot's tokens that the source cannot tell apart
+            (:func:`fusekit.alignment.groups.pivot_groups`), for the loss ``grouped_kl``.
             ``matched``: rows as they are, as without a map; an entry that maps nowhere stays as one without an id.
+            ``pieces``: the mean of the source's rows over each stretch between two common ends, for the loss ``p_kl``.
+            ``chunks``: the source's log-likelihood of each such stretch, for the loss ``alm``.
         tail, conditioning, one_hot, collisions: see :func:`fusekit.alignment.project_rows`.
     """
 
@@ -85,13 +91,55 @@ class Projection:
 
     @property
     def into_pivot(self) -> bool:
-        """Whether rows are carried into the pivot's vocabulary, rather than taken as they are."""
-        return self.vocabulary_map is not None and self.tokens != "matched"
+        """Whether rows are carried into the pivot's vocabulary, or groups of it, rather than taken as they are."""
+        return self.vocabulary_map is not None and self.tokens in ("span", "dtw", "grouped")
 
     @property
     def needs_pivot(self) -> bool:
         """Whether the pivot's own predictions take part."""
-        return self.vocabulary_map is not None and self.tokens == "span" and self.tail in NEED_PIVOT
+        return self.into_pivot and self.tokens != "dtw" and self.tail in NEED_PIVOT
+
+    @property
+    def own_ids(self) -> bool:
+        """Whether the ids of its rows mean something of this source alone, so that no other's can stand beside them."""
+        return self.tokens in ("grouped", "pieces")
+
+    @cached_property
+    def groups(self) -> IntArray | None:
+        """Of ``grouped``, the token that stands for the group of each pivot token: int64 [V]; else None."""
+        if self.vocabulary_map is None or self.tokens != "grouped":
+            return None
+        return pivot_groups(self.vocabulary_map)
+
+    @cached_property
+    def members(self) -> tuple[IntArray, IntArray, FloatArray | None] | None:
+        """Which pivot tokens stand for an id of the rows; :class:`fusekit.distillation.targets.Members` as arrays."""
+        if self.vocabulary_map is None or not self.own_ids:
+            return None
+        sources, pivots = self.vocabulary_map.matrix.shape
+        if self.groups is not None:
+            size, tokens, shares = pivots, np.flatnonzero(self.groups >= 0), None
+            ids = self.groups[tokens]
+        else:
+            size = sources
+            tokens, ids, shares = source_pieces(self.vocabulary_map)
+        order = np.argsort(ids, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=size))])
+        return starts, tokens[order], None if shares is None else shares[order]
+
+    def grouped(self, rows: TopK) -> TopK:
+        """Rows over the pivot's vocabulary as rows over its groups, where there are any."""
+        if self.groups is None:
+            return rows
+        mass = np.where(rows.ids >= 0, np.exp(rows.logprobs), 0.0)
+        targets = np.where(rows.ids >= 0, self.groups[np.maximum(rows.ids, 0)], -1)
+        return merge_entries(targets, mass, rows.tail + np.where(targets < 0, mass, 0.0).sum(axis=1))
+
+    def nll(self, rows: TopK, labels: IntArray) -> FloatArray | None:
+        """Nats per label of the pivot, or per group of it; None for rows that are taken as they are."""
+        if not self.into_pivot:
+            return None
+        return label_nll(rows, labels if self.groups is None else self.groups[labels])
 
     def apply(self, alignment: TokenAlignment, said: Predictions, pivot: Predictions | None = None) -> AlignedRows:
         """What a source said after each of its tokens, at the pivot's positions. pivot: what the pivot itself said."""
@@ -110,18 +158,38 @@ class LabelRows:
         linked: bool [n], whether a source position has consumed the same text as the one that predicts the label.
         cases: int64 [n], a :class:`~fusekit.alignment.cases.Case` each; ``UNLINKED`` where the source has nothing
             of the label: tokens of the pivot's template, text beyond the source's cut.
+        chunks: int64 [n], for rows of stretches of text the number of each label's, -1 for none; labels of one stretch
+            have one row. None for other rows.
     """
 
     rows: TopK
     taught: BoolArray
     linked: BoolArray
     cases: IntArray
+    chunks: IntArray | None = None
 
     @classmethod
     def of(cls, own: CapturedRow) -> LabelRows:
         """What the pivot itself said, which it knows of every label."""
         everywhere = np.ones(len(own.actual), bool)
         return cls(own.rows, everywhere, everywhere, np.full(len(own.actual), int(Case.SAME)))
+
+
+def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
+    """Minus the log-probability that rows give to labels: nats, float64 [n].
+
+    A label outside the entries has at most the tail and the least entry; that bound stands in for it.
+    """
+    if not rows.ids.shape[1]:
+        found, bound = np.zeros(len(labels)), rows.tail
+    else:
+        hit = rows.ids == labels[:, None]
+        found = np.where(hit, np.exp(rows.logprobs), 0.0).sum(axis=1)
+        least = np.exp(np.where(rows.ids >= 0, rows.logprobs, 0.0)).min(axis=1)
+        bound = np.minimum(rows.tail, least)
+    with np.errstate(divide="ignore"):
+        nll: FloatArray = -np.log(np.where(found > 0, found, bound))
+    return nll
 
 
 def label_rows(
@@ -155,14 +223,21 @@ def label_rows(
         positions = np.flatnonzero(at >= 0)
         alignment = align_tokens(row.messages[message].content, ours, theirs)
         said, missing = _predictions(source, known, source_start, len(theirs))
+        if projection.tokens in _OF_CHUNKS:
+            said = Predictions(said.rows, np.where(missing, np.nan, said.actual))
         pivots = None
         if own is not None:
             pivots, unknown = _predictions(own, label_of, start, len(ours))
             pivots = Predictions(pivots.rows, np.where(unknown, np.nan, pivots.actual))
         aligned = projection.apply(alignment, said, pivots)
         certain = _certain(alignment, aligned, missing, projection)
-        pieces.append(_Piece(at[positions], positions, aligned, certain, alignment.source_at >= 0))
-    return _at_labels(len(pivot.label_positions), pieces)
+        chunks = None
+        if projection.tokens in _OF_CHUNKS:
+            partly = np.setdiff1d(np.flatnonzero(aligned.taught), positions)  # a stretch is taught whole or not at all
+            certain = ~np.isin(aligned.source_at, aligned.source_at[partly])
+            chunks = np.where(certain & aligned.taught, aligned.source_at + source_start, -1)
+        pieces.append(_Piece(at[positions], positions, aligned, certain, alignment.source_at >= 0, chunks))
+    return _at_labels(len(pivot.label_positions), pieces, projection.tokens in _OF_CHUNKS)
 
 
 class _Piece(NamedTuple):
@@ -171,8 +246,9 @@ class _Piece(NamedTuple):
     labels: IntArray
     positions: IntArray
     aligned: AlignedRows
-    certain: BoolArray  # of all positions, as linked
+    certain: BoolArray  # of all positions, as linked and chunks
     linked: BoolArray
+    chunks: IntArray | None
 
 
 def _label_indices(tokens: TokenizedRow) -> IntArray:
@@ -211,7 +287,15 @@ def _by_span(
         conditioning=how.conditioning,
         one_hot=how.one_hot,
         collisions=how.collisions,
+        spelled=how.tokens == "span",
     )
+
+
+def _by_group(
+    alignment: TokenAlignment, said: Predictions, pivot: Predictions | None, how: Projection, into: VocabularyMap
+) -> AlignedRows:
+    found = _by_span(alignment, said, pivot, how, into)
+    return replace(found, rows=how.grouped(found.rows))
 
 
 def _by_warping(
@@ -236,8 +320,7 @@ _Project = Callable[[TokenAlignment, Predictions, "Predictions | None", Projecti
 def _matched(
     alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, _how: Projection, into: VocabularyMap
 ) -> AlignedRows:
-    ids, logprobs, tail = said.rows
-    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+    rows = _checked(said.rows, into)
     known = into.matrix.shape[1]
     targets = into.entries[0][np.maximum(rows.ids, 0), 0]
     # Apart while the probabilities of source tokens with equal strings are added.
@@ -246,11 +329,65 @@ def _matched(
     return _as_they_are(alignment, merged._replace(ids=np.where(merged.ids >= known, NO_ID, merged.ids)))
 
 
+def _by_chunks(
+    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, how: Projection, into: VocabularyMap
+) -> AlignedRows:
+    """The row of a stretch of text at every position that predicts a token of it; ``source_at`` tells which it is."""
+    rows, actual = _checked(said.rows, into), np.asarray(said.actual, np.float64)
+    at = alignment.source_at
+    stretches = [
+        (ours, slice(theirs.start - 1, theirs.stop - 1))  # the rows that predict its tokens
+        for ours, theirs in alignment.groups
+        if ours.start
+        and theirs.start
+        and at[ours.stop - 1] == theirs.stop - 1
+        and not np.isnan(actual[theirs.start - 1 : theirs.stop - 1]).any()
+    ]
+    if how.tokens == "chunks":
+        nats = np.array([min(actual[theirs].sum(), 0.0) for _, theirs in stretches])
+        merged = TopK(np.zeros((len(nats), 1), np.int64), nats[:, None], -np.expm1(nats))
+    else:
+        merged = _means(rows, [theirs for _, theirs in stretches], how)
+    number, base = np.full(len(alignment.pivot), -1), np.full(len(alignment.pivot), -1)
+    for i, (ours, theirs) in enumerate(stretches):
+        if (merged.ids[i] >= 0).any():
+            number[ours.start - 1 : ours.stop - 1], base[ours.start - 1 : ours.stop - 1] = i, theirs.start
+    there = number >= 0
+    if not there.any():
+        merged, number = TopK(np.full((1, 0), -1), np.zeros((1, 0)), np.ones(1)), np.zeros_like(number)
+    ids, logprobs, tail = (part[number] for part in merged)
+    cases = np.where(there, int(Case.RULE), int(Case.UNLINKED))
+    return AlignedRows(TopK(ids, logprobs, tail), cases, base)
+
+
+def _checked(rows: RowsLike, into: VocabularyMap) -> TopK:
+    ids, logprobs, tail = rows
+    return checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+
+
+def _means(rows: TopK, stretches: list[slice], how: Projection) -> TopK:
+    """The mean of the rows of each stretch, without entries that no pivot token stands for."""
+    assert how.members is not None
+    sizes = np.array([part.stop - part.start for part in stretches], np.int64)
+    steps = np.arange(sizes.max(initial=0))
+    at = np.array([part.start for part in stretches], np.int64)[:, None] + np.minimum(steps, sizes[:, None] - 1)
+    inside = steps < sizes[:, None]
+    ids = np.where(inside[..., None], rows.ids[at], -1).reshape(len(sizes), -1)
+    mass = np.exp(np.where(inside[..., None], rows.logprobs[at], -np.inf)).reshape(len(sizes), -1) / sizes[:, None]
+    known = (ids >= 0) & (np.diff(how.members[0])[np.maximum(ids, 0)] > 0)
+    tail = np.where(inside, rows.tail[at], 0.0).sum(axis=1) / sizes
+    return merge_entries(np.where(known, ids, -1), mass, tail + np.where(~known, mass, 0.0).sum(axis=1))
+
+
 _PROJECT: dict[str, _Project] = {
     "span": _by_span,
     "dtw": _by_warping,
+    "grouped": _by_group,
     "matched": _matched,
+    "pieces": _by_chunks,
+    "chunks": _by_chunks,
 }
+_OF_CHUNKS = ("pieces", "chunks")
 _RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
 
 
@@ -270,11 +407,11 @@ def _certain(alignment: TokenAlignment, aligned: AlignedRows, missing: BoolArray
     return certain
 
 
-def _at_labels(n: int, pieces: list[_Piece]) -> LabelRows:
+def _at_labels(n: int, pieces: list[_Piece], of_chunks: bool) -> LabelRows:
     width = max((piece.aligned.rows.ids.shape[1] for piece in pieces), default=0)
     ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
     taught, linked = np.zeros(n, bool), np.zeros(n, bool)
-    cases = np.full(n, int(Case.UNLINKED), np.int64)
+    cases, chunks = np.full(n, int(Case.UNLINKED), np.int64), np.full(n, -1, np.int64)
     for piece in pieces:
         rows, certain = piece.aligned.rows, piece.certain[piece.positions]
         w = rows.ids.shape[1]
@@ -284,4 +421,6 @@ def _at_labels(n: int, pieces: list[_Piece]) -> LabelRows:
         taught[to] = True
         cases[piece.labels] = np.where(certain, piece.aligned.cases[piece.positions], int(Case.UNLINKED))
         linked[piece.labels] = piece.linked[piece.positions]
-    return LabelRows(TopK(ids, logprobs, tail), taught, linked, cases)
+        if piece.chunks is not None:
+            chunks[piece.labels] = piece.chunks[piece.positions]
+    return LabelRows(TopK(ids, logprobs, tail), taught, linked, cases, chunks if of_chunks else None)

@@ -17,7 +17,7 @@ from fusekit.capturing.store import Store
 from fusekit.distillation.label_rows import LabelRows
 from fusekit.distillation.live import LiveTeacher
 from fusekit.errors import DistillationError
-from fusekit.types import CapturedRow, FloatArray, IntArray, Part, Row, TokenizedRow, TopK
+from fusekit.types import CapturedRow, FloatArray, Part, Row, TokenizedRow, TopK
 
 SHOWN = 5  # keys in a message
 
@@ -132,23 +132,6 @@ PROJECTED = "projected_ce"
 METRICS = ("token_ce", "bits_per_byte")
 """Those of a model's own reading, properties of :class:`~fusekit.types.CapturedRow`. ``token_ce`` is the papers' (nats
 per token of its own tokenizer), and not comparable between tokenizers; ``bits_per_byte`` is."""
-
-
-def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
-    """Minus the log-probability that rows give to labels: nats, float64 [n].
-
-    A label outside the entries has at most the tail and the least entry; that bound stands in for it.
-    """
-    if not rows.ids.shape[1]:
-        found, bound = np.zeros(len(labels)), rows.tail
-    else:
-        hit = rows.ids == labels[:, None]
-        found = np.where(hit, np.exp(rows.logprobs), 0.0).sum(axis=1)
-        least = np.exp(np.where(rows.ids >= 0, rows.logprobs, 0.0)).min(axis=1)
-        bound = np.minimum(rows.tail, least)
-    with np.errstate(divide="ignore"):
-        nll: FloatArray = -np.log(np.where(found > 0, found, bound))
-    return nll
 
 
 def projected_ce(rows: Sequence[LabelRows], losses: Sequence[FloatArray | None]) -> list[float]:

@@ -50,6 +50,23 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 128,
         },
     },
+    # The default, but in groups of the pivot's tokens that the source can tell apart.
+    "grouped_kl": {
+        "alignment": {"vocabulary": "grouped"},
+        "training": {"lm_weight": 0.0, "lm_weighting": "relative", "loss": "grouped_kl"},
+    },
+    # X-Token's projection of the student into the source's vocabulary (arXiv 2605.21699).
+    "p_kl": {
+        "alignment": {"vocabulary": "pieces"},
+        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
+        "training": {"loss": "p_kl"},
+    },
+    # Approximate likelihood matching (arXiv 2503.20083).
+    "alm": {
+        "alignment": {"vocabulary": "chunks"},
+        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
+        "training": {"loss": "alm"},
+    },
     # Plain fine-tuning on the same rows, in the same order.
     "sft": {"fusion": {"mode": "joint"}, "training": {"lm_weight": 1.0}},
     # Universal logit distillation (arXiv 2402.12030): sorted probabilities, at the positions where both have read the

@@ -73,7 +73,7 @@ def facts_of_run(
 
 def facts_of_alignment(how: AlignmentSettings) -> Facts:
     """What of the facts of a source's projection follows from its settings alone; no map has to be made for it."""
-    if how.vocabulary in ("none", "matched"):
+    if how.as_they_are:
         return {"vocabulary": how.vocabulary}
     facts: Facts = {"tokens": how.tokens, "vocabulary": how.vocabulary, "collisions": how.collisions}
     return (
@@ -90,11 +90,12 @@ def _store(store: Store) -> dict[str, Any]:
 def _projection(how: Projection) -> dict[str, Any]:
     if how.vocabulary_map is None:
         return {"vocabulary": "none"}
-    if how.tokens == "matched":
-        return {"vocabulary": "matched", "xxh3": map_hash(how.vocabulary_map)}
+    if not how.into_pivot:
+        return {"vocabulary": how.tokens, "xxh3": map_hash(how.vocabulary_map)}
+    grouped = how.tokens == "grouped"
     facts: Facts = {
-        "tokens": how.tokens,
-        "vocabulary": how.vocabulary_map.method,
+        "tokens": "span" if grouped else how.tokens,
+        "vocabulary": "grouped" if grouped else how.vocabulary_map.method,
         "collisions": how.collisions,
         "xxh3": map_hash(how.vocabulary_map),
     }

@@ -16,8 +16,10 @@ from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
 from fusekit.yaml import Settings, nearest
 
-_LOSSES = ("ce", "kl", "reverse_kl", "js", "uld_topk", "gold")
+_LOSSES = ("ce", "kl", "reverse_kl", "js", "grouped_kl", "uld_topk", "gold", "p_kl", "alm")
 """Those that fusekit brings, known without importing torch."""
+VOCABULARIES = {"gold": "matched", "grouped_kl": "grouped", "p_kl": "pieces", "alm": "chunks"}
+"""Which vocabulary a loss needs, and no other loss can have."""
 RENAMED = {
     "epochs": "num_train_epochs",
     "scheduler": "lr_scheduler_type",
@@ -43,12 +45,16 @@ class AlignmentSettings(_Section):
         description="Which tokens correspond: `span` where both have read the same bytes (exact), `dtw` by time "
         "warping (the papers').",
     )
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix", "matched", "none"] = Field(
+    vocabulary: Literal[
+        "em", "mined", "ms", "ms_released", "prefix", "grouped", "matched", "pieces", "chunks", "none"
+    ] = Field(
         default="prefix",
         description="The vocabulary map: `em` equal strings, `mined` least edit distance (FuseLLM), `ms` mapping "
         "statistics (FuseChat), `ms_released` by the released code's formula, `prefix` the first token of the pivot's "
-        "own tokenisation; `matched`: rows stay as they are, and entries without an equal string have no id, for the "
-        "loss `gold`; `none`: rows stay in the source's vocabulary, for the loss `uld_topk`.",
+        "own tokenisation; `grouped`: as `prefix`, into groups of tokens that the source cannot tell apart, for the "
+        "loss `grouped_kl`; `matched`: rows stay as they are, and entries without an equal string have no id, for the "
+        "loss `gold`; `pieces` and `chunks`: means of rows, and likelihoods, of the stretches between common ends, for "
+        "the losses `p_kl` and `alm`; `none`: rows stay in the source's vocabulary, for the loss `uld_topk`.",
     )
     conditioning: bool = Field(
         default=True,
@@ -73,7 +79,13 @@ class AlignmentSettings(_Section):
     @property
     def map_method(self) -> str | None:
         """How the vocabulary map is made, as :func:`fusekit.alignment.build_vocabulary_map` takes it; None for none."""
-        return {"none": None, "matched": "em"}.get(self.vocabulary, self.vocabulary)
+        made_by = {"none": None, "grouped": "prefix", "matched": "em", "pieces": "em", "chunks": "em"}
+        return made_by.get(self.vocabulary, self.vocabulary)
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether rows stay the source's own, so that they have no probability of the pivot's labels."""
+        return self.vocabulary in ("none", "matched", "pieces", "chunks")
 
 
 class FusionSettings(_Section):
@@ -203,47 +215,62 @@ class Clash(NamedTuple):
     values: tuple[tuple[str, str], ...]
 
 
-def clashes(alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings) -> list[Clash]:
-    """What of these sections, each right by itself, does not go together."""
-    none, found = ("alignment", "vocabulary"), []
-    if (training.loss, training.truncation) == ("reverse_kl", "renormalize"):
-        says = (
+def clashes(
+    alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings, sources: int = 1
+) -> list[Clash]:
+    """What of these sections, each right by itself, does not go together. sources: how many teach."""
+    loss, vocabulary, raw = training.loss, alignment.vocabulary, alignment.as_they_are
+    none, needed = ("alignment", "vocabulary"), VOCABULARIES.get(loss)
+    owner = loss if needed else next((name for name, own in VOCABULARIES.items() if own == vocabulary), loss)
+    rules = [
+        (
+            (loss, training.truncation) == ("reverse_kl", "renormalize"),
+            (("training", "loss"), ("training", "truncation")),
             "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
-            "truncation tail"
-        )
-        found.append(Clash(says, (("training", "loss"), ("training", "truncation"))))
-    vocabulary = alignment.vocabulary
-    if (training.loss == "gold") != (vocabulary == "matched"):
-        says = (
-            f"loss gold and vocabulary matched need each other, but the loss is {training.loss} and the vocabulary "
-            f"{vocabulary}: preset gold has both"
-        )
-        found.append(Clash(says, (("training", "loss"), none)))
-    if vocabulary not in ("none", "matched"):
-        return found
-    if fusion.metric == "projected_ce":
-        says = (
+            "truncation tail",
+        ),
+        (
+            vocabulary != needed and (needed is not None or vocabulary in VOCABULARIES.values()),
+            (("training", "loss"), none),
+            f"loss {owner} and vocabulary {VOCABULARIES.get(owner)} need each other, but the loss is {loss} and the "
+            f"vocabulary {vocabulary}: preset {owner} has both",
+        ),
+        (
+            raw and fusion.metric == "projected_ce",
+            (("fusion", "metric"), none),
             f"with vocabulary {vocabulary} no row is projected, so metric projected_ce does not exist: use "
-            "bits_per_byte"
-        )
-        found.append(Clash(says, (("fusion", "metric"), none)))
-    if vocabulary == "none" and training.loss not in ("uld_topk", "gold"):
-        says = (
-            f"loss {training.loss} compares probabilities token by token, so it needs a vocabulary map, not "
-            "vocabulary none"
-        )
-        found.append(Clash(says, (("training", "loss"), none)))
-    if alignment.tokens != "span":
-        says = f"with vocabulary {vocabulary} rows are taken where tokens is span, not dtw"
-        found.append(Clash(says, (("alignment", "tokens"), none)))
-    if fusion.function != "min_ce" or fusion.level != "sequence":
-        says = (
+            "bits_per_byte",
+        ),
+        (
+            vocabulary == "none" and loss not in ("uld_topk", "gold"),
+            (("training", "loss"), none),
+            f"loss {loss} compares probabilities token by token, so it needs a vocabulary map, not vocabulary none",
+        ),
+        (
+            alignment.tokens != "span" and (raw or vocabulary == "grouped"),
+            (("alignment", "tokens"), none),
+            f"with vocabulary {vocabulary} rows are taken where tokens is span, not {alignment.tokens}",
+        ),
+        (
+            raw and (fusion.function != "min_ce" or fusion.level != "sequence"),
+            (("fusion", "level" if fusion.function == "min_ce" else "function"), none),
             f"with vocabulary {vocabulary} the candidates' entries are of different vocabularies, so function "
-            f"{fusion.function} at level {fusion.level} cannot add or compare them: use min_ce at level sequence"
-        )
-        changed = ("fusion", "level" if fusion.function == "min_ce" else "function")
-        found.append(Clash(says, (changed, none)))
-    return found
+            f"{fusion.function} at level {fusion.level} cannot add or compare them: use min_ce at level sequence",
+        ),
+        (
+            vocabulary in ("pieces", "chunks") and fusion.include_pivot,
+            (("fusion", "include_pivot"), none),
+            f"with vocabulary {vocabulary} rows are of stretches of text, and the pivot's own are not: set "
+            "include_pivot to false",
+        ),
+        (
+            vocabulary in ("grouped", "pieces") and fusion.mode == "joint" and sources > 1,
+            (("fusion", "mode"), none),
+            f"loss {loss} compares in the vocabulary of one source, and {sources} sources are to teach one target: use "
+            "mode pairwise",
+        ),
+    ]
+    return [Clash(says, values) for wrong, values, says in rules if wrong]
 
 
 class DistillSettings(_Section):

@@ -269,7 +269,7 @@ def _needs_pivot(args: FusionConfig) -> bool:
     if settings.plain:
         return False
     how = settings.alignment
-    projected = how.vocabulary not in ("none", "matched") and how.tokens == "span"
+    projected = not how.as_they_are and how.tokens == "span"
     return (
         settings.fusion.include_pivot
         or (projected and how.tail in NEED_PIVOT)

@@ -173,6 +173,7 @@ class FusionTrainer(TrainerWithGradients):
         self.skipped = 0
         self.counts: dict[str, float] = {}
         self.sums = RunningSums(getattr(train_dataset, "count_names", ()))
+        self._members = getattr(train_dataset, "members", None)
         self.sampler: EpochSampler | None = None
         compiled = args.torch_compile  # a hook that comes and goes would be compiled again
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
@@ -269,7 +270,11 @@ class FusionTrainer(TrainerWithGradients):
         if "target_ids" not in inputs:
             return None
         ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
-        return SparseTargets(ids, logprobs, tail, taught, self.objective.temperature)
+        if self._members is not None:
+            self._members = self._members.to(ids.device)
+        return SparseTargets(
+            ids, logprobs, tail, taught, self.objective.temperature, self._members, inputs.get("target_chunks")
+        )
 
     def check_gradients(self, model: torch.nn.Module, norm: float) -> None:
         """Drop non-finite gradients: they must not reach the weights.

@@ -12,8 +12,8 @@ from fusekit.alignment.cases import Case
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store
 from fusekit.distillation.inputs import Reading, projection_of
-from fusekit.distillation.label_rows import Projection, label_rows
-from fusekit.distillation.matching import Captures, join, label_nll, over_the_same_text
+from fusekit.distillation.label_rows import Projection, label_nll, label_rows
+from fusekit.distillation.matching import Captures, join, over_the_same_text
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import Row
@@ -68,7 +68,7 @@ def measure(
         DistillationError: rows in another vocabulary; a model has none of the rows; captured rows are not usable.
     """
     into = projection.vocabulary_map
-    if into is None or not projection.into_pivot:
+    if into is None or projection.tokens not in ("span", "dtw"):
         raise DistillationError("rows that no vocabulary map projects have no nats on the pivot's labels")
     worth = TeacherWorth(into.method, projection.tokens, projection.tail)
     joined = join(rows, {"the pivot": pivot, "the source": source}).rows

@@ -482,7 +482,7 @@ def _measure_worth(context: Context, source: str) -> None:
         if not store.complete or not of_run:
             return
         models.append(Captured(name, reader.tokenizer, store))
-    if how.vocabulary in ("none", "matched"):
+    if how.as_they_are or how.vocabulary == "grouped":
         return
     path, folder = context.layout.worth(source), context.layout.alignment(source)
     shards = [artifact.joined_hash(record.xxh3 for record in model.store.records) for model in models]

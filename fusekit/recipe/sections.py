@@ -271,7 +271,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         found = [*self._wrong_names()]
-        for clash in clashes(self.alignment, self.fusion, self.distill):
+        for clash in clashes(self.alignment, self.fusion, self.distill, len(self.sources)):
             values: list[KeyPath] = [({"training": "distill"}.get(name, name), key) for name, key in clash.values]
             found.append(Mistake(clash.says, *values))
         if found:

@@ -79,6 +79,87 @@ def gold(x: Tensor, targets: Any, row: int, truncation: str) -> Tensor:
     return total
 
 
+def members_of(members: Any, id_: int) -> list[tuple[int, float]]:
+    """(token, share) of everything that stands for an id."""
+    places = range(int(members.starts[id_]), int(members.starts[id_ + 1]))
+    return [(int(members.tokens[i]), 1.0 if members.shares is None else float(members.shares[i])) for i in places]
+
+
+def grouped_kl(x: Tensor, targets: Any, row: int, truncation: str) -> Tensor:
+    """Σ_u q(u) log(q(u) / Σ_{v stands for u} p(v)), and the same of everything else. x: float64 [V]."""
+    p = x.softmax(0)
+    listed = {int(i): math.exp(lp) for i, lp in zip(targets.ids[row], targets.logprobs[row], strict=True) if i >= 0}
+    tail, left = float(targets.tail[row]), set(range(len(x)))
+    if truncation == "renormalize":
+        whole = sum(listed.values())
+        listed, tail = {id_: q / whole for id_, q in listed.items()}, 0.0
+    total = torch.zeros((), dtype=torch.float64)
+    for id_, q in listed.items():
+        tokens = [token for token, _ in members_of(targets.members, id_)]
+        left -= set(tokens)
+        if q > 0:
+            total = total + q * (math.log(q) - sum(p[token] for token in tokens).log())
+    rest = sum((p[token] for token in left), torch.zeros((), dtype=torch.float64))
+    if tail > 0 and rest > 0:
+        total = total + tail * (math.log(tail) - rest.log())
+    return total
+
+
+def chunks_of(labels: Tensor, targets: Any) -> list[list[int]]:
+    """The rows of each chunk that is taught and has no ignored label."""
+    found: dict[int, list[int]] = {}
+    for row, number in enumerate(targets.chunks.tolist()):
+        if number >= 0:
+            found.setdefault(number, []).append(row)
+    return [rows for rows in found.values() if all(bool(targets.taught[i]) and int(labels[i]) != -100 for i in rows)]
+
+
+def p_kl(x: Tensor, targets: Any, chunks: list[list[int]]) -> list[Tensor]:
+    """Of each chunk Σ_u q(u) log(q(u) / p(u)), of means over its rows, over all ids that any chunk lists."""
+    some = {int(i) for rows in chunks for i in targets.ids[rows[0]] if i >= 0}
+    found = []
+    for rows in chunks:
+        mean = torch.stack([x[row].softmax(0) for row in rows]).mean(0)
+        p = {u: sum(share * mean[token] for token, share in members_of(targets.members, u)) for u in some}
+        whole = sum(p.values())
+        first = rows[0]
+        q = {int(i): math.exp(lp) for i, lp in zip(targets.ids[first], targets.logprobs[first], strict=True) if i >= 0}
+        listed = sum(q.values())
+        found.append(
+            sum(
+                (a / listed * (math.log(a / listed) - (p[u] / whole).log()) for u, a in q.items() if a > 0),
+                torch.zeros((), dtype=torch.float64),
+            )
+        )
+    return found
+
+
+def alm(x: Tensor, labels: Tensor, targets: Any, chunks: list[list[int]]) -> list[Tensor]:
+    """τ KL(A^(1/τ) || S^(1/τ)) of two coins, A and S the likelihoods of a chunk, both times exp(-1e-6 τ); τ = 100."""
+    found = []
+    for rows in chunks:
+        a = torch.tensor(math.exp(float(targets.logprobs[rows[0], 0]) / 100 - 1e-6), dtype=torch.float64)
+        s = (sum(x[row].log_softmax(0)[int(labels[row])] for row in rows) / 100 - 1e-6).exp()
+        found.append(100 * (a * (a / s).log() + (1 - a) * ((1 - a) / (1 - s)).log()))
+    return found
+
+
+def chunk_loss(
+    logits: Tensor, labels: Tensor, targets: Any, loss: str, temperature: float = 1.0, fusion_weight: Any = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(the plain sum over chunks, the gradient of the weighted one), float64. fusion_weight: a number or [n]."""
+    x = logits.detach().double().requires_grad_()
+    weight = torch.as_tensor(fusion_weight, dtype=torch.float64).expand(len(labels))
+    chunks, scaled = chunks_of(labels, targets), x / temperature
+    values = p_kl(scaled, targets, chunks) if loss == "p_kl" else alm(scaled, labels, targets, chunks)
+    values = [value * temperature**2 for value in values]
+    weighted = sum(
+        (v * weight[rows].mean() for v, rows in zip(values, chunks, strict=True)), (x * 0).nan_to_num().sum()
+    )
+    (gradient,) = torch.autograd.grad(weighted, x)
+    return sum(values, torch.zeros(())).detach().double(), gradient
+
+
 def fusion_loss(
     logits: Tensor,
     labels: Tensor,
@@ -99,6 +180,8 @@ def fusion_loss(
         if targets is not None and bool(targets.taught[row]):
             if loss == "gold":
                 value = gold(x[row] / temperature, targets, row, truncation)
+            elif loss == "grouped_kl":
+                value = grouped_kl(x[row] / temperature, targets, row, truncation)
             else:
                 value = distance(*outcomes(x[row] / temperature, targets, row, loss, truncation), loss)
             fusion = fusion + value * temperature**2

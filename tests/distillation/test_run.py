@@ -177,7 +177,7 @@ def test_rows_since_the_last_line_of_the_log_are_counted(world: Path, tmp_path: 
     assert record["counts"]["rows"] == len(ROWS)
 
 
-@pytest.mark.parametrize("preset", ["fusellm", "fusechat", "sft", "uld", "gold"])
+@pytest.mark.parametrize("preset", ["fusellm", "fusechat", "sft", "uld", "gold", "grouped_kl", "p_kl", "alm"])
 def test_every_preset_trains(preset: str, world: Path, tmp_path: Path) -> None:
     (folder,) = distill(inputs(world), settings(preset), tmp_path / "out")
     assert folder.name == {"fusellm": "joint", "sft": "sft"}.get(preset, "source1")

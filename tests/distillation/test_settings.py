@@ -8,7 +8,7 @@ from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.artifacts import differences
 from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings, clashes
 from fusekit.errors import DistillationError
 from tests.distillation import worlds
 
@@ -33,6 +33,12 @@ def test_rows_of_different_vocabularies_are_neither_warped_nor_added(changes: di
         ("gold", {"alignment": {"vocabulary": "em"}}, "the loss is gold and the vocabulary em"),
         ("gold", {"alignment": {"vocabulary": "none"}}, "the loss is gold and the vocabulary none"),
         ("uld", {"alignment": {"vocabulary": "matched"}}, "the loss is uld_topk and the vocabulary matched"),
+        ("grouped_kl", {"training": {"loss": "kl"}}, "preset grouped_kl has both"),
+        ("fusekit", {"training": {"loss": "grouped_kl"}}, "the loss is grouped_kl and the vocabulary prefix"),
+        ("grouped_kl", {"alignment": {"tokens": "dtw"}}, "vocabulary grouped .* where tokens is span"),
+        ("p_kl", {"fusion": {"include_pivot": True}}, "include_pivot to false"),
+        ("alm", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
+        ("alm", {"fusion": {"level": "token"}}, "at level token"),
         ("gold", {"alignment": {"tokens": "dtw"}}, "vocabulary matched .* where tokens is span"),
         ("gold", {"fusion": {"function": "avg_ce"}}, "different vocabularies, so function avg_ce"),
         ("gold", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
@@ -42,6 +48,15 @@ def test_rows_of_different_vocabularies_are_neither_warped_nor_added(changes: di
 def test_gold_needs_its_vocabulary_and_rows_as_they_are_no_projection(preset: str, changes: dict, message: str) -> None:
     with pytest.raises(DistillationError, match=message):
         DistillSettings.of(preset, changes)
+
+
+@pytest.mark.parametrize("preset", ["grouped_kl", "p_kl"])
+def test_several_sources_have_no_vocabulary_in_common(preset: str) -> None:
+    for mode, sources, clash in (("joint", 2, True), ("joint", 1, False), ("pairwise", 2, False)):
+        made = DistillSettings.of(preset, {"fusion": {"mode": mode}})
+        found = clashes(made.alignment, made.fusion, made.training, sources)
+        assert [says for says, _ in found if "2 sources" in says] == [says for says, _ in found]
+        assert bool(found) == clash
 
 
 def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> None:

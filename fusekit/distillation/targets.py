@@ -1,0 +1,160 @@
+"""What a student's labels are taught: the top of a distribution each, with what it leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fusekit.alignment.projection import NO_ID
+from fusekit.errors import DistillationError
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Which of the student's tokens stand for each id of the targets: a sparse matrix [U, V], row after row.
+
+    Attributes:
+        starts: int64 [U + 1], where the tokens of each id begin.
+        tokens: int64 [m], below V.
+        shares: float32 [m], which part of a token's probability counts; None for all of it, where no token is listed
+            twice.
+    """
+
+    starts: Tensor
+    tokens: Tensor
+    shares: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Members:
+        """The same on another device."""
+        shares = None if self.shares is None else self.shares.to(device)
+        return Members(self.starts.to(device), self.tokens.to(device), shares)
+
+    def of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of many ids. ids: int64 [e], -1 for none. Returns entry numbers and places in ``tokens``."""
+        known = ids.clamp(min=0)
+        first = self.starts[known]
+        size = torch.where(ids >= 0, self.starts[known + 1] - first, 0)
+        entry = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), size)
+        before = torch.cumsum(size, 0) - size
+        return entry, first[entry] + torch.arange(len(entry), device=ids.device) - before[entry]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """Top-k target distributions of n labels, k entries at most.
+
+    Attributes:
+        ids: int64 [n, k], distinct within a row; -1 for no entry, ``NO_ID`` (-2), any number of times, for an entry
+            of a token that the student does not have, which only the loss ``gold`` compares.
+        logprobs: float32 or float64 [n, k], natural logarithms; ignored where there is no entry.
+        tail: float32 or float64 [n], the probability of everything that is not listed.
+        taught: bool [n], whether the row teaches at all; False gives no loss, whatever the rest of the row says.
+        temperature: what the teacher's logits were divided by before these probabilities were taken.
+        members: which of the student's tokens stand for an id, for the losses ``grouped_kl`` and ``p_kl``.
+        chunks: int64 [n], the number of the stretch of text that a label is in, for the losses ``p_kl`` and ``alm``;
+            labels of one stretch follow each other and have the same row. -1 for none.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    taught: Tensor
+    temperature: float = 1.0
+    members: Members | None = None
+    chunks: Tensor | None = None
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> SparseTargets:
+        chunks = None if self.chunks is None else change(self.chunks)
+        ids, logprobs, tail, taught = map(change, (self.ids, self.logprobs, self.tail, self.taught))
+        return replace(self, ids=ids, logprobs=logprobs, tail=tail, taught=taught, chunks=chunks)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
+        """The same on another device."""
+        moved = self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved if self.members is None else replace(moved, members=self.members.to(device))
+
+    def pin_memory(self) -> SparseTargets:
+        """The same in page-locked memory; what a ``DataLoader`` with ``pin_memory`` calls."""
+        return self._changed(Tensor.pin_memory)
+
+    def select(self, rows: Tensor) -> SparseTargets:
+        """Some of the rows. rows: int64 or bool index."""
+        return self._changed(lambda tensor: tensor[rows])
+
+
+def check_targets(
+    targets: SparseTargets, labels: int, vocabulary: int | None, temperature: float, *, without_ids: bool = False
+) -> None:
+    """Refuse targets that a loss cannot mean anything with.
+
+    Args:
+        targets: what to check.
+        labels: n, how many labels they are for.
+        vocabulary: ids are below it; None for ids of another model's vocabulary.
+        temperature: of the loss.
+        without_ids: whether the loss compares entries without an id.
+
+    Raises:
+        DistillationError: shapes or dtypes that do not fit, another temperature, ids outside the vocabulary or twice
+            in a row, values that are no probabilities.
+    """
+    ids, logprobs, tail, taught = targets.ids, targets.logprobs, targets.tail, targets.taught
+    if ids.ndim != 2 or logprobs.shape != ids.shape or tail.shape != ids.shape[:1] or taught.shape != ids.shape[:1]:
+        raise DistillationError(
+            "targets need ids [n, k], logprobs [n, k], tail [n] and taught [n], not "
+            f"{tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(tail.shape)} and {tuple(taught.shape)}"
+        )
+    if len(ids) != labels:
+        raise DistillationError(f"{len(ids)} rows of targets for {labels} labels: there is one row for every label")
+    if ids.dtype != torch.int64 or taught.dtype != torch.bool:
+        raise DistillationError(f"ids are {ids.dtype} and taught is {taught.dtype}: they must be int64 and bool")
+    if not math.isclose(targets.temperature, temperature, rel_tol=1e-6):
+        raise DistillationError(
+            f"the targets were captured at temperature {targets.temperature:g} and the loss is asked for at "
+            f"{temperature:g}: a top-k row cannot be carried to another temperature; capture at {temperature:g}, or "
+            f"distil at {targets.temperature:g}"
+        )
+    _check_values(targets, vocabulary, NO_ID if without_ids else -1)
+
+
+def _check_values(targets: SparseTargets, vocabulary: int | None, least: int) -> None:
+    ids, taught = targets.ids, targets.taught[:, None]
+    used = (ids != -1) & taught
+    outside = ids < least
+    if vocabulary is not None:
+        outside = outside | (ids >= vocabulary)
+    in_order = torch.where(taught, ids, -1).sort(dim=1).values
+    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
+    # Written so that NaN is wrong too.
+    wrong = used & ~(targets.logprobs <= 1e-2) | (taught & ~((targets.tail >= 0) & (targets.tail <= 1 + 1e-2))[:, None])
+    problems = torch.stack([(outside & taught).any(), twice.any(), wrong.any()]).tolist()  # one wait for the device
+    if problems[0]:
+        row, entry = (int(x) for x in (outside & taught).nonzero()[0])
+        out = "were the targets projected into another vocabulary?"
+        if int(ids[row, entry]) == NO_ID:
+            out = (
+                "that is an entry without an id, which only the loss gold compares; other losses need a vocabulary map"
+            )
+        raise DistillationError(
+            f"row {row} of the targets lists token id {int(ids[row, entry])}, the logits have {vocabulary} columns: "
+            f"{out}"
+        )
+    if problems[1]:
+        row, entry = (int(x) for x in twice.nonzero()[0])
+        raise DistillationError(
+            f"row {row} of the targets lists token id {int(in_order[row, entry])} twice: add up its probabilities "
+            "(fusekit.alignment.projection.merge_entries)"
+        )
+    if problems[2]:
+        row = int(wrong.any(dim=1).nonzero()[0])
+        raise DistillationError(
+            f"row {row} of the targets is no distribution: logprobs {targets.logprobs[row].tolist()}, tail "
+            f"{float(targets.tail[row]):g}; logprobs are natural logarithms, tail is a probability"
+        )
