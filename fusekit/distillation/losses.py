@@ -204,8 +204,8 @@ def _all_rows(flat: Tensor, batch: Batch, gradient: Tensor | None, unit: float) 
 
 
 def _distance(loss: str, truncation: str) -> Distance:
-    if loss not in LOSSES:
-        raise DistillationError(f"there is no loss {loss!r}: it is one of {', '.join(LOSSES)}")
+    if loss not in (known := {**DISTANCES, **CHUNK_LOSSES}):  # a user may have registered more than LOSSES
+        raise DistillationError(f"there is no loss {loss!r}: it is one of {', '.join(known)}")
     if truncation not in TRUNCATIONS:
         raise DistillationError(f"there is no truncation {truncation!r}: it is one of {', '.join(TRUNCATIONS)}")
     if (loss, truncation) == ("reverse_kl", "renormalize"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def ragged() -> Case:
     sizes = torch.tensor([6, 1, 3, 0, 5, 2, 6])
     used = torch.arange(6) < sizes[:, None]
     mass = torch.where(used, full.logprobs.exp(), 0.0)
-    return x, y, SparseTargets(torch.where(used, full.ids, -1), full.logprobs, 1 - mass.sum(1), full.taught)
+    return x, y, replace(full, ids=torch.where(used, full.ids, -1), tail=1 - mass.sum(1))
 
 
 def gaps() -> Case:
@@ -48,7 +50,7 @@ def gaps() -> Case:
     for entry in (0, 2, 5):
         ids[:, entry] = -1
         tail += full.logprobs[:, entry].exp()
-    return x, y, SparseTargets(ids, full.logprobs, tail, full.taught)
+    return x, y, replace(full, ids=ids, tail=tail)
 
 
 def partly_taught() -> Case:
@@ -56,12 +58,12 @@ def partly_taught() -> Case:
     taught = torch.tensor([True, False, True, False, False, True, False])
     logprobs, tail = targets.logprobs.clone(), targets.tail.clone()
     logprobs[1], tail[1] = torch.nan, torch.nan  # what is not taught is not read
-    return x, y, SparseTargets(targets.ids, logprobs, tail, taught)
+    return x, y, replace(targets, logprobs=logprobs, tail=tail, taught=taught)
 
 
 def nothing_listed() -> Case:
     x, y, targets = ordinary()
-    return x, y, SparseTargets(torch.full_like(targets.ids, -1), targets.logprobs, torch.ones(N), targets.taught)
+    return x, y, replace(targets, ids=torch.full_like(targets.ids, -1), tail=torch.ones(N))
 
 
 def ignored() -> Case:
@@ -80,7 +82,7 @@ def peaked_teacher() -> Case:
     logprobs = torch.tensor([[-1e-12, -29.0, -31.0]], dtype=torch.float64).repeat(N, 1)
     tail = torch.full((N,), 1e-12, dtype=torch.float64)
     tail[3:] = 0.0
-    return x, y, SparseTargets(targets.ids, logprobs, tail, targets.taught)
+    return x, y, replace(targets, logprobs=logprobs, tail=tail)
 
 
 def peaked_student() -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,12 +48,21 @@ def compare(result: tuple[FusionLoss, Tensor], expected: tuple[Tensor, ...], dty
     torch.testing.assert_close(gradient.double(), expected[3], rtol=relative, atol=absolute)
 
 
+def some_without_ids(targets: SparseTargets, loss: str = "gold", every: int = 2) -> SparseTargets:
+    """The targets; for ``gold`` every second entry is of a token that the student does not have."""
+    if loss != "gold":
+        return targets
+    n, k = targets.ids.shape
+    chosen = (torch.arange(n)[:, None] + torch.arange(k)) % every == 0
+    return replace(targets, ids=torch.where(chosen & (targets.ids >= 0), -2, targets.ids))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_values_and_gradients_are_the_dense_ones(case, loss, truncation, dtype):
     x, y, targets = CASES[case]()
-    x = x.to(dtype)
+    x, targets = x.to(dtype), some_without_ids(targets, loss)
     settings = {"loss": loss, "truncation": truncation, "lm_weight": 0.9, "fusion_weight": 0.1}
     compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
 
@@ -62,15 +72,16 @@ def test_values_and_gradients_are_the_dense_ones(case, loss, truncation, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_temperature(loss, truncation, temperature, dtype):
     x, y, _ = ordinary()
-    x, teacher = x.to(dtype), top(logits(3) * 0.7 / temperature, 5)
-    targets = SparseTargets(teacher.ids, teacher.logprobs, teacher.tail, teacher.taught, temperature)
+    targets = some_without_ids(replace(top(logits(3) * 0.7 / temperature, 5), temperature=temperature), loss)
+    x = x.to(dtype)
     settings = {"loss": loss, "truncation": truncation, "temperature": temperature, "fusion_weight": 0.25}
     compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
 
 
 @pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
 def test_gradcheck(loss, truncation):
-    x, y, targets = logits(1, rows=4, size=11), labels(2, 4, 11), top(logits(3, rows=4, size=11) * 0.7, 4)
+    x, y = logits(1, rows=4, size=11), labels(2, 4, 11)
+    targets = some_without_ids(top(logits(3, rows=4, size=11) * 0.7, 4), loss)
 
     def total(leaf: Tensor) -> Tensor:
         return fusion_loss(leaf, y, targets, loss=loss, truncation=truncation, lm_weight=0.9).total
@@ -117,10 +128,8 @@ class TestTheSameSums:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_split_batches(self, loss, truncation, dtype):
         x, y, targets = CASES["ragged"]()
-        x, settings = (
-            x.to(dtype),
-            {"loss": loss, "truncation": truncation, "lm_weight": 0.9 / 7, "fusion_weight": 0.1 / 7},
-        )
+        x = x.to(dtype)
+        settings = {"loss": loss, "truncation": truncation, "lm_weight": 0.9 / 7, "fusion_weight": 0.1 / 7}
         whole, gradient = run(x, y, targets, **settings)
         parts = [
             run(x[part], y[part], targets.select(torch.arange(N)[part]), **settings)
@@ -189,14 +198,9 @@ class TestTheSameSums:
         lam = torch.linspace(0, 1, N, dtype=torch.float64)
         _, gradient = run(x, y, targets, lm_weight=lam, fusion_weight=1 - lam)
         for row in range(N):
-            one = slice(row, row + 1)
-            _, alone = run(
-                x[one],
-                y[one],
-                targets.select(torch.tensor([row])),
-                lm_weight=float(lam[row]),
-                fusion_weight=1 - float(lam[row]),
-            )
+            one, weight = slice(row, row + 1), float(lam[row])
+            only = targets.select(torch.tensor([row]))
+            _, alone = run(x[one], y[one], only, lm_weight=weight, fusion_weight=1 - weight)
             torch.testing.assert_close(gradient[one], alone)
 
 
@@ -266,13 +270,7 @@ class TestNothingToLearn:
         leaf = x.clone().requires_grad_()
         loss = fusion_loss(leaf * 1, torch.full_like(y, -100), targets, overwrite_logits=overwrite)
         loss.total.backward()
-        assert (float(loss.total.detach()), float(loss.lm), float(loss.fusion), loss.labels, loss.taught) == (
-            0,
-            0,
-            0,
-            0,
-            0,
-        )
+        assert [float(value) for value in (loss.total.detach(), *loss[1:])] == [0] * 5
         assert torch.equal(leaf.grad, torch.zeros_like(x))
 
     def test_no_position(self):
@@ -286,7 +284,7 @@ class TestNothingToLearn:
     @pytest.mark.parametrize("k", [0, 5])
     def test_no_targets_is_the_likelihood(self, k):
         x, y, targets = ordinary(k)
-        untaught = SparseTargets(targets.ids, targets.logprobs, targets.tail, torch.zeros(N, dtype=torch.bool))
+        untaught = replace(targets, taught=torch.zeros(N, dtype=torch.bool))
         expected = torch.nn.functional.cross_entropy(x, y, reduction="sum")
         for given in (None, untaught):
             loss, gradient = run(x, y, given)
@@ -328,7 +326,7 @@ class TestInfinities:
 
     def test_dust_on_an_empty_rest_is_dropped(self):
         x, y, full = ordinary(V)
-        dusty = SparseTargets(full.ids, full.logprobs, full.tail + 1e-7, full.taught)
+        dusty = replace(full, tail=full.tail + 1e-7)
         for loss in TOKENWISE:
             assert math.isfinite(float(run(x, y, dusty, loss=loss)[0].total.detach()))
 
@@ -387,7 +385,7 @@ def test_under_autocast():
 def test_uld_takes_any_vocabulary():
     x, y = logits(1, size=5), labels(2, size=5)
     teacher = top(logits(3, 0.5), 8)  # more entries than the student has ids
-    foreign = SparseTargets(teacher.ids + 10**6, teacher.logprobs, teacher.tail, teacher.taught)
+    foreign = replace(teacher, ids=teacher.ids + 10**6)
     compare(run(x, y, foreign, loss="uld_topk"), reference.fusion_loss(x, y, foreign, "uld_topk"), torch.float64)
 
 
@@ -397,15 +395,6 @@ def test_uld_on_whole_rows_is_the_published_loss():
     published = (x.softmax(1).sort(1).values - teacher.softmax(1).sort(1).values).abs().sum()
     torch.testing.assert_close(run(x, y, top(teacher, V), loss="uld_topk")[0].fusion, published)
     assert float(run(x, y, top(teacher, 5), loss="uld_topk")[0].fusion) < float(published)
-
-
-def some_without_ids(targets: SparseTargets, loss: str = "gold", every: int = 2) -> SparseTargets:
-    """The targets; for ``gold`` every second entry is of a token that the student does not have."""
-    if loss != "gold":
-        return targets
-    n, k = targets.ids.shape
-    chosen = (torch.arange(n)[:, None] + torch.arange(k)) % every == 0
-    return changed(targets, ids=torch.where(chosen & (targets.ids >= 0), -2, targets.ids))
 
 
 class TestGold:
@@ -421,7 +410,7 @@ class TestGold:
         assert float(fusion_loss(x, torch.tensor([3]), targets, loss="gold").fusion) == pytest.approx(kl + 0.77)
         assert kl + 0.77 == pytest.approx(2.7233, abs=5e-5)
 
-    @pytest.mark.parametrize("every", [1, 2, 3, 100])
+    @pytest.mark.parametrize("every", [1, 3, 100])
     @pytest.mark.parametrize("truncation", ["tail", "renormalize"])
     @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
     def test_values_and_gradients_are_the_dense_ones(self, every, truncation, dtype):
@@ -440,7 +429,7 @@ class TestGold:
         ids = torch.full_like(teacher.ids, -2)
         ids[:, 3] = y
         x[(torch.arange(size) == size - 1) & (y != size - 1)[:, None]] = -math.inf
-        targets = changed(teacher, ids=ids)
+        targets = replace(teacher, ids=ids)
         expected = reference.fusion_loss(x, y, targets, "gold")
         compare(run(x, y, targets, loss="gold", chunk=chunk), expected, dtype)
 
@@ -448,24 +437,8 @@ class TestGold:
         x, y, targets = ordinary()
         torch.testing.assert_close(run(x, y, targets, loss="gold"), run(x, y, targets, loss="kl"))
         whole = top(logits(3) * 0.7, V)
-        nameless = changed(whole, ids=torch.full_like(whole.ids, -2))
+        nameless = replace(whole, ids=torch.full_like(whole.ids, -2))
         torch.testing.assert_close(run(x, y, nameless, loss="gold"), run(x, y, whole, loss="uld_topk"))
-
-    @pytest.mark.parametrize("temperature", [0.5, 2.0])
-    def test_temperature(self, temperature):
-        x, y, targets = ordinary()
-        targets = changed(some_without_ids(targets), temperature=temperature)
-        settings = {"loss": "gold", "temperature": temperature}
-        compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), torch.float64)
-
-    def test_gradcheck(self):
-        x, y = logits(1, rows=4, size=11), labels(2, 4, 11)
-        targets = some_without_ids(top(logits(3, rows=4, size=11) * 0.7, 4))
-
-        def total(leaf: Tensor) -> Tensor:
-            return fusion_loss(leaf, y, targets, loss="gold").total
-
-        assert torch.autograd.gradcheck(total, (x.requires_grad_(),))
 
     @pytest.mark.parametrize("loss", [loss for loss in TOKENWISE if loss not in ("gold", "uld_topk")])
     def test_other_losses_refuse_entries_without_an_id(self, loss):
@@ -476,14 +449,9 @@ class TestGold:
     def test_an_entry_without_an_id_is_a_probability_too(self):
         x, y, targets = ordinary()
         with pytest.raises(DistillationError, match="no distribution"):
-            fusion_loss(x, y, changed(some_without_ids(targets), logprobs=targets.logprobs + 9), loss="gold")
+            fusion_loss(x, y, replace(some_without_ids(targets), logprobs=targets.logprobs + 9), loss="gold")
         with pytest.raises(DistillationError, match="token id -3"):
-            fusion_loss(x, y, changed(targets, ids=targets.ids * 0 - 3), loss="gold")
-
-
-def changed(targets: SparseTargets, **fields) -> SparseTargets:
-    values = {name: getattr(targets, name) for name in ("ids", "logprobs", "tail", "taught", "temperature")}
-    return SparseTargets(**{**values, **fields})
+            fusion_loss(x, y, replace(targets, ids=targets.ids * 0 - 3), loss="gold")
 
 
 class TestRefusals:
@@ -505,7 +473,7 @@ class TestRefusals:
     def test_targets(self, fields, message):
         x, y, targets = ordinary()
         with pytest.raises(DistillationError, match=message):
-            fusion_loss(x, y, changed(targets, **fields(targets)))
+            fusion_loss(x, y, replace(targets, **fields(targets)))
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -540,5 +508,5 @@ class TestRefusals:
 
     def test_a_duplicate_in_a_row_that_is_not_taught_is_nobodys_business(self):
         x, y, targets = ordinary()
-        untaught = changed(targets, ids=torch.zeros_like(targets.ids), taught=torch.zeros(N, dtype=torch.bool))
+        untaught = replace(targets, ids=torch.zeros_like(targets.ids), taught=torch.zeros(N, dtype=torch.bool))
         assert math.isfinite(float(fusion_loss(x, y, untaught).total))
