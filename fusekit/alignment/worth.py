@@ -23,7 +23,7 @@ class TeacherWorth:
 
     Attributes:
         vocabulary: method of the vocabulary map.
-        tokens, tail: how rows are projected (:class:`fusekit.distillation.label_rows.Projection`).
+        tokens, tail: how rows are projected (:class:`fusekit.distillation.projections.Projection`).
         examples: how many were added.
         labels: int64 [cases], labels of the pivot by :class:`~fusekit.alignment.cases.Case`.
         taught: bool [cases], whether the teacher has rows for labels of the case.

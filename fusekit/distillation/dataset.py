@@ -16,7 +16,7 @@ from fusekit.capturing.capture import Tokenizes
 from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate
-from fusekit.distillation.label_rows import LabelRows, Projection, label_nll, label_rows
+from fusekit.distillation.label_rows import LabelRows, label_rows
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.matching import (
     PROJECTED,
@@ -27,6 +27,7 @@ from fusekit.distillation.matching import (
     projected_ce,
     typical_bits_per_byte,
 )
+from fusekit.distillation.projections import Projection, label_nll
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError

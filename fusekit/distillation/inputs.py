@@ -18,8 +18,8 @@ from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.label_rows import Projection
 from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError

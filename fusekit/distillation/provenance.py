@@ -9,7 +9,7 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit.capturing.store import Store
-from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import map_hash
 from fusekit.types import Row

@@ -12,8 +12,9 @@ from fusekit.alignment.cases import Case
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store
 from fusekit.distillation.inputs import Reading, projection_of
-from fusekit.distillation.label_rows import Projection, label_nll, label_rows
+from fusekit.distillation.label_rows import label_rows
 from fusekit.distillation.matching import Captures, join, over_the_same_text
+from fusekit.distillation.projections import Projection, label_nll
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import Row

@@ -31,11 +31,9 @@ def _sce(select_topk: float, variant: str) -> dict[str, Any]:
 # FuseChat's τ is 0.1. In the form that the authors' repository computes it selects what the coefficients are computed
 # from; in the paper's form it also drops the other nine tenths of every fusion vector.
 _AROUND: dict[str, dict[str, Any]] = {
-    "fusekit": {"merge": _sce(1.0, "paper")},
+    **{name: {"merge": _sce(1.0, "paper")} for name in ("fusekit", "grouped_kl", "uld", "gold", "p_kl", "alm")},
     "fusechat": {"source": {"chat_template": "pivot"}, "merge": _sce(0.1, "fuseai")},
     "fusellm": {"data": {"train_on": "all", "pack": True}},
-    "uld": {"merge": _sce(1.0, "paper")},
-    "gold": {"merge": _sce(1.0, "paper")},
 }
 
 

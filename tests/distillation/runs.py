@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.dataset import FusionDataset
-from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from tests.capture.processes import Process, free_port

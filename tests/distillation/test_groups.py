@@ -16,8 +16,9 @@ from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.distillation.batching import FusionCollator
 from fusekit.distillation.dataset import FusionDataset
-from fusekit.distillation.label_rows import Projection, label_rows
+from fusekit.distillation.label_rows import label_rows
 from fusekit.distillation.losses import Members, SparseTargets, fusion_loss
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings
 from fusekit.errors import DistillationError
 from tests.distillation import reference, worlds

@@ -13,7 +13,8 @@ from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
 from fusekit.alignment.projection import NO_ID
 from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
-from fusekit.distillation.label_rows import LabelRows, Projection, label_rows
+from fusekit.distillation.label_rows import LabelRows, label_rows
+from fusekit.distillation.projections import Projection
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TokenizedText, TopK
 from tests.distillation import worlds

@@ -6,7 +6,7 @@ import pytest
 
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.artifacts import differences
-from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, clashes
 from fusekit.errors import DistillationError

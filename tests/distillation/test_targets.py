@@ -13,8 +13,9 @@ from fusekit.alignment.cases import Case
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.counts import counts_by_data
 from fusekit.distillation.dataset import OTHERS, FusionDataset
-from fusekit.distillation.label_rows import LabelRows, Projection, label_nll, label_rows
+from fusekit.distillation.label_rows import LabelRows, label_rows
 from fusekit.distillation.matching import METRICS, join, metrics_of, projected_ce
+from fusekit.distillation.projections import Projection, label_nll
 from fusekit.distillation.settings import FusionSettings
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Message, Row, TopK

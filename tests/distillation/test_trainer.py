@@ -19,7 +19,7 @@ from fusekit.capturing.engine import Teacher
 from fusekit.capturing.settings import Selection
 from fusekit.distillation.batching import EpochSampler, FusionCollator
 from fusekit.distillation.dataset import FusionDataset
-from fusekit.distillation.label_rows import Projection
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.trainer import Objective
 from fusekit.errors import DistillationError
