@@ -1,6 +1,7 @@
 """Fault 23: broken inputs are named, tensor and model, and nothing is published."""
 
 import json
+import math
 import os
 import shutil
 
@@ -60,13 +61,21 @@ def test_first_not_finite_agrees_with_the_obvious(dtype):
     tensor = torch.full((7, 11, 3), 400.0).to(dtype)  # sums to infinity in float16
     assert first_not_finite(tensor) is None
     assert first_not_finite(torch.zeros(0, 3, dtype=dtype)) is None
-    for _ in range(20):
-        place = tuple(int(torch.randint(size, (1,), generator=generator)) for size in tensor.shape)
-        broken = tensor.float().clone()
-        broken[place] = float("nan")
-        found = first_not_finite(broken.to(dtype))
-        assert found is not None
-        assert found[0] == list(place)
+    values = [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), -float("nan"), math.inf, -math.inf]
+    for sign in (1, -1):
+        for value in values * 4:
+            place = tuple(int(torch.randint(size, (1,), generator=generator)) for size in tensor.shape)
+            broken = sign * tensor.float()
+            broken[place] = value
+            for each in (broken.to(dtype), broken.to(dtype).transpose(0, 1)):
+                found = first_not_finite(each)
+                assert found is not None
+                assert found[0] == list(place if each.shape == tensor.shape else (place[1], place[0], place[2]))
+                assert str(found[1]) == str(float(each[tuple(found[0])]))
+    if dtype != torch.float8_e4m3fn:
+        limits = torch.finfo(dtype)
+        for value in (limits.max, limits.min, limits.tiny, -0.0):
+            assert first_not_finite(torch.full((5,), value, dtype=dtype)) is None
 
 
 def test_values_whose_sum_overflows_are_accepted():
