@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from torch.nn import functional
 
 from benchmarks.alignment.peers import functions_of
 from benchmarks.alignment.timing import write
-from fusekit.distillation.losses import SparseTargets, fusion_loss
+from fusekit.distillation.losses import Members, SparseTargets, fusion_loss
 
 V = 151_936
 LAMBDA = 0.9
@@ -84,6 +85,17 @@ def fusekit(inputs: Inputs, loss: str, overwrite: bool, lm: float = LAMBDA) -> S
             inputs.made(), inputs.labels, inputs.targets, loss=loss, overwrite_logits=overwrite, **weights
         ).total
     )
+
+
+def grouped(inputs: Inputs) -> Step:
+    """`grouped_kl` where each listed id stands for four tokens, far more than two tokenizers differ by."""
+    number = inputs.V // 4
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randperm(inputs.V, generator=generator)[: 4 * number]
+    members = Members(torch.arange(number + 1) * 4, tokens).to(inputs.logits.device)
+    ids = torch.stack([torch.randperm(number, generator=generator)[: inputs.k] for _ in range(inputs.T)])
+    inputs.targets = replace(inputs.targets, ids=ids.to(inputs.logits.device), members=members)
+    return fusekit(inputs, "grouped_kl", False, 0.0)
 
 
 def dense_form(inputs: Inputs) -> Step:
@@ -184,6 +196,7 @@ def contestants(peers: argparse.Namespace) -> dict[str, tuple[str, Callable[[Inp
         "fusekit ce, overwriting": ("fusekit ce", lambda i: fusekit(i, "ce", True)),
         "fusekit kl": ("fusekit kl", lambda i: fusekit(i, "kl", False, 0.0)),
         "fusekit kl, overwriting": ("fusekit kl", lambda i: fusekit(i, "kl", True, 0.0)),
+        "fusekit grouped_kl": ("fusekit kl", grouped),
         "fusekit uld_topk": ("fusekit uld_topk", lambda i: fusekit(i, "uld_topk", False, 0.0)),
         "dense form": ("fusekit ce", dense_form),
     }

@@ -266,10 +266,10 @@ def _unit(work: Work, setting: str, arm: str, seed: int) -> str:
 
 
 def _write(work: Work) -> None:
-    """The figures of this folder take the place of those that the file has of the same arms; the others stay."""
+    """The figures of this folder take the place of those that the file has of the same arm and seed; others stay."""
     made = kept(work.out / "scores")
-    again = {figure.model for figure in made}
-    figures = sorted([*made, *(figure for figure in read(FIGURES) if figure.model not in again)])
+    again = {(figure.seed, figure.model) for figure in made}
+    figures = sorted([*made, *(figure for figure in read(FIGURES) if (figure.seed, figure.model) not in again)])
     write(FIGURES, figures)
     put_tables(README, figures)
 

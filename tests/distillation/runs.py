@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection
@@ -32,9 +31,7 @@ from tests.distillation import worlds
 @functools.cache
 def data(count: int = 12, seed: int = 0, include_pivot: bool = True) -> FusionDataset:
     """Rows with a pivot and one source of another tokenizer, both of random opinions."""
-    pivot, source = worlds.tokenizer(320), worlds.tokenizer(420)
-    roles = {"end_of_turn": pivot.convert_tokens_to_ids("<end>")}
-    vocabulary_map = build_vocabulary_map(pivot, source, method="prefix", pivot_roles=roles, source_roles=roles)
+    pivot, source = worlds.PIVOT, worlds.SOURCE
     rows = worlds.conversations(count, seed)
     own = [worlds.guessing(worlds.read(row, pivot), len(pivot), seed=1) for row in rows]
     theirs = [worlds.guessing(worlds.read(row, source), len(source), seed=2, sharpness=2.0) for row in rows]
@@ -42,7 +39,7 @@ def data(count: int = 12, seed: int = 0, include_pivot: bool = True) -> FusionDa
         rows,
         pivot=worlds.by_key(own),
         sources={"other": worlds.by_key(theirs)},
-        projections={"other": Projection(vocabulary_map)},
+        projections={"other": Projection(worlds.vocabulary_map())},
         fusion=FusionSettings(include_pivot=include_pivot),
     )
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.alignment import align_tokens
 from fusekit.alignment.groups import pivot_groups, source_pieces
-from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.distillation.batching import FusionCollator
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.label_rows import label_rows
@@ -270,13 +269,8 @@ def test_targets_move_with_their_members():
     assert len(targets.select(torch.arange(3)).chunks) == 3
 
 
-PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
-ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
+PIVOT, SOURCE, ROLES = worlds.PIVOT, worlds.SOURCE, worlds.ROLES
 SIDES = pytest.mark.parametrize("sides", [(PIVOT, SOURCE), (SOURCE, PIVOT)], ids=["finer", "coarser"])
-
-
-def mapped(sides, method: str = "prefix") -> VocabularyMap:
-    return build_vocabulary_map(*sides, method=method, pivot_roles=ROLES, source_roles=ROLES, cache=False)
 
 
 def followed(bytes_: bytes, sides) -> bytes | None:
@@ -304,7 +298,7 @@ def tokenize_bytes(bytes_: bytes, tokenizer, surfaces) -> bytes | None:
 
 @SIDES
 def test_a_group_is_what_both_tokenizers_begin_alike(sides):
-    into = mapped(sides)
+    into = worlds.vocabulary_map("prefix", *sides)
     groups, surfaces = pivot_groups(into), vocabulary_surfaces(sides[0])
     assert groups[ROLES["end_of_turn"]] == ROLES["end_of_turn"]
     found = 0
@@ -319,7 +313,7 @@ def test_a_group_is_what_both_tokenizers_begin_alike(sides):
 @SIDES
 def test_every_source_token_is_in_the_group_of_what_the_pivot_begins_it_with(sides):
     """So no listed token leaves the student nothing to answer it with, and no chain goes on."""
-    into = mapped(sides)
+    into = worlds.vocabulary_map("prefix", *sides)
     groups, carried = pivot_groups(into), into.entries[0][:, 0]
     assert (groups[carried[carried >= 0]] >= 0).all()
 
@@ -327,7 +321,7 @@ def test_every_source_token_is_in_the_group_of_what_the_pivot_begins_it_with(sid
 @SIDES
 def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
     """Entry by entry at every link: the mass of a group is that of the source tokens that begin with it."""
-    how = Projection(mapped(sides), "grouped", tail="keep", conditioning=False)
+    how = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail="keep", conditioning=False)
     carried, rows_seen = how.vocabulary_map.entries[0][:, 0], 0
     for row in worlds.conversations(8):
         tokens = worlds.read(row, sides[0])
@@ -360,7 +354,7 @@ def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
 @SIDES
 @pytest.mark.parametrize("tail", ["back_off", "listed_share"])
 def test_a_source_certain_of_the_text_is_certain_of_the_labels_group(sides, tail):
-    how, taught = Projection(mapped(sides), "grouped", tail=tail), 0
+    how, taught = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail=tail), 0
     for row in worlds.conversations(8):
         tokens = worlds.read(row, sides[0])
         given = label_rows(row, tokens, worlds.certain(worlds.read(row, sides[1])), how, worlds.certain(tokens))
@@ -372,7 +366,7 @@ def test_a_source_certain_of_the_text_is_certain_of_the_labels_group(sides, tail
 
 @SIDES
 def test_pieces_spell_the_token_and_weigh_one(sides):
-    into = mapped(sides, "em")
+    into = worlds.vocabulary_map("em", *sides)
     pivots, sources, weights = source_pieces(into)
     for id_ in np.unique(pivots).tolist():
         at = pivots == id_
@@ -388,7 +382,7 @@ def test_pieces_spell_the_token_and_weigh_one(sides):
 @SIDES
 def test_rows_of_stretches_are_those_of_a_plain_loop(sides):
     """Means of the source's rows, and its log-likelihoods; a stretch is taught whole or not at all."""
-    into = mapped(sides, "em")
+    into = worlds.vocabulary_map("em", *sides)
     pieces, chunks = Projection(into, "pieces"), Projection(into, "chunks")
     known = set(source_pieces(into)[1].tolist())
     several = 0
@@ -430,7 +424,7 @@ def test_a_batch_numbers_its_stretches_apart():
     data = FusionDataset(
         worlds.conversations(4),
         sources={"s": said},
-        projections={"s": Projection(mapped((PIVOT, SOURCE), "em"), "chunks")},
+        projections={"s": Projection(worlds.vocabulary_map("em"), "chunks")},
         tokenizer=worlds.Reader(PIVOT),
         fusion=FusionSettings(include_pivot=False, metric="bits_per_byte"),
     )
@@ -442,7 +436,7 @@ def test_a_batch_numbers_its_stretches_apart():
         FusionDataset(
             worlds.conversations(4),
             sources={"s": said, "t": said},
-            projections=dict.fromkeys("st", Projection(mapped((PIVOT, SOURCE)), "grouped")),
+            projections=dict.fromkeys("st", Projection(worlds.vocabulary_map(), "grouped")),
             tokenizer=worlds.Reader(PIVOT),
             fusion=FusionSettings(include_pivot=False),
         )

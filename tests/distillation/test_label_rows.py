@@ -12,29 +12,21 @@ from fusekit.alignment.alignment import align_tokens
 from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
 from fusekit.alignment.projection import NO_ID
-from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
+from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.distillation.label_rows import LabelRows, label_rows
 from fusekit.distillation.projections import Projection
 from fusekit.errors import AlignmentError, DistillationError
-from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TokenizedText, TopK
+from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 from tests.distillation import worlds
 
-PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
-ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
-MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+PIVOT, SOURCE, ROLES, MAP = worlds.PIVOT, worlds.SOURCE, worlds.ROLES, worlds.vocabulary_map()
 TEXT_ROWS = [
     Row((Message(TEXT, "the naïve fusion of models"), Message(TEXT, "a 東京 text"), Message(FRAGMENT, "none of them"))),
 ]
 
 
 def entry(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
-    """One row as plain numbers."""
-    pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0]
-    return pairs, float(rows.tail[at])
-
-
-def numbers(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
-    """One row as plain numbers, with entries that have no id."""
+    """One row as plain numbers, entries that have no id too."""
     pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i != -1]
     return pairs, float(rows.tail[at])
 
@@ -103,7 +95,7 @@ def test_a_source_certain_of_the_text_gives_the_pivots_label() -> None:
 
 
 def test_the_same_tokenizer_teaches_every_label() -> None:
-    own = build_vocabulary_map(PIVOT, PIVOT, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
+    own = worlds.vocabulary_map(source=PIVOT)
     for row in worlds.conversations(6) + TEXT_ROWS:
         tokens = worlds.read(row, PIVOT)
         source = worlds.guessing(tokens, len(PIVOT))
@@ -186,7 +178,7 @@ def test_papers_put_a_one_hot_where_there_is_no_row() -> None:
 
 def test_warping_takes_the_rows_of_equal_tokens() -> None:
     """With one tokenizer the papers' rule finds all tokens equal, also the one before the content and the end."""
-    same = build_vocabulary_map(PIVOT, PIVOT, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    same = worlds.vocabulary_map("em", source=PIVOT)
     for row in worlds.conversations(4):
         tokens = worlds.read(row, PIVOT)
         source = worlds.guessing(tokens, len(PIVOT))
@@ -201,7 +193,7 @@ def test_warping_takes_the_rows_of_equal_tokens() -> None:
 
 def test_warping_puts_a_one_hot_where_tokens_differ() -> None:
     row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
-    em = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    em = worlds.vocabulary_map("em")
     pivot = worlds.read(row, PIVOT)
     given = label_rows(row, pivot, worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)), Projection(em, tokens="dtw"))
     bare = given.cases == Case.ONE_HOT
@@ -227,7 +219,7 @@ def test_rows_without_a_map_are_the_sources_own() -> None:
 
 
 def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_equal() -> None:
-    em = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    em = worlds.vocabulary_map("em")
     of = dict(zip(*em.matrix.nonzero(), strict=True))
     kinds = set()
     for row in worlds.conversations(6) + TEXT_ROWS:
@@ -238,7 +230,7 @@ def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_
         assert (given.taught == own.taught).all()
         assert (given.cases == own.cases).all()
         for j in np.flatnonzero(given.taught):
-            (found, tail), (expected, rest) = numbers(given.rows, j), numbers(own.rows, j)
+            (found, tail), (expected, rest) = entry(given.rows, j), entry(own.rows, j)
             assert [i for i, _ in found] == [of.get(i, NO_ID) for i, _ in expected]
             assert [p for _, p in found] == pytest.approx([p for _, p in expected])
             assert tail == pytest.approx(rest)
@@ -248,15 +240,13 @@ def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_
 
 def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None:
     """Source ids 10 and 11 are the pivot's 7; 12 and 13 are no tokens of the pivot."""
-    em = build_vocabulary_map(PIVOT, SOURCE, method="em")
+    em = worlds.vocabulary_map("em")
     matrix = em.matrix.tolil()
     matrix[10:14] = 0
     matrix[10, 7] = matrix[11, 7] = 1
     made = VocabularyMap(matrix.tocsr(), "em", em.pivot, em.source)
     text = align_tokens("a", tokenize("a", PIVOT), worlds.tokenize("a", SOURCE))
-    ours = TokenizedText(
-        np.array([1, *text.pivot.ids]), np.array([0, *text.pivot.ends]), np.array([0, *text.pivot.ends])
-    )
+    ours = text.pivot.opened(1)
     alignment = align_tokens("a", ours, ours)
     ids, mass = np.array([[12, 10, 13, 11, -1]] * 2), np.array([[0.3, 0.25, 0.2, 0.15, 0.0]] * 2)
     with np.errstate(divide="ignore"):

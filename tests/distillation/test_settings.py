@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.artifacts import differences
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
@@ -68,8 +67,8 @@ def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> No
 
 
 def test_a_sources_own_alignment_is_a_fact_of_the_run() -> None:
-    made = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), cache=False)
-    other = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), method="em")
+    made = worlds.vocabulary_map()
+    other = worlds.vocabulary_map("em")
 
     def facts(how: Projection) -> dict:
         return facts_of_run("s", DistillSettings.of(), "pivot", [], {}, projections={"s": how})
@@ -83,7 +82,7 @@ def test_a_sources_own_alignment_is_a_fact_of_the_run() -> None:
 
 
 def test_what_a_target_does_not_use_is_no_fact_of_it() -> None:
-    made = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), cache=False)
+    made = worlds.vocabulary_map()
 
     def facts(how: Projection | None = None, **changes: dict) -> dict:
         projections = {} if how is None else {"s": how}
@@ -98,7 +97,7 @@ def test_what_a_target_does_not_use_is_no_fact_of_it() -> None:
     # How sources are aligned is stated for each: the section's value matters only where a source takes it.
     assert not differences(facts(Projection(made)), facts(Projection(made), alignment={"tokens": "dtw"}))
     # Rows that are taken as they are have no conditioning.
-    made_em = build_vocabulary_map(worlds.tokenizer(320), worlds.tokenizer(420), method="em")
+    made_em = worlds.vocabulary_map("em")
     assert not differences(facts(Projection(made_em, "matched")), facts(Projection(made_em, "matched", one_hot=True)))
     assert differences(facts(Projection(made_em, "matched")), facts(Projection(made_em)))
     # Warping always has the one-hots.

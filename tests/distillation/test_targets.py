@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.distillation.counts import counts_by_data
 from fusekit.distillation.dataset import OTHERS, FusionDataset
 from fusekit.distillation.label_rows import LabelRows, label_rows
@@ -21,10 +20,8 @@ from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Message, Row, TopK
 from tests.distillation import runs, worlds
 
-PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
+PIVOT, SOURCE, MAP = worlds.PIVOT, worlds.SOURCE, worlds.vocabulary_map()
 ROWS = worlds.conversations(9)
-ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
-MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
 
 
 def captured(rows: list[Row], side: str = "source", sharpness: float = 1.0) -> dict[str, CapturedRow]:
@@ -108,7 +105,7 @@ def test_duplicates_count_once() -> None:
 
 def test_a_model_of_other_data_is_refused() -> None:
     other = captured(worlds.conversations(3, seed=50))
-    with pytest.raises(DistillationError, match=r"s has none of the 9 examples of data.*captured from other data"):
+    with pytest.raises(DistillationError, match=r"s has none of 9 examples of data.*captured from other data"):
         dataset(ROWS, {"s": other})
     with pytest.raises(DistillationError, match="no examples of data"):
         join([], {})

@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.alignment.worth import RATIO_LIMIT
 from fusekit.cli import cli
 from fusekit.distillation.label_rows import label_rows
@@ -26,10 +25,8 @@ from tests.distillation import worlds
 DEMO = Path(__file__).parents[2] / "demo"
 REAL = "FUSEKIT_REAL_MODELS"
 PAIR = ("smollm2-135m-instruct", "gemma-3-270m")
-PIVOT, SOURCE = worlds.tokenizer(320), worlds.tokenizer(420)
+PIVOT, SOURCE, MAP = worlds.PIVOT, worlds.SOURCE, worlds.vocabulary_map()
 ROWS = worlds.conversations(9)
-ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
-MAP = build_vocabulary_map(PIVOT, SOURCE, method="prefix", pivot_roles=ROLES, source_roles=ROLES)
 
 
 def captured(side: str) -> dict[str, CapturedRow]:
@@ -64,7 +61,7 @@ def test_figures_equal_a_loop_over_labels(tail: str) -> None:
 
 
 def test_the_mass_that_survives_is_what_the_map_carries() -> None:
-    exact = build_vocabulary_map(PIVOT, SOURCE, method="em", pivot_roles=ROLES, source_roles=ROLES)
+    exact = worlds.vocabulary_map("em")
     pivot, source = captured("pivot"), captured("source")
     mapped = np.diff(exact.matrix.indptr) > 0
     shares = []
@@ -114,7 +111,7 @@ def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
     pivot, source = captured("pivot"), captured("source")
     with pytest.raises(DistillationError, match="vocabulary map"):
         measure(ROWS, pivot, source, Projection(None))
-    with pytest.raises(DistillationError, match=f"the source has none of the 1 examples.*{ROWS[1].key}"):
+    with pytest.raises(DistillationError, match=f"the source has none of 1 example of data.*{ROWS[1].key}"):
         measure(ROWS[:1], pivot, {ROWS[1].key: source[ROWS[1].key]}, Projection(MAP))
 
 

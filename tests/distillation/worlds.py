@@ -13,6 +13,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from fusekit.alignment.ends import tokenize
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>")
@@ -36,6 +37,16 @@ def tokenizer(size: int, eos: str = "<eos>") -> PreTrainedTokenizerFast:
     rng = np.random.default_rng(size)
     backend.train_from_iterator([" ".join(rng.choice(WORDS, 40)) for _ in range(50)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=eos)
+
+
+PIVOT, SOURCE = tokenizer(320), tokenizer(420)
+ROLES = {"end_of_turn": PIVOT.convert_tokens_to_ids("<end>")}
+
+
+@functools.cache
+def vocabulary_map(method: str = "prefix", pivot: Any = PIVOT, source: Any = SOURCE) -> VocabularyMap:
+    """A map of one of the tokenizers here into another."""
+    return build_vocabulary_map(pivot, source, method=method, pivot_roles=ROLES, source_roles=ROLES, cache=False)
 
 
 def conversations(count: int, seed: int = 0, words: int = 12) -> list[Row]:
