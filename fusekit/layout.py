@@ -9,10 +9,27 @@ PIVOT = "pivot"
 BASELINE = "baseline"
 MERGED = "merged"
 
-STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
+STAGES = ("data", "respond", "judge", "capture", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
-NAMES = {PIVOT, "data", "captures", "alignment", "targets", "baselines", MERGED, "evaluation", "logs"} | {
+SHARDS = ".work"
+"""Ending of a folder of shards, beside the artifact that they become."""
+
+NAMES = {
+    PIVOT,
+    "data",
+    "responses",
+    "judged",
+    f"judged{SHARDS}",
+    "winners",
+    "captures",
+    "alignment",
+    "targets",
+    "baselines",
+    MERGED,
+    "evaluation",
+    "logs",
+} | {
     "recipe.resolved.yml",
     "merge.yml",
     "results.json",
@@ -42,6 +59,24 @@ class Layout:
     def data(self) -> Path:
         """The rows that all models read, cut alike."""
         return self.out / "data"
+
+    def responses(self, name: str) -> Path:
+        """What a model answers to the questions of the data."""
+        return self.out / "responses" / name
+
+    @property
+    def judged(self) -> Path:
+        """The votes on the answers, and the winners' as rows."""
+        return self.out / "judged"
+
+    @staticmethod
+    def shards(folder: Path) -> Path:
+        """Where the shards of answers or scores are until they become an artifact."""
+        return folder.with_name(folder.name + SHARDS)
+
+    def winners(self, name: str) -> Path:
+        """The top-k store of a model over the winners' answers: of the pivot over all, of a source over its own."""
+        return self.out / "winners" / name
 
     def store(self, name: str) -> Path:
         """The top-k store of a model: ``pivot``, or a source's name."""

@@ -55,8 +55,10 @@ def _gguf_tokenizer(folder: Path, header: GgufHeader, name: str, _size: int) -> 
     return tokenizer
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -> Any:
     """The model, its weights on ``device`` or where its ``device_map`` says, ready to be run.
+
+    kind: an auto class of transformers; None for a causal language model.
 
     A GGUF file is dequantised, on the CPU first; ``auto`` is then float32, but of a file without blocks its own dtype.
 
@@ -69,7 +71,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     if device_map is None and device.type != "cpu":
         device_map = {"": device}  # weights go there straight from the file
     with _explained(checkpoint, "the model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = (kind or AutoModelForCausalLM).from_pretrained(
             checkpoint.folder,
             **_weights_of(checkpoint),
             device_map=device_map,

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 )
 @options_of(FusionSettings, "mode", "function", "level", "metric", defaults=False)
 @options_of(AlignmentSettings, "tokens", "vocabulary", "tail", defaults=False)
-@options_of(TrainingSettings, defaults=False)
+@options_of(TrainingSettings, *(n for n in TrainingSettings.model_fields if n != "schedule"), defaults=False)
 @click.option(
     "--set",
     "extra",

@@ -76,7 +76,9 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
     known = _known_fields()
     fields: dict[str, Any] = {
         "output_dir": str(folder),
-        "num_train_epochs": settings.num_train_epochs,
+        # A schedule has all its epochs, in their order.
+        "num_train_epochs": settings.num_train_epochs if settings.schedule is None else 1.0,
+        **({} if settings.schedule is None else {"train_sampling_strategy": "sequential"}),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_steps,

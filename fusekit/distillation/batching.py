@@ -68,8 +68,12 @@ class EpochSampler(Sampler[int]):
         yield from order.tolist()
 
 
+BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
+"""An example of one token and no label."""
+
+
 class WithBlanks(Dataset[Any]):
-    """A data set that also has the blanks of :class:`EpochSampler`: one token, no label."""
+    """A data set that also has the blanks of :class:`EpochSampler`."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -85,7 +89,7 @@ class WithBlanks(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if index < len(self.data):
             return self.data[index]
-        return {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
+        return dict(BLANK)
 
 
 _NOBODY = np.zeros(0)
@@ -116,7 +120,8 @@ class FusionCollator:
             ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n], and for losses
             of stretches of text ``target_chunks`` int64 [n]. On the host, as
             numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
-            ``counts``, the sum of the examples' counts.
+            ``counts``, the sum of the examples' counts; and of a schedule, for each label, ``part`` int64 [n] and
+            ``weight`` float64 [n].
         """
         lengths = [len(example["input_ids"]) for example in examples]
         B, longest = len(examples), max(lengths)
@@ -139,6 +144,9 @@ class FusionCollator:
         }
         if any("target_ids" in example for example in examples):
             batch |= _targets(examples)
+        if any("weight" in example for example in examples):
+            for name in ("part", "weight"):
+                batch[name] = np.repeat([example.get(name, 0) for example in examples], batch["sizes"])
         counted = [example["counts"] for example in examples if "counts" in example]
         if counted:
             batch["counts"] = np.sum(counted, axis=0)

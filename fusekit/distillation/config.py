@@ -79,6 +79,10 @@ class FusionConfig(OneDevice):
         own = {name: getattr(self, name) for name in _LOSS if getattr(self, name) is not None}
         sections = {"training": own, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
         self.settings = DistillSettings.of(self.preset, sections)
+        if self.settings.training.schedule is not None:
+            raise DistillationError(
+                f"preset {self.preset} trains on the answers of all models, which a trainer does not make: use a recipe"
+            )
         for name in _LOSS:
             setattr(self, name, getattr(self.settings.training, name))
         capture = CaptureSettings(**({} if self.top_k is None else {"top_k": self.top_k}))

@@ -68,6 +68,7 @@ class FusionDataset(Dataset[Example]):
         rewards: candidate to key to a reward model's number, for ``reward_softmax``.
         relative: whether ``lm_weighting`` is relative, which needs the ``typical`` bits per byte of examples. Live
             teachers score all examples for it first.
+        writers: key to the one model that teaches a row, since it wrote it; others teach what they have.
 
     Attributes:
         joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
@@ -89,11 +90,12 @@ class FusionDataset(Dataset[Example]):
         fusion: FusionSettings | None = None,
         rewards: Mapping[str, Mapping[str, float]] | None = None,
         relative: bool = True,
+        writers: Mapping[str, str] | None = None,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
         self.sources, self.projections = dict(sources or {}), dict(projections or {})
         self.fusion = fusion or FusionSettings()
-        self.rewards = dict(rewards or {})
+        self.rewards, self.writers = dict(rewards or {}), dict(writers or {})
         if PIVOT in self.sources:
             raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
         if lacking := sorted(self.sources.keys() - self.projections.keys()):
@@ -200,7 +202,8 @@ class FusionDataset(Dataset[Example]):
         said: dict[str, CapturedRow] = {}
         given: dict[str, LabelRows] = {}
         losses: dict[str, FloatArray | None] = {}
-        if own is not None and self.fusion.include_pivot:
+        writer = self.writers.get(row.key)
+        if own is not None and self.fusion.include_pivot and writer in (None, PIVOT):
             said[PIVOT], given[PIVOT] = own, LabelRows.of(own)
             losses[PIVOT] = -own.actual  # known also where the label is not listed, where the rows have only a bound
             for how in self.projections.values():
@@ -208,7 +211,7 @@ class FusionDataset(Dataset[Example]):
                     given[PIVOT] = replace(given[PIVOT], rows=how.grouped(own.rows))
                     losses[PIVOT] = np.minimum(-own.actual, label_nll(given[PIVOT].rows, how.groups[labels]))
         for name, source in self.sources.items():
-            if row.key not in source:
+            if row.key not in source or writer not in (None, name):
                 continue
             captured, how = source.get(row.key), self.projections[name]
             assert captured is not None  # the key is in it

@@ -51,6 +51,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Responses:
+    """Models' own answers to the questions of the data, the best of each.
+
+    Attributes:
+        rows: the conversations with the answers.
+        writers: by key, the model that wrote the answer.
+        stores: by model, the folder of what it said about the answers: the pivot about all, a source about its own.
+    """
+
+    rows: Sequence[Row]
+    writers: Mapping[str, str]
+    stores: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a run reads.
 
@@ -60,6 +75,7 @@ class Inputs:
         pivot_store: folder of what the pivot said about them; None where that is not wanted.
         sources: by name.
         row_tokenizer: how the pivot reads rows that its store lacks; needed without a store.
+        responses: what a schedule also trains on.
     """
 
     pivot: ModelChoice
@@ -67,6 +83,7 @@ class Inputs:
     pivot_store: Path | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     row_tokenizer: Tokenizes | None = None
+    responses: Responses | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +99,7 @@ class Opened:
     projections: dict[str, Projection]
     settings: DistillSettings
     row_tokenizer: Tokenizes | None
+    responses: Responses | None
 
     def dataset(self, sources: Sequence[str]) -> FusionDataset:
         """The examples of a target that these sources teach."""
@@ -92,6 +110,27 @@ class Opened:
             projections={name: self.projections[name] for name in sources},
             tokenizer=self.row_tokenizer,
             fusion=self.settings.fusion,
+        )
+
+    def answers(self, sources: Sequence[str]) -> FusionDataset:
+        """The answers that these sources and the pivot wrote, each taught by its writer. Raises DistillationError."""
+        if self.responses is None:
+            raise DistillationError(
+                "a schedule trains on models' own answers, but there are none: `fusekit run` makes them from the "
+                "recipe's section `respond`"
+            )
+        opened = {
+            name: Store.open(self.responses.stores[name]) for name in (PIVOT, *sources) if name in self.responses.stores
+        }
+        own = opened.pop(PIVOT, None)
+        return FusionDataset(
+            self.responses.rows,
+            pivot=own,
+            sources=opened,
+            projections={name: self.projections[name] for name in opened},
+            tokenizer=self.row_tokenizer,
+            fusion=self.settings.fusion,
+            writers=self.responses.writers,
         )
 
     def stores_of(self, sources: Sequence[str]) -> dict[str, Store]:
@@ -147,6 +186,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
         projections,
         settings,
         inputs.row_tokenizer,
+        inputs.responses,
     )
 
 

@@ -67,6 +67,22 @@ PRESETS: dict[str, Preset] = {
         "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
         "training": {"loss": "alm"},
     },
+    # arXiv 2408.04998; the weights of the stages are published, the other values are not. Beta is (1 - lm_weight) /
+    # lm_weight.
+    "profuser": {
+        "alignment": {**_PAPERS_ALIGNMENT, "vocabulary": "mined"},
+        "fusion": {"mode": "joint", "function": "min_ce", "metric": "token_ce"},
+        "training": {
+            "lm_weight": 0.5,
+            "loss": "kl",
+            "truncation": "renormalize",
+            "schedule": [{"epochs": 1, "responses": 1.0}, {"epochs": 2, "responses": 0.1, "data": 1.0}],
+            "learning_rate": 5e-6,
+            "warmup_steps": 0.03,
+            "weight_decay": 0.0,
+            "batch_size": 128,
+        },
+    },
     # Plain fine-tuning on the same rows, in the same order.
     "sft": {"fusion": {"mode": "joint"}, "training": {"lm_weight": 1.0}},
     # Universal logit distillation (arXiv 2402.12030): sorted probabilities, at the positions where both have read the

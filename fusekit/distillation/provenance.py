@@ -42,6 +42,7 @@ def facts_of_run(
     stores: Mapping[str, Store],
     *,
     projections: Mapping[str, Projection] | None = None,
+    writers: Mapping[str, str] | None = None,
 ) -> Facts:
     """Everything that decides the weights of a target, and nothing else.
 
@@ -55,14 +56,20 @@ def facts_of_run(
         rows: to train on, in order.
         stores: captured rows by name.
         projections: how each source's rows come into the pivot's vocabulary; a source may have settings of its own.
+        writers: of a schedule, the models that wrote the answers, by key, in order.
     """
     unused = _FREE | (_OF_FUSION if settings.plain else set())
     training = settings.training.model_dump(mode="json", exclude=unused)
     training = {name: value for name, value in training.items() if not name.startswith(_FREE_FIELDS)}
+    if settings.training.schedule is None:
+        del training["schedule"]
+    else:
+        del training["num_train_epochs"]
     nested: dict[str, Any] = {
         "target": target,
         "pivot": pivot,
         "rows": {"count": len(rows), "xxh3": _digest(row.key for row in rows)},
+        **({} if writers is None else {"responses": _digest(f"{key} {name}" for key, name in writers.items())}),
         **({} if settings.plain else {"fusion": settings.fusion.model_dump(mode="json")}),
         "training": training,
         "stores": {name: _store(store) for name, store in stores.items()},

@@ -27,6 +27,7 @@ from fusekit.distillation.arguments import problems, training_arguments
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
+from fusekit.distillation.schedule import Scheduled
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
@@ -136,17 +137,28 @@ class _Work:
     opened: Opened
     settings: DistillSettings
     data: FusionDataset
+    examples: FusionDataset | Scheduled
     facts: dict[str, Any]
     say: Say
 
     @classmethod
     def of(cls, target: Target, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
         data = opened.dataset(target.sources)
-        stores = opened.stores_of(target.sources)
+        stores, training = opened.stores_of(target.sources), settings.training
+        examples: FusionDataset | Scheduled = data
+        if training.schedule is not None:
+            answers = opened.answers(target.sources)
+            examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
         facts = provenance.facts_of_run(
-            target.name, settings, opened.pivot_fingerprint, data.rows, stores, projections=data.projections
+            target.name,
+            settings,
+            opened.pivot_fingerprint,
+            data.rows,
+            stores,
+            projections=data.projections,
+            writers=opened.responses.writers if training.schedule is not None and opened.responses else None,
         )
-        return cls(target, opened, settings, data, facts, lambda line: say(f"{target.name}: {line}"))
+        return cls(target, opened, settings, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
         """Train and publish; a target that is published already stays. label: of the bar, None for none."""
@@ -181,7 +193,7 @@ class _Work:
     def refuse_what_does_not_fit(self, start: Path | None) -> None:
         """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
         checkpoint, training, out = self.opened.checkpoint, self.settings.training, self.target.folder
-        longest = self.data[int(self.data.lengths.argmax())] if len(self.data) else {"input_ids": ()}
+        longest = self.examples[int(self.examples.lengths.argmax())] if len(self.examples) else {"input_ids": ()}
         needs = estimate.memory_needs(checkpoint, training, len(longest["input_ids"]), Processes.current())
         if start is None:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
@@ -194,7 +206,7 @@ class _Work:
         return FusionTrainer(
             model,
             args,
-            self.data,
+            self.examples,
             objective=Objective.of(self.settings.training),
             facts={"made_from": self.facts},
             say=self.say,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -127,6 +127,22 @@ class FusionSettings(_Section):
         return name
 
 
+class ScheduleStage(_Section):
+    """A stage of training, and what each part of the data weighs in it."""
+
+    epochs: int = Field(default=1, ge=1, description="Passes over the examples of the parts that weigh something.")
+    responses: float = Field(
+        default=0.0, ge=0, description="Weight of the loss on the winners' own answers (ProFuser's inference mode)."
+    )
+    data: float = Field(default=0.0, ge=0, description="Weight of the loss on the data (its training mode).")
+
+    @model_validator(mode="after")
+    def _weighs(self) -> ScheduleStage:
+        if not self.responses + self.data:
+            raise ValueError("responses and data are both 0, so this stage would learn nothing: give one a weight")
+        return self
+
+
 class TrainingSettings(_Section):
     """The loss and the training run."""
 
@@ -149,7 +165,14 @@ class TrainingSettings(_Section):
         "(the papers').",
     )
     temperature: float = Field(default=1.0, gt=0, description="Of L_fusion; captures have to be of the same.")
-    num_train_epochs: float = Field(default=3.0, gt=0, description="Passes over the examples.")
+    num_train_epochs: float = Field(
+        default=3.0, gt=0, description="Passes over the examples; `schedule` has its own instead."
+    )
+    schedule: Annotated[list[ScheduleStage], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Stages of training that also learn from the answers of the section `respond`; null: the data "
+        "alone.",
+    )
     learning_rate: float = Field(default=5e-6, gt=0, description="Peak learning rate.")
     lr_scheduler_type: str = Field(
         default="cosine", description="Learning rate schedule, a name that transformers knows."
@@ -190,6 +213,11 @@ class TrainingSettings(_Section):
             ]
             raise ValidationError.from_exception_data("TrainingSettings", details)
         return values
+
+    @property
+    def passes(self) -> float:
+        """Epochs of all stages."""
+        return sum(stage.epochs for stage in self.schedule) if self.schedule is not None else self.num_train_epochs
 
     @property
     def trainer(self) -> dict[str, Any]:
@@ -234,6 +262,11 @@ def clashes(
             (("training", "loss"), none),
             f"loss {owner} and vocabulary {VOCABULARIES.get(owner)} need each other, but the loss is {loss} and the "
             f"vocabulary {vocabulary}: preset {owner} has both",
+        ),
+        (
+            training.schedule is not None and fusion.mode != "joint",
+            (("training", "schedule"), ("fusion", "mode")),
+            "a schedule trains one model on the answers of the best of all models: set fusion.mode to joint",
         ),
         (
             raw and fusion.metric == "projected_ce",

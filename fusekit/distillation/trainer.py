@@ -206,11 +206,21 @@ class FusionTrainer(TrainerWithGradients):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:
-        """The micro-batches of an optimizer step, and how many labels it has over all processes."""
+        """The micro-batches of an optimizer step, and how many labels it has over all processes.
+
+        Each part of a schedule gets its weight: its loss is the mean over its own labels of the step.
+        """
         batches = list(islice(epoch_iterator, num_batches))
-        labels = sum(len(batch["label_ids"]) for batch in batches)
+        parts = [
+            np.bincount(batch.get("part", np.zeros(len(batch["label_ids"]), int)), minlength=2) for batch in batches
+        ]
+        counts = torch.from_numpy(np.sum(parts, axis=0))
         if self.accelerator.num_processes > 1:
-            labels = int(self.accelerator.reduce(torch.tensor(labels, device=device), "sum"))
+            counts = self.accelerator.reduce(counts.to(device), "sum").cpu()
+        labels = int(counts.sum())
+        for batch in batches:
+            if "weight" in batch:
+                batch["weight"] = batch["weight"] * labels / counts.numpy()[batch["part"]]
         return batches, labels
 
     # Loss
@@ -238,6 +248,8 @@ class FusionTrainer(TrainerWithGradients):
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         items = num_items_in_batch if model.training else None
         share = 1 / max(len(labels), 1) if items is None else self.accelerator.num_processes / max(items, 1)
+        if items is not None and "weight" in inputs:
+            share = share * inputs["weight"]
         loss = fusion_loss(
             logits,
             labels,

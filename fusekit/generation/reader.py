@@ -21,10 +21,10 @@ from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
+from fusekit.generation.prompts import Prompt, prompt_of
 from fusekit.generation.settings import GenerationError
-from fusekit.types import FRAGMENT, Message, Part, Row
+from fusekit.types import FRAGMENT, Message, Row
 
-_STAND_IN = "x"
 # In front of text that must not get a dummy space. Hardly any vocabulary joins the first one to what follows.
 _GUARDS = ("\x01", "\n", ".", "a", "0")
 _UNCERTAIN = -1  # the end of a token that stands at no certain byte of the text, after normalisation
@@ -40,13 +40,6 @@ def unfinished(data: bytes) -> int | None:
     except UnicodeDecodeError:
         return None
     return len(decoder.getstate()[0])
-
-
-class Prompt(NamedTuple):
-    """A prompt as one model reads it. lead: white space that its template writes between the prompt and an answer."""
-
-    ids: list[int]
-    lead: bytes
 
 
 class Reader:
@@ -100,21 +93,16 @@ class Reader:
         """
         if raw:
             ids = self._rows.tokenize(Row((Message(FRAGMENT, messages[0].content),))).ids.tolist()
-            return self._fitting(Prompt(ids, b""))
+            return self._fitting(Prompt(ids))
         try:
             self._rows.template  # noqa: B018  says what is missing
         except DataError as error:
             raise GenerationError(f"{error}; or continue the prompt as raw text (raw=True, --raw)") from error
-        row = self._rows.tokenize(Row((*messages, Message("assistant", _STAND_IN))))
-        answer = row.message == len(messages)
-        if more := {int(id_) for id_ in row.ids[answer & (row.part == Part.END)]} - self.ends:
-            self.ends |= more
+        prompt = prompt_of(self._rows, messages)
+        if not prompt.ends <= self.ends:
+            self.ends |= prompt.ends
             self._masks.clear()
-        start = int(np.flatnonzero(answer & row.labels)[0])
-        stop = int(np.flatnonzero(answer & (row.part == Part.CONTENT) & (row.ends > 0))[0]) + 1
-        lead = b"".join(self.surfaces.of[id_] for id_ in row.ids[start:stop].tolist()).removesuffix(_STAND_IN.encode())
-        # What is no white space (an empty thought, say) is the model's to write.
-        return self._fitting(Prompt(row.ids[:start].tolist(), b"" if lead.strip() else lead))
+        return self._fitting(prompt)
 
     def _fitting(self, prompt: Prompt) -> Prompt:
         if len(prompt.ids) >= self.limit:

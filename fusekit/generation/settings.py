@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import FusekitError
 
@@ -64,6 +64,81 @@ class GenerationSettings(BaseModel):
                 what = f"{name} = {problem['input']!r}: " if name else ""
                 problems.append(what + problem["msg"].removeprefix("Value error, "))
             raise GenerationError("; ".join(problems)) from error
+
+
+class Judge(BaseModel):
+    """Who says which of several answers to a question is the best; it has one of the four kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = Field(default=None, description="What reports call it; null: the model, or the kind.")
+    reward_model: str | None = Field(
+        default=None, description="Folder or hub name of a sequence classification model of one output: the reward."
+    )
+    exact_match: bool = Field(
+        default=False,
+        description="Compare with the answers in the data, white space around them aside; no vote where all differ.",
+    )
+    bits_per_byte: bool = Field(
+        default=False, description="The fewest bits per byte under the models that did not write it, the mean of them."
+    )
+    python: str | None = Field(
+        default=None, description="`module:function` of (messages, answers, references); needs `allow_code`."
+    )
+    allow_code: bool = Field(default=False, description="Import and run the function that `python` names.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the reward model on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Dtype of the reward model's weights; auto is the checkpoint's."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run the Python code that comes with the reward model.")
+    allow_pickle: bool = Field(default=False, description="Read pickled weights of the reward model.")
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or self._kinds[0].rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def _kinds(self) -> list[str]:
+        checks = [name for name in ("exact_match", "bits_per_byte") if getattr(self, name)]
+        return [given for given in (self.reward_model, self.python) if given] + checks
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Judge:
+        if len(self._kinds) != 1:
+            what = " and ".join(self._kinds) or "none of them"
+            raise ValueError(f"a judge has one of reward_model, exact_match, bits_per_byte and python, not {what}")
+        if self.python and not self.allow_code:
+            raise ValueError(f"{self.python} would be imported and run: set allow_code to true if it is to be trusted")
+        if self.python and not all(self.python.partition(":")):
+            raise ValueError(f"python is {self.python!r}: write it as module:function")
+        return self
+
+
+class RespondSettings(BaseModel):
+    """Answers that the pivot and the sources write to the prompts of the data, and how the best one is chosen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = Field(default=512, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(default=0.0, ge=0, description="Sample answers at this temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample among the tokens that hold this probability.")
+    seed: int = Field(default=0, ge=0, description="Random seed for sampling.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts answered, and answers judged, at once.")
+    prompts_per_shard: int = Field(default=256, ge=1, description="Most prompts that an interruption may cost.")
+    judges: Annotated[list[Judge], Field(min_length=1)] = Field(
+        default=[Judge(bits_per_byte=True)],
+        description="Each votes for the answer that it finds best, or the answers; of several with the most votes the "
+        "one that the first judge prefers is chosen, then the second, and so on.",
+    )
+
+    @field_validator("judges")
+    @classmethod
+    def _named(cls, judges: list[Judge]) -> list[Judge]:
+        labels = [judge.label for judge in judges]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two judges are called {twice[0]!r}: give one a `name` of its own")
+        return judges
 
 
 class Segment(NamedTuple):

@@ -250,26 +250,29 @@ def capture_artifacts(context: Context) -> dict[str, Path]:
     return {name: context.layout.store(name) for name in context.readers.names}
 
 
-def check_store_place(context: Context, name: str) -> None:
+def check_store_place(folder: Path) -> None:
     """Refuse a folder that a store is to come to, if it holds other files. Raises StorageError."""
     from fusekit.capturing.writer import refuse_foreign
 
-    folder = context.layout.store(name)
     if folder.is_dir() and not (folder / artifact.MANIFEST).exists():
         refuse_foreign(folder)
 
 
 def capture_status(context: Context, name: str) -> Status:
     """Of a model's store. The prepared rows have to be there. Raises StorageError for a damaged store."""
+    return store_status(context, name, context.layout.store(name), rows_of(context, name, context.rows))
+
+
+def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
+    """Of a store of a model over some rows. Raises StorageError for a damaged one."""
     from fusekit.capturing.capture import data_fingerprint
     from fusekit.capturing.store import Store
 
-    folder = context.layout.store(name)
-    check_store_place(context, name)
+    check_store_place(folder)
     manifest = read_json(folder / artifact.MANIFEST, Manifest)
     if manifest is None:
         return Status(folder)
-    before, rows = artifact.flat(manifest.spec.model_dump()), rows_of(context, name, context.rows)
+    before = artifact.flat(manifest.spec.model_dump())
     expected = store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
     changed = artifact.differences({key: before.get(key, "not given") for key in expected}, expected)
     if not changed and keys_hash([row.key for row in rows]) != manifest.keys_xxh3:

@@ -17,11 +17,12 @@ from fusekit.distillation.outputs import NOTE, PLAIN
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.gguf import SUFFIX
-from fusekit.layout import BASELINE, MERGED, NAMES, PIVOT, Layout
+from fusekit.layout import BASELINE, MERGED, NAMES, PIVOT, SHARDS, Layout
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
+_OF_SHARDS = re.compile(r"made_from\.json|(judge-\d+-)?shard-\d+\.json|\..*\.\d+\.tmp")
 _OF_TRAININGS = re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp")
 WORK = ".training"
 
@@ -73,7 +74,7 @@ def claimed(out: Path | str) -> Iterator[Layout]:
         )
     with ExitStack() as held:
         guarded = [path for path in (layout.targets, layout.baselines) if path.is_dir()]
-        for path in (layout.out, *guarded, *_folders(layout.store(""))):
+        for path in (layout.out, *guarded, *_folders(layout.store("")), *_folders(layout.winners(""))):
             held.enter_context(output_lock(path))
         yield layout
 
@@ -91,6 +92,11 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
         found.add(path, "left behind by a process that died", lambda _: [])
     sources = {source.label for known in recipes for source in known.sources}
     found.add_unwanted(layout.store(""), {PIVOT, *sources}, "the recipe names no such model", _in_store)
+    answered = {PIVOT, *sources} if any(known.respond is not None for known in recipes) else set()
+    found.add_unwanted(layout.responses(""), answered, "the recipe asks for no such answers", _in_artifact)
+    found.add_unwanted(layout.winners(""), answered, "the recipe asks for no such answers", _in_store)
+    if not answered:
+        found.add(layout.judged, "the recipe judges nothing", _in_artifact)
     found.add_unwanted(layout.alignment(""), sources, "the recipe names no such source", _in_artifact)
     targets = {name for known in recipes for name in known.targets}
     baseline = any(known.wants_baseline for known in recipes)
@@ -120,6 +126,8 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     """Everything that these stages made, to make it again, whatever recipe made it."""
     places = {
         "data": [layout.data],
+        "respond": _folders(layout.responses("")),
+        "judge": [layout.judged, layout.shards(layout.judged), *_folders(layout.winners(""))],
         "capture": _folders(layout.store("")),
         "align": _folders(layout.alignment("")),
         "distill": [*_folders(layout.targets), *_folders(layout.baselines)],
@@ -130,8 +138,7 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     found = Findings()
     for stage in stages:
         for path in places[stage]:
-            foreign = _in_store if stage == "capture" else _in_artifact
-            found.add(path, f"made by the stage {stage}", _in_training if path.name.endswith(WORK) else foreign)
+            found.add(path, f"made by the stage {stage}", _foreign_to(layout, path))
     return found
 
 
@@ -198,6 +205,13 @@ def _left_behind(layout: Layout) -> list[Path]:
     return sorted(found)
 
 
+def _foreign_to(layout: Layout, path: Path) -> Callable[[Path], list[str]]:
+    """How to find what is not of a run in something that one of its stages made."""
+    if path.suffix in (WORK, SHARDS):
+        return _in_training if path.suffix == WORK else _in_shards
+    return _in_store if path.parent in (layout.store(""), layout.winners("")) else _in_artifact
+
+
 def _in_artifact(folder: Path) -> list[str]:
     """Files that the manifest of a folder does not list; the manifest itself where it cannot be read."""
     try:
@@ -215,6 +229,12 @@ def _in_store(folder: Path) -> list[str]:
 
 def _in_training(folder: Path) -> list[str]:
     return [path.name for path in sorted(folder.iterdir()) if not _OF_TRAININGS.fullmatch(path.name)]
+
+
+def _in_shards(folder: Path) -> list[str]:
+    stores = [store for store in _folders(folder) if not _in_store(store)]  # of a judgement by bits per byte
+    names = [path.name for path in sorted(folder.iterdir()) if path not in stores]
+    return [name for name in names if not _OF_SHARDS.fullmatch(name)]
 
 
 def _size(path: Path) -> int:

@@ -21,6 +21,7 @@ from fusekit.gguf import SUFFIX
 from fusekit.layout import BASELINE, PIVOT
 from fusekit.pipeline.capturing import alignment_of, store_facts
 from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, choice_of
+from fusekit.pipeline.responding import winners_of
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
 
@@ -39,6 +40,7 @@ def settings_of(context: Context, name: str) -> DistillSettings:
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
     alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
+    alone |= {"schedule": None, "num_train_epochs": settings.training.passes}
     return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
 
 
@@ -76,7 +78,7 @@ def status(context: Context, name: str) -> Status:
 def make(context: Context, processes: Processes) -> None:
     """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
     from fusekit.distillation.inputs import Inputs as TrainingInputs
-    from fusekit.distillation.inputs import Source
+    from fusekit.distillation.inputs import Responses, Source
     from fusekit.distillation.run import distill
 
     def check() -> None:
@@ -92,7 +94,12 @@ def make(context: Context, processes: Processes) -> None:
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.map_method is not None else None
         sources[source.label] = Source(layout.store(source.label), readers.choice(source.label), how, folder)
-    inputs = TrainingInputs(readers.choice(PIVOT), context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT))
+    responses = None
+    if recipe.respond is not None:
+        rows, writers = winners_of(context)
+        responses = Responses(rows, writers, {name: layout.winners(name) for name in (PIVOT, *writers.values())})
+    pivot = readers.choice(PIVOT)
+    inputs = TrainingInputs(pivot, context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT), responses)
 
     def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
         distill(
@@ -170,9 +177,10 @@ def _inputs(context: Context, target: str, settings: DistillSettings, before: Ma
     opened = {name: Store.open(folder, incomplete=True) for name, folder in here.items()}
     stores = {name: store for name, store in opened.items() if store.complete}
     pivot, rows = context.readers.fingerprint(PIVOT), join(context.rows, {}).rows
+    writers = winners_of(context)[1] if settings.training.schedule is not None else None
     facts = {
         key: value
-        for key, value in provenance.facts_of_run(target, settings, pivot, rows, stores).items()
+        for key, value in provenance.facts_of_run(target, settings, pivot, rows, stores, writers=writers).items()
         if value != {}  # an empty section
     }
     for model in models:  # the captures may be of another recipe, or elsewhere

@@ -242,6 +242,18 @@ class _Planner:
         if content is not None and step.rows is not None:
             step.disk = step.disk_at_most = content + ROW_BYTES * step.rows
 
+    def plan_respond(self) -> None:
+        """The answers of every model; how long they will be is not known."""
+        for name in TABLE["respond"].artifacts(self.context):
+            step = self.step("respond", name, self.has_rows and self.models.known[name].checkpoint is not None)
+            step.rows = step.rows if step.rows is not None else self.rows.rows
+
+    def plan_judge(self) -> None:
+        """The votes, and the stores of the winners' answers; they come from answers that may not be there."""
+        answered = all(step.state == DONE for step in self.plan.steps if step.stage == "respond")
+        for name in TABLE["judge"].artifacts(self.context):
+            self.step("judge", name, answered and self.has_rows)
+
     def plan_capture(self) -> None:
         """A store of every model."""
         for name, known in self.models.known.items():
@@ -300,7 +312,7 @@ class _Planner:
                 # Forward 2 and backward 4 per parameter and token; 2 more to compute activations again; an adapter
                 # leaves out the gradients of the weights.
                 times = (4 if values.lora is not None else 6) + (2 if values.activation_checkpointing else 0)
-                step.pflop = times * _active(pivot) * values.num_train_epochs * tokens / 1e15
+                step.pflop = times * _active(pivot) * values.passes * tokens / 1e15
         if not steps or pivot.checkpoint is None:
             return
         longest, settings = self.rows.longest or self.recipe.data.max_length, self.recipe.distill

@@ -11,7 +11,7 @@ from fusekit import artifacts as artifact
 from fusekit.devices import Processes
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, PIVOT, STAGES, Layout
-from fusekit.pipeline import capturing, distilling, evaluating, merging
+from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
 from fusekit.pipeline.context import BEGUN, MISSING, Context, Status
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
@@ -56,16 +56,26 @@ TABLE: dict[str, Stage] = {
     "data": Stage(
         (), lambda context: {"rows": context.layout.data}, capturing.data_status, _in_first(capturing.make_data)
     ),
+    "respond": Stage(
+        ("data",), responding.respond_artifacts, responding.respond_status, _in_first(responding.make_responses)
+    ),
+    "judge": Stage(
+        ("data", "respond"),
+        responding.judge_artifacts,
+        responding.judge_status,
+        responding.make_judged,
+        responding.check_judged_place,
+    ),
     "capture": Stage(
         ("data",),
         capturing.capture_artifacts,
         capturing.capture_status,
         capturing.make_captures,
-        capturing.check_store_place,
+        lambda context, name: capturing.check_store_place(context.layout.store(name)),
     ),
     "align": Stage(("data",), capturing.align_artifacts, capturing.align_status, capturing.make_alignments),
     "distill": Stage(
-        ("data", "capture", "align"),
+        ("data", "judge", "capture", "align"),
         distilling.artifacts,
         distilling.status,
         distilling.make,

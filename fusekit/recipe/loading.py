@@ -34,6 +34,7 @@ _AROUND: dict[str, dict[str, Any]] = {
     **{name: {"merge": _sce(1.0, "paper")} for name in ("fusekit", "grouped_kl", "uld", "gold", "p_kl", "alm")},
     "fusechat": {"source": {"chat_template": "pivot"}, "merge": _sce(0.1, "fuseai")},
     "fusellm": {"data": {"train_on": "all", "pack": True}},
+    "profuser": {"respond": {}, "merge": _sce(1.0, "paper")},
 }
 
 

@@ -24,6 +24,7 @@ from fusekit.distillation.settings import (
 )
 from fusekit.errors import RecipeError
 from fusekit.evaluation.settings import PATH, EvaluateSettings
+from fusekit.generation.settings import RespondSettings
 from fusekit.gguf import SUFFIX
 from fusekit.yaml import KeyPath, Place, Settings, together
 
@@ -237,6 +238,9 @@ class Recipe(Settings):
     alignment: AlignmentSettings = Field(
         default=AlignmentSettings(), description="How sources' rows come into the pivot's tokens and vocabulary."
     )
+    respond: RespondSettings | None = Field(
+        default=None, description="Answers of all models to the questions of the data, for a `schedule` (ProFuser)."
+    )
     fusion: FusionSettings = Field(
         default=FusionSettings(), description="What becomes of several models' rows at one label."
     )
@@ -274,6 +278,10 @@ class Recipe(Settings):
         for clash in clashes(self.alignment, self.fusion, self.distill, len(self.sources)):
             values: list[KeyPath] = [({"training": "distill"}.get(name, name), key) for name, key in clash.values]
             found.append(Mistake(clash.says, *values))
+        if (self.respond is None) != (self.distill.schedule is None):
+            has, lacks = ("distill.schedule", "respond") if self.respond is None else ("respond", "distill.schedule")
+            says = f"{has} is given, but not {lacks}: a schedule trains on answers, which nothing else reads"
+            found.append(Mistake(says, ("respond",), ("distill", "schedule")))
         if found:
             details: list[InitErrorDetails] = []
             for mistake in found:  # the context has all paths: the recipe may have written only one of them
@@ -288,7 +296,7 @@ class Recipe(Settings):
             at = ("sources", index)
             if label in labels[:index]:
                 yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", at)
-            elif label in _OTHER_FOLDERS or label.endswith(".training") or not label or label.startswith("."):
+            elif label in _OTHER_FOLDERS or label.endswith((".training", ".work")) or not label or label.startswith("."):
                 yield Mistake(
                     f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
                     "another `name`",

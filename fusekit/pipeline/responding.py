@@ -1,0 +1,437 @@
+"""The stages ``respond`` and ``judge``: all models answer the questions of the data, and the best answers are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Inputs, commit_file, sweep
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import Store
+from fusekit.data.prepare import prepare
+from fusekit.devices import Processes, progress
+from fusekit.errors import CaptureError, RecipeError, StorageError
+from fusekit.generation.settings import Judge, RespondSettings
+from fusekit.layout import PIVOT, Layout
+from fusekit.pipeline.capturing import check_store_place, store_facts, store_status
+from fusekit.pipeline.context import (
+    BEGUN,
+    DONE,
+    STALE,
+    Context,
+    Status,
+    read_rows_file,
+    write_json,
+    write_rows,
+)
+from fusekit.types import Row
+
+ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
+_BEGUN = "made_from.json"
+_OF_MODEL = ("model", "model_fingerprint", "tokenizer")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Results that are committed shard by shard, before they become an artifact.
+
+    Attributes:
+        folder: where the shards are.
+        inputs: what they are made from, for whoever resumes; compared by the caller (:func:`begun`).
+        size: items of a shard.
+        quiet: show no progress.
+    """
+
+    folder: Path
+    inputs: Inputs
+    size: int
+    quiet: bool = False
+
+    def make(
+        self, items: Sequence[Item], how: Callable[[Sequence[Item]], list[Any]], label: str, prefix: str = ""
+    ) -> list[Any]:
+        """The results for all items; a shard that is there is not made again.
+
+        Args:
+            items: in order.
+            how: makes JSON values, one for each item.
+            label: of the progress.
+            prefix: of the shards' names, where the folder has those of several makers.
+
+        Raises:
+            StorageError: a shard is damaged; the disk fails.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        if begun(self.folder) is None:
+            _commit(self.folder / _BEGUN, artifact.plain(self.inputs))
+        found: list[Any] = []
+        with progress(len(items), label, "question", quiet=self.quiet) as bar:
+            for start in range(0, len(items), self.size):
+                some = items[start : start + self.size]
+                path = self.folder / f"{prefix}shard-{start // self.size:05d}.json"
+                records = _json(path)
+                if records is None:
+                    records = how(some)
+                    _commit(path, records)
+                if not isinstance(records, list) or len(records) != len(some):
+                    raise StorageError(f"{path} does not hold {len(some)} records: remove it, and it is made again")
+                found += records
+                bar.update(len(records))
+        return found
+
+
+def _commit(path: Path, value: Any) -> None:
+    commit_file(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+def begun(work: Path) -> Inputs | None:
+    """What the shards in a folder are made from, None where there are none. Raises StorageError."""
+    found: Inputs | None = _json(work / _BEGUN)
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} cannot be read: {error}; remove {path.parent} to start over") from error
+
+
+def _compared(folder: Path, inputs: Callable[[Inputs], Inputs], total: int, size: int) -> Status:
+    """The status of an artifact that is made in shards.
+
+    inputs: given the former ones, those that are known now. total: items, for each of its makers. size: of a shard.
+    """
+    known, work = artifact.read(folder), Layout.shards(folder)
+    before = known.inputs if known is not None else begun(work)
+    if before is None:
+        return Status(folder)
+    expected = inputs(before)
+    if changed := artifact.differences({name: before.get(name, "not given") for name in expected}, expected):
+        return Status(folder if known is not None else work, STALE, tuple(changed))
+    if known is not None:
+        return Status(folder, DONE)
+    done = min(size * len(list(work.glob("*shard-*.json"))), total)
+    return Status(folder, BEGUN, note=f"{done} of {artifact.counted(total, 'question')} done", left=total - done)
+
+
+def _section(context: Context) -> RespondSettings:
+    assert context.recipe.respond is not None
+    return context.recipe.respond
+
+
+# respond: the answers of every model.
+
+
+def respond_artifacts(context: Context) -> dict[str, Path]:
+    """The answers of every model, where the recipe asks for some."""
+    if context.recipe.respond is None:
+        return {}
+    return {name: context.layout.responses(name) for name in context.readers.names}
+
+
+def _questions(context: Context) -> list[Any]:
+    from fusekit.generation.respond import questions_of
+
+    found = questions_of(context.rows)
+    if not found:
+        raise RecipeError(
+            "respond: no example of the data ends with an answer of the assistant, so there is no question"
+        )
+    return found
+
+
+def _response_inputs(context: Context, name: str, before: Mapping[str, Any]) -> Inputs:
+    section, facts = _section(context), store_facts(context, name, before, thorough=True)
+    sampled = section.model_dump(exclude={"judges"} | ({"top_p", "seed"} if not section.temperature else set()))
+    return {
+        **{key: value for key, value in facts.items() if key in _OF_MODEL or key.startswith("details.")},
+        **sampled,
+        "questions": artifact.joined_hash(Row(question.messages).key for question in _questions(context)),
+    }
+
+
+def respond_status(context: Context, name: str) -> Status:
+    """Of a model's answers. The prepared rows have to be there."""
+    total, size = len(_questions(context)), _section(context).prompts_per_shard
+    return _compared(context.layout.responses(name), partial(_response_inputs, context, name), total, size)
+
+
+def make_responses(context: Context) -> None:
+    """Let every model answer the questions, or what is missing of them."""
+    for name in respond_artifacts(context):
+        if not respond_status(context, name).is_done():
+            _respond(context, name)
+
+
+def _respond(context: Context, name: str) -> None:
+    from fusekit.capturing.load import load_model
+    from fusekit.generation.respond import respond
+
+    section, folder, started = _section(context), context.layout.responses(name), time.monotonic()
+    questions, inputs, checkpoint = (
+        _questions(context),
+        _response_inputs(context, name, {}),
+        context.readers.checkpoint(name),
+    )
+
+    @cache
+    def model() -> Any:
+        checkpoint.fetch(bar=not context.quiet)
+        return load_model(checkpoint, Processes.current().device)
+
+    def answer(some: Sequence[Any]) -> list[Any]:
+        return [list(answer) for answer in respond(model(), context.readers.reader(name), some, section)]
+
+    shards = Shards(Layout.shards(folder), inputs, section.prompts_per_shard, context.quiet)
+    answers = shards.make(questions, answer, f"{name} answers")
+
+    def write(into: Path) -> None:
+        with (into / ANSWERS).open("w", encoding="utf-8", newline="\n") as file:
+            for question, (text, finish) in zip(questions, answers, strict=True):
+                record = {"question": Row(question.messages).key, "text": text, "finish": finish}
+                file.write(json.dumps(record) + "\n")
+
+    artifact.publish(folder, "respond", inputs, write, context.made(started))
+    shutil.rmtree(Layout.shards(folder))
+    finishes = Counter(finish for _, finish in answers)
+    said = ", ".join(f"{number} {finish}" for finish, number in finishes.most_common())
+    context.say(f"respond {name}: {artifact.counted(len(answers), 'answer')} ({said})")
+
+
+# judge: who wrote the best answers, and what the writers say about them.
+
+
+def judge_artifacts(context: Context) -> dict[str, Path]:
+    """The votes, and a store of every model over the winners' answers: of the pivot over all, else over its own."""
+    if context.recipe.respond is None:
+        return {}
+    return {"votes": context.layout.judged} | {
+        f"answers of {name}": context.layout.winners(name) for name in context.readers.names
+    }
+
+
+def check_judged_place(context: Context, name: str) -> None:
+    """Refuse a folder that holds what no run made. Raises StorageError."""
+    folder = judge_artifacts(context)[name]
+    artifact.refuse_occupied(folder) if name == "votes" else check_store_place(folder)
+
+
+def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
+    from fusekit.capturing.models import find_checkpoint
+
+    facts: Inputs = {}
+    for judge in _section(context).judges:
+        facts |= {f"judges.{judge.label}.{key}": value for key, value in judge.model_dump(exclude={"name"}).items()}
+        if judge.reward_model is not None:
+            key = f"judges.{judge.label}.fingerprint"
+            try:
+                facts[key] = find_checkpoint(_choice(judge)).fingerprint()
+            except CaptureError:
+                if key not in before:
+                    raise
+                facts[key] = before[key]  # it has served, and may be gone
+    section = _section(context)
+    facts |= {"order": [judge.label for judge in section.judges], "batch_size": section.batch_size}
+    facts["prompts_per_shard"] = section.prompts_per_shard
+    facts |= {f"data.{key}": getattr(context.recipe.data, key) for key in ("max_length", "overlong", "train_on")}
+    for name, folder in respond_artifacts(context).items():
+        known = artifact.read(folder)
+        if known is None:
+            raise StorageError(f"{folder} is missing: the stage `respond` comes first")
+        facts[f"answers.{name}"] = known.files[ANSWERS].xxh3
+        facts[f"readers.{name}"] = context.readers.reader(name).fingerprint
+    return facts
+
+
+def _choice(judge: Judge) -> Any:
+    from fusekit.capturing.models import ModelChoice
+
+    assert judge.reward_model is not None
+    return ModelChoice(
+        judge.reward_model,
+        dtype=judge.dtype,
+        revision=judge.revision,
+        trust_remote_code=judge.trust_remote_code,
+        allow_pickle=judge.allow_pickle,
+    )
+
+
+def judge_status(context: Context, name: str) -> Status:
+    """Of the votes, or of a model's store over the winners' answers; those need the votes."""
+    section, folder = _section(context), context.layout.judged
+    total = len(_questions(context)) * len(section.judges)
+    votes = _compared(folder, partial(_judge_inputs, context), total, section.prompts_per_shard)
+    if name == "votes":
+        return votes
+    model, store = name.removeprefix("answers of "), judge_artifacts(context)[name]
+    if votes.state != DONE:
+        return Status(store)
+    rows = _rows_of(context, model)
+    return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it has won no question")
+
+
+def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:
+    """The winners' answers, as prepared rows, and by their keys who wrote them. Raises StorageError."""
+    folder = context.layout.judged
+    rows, path = read_rows_file(folder), folder / VOTES
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        writers = {record["row"]: str(record["winner"]) for record in records if record["winner"] is not None}
+        return rows, {row.key: writers[row.key] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} is damaged: {error!r}; remove {folder} and run again") from error
+
+
+def _rows_of(context: Context, name: str) -> list[Row]:
+    rows, writers = winners_of(context)
+    return [row for row in rows if name in (PIVOT, writers[row.key])]
+
+
+def make_judged(context: Context, processes: Processes) -> None:
+    """Judge the answers, and capture what the winners say about their own."""
+    if context.recipe.respond is None:
+        return
+    if not processes.first_then_all(lambda: judge_status(context, "votes").is_done()):
+        _judge(context, processes)
+    for name in context.readers.names:
+        if rows := _rows_of(context, name):
+            _captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
+
+
+def _captured(context: Context, name: str, rows: Sequence[Row], out: Path, settings: CaptureSettings) -> Store:
+    from fusekit.capturing.capture import capture
+
+    return capture(
+        context.readers.checkpoint(name),
+        context.readers.reader(name),
+        rows,
+        out,
+        settings,
+        ignore_estimates=context.ignore_estimates,
+        quiet=context.quiet,
+    )
+
+
+def _judge(context: Context, processes: Processes) -> None:
+    started = time.monotonic()
+    questions, data = _questions(context), context.recipe.data
+    written: list[dict[str, Row]] = [{} for _ in questions]
+    for name, place in respond_artifacts(context).items():
+        artifact.require_whole(place)
+        for number, line in enumerate((place / ANSWERS).read_text(encoding="utf-8").splitlines()):
+            answer = json.loads(line)
+            if answer["text"].strip():
+                written[number][name] = questions[number].answered(answer["text"], whole=answer["finish"] == "end")
+    readers = [context.readers.reader(name) for name in context.readers.names]
+    prepared = prepare((row for of in written for row in of.values()), readers, data.max_length, data.overlong)
+    rows = {row.key: row for row in prepared.rows}
+    written = [{name: rows[row.key] for name, row in of.items() if row.key in rows} for of in written]
+    scores: dict[str, list[dict[str, float]]] = {}
+    for judge in _section(context).judges:
+        if judge.bits_per_byte:
+            scores[judge.label] = _bits(context, list(rows.values()), written)
+        else:
+            scores[judge.label] = processes.first_then_all(partial(_scores, context, judge, questions, written))
+    processes.first_then_all(lambda: _publish(context, questions, written, scores, started))
+
+
+def _scores(
+    context: Context, judge: Judge, questions: Sequence[Any], written: Sequence[Mapping[str, Row]]
+) -> list[dict[str, float]]:
+    """The scores of a judge, who is loaded only where something is missing of them."""
+    from fusekit.capturing.models import find_checkpoint
+    from fusekit.generation.judge import scorer_of
+
+    section = _section(context)
+
+    @cache
+    def scorer() -> Any:
+        checkpoint = find_checkpoint(_choice(judge)) if judge.reward_model is not None else None
+        if checkpoint is not None:
+            checkpoint.fetch(bar=not context.quiet)
+        return scorer_of(judge, checkpoint, Processes.current().device, section.batch_size)
+
+    def score(some: Sequence[Any]) -> list[Any]:
+        scores: list[Any] = scorer()([question for question, _ in some], [of for _, of in some])
+        return scores
+
+    texts = [{name: row.messages[-1].content for name, row in of.items()} for of in written]
+    folder, inputs = Layout.shards(context.layout.judged), _judge_inputs(context, {})
+    shards = Shards(folder, inputs, section.prompts_per_shard, context.quiet)
+    number = section.judges.index(judge)
+    return shards.make(list(zip(questions, texts, strict=True)), score, f"judge {judge.label}", f"judge-{number}-")
+
+
+def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, Row]]) -> list[dict[str, float]]:
+    """Minus the bits per byte of each answer, the mean over the models that did not write it."""
+    how = context.recipe.capture.model_copy(update={"top_k": 1, "keep_mass": 1.0, "temperature": 1.0})
+    bits: dict[str, dict[str, float]] = {}
+    for name in context.readers.names:
+        store = _captured(context, name, rows, Layout.shards(context.layout.judged) / name, how)
+        known = store.summary.cross_entropy / (np.maximum(store.summary.bytes, 1) * np.log(2.0))
+        bits[name] = dict(zip(store.keys, known.tolist(), strict=True))
+
+    def mean(writer: str, key: str) -> float | None:
+        others = [known[key] for name, known in bits.items() if name != writer and key in known]
+        return -sum(others) / len(others) if others else None
+
+    judged = [{name: mean(name, row.key) for name, row in of.items()} for of in written]
+    return [{name: score for name, score in of.items() if score is not None} for of in judged]
+
+
+def _publish(
+    context: Context,
+    questions: Sequence[Any],
+    written: Sequence[Mapping[str, Row]],
+    scores: Mapping[str, Sequence[Mapping[str, float]]],
+    started: float,
+) -> None:
+    from fusekit.generation.judge import votes_of, winner_of
+
+    folder = context.layout.judged
+    votes: dict[str, Counter[str]] = {judge: Counter() for judge in scores}
+    won: Counter[str] = Counter()
+    best: dict[str, Row] = {}
+    records = []
+    for number, (question, of) in enumerate(zip(questions, written, strict=True)):
+        given = {judge: known[number] for judge, known in scores.items()}
+        winner = winner_of(list(given.values()))
+        for judge, known in given.items():
+            votes[judge].update(votes_of(known))
+        won[winner or "nobody"] += 1
+        row = of[winner] if winner is not None else None
+        if row is not None:
+            best.setdefault(row.key, row)
+        record = {"question": Row(question.messages).key, "dataset": question.dataset, "scores": given}
+        records.append(record | {"winner": winner, "row": row.key if row is not None else None})
+    if not best:
+        raise RecipeError(
+            f"judge: no answer to any of {len(questions)} questions got a vote, so nothing can be learned"
+        )
+
+    def write(into: Path) -> None:
+        write_rows(into, best.values())
+        (into / VOTES).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        names = [*context.readers.names, "nobody"]
+        counts = {judge: {name: known[name] for name in names[:-1]} for judge, known in votes.items()}
+        write_json(into / COUNTS, {"votes": counts, "won": {name: won[name] for name in names}})
+
+    artifact.publish(folder, "judge", _judge_inputs(context, {}), write, context.made(started))
+    shutil.rmtree(Layout.shards(folder), ignore_errors=True)
+    context.say(f"judge: {', '.join(f'{name} {number}' for name, number in won.most_common())}")
