@@ -50,6 +50,13 @@ class Counts(_Record):
     unused: dict[str, int] = {}
 
 
+class Judged(_Record):
+    """``judged/counts.json``: votes by judge and model, and how many questions each model has won."""
+
+    votes: dict[str, dict[str, int]]
+    won: dict[str, int]
+
+
 class Share(_Record):
     """Pivot positions of an alignment: how many, and the shares that are linked and that get a row."""
 
@@ -175,6 +182,7 @@ class Facts:
         sources: names, in the recipe's order.
         models: the pivot and the sources, as far as ``models.json`` describes them.
         counts: what became of the examples.
+        judged: the votes on the models' own answers.
         stores: captures by model, also unfinished ones. captures: how long they took.
         qualities, samples, worths: alignments by source.
         targets: training records of the recipe's targets, by name.
@@ -193,6 +201,7 @@ class Facts:
     sources: list[str]
     models: dict[str, ModelFacts] = field(default_factory=dict)
     counts: Counts | None = None
+    judged: Judged | None = None
     stores: dict[str, Store] = field(default_factory=dict)
     captures: dict[str, dict[str, Any]] = field(default_factory=dict)
     qualities: dict[str, Quality] = field(default_factory=dict)
@@ -284,6 +293,7 @@ class _Reader:
             sources,
             models=self.tried(layout.models, read_models) or {},
             counts=self.record(layout.data / "counts.json", Counts),
+            judged=self.record(layout.judged / "counts.json", Judged) if recipe.get("respond") else None,
             stores=self.each([PIVOT, *sources], layout.store, lambda p: Store.open(p, incomplete=True)),
             captures=self.tried(layout.times, _captures) or {},
             qualities=self.each(sources, layout.alignment, lambda p: self.record(p / "quality.json", Quality)),
@@ -397,7 +407,8 @@ class _Reader:
     def artifacts(self, sources: list[str], targets: list[str]) -> dict[str, Artifact]:
         """Manifests in the order of the stages; of alignments and targets those that the recipe has."""
         layout = self.layout
-        folders = [layout.data, *(layout.alignment(name) for name in sorted(sources))]
+        folders = [layout.data, *(layout.responses(name) for name in [PIVOT, *sources]), layout.judged]
+        folders += [*(layout.alignment(name) for name in sorted(sources))]
         folders += [layout.targets / name for name in sorted(targets)]
         folders += [*sorted(layout.baselines.glob("*")), layout.merged]
         folders += sorted(path.parent for path in layout.evaluation("x").parent.rglob(artifact.MANIFEST))

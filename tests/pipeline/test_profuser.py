@@ -1,0 +1,183 @@
+"""ProFuser from the data to a trained model: answers, votes, the winners' rows and a schedule; killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusekit import artifacts as artifact
+from fusekit.capturing.store import Store
+from fusekit.errors import RecipeError, StorageError
+from fusekit.layout import Layout
+from fusekit.pipeline.clean import made_by, unneeded
+from fusekit.pipeline.plan import make_plan
+from fusekit.pipeline.run import run
+from fusekit.recipe.loading import load_recipe
+from tests.pipeline.artifacts import differences
+from tests.pipeline.test_faults import child, killed_again_and_again, stages_of, write_world
+
+RESPOND = {
+    "max_new_tokens": 6,
+    "prompts_per_shard": 3,
+    "judges": [{"exact_match": True}, {"python": "judges:shortest", "allow_code": True}, {"bits_per_byte": True}],
+}
+SCHEDULE = [{"epochs": 1, "responses": 1.0}, {"epochs": 1, "responses": 0.1, "data": 1.0}]
+
+
+def write_profuser(folder: Path) -> Path:
+    """Two sources, eight rows, three judges, two stages."""
+    write_world(folder)
+    (folder / "judges.py").write_text(
+        "def shortest(messages, answers, references):\n"
+        "    return {name: -len(text) for name, text in answers.items()}\n"
+    )
+    recipe = yaml.safe_load((folder / "recipe.yml").read_text())
+    first = recipe["sources"][0]
+    recipe["sources"] = [first, first | {"model": first["model"].replace("llama", "qwen")}]
+    recipe |= {"respond": RESPOND, "fusion": {"mode": "joint"}}
+    recipe["distill"] |= {"schedule": SCHEDULE}
+    del recipe["distill"]["num_train_epochs"]
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_profuser(tmp_path_factory.mktemp("whole"))
+    done = child(folder, "run", "recipe.yml", "out", PYTHONPATH=str(folder), before=on_path)
+    assert done.exitcode == 0, done.output
+    return folder
+
+
+def on_path() -> None:
+    """Import from the working folder, as ``python -m`` does."""
+    import sys
+
+    sys.path.insert(0, "")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = write_profuser(tmp_path / "world")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_winners_teach_their_own_answers_and_the_schedule_weighs_them(finished: Path) -> None:
+    layout = Layout(finished / "out")
+    votes, counts = records(layout.judged / "votes.jsonl"), json.loads((layout.judged / "counts.json").read_text())
+    answers = {name: records(layout.responses(name) / "answers.jsonl") for name in ("pivot", "llama", "qwen")}
+    assert {len(known) for known in answers.values()} == {len(votes)}
+    assert set(counts["votes"]) == {"exact_match", "judges:shortest", "bits_per_byte"}
+    for number, vote in enumerate(votes):
+        lengths = {
+            name: -len(known[number]["text"]) for name, known in answers.items() if known[number]["text"].strip()
+        }
+        assert vote["scores"]["judges:shortest"] == lengths
+        assert set(vote["scores"]["bits_per_byte"]) == set(lengths)
+        assert vote["winner"] in lengths
+    won = {name: sum(vote["winner"] == name for vote in votes) for name in answers}
+    assert counts["won"] == {**won, "nobody": 0}
+    rows = records(layout.judged / "rows.jsonl")
+    written = {row["key"]: row["messages"][-1][1] for row in rows}
+    for number, vote in enumerate(votes):
+        assert written[vote["row"]] == answers[vote["winner"]][number]["text"]
+    # A store of the pivot over all answers, and of each winner over its own.
+    assert list(Store.open(layout.winners("pivot")).keys) == list(written)
+    for name in ("llama", "qwen"):
+        own = {vote["row"] for vote in votes if vote["winner"] == name}
+        assert layout.winners(name).exists() == bool(own)
+        if own:
+            assert set(Store.open(layout.winners(name)).keys) == own
+    record = json.loads((layout.targets / "joint" / "training.json").read_text())
+    assert record["counts"]["rows"] == 8
+    assert record["counts"]["responses/rows"] == 2 * len(rows)
+    for name, number in won.items():
+        assert record["counts"][f"responses/chosen/{name}"] == 2 * number
+    # Plain fine-tuning has as many passes over the data alone.
+    baseline = json.loads((layout.baselines / "sft" / "training.json").read_text())
+    assert baseline["counts"]["rows"] == 16
+    page = layout.report.read_text()
+    assert all(str(name) in page for name in counts["votes"])
+
+
+def test_a_second_run_does_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.syspath_prepend(tmp_path / "copy")
+    said: list[str] = []
+    run(load_recipe("recipe.yml"), "out", say=said.append, quiet=True)
+    assert differences(finished / "out", tmp_path / "copy" / "out") == []
+    assert not [line for line in said if line.startswith(("respond", "judge"))]
+    plan = make_plan(load_recipe("recipe.yml"), "recipe.yml", Path("out"))
+    assert {step.state for step in plan.steps if step.stage in ("respond", "judge", "distill")} == {"done"}
+    assert unneeded(Layout(Path("out").resolve())).items == []
+    # Other settings of the answers are refused by name, with both values.
+    other = load_recipe("recipe.yml", ["respond.max_new_tokens=7"])
+    with pytest.raises(StorageError, match=r"max_new_tokens: 6, now 7"):
+        run(other, "out", say=said.append, quiet=True)
+    layout = Layout(Path("out").resolve())
+    found = made_by(layout, ["respond", "judge"])
+    assert {item.path for item in found.items} >= {layout.judged, layout.responses("pivot"), layout.winners("pivot")}
+    assert found.spared == []
+
+
+@pytest.mark.timeout(900)
+def test_sigkill_again_and_again_ends_in_the_same_artifacts(finished: Path, world: Path) -> None:
+    died_at = killed_again_and_again(world, 4)
+    assert {"responses", "judged.work"} & stages_of(died_at)
+    assert differences(finished / "out", world / "out") == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_sigkill_at_every_commit(finished: Path, world: Path) -> None:
+    died_at = killed_again_and_again(world, 0)
+    assert {"responses", "judged", "judged.work", "winners", "targets"} <= stages_of(died_at), sorted(died_at)
+    assert differences(finished / "out", world / "out") == []
+
+
+def test_a_damaged_shard_is_named(world: Path) -> None:
+    run(load_recipe("recipe.yml"), "out", until="data", say=lambda _: None, quiet=True)
+    layout = Layout(world / "out")
+    killed = child(world, "run", "recipe.yml", "out", "--until", "respond", before=kill_at_second_shard)
+    assert killed.exitcode != 0
+    plan = make_plan(load_recipe("recipe.yml"), "recipe.yml", Path("out"))
+    [step] = [step for step in plan.steps if (step.stage, step.name) == ("respond", "pivot")]
+    assert (step.state, step.rows) == ("resumes", 5)
+    shard = layout.shards(layout.responses("pivot")) / "shard-00000.json"
+    shard.write_text("[]")
+    with pytest.raises(StorageError, match=str(shard)):
+        run(load_recipe("recipe.yml"), "out", until="respond", say=lambda _: None, quiet=True)
+    shard.unlink()
+    run(load_recipe("recipe.yml"), "out", until="respond", say=lambda _: None, quiet=True)
+    assert artifact.problems(layout.responses("pivot")) == []
+    assert not layout.shards(layout.responses("pivot")).exists()
+
+
+def kill_at_second_shard() -> None:
+    import os
+    import signal
+    import sys
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(args[1]).endswith("shard-00001.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("changes", [["respond=null"], ["distill.schedule=null"], ["fusion.mode=pairwise"]])
+def test_answers_a_schedule_and_one_model_belong_together(changes: list[str], world: Path) -> None:
+    with pytest.raises(RecipeError, match="schedule"):
+        load_recipe("recipe.yml", changes)
