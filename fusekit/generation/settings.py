@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import FusekitError
+from fusekit.yaml import Settings
 
 
 class GenerationError(FusekitError):
     """Models, prompts or settings from which no text can be generated."""
 
 
-class GenerationSettings(BaseModel):
+class GenerationSettings(Settings):
     """How the models write together. Each field is an option of ``fusekit generate``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["cool", "unite", "safe"] = Field(
         default="safe",
@@ -66,10 +65,8 @@ class GenerationSettings(BaseModel):
             raise GenerationError("; ".join(problems)) from error
 
 
-class Judge(BaseModel):
+class Judge(Settings):
     """Who says which of several answers to a question is the best; it has one of the four kinds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(default=None, description="What reports call it; null: the model, or the kind.")
     reward_model: str | None = Field(
@@ -115,10 +112,8 @@ class Judge(BaseModel):
         return self
 
 
-class RespondSettings(BaseModel):
+class RespondSettings(Settings):
     """Answers that the pivot and the sources write to the prompts of the data, and how the best one is chosen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(default=512, ge=1, description="Most tokens of an answer.")
     temperature: float = Field(default=0.0, ge=0, description="Sample answers at this temperature; 0 is greedy.")

@@ -33,6 +33,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LONGEST_NAME = 100
 _OTHER_FOLDERS = ("pivot", "joint", "sft")
 """What a run calls its other stores and targets."""
+_WORK = (".training", ".work")
+"""Endings of folders of unfinished work."""
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
@@ -296,7 +298,7 @@ class Recipe(Settings):
             at = ("sources", index)
             if label in labels[:index]:
                 yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", at)
-            elif label in _OTHER_FOLDERS or label.endswith((".training", ".work")) or not label or label.startswith("."):
+            elif label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
                 yield Mistake(
                     f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
                     "another `name`",
