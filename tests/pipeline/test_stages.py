@@ -47,7 +47,7 @@ def quiet(_line: str) -> None:
         ((None, None, None), list(STAGES)),
         (("merge", None, None), ["merge"]),
         ((["align", "data"], None, None), ["data", "align"]),
-        ((None, "distill", None), list(STAGES[3:])),
+        ((None, "distill", None), ["distill", "merge", "evaluate", "report"]),
         ((None, "capture", "distill"), ["capture", "align", "distill"]),
         ((None, None, "data"), ["data"]),
     ],
