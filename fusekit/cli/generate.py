@@ -35,6 +35,11 @@ COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with these models.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of these models.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the answers to a JSONL file that a recipe's data.path reads; one that is begun is continued.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt, with its segments and scores.")
 @click.option(
     "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page that shows who wrote what."
@@ -47,6 +52,7 @@ def generate(
     dtype: str,
     trust_remote_code: bool,
     allow_pickle: bool,
+    out: Path | None,
     as_json: bool,
     html: Path | None,
     **options: Any,
@@ -60,16 +66,26 @@ def generate(
     if prompt is not None and file is not None:
         raise click.UsageError("give --prompt or --prompts, not both")
     settings = GenerationSettings.of(given(options, GenerationSettings))
-    if html is not None and not html.absolute().parent.is_dir():
-        raise StorageError(f"{html}: the folder {html.absolute().parent} does not exist; create it first")
+    for path in (html, out):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise StorageError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     asked = read_prompts(file) if file is not None else [prompt if prompt is not None else sys.stdin.read()]
     if not asked[0]:
         raise GenerationError("the prompt is empty")
 
     from fusekit.capturing.models import ModelChoice
+    from fusekit.generation.answers import AnswerFile
     from fusekit.generation.ensemble import generate as write
     from fusekit.generation.reader import load_readers
 
+    answered = None
+    if out is not None:
+        made = {"models": list(models), "dtype": dtype, **settings.model_dump()}
+        answered = AnswerFile(out, asked, made, raw=settings.raw)
+        asked = asked[answered.done :]
+        if not asked:
+            return
+    done = answered.done if answered is not None else 0
     choices = [
         ModelChoice(model, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         for model in models
@@ -85,11 +101,13 @@ def generate(
     if not as_json and sys.stdout.isatty():
         click.echo(" ".join(click.style(name, fg=colour) for name, colour in colours.items()), err=True)
     answers: list[Generation] = []
-    for number, one in enumerate(asked):
+    for number, one in enumerate(asked, done):
         if not as_json and len(asked) > 1:
             click.echo(click.style(f"{shown(one)}\n", dim=True), nl=False)
         # The seed of a prompt is that of its place in the file.
         answers += write(readers, [one], on_segment=None if as_json else show, first=number, **settings.model_dump())
+        if answered is not None:
+            answered.add(answers[-1])
         click.echo(json.dumps({"prompt": one, **as_object(answers[-1])}, ensure_ascii=False) if as_json else "")
     if html is not None:
         from fusekit.artifacts import commit_file

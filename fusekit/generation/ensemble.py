@@ -64,7 +64,7 @@ def generate(
     for number, messages in enumerate(conversations, first):
         cursors = [Cursor(reader, reader.prompt(messages, raw=asked.raw)) for reader in readers]
         running = write(cursors, np.random.default_rng([asked.seed, number]))
-        segments, finish = drain(running, partial(on_segment, number) if on_segment is not None else None)
+        segments, finish = drain(running, partial(on_segment, number) if on_segment is not None else None, asked.stop)
         answers.append(Generation("".join(segment.text for segment in segments), segments, finish))
     return answers
 

@@ -28,9 +28,9 @@ class Question(NamedTuple):
     references: tuple[str, ...]
 
     def answered(self, text: str, *, whole: bool = True) -> Row:
-        """The conversation with an answer. whole: whether the answer was ended, and its end is to be learned too."""
+        """The conversation with an answer, which alone is learned. whole: whether its end is to be learned too."""
         cut = None if whole else Cut(len(self.messages), len(text.encode()))
-        return Row((*self.messages, Message("assistant", text)), self.dataset, cut)
+        return Row((*self.messages, Message("assistant", text)), self.dataset, cut, tuple(range(len(self.messages))))
 
 
 class Answer(NamedTuple):
@@ -41,12 +41,12 @@ class Answer(NamedTuple):
 
 
 def questions_of(rows: Iterable[Row]) -> list[Question]:
-    """The questions of conversations that end with an answer, each once, in order; plain text has none."""
+    """The questions of conversations that end with an answer to be learned, each once, in order."""
     references: dict[tuple[Message, ...], dict[str, None]] = {}
     datasets: dict[tuple[Message, ...], str] = {}
     for row in rows:
         *asked, last = row.messages
-        if asked and last.role == "assistant":
+        if asked and last.role == "assistant" and len(asked) not in row.context:
             references.setdefault(tuple(asked), {})[last.content] = None
             datasets.setdefault(tuple(asked), row.dataset)
     return [Question(asked, datasets[asked], tuple(found)) for asked, found in references.items()]

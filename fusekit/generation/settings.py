@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -39,6 +39,9 @@ class GenerationSettings(Settings):
     )
     temperature: float = Field(default=0.0, ge=0, description="unite, safe: sample at this temperature; 0 is greedy.")
     seed: int = Field(default=0, ge=0, description="Random seed for sampling.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="Texts before which an answer ends; may be repeated."
+    )
     raw: bool = Field(default=False, description="Continue prompts as raw text, without chat templates.")
 
     @model_validator(mode="after")
@@ -158,7 +161,8 @@ class Generation(NamedTuple):
     Attributes:
         text: of the segments together.
         segments: in order.
-        finish: ``end`` of turn, ``length`` (``max_new_tokens``), or ``context`` (a model can read no more).
+        finish: ``end`` of turn, ``stop`` (a text of ``stop``), ``length`` (``max_new_tokens``), or ``context`` (a model
+            can read no more).
     """
 
     text: str
@@ -167,14 +171,33 @@ class Generation(NamedTuple):
 
 
 def drain(
-    running: Generator[Segment, None, str], on_segment: Callable[[Segment], None] | None = None
+    running: Generator[Segment, None, str],
+    on_segment: Callable[[Segment], None] | None = None,
+    stop: Sequence[str] = (),
 ) -> tuple[list[Segment], str]:
-    """All segments of an answer that is being written, and why it ended. on_segment: called with each as it comes."""
+    """All segments of an answer that is being written, and why it ended.
+
+    on_segment: called with each as it comes. stop: texts before which it ends; what was written of one is taken back.
+    """
     segments: list[Segment] = []
     while True:
         try:
             segments.append(next(running))
         except StopIteration as stopped:
             return segments, str(stopped.value)
+        text = "".join(segment.text for segment in segments) if stop else ""
+        if found := [text.index(one) for one in stop if one in text]:
+            running.close()
+            return _cut(segments, min(found)), "stop"
         if on_segment is not None:
             on_segment(segments[-1])
+
+
+def _cut(segments: Sequence[Segment], size: int) -> list[Segment]:
+    """The first ``size`` characters."""
+    kept = []
+    for segment in segments:
+        if size > 0:
+            kept.append(segment._replace(text=segment.text[:size]))
+        size -= len(segment.text)
+    return kept

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from fusekit.cli.generate import generate
+from fusekit.data.reading import read_rows
 from fusekit.errors import FusekitError
 from fusekit.generation import Generation, Segment
 from fusekit.generation.page import page
+from fusekit.pipeline.run import run
+from fusekit.recipe.loading import load_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 MODELS = [str(DEMO / "models/pivot"), str(DEMO / "sources/neox")]
@@ -95,3 +99,70 @@ def test_help_needs_no_torch():
 
     code = "import sys, fusekit.cli.generate; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_answers_in_a_file_are_examples_and_are_continued_where_they_end(tmp_path):
+    """The same lines whether a run was cut off within a line or not; a recipe's data reads them."""
+    file, whole, cut = (tmp_path / name for name in ("prompts.jsonl", "whole.jsonl", "cut.jsonl"))
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "11+12="}]
+    file.write_text("".join(json.dumps(one) + "\n" for one in ["57+68=", {"messages": chat}, "12+12="]))
+    common = ["--prompts", str(file), "--mode", "unite", "--temperature", "1", "--max-new-tokens", "4"]
+    done = invoke(*MODELS, *common, "--out", str(whole))
+    assert done.exit_code == 0, done.output
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(lines[0] + lines[1][:50])
+    assert invoke(*MODELS, *common, "--out", str(cut)).exit_code == 0
+    assert cut.read_bytes() == whole.read_bytes()
+    assert invoke("missing-a", "missing-b", *common, "--out", str(cut)).exception is not None
+    before = cut.stat().st_mtime_ns
+    assert invoke(*MODELS, *common, "--out", str(cut)).exit_code == 0
+    assert cut.stat().st_mtime_ns == before
+    rows = list(read_rows(str(whole)))
+    assert [[message.content for message in row.messages[:-1]] for row in rows] == [
+        ["57+68="],
+        ["Add.", "11+12="],
+        ["12+12="],
+    ]
+    for row, line in zip(rows, lines, strict=True):
+        record = json.loads(line)
+        assert row.messages[-1] == ("assistant", "".join(segment["text"] for segment in record["segments"]))
+    for changed, named in ((["--seed", "1"], "seed"), (["--mode", "safe"], "unite"), (["--raw"], "line 1")):
+        failed = invoke(*MODELS, *common, *changed, "--out", str(cut))
+        assert isinstance(failed.exception, FusekitError)
+        assert named in str(failed.exception)
+    file.write_text('"1+1="')
+    failed = invoke(*MODELS, *common, "--out", str(cut))
+    assert isinstance(failed.exception, FusekitError)
+    assert "57+68=" in str(failed.exception)
+
+
+def test_an_ensemble_is_distilled(tmp_path):
+    """Ensemble, then distil: the answers are the data of a run."""
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(f"{a}+{a}=") + "\n" for a in range(10, 14)))
+    assert invoke(*MODELS, "--prompts", str(file), "--max-new-tokens", "4", "--out", str(out)).exit_code == 0
+    recipe = tmp_path / "recipe.yml"
+    document = {
+        "pivot": {"model": MODELS[0]},
+        "sources": [{"model": MODELS[1]}],
+        "data": {"path": str(out)},
+        "distill": {"max_steps": 1, "batch_size": 4, "save_strategy": "no"},
+    }
+    recipe.write_text(yaml.safe_dump(document))
+    made = run(load_recipe(recipe), tmp_path / "out", until="distill", say=lambda _: None, quiet=True)
+    assert [target.name for target in made.targets] == ["neox"]
+    record = json.loads((made.targets[0] / "training.json").read_text())
+    assert record["rows"][0].startswith("4 examples")
+
+
+def test_raw_answers_are_texts_and_end_before_a_stop(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    common = [*MODELS, "--prompt", "def close(self):", "--raw", "--max-new-tokens", "24"]
+    whole = json.loads(invoke(*common, "--json").stdout)["text"]
+    stop = whole[5:8]
+    done = invoke(*common, "--stop", stop, "--json", "--out", str(out))
+    found = json.loads(done.stdout)
+    assert (found["text"], found["finish"]) == (whole[: whole.index(stop)], "stop")
+    assert found["text"] == "".join(segment["text"] for segment in found["segments"])
+    [row] = read_rows(str(out))
+    assert row.messages == (("text", "def close(self):" + found["text"]),)
