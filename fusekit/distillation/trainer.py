@@ -214,7 +214,7 @@ class FusionTrainer(TrainerWithGradients):
         parts = [
             np.bincount(batch.get("part", np.zeros(len(batch["label_ids"]), int)), minlength=2) for batch in batches
         ]
-        counts = torch.from_numpy(np.sum(parts, axis=0))
+        counts = torch.from_numpy(sum(parts, np.zeros(2, np.int64)))
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts.to(device), "sum").cpu()
         labels = int(counts.sum())

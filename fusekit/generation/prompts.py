@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,16 @@ class Prompt(NamedTuple):
     ids: list[int]
     lead: bytes = b""
     ends: frozenset[int] = frozenset()
+
+
+def limits_of(model: Any, tokenizer: Any) -> tuple[int, set[int]]:
+    """How many tokens a model reads at most, and the ids that end what it writes, under any template."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return int(most or 1 << 40), found | ({int(eos)} if eos is not None else set())
 
 
 def prompt_of(reader: RowTokenizer, messages: Sequence[Message]) -> Prompt:

@@ -21,7 +21,7 @@ from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.generation.prompts import Prompt, prompt_of
+from fusekit.generation.prompts import Prompt, limits_of, prompt_of
 from fusekit.generation.settings import GenerationError
 from fusekit.types import FRAGMENT, Message, Row
 
@@ -64,14 +64,7 @@ class Reader:
             )
         self._rows = RowTokenizer(tokenizer)
         self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        config = model.config.get_text_config()
-        self.limit = int(
-            getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1 << 40
-        )
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        if getattr(tokenizer, "eos_token_id", None) is not None:
-            self.ends.add(int(tokenizer.eos_token_id))
+        self.limit, self.ends = limits_of(model, tokenizer)
         begins = [(bytes_, id_) for bytes_, id_ in self.surfaces.id_of.items() if unfinished(bytes_) is not None]
         self._writable = [id_ for _, id_ in begins]
         self._continuing = [(s, id_) for s, id_ in self.surfaces.id_of.items() if 0x80 <= s[0] < 0xC0]

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.generation.prompts import prompt_of
+from fusekit.generation.prompts import limits_of, prompt_of
 from fusekit.generation.settings import RespondSettings
 from fusekit.types import Cut, Message, Row
 
@@ -69,15 +69,10 @@ def respond(model: Any, reader: RowTokenizer, questions: Sequence[Question], set
         DataError: the template refuses a question.
     """
     prompts = [prompt_of(reader, question.messages) for question in questions]
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 40
+    limit, ends = limits_of(model, reader.tokenizer)
     answers = [Answer("", "context")] * len(prompts)
     order = sorted((i for i in range(len(prompts)) if len(prompts[i].ids) < limit), key=lambda i: len(prompts[i].ids))
-    own = model.generation_config.eos_token_id
-    ends = {own} if isinstance(own, int) else set(own or ())
     ends |= {id_ for prompt in prompts for id_ in prompt.ends}
-    if (eos := getattr(reader.tokenizer, "eos_token_id", None)) is not None:
-        ends.add(int(eos))
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
     for start in range(0, len(order), settings.batch_size):
         batch = order[start : start + settings.batch_size]
