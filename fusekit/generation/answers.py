@@ -40,7 +40,8 @@ class AnswerFile:
             self._file.seek(0)
             lines = self._file.read().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith(b"\n")]
-            self._file.truncate(sum(map(len, whole)))
+            if len(whole) < len(lines):
+                self._file.truncate(sum(map(len, whole)))
         except OSError as error:
             raise disk_fault(error, path) or StorageError(f"{path}: cannot be opened: {error}") from error
         for number, line in enumerate(whole):
