@@ -248,8 +248,7 @@ class FusionTrainer(TrainerWithGradients):
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         items = num_items_in_batch if model.training else None
         share = 1 / max(len(labels), 1) if items is None else self.accelerator.num_processes / max(items, 1)
-        if items is not None and "weight" in inputs:
-            share = share * inputs["weight"]
+        weight = share * inputs["weight"] if items is not None and "weight" in inputs else share
         loss = fusion_loss(
             logits,
             labels,
@@ -258,8 +257,8 @@ class FusionTrainer(TrainerWithGradients):
             loss=self.objective.loss,
             truncation=self.objective.truncation,
             temperature=self.objective.temperature,
-            lm_weight=_weight(lm_weight * share, logits),
-            fusion_weight=_weight((1 - lm_weight) * share, logits),
+            lm_weight=_weight(lm_weight * weight, logits),
+            fusion_weight=_weight((1 - lm_weight) * weight, logits),
         )
         if items is not None:
             self.sums.add([loss.total / share, loss.lm, loss.fusion], len(labels), inputs.get("counts"))
