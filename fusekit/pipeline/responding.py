@@ -16,11 +16,12 @@ import numpy as np
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, sweep
+from fusekit.capturing.models import ModelChoice, find_checkpoint, is_repository
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.devices import Processes, progress
-from fusekit.errors import CaptureError, RecipeError, StorageError
+from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.capturing import check_store_place, store_facts, store_status
@@ -34,6 +35,8 @@ from fusekit.pipeline.context import (
     write_json,
     write_rows,
 )
+from fusekit.recipe import Recipe
+from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
@@ -135,6 +138,28 @@ def _section(context: Context) -> RespondSettings:
     return context.recipe.respond
 
 
+def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
+    """Judges that cannot be found.
+
+    layout: of the run, whose votes are kept although a judge may be gone.
+    """
+    from fusekit.generation.judge import called
+
+    if recipe.respond is None or (layout is not None and (layout.judged / artifact.MANIFEST).is_file()):
+        return []
+    found = []
+    for index, judge in enumerate(recipe.respond.judges):
+        at = ("respond", "judges", index)
+        try:
+            if judge.reward_model is not None and not is_repository(judge.reward_model):
+                find_checkpoint(_choice(judge), download=False)
+            elif judge.python is not None:
+                called(judge.python)
+        except FusekitError as error:
+            found.append(Mistake(str(error), at))
+    return found
+
+
 # respond: the answers of every model.
 
 
@@ -233,8 +258,6 @@ def check_judged_place(context: Context, name: str) -> None:
 
 
 def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
-    from fusekit.capturing.models import find_checkpoint
-
     facts: Inputs = {}
     for judge in _section(context).judges:
         facts |= {f"judges.{judge.label}.{key}": value for key, value in judge.model_dump(exclude={"name"}).items()}
@@ -259,9 +282,7 @@ def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
     return facts
 
 
-def _choice(judge: Judge) -> Any:
-    from fusekit.capturing.models import ModelChoice
-
+def _choice(judge: Judge) -> ModelChoice:
     assert judge.reward_model is not None
     return ModelChoice(
         judge.reward_model,
@@ -355,7 +376,6 @@ def _scores(
     context: Context, judge: Judge, questions: Sequence[Any], written: Sequence[Mapping[str, Row]]
 ) -> list[dict[str, float]]:
     """The scores of a judge, who is loaded only where something is missing of them."""
-    from fusekit.capturing.models import find_checkpoint
     from fusekit.generation.judge import scorer_of
 
     section = _section(context)

@@ -122,6 +122,7 @@ def mistakes(
     """
     checks: dict[str, Callable[[Recipe], list[Mistake]]] = {
         "capture": partial(capturing.mistakes, layout=layout) if files else lambda _: [],
+        "judge": partial(responding.mistakes, layout=layout) if files else lambda _: [],
         "distill": distilling.mistakes,
         "merge": merging.mistakes,
         "evaluate": evaluating.mistakes,

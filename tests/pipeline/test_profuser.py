@@ -181,3 +181,21 @@ def kill_at_second_shard() -> None:
 def test_answers_a_schedule_and_one_model_belong_together(changes: list[str], world: Path) -> None:
     with pytest.raises(RecipeError, match="schedule"):
         load_recipe("recipe.yml", changes)
+
+
+@pytest.mark.parametrize(
+    ("judge", "named"),
+    [
+        ({"reward_model": "./no/model"}, "no/model"),
+        ({"python": "judges:longest", "allow_code": True}, "judges:longest"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_named_before_anything_is_done(
+    judge: dict[str, Any], named: str, world: Path
+) -> None:
+    recipe = yaml.safe_load((world / "recipe.yml").read_text())
+    recipe["respond"]["judges"] = [judge]
+    (world / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=named):
+        run(load_recipe("recipe.yml"), "out", say=lambda _: None, quiet=True)
+    assert not (world / "out").exists()
