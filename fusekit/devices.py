@@ -162,11 +162,10 @@ class _PlainLines(tqdm):
 def progress(total: int, label: str, unit: str, *, quiet: bool = False, done: int = 0) -> Any:
     """A bar on stderr with rate and time left; without a terminal a plain line every half minute.
 
-    total: of units, of which ``done`` were done earlier.
+    total: of units, of which ``done`` were done earlier; bytes are shown as kB, MB, ...
     """
-    if sys.stderr.isatty():
-        return tqdm(total=total, desc=label, unit=unit, disable=quiet, initial=done)
-    return _PlainLines(total=total, desc=label, unit=unit, disable=quiet, initial=done)
+    kind = tqdm if sys.stderr.isatty() else _PlainLines
+    return kind(total=total, desc=label, unit=unit, disable=quiet, initial=done, unit_scale=unit == "byte")
 
 
 def duration(seconds: float) -> str:

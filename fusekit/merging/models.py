@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING
@@ -25,6 +26,7 @@ from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
 from fusekit.hub import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
 from fusekit.merging.lora import Adapter, plain_adapter
+from fusekit.merging.settings import Settings
 from fusekit.yaml import KeyPath, Problems, nearest
 
 Kind = TypeVar("Kind")
@@ -96,28 +98,6 @@ def with_models(config: MergeConfiguration, models: Mapping[Any, Any]) -> Ordere
     return OrderedConfiguration(**{name: replace(getattr(config, name)) for name in MergeConfiguration.model_fields})
 
 
-@dataclass(frozen=True)
-class Access:
-    """How a merge gets at its inputs, and what it may do with them; models are named as in the recipe.
-
-    pickle, remote_code: the models whose weights may be torch pickles, and whose own Python code may run.
-    any_remote_code: mergekit's --trust-remote-code, for all models. cache: where hub models are kept, None for the
-    client's default. folders: where models are whose names are neither paths nor hub ids. add_adapters: LoRA adapters
-    are added as weights are read, where that is possible. notices: lines for the user, collected.
-    """
-
-    pickle: frozenset[str] = frozenset()
-    remote_code: frozenset[str] = frozenset()
-    any_remote_code: bool = False
-    cache: Path | None = None
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    add_adapters: bool = True
-    notices: list[str] = field(default_factory=list)
-
-    def may_run_code(self, name: str) -> bool:
-        return self.any_remote_code or name in self.remote_code
-
-
 CODES = ("float8", "int8", "uint8")
 """Beginnings of dtypes that hold codes of quantised weights; of a model's own tensors only masks have them."""
 SCALES = (
@@ -180,7 +160,9 @@ class Model:
         return f"{self.name} (commit {self.snapshot.commit})" if self.snapshot else self.name
 
 
-def resolve(config: MergeConfiguration, problems: Problems, access: Access) -> dict[Any, Model]:
+def resolve(
+    config: MergeConfiguration, problems: Problems, settings: Settings, options: MergeOptions
+) -> dict[Any, Model]:
     """Find every model that a configuration names and read its headers; nothing large is read or fetched.
 
     Raises MergeError with all problems and their lines: models that are missing, gated, damaged, pickled or that want
@@ -193,29 +175,32 @@ def resolve(config: MergeConfiguration, problems: Problems, access: Access) -> d
         if not (place and str(place[0]).startswith("tokenizer")):
             with_weights.add(reference)
     names = [str(reference) for reference in places]
-    for option, allowed in (("--allow-pickle", access.pickle), ("--allow-remote-code", access.remote_code)):
+    for option, allowed in (
+        ("--allow-pickle", settings.allow_pickle),
+        ("--allow-remote-code", settings.allow_remote_code),
+    ):
         for name in sorted(allowed.difference(names)):
             raise RecipeError(f"{option} {name}: the recipe has no such model{nearest(name, names)}")
     models: dict[Any, Model] = {}
     for reference, place in places.items():
         try:
-            models[reference] = _resolve_one(reference, place, reference in with_weights, access)
+            models[reference] = _resolve_one(reference, place, settings, options, weights=reference in with_weights)
         except hub.HubUnreachableError:
             raise
         except MergeError as error:
             problems.add(place, str(error))
     _check_same_folder(models.values(), problems)
-    _check_code(models.values(), access, problems)
+    _check_code(models.values(), settings, options, problems)
     problems.raise_if_any(MergeError)
     return models
 
 
-def _resolve_one(reference: Any, place: KeyPath, weights: bool, access: Access) -> Model:
+def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: MergeOptions, *, weights: bool) -> Model:
     name = str(reference)
-    folder, snapshot = _locate(reference.model, access)
+    folder, snapshot = _locate(reference.model, settings, options)
     if snapshot:
-        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if access.may_run_code(name) else [])])
-    adapter = _adapter(reference, access) if reference.lora else None
+        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if _may_run_code(name, settings, options) else [])])
+    adapter = _adapter(reference, settings, options) if reference.lora else None
     model = Model(name, place, reference, folder, weights, snapshot, adapter)
     files = list(snapshot.sizes) if snapshot else [path.name for path in folder.iterdir()]
     if weights and weight_entry(files) is None and (there := gguf.among(files)):
@@ -223,16 +208,20 @@ def _resolve_one(reference: Any, place: KeyPath, weights: bool, access: Access) 
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
     _read_code_claims(model)
     if weights:
-        _read_weights(model, files, access)
-        if adapter and access.add_adapters:
+        _read_weights(model, files, settings.allow_pickle)
+        if adapter and options.lora_merge_dtype is None:
             model.lora = plain_adapter(adapter, model.headers)
     return model
 
 
-def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
+def _may_run_code(name: str, settings: Settings, options: MergeOptions) -> bool:
+    return bool(options.trust_remote_code) or name in settings.allow_remote_code
+
+
+def _locate(path: Any, settings: Settings, options: MergeOptions) -> tuple[Path, hub.Snapshot | None]:
     """The folder of a model path of the recipe, local or on the hub (mergekit: local if it exists, else the hub)."""
     name = path.path
-    if (known := access.folders.get(str(path))) is not None:
+    if (known := settings.folders.get(str(path))) is not None:
         if not known.is_dir():
             raise MergeError(f"{name} is said to be in {known}, and there is no such folder")
         return known.resolve(), None
@@ -255,14 +244,17 @@ def _locate(path: Any, access: Access) -> tuple[Path, hub.Snapshot | None]:
         if "://" in name:
             hint = f"; of a model on the hub give the id alone, such as {'/'.join(name.rstrip('/').split('/')[3:5])}"
         raise MergeError(f"there is no folder {name} (looked from {Path.cwd()}){hint}")
-    snapshot = hub.find(name, path.revision, access.cache, access.notices)
+    cache, notices = options.transformers_cache, list[str]()
+    snapshot = hub.find(name, path.revision, Path(cache) if cache else None, notices)
+    for line in notices:
+        settings.say(f"notice: {line}")
     return snapshot.folder, snapshot
 
 
-def _adapter(reference: Any, access: Access) -> Path:
-    folder, snapshot = _locate(reference.lora, access)
+def _adapter(reference: Any, settings: Settings, options: MergeOptions) -> Path:
+    folder, snapshot = _locate(reference.lora, settings, options)
     files = set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
-    if "adapter_model.safetensors" not in files and str(reference) not in access.pickle:
+    if "adapter_model.safetensors" not in files and str(reference) not in settings.allow_pickle:
         raise MergeError(
             f"{reference.lora} has no adapter_model.safetensors; a pickled adapter is read only with "
             f"`--allow-pickle '{reference}'`"
@@ -292,7 +284,7 @@ def _read_text(path: Path, label: str) -> str:
         raise MergeError(f"{label}: {path} cannot be read: {error}") from error
 
 
-def _read_weights(model: Model, files: list[str], access: Access) -> None:
+def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> None:
     for single in ("model.safetensors", "pytorch_model.bin"):
         if single in files and f"{single}.index.json" in files:
             raise MergeError(
@@ -304,13 +296,13 @@ def _read_weights(model: Model, files: list[str], access: Access) -> None:
         raise MergeError(f"{model.name}: its weights are not in the cache, and the hub cannot be reached")
     if entry is None:
         raise MergeError(f"{model.name} has no weights: no model.safetensors or its index in {model.folder}")
-    if is_pickle(entry) and model.name not in access.pickle:
+    if is_pickle(entry) and model.name not in pickles:
         raise MergeError(
             f"{model.name} has only pickled weights ({entry}), which can run any code when they are read: convert "
             f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.name}'`"
         )
     model.headers = checkpoint_headers(
-        entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, access)
+        entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, pickles)
     )
     for name, header in model.headers.items():
         if header.dtype.startswith(CODES) and not name.endswith(MASKS):
@@ -326,10 +318,10 @@ def _read_weights(model: Model, files: list[str], access: Access) -> None:
         model.download = model.snapshot.missing(sorted({tensor.file for tensor in model.headers.values()}))
 
 
-def _shard_headers(model: Model, shard: str, access: Access) -> Headers:
+def _shard_headers(model: Model, shard: str, pickles: frozenset[str]) -> Headers:
     path = model.folder / shard
     if shard.endswith(".bin"):
-        if model.name not in access.pickle:
+        if model.name not in pickles:
             raise MergeError(f"{model.name}: its index names the pickle {shard}; allow it with `--allow-pickle`")
         return _pickle_headers(model, path)
     if path.is_file():
@@ -413,15 +405,19 @@ def tokenizer_rows(folder: Path, label: str) -> int | None:
         raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
 
 
-def _check_code(models: Iterable[Model], access: Access, problems: Problems) -> None:
+def _check_code(models: Iterable[Model], settings: Settings, options: MergeOptions, problems: Problems) -> None:
     """Refuse models that would run their own code without permission.
 
     mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
     without code would run its own as well, so that one needs permission too.
     """
-    switch_on = access.any_remote_code or bool(access.remote_code)
+    switch_on = options.trust_remote_code or bool(settings.allow_remote_code)
     for model in models:
-        if model.needs_code and not access.may_run_code(model.name) and (switch_on or not model.knows_type):
+        if (
+            model.needs_code
+            and not _may_run_code(model.name, settings, options)
+            and (switch_on or not model.knows_type)
+        ):
             problems.add(
                 model.place,
                 f"{model.name} wants to run Python code of its own: if you trust its author, give "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class PlannedTensor:
 @dataclass(frozen=True)
 class Plan:
     """A merge as mergekit plans it. name: of the method; method: its pretty name. base: its name, None without one;
-    models: those that are merged (into it). read_bytes: of all inputs; nbytes: of the result."""
+    models: those that are merged (into it). generation_config: the file that the merged model gets, if there is one.
+    read_bytes: of all inputs; nbytes: of the result."""
 
     name: str
     method: str
@@ -82,6 +84,7 @@ class Plan:
     warnings: list[str]
     base: str | None = None
     models: list[str] = field(default_factory=list)
+    generation_config: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +121,7 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     problems.raise_if_any(MergeError)
     _check_sizes(built, tensors, donor, problems)
     _check_tokenizers(config, by_pin, tensors, options, problems)
+    generation = _generation_config(config, by_pin, problems)
     problems.raise_if_any(MergeError)
     _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
@@ -125,7 +129,9 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     takes_base = method.spec.contract.base != BasePolicy.IGNORED
     base = by_pin[config.base_model].name if takes_base and config.base_model in by_pin else None
     names = [model.name for model in by_pin.values() if model.weights and model.name != base]
-    return Plan(method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings, base, names)
+    return Plan(
+        method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings, base, names, generation
+    )
 
 
 def donor_of(config: OrderedConfiguration) -> Any:
@@ -489,6 +495,23 @@ def _check_tokenizers(
             f"the tokenizer of {donor.name} has ids up to {rows - 1}, its embedding {embedding} rows: texts with the "
             "tokens beyond them will fail",
         )
+
+
+def _generation_config(config: OrderedConfiguration, by_pin: dict[Any, Model], problems: Problems) -> Path | None:
+    """That of the base; where the tokens are those of another model, that model's, since ids would mean something else.
+
+    Reports one that does not load.
+    """
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    model = by_pin[source if source in by_pin else donor_of(config)]
+    path = model.folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        transformers.GenerationConfig.from_pretrained(model.folder)
+    except Exception as error:
+        problems.add(model.place, f"the generation_config.json of {model.name} does not load: {error}")
+    return path
 
 
 def _check_method_parameters(saves: list[Any], tensors: list[PlannedTensor]) -> None:

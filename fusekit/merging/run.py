@@ -6,24 +6,22 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors import safe_open
-from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import yaml as safe_yaml
 from fusekit.artifacts import counted, disk_fault, human, output_lock, recover, staging
+from fusekit.devices import progress
 from fusekit.errors import FusekitError, MergeError, StorageError
 from fusekit.hub import Headers, HubUnreachableError, is_pickle, read_headers, weight_entry
 from fusekit.merge_methods.provenance import record_coefficients
@@ -33,7 +31,6 @@ from fusekit.merging.lint import check as check_recipe
 from fusekit.merging.lint import lint
 from fusekit.merging.loading import first_not_finite, merge_adapters, registered
 from fusekit.merging.models import (
-    Access,
     Model,
     OrderedConfiguration,
     checkpoint_headers,
@@ -43,39 +40,13 @@ from fusekit.merging.models import (
     with_models,
 )
 from fusekit.merging.plan import ANY, Plan, PlannedTensor, donor_of, make_plan, same_shape
+from fusekit.merging.settings import Settings
 from fusekit.resources import Need, is_out_of_memory, worth_saying
 from fusekit.yaml import Document, Problems
 
-LINE_SECONDS = 10.0
 MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")
 """Of an output, so that the names of what is written beside it fit a file system."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``merge`` takes beside mergekit's own options. Models are named as in the recipe.
-
-    Attributes:
-        overwrite: replace a finished model at the output.
-        ignore_estimates: start although it does not seem to fit.
-        allow_pickle: models whose weights may be torch pickles.
-        allow_remote_code: models whose own Python code may run.
-        folders: where models are that the recipe calls by names which are neither paths nor hub ids; card, recipe and
-            coefficients beside the merged model have these names.
-        say: gets a line of plain text for the user.
-        before_publishing: given the folder of the checked model, to add files to it.
-        on_published: called as soon as the merged model stands at its final path; what follows is tidying up.
-    """
-
-    overwrite: bool = False
-    ignore_estimates: bool = False
-    allow_pickle: frozenset[str] = frozenset()
-    allow_remote_code: frozenset[str] = frozenset()
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    say: Callable[[str], None] = print
-    before_publishing: Callable[[Path], None] = lambda _folder: None
-    on_published: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -364,17 +335,7 @@ def _prepare(
     config: MergeConfiguration, options: MergeOptions, settings: Settings, final: Path, problems: Problems
 ) -> _Job:
     """Find the models and everything that is wrong with them, before anything large is read or fetched."""
-    access = Access(
-        settings.allow_pickle,
-        settings.allow_remote_code,
-        options.trust_remote_code,
-        Path(options.transformers_cache) if options.transformers_cache else None,
-        settings.folders,
-        add_adapters=options.lora_merge_dtype is None,
-    )
-    models = resolve(config, problems, access)
-    for line in access.notices:
-        settings.say(f"notice: {line}")
+    models = resolve(config, problems, settings, options)
     for model in models.values():
         if model.adapter and not model.lora and not options.lora_merge_cache:
             raise MergeError(
@@ -399,8 +360,13 @@ def _kept(job: _Job) -> list[tuple[str, Path]]:
 
 def _build(job: _Job) -> Plan:
     say, options = job.settings.say, job.mergekit_options
-    progress = Progress(0, quiet=job.options.quiet)
-    with registered(job.models, options.lazy_unpickle, progress.advance):
+    bars: list[Any] = []
+
+    def on_read(size: int) -> None:
+        for bar in bars:
+            bar.update(size)
+
+    with registered(job.models, options.lazy_unpickle, on_read):
         plan = make_plan(job.config, job.models, options, Problems(job.document))
         for line in plan.warnings:
             say(f"warning: {line}")
@@ -416,24 +382,26 @@ def _build(job: _Job) -> Plan:
                 say(f"downloading {human(model.download_bytes)} of {model.origin}")
                 model.snapshot.fetch(model.download, bar=not job.options.quiet and sys.stderr.isatty())
         if not merge_adapters(job.models, options):
-            return _write(job, plan, progress, needs)
-    with registered(job.models, options.lazy_unpickle, progress.advance):
+            return _write(job, plan, bars, needs)
+    with registered(job.models, options.lazy_unpickle, on_read):
         # What the adapters were merged into may have another dtype.
         plan = make_plan(job.config, job.models, options, Problems(job.document))
-        return _write(job, plan, progress, needs)
+        return _write(job, plan, bars, needs)
 
 
-def _write(job: _Job, plan: Plan, progress: Progress, needs: list[Need]) -> Plan:
-    progress.total = max(plan.read_bytes, 1)
+def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
+    """Merge into a folder beside the output, check and publish it. bars: gets the bar that shows what was read."""
     options, source = job.mergekit_options, job.document.text
     if not has_tokenizer(job.folder_of(donor_of(job.config))):  # mergekit would log a traceback
         options = options.model_copy(update={"copy_tokenizer": False})
     with staging(job.final, job.settings.on_published) as stage, record_coefficients() as record:
         folder = stage.path
         try:
-            with progress:
+            with progress(plan.read_bytes, "merging", "byte", quiet=job.options.quiet) as bar:
+                bars.append(bar)
                 run_merge(job.config.model_copy(deep=True), str(folder), options, config_source=source)
-            _copy_generation_config(folder, job)
+            if (generation := plan.generation_config) is not None:  # mergekit copies it beside a copied tokenizer only
+                shutil.copyfile(generation, folder / generation.name)
             tokenizer = bool(options.copy_tokenizer or job.config.tokenizer or job.config.tokenizer_source)
             check_result(folder, plan, trust_remote_code=job.trust_remote_code, tokenizer=tokenizer)
             if job.options.write_model_card:
@@ -450,18 +418,6 @@ def _write(job: _Job, plan: Plan, progress: Progress, needs: list[Need]) -> Plan
             raise _explain(error, job.final, plan, needs) from error
         stage.publish()
     return plan
-
-
-def _copy_generation_config(folder: Path, job: _Job) -> None:
-    """Give the merged model the generation config of its base, which mergekit copies only beside a copied tokenizer.
-
-    Where the tokens are those of another model, its ids would mean something else: that model's is copied.
-    """
-    source = job.config.tokenizer.source if job.config.tokenizer else job.config.tokenizer_source
-    wanted = source if isinstance(source, ModelReference) else donor_of(job.config)
-    path = job.folder_of(wanted) / "generation_config.json"
-    if path.is_file():
-        shutil.copyfile(path, folder / path.name)
 
 
 def _explain(error: Exception, final: Path, plan: Plan, needs: list[Need]) -> MergeError | StorageError:
@@ -482,8 +438,8 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
     """Read a merged model back from the disk and check it against its plan.
 
     Every planned tensor is there with its shape and dtype and nothing else is, all values are finite, the index agrees
-    with the shards, the configuration loads and agrees with the embedding, generation config and tokenizer load where
-    they are there, and a tokenizer is there if one was to be written. Raises MergeError; nothing is changed.
+    with the shards, the configuration loads and agrees with the embedding, and the tokenizer loads where there is one,
+    which there is if one was to be written. Raises MergeError; nothing is changed.
     """
     headers = _read_result(folder)
     for planned in plan.tensors:
@@ -496,11 +452,6 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
     tokenizer_rows(folder, "the result")
     if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
-    if (folder / "generation_config.json").is_file():
-        try:
-            GenerationConfig.from_pretrained(folder)
-        except Exception as error:
-            raise MergeError(f"the generation_config.json of the base does not load: {error}") from error
 
 
 def _read_result(folder: Path) -> Headers:
@@ -558,41 +509,3 @@ def _check_config(folder: Path, headers: Headers, plan: Plan, trust_remote_code:
         found = headers[planned.name].shape[planned.shape.index(ANY)]
         if found != rows:
             raise MergeError(f"the result: {planned.name} has {found} rows, its config a vocabulary of {rows}")
-
-
-class Progress:
-    """Counts bytes read for the merge, of ``total``. Use as a context manager; pass ``advance`` as a callback."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self.total = max(total, 1)
-        self.done = 0
-        self.quiet = quiet
-        self.bar: Any = None
-        self.last_line = 0.0
-
-    def __enter__(self) -> Progress:
-        self.last_line = time.monotonic()
-        if not self.quiet and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, desc="merging", unit="B", unit_scale=True, file=sys.stderr)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif kind is None and not self.quiet:
-            self._line()
-
-    def advance(self, size: int) -> None:
-        """``size`` more bytes were read."""
-        self.done += size
-        if self.bar is not None:
-            self.bar.update(size)
-        elif not self.quiet and time.monotonic() - self.last_line > LINE_SECONDS:
-            self._line()
-
-    def _line(self) -> None:
-        self.last_line = time.monotonic()
-        share = min(100, 100 * self.done // self.total)
-        print(f"merging: {share}% ({human(self.done)} of {human(self.total)} read)", file=sys.stderr, flush=True)

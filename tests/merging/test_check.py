@@ -25,6 +25,7 @@ def test_a_check_says_what_a_merge_would_do_and_writes_nothing(recipe, workshop)
     found = check(recipe, "out")
     assert (found.base, found.models, found.tensors) == ("base", ["target1", "target2"], 21)
     assert found.can_run
+    assert [line.split()[0].strip(",:") for line in found.needs] == ["disk", "memory"]
     assert listing(workshop) == before
     merged = merge(recipe, "out", settings=Settings(say=lambda _: None))
     assert (merged.method, merged.base, merged.models) == (found.method, found.base, found.models)

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 
 from fusekit.errors import MergeError
 from fusekit.hub import cgroup_limits
-from fusekit.merging import Settings, merge
+from fusekit.merging import Settings, check, merge
 from tests.helpers import family
 from tests.merging.conftest import listing, traces
 from tests.merging.processes import fusekit_merge
@@ -85,10 +85,8 @@ def test_half_the_shard_size_halves_what_waits_to_be_written(write_recipe, works
     recipe = write_recipe(base_model="wide/base", models=[{"model": "wide/target1"}])
 
     def memory(shard: int) -> float:
-        lines = []
-        settings = Settings(overwrite=True, say=lines.append)
-        merge(recipe, "out", MergeOptions(out_shard_size=shard), settings)
-        line = next(line for line in lines if line.startswith("memory"))
+        found = check(recipe, "out", MergeOptions(out_shard_size=shard))
+        line = next(line for line in found.needs if line.startswith("memory"))
         return float(line.split("about ")[1].split(" kB")[0])
 
     assert memory(300_000) - memory(150_000) == pytest.approx(150, abs=0.2)

@@ -220,7 +220,7 @@ def test_stale_index_beside_a_single_file(recipe, workshop):
 def test_file_that_changes_during_the_merge_is_noticed(recipe, workshop):
     def shrink(line):
         # Between the checks and the reading.
-        if line.startswith("memory"):
+        if "to read" in line:
             edit_tensors(workshop / "target1", lambda tensors: tensors.update({Q_PROJ: torch.zeros(4, 16)}))
 
     refused(recipe, "target1", Q_PROJ, "did the file change", settings=Settings(say=shrink))
@@ -228,17 +228,11 @@ def test_file_that_changes_during_the_merge_is_noticed(recipe, workshop):
 
 def test_tokenizer_that_cannot_be_written_is_an_error_not_a_log_line(recipe, workshop):
     def break_it(line):
-        if line.startswith("memory"):
+        if "to read" in line:
             (workshop / "base/tokenizer_config.json").unlink()
             (workshop / "base/tokenizer.json").write_text("{}")
 
     refused(recipe, "no tokenizer", settings=Settings(say=break_it))
-
-
-def test_input_without_tokenizer_is_fine(recipe, workshop):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (workshop / "base" / name).unlink()
-    assert merge(recipe, "out", settings=QUIET).tensors == 21
 
 
 def test_filters_that_match_nothing_and_tensors_that_are_dropped_are_told(write_recipe, workshop):

@@ -76,8 +76,6 @@ def test_shards_card_and_recipe(recipe, workshop):
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert len(modes) == 1, "weights must be readable for whom the config is"
     assert any("to read" in line for line in lines)
-    assert any(line.startswith("disk") and "free" in line for line in lines)
-    assert any(line.startswith("memory") for line in lines)
 
 
 def test_tied_and_untied_heads(workshop, write_recipe):
@@ -114,7 +112,5 @@ def test_no_network_is_asked_for_local_models(recipe, workshop):
     done = fusekit_merge(workshop, "recipe.yml", "out", before=refuse_network)
     assert done.exitcode == 0, done.output
     assert "models/base" in (workshop / "out/README.md").read_text()
-    # Not a terminal: plain lines, no bar that is redrawn.
-    assert "\r" not in done.output
-    assert "merging: 100%" in done.output
+    assert "\r" not in done.output, "not a terminal: no bar that is redrawn"
     assert "2 models merged into models/base with Task Arithmetic" in done.output
