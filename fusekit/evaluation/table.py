@@ -30,6 +30,11 @@ METRICS = {
 }
 
 
+def _in_cell(name: str) -> str:
+    """A name on one line of a Markdown table, whatever is in it."""
+    return " ".join(name.split()).replace("|", "\\|")
+
+
 @dataclass(frozen=True)
 class Change:
     """A value against a reference. shown: with its sign. better: None where the two are the same."""
@@ -99,7 +104,7 @@ class Table:
         means = {model: cell.value or 0.0 for model in reversed(self.lines) if (cell := self.mean(model)) is not None}
         return (min if self.lower else max)(means, key=lambda model: means[model]) if means else None
 
-    def markdown(self, called: Callable[[str], str] = str, *, bold: bool = False) -> str:
+    def markdown(self, called: Callable[[str], str] = _in_cell, *, bold: bool = False) -> str:
         """As Markdown. called: what a name from data is written as. bold: mark the best of each column."""
         head = [f"{self.title} ({self.direction})", *self.columns]
         lines = [f"| {' | '.join(map(called, head))} |", f"|---|{'---:|' * len(self.columns)}"]

@@ -13,11 +13,13 @@ from pathlib import Path
 from fusekit import artifacts as artifact
 from fusekit.artifacts import disk_fault, output_lock
 from fusekit.capturing.writer import OF_STORES
-from fusekit.distillation.outputs import NOTE, PLAIN
+from fusekit.distillation.outputs import NOTE
 from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
-from fusekit.gguf import SUFFIX
-from fusekit.layout import BASELINE, MERGED, NAMES, PIVOT, SHARDS, Layout
+from fusekit.layout import NAMES, PIVOT, SHARDS, Layout
+from fusekit.pipeline import evaluating
+from fusekit.pipeline.context import Context, Readers
+from fusekit.pipeline.stages import TABLE
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
@@ -57,12 +59,6 @@ class Findings:
         elif path.exists():
             self.items.append(Item(path, why, _size(path)))
 
-    def add_unwanted(self, folder: Path, wanted: set[str], why: str, foreign: Callable[[Path], list[str]]) -> None:
-        """Take the artifacts in a folder whose names are not wanted."""
-        for path in _folders(folder):
-            if path.name not in wanted and not path.name.endswith(WORK):
-                self.add(path, why, foreign)
-
 
 @contextmanager
 def claimed(out: Path | str) -> Iterator[Layout]:
@@ -87,44 +83,49 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     Raises RecipeError, StorageError.
     """
     recipes = [recipe] if recipe is not None else [load_recipe(p) for p in (layout.recipe, layout.begun) if p.is_file()]
+    wanted = {folder for known in recipes for folder in _asked_for(known, layout)}
     found = Findings()
     for path in _left_behind(layout):
         found.add(path, "left behind by a process that died", lambda _: [])
-    sources = {source.label for known in recipes for source in known.sources}
-    found.add_unwanted(layout.store(""), {PIVOT, *sources}, "the recipe names no such model", _in_store)
-    answered = {PIVOT, *sources} if any(known.respond is not None for known in recipes) else set()
-    found.add_unwanted(layout.responses(""), answered, "the recipe asks for no such answers", _in_artifact)
-    found.add_unwanted(layout.winners(""), answered, "the recipe asks for no such answers", _in_store)
-    if not answered:
-        found.add(layout.judged, "the recipe judges nothing", _in_artifact)
-    found.add_unwanted(layout.alignment(""), sources, "the recipe names no such source", _in_artifact)
-    targets = {name for known in recipes for name in known.targets}
-    baseline = any(known.wants_baseline for known in recipes)
-    for folder, wanted in ((layout.targets, targets), (layout.baselines, {PLAIN} if baseline else set())):
-        found.add_unwanted(folder, wanted, "the recipe asks for no such target", _in_artifact)
-        _add_trainings(found, folder, wanted)
-    if not any(known.pivot.path.endswith(SUFFIX) for known in recipes):
-        found.add(layout.pivot, "the recipe's pivot is no GGUF file", _in_artifact)
-    merges = any(known.merge is not None for known in recipes)
-    if not merges:
-        found.add(layout.merged, "the recipe merges nothing", _in_artifact)
-    models = {PIVOT, *(f"sources/{name}" for name in sources), *(f"targets/{name}" for name in targets)}
-    models |= {name for name, wanted in ((MERGED, merges), (BASELINE, baseline)) if wanted}
-    evaluations = [known.evaluate.lm_eval for known in recipes if known.evaluate is not None]
-    tasks = {lm_eval.folder_of(task.task) for asked in evaluations if asked is not None for task in asked.tasks}
-    for place in _scored(layout):
-        first, *rest = place.relative_to(layout.evaluation("")).parts
-        *model, task = rest if first == lm_eval.FOLDER else [first, *rest, ""]
-        if "/".join(model) not in models:
-            found.add(place, "scores of a model that the recipe does not name", _in_artifact)
-        elif first == lm_eval.FOLDER and task not in tasks:
-            found.add(place, "scores of a task that the recipe does not ask for", _in_artifact)
+    for places in _made(layout).values():
+        for path in places:
+            result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
+            if path.is_dir() and result not in wanted:
+                found.add(path, "the recipe does not ask for it", _foreign_to(layout, path))
+            elif (
+                path.name.endswith(WORK)
+                and (result / artifact.MANIFEST).is_file()
+                and not (path.parent / NOTE).exists()
+            ):
+                found.add(path, "checkpoints of a training that is finished", _in_training)
     return found
 
 
 def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     """Everything that these stages made, to make it again, whatever recipe made it."""
-    places = {
+    found, made = Findings(), _made(layout)
+    for stage in stages:
+        for path in made[stage]:
+            found.add(path, f"made by the stage {stage}", _foreign_to(layout, path))
+    return found
+
+
+def _is_finished(target: Path) -> bool:
+    """Whether a target is there, and is not about to be replaced by one of the same checkpoints."""
+    return (target / artifact.MANIFEST).is_file() and not (target.parent / NOTE).exists()
+
+
+def _asked_for(recipe: Recipe, layout: Layout) -> list[Path]:
+    """The folders of a recipe's artifacts."""
+    context = Context(recipe, layout, Readers(recipe, layout), lambda _: None)
+    folders = [folder for stage in TABLE.values() for folder in stage.artifacts(context).values()]
+    return folders + evaluating.lm_eval_folders(context)
+
+
+def _made(layout: Layout) -> dict[str, list[Path]]:
+    """What stages may have made, whatever recipe asked for it, by stage."""
+    return {
+        PIVOT: [layout.pivot],
         "data": [layout.data],
         "respond": _folders(layout.responses("")),
         "judge": [layout.judged, layout.shards(layout.judged), *_folders(layout.winners(""))],
@@ -135,11 +136,6 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
         "evaluate": [*_scored(layout), layout.results],
         "report": [layout.report, layout.models],
     }
-    found = Findings()
-    for stage in stages:
-        for path in places[stage]:
-            found.add(path, f"made by the stage {stage}", _foreign_to(layout, path))
-    return found
 
 
 def remove(items: Iterable[Item]) -> None:
@@ -166,19 +162,6 @@ def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _add_trainings(found: Findings, folder: Path, wanted: set[str]) -> None:
-    """Take checkpoints of targets that are whole, or unwanted. One that is being replaced keeps its own."""
-    replacing = (folder / NOTE).exists()
-    for path in _folders(folder):
-        name = path.name.removesuffix(WORK)
-        if name == path.name:
-            continue
-        if name not in wanted:
-            found.add(path, "checkpoints of a target that the recipe does not ask for", _in_training)
-        elif (folder / name / artifact.MANIFEST).is_file() and not replacing:
-            found.add(path, "checkpoints of a training that is finished", _in_training)
 
 
 def _scored(layout: Layout) -> list[Path]:

@@ -69,6 +69,14 @@ def artifacts(context: Context) -> dict[str, Path]:
     return {name: context.layout.evaluation(name) for name in names}
 
 
+def lm_eval_folders(context: Context) -> list[Path]:
+    """The folders of every model's scores on the tasks of lm-eval."""
+    section = context.recipe.evaluate
+    tasks = section.lm_eval.tasks if section is not None and section.lm_eval is not None else []
+    place = context.layout.evaluation(lm_eval.FOLDER)
+    return [place / name / lm_eval.folder_of(task.task) for name in models_of(context) for task in tasks]
+
+
 def status(context: Context, name: str) -> Status:
     """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
     folder = context.layout.evaluation(name)

@@ -42,7 +42,7 @@ def test_what_a_removed_source_left_goes(finished):
     shown = clean(out, "--recipe", str(two))
     assert stamps(out) == before
     assert f"{out}/captures/llama  " in shown
-    assert "the recipe names no such model" in shown
+    assert "the recipe does not ask for it" in shown
     assert "5 things, " in shown
     assert "nothing was removed: --yes does it" in shown
     assert "removed 5 things, " in clean(out, "--recipe", str(two), "--yes")
