@@ -12,14 +12,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also go through every case of the exhaustive checks")
+    parser.addoption("--engines", action="store_true", help="also start the real vLLM, which has to be installed")
+    parser.addoption("--ray", action="store_true", help="also start a local Ray, which has to be installed")
+
+
+_CHOSEN = {
+    "full": "goes through every case: --full",
+    "engines": "starts the real vLLM: --engines",
+    "ray": "starts a local Ray: --ray",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
     for item in items:
-        if item.get_closest_marker("full"):
-            item.add_marker(pytest.mark.skip(reason="goes through every case: --full"))
+        for marker, reason in _CHOSEN.items():
+            if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
