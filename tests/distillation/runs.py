@@ -166,7 +166,8 @@ def _resume_together(out: Path) -> None:
 
 
 def _sharded(out: Path) -> None:
-    """Gradients of the loss of a model whose parameters are sharded over both processes."""
+    """Gradients and a step of the loss of a model whose parameters are sharded over both processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -187,8 +188,11 @@ def _sharded(out: Path) -> None:
     loss = made.compute_loss(model, batch, num_items_in_batch=int(labels))
     loss.backward()
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         torch.save(gradients, out / "sharded.pt")
+        torch.save(whole, out / "stepped.pt")
 
 
 def main() -> None:

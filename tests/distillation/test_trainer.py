@@ -99,6 +99,11 @@ def test_the_loss_of_a_sharded_model_has_the_same_gradients(together: Path) -> N
     close(torch.load(together / "sharded.pt"), expected)
 
 
+@pytest.mark.slow
+def test_a_step_of_a_sharded_model_gathered_is_that_of_a_whole_one(reference: Weights, together: Path) -> None:
+    close(torch.load(together / "stepped.pt"), reference)
+
+
 def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
     sampler = EpochSampler(range(7), seed=3, multiple=4)
     first = list(sampler)
