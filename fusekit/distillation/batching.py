@@ -121,7 +121,7 @@ class FusionCollator:
             of stretches of text ``target_chunks`` int64 [n]. On the host, as
             numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
             ``counts``, the sum of the examples' counts; and of a schedule, for each label, ``part`` int64 [n] and
-            ``weight`` float64 [n].
+            ``weight`` float64 [n]; ``asked``, numbers of examples whose answers are to be written.
         """
         lengths = [len(example["input_ids"]) for example in examples]
         B, longest = len(examples), max(lengths)
@@ -147,6 +147,8 @@ class FusionCollator:
         if any("weight" in example for example in examples):
             for name in ("part", "weight"):
                 batch[name] = np.repeat([example.get(name, 0) for example in examples], batch["sizes"])
+        if asked := [example["asked"] for example in examples if "asked" in example]:
+            batch["asked"] = asked
         counted = [example["counts"] for example in examples if "counts" in example]
         if counted:
             batch["counts"] = np.sum(counted, axis=0)

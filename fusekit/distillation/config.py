@@ -35,6 +35,7 @@ class FusionConfig(OneDevice):
     Attributes:
         preset: a named set of values: fusekit, fusechat, fusellm, uld, gold, grouped_kl, p_kl, alm or sft.
         lm_weight, lm_weighting, loss, truncation, temperature: of L = λ L_CLM + (1 - λ) L_fusion.
+        on_policy, max_new_tokens: share of the steps that learn from the model's own answers, and their length.
         alignment: how teachers' rows come into the model's tokens and vocabulary, by name.
         fusion: what becomes of several teachers' rows, by name.
         top_k: entries per label of what is captured here; a store that is given has its own.
@@ -54,6 +55,8 @@ class FusionConfig(OneDevice):
     truncation: str | None = _declared(TrainingSettings, "truncation")
     temperature: float | None = _declared(TrainingSettings, "temperature")
     dtype: str | None = _declared(TrainingSettings, "dtype")
+    on_policy: float | None = _declared(TrainingSettings, "on_policy")
+    max_new_tokens: int | None = _declared(TrainingSettings, "max_new_tokens")
     max_skipped_steps: int | None = _declared(TrainingSettings, "max_skipped_steps")
     alignment: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section alignment."})
     fusion: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section fusion."})

@@ -16,6 +16,7 @@ from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.live import LiveTeacher
@@ -35,6 +36,7 @@ class Source:
         tokenizer: the model that has its tokenizer, a folder or hub name where nothing else has to be said of it; None
             for the model that the store names.
         alignment: settings of its own; None for the run's.
+        reader: how it reads conversations, for ``on_policy``; None for its own template.
         vocabulary_map: folder of the map that was made of the same rows
             (:func:`fusekit.distillation.vocabulary_maps.write_map`); None to make it here.
     """
@@ -42,6 +44,7 @@ class Source:
     store: Path
     tokenizer: ModelChoice | str | None = None
     alignment: AlignmentSettings | None = None
+    reader: RowTokenizer | None = None
     vocabulary_map: Path | None = None
 
     def tokenizer_choice(self, stored: str) -> ModelChoice:
@@ -76,6 +79,7 @@ class Inputs:
         sources: by name.
         row_tokenizer: how the pivot reads rows that its store lacks; needed without a store.
         responses: what a schedule also trains on.
+        max_length: most tokens of an example, for ``on_policy``.
     """
 
     pivot: ModelChoice
@@ -84,6 +88,7 @@ class Inputs:
     sources: Mapping[str, Source] = field(default_factory=dict)
     row_tokenizer: Tokenizes | None = None
     responses: Responses | None = None
+    max_length: int = 2048
 
 
 @dataclass(frozen=True, eq=False)

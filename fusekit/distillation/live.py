@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from fusekit.capturing.engine import Teacher
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
-from fusekit.distillation.batching import EpochSampler
+from fusekit.distillation.batching import BLANK, EpochSampler
 from fusekit.errors import CaptureError
 from fusekit.types import CapturedRow, IntArray, Row, TokenizedRow
 
@@ -38,6 +38,7 @@ class LiveTeacher:
 
     Attributes:
         keys: of the examples.
+        reader: how the model reads examples.
         records: none: there are no shards.
     """
 
@@ -54,7 +55,7 @@ class LiveTeacher:
         max_quarantined: float = 0.01,
     ) -> None:
         self.name, self.spec = name, spec
-        self._teacher, self._reader = teacher, reader
+        self._teacher, self.reader = teacher, reader
         self._rows = {row.key: row for row in rows}
         self.keys = list(self._rows)
         self._allowed = max(1, int(max_quarantined * len(self.keys)))
@@ -77,22 +78,27 @@ class LiveTeacher:
     @property
     def tokenizer(self) -> Any:
         """The model's own, of transformers."""
-        return self._reader.tokenizer
+        return self.reader.tokenizer
 
     def tokens(self, key: str) -> TokenizedRow:
         """An example as the model reads it."""
-        return self._reader.tokenize(self._rows[key])
+        return self.reader.tokenize(self._rows[key])
 
     def score(self, keys: Iterable[str]) -> None:
         """Score these examples together, and forget all others.
 
         Raises CaptureError: an example does not fit into memory; too many of them have NaN or infinite logits.
         """
-        rows = [self._rows[key] for key in keys if key in self._rows]
+        self._scored = self.said([self._rows[key] for key in keys if key in self._rows])
+
+    def said(self, rows: Sequence[Row]) -> dict[str, CapturedRow]:
+        """What the model says about any examples, by key, without those whose logits are not finite.
+
+        Raises CaptureError as :meth:`score`.
+        """
         with self._lock:
-            scored = self._teacher.score([self._reader.tokenize(row) for row in rows], [row.dataset for row in rows])
-            self._scored = {row.tokens.key: row for row in scored.rows}
-            self._quarantined |= scored.quarantined
+            scored = self._teacher.score([self.reader.tokenize(row) for row in rows], [row.dataset for row in rows])
+        self._quarantined |= scored.quarantined
         if len(self._quarantined) > self._allowed:
             key, why = next(iter(self._quarantined.items()))
             raise CaptureError(
@@ -100,6 +106,7 @@ class LiveTeacher:
                 f"of {len(self)} that may; the first is {key}: {why}. Are the model's weights whole, and is its dtype "
                 "one that it was trained for?"
             )
+        return {row.tokens.key: row for row in scored.rows}
 
     def bits_per_byte(self) -> dict[str, float]:
         """Of every example, by key, each process scoring its share: all processes call it."""
@@ -123,6 +130,8 @@ class Ahead(Dataset[Any]):
     Args:
         data: the examples, a :class:`fusekit.distillation.batching.WithBlanks`.
         teachers: those of them that are to be scored.
+        asks: whether a step of an epoch learns from answers that are not written yet; its examples are blanks that have
+            their number under ``asked``. None: no step does.
         sampler: the order of an epoch, for all processes.
         batch: examples of a micro-batch of one process.
         steps: micro-batches of an optimizer step.
@@ -138,8 +147,9 @@ class Ahead(Dataset[Any]):
         batch: int,
         steps: int,
         processes: Processes,
+        asks: Callable[[int, int], bool] | None = None,
     ) -> None:
-        self.data, self.teachers, self.sampler = data, teachers, sampler
+        self.data, self.teachers, self.sampler, self.asks = data, teachers, sampler, asks
         self.batch, self.steps, self.processes = batch, steps, processes
         self._pool = ThreadPoolExecutor(1, "teachers")
         self._epoch = -1
@@ -159,7 +169,7 @@ class Ahead(Dataset[Any]):
         self._made = {number: made for number, made in self._made.items() if number >= block}
         for number in (block, block + 1):
             if number < len(self._blocks) and number not in self._made:
-                self._made[number] = self._pool.submit(self._make, self._blocks[number])
+                self._made[number] = self._pool.submit(self._make, number)
         return self._made[block].result()[index]
 
     def _begin(self) -> None:
@@ -169,7 +179,10 @@ class Ahead(Dataset[Any]):
         self._blocks = [order[start : start + size] for start in range(0, len(order), size)]
         self._block_of = {index: number for number, block in enumerate(self._blocks) for index in block}
 
-    def _make(self, block: list[int]) -> dict[int, Any]:
+    def _make(self, number: int) -> dict[int, Any]:
+        block = self._blocks[number]
+        if self.asks is not None and self.asks(self._epoch, number):
+            return {index: {**BLANK, "asked": index} for index in block}
         keys = [self.data.data.rows[index].key for index in block if index < len(self.data)]
         for teacher in self.teachers:
             teacher.score(keys)

@@ -61,6 +61,8 @@ def facts_of_run(
     unused = _FREE | (_OF_FUSION if settings.plain else set())
     training = settings.training.model_dump(mode="json", exclude=unused)
     training = {name: value for name, value in training.items() if not name.startswith(_FREE_FIELDS)}
+    if not settings.training.on_policy:
+        del training["on_policy"], training["max_new_tokens"]
     if settings.training.schedule is None:
         del training["schedule"]
     else:

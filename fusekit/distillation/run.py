@@ -19,6 +19,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
 from fusekit.capturing.models import find_checkpoint
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, duration
 from fusekit.distillation import checkpoints, estimate, provenance
 from fusekit.distillation import outputs as models
@@ -26,9 +27,11 @@ from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.arguments import problems, training_arguments
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
+from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.schedule import Scheduled
 from fusekit.distillation.settings import DistillSettings
+from fusekit.distillation.teachers import on_policy_of
 from fusekit.distillation.trainer import FusionTrainer, Objective
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
@@ -90,7 +93,7 @@ def distill(
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
         for number, target in enumerate(targets, others[0] + 1):
             label = f"distill {number} of {sum(others) + len(targets)}"
-            work = _Work.of(target, opened, settings, tell)
+            work = _Work.of(target, inputs, opened, settings, tell)
             work.make(resume, ignore_estimates, None if quiet else label)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
         processes.first_then_all(lambda: overwriting.finish(out))
@@ -134,6 +137,7 @@ class _Work:
     """One target, what it is made from, and who is told."""
 
     target: Target
+    inputs: Inputs
     opened: Opened
     settings: DistillSettings
     data: FusionDataset
@@ -142,7 +146,7 @@ class _Work:
     say: Say
 
     @classmethod
-    def of(cls, target: Target, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
+    def of(cls, target: Target, inputs: Inputs, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
         data = opened.dataset(target.sources)
         stores, training = opened.stores_of(target.sources), settings.training
         examples: FusionDataset | Scheduled = data
@@ -158,7 +162,7 @@ class _Work:
             projections=data.projections,
             writers=opened.responses.writers if training.schedule is not None and opened.responses else None,
         )
-        return cls(target, opened, settings, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
+        return cls(target, inputs, opened, settings, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
         """Train and publish; a target that is published already stays. label: of the bar, None for none."""
@@ -170,6 +174,7 @@ class _Work:
         start = first(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
+        on_policy = self.on_policy()  # loads the teachers
         if not ignore_estimates:
             first(lambda: self.refuse_what_does_not_fit(start))
         set_seed(training.seed)  # an adapter begins with random values
@@ -178,7 +183,7 @@ class _Work:
             first(lambda: _begin(target, facts))
         else:
             self.say(f"resumes from {start.name}")
-        trainer = self.trainer(model, label)
+        trainer = self.trainer(model, label, on_policy)
         if start is not None:
             trainer.resume_counts(checkpoints.facts_of(start))
         try:
@@ -199,7 +204,20 @@ class _Work:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
         estimate.refuse(needs)
 
-    def trainer(self, model: Any, label: str | None) -> FusionTrainer:
+    def on_policy(self) -> OnPolicy | None:
+        """What makes the examples of on-policy steps, None where there are none."""
+        training, inputs = self.settings.training, self.inputs
+        if not training.on_policy:
+            return None
+        stores, sources = self.opened.stores, inputs.sources
+        models = {
+            name: (sources[name].tokenizer_choice(stores[name].spec.model), sources[name].reader) for name in stores
+        }
+        known = inputs.row_tokenizer
+        reader = known if isinstance(known, RowTokenizer) else RowTokenizer(self.opened.tokenizer)
+        return on_policy_of(self.data, reader, training, inputs.max_length, models=models, say=self.say)
+
+    def trainer(self, model: Any, label: str | None, on_policy: OnPolicy | None) -> FusionTrainer:
         """The trainer of the target."""
         args = training_arguments(self.settings.training, self.target.work)
         args.disable_tqdm |= label is None
@@ -211,6 +229,7 @@ class _Work:
             facts={"made_from": self.facts},
             say=self.say,
             label=label or "",
+            on_policy=on_policy,
         )
 
     def publish(

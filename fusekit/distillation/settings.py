@@ -173,6 +173,14 @@ class TrainingSettings(_Section):
         description="Stages of training that also learn from the answers of the section `respond`; null: the data "
         "alone.",
     )
+    on_policy: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the optimizer steps that learn from answers which the model writes itself, from L_fusion "
+        "alone. The teachers are loaded beside it.",
+    )
+    max_new_tokens: int = Field(default=128, ge=1, description="Most tokens of an answer for `on_policy`.")
     learning_rate: float = Field(default=5e-6, gt=0, description="Peak learning rate.")
     lr_scheduler_type: str = Field(
         default="cosine", description="Learning rate schedule, a name that transformers knows."
@@ -267,6 +275,16 @@ def clashes(
             training.schedule is not None and fusion.mode != "joint",
             (("training", "schedule"), ("fusion", "mode")),
             "a schedule trains one model on the answers of the best of all models: set fusion.mode to joint",
+        ),
+        (
+            training.on_policy > 0 and training.schedule is not None,
+            (("training", "on_policy"), ("training", "schedule")),
+            "on_policy asks the model that is trained, a schedule all models before training: give one of them",
+        ),
+        (
+            training.on_policy > 0 and training.dataloader_num_workers > 0,
+            (("training", "on_policy"), ("training", "dataloader_num_workers")),
+            "on_policy needs the models, which loader processes do not have: set dataloader_num_workers to 0",
         ),
         (
             raw and fusion.metric == "projected_ce",

@@ -30,7 +30,9 @@ from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
 from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
+from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.types import Row
 
@@ -221,6 +223,48 @@ def fusion_dataset(
     for line in made.joined.report():
         say(line)
     return made
+
+
+def on_policy_of(
+    data: FusionDataset,
+    reader: RowTokenizer,
+    training: TrainingSettings,
+    max_length: int,
+    *,
+    models: Mapping[str, tuple[ModelChoice, RowTokenizer | None]] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> OnPolicy:
+    """What makes the examples of on-policy steps. A teacher that is a store is loaded, by what the store says of it.
+
+    Args:
+        data: the examples with their teachers.
+        reader: how the trained model reads conversations.
+        training: the settings.
+        max_length: most tokens of a question with its answer.
+        models: of teachers that are stores, where more is known than the stores say: the model, and how it reads.
+        say: told what a user should know.
+
+    Raises:
+        CaptureError: a teacher cannot be loaded, or does not fit.
+        DistillationError: there is nothing to ask, or nobody to teach.
+    """
+    teachers = {}
+    for name, source in data.sources.items():
+        if isinstance(source, LiveTeacher):
+            teachers[name] = source
+        elif isinstance(source, Store):
+            spec = source.spec
+            choice, theirs = (models or {}).get(name, (_choice_of(spec), None))
+            how = CaptureSettings(top_k=spec.top_k, keep_mass=spec.keep_mass or 1.0, temperature=spec.temperature)
+            rows = data.rows
+            teachers[name] = live_teacher(name, choice, rows, how, max_length=max_length, reader=theirs, say=say)
+    return OnPolicy(data, teachers, reader, training, max_length)
+
+
+def _choice_of(spec: StoreSpec) -> ModelChoice:
+    """The model that a store was captured from."""
+    dtype = spec.details.get("dtype")
+    return ModelChoice(spec.model, dtype=dtype) if isinstance(dtype, str) else ModelChoice(spec.model)
 
 
 def _own_folder(args: FusionConfig) -> Path:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, progress
 from fusekit.distillation import checkpoints
 from fusekit.distillation.arguments import OneDevice
@@ -27,8 +28,9 @@ from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.live import Ahead, LiveTeacher
 from fusekit.distillation.losses import SparseTargets, fusion_loss
+from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.teachers import Loaded, fusion_dataset, text_dataset
+from fusekit.distillation.teachers import Loaded, fusion_dataset, on_policy_of, text_dataset
 from fusekit.errors import DistillationError
 from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray
@@ -108,6 +110,8 @@ class FusionTrainer(TrainerWithGradients):
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
         label: of the progress bar.
+        on_policy: writes the examples of the steps that are to learn from the model's own answers, where ``args`` does
+            not say how.
 
     Raises:
         DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
@@ -131,6 +135,7 @@ class FusionTrainer(TrainerWithGradients):
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
         label: str = "training",
+        on_policy: OnPolicy | None = None,
     ) -> None:
         if not isinstance(args, FusionConfig) and (objective is None or not isinstance(args, OneDevice)):
             raise DistillationError(
@@ -144,10 +149,15 @@ class FusionTrainer(TrainerWithGradients):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
             if eval_dataset is not None:
                 eval_dataset = text_dataset(student, eval_dataset, args)
+            if args.settings.training.on_policy:
+                known = train_dataset.tokenizer
+                reader = known if isinstance(known, RowTokenizer) else RowTokenizer(student.tokenizer)
+                max_length = args.max_length or 2048
+                on_policy = on_policy_of(train_dataset, reader, args.settings.training, max_length, say=say)
             model, processing_class = student.with_adapter(peft_config), student.tokenizer
             objective = objective or Objective.of(args.settings.training)
         assert objective is not None
-        self.live = _live_teachers(train_dataset, args)
+        self.live, self.on_policy = _live_teachers(train_dataset, args), on_policy
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
         args.prediction_loss_only = True
         # Older checkpoints go once the newest is sealed, not before.
@@ -166,6 +176,8 @@ class FusionTrainer(TrainerWithGradients):
         self.remove_callback(ProgressCallback)  # and its bar drawn
         # Read by transformers as `loss_is_scaled_for_ga` in versions that lack it.
         self.model_accepts_loss_kwargs = True
+        if on_policy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise DistillationError("on_policy needs the whole model in each process: leave fsdp and deepspeed out")
         self.objective = objective
         self.facts = dict(facts or {})
         self.say = say
@@ -195,9 +207,10 @@ class FusionTrainer(TrainerWithGradients):
             step=batch * world * args.gradient_accumulation_steps,
         )
         data: Any = self.train_dataset
-        if self.live:
-            steps = args.gradient_accumulation_steps
-            data = Ahead(data, self.live, self.sampler, batch=batch, steps=steps, processes=Processes.current())
+        if self.live or self.on_policy:
+            steps, asks = args.gradient_accumulation_steps, self.on_policy.chosen if self.on_policy else None
+            processes = Processes.current()
+            data = Ahead(data, self.live, self.sampler, batch=batch, steps=steps, processes=processes, asks=asks)
         names = [field.name for field in dataclasses.fields(args) if field.name.startswith("dataloader_")]
         how = {name.removeprefix("dataloader_"): getattr(args, name) for name in names}
         loader = DataLoader(data, batch, sampler=self.sampler, collate_fn=self.data_collator, **how)
@@ -210,7 +223,7 @@ class FusionTrainer(TrainerWithGradients):
 
         Each part of a schedule gets its weight: its loss is the mean over its own labels of the step.
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = [self._written(batch) for batch in islice(epoch_iterator, num_batches)]
         parts = [
             np.bincount(batch.get("part", np.zeros(len(batch["label_ids"]), int)), minlength=2) for batch in batches
         ]
@@ -222,6 +235,15 @@ class FusionTrainer(TrainerWithGradients):
             if "weight" in batch:
                 batch["weight"] = batch["weight"] * labels / counts.numpy()[batch["part"]]
         return batches, labels
+
+    def _written(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A micro-batch with the answers that the model writes now, if it is to learn from them."""
+        if self.on_policy is None or "asked" not in batch:
+            return batch
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        examples = self.on_policy.examples(model, batch["asked"], self.state.global_step)
+        made: dict[str, Any] = self.data_collator(examples)
+        return {**made, "written": True}
 
     # Loss
 
@@ -241,9 +263,12 @@ class FusionTrainer(TrainerWithGradients):
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
         outputs, logits, positions = self._logits(model, inputs, places)
-        lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
-        if not model.training and "target_ids" not in inputs:
+        if "written" in inputs:
+            lm_weight: float | FloatArray = 0.0  # nobody says that the model's own answer is right
+        elif not model.training and "target_ids" not in inputs:
             lm_weight = 1.0  # nothing but the text is evaluated
+        else:
+            lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
         targets = self._targets(inputs) if np.any(np.less(lm_weight, 1)) else None
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         items = num_items_in_batch if model.training else None

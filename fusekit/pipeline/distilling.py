@@ -40,7 +40,7 @@ def settings_of(context: Context, name: str) -> DistillSettings:
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
     alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
-    alone |= {"schedule": None, "num_train_epochs": settings.training.passes}
+    alone |= {"schedule": None, "on_policy": 0.0, "num_train_epochs": settings.training.passes}
     return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
 
 
@@ -93,13 +93,17 @@ def make(context: Context, processes: Processes) -> None:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.map_method is not None else None
-        sources[source.label] = Source(layout.store(source.label), readers.choice(source.label), how, folder)
+        sources[source.label] = Source(
+            layout.store(source.label), readers.choice(source.label), how, readers.reader(source.label), folder
+        )
     responses = None
     if recipe.respond is not None:
         rows, writers = winners_of(context)
         responses = Responses(rows, writers, {name: layout.winners(name) for name in (PIVOT, *writers.values())})
     pivot = readers.choice(PIVOT)
-    inputs = TrainingInputs(pivot, context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT), responses)
+    inputs = TrainingInputs(
+        pivot, context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT), responses, recipe.data.max_length
+    )
 
     def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
         distill(

@@ -1,0 +1,184 @@
+"""Steps that learn from answers which the trained model writes itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fusekit import FusionConfig, FusionTrainer, Store, capture
+from fusekit.capturing.models import ModelChoice
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import rows_of
+from fusekit.distillation.batching import IGNORED
+from fusekit.distillation.dataset import FusionDataset
+from fusekit.distillation.inputs import Inputs, Source
+from fusekit.distillation.run import distill
+from fusekit.distillation.settings import DistillSettings
+from fusekit.errors import DistillationError
+from fusekit.types import Row
+
+ROOT = Path(__file__).parents[2]
+PIVOT, PLACE = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
+NEOX = ModelChoice(PLACE, dtype="float32")
+RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:12]]
+
+
+def trainer(out: Path, teachers: Any = None, rows: Any = RECORDS, **fields: Any) -> FusionTrainer:
+    plain: dict[str, Any] = {
+        "loss": "kl",
+        "on_policy": 1.0,
+        "max_new_tokens": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    teachers = {"neox": NEOX} if teachers is None else teachers
+    return FusionTrainer(PIVOT, FusionConfig(str(out), **plain | fields), rows, teachers=teachers)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> FusionTrainer:
+    return trainer(tmp_path_factory.mktemp("policy"))
+
+
+def written(made: FusionTrainer, step: int = 0) -> list[dict[str, Any]]:
+    assert made.on_policy is not None
+    return made.on_policy.examples(made.model, [0, 1, 2, 12], step)
+
+
+def texts(examples: list[dict[str, Any]], tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example["labels"][example["labels"] != IGNORED]) for example in examples]
+
+
+def test_an_answer_is_sampled_from_the_model_and_alone_is_learned(made: FusionTrainer) -> None:
+    tokenizer = made.processing_class
+    for example, record in zip(written(made), RECORDS, strict=False):
+        learned = example["labels"] != IGNORED
+        question = tokenizer.apply_chat_template(record["messages"][:1], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(example["input_ids"][~learned]) == question
+        assert 1 <= learned.sum() <= 9  # the end of turn is one of them
+        np.testing.assert_array_equal(example["labels"][learned], example["input_ids"][learned])
+    first, again, other = (texts(written(made, step), tokenizer) for step in (0, 0, 1))
+    assert first == again != other
+
+
+def test_targets_are_what_a_store_of_the_same_answers_gives(made: FusionTrainer, tmp_path: Path) -> None:
+    examples = written(made)
+    answers = [text.removesuffix("<|end|>") for text in texts(examples, made.processing_class)]
+    whole = [text.endswith("<|end|>") for text in texts(examples, made.processing_class)]
+    asked = [
+        {"messages": [record["messages"][0], {"role": "assistant", "content": answer}]}
+        for record, answer in zip(RECORDS, answers, strict=False)
+    ]
+    store = capture(NEOX, asked, tmp_path / "neox", quiet=True, max_error=0)
+    assert made.on_policy is not None
+    rows = list(rows_of(asked))
+    data = FusionDataset(
+        rows,
+        sources={"neox": store},
+        projections=made.on_policy._projections,
+        tokenizer=made.on_policy.reader,
+        fusion=made.on_policy._fusion,
+    )
+    assert any(whole)
+    for index, (example, ended) in enumerate(zip(examples, whole, strict=True)):
+        expected, n = data[index], len(example["target_tail"])
+        assert n == len(expected["target_tail"]) - (not ended)
+        np.testing.assert_array_equal(example["target_taught"], expected["target_taught"][:n])
+        for name in ("target_logprobs", "target_tail"):
+            ours, theirs = example[name], expected[name][:n]
+            width = min(ours.shape[-1], theirs.shape[-1])
+            if ours.ndim == 2:
+                ours, theirs = ours[:, :width], theirs[:, :width]
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_nothing_else_draws_from_another_random_state(made: FusionTrainer) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    made.model.train()
+    written(made)
+    assert made.model.training
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_steps_are_chosen_by_seed_and_epoch_and_own_answers_are_not_labels(tmp_path: Path) -> None:
+    some = trainer(tmp_path, on_policy=0.5, lm_weighting="constant", lm_weight=0.25)
+    some.train()
+    assert some.on_policy is not None
+    chosen = [some.on_policy.chosen(epoch, step) for epoch in (0, 1) for step in range(3)]
+    assert 0 < sum(chosen) < 6
+    lines = [line for line in some.state.log_history if "lm_loss" in line]
+    for line, own in zip(lines, chosen, strict=True):
+        weight = 0.0 if own else 0.25
+        expected = weight * line["lm_loss"] + (1 - weight) * line["fusion_loss"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    share = sum(some.on_policy.chosen(0, step) for step in range(2000)) / 2000
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_run_that_resumes_writes_the_same_answers(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "on_policy": 0.5}
+    whole = trainer(tmp_path, **how)
+    whole.train()
+    again = trainer(tmp_path, **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    a, b = (dict(made.model.state_dict()) for made in (whole, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_store_names_the_model_that_judges_new_answers(tmp_path: Path) -> None:
+    """Of a run without a recipe."""
+    rows: list[Row] = prepare(rows_of(RECORDS), [trainer(tmp_path).on_policy.reader], 2048).rows  # type: ignore[union-attr]
+    capture(NEOX, RECORDS, tmp_path / "store", quiet=True)
+    settings = DistillSettings.of(
+        "sft",
+        {
+            "training": {
+                "on_policy": 1.0,
+                "max_new_tokens": 8,
+                "lm_weight": 0.0,
+                "loss": "reverse_kl",
+                "batch_size": 4,
+                "per_device_train_batch_size": 2,
+                "num_train_epochs": 1,
+                "learning_rate": 1e-3,
+            },
+            "fusion": {"include_pivot": False},
+            "alignment": {"tail": "listed_share"},
+        },
+    )
+    reader = trainer(tmp_path).on_policy.reader  # type: ignore[union-attr]
+    inputs = Inputs(ModelChoice(PIVOT), rows, None, {"neox": Source(tmp_path / "store")}, reader)
+    (folder,) = distill(inputs, settings, tmp_path / "out")
+    record = json.loads((folder / "training.json").read_text())
+    assert all(line["loss"] == pytest.approx(line["fusion_loss"]) for line in record["log"])
+    before, after = (load_file(Path(place) / "model.safetensors") for place in (PIVOT, folder))
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    assert Store.open(tmp_path / "store").spec.model == PLACE
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rows": [{"text": "No question."}] * 3}, "on_policy is 1"),
+        ({"on_policy": 1.5}, "on_policy"),
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(DistillationError) as error:
+        trainer(tmp_path, **fields)
+    assert named in str(error.value)
