@@ -102,6 +102,11 @@ class TokenizedText:
     ends: IntArray
     lows: IntArray
 
+    @classmethod
+    def of(cls, ids: npt.ArrayLike, ends: IntArray, lows: IntArray) -> TokenizedText:
+        """Tokens with these ends, both int64 [n]."""
+        return cls(np.asarray(ids, np.int64), ends, ends if np.array_equal(ends, lows) else lows)
+
     @property
     def exact(self) -> bool:
         """Whether every token ends at one place."""
@@ -210,8 +215,7 @@ class TokenizedRow:
             ends[0] = lows[0] = 0
         elif start < first:
             lows[0] = 0
-        exact = np.array_equal(ends, lows)
-        return TokenizedText(self.ids[start:stop], ends, ends if exact else lows), start
+        return TokenizedText.of(self.ids[start:stop], ends, lows), start
 
     @property
     def label_bytes(self) -> int:

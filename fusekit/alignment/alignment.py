@@ -21,47 +21,26 @@ from fusekit.errors import AlignmentError
 from fusekit.types import IntArray, TokenizedText
 
 
-def link_ends(pivot_ends: IntArray, source_ends: IntArray) -> IntArray:
-    """Link positions by equal ends. O(n + m) up to a logarithm, vectorised.
-
-    Args:
-        pivot_ends: int64 [n], non-decreasing; any coordinate that both sides share, bytes of the text above all.
-        source_ends: int64 [m], non-decreasing.
-
-    Returns:
-        int64 [n]: the last source position with the same end, or -1; of equal pivot ends only the last has one.
-    """
-    if not len(pivot_ends) or not len(source_ends):
-        return np.full(len(pivot_ends), -1, np.int64)
-    at: IntArray = np.searchsorted(source_ends, pivot_ends, side="right") - 1
-    linked = source_ends[np.maximum(at, 0)] == pivot_ends
-    linked[:-1] &= pivot_ends[:-1] != pivot_ends[1:]
-    return np.where(linked & (at >= 0), at, -1)
-
-
 def link(pivot: TokenizedText, source: TokenizedText) -> IntArray:
-    """Link the tokens of two tokenisations of one text.
+    """Link the tokens of two tokenisations of one text by where they end. O(n + m) up to a logarithm, vectorised.
 
     Ends are intervals (see :mod:`fusekit.alignment.ends`): two boundaries are the same where their intervals meet.
 
     Returns:
-        int64 [n]: the source position that each pivot position is linked to, or -1.
+        int64 [n]: the last source position with the same end, or -1; of several pivot tokens that end there only the
+        last has one.
     """
-    if pivot.exact and source.exact:
-        return link_ends(pivot.ends, source.ends)
     linked = np.full(len(pivot), -1, np.int64)
-    pivot_certain = np.flatnonzero(pivot.lows <= pivot.ends)
-    source_certain = np.flatnonzero(source.lows <= source.ends)
-    if not len(pivot_certain) or not len(source_certain):
+    ours = np.arange(len(pivot)) if pivot.exact else np.flatnonzero(pivot.lows <= pivot.ends)
+    theirs = np.arange(len(source)) if source.exact else np.flatnonzero(source.lows <= source.ends)
+    if not len(ours) or not len(theirs):
         return linked
-    lows, highs = source.lows[source_certain], source.ends[source_certain]
     # Intervals are in order and at most touch, so the last that begins before this one ends is the only candidate.
-    at = np.searchsorted(lows, pivot.ends[pivot_certain], side="right") - 1
-    meets = (at >= 0) & (highs[np.maximum(at, 0)] >= pivot.lows[pivot_certain])
-    rows, at = pivot_certain[meets], at[meets]
-    last = np.ones(len(at), bool)
-    last[:-1] = at[:-1] != at[1:]
-    linked[rows[last]] = source_certain[at[last]]
+    at = np.searchsorted(source.lows[theirs], pivot.ends[ours], side="right") - 1
+    meets = (at >= 0) & (source.ends[theirs[np.maximum(at, 0)]] >= pivot.lows[ours])
+    ours, at = ours[meets], at[meets]
+    last = np.append(at[:-1] != at[1:], np.ones(min(len(at), 1), bool))
+    linked[ours[last]] = theirs[at[last]]
     return linked
 
 
@@ -172,7 +151,12 @@ class TokenAlignment:
             f"{self.method}: {len(self.pivot)} pivot and {len(self.source)} source tokens, "
             f"{int((self.source_at >= 0).sum())} linked, {len(self.groups)} groups"
         )
-        return head + "\n" + side_by_side(cells(self), width=100)
+        pivot, source = (pieces(tokens, self.text.encode()) for tokens in (self.pivot, self.source))
+        columns = [
+            (visible(b"".join(pivot[p])), "·".join(map(visible, pivot[p])), "·".join(map(visible, source[s])))
+            for p, s in self.groups
+        ]
+        return head + "\n" + _side_by_side(columns, width=100)
 
     def __repr__(self) -> str:
         return f"TokenAlignment({self.method}, {len(self.pivot)} x {len(self.source)}, {self.linked_share:.3f} linked)"
@@ -216,10 +200,6 @@ def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> Toke
 _Found = tuple[IntArray, tuple[IntArray, IntArray] | None]
 
 
-def _by_spans(pivot: TokenizedText, source: TokenizedText, *_: Surfaces) -> _Found:
-    return link(pivot, source), None
-
-
 def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Surfaces) -> _Found:
     n, m = len(pivot), len(source)
     if not n or not m:
@@ -235,22 +215,13 @@ def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Sur
     return links_of_path(*matched), matched
 
 
-METHODS: dict[str, Callable[..., _Found]] = {
-    "span": _by_spans,
+METHODS: dict[str, Callable[[TokenizedText, TokenizedText, Surfaces, Surfaces], _Found]] = {
+    "span": lambda pivot, source, *_: (link(pivot, source), None),
     "dtw": _by_warping,
 }
 
 
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One group: the text that it covers and the pieces of it that each side's tokens consume."""
-
-    text: str
-    pivot: list[str]
-    source: list[str]
 
 
 def visible(piece: bytes) -> str:
@@ -277,18 +248,7 @@ def pieces(tokens: TokenizedText, data: bytes) -> list[bytes]:
     return [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=False)] if ends else []
 
 
-def cells(alignment: TokenAlignment) -> list[Cell]:
-    """The groups of an alignment as text."""
-    data = alignment.text.encode()
-    pivot, source = pieces(alignment.pivot, data), pieces(alignment.source, data)
-    found = []
-    for p, s in alignment.groups:
-        text = b"".join(pivot[p])
-        found.append(Cell(visible(text), [visible(x) for x in pivot[p]], [visible(x) for x in source[s]]))
-    return found
-
-
-def columns(text: str) -> int:
+def _columns(text: str) -> int:
     """Terminal columns that ``text`` takes."""
     return sum(
         0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Cf") else 2 if _wide(c) else 1 for c in text
@@ -299,18 +259,17 @@ def _wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in "WF"
 
 
-def side_by_side(found: Iterable[Cell], width: int) -> str:
-    """Rows of ``text``, ``pivot`` and ``source``, a column per group, folded at ``width`` terminal columns."""
+def _side_by_side(found: Iterable[tuple[str, str, str]], width: int) -> str:
+    """Rows of text, pivot and source, a column per group, folded at ``width`` terminal columns."""
     names = ("text  ", "pivot ", "source")
     blocks: list[list[str]] = []
     used = width
-    for cell in found:
-        texts = [cell.text, "·".join(cell.pivot), "·".join(cell.source)]
-        size = max(map(columns, texts))
+    for texts in found:
+        size = max(map(_columns, texts))
         if used + size + 1 > width or not blocks:
             blocks.append([name + " │" for name in names])
             used = len(names[0]) + 2
         used += size + 1
         for row, text in enumerate(texts):
-            blocks[-1][row] += text + " " * (size - columns(text)) + "│"
+            blocks[-1][row] += text + " " * (size - _columns(text)) + "│"
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -189,86 +189,41 @@ def _compare_next(
     return kind, spelled, np.where(kind == Case.CROSSES, t_high - source.ends[inner], 0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Matched:
-    """An alignment as the papers see it: A(i), the source positions of pivot position i, and the tokens' surfaces."""
-
-    first: IntArray
-    stop: IntArray
-    pivot_ids: IntArray
-    source_ids: IntArray
-    pivot: list[bytes]
-    source: list[bytes]
-    mapped: IntArray  # the pivot id that each source token maps to, -1 for none
-
-    def unmarked(self, side: list[bytes], at: int) -> bytes:
-        return side[at].removeprefix(b" ")
+RULES: dict[str, Callable[[bytes, list[bytes], bool], bool]] = {
+    "em": lambda pivot, source, _: source == [pivot],
+    "mined": lambda pivot, source, mapped: source == [pivot] or (len(source) == 1 and mapped),
+    "ms": lambda pivot, source, _: (
+        pivot.endswith(source[0]) or source[0].endswith(pivot)
+        if len(source) == 1
+        else b"".join(source).removeprefix(b" ") == pivot.removeprefix(b" ")
+    ),
+}
+"""Whether a pivot token (its surface) takes the row of the last of the source tokens that are aligned with it (their
+surfaces). The last argument: whether the only one maps to it."""
 
 
-def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str = "exact") -> IntArray:
-    """The source position whose row each pivot position takes, or -1: int64 [n].
+def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str) -> IntArray:
+    """The source position whose row each pivot position takes by a rule of the papers, or -1: int64 [n].
 
     Args:
-        alignment: of either method; the papers' rules are meant for ``dtw``.
+        alignment: of either method; the rules are meant for ``dtw``.
         vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
-        rule: ``exact``: where both have consumed the same text. ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is
-            one token and it equals the pivot's, for ``mined`` also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1
-            and n-1 where one of the two tokens ends with the other; 1-n where the pieces spell the pivot's token, the
-            row of the last.
+        rule: ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is one token and it equals the pivot's, for ``mined``
+            also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1 and n-1 where one of the two tokens ends with the
+            other; 1-n where the pieces spell the pivot's token, the row of the last.
 
     Raises:
         AlignmentError: unknown rule.
     """
-    if rule == "exact":
-        return np.array(alignment.source_at)
     if rule not in RULES:
-        raise AlignmentError(f"unknown position rule {rule!r}: there are exact, {', '.join(sorted(RULES))}")
-    pivot, source = vocabulary_map.pivot, vocabulary_map.source
-    targets, _ = vocabulary_map.entries
-    matched = _Matched(
-        *alignment.matched,
-        alignment.pivot_ids,
-        alignment.source_ids,
-        [pivot.of[i] for i in alignment.pivot_ids.tolist()],
-        [source.of[i] for i in alignment.source_ids.tolist()],
-        targets[alignment.source_ids, 0],
-    )
-    return RULES[rule](matched)
-
-
-def _em(matched: _Matched) -> IntArray:
-    return _single(matched, lambda i, j: matched.pivot[i] == matched.source[j])
-
-
-def _mined(matched: _Matched) -> IntArray:
-    def fits(i: int, j: int) -> bool:
-        return matched.pivot[i] == matched.source[j] or bool(matched.mapped[j] == matched.pivot_ids[i])
-
-    return _single(matched, fits)
-
-
-def _ms(matched: _Matched) -> IntArray:
-    def ends_alike(i: int, j: int) -> bool:
-        a, b = matched.pivot[i], matched.source[j]
-        return a.endswith(b) or b.endswith(a)
-
-    rows = _single(matched, ends_alike)
-    for i in np.flatnonzero(matched.stop - matched.first > 1).tolist():
-        span = range(int(matched.first[i]), int(matched.stop[i]))
-        spelled = b"".join(matched.source[j] for j in span).removeprefix(b" ")
-        if spelled == matched.unmarked(matched.pivot, i):
-            rows[i] = span[-1]
+        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(RULES))}")
+    pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
+    source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
+    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
+    first, stop = alignment.matched
+    rows = np.full(len(first), -1, np.int64)
+    for i in np.flatnonzero(stop > first).tolist():
+        last = int(stop[i]) - 1
+        if RULES[rule](pivot[i], source[first[i] : last + 1], bool(targets[last] == alignment.pivot_ids[i])):
+            rows[i] = last
     return rows
-
-
-def _single(matched: _Matched, fits: Callable[[int, int], bool]) -> IntArray:
-    """The positions whose A(i) is one token that fits."""
-    rows = np.full(len(matched.first), -1, np.int64)
-    for i in np.flatnonzero(matched.stop - matched.first == 1).tolist():
-        j = int(matched.first[i])
-        if fits(i, j):
-            rows[i] = j
-    return rows
-
-
-RULES: dict[str, Callable[[_Matched], IntArray]] = {"em": _em, "mined": _mined, "ms": _ms}

@@ -11,10 +11,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken
 
 from fusekit.alignment.surfaces import METASPACE, Form, Kind, Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
@@ -151,35 +151,34 @@ def tokenize_with(text: str, surfaces: Surfaces) -> TokenizedText:
             f"the text has a lone surrogate at character {error.start} ({text[error.start]!r}): "
             "no tokenizer can encode it; replace it first"
         ) from error
-    if not text:
-        return _exact([], np.zeros(0, np.int64))
-    if surfaces.drops_space:
+    if surfaces.drops_space and text:
         return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
-    return ends_of(surfaces.view.encode(text), text, surfaces, lambda: surfaces.view.encode_with_offsets(text))
+    ids = surfaces.view.encode(text) if text else []
+    return ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
 
 
-def ends_of(
-    ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], tuple[list[int], IntArray]]
-) -> TokenizedText:
+def ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
     """The ends of the tokens of a text that is encoded already.
 
     Args:
         ids: the tokens, no special ones around them.
         text: what they are tokens of.
         surfaces: of the tokenizer.
-        offsets: gives the same ids with their character spans ``[n, 2]`` in ``text``; called only where spelling fails.
+        offsets: gives their character spans ``[n, 2]`` in ``text``; called only where spelling fails.
 
     Raises:
         AlignmentError: the ends cannot be known; names the tokenizer and the reason.
     """
     data, view = text.encode(), surfaces.view
+    if not ids or not text:  # a dummy space before nothing has no width
+        nothing = np.zeros(len(ids), np.int64)
+        return TokenizedText.of(ids, nothing, nothing)
     if not surfaces.drops_space:
-        found = _spell(ids, data, surfaces)
+        found = _carried_back(ids, text, surfaces, _consumed)
         if found is not None:
-            return found
-        found = _walk_text(ids, text, data, surfaces)
-        if found is not None:
-            return found
+            lows, highs = found
+            highs[-1] = len(data)
+            return TokenizedText.of(ids, highs, lows)
     if view.backend is None:
         raise AlignmentError(
             f"{view.name} gives no offsets, and its tokens do not spell the text {text[:40]!r}: "
@@ -191,11 +190,26 @@ def ends_of(
             f"{view.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
             f"({', '.join(sorted(view.types('normalizer'))) or 'none'}) changes the text in a way that cannot be undone"
         )
-    return _by_offsets(text, data, *offsets(), surfaces)
+    return _by_offsets(text, data, ids, offsets(), surfaces)
 
 
-def _exact(ids: list[int], ends: IntArray) -> TokenizedText:
-    return TokenizedText(np.array(ids, np.int64), ends, ends)
+_Ends = Callable[[list[int], bytes, Surfaces], "IntArray | None"]
+
+
+def _carried_back(ids: list[int], text: str, surfaces: Surfaces, find: _Ends) -> tuple[IntArray, IntArray] | None:
+    """Lowest and highest ends, found in the text or in the normalised one and carried back; None where in neither."""
+    ends = find(ids, text.encode(), surfaces)
+    if ends is not None:
+        return ends, ends
+    normalize = surfaces.view.normalize
+    image = normalize_with_ends(text, normalize) if normalize is not None else None
+    ends = find(ids, image.normalized, surfaces) if image is not None else None
+    return None if image is None or ends is None else image.back(ends)
+
+
+def _consumed(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
+    ends = _spelled_ends(ids, data, surfaces)
+    return _walk(ids, data, surfaces) if ends is None else ends
 
 
 def _surfaces_of(ids: list[int], surfaces: Surfaces) -> list[bytes]:
@@ -215,31 +229,6 @@ def _spelled_ends(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray |
         return None
     ends: IntArray = np.cumsum(surfaces.lengths[ids])
     return np.maximum(ends - surplus, 0) if surplus else ends
-
-
-def _spell(ids: list[int], data: bytes, surfaces: Surfaces) -> TokenizedText | None:
-    ends = _spelled_ends(ids, data, surfaces)
-    return None if ends is None else _exact(ids, ends)
-
-
-def _walk_text(ids: list[int], text: str, data: bytes, surfaces: Surfaces) -> TokenizedText | None:
-    """Walk the original text, or the normalised one and carry the ends back."""
-    view = surfaces.view
-    if (ends := _walk(ids, data, surfaces)) is not None:
-        return _exact(ids, ends)
-    if view.normalize is None or (image := normalize_with_ends(text, view.normalize)) is None:
-        return None
-    ends = _spelled_ends(ids, image.normalized, surfaces)
-    if ends is None:
-        ends = _walk(ids, image.normalized, surfaces)
-    return None if ends is None else _carried_back(ids, ends, image)
-
-
-def _carried_back(ids: list[int], ends: IntArray, image: NormalizedText) -> TokenizedText:
-    lows, highs = image.back(ends)
-    if len(highs):
-        highs[-1] = image.original_ends[-1]
-    return TokenizedText(np.array(ids, np.int64), highs, highs if np.array_equal(lows, highs) else lows)
 
 
 def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
@@ -301,7 +290,7 @@ def _skip_space(data: bytes, position: int) -> int:
 
 def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surfaces: Surfaces) -> TokenizedText:
     if not ids:
-        return _exact(ids, np.zeros(0, np.int64))
+        return TokenizedText.of(ids, np.zeros(0, np.int64), np.zeros(0, np.int64))
     if len(spans) != len(ids) or spans.min() < 0 or spans.max() > len(text):
         raise AlignmentError(f"{surfaces.name} gave offsets that are not positions of the text {text[:40]!r}")
     place = np.arange(len(text) + 1) if text.isascii() else _byte_positions(text)
@@ -334,8 +323,7 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
             all_lows[inner], all_highs[inner] = shared[0] + place[start], shared[1] + place[start]
     all_highs = np.maximum.accumulate(all_highs)
     all_highs[-1] = len(data)
-    same = np.array_equal(all_lows, all_highs)
-    return TokenizedText(np.array(ids, np.int64), all_highs, all_highs if same else all_lows)
+    return TokenizedText.of(ids, all_highs, all_lows)
 
 
 def _byte_positions(text: str) -> IntArray:
@@ -369,13 +357,8 @@ def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> tuple[IntA
         return None if rest is None else (np.append(0, rest[0]), np.append(0, rest[1]))
     if any(surfaces.kinds[id_] in (Kind.UNKNOWN, Kind.HOLE) for id_ in ids):
         return None
-    ends = _spelled_ends(ids, shared.encode(), surfaces)
-    if ends is not None:
-        return ends[:-1], ends[:-1]
-    normalize = surfaces.view.normalize
-    image = normalize_with_ends(shared, normalize) if normalize is not None else None
-    ends = _spelled_ends(ids, image.normalized, surfaces) if image is not None else None
-    return None if image is None or ends is None else image.back(ends[:-1])
+    found = _carried_back(ids, shared, surfaces, _spelled_ends)
+    return None if found is None else (found[0][:-1], found[1][:-1])
 
 
 # What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
@@ -419,64 +402,38 @@ def marked_ends(
     Raises:
         AlignmentError: the ends cannot be known; names the tokenizer and the reason.
     """
-    data = text.encode()
+    data, added, spans = text.encode(), surfaces.view.added_tokens, cache(offsets)
     if b"".join([surfaces.of[id_] for id_ in ids]) == data:
         ends = np.cumsum(surfaces.lengths[ids])
-        return TokenizedText(np.array(ids, np.int64), ends, ends)
+        return TokenizedText.of(ids, ends, ends)
     highs, lows = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
-    added = surfaces.view.added_tokens
-    spans: list[IntArray] = []
-
-    def offsets_once() -> IntArray:
-        if not spans:
-            spans.append(offsets())
-        return spans[0]
-
-    first, start, consumed, previous = 0, 0, 0, None
+    first, start, consumed, swallows = 0, 0, 0, False
     for mark, position in [*zip(marks, at, strict=True), (None, len(ids))]:
-        before, after = start, start + len(_left_of(text[start : mark.start if mark else None], mark, added))
-        if previous is not None and added[previous.id].rstrip:
-            before = after - len(text[start:after].lstrip(_WHITESPACE))
-        skipped = len(text[start:before].encode())
-        if previous is not None:
-            highs[first - 1] = consumed + skipped
-        consumed += skipped
-        stretch, begin, end = text[before:after], before, after
-        inside = _stretch(
+        stretch = text[start : mark.start if mark else None]
+        if mark and added[mark.id].lstrip:
+            stretch = stretch.rstrip(_WHITESPACE)
+        stop = start + len(stretch)
+        if swallows:
+            stretch = stretch.lstrip(_WHITESPACE)
+        begin = stop - len(stretch)
+        consumed += len(text[start:begin].encode())
+        if first:
+            highs[first - 1] = consumed
+        inside = ends_of(
             ids[first:position],
             stretch,
             surfaces,
-            offsets=lambda f=first, p=position, b=begin, e=end: (  # type: ignore[misc]
-                _within(offsets_once()[f:p], b, e)
-            ),
+            lambda part=slice(first, position), a=begin, b=stop: np.clip(spans()[part], a, b) - a,  # type: ignore[misc]
         )
-        size = len(stretch.encode())
         lows[first:position], highs[first:position] = inside.lows + consumed, inside.ends + consumed
-        if size and not len(inside) and first:  # all of it is in no token
-            highs[first - 1] = consumed + size
-        consumed += size
+        consumed += len(stretch.encode())
+        if stretch and not len(inside) and first:  # all of it is in no token
+            highs[first - 1] = consumed
         if mark is None:
             break
-        consumed += len(text[after : mark.stop].encode())
+        consumed += len(text[stop : mark.stop].encode())
         lows[position] = highs[position] = consumed
-        first, start, previous = position + 1, mark.stop, mark
+        first, start, swallows = position + 1, mark.stop, added[mark.id].rstrip
     if len(ids) and highs[-1] != len(data) and highs[-1] != consumed:
         raise AlignmentError(f"{surfaces.name}: the tokens of {text[:40]!r} do not reach its end")
-    exact = np.array_equal(lows, highs)
-    return TokenizedText(np.array(ids, np.int64), highs, highs if exact else lows)
-
-
-def _left_of(stretch: str, mark: Mark | None, added: dict[int, AddedToken]) -> str:
-    """The stretch without the white space that the special token after it swallows."""
-    return stretch.rstrip(_WHITESPACE) if mark is not None and added[mark.id].lstrip else stretch
-
-
-def _within(spans: IntArray, begin: int, end: int) -> IntArray:
-    return np.clip(spans, begin, end) - begin
-
-
-def _stretch(ids: list[int], text: str, surfaces: Surfaces, *, offsets: Callable[[], IntArray]) -> TokenizedText:
-    if not ids or not text:  # a dummy space before nothing has no width
-        nothing = np.zeros(len(ids), np.int64)
-        return TokenizedText(np.array(ids, np.int64), nothing, nothing)
-    return ends_of(ids, text, surfaces, lambda: (ids, offsets()))
+    return TokenizedText.of(ids, highs, lows)

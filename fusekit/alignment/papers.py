@@ -157,13 +157,12 @@ BLOCK_CELLS = 32_000_000  # distances held at once: 32 MB for short strings, 128
 _FAR = np.iinfo(np.int64).max
 
 
-def nearest(queries: Sequence[str], candidates: Sequence[str], workers: int = -1) -> tuple[IntArray, IntArray]:
+def nearest(queries: Sequence[str], candidates: Sequence[str]) -> tuple[IntArray, IntArray]:
     """For each query the candidate of least Levenshtein distance; of several, the first.
 
     Args:
         queries: q strings.
         candidates: c strings.
-        workers: threads, -1 for all cores.
 
     Returns:
         int64 [q] indices into ``candidates`` (-1 where there is none) and int64 [q] distances.
@@ -178,7 +177,7 @@ def nearest(queries: Sequence[str], candidates: Sequence[str], workers: int = -1
                 # An equal distance matters too: its candidate may come earlier.
                 active = rows[distance[rows] >= gap]
                 if len(active):
-                    _improve(active, candidate_buckets[other], (queries, candidates), (index, distance), workers)
+                    _improve(active, candidate_buckets[other], (queries, candidates), (index, distance))
             if not (distance[rows] > gap).any():
                 break
     return index, distance
@@ -196,7 +195,6 @@ def _improve(
     columns: IntArray,
     strings: tuple[Sequence[str], Sequence[str]],
     best: tuple[IntArray, IntArray],
-    workers: int,
 ) -> None:
     """Compare the queries at ``rows`` with the candidates at ``columns``; keep what is nearer, or as near and first."""
     (queries, candidates), (index, distance) = strings, best
@@ -212,7 +210,7 @@ def _improve(
             scorer=Levenshtein.distance,
             score_cutoff=None if worst >= longest else worst,
             dtype=np.uint8 if longest < 255 else np.int32,
-            workers=workers,
+            workers=-1,
         )
         at = found.argmin(axis=1)
         value, candidate = found[np.arange(len(part)), at].astype(np.int64), columns[at]

@@ -12,7 +12,8 @@ import json
 import re
 import struct
 import unicodedata
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -20,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import models
+from tokenizers import AddedToken, models
 
-from fusekit.alignment.tokenizers import ROLES, PerTokenizer, TokenizerView, slow_surfaces
+from fusekit.alignment.tokenizers import ROLES, TokenizerView, signs_of, slow_surfaces, view_of
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray
 
@@ -213,78 +214,61 @@ def _replacements(view: TokenizerView) -> list[tuple[str, str]]:
     return pairs
 
 
-def _surface_function(view: TokenizerView, form: Form) -> Any:
-    if form is Form.BYTE_LEVEL:
-        return byte_level_surface
-    if form is Form.WORDPIECE:
-        prefix = view.backend.model.continuing_subword_prefix  # type: ignore[union-attr]
-        return lambda string: _wordpiece_surface(string, prefix)
+def _fast_surfaces(view: TokenizerView, form: Form) -> Iterator[tuple[int, str, bytes]]:
+    """``(id, token string, surface)`` of every entry of a tokenizer with a backend, as if none was added."""
+    model: Any = view.backend.model if view.backend is not None else None
+    byte_fallback = "ByteFallback" in view.types("decoder") or bool(getattr(model, "byte_fallback", False))
     replacements = _replacements(view)
-
-    def plain(string: str) -> bytes:
-        for old, new in replacements:
-            string = string.replace(old, new)
-        return string.encode()
-
-    return plain
+    for string, id_ in view.vocabulary.items():
+        if byte_fallback and (match := BYTE_TOKEN.fullmatch(string)):
+            yield id_, string, bytes([int(match[1], 16)])
+        elif form is Form.BYTE_LEVEL:
+            yield id_, string, byte_level_surface(string)
+        elif form is Form.WORDPIECE:
+            yield id_, string, _wordpiece_surface(string, model.continuing_subword_prefix)
+        else:
+            replaced = string
+            for old, new in replacements:
+                replaced = replaced.replace(old, new)
+            yield id_, string, replaced.encode()
 
 
 def _unknown_ids(view: TokenizerView) -> set[int]:
     """Ids that the model emits for text that it cannot spell."""
-    backend = view.backend
-    model = backend.model if backend is not None else None
+    if view.backend is None:
+        return {id_ for id_ in view.added_tokens if id_ == getattr(view.original, "unk_token_id", None)}
+    model = view.backend.model
     token = getattr(model, "unk_token", None)
-    id_ = backend.token_to_id(token) if backend is not None and token else None
+    id_ = view.backend.token_to_id(token) if token else None
     if isinstance(model, models.Unigram):
         id_ = json.loads(model.__getstate__()).get("unk_id")
     return set() if id_ is None else {int(id_)}
 
 
-def _fast_entries(view: TokenizerView, form: Form) -> Iterable[tuple[int, str, bytes, Kind]]:
-    surface = _surface_function(view, form)
-    byte_fallback = "ByteFallback" in view.types("decoder") or bool(
-        getattr(view.backend.model, "byte_fallback", False)  # type: ignore[union-attr]
-    )
-    added, unknown = view.added_tokens, _unknown_ids(view)
-    for string, id_ in view.vocabulary.items():
-        if id_ in unknown:
-            yield id_, string, string.encode(), Kind.UNKNOWN
-        elif byte_fallback and (match := BYTE_TOKEN.fullmatch(string)):
-            # Also where it is an added token: a text rarely spells one out, and ends.py asks whether it does.
-            yield id_, string, bytes([int(match[1], 16)]), Kind.BYTE
-        elif id_ in added:
-            # An added token is looked for in the text as it is: it stands for its own characters.
-            content = added[id_].content
-            yield id_, string, content.encode(), Kind.SPECIAL if added[id_].special else Kind.ADDED
-        else:
-            yield id_, string, surface(string), Kind.ORDINARY
-
-
-def _slow_entries(view: TokenizerView) -> Iterable[tuple[int, str, bytes, Kind]]:
-    added = view.added_tokens
-    unknown = getattr(view.original, "unk_token_id", None)
-    for id_, string, surface in slow_surfaces(view):
-        if BYTE_TOKEN.fullmatch(string) and surface == bytes([int(string[3:5], 16)]):
-            yield id_, string, surface, Kind.BYTE
-        elif id_ in added:
-            kind = Kind.UNKNOWN if id_ == unknown else Kind.SPECIAL if added[id_].special else Kind.ADDED
-            yield id_, string, added[id_].content.encode(), kind
-        else:
-            yield id_, string, surface, Kind.ORDINARY
+def _kind(id_: int, string: str, surface: bytes, added: Mapping[int, AddedToken], unknown: set[int]) -> Kind:
+    if id_ in unknown:
+        return Kind.UNKNOWN
+    if (match := BYTE_TOKEN.fullmatch(string)) and surface == bytes([int(match[1], 16)]):
+        # Also where it is an added token: a text rarely spells one out, and ends.py asks whether it does.
+        return Kind.BYTE
+    if id_ in added:
+        return Kind.SPECIAL if added[id_].special else Kind.ADDED
+    return Kind.ORDINARY
 
 
 def _make_surfaces(view: TokenizerView) -> Surfaces:
-    if view.backend is None:
-        form, entries = Form.PLAIN, list(_slow_entries(view))
-    else:
-        form = _form(view)
-        entries = list(_fast_entries(view, form))
+    form = Form.PLAIN if view.backend is None else _form(view)
+    entries = list(slow_surfaces(view) if view.backend is None else _fast_surfaces(view, form))
     if not entries:
         raise AlignmentError(f"{view.name} has an empty vocabulary")
     size = max(entry[0] for entry in entries) + 1
     of, strings, kinds = [b""] * size, [""] * size, np.zeros(size, np.uint8)
-    for id_, string, surface, kind in entries:
-        of[id_], strings[id_], kinds[id_] = surface, string, kind
+    added, unknown = view.added_tokens, _unknown_ids(view)
+    for id_, string, surface in entries:
+        kind = kinds[id_] = _kind(id_, string, surface, added, unknown)
+        strings[id_] = string
+        # An added token is looked for in the text as it is: it stands for its own characters.
+        of[id_] = surface if kind in _SPELLED else added[id_].content.encode() if id_ in added else string.encode()
     for role in ROLES:  # a token with a role is special even where the tokenizer forgot to mark it
         if (id_with_role := view.roles.get(role)) is not None and id_with_role < size:
             kinds[id_with_role] = Kind.SPECIAL
@@ -295,11 +279,13 @@ def _make_surfaces(view: TokenizerView) -> Surfaces:
     return Surfaces(view, form, drops, of, lengths, kinds, strings)
 
 
-_surfaces = PerTokenizer(_make_surfaces)
+_SPELLED = (Kind.ORDINARY, Kind.BYTE)
+_KEPT = 8  # what is derived holds the tokenizer, so weak references would never be dropped
+_KNOWN: OrderedDict[int, tuple[Any, tuple[Any, ...], Surfaces]] = OrderedDict()
 
 
 def vocabulary_surfaces(tokenizer: Any) -> Surfaces:
-    """Surfaces of a tokenizer's vocabulary, made once per tokenizer object.
+    """Surfaces of a tokenizer's vocabulary, made once per tokenizer object and again when it was changed.
 
     Args:
         tokenizer: one of ``transformers`` (fast; slow where its vocabulary can be rebuilt) or ``tokenizers.Tokenizer``.
@@ -307,5 +293,14 @@ def vocabulary_surfaces(tokenizer: Any) -> Surfaces:
     Raises:
         AlignmentError: the vocabulary's entries do not stand for fixed bytes; names the tokenizer and the reason.
     """
-    surfaces: Surfaces = _surfaces(tokenizer)
-    return surfaces
+    try:
+        sign = signs_of(tokenizer)
+    except Exception:  # not a tokenizer, or one with custom Python parts: the view says so, with the name
+        return _make_surfaces(view_of(tokenizer))
+    known = _KNOWN.get(id(tokenizer))
+    if known is None or known[0] is not tokenizer or known[1] != sign:
+        known = _KNOWN[id(tokenizer)] = (tokenizer, sign, _make_surfaces(view_of(tokenizer)))
+        _KNOWN.move_to_end(id(tokenizer))
+        if len(_KNOWN) > _KEPT:
+            _KNOWN.popitem(last=False)
+    return known[2]

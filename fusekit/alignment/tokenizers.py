@@ -8,8 +8,8 @@ that overrides the encoding itself is called through its own ``__call__``.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -88,17 +88,13 @@ class TokenizerView:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
-        if not self.direct:
-            return list(self.original(text, add_special_tokens=False)["input_ids"])
-        with _unlimited(self):
-            encoding = self.backend.encode_batch_fast([text], add_special_tokens=False)[0]  # type: ignore[union-attr]
-        return list(encoding.ids)
+        return self.encode_many([text])[0]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """:meth:`encode` of many short texts at once."""
         if not self.direct or self.backend is None:
-            return [self.encode(text) for text in texts]
-        with _unlimited(self):
+            return [list(self.original(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        with _unlimited(self.original, self.backend):
             return [list(e.ids) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], IntArray]:
@@ -108,7 +104,7 @@ class TokenizerView:
         if not self.direct:
             encoded = self.original(text, add_special_tokens=False, return_offsets_mapping=True)
             return list(encoded["input_ids"]), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        with _unlimited(self):
+        with _unlimited(self.original, self.backend):
             encoding = self.backend.encode(text, add_special_tokens=False)
         return list(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
@@ -128,31 +124,24 @@ def _is_dummy_space(part: dict[str, Any]) -> bool:
     return part["type"] == "Prepend" and part.get("prepend") in _DUMMY_SPACES
 
 
-class _unlimited:  # noqa: N801  # reads as a statement
+@contextmanager
+def _unlimited(original: Any, backend: Tokenizer) -> Iterator[None]:
     """Within it the backend neither truncates nor pads; its settings are put back afterwards."""
-
-    def __init__(self, view: TokenizerView) -> None:
-        self.view = view
-
-    def __enter__(self) -> None:
-        backend = self.view.backend
-        assert backend is not None
-        self.truncation, self.padding = backend.truncation, backend.padding
-        if self.truncation is not None:
-            backend.no_truncation()
-        if self.padding is not None:
-            backend.no_padding()
-        split_special = getattr(self.view.original, "split_special_tokens", None)
-        if split_special is not None and backend.encode_special_tokens != split_special:
-            backend.encode_special_tokens = split_special
-
-    def __exit__(self, *_: object) -> None:
-        backend = self.view.backend
-        assert backend is not None
-        if self.truncation is not None:
-            backend.enable_truncation(**self.truncation)
-        if self.padding is not None:
-            backend.enable_padding(**self.padding)
+    truncation, padding = backend.truncation, backend.padding
+    if truncation is not None:
+        backend.no_truncation()
+    if padding is not None:
+        backend.no_padding()
+    split_special = getattr(original, "split_special_tokens", None)
+    if split_special is not None and backend.encode_special_tokens != split_special:
+        backend.encode_special_tokens = split_special
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def _flatten(component: Any) -> list[dict[str, Any]]:
@@ -225,7 +214,8 @@ def _roles(view: TokenizerView) -> dict[str, int]:
     return roles
 
 
-def _make_view(tokenizer: Any) -> TokenizerView:
+def view_of(tokenizer: Any) -> TokenizerView:
+    """The view of a tokenizer. Raises AlignmentError for what is none."""
     if isinstance(tokenizer, Tokenizer):
         return TokenizerView(_name(tokenizer), tokenizer, tokenizer, direct=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -239,84 +229,33 @@ def _make_view(tokenizer: Any) -> TokenizerView:
     )
 
 
-def fingerprint_of_settings(tokenizer: Any) -> tuple[Any, ...]:
+def signs_of(tokenizer: Any) -> tuple[Any, ...]:
     """Cheap signs that a tokenizer object was changed after a view of it was made."""
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-    size = backend.get_vocab_size(with_added_tokens=True) if isinstance(backend, Tokenizer) else len(tokenizer)
     if not isinstance(backend, Tokenizer):
-        return (size,)
-    components = ("normalizer", "pre_tokenizer", "decoder")
-    states = tuple(
-        component.__getstate__() if (component := getattr(backend, name)) is not None else None for name in components
-    )
-    return (size, *states, getattr(tokenizer, "chat_template", None))
+        return (len(tokenizer),)
+    parts = [getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    states = [part.__getstate__() if part is not None else None for part in parts]
+    return (backend.get_vocab_size(with_added_tokens=True), *states, getattr(tokenizer, "chat_template", None))
 
 
-class PerTokenizer:
-    """The last few tokenizer objects and what was derived from each.
-
-    An entry is made again when :func:`fingerprint_of_settings` says that the tokenizer was changed.
-    """
-
-    SIZE = 8  # what is derived holds the tokenizer, so weak references would never be dropped
-
-    def __init__(self, make: Callable[[TokenizerView], Any]) -> None:
-        self._make = make
-        self._entries: OrderedDict[int, tuple[Any, tuple[Any, ...], Any]] = OrderedDict()
-
-    def __call__(self, tokenizer: Any) -> Any:
-        try:
-            sign = fingerprint_of_settings(tokenizer)
-        except Exception:  # not a tokenizer, or one with custom Python parts: the view says so, with the name
-            return self._make(_make_view(tokenizer))
-        entry = self._entries.get(id(tokenizer))
-        if entry is not None and entry[0] is tokenizer and entry[1] == sign:
-            return entry[2]
-        value = self._make(_make_view(tokenizer))
-        self._entries[id(tokenizer)] = (tokenizer, sign, value)
-        self._entries.move_to_end(id(tokenizer))
-        if len(self._entries) > self.SIZE:
-            self._entries.popitem(last=False)
-        return value
-
-
-def slow_surfaces(view: TokenizerView) -> Iterable[tuple[int, str, bytes]]:
-    """``(id, token string, surface)`` of every entry of a slow tokenizer.
+def slow_surfaces(view: TokenizerView) -> Iterator[tuple[int, str, bytes]]:
+    """``(id, token string, surface)`` of every entry of a tokenizer without a backend.
 
     Raises:
-        AlignmentError: it is none of the kinds that can be rebuilt: byte-level with a ``byte_decoder``,
-            SentencePiece with an ``sp_model``, plain bytes as ByT5 has them.
+        AlignmentError: it is neither SentencePiece with an ``sp_model`` nor plain bytes as ByT5 has them.
     """
-    tokenizer = view.original
-    if isinstance(getattr(tokenizer, "byte_decoder", None), dict):
-        return _byte_level(tokenizer)
-    if hasattr(getattr(tokenizer, "sp_model", None), "id_to_piece"):
-        return _sentencepiece(tokenizer)
-    if getattr(tokenizer, "_utf_vocab_size", None) == 256:
-        return _plain_bytes(tokenizer)
-    raise AlignmentError(
-        f"{view.name} is a slow tokenizer: it gives no offsets, and its vocabulary is of no kind that fusekit can "
-        "rebuild (byte-level, SentencePiece, plain bytes); use the fast tokenizer of this model if it has one"
-    )
-
-
-def _byte_level(tokenizer: Any) -> Iterable[tuple[int, str, bytes]]:
-    decoder = tokenizer.byte_decoder
-    for string, id_ in tokenizer.get_vocab().items():
-        known = all(character in decoder for character in string)
-        yield id_, string, bytes([decoder[c] for c in string]) if known else string.encode()
-
-
-def _sentencepiece(tokenizer: Any) -> Iterable[tuple[int, str, bytes]]:
-    model = tokenizer.sp_model
-    for string, id_ in tokenizer.get_vocab().items():
-        piece = model.piece_to_id(string)
-        if model.id_to_piece(piece) == string and model.is_byte(piece):
-            yield id_, string, bytes([int(string[3:5], 16)])
-        else:
-            yield id_, string, string.replace("▁", " ").encode()
-
-
-def _plain_bytes(tokenizer: Any) -> Iterable[tuple[int, str, bytes]]:
-    for string, id_ in tokenizer.get_vocab().items():
-        yield id_, string, bytes([ord(string)]) if len(string) == 1 and ord(string) < 256 else string.encode()
+    model = getattr(view.original, "sp_model", None)
+    sentencepiece, plain = hasattr(model, "id_to_piece"), getattr(view.original, "_utf_vocab_size", None) == 256
+    if not sentencepiece and not plain:
+        raise AlignmentError(
+            f"{view.name} is a slow tokenizer: it gives no offsets, and its vocabulary is of no kind that fusekit can "
+            "rebuild (SentencePiece, plain bytes); use the fast tokenizer of this model if it has one"
+        )
+    for string, id_ in view.vocabulary.items():
+        if plain:
+            yield id_, string, bytes([ord(string)]) if len(string) == 1 and ord(string) < 256 else string.encode()
+            continue
+        piece = model.piece_to_id(string)  # type: ignore[union-attr]
+        byte = model.id_to_piece(piece) == string and model.is_byte(piece)  # type: ignore[union-attr]
+        yield id_, string, bytes([int(string[3:5], 16)]) if byte else string.replace("▁", " ").encode()

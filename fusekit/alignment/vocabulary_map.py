@@ -1,19 +1,14 @@
-"""Vocabulary maps on disk, found by the hashes of the two vocabularies.
-
-A file is written beside its name and moved over it, so a reader sees a whole file or none; what cannot be read, or does
-not carry the hash of its own content, is made again. A folder that cannot be written costs the cache, not the map.
-"""
+"""Where every token of a source's vocabulary goes in the pivot's, and the maps that are kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +22,12 @@ from fusekit.alignment.papers import nearest
 from fusekit.alignment.projection import checked_rows, first_pieces, longest_prefix, merge_entries
 from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
 from fusekit.alignment.tokenizers import ROLES
-from fusekit.errors import AlignmentError
+from fusekit.artifacts import commit_file
+from fusekit.errors import AlignmentError, StorageError
 from fusekit.types import FloatArray, IntArray, TopK
 
 log = logging.getLogger(__name__)
-FORMAT = "fusekit vocabulary map 1"
+FORMAT = "fusekit vocabulary map 2"
 MOST_REMAINDERS = 1 << 20  # some 100 MB
 
 
@@ -42,69 +38,28 @@ def default_folder() -> Path:
     return (Path(named) if named else base / "fusekit") / "vocabulary-maps"
 
 
-def remembered(
-    cache: bool | str | Path,
-    method: str,
-    pivot: Surfaces,
-    source: Surfaces,
-    *,
-    statistics: str,
-    make: Callable[[], IntArray],
-) -> IntArray:
-    """The targets int64 [V_source] of a map: from disk, or made and kept there.
+def _remembered(path: Path, make: Callable[[], IntArray], shape: tuple[int, int]) -> IntArray:
+    """The targets of a map of this shape, from a file, or made and kept there.
 
-    Args:
-        cache: True for the default folder, a folder, or False for none.
-        method, pivot, source, statistics: what the map depends on.
-        make: makes the targets.
+    What cannot be read is made again: the file's own checksum tells. A folder that cannot be written costs the cache.
     """
-    if cache is False:
-        return make()
-    key = "\n".join([FORMAT, method, pivot.fingerprint, source.fingerprint, statistics])
-    folder = default_folder() if cache is True else Path(cache)
-    path = folder / f"{method}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    targets = _read(path, key, len(source), len(pivot))
-    if targets is None:
-        targets = make()
-        _write(path, key, targets)
-    return targets
-
-
-def _digest(targets: IntArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(targets).tobytes()).hexdigest()
-
-
-def _read(path: Path, key: str, rows: int, columns: int) -> IntArray | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             targets: IntArray = stored["targets"].astype(np.int64)
-            whole = str(stored["key"]) == key and str(stored["digest"]) == _digest(targets)
+        if targets.shape == shape[:1] and targets.max(initial=-1) < shape[1]:
+            return targets
+        log.warning("vocabulary map %s is damaged; it is made again", path)
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("vocabulary map %s cannot be read (%s); it is made again", path, error)
-        return None
-    if not whole or targets.shape != (rows,) or targets.max(initial=-1) >= columns:
-        log.warning("vocabulary map %s is damaged; it is made again", path)
-        return None
-    return targets
-
-
-def _write(path: Path, key: str, targets: IntArray) -> None:
+    targets = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, targets=targets, key=np.array(key), digest=np.array(_digest(targets)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)  # noqa: PTH105  # temporary is a string
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
+        commit_file(path, lambda file: np.savez(file, targets=targets), rank=os.getpid())
+    except (OSError, StorageError) as error:
         log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
+    return targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +75,6 @@ class MappingStatistics:
     counts: sparse.csr_matrix
     texts: int
     fingerprint: str
-
-
-def pairs_of(alignment: TokenAlignment) -> tuple[IntArray, IntArray]:
-    """The aligned pairs of a text, ``(source ids, pivot ids)``: every source position in A(i) with position i."""
-    first, stop = alignment.matched
-    counts = np.maximum(stop - first, 0)
-    pivot_at = np.repeat(np.arange(len(first)), counts)
-    source_at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
-    return alignment.source_ids[source_at], alignment.pivot_ids[pivot_at]
 
 
 def count_mappings(
@@ -152,11 +98,11 @@ def count_mappings(
     shape = (len(source), len(pivot))
     counts = sparse.csr_matrix(shape, dtype=np.int64)
     number = 0
-    batch: list[tuple[IntArray, IntArray]] = []
+    batch: list[TokenAlignment] = []
     for text in texts:
         number += 1
-        batch.append(pairs_of(align(text, pivot_tokenizer, source_tokenizer, method)))
-        if len(batch) == 4096:  # bounded memory over a corpus of any size
+        batch.append(align(text, pivot_tokenizer, source_tokenizer, method))
+        if len(batch) == 256:  # bounded memory over a corpus of any size
             counts, batch = counts + _counted(batch, shape), []
     counts = (counts + _counted(batch, shape)).tocsr() if batch else counts
     if not counts.nnz:
@@ -168,9 +114,17 @@ def count_mappings(
     return MappingStatistics(counts, number, digest.hexdigest())
 
 
-def _counted(batch: list[tuple[IntArray, IntArray]], shape: tuple[int, int]) -> sparse.csr_matrix:
-    rows, columns = np.concatenate([s for s, _ in batch]), np.concatenate([p for _, p in batch])
-    return sparse.coo_matrix((np.ones(len(rows), np.int64), (rows, columns)), shape=shape).tocsr()
+def _counted(batch: list[TokenAlignment], shape: tuple[int, int]) -> sparse.csr_matrix:
+    """The pairs of these texts: every source position in A(i) with position i."""
+    rows, columns = [], []
+    for alignment in batch:
+        first, stop = alignment.matched
+        counts = np.maximum(stop - first, 0)
+        source_at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+        rows.append(alignment.source_ids[source_at])
+        columns.append(np.repeat(alignment.pivot_ids, counts))
+    ones = np.ones(sum(map(len, rows)), np.int64)
+    return sparse.coo_matrix((ones, (np.concatenate(rows), np.concatenate(columns))), shape=shape).tocsr()
 
 
 def _strings(a: bytes, b: bytes) -> tuple[str, str]:
@@ -184,35 +138,36 @@ def _strings(a: bytes, b: bytes) -> tuple[str, str]:
         return a.decode("latin-1"), b.decode("latin-1")
 
 
-def most_frequent(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int]) -> IntArray:
-    """MS as the paper means it: the most frequent pivot token; of equally frequent ones the nearest, then the first.
-
-    Returns int64 [V_source], -1 for tokens that the corpus does not hold.
-    """
-
-    def rank(a: bytes, b: bytes, count: int) -> tuple[float, float]:
-        return -count, Levenshtein.distance(*_strings(a, b))
-
-    return _choose(statistics, source, pivot, allowed, rank)
+def _most_frequent(a: bytes, b: bytes, count: int) -> tuple[float, float]:
+    """MS as the paper means it: the most frequent pivot token, of equally frequent ones the nearest."""
+    return -count, Levenshtein.distance(*_strings(a, b))
 
 
-def released(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int]) -> IntArray:
+def _released(a: bytes, b: bytes, count: int) -> tuple[float, float]:
     """MS as FuseChat's released code has it: least distance x (0.1 if one contains the other) x sigmoid(count).
 
-    The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity. Returns as
-    :func:`most_frequent`.
+    The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity.
     """
-
-    def rank(a: bytes, b: bytes, count: int) -> tuple[float, float]:
-        left, right = _strings(a, b)
-        weight = 0.1 if left in right or right in left else 1.0
-        return Levenshtein.distance(left, right) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
-
-    return _choose(statistics, source, pivot, allowed, rank)
+    left, right = _strings(a, b)
+    weight = 0.1 if left in right or right in left else 1.0
+    return Levenshtein.distance(left, right) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
 
 
-def _choose(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, allowed: set[int], rank: Any) -> IntArray:
-    counts = statistics.counts
+COUNTING: dict[str, Callable[[bytes, bytes, int], tuple[float, float]]] = {
+    "ms": _most_frequent,
+    "ms_released": _released,
+}
+"""How pivot tokens that a corpus aligns with a source token are ranked, by the surfaces and the count: least first."""
+
+
+def _counted_targets(statistics: MappingStatistics | None, source: Surfaces, pivot: Surfaces, method: str) -> IntArray:
+    """The best pivot token of each source token, of equal ones the first; -1 for what no text holds: [V_source]."""
+    if statistics is None:
+        raise AlignmentError(
+            f"method {method!r} counts aligned tokens over a corpus: pass statistics=<texts>, or "
+            "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
+        )
+    counts, allowed = statistics.counts, set(pivot.id_of.values())
     if counts.shape != (len(source), len(pivot)):
         raise AlignmentError(
             f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
@@ -222,12 +177,11 @@ def _choose(statistics: MappingStatistics, source: Surfaces, pivot: Surfaces, al
     for a in np.flatnonzero(np.diff(counts.indptr)).tolist():
         span = slice(counts.indptr[a], counts.indptr[a + 1])
         options = [
-            (rank(source.of[a], pivot.of[b], count), b)
+            (COUNTING[method](source.of[a], pivot.of[b], count), b)
             for b, count in zip(counts.indices[span].tolist(), counts.data[span].tolist(), strict=True)
             if b in allowed
         ]
-        if options:
-            chosen[a] = min(options)[1]
+        chosen[a] = min(options, default=(None, -1))[1]
     return chosen
 
 
@@ -255,6 +209,11 @@ class VocabularyMap:
                 f"rows of a vocabulary map are shares of 1: row {worst} sums to {sums[worst]:.6g}"
                 + (", and some are negative" if negative else "")
             )
+
+    def __repr__(self) -> str:
+        rows, columns = self.matrix.shape
+        mapped = int((np.diff(self.matrix.indptr) > 0).sum())
+        return f"VocabularyMap({self.method}, {rows} source x {columns} pivot ids, {mapped} mapped)"
 
     @cached_property
     def entries(self) -> tuple[IntArray, FloatArray]:
@@ -326,49 +285,28 @@ class VocabularyMap:
         return {}
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """What a method makes its map of: queries are the source ids that stand for text and are not the pivot's own."""
-
-    pivot: Surfaces
-    source: Surfaces
-    queries: list[int]
-    statistics: MappingStatistics | None
-    workers: int
-
-
-def _em(request: _Request) -> IntArray:
-    return np.full(len(request.queries), -1, np.int64)
-
-
-def _prefix(request: _Request) -> IntArray:
-    return first_pieces([request.source.of[i] for i in request.queries], request.pivot)
-
-
-def _mined(request: _Request) -> IntArray:
+def _mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
     """MinED over characters; entries that are no UTF-8 by their longest prefix in the pivot's vocabulary."""
-    surfaces = [request.source.of[i] for i in request.queries]
-    decoded = [_decoded(surface) for surface in surfaces]
-    found = np.full(len(surfaces), -1, np.int64)
-    options = sorted((id_, surface) for surface, id_ in request.pivot.id_of.items())
+    options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
     texts = [(id_, text) for id_, surface in options if (text := _decoded(surface)) is not None]
     broken = [(id_, surface.decode("latin-1")) for id_, surface in options if _decoded(surface) is None]
-
+    decoded = [_decoded(surface) for surface in surfaces]
+    found = np.full(len(surfaces), -1, np.int64)
     readable = [i for i, text in enumerate(decoded) if text is not None]
-    by_text = _nearest_ids([decoded[i] or "" for i in readable], texts, request.workers)
-    by_byte = _nearest_ids([surfaces[i].decode("latin-1") for i in readable], broken, request.workers)
+    by_text = _nearest_ids([decoded[i] or "" for i in readable], texts)
+    by_byte = _nearest_ids([surfaces[i].decode("latin-1") for i in readable], broken)
     found[readable] = _nearer(by_text, by_byte)
     unreadable = [i for i, text in enumerate(decoded) if text is None]
-    found[unreadable] = longest_prefix([surfaces[i] for i in unreadable], request.pivot)
+    found[unreadable] = longest_prefix([surfaces[i] for i in unreadable], pivot)
     lone = [i for i in unreadable if found[i] < 0]
     all_bytes = [(id_, surface.decode("latin-1")) for id_, surface in options] if lone else []
-    found[lone] = _nearest_ids([surfaces[i].decode("latin-1") for i in lone], all_bytes, request.workers)[0]
+    found[lone] = _nearest_ids([surfaces[i].decode("latin-1") for i in lone], all_bytes)[0]
     return found
 
 
-def _nearest_ids(queries: list[str], options: list[tuple[int, str]], workers: int) -> tuple[IntArray, IntArray]:
+def _nearest_ids(queries: list[str], options: list[tuple[int, str]]) -> tuple[IntArray, IntArray]:
     """Pivot ids (-1 for none) and distances of the nearest options, which are ``(pivot id, string)`` in order."""
-    index, distance = nearest(queries, [text for _, text in options], workers)
+    index, distance = nearest(queries, [text for _, text in options])
     ids = np.array([id_ for id_, _ in options] or [-1], np.int64)
     return np.where(index >= 0, ids[index], -1), distance
 
@@ -386,27 +324,12 @@ def _decoded(surface: bytes) -> str | None:
         return None
 
 
-def _by_statistics(choose: Callable[..., IntArray]) -> Callable[[_Request], IntArray]:
-    def method(request: _Request) -> IntArray:
-        if request.statistics is None:
-            raise AlignmentError(
-                "method 'ms' counts aligned tokens over a corpus: pass statistics=<texts>, or "
-                "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
-            )
-        allowed = set(request.pivot.id_of.values())
-        return choose(request.statistics, request.source, request.pivot, allowed)[request.queries]
-
-    return method
-
-
-METHODS: dict[str, Callable[[_Request], IntArray]] = {
-    "em": _em,
+METHODS: dict[str, Callable[[list[bytes], Surfaces], IntArray]] = {
+    "em": lambda surfaces, _: np.full(len(surfaces), -1, np.int64),
     "mined": _mined,
-    "prefix": _prefix,
-    "ms": _by_statistics(most_frequent),
-    "ms_released": _by_statistics(released),
+    "prefix": first_pieces,
 }
-_COUNTING = {"ms", "ms_released"}
+"""Pivot ids (-1 for none) of surfaces that the pivot does not have."""
 
 
 def build_vocabulary_map(
@@ -420,7 +343,6 @@ def build_vocabulary_map(
     pivot_size: int | None = None,
     source_size: int | None = None,
     cache: bool | str | Path = True,
-    workers: int = -1,
 ) -> VocabularyMap:
     """Map every token of the source's vocabulary into the pivot's.
 
@@ -442,27 +364,27 @@ def build_vocabulary_map(
             padding ids get no mass.
         cache: keep the map on disk under the hashes of both vocabularies: True for the user's cache folder
             (``FUSEKIT_CACHE`` or the platform's), a folder, or False.
-        workers: threads for ``mined``, -1 for all cores.
 
     Raises:
         AlignmentError: unknown method, missing statistics, a size below the tokenizer's, a tokenizer that cannot be
             handled exactly.
     """
-    if method not in METHODS:
-        raise AlignmentError(f"unknown vocabulary map {method!r}: there are {', '.join(sorted(METHODS))}")
+    if method not in METHODS.keys() | COUNTING.keys():
+        known = ", ".join(sorted(METHODS.keys() | COUNTING.keys()))
+        raise AlignmentError(f"unknown vocabulary map {method!r}: there are {known}")
     pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     shape = (_size(source, source_size, "source"), _size(pivot, pivot_size, "pivot"))
-    if method in _COUNTING and statistics is not None and not isinstance(statistics, MappingStatistics):
-        statistics = count_mappings(statistics, pivot_tokenizer, source_tokenizer)
-    counted = statistics if method in _COUNTING and isinstance(statistics, MappingStatistics) else None
-
-    def make() -> IntArray:
-        return _targets(pivot, source, method, counted, workers)
-
-    counts_key = counted.fingerprint if counted else ""
-    if method == "em":
-        cache = False  # quicker to make than to look up
-    targets = remembered(cache, method, pivot, source, statistics=counts_key, make=make)
+    counted = statistics if method in COUNTING else None
+    if counted is not None and not isinstance(counted, MappingStatistics):
+        counted = count_mappings(counted, pivot_tokenizer, source_tokenizer)
+    make = partial(_targets, pivot, source, method, counted)
+    if cache is False or method == "em":  # em is quicker to make than to look up
+        targets = make()
+    else:
+        key = [FORMAT, method, pivot.fingerprint, source.fingerprint, counted.fingerprint if counted else ""]
+        name = f"{method}-{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:32]}.npz"
+        folder = default_folder() if cache is True else Path(cache)
+        targets = _remembered(folder / name, make, (len(source), len(pivot)))
     for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
         targets[source_id] = pivot_id
     rows = np.flatnonzero(targets >= 0)
@@ -470,17 +392,18 @@ def build_vocabulary_map(
     return VocabularyMap(matrix, method, pivot, source)
 
 
-def _targets(
-    pivot: Surfaces, source: Surfaces, method: str, statistics: MappingStatistics | None, workers: int
-) -> IntArray:
+def _targets(pivot: Surfaces, source: Surfaces, method: str, statistics: MappingStatistics | None) -> IntArray:
     """The pivot id of every source id that stands for text, -1 for none and for special tokens: int64 [V_source]."""
     targets = np.full(len(source), -1, np.int64)
     text = np.flatnonzero(np.isin(source.kinds, [Kind.ORDINARY, Kind.BYTE, Kind.ADDED]) & (source.lengths > 0))
     id_of = pivot.id_of
     targets[text] = [id_of.get(source.of[i], -1) for i in text.tolist()]
-    asked = text if method in _COUNTING else text[targets[text] < 0]
-    found = METHODS[method](_Request(pivot, source, asked.tolist(), statistics, workers))
-    targets[asked] = np.where(found >= 0, found, targets[asked])
+    if method in COUNTING:
+        found = _counted_targets(statistics, source, pivot, method)[text]
+        targets[text] = np.where(found >= 0, found, targets[text])
+    else:
+        asked = text[targets[text] < 0]
+        targets[asked] = METHODS[method]([source.of[i] for i in asked.tolist()], pivot)
     return targets
 
 
@@ -491,7 +414,6 @@ def _by_role(
     source_roles: Mapping[str, int] | None,
 ) -> dict[int, int]:
     """Source special id -> pivot special id. A token with several roles maps by the last of ``ROLES``."""
-    found = {}
     ours = {**source.view.roles, **(source_roles or {})}
     theirs = {**pivot.view.roles, **(pivot_roles or {})}
     for name, roles, surfaces in (("source_roles", ours, source), ("pivot_roles", theirs, pivot)):
@@ -501,10 +423,7 @@ def _by_role(
                     f"{name}: {role}={id_} is no role of {surfaces.name}: roles are {', '.join(ROLES)}, ids are below "
                     f"{len(surfaces)}"
                 )
-    for role in ROLES:
-        if role in ours and role in theirs:
-            found[ours[role]] = theirs[role]
-    return found
+    return {ours[role]: theirs[role] for role in ROLES if role in ours and role in theirs}
 
 
 def _size(surfaces: Surfaces, size: int | None, side: str) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import xxhash
 
-from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.rows import NEED_PIVOT
+from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.artifacts import is_stage, with_article
 from fusekit.capturing.capture import capture_rows, data_fingerprint
 from fusekit.capturing.engine import Teacher

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from scipy import sparse
 
-from fusekit.alignment import vocabulary_surfaces
+from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map, count_mappings
 from fusekit.errors import StorageError
 from fusekit.types import Part, Row, TokenizedRow

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.alignment import VocabularyMap, build_vocabulary_map
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.generation.cool_fusion import cool
 from fusekit.generation.reader import Cursor, Next, Reader, load_readers, unfinished
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment, drain

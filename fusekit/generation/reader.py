@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.alignment import tokenize, vocabulary_surfaces
+from fusekit.alignment.ends import tokenize
+from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer

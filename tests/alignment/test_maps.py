@@ -112,7 +112,7 @@ def is_text(surface: bytes) -> bool:
     candidates=st.lists(st.text("abcé日 ", max_size=9), max_size=12),
 )
 def test_nearest_is_the_first_true_minimum(queries, candidates):
-    index, distance = nearest(queries, candidates, workers=1)
+    index, distance = nearest(queries, candidates)
     for query, at, found in zip(queries, index.tolist(), distance.tolist(), strict=True):
         brute = [reference.levenshtein(query, candidate) for candidate in candidates]
         if brute:

@@ -358,8 +358,6 @@ def test_rows_by_rule_put_a_one_hot_elsewhere():
     assert entries(found, one) == entries(type(found)(single, found.cases, at), 0)
     with pytest.raises(AlignmentError, match="'emm'"):
         source_positions(alignment, mapping, "emm")
-    exact = source_positions(align("ab", load("qwen"), load("qwen")), vocabulary_map("qwen", "qwen", "em"), "exact")
-    assert exact.tolist() == [0]
 
 
 def opening_rows(alignment, entries: dict[int, float]):
