@@ -109,7 +109,7 @@ def find(repository: str, revision: str | None, cache: Path | None, notices: lis
             repository, revision=revision, files_metadata=True, timeout=TIMEOUT
         )
     except Exception as error:
-        if not _unreachable(error):
+        if not unreachable(error):
             raise explain(error, repository, revision) from error
         cached = _cached(repository, revision, cache)
         if cached is None:
@@ -146,7 +146,7 @@ def _progress_bars(wanted: bool) -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-def _unreachable(error: BaseException) -> bool:
+def unreachable(error: BaseException) -> bool:
     """No answer from the hub, as opposed to an answer that says no. The client has changed its HTTP library twice."""
     if isinstance(error, hub_errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
@@ -173,12 +173,12 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Mode
         text = "is neither a local folder nor a hub id (owner/name)"
     elif isinstance(error, hub_errors.EntryNotFoundError):
         text = f"lacks a file that was expected: {error}"
-    elif _unreachable(error):
+    elif unreachable(error):
         text = f"is not in the cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} does not answer "
         text += f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
     else:
         text = f"cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {error}"
-    kind = HubUnreachableError if _unreachable(error) else ModelError
+    kind = HubUnreachableError if unreachable(error) else ModelError
     return kind(f"{repository} {' '.join(text.split())}")
 
 

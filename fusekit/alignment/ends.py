@@ -144,17 +144,22 @@ def tokenize_with(text: str, surfaces: Surfaces) -> TokenizedText:
     """:func:`tokenize` with the surfaces at hand."""
     if not isinstance(text, str):
         raise AlignmentError(f"the text to align is {type(text).__name__}, not str")
+    data = encoded(text)
+    if surfaces.drops_space and text:
+        return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
+    ids = surfaces.view.encode(text) if text else []
+    return ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
+
+
+def encoded(text: str) -> bytes:
+    """The text's UTF-8. Raises AlignmentError for a lone surrogate."""
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise AlignmentError(
             f"the text has a lone surrogate at character {error.start} ({text[error.start]!r}): "
             "no tokenizer can encode it; replace it first"
         ) from error
-    if surfaces.drops_space and text:
-        return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
-    ids = surfaces.view.encode(text) if text else []
-    return ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
 
 
 def ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:

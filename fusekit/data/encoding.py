@@ -15,20 +15,32 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from fusekit.alignment.ends import Mark, marked_ends
+from fusekit.alignment.ends import Mark, encoded, marked_ends
 from fusekit.alignment.surfaces import Kind, vocabulary_surfaces
-from fusekit.errors import AlignmentError, DataError
+from fusekit.errors import DataError
 from fusekit.types import IntArray, TokenizedText
 
 _NONCES = [chr(code) for code in range(0xFAB50, 0xFAB60)]
 
 
-class Piece(NamedTuple):
-    """A stretch of a text. id: of the control token that it is, -1 for text. data: whether it is a content's."""
+class Stretch(NamedTuple):
+    """A stretch of a rendered text.
+
+    Attributes:
+        text: what is encoded.
+        id: of the control token that it is, or -1.
+        content: whether it is a message's content.
+        message: which message it belongs to.
+        closes: whether it is the end of that message's turn.
+        label: whether it is learned.
+    """
 
     text: str
     id: int = -1
-    data: bool = False
+    content: bool = False
+    message: int = 0
+    closes: bool = False
+    label: bool = False
 
 
 class Encoder:
@@ -74,7 +86,7 @@ class Encoder:
         """Whether a text spells a control token."""
         return self._control.search(text) is not None
 
-    def encode(self, parts: Sequence[Piece]) -> tuple[TokenizedText, IntArray]:
+    def encode(self, parts: Sequence[Stretch]) -> tuple[TokenizedText, IntArray]:
         """Encode the parts as one text.
 
         Returns:
@@ -85,21 +97,19 @@ class Encoder:
             AlignmentError: the ends of the tokens cannot be known.
         """
         text = "".join([part.text for part in parts])
-        _check_encodable(text)
+        encoded(text)
         expected = [part.id for part in parts if part.id >= 0]
-        if not any(part.data and part.id < 0 and self.spells_control(part.text) for part in parts):
+        if not any(part.content and part.id < 0 and self.spells_control(part.text) for part in parts):
             ids = self.surfaces.view.encode(text)
             at = np.flatnonzero(self._is_control[ids])
             if [ids[i] for i in at.tolist()] == expected:
-                return self._with_ends(ids, at, text, parts, lambda: self.surfaces.view.encode_with_offsets(text)[1])
+                spans = lambda: self.surfaces.view.encode_with_offsets(text)[1]  # noqa: E731
+                return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=spans), at
         return self._encode_guarded(text, parts, expected)
 
-    def _with_ends(
-        self, ids: list[int], at: IntArray, text: str, parts: Sequence[Piece], offsets: Any
+    def _encode_guarded(
+        self, text: str, parts: Sequence[Stretch], expected: list[int]
     ) -> tuple[TokenizedText, IntArray]:
-        return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=offsets), at
-
-    def _encode_guarded(self, text: str, parts: Sequence[Piece], expected: list[int]) -> tuple[TokenizedText, IntArray]:
         copy, alias_of, own_ids = self._copy(text)
         renamed = [alias_of[part.id] if part.id >= 0 else part.text for part in parts]
         encoding = copy.encode("".join(renamed), add_special_tokens=False)
@@ -117,7 +127,7 @@ class Encoder:
             spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             return _places([len(part.text) for part in parts], [len(string) for string in renamed])[spans]
 
-        return self._with_ends(ids, at, text, parts, offsets)
+        return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=offsets), at
 
     def _copy(self, text: str) -> tuple[Tokenizer, dict[int, str], IntArray]:
         """The copy of the tokenizer whose names for control tokens are nowhere in ``text``."""
@@ -155,7 +165,7 @@ class Encoder:
         return {**self.__dict__, "_copies": {}}
 
 
-def _marks(parts: Sequence[Piece]) -> list[Mark]:
+def _marks(parts: Sequence[Stretch]) -> list[Mark]:
     marks, start = [], 0
     for part in parts:
         if part.id >= 0:
@@ -185,13 +195,3 @@ def _places(lengths: list[int], renamed: list[int]) -> IntArray:
         if other:
             places[-1][-1] = start
     return np.concatenate(places)
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise AlignmentError(
-            f"the text has a lone surrogate at character {error.start} ({text[error.start]!r}): "
-            "no tokenizer can encode it; replace it first"
-        ) from error

@@ -95,12 +95,9 @@ def _fit(
         return "no_label", row
     if cut:
         counts.add("cut", row.key)
-    if any(_unlinked(row, of_model) for of_model in tokens):
-        counts.add("unlinked", row.key)
-    if any(_shortened(row, of_model) for of_model in tokens):
-        counts.add("shortened", row.key)
-    if any(_unended(row, of_model) for of_model in tokens):
-        counts.add("unended", row.key)
+    for reason, applies in (("unlinked", _unlinked), ("shortened", _shortened), ("unended", _unended)):
+        if any(applies(row, of_model) for of_model in tokens):
+            counts.add(reason, row.key)
     return None, row
 
 

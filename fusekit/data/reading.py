@@ -312,26 +312,16 @@ def _ask_once(repository: str, revision: str | None) -> None:
             repository, revision=revision, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
         )
     except Exception as error:
-        if not _unreachable(error) or not _is_cached(repository):
+        from fusekit.hub import unreachable
+
+        if not unreachable(error) or not _is_cached(repository):
             raise
 
 
 def _is_cached(repository: str) -> bool:
-    from pathlib import Path
-
     import datasets
 
     return (Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")).is_dir()
-
-
-def _unreachable(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response is not None and error.response.status_code >= 500
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
-        ("httpx", "requests")
-    )
 
 
 def explain(error: BaseException, repository: str, revision: str | None, name: str | None, split: str) -> DataError:
@@ -339,6 +329,8 @@ def explain(error: BaseException, repository: str, revision: str | None, name: s
     import huggingface_hub
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import constants, errors
+
+    from fusekit.hub import unreachable
 
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -367,7 +359,7 @@ def explain(error: BaseException, repository: str, revision: str | None, name: s
         text = f"needs the name of one of its configurations, not {name!r}: {said}"
     elif "split" in said.lower() and isinstance(error, ValueError):
         text = f"has no split {split!r}: {said}"
-    elif any(_unreachable(link) for link in chain):
+    elif any(unreachable(link) for link in chain):
         text = f"is not a file or folder, and {constants.ENDPOINT} does not answer ({type(error).__name__}: {said}): "
         text += "check the network, a proxy, or HF_ENDPOINT"
     elif "script" in said.lower():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from fusekit.data.encoding import Encoder, Piece
+from fusekit.data.encoding import Encoder, Stretch
 from fusekit.data.templates import ChatTemplate, Region, Rendered, Renderer, Span
 from fusekit.errors import DataError
 from fusekit.types import FRAGMENT, TEXT, BoolArray, Cut, IntArray, Message, Part, Row, TokenizedRow, TokenizedText
@@ -119,8 +119,7 @@ class RowTokenizer:
         if any(message.role in (TEXT, FRAGMENT) for message in row.messages):
             raise DataError(f"row {row.key} mixes plain text with messages of a conversation")
         stretches, contents = self._layout(row)
-        parts = [Piece(s.text, s.id, s.content) for s in stretches if s.text]
-        tokens, at = self._encoder_for_template.encode(parts)
+        tokens, at = self._encoder_for_template.encode([stretch for stretch in stretches if stretch.text])
         bos = [] if self._writes_bos(stretches) else self._bos
         for id_ in reversed(bos):
             tokens = tokens.opened(id_)
@@ -149,20 +148,19 @@ class RowTokenizer:
 
     def _tokenize_text(self, row: Row) -> TokenizedRow:
         eos = self.encoder.surfaces.view.roles.get("eos")
-        contents, stretches, at = [], [], []
+        contents, stretches, at = [], [Stretch("")], []
         count = len(self._bos)
         ids, ends, lows = list(self._bos), [0] * count, [0] * count
         position = 0
-        stretches.append(Stretch("", -1, False, 0, False, False))
         for number, message in enumerate(row.messages):
             if row.cut is not None and number > row.cut.message:
                 break
             whole = row.cut is None or number < row.cut.message
             content = message.content if whole else message.content.encode()[: row.cut.size].decode()  # type: ignore[union-attr]
-            tokens, _ = self.encoder.encode([Piece(content, data=True)] if content else [])
+            tokens, _ = self.encoder.encode([Stretch(content, content=True)] if content else [])
             size = len(content.encode())
             contents.append(Content(number, position, position + size, 0, size, size))
-            stretches.append(Stretch(content, -1, True, number, False, True))
+            stretches.append(Stretch(content, -1, True, number, label=True))
             ids += tokens.ids.tolist()
             ends += (tokens.ends + position).tolist()
             lows += (tokens.lows + position).tolist()
@@ -177,9 +175,7 @@ class RowTokenizer:
                 ends.append(position)
                 lows.append(position)
                 stretches.append(Stretch(string, eos, False, number, True, True))
-        lows_array, ends_array = np.array(lows, np.int64), np.array(ends, np.int64)
-        exact = np.array_equal(lows_array, ends_array)
-        tokens = TokenizedText(np.array(ids, np.int64), ends_array, ends_array if exact else lows_array)
+        tokens = TokenizedText.of(ids, np.array(ends, np.int64), np.array(lows, np.int64))
         found = coordinates(row.key, tokens, np.array(at, np.int64), stretches, contents, learn_all=False)
         found.labels[: max(count, 1)] = False
         return found
@@ -402,9 +398,6 @@ class RowTokenizer:
             spans.append((max(rendered.answers[after] - start, 0), stop - start))
         return spans
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
 
 def _is_marker(string: str) -> bool:
     """Whether an added token not marked special is one that a template structures turns with, not a word or space."""
@@ -438,26 +431,6 @@ def _cut_off(
     if contents[-1].stop > contents[-1].start:
         return stretches, contents
     return [s for s in stretches if s.message < cut.message], [c for c in contents if c.message < cut.message]
-
-
-class Stretch(NamedTuple):
-    """A stretch of a rendered text.
-
-    Attributes:
-        text: what is encoded.
-        id: of the control token that it is, or -1.
-        content: whether it is a message's content.
-        message: which message it belongs to.
-        closes: whether it is the end of that message's turn.
-        label: whether it is learned.
-    """
-
-    text: str
-    id: int
-    content: bool
-    message: int
-    closes: bool
-    label: bool
 
 
 class Content(NamedTuple):
