@@ -19,15 +19,6 @@ from fusekit.types import IntArray
 MAX_CELLS = 100_000_000
 
 
-def _comparable(surface: bytes) -> tuple[str | None, bytes]:
-    """A token's string without the word-start mark (kept where nothing else is left), None where it is no UTF-8."""
-    stripped = surface.removeprefix(b" ") or surface
-    try:
-        return stripped.decode(), stripped
-    except UnicodeDecodeError:
-        return None, stripped
-
-
 def cost_matrix(pivot: Sequence[bytes], source: Sequence[bytes]) -> IntArray:
     """Levenshtein distances of token surfaces without word-start marks: int64 [n, m].
 
@@ -47,33 +38,46 @@ def _unique(surfaces: Sequence[bytes]) -> tuple[list[bytes], IntArray]:
 
 
 def _distances(pivot: list[bytes], source: list[bytes]) -> IntArray:
-    left, right = [_comparable(s) for s in pivot], [_comparable(s) for s in source]
-    # Undecodable surfaces compare as bytes; latin-1 gives every byte a character of its own.
-    text = [a if a is not None else b.decode("latin-1") for a, b in left]
-    other = [a if a is not None else b.decode("latin-1") for a, b in right]
-    costs: IntArray = cdist(text, other, scorer=Levenshtein.distance, dtype=np.int32).astype(np.int64)
-    for rows, columns in (
-        ([i for i, (a, _) in enumerate(left) if a is None], list(range(len(right)))),
-        (list(range(len(left))), [j for j, (a, _) in enumerate(right) if a is None]),
-    ):
-        if rows and columns:
-            a = [left[i][1].decode("latin-1") for i in rows]
-            b = [right[j][1].decode("latin-1") for j in columns]
-            costs[np.ix_(rows, columns)] = cdist(a, b, scorer=Levenshtein.distance, dtype=np.int32)
-    marks_left = [i for i, s in enumerate(pivot) if s == b" "]
-    marks_right = [j for j, s in enumerate(source) if s == b" "]
-    for i in marks_left:
-        costs[i] = [Levenshtein.distance(" ", _with_mark(s)) for s in source]
-    for j in marks_right:
-        costs[:, j] = [Levenshtein.distance(_with_mark(s), " ") for s in pivot]
+    bare = [[surface.removeprefix(b" ") or surface for surface in side] for side in (pivot, source)]
+    text, other = ([decoded(surface) for surface in side] for side in bare)
+    strings = [[string or "" for string in side] for side in (text, other)]
+    costs: IntArray = cdist(*strings, scorer=Levenshtein.distance, dtype=np.int32).astype(np.int64)
+    # As bytes where one of the two is no UTF-8; latin-1 gives every byte a character of its own.
+    ours, theirs = ([surface.decode("latin-1") for surface in side] for side in bare)
+    rows, columns = ([i for i, string in enumerate(side) if string is None] for side in (text, other))
+    if rows:
+        costs[rows] = cdist([ours[i] for i in rows], theirs, scorer=Levenshtein.distance, dtype=np.int32)
+    if columns:
+        costs[:, columns] = cdist(ours, [theirs[j] for j in columns], scorer=Levenshtein.distance, dtype=np.int32)
+    for i in [i for i, surface in enumerate(pivot) if surface == b" "]:
+        costs[i] = [distance(b" ", surface) for surface in source]
+    for j in [j for j, surface in enumerate(source) if surface == b" "]:
+        costs[:, j] = [distance(surface, b" ") for surface in pivot]
     return costs
 
 
-def _with_mark(surface: bytes) -> str:
+def decoded(surface: bytes) -> str | None:
+    """A surface's text, None where it is no UTF-8."""
     try:
         return surface.decode()
     except UnicodeDecodeError:
-        return surface.decode("latin-1")
+        return None
+
+
+def comparable(a: bytes, b: bytes) -> tuple[str, str]:
+    """Two surfaces as the papers compare them: without word-start marks unless nothing else is left."""
+    stripped = a.removeprefix(b" "), b.removeprefix(b" ")
+    if stripped[0] and stripped[1]:
+        a, b = stripped
+    try:
+        return a.decode(), b.decode()
+    except UnicodeDecodeError:
+        return a.decode("latin-1"), b.decode("latin-1")
+
+
+def distance(a: bytes, b: bytes) -> int:
+    """The Levenshtein distance of two surfaces, as the papers compare them."""
+    return Levenshtein.distance(*comparable(a, b))
 
 
 def warp(costs: IntArray) -> tuple[IntArray, IntArray]:

@@ -156,7 +156,7 @@ def project_rows(
         # Rows are stored with an error, so the pivot's may sum to a little more than 1.
         rest = np.maximum(merged.tail - given.sum(axis=1), 0.0)
         merged = merge_entries(np.concatenate([merged.ids, more], axis=1), both, rest)
-    return _placed(alignment, steps, at, merged, one_hot)
+    return _placed(alignment, steps.cases.copy(), steps.base, merged, one_hot)
 
 
 def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions | None) -> Predictions:
@@ -365,17 +365,16 @@ def _begun(
     return np.minimum(total, 1.0)
 
 
-def _placed(alignment: TokenAlignment, steps: Steps, at: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
+def _placed(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
     """Rows at their positions, with one-hots where asked for."""
-    n, width = len(alignment.pivot), max(merged.ids.shape[1], 1 if one_hot else 0)
+    n, width, at = len(alignment.pivot), max(merged.ids.shape[1], 1 if one_hot else 0), np.flatnonzero(base >= 0)
     ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
     ids[at, : merged.ids.shape[1]], logprobs[at, : merged.ids.shape[1]], tail[at] = merged
-    cases = steps.cases.copy()
     if one_hot:
         bare = np.flatnonzero(np.isin(cases, [Case.NO_ROW, Case.UNLINKED]))
         ids[bare, 0], logprobs[bare, 0], tail[bare] = alignment.pivot_ids[bare + 1], 0.0, 0.0
         cases[bare] = Case.ONE_HOT
-    return AlignedRows(TopK(ids, logprobs, tail), cases, steps.base)
+    return AlignedRows(TopK(ids, logprobs, tail), cases, base)
 
 
 def project_rows_by_rule(
@@ -410,5 +409,4 @@ def project_rows_by_rule(
         cases[-1] = Case.LAST
     at = np.flatnonzero(base >= 0)
     merged = vocabulary_map.project(rows.ids[base[at]], rows.logprobs[base[at]], rows.tail[base[at]], collisions)
-    zeros = np.zeros(n, np.int64)
-    return _placed(alignment, Steps(cases, base, zeros, zeros, zeros), at, merged, one_hot=True)
+    return _placed(alignment, cases, base, merged, one_hot=True)

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rapidfuzz.distance import Levenshtein
 from scipy import sparse
 
 from fusekit.alignment.alignment import TokenAlignment, align
-from fusekit.alignment.papers import nearest
+from fusekit.alignment.papers import comparable, decoded, distance, nearest
 from fusekit.alignment.projection import checked_rows, first_pieces, longest_prefix, merge_entries
 from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
 from fusekit.alignment.tokenizers import ROLES
@@ -127,20 +126,9 @@ def _counted(batch: list[TokenAlignment], shape: tuple[int, int]) -> sparse.csr_
     return sparse.coo_matrix((ones, (np.concatenate(rows), np.concatenate(columns))), shape=shape).tocsr()
 
 
-def _strings(a: bytes, b: bytes) -> tuple[str, str]:
-    """Two surfaces as the papers compare them: without word-start marks unless nothing else is left."""
-    stripped = a.removeprefix(b" "), b.removeprefix(b" ")
-    if stripped[0] and stripped[1]:
-        a, b = stripped
-    try:
-        return a.decode(), b.decode()
-    except UnicodeDecodeError:
-        return a.decode("latin-1"), b.decode("latin-1")
-
-
 def _most_frequent(a: bytes, b: bytes, count: int) -> tuple[float, float]:
     """MS as the paper means it: the most frequent pivot token, of equally frequent ones the nearest."""
-    return -count, Levenshtein.distance(*_strings(a, b))
+    return -count, distance(a, b)
 
 
 def _released(a: bytes, b: bytes, count: int) -> tuple[float, float]:
@@ -148,9 +136,9 @@ def _released(a: bytes, b: bytes, count: int) -> tuple[float, float]:
 
     The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity.
     """
-    left, right = _strings(a, b)
+    left, right = comparable(a, b)
     weight = 0.1 if left in right or right in left else 1.0
-    return Levenshtein.distance(left, right) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
+    return distance(a, b) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
 
 
 COUNTING: dict[str, Callable[[bytes, bytes, int], tuple[float, float]]] = {
@@ -288,15 +276,15 @@ class VocabularyMap:
 def _mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
     """MinED over characters; entries that are no UTF-8 by their longest prefix in the pivot's vocabulary."""
     options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
-    texts = [(id_, text) for id_, surface in options if (text := _decoded(surface)) is not None]
-    broken = [(id_, surface.decode("latin-1")) for id_, surface in options if _decoded(surface) is None]
-    decoded = [_decoded(surface) for surface in surfaces]
+    texts = [(id_, text) for id_, surface in options if (text := decoded(surface)) is not None]
+    broken = [(id_, surface.decode("latin-1")) for id_, surface in options if decoded(surface) is None]
+    strings = [decoded(surface) for surface in surfaces]
     found = np.full(len(surfaces), -1, np.int64)
-    readable = [i for i, text in enumerate(decoded) if text is not None]
-    by_text = _nearest_ids([decoded[i] or "" for i in readable], texts)
+    readable = [i for i, text in enumerate(strings) if text is not None]
+    by_text = _nearest_ids([strings[i] or "" for i in readable], texts)
     by_byte = _nearest_ids([surfaces[i].decode("latin-1") for i in readable], broken)
     found[readable] = _nearer(by_text, by_byte)
-    unreadable = [i for i, text in enumerate(decoded) if text is None]
+    unreadable = [i for i, text in enumerate(strings) if text is None]
     found[unreadable] = longest_prefix([surfaces[i] for i in unreadable], pivot)
     lone = [i for i in unreadable if found[i] < 0]
     all_bytes = [(id_, surface.decode("latin-1")) for id_, surface in options] if lone else []
@@ -315,13 +303,6 @@ def _nearer(a: tuple[IntArray, IntArray], b: tuple[IntArray, IntArray]) -> IntAr
     """Of two candidates each, the nearer one; of equally near ones the lower id."""
     first = (a[1] < b[1]) | ((a[1] == b[1]) & ((a[0] < b[0]) | (b[0] < 0)))
     return np.where(first, a[0], b[0])
-
-
-def _decoded(surface: bytes) -> str | None:
-    try:
-        return surface.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 METHODS: dict[str, Callable[[list[bytes], Surfaces], IntArray]] = {

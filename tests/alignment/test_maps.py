@@ -271,6 +271,12 @@ def test_what_cannot_be_mapped_is_refused(options, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_map_is_shown_in_one_line():
+    shown = repr(maps.vocabulary_map("bert", "unigram", "em"))
+    assert "em" in shown
+    assert len(shown) < 200
+
+
 def test_the_matrix_may_not_make_mass():
     base = build_vocabulary_map(load("bert"), load("unigram"), "em")
     with pytest.raises(AlignmentError, match="row 2 sums to 2"):
