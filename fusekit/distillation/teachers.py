@@ -21,6 +21,7 @@ from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
+from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
@@ -190,7 +191,7 @@ def fusion_dataset(
     # A template that prints the day prints that of the captures that are there.
     there = [_own_folder(args), *(store.path for store in stores.values() if isinstance(store, Store))]
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
-    rows = _prepared(dataset, reader, args)
+    rows = _prepared(dataset, reader, args, say)
     refuse_nobody(settings, given)
     if not given:
         return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
@@ -281,10 +282,15 @@ def text_dataset(student: Loaded, dataset: Any, args: FusionConfig) -> FusionDat
     return FusionDataset(_prepared(dataset, reader, args), tokenizer=reader, fusion=args.settings.fusion)
 
 
-def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig) -> list[Row]:
-    prepared = prepare(rows_of(dataset), [reader], args.max_length or 2048)
+def _prepared(
+    dataset: Any, reader: RowTokenizer, args: FusionConfig, say: Callable[[str], None] = lambda _: None
+) -> list[Row]:
+    counts = DataCounts()
+    prepared = prepare(rows_of(dataset, counts), [reader], args.max_length or 2048, counts=counts)
     if not prepared.rows:
-        raise DistillationError(f"no example is left: {prepared.counts}")
+        raise DistillationError(f"no example is left: {counts}")
+    if counts.dropped or counts.unused:
+        say("\n".join(counts.lines))
     return prepared.rows
 
 
