@@ -149,19 +149,21 @@ def test_wordpiece_boundaries_match_anywhere_in_dropped_text():
     assert back.source_at.tolist() == [-1, 0, -1, 1, 2]
 
 
-def test_wordpiece_drops_controls_and_accents():
-    tokens = tokenize("Café\x00 dog", load("bert"))
-    strings = load("bert").convert_ids_to_tokens(tokens.ids.tolist())
-    assert strings == ["cafe", "dog"]
-    assert (tokens.lows.tolist(), tokens.ends.tolist()) == ([5, 10], [7, 10])
-
-
-def test_unknown_tokens_end_where_their_text_ends():
-    text = "日本 fox"
-    tokens = tokenize(text, load("unigram"))
-    assert load("unigram").convert_ids_to_tokens(tokens.ids.tolist()) == ["▁", "<unk>", "▁fox"]
-    assert tokens.ends.tolist() == [0, 6, 10]
-    assert tokens.exact
+@pytest.mark.parametrize(
+    ("name", "text", "strings", "lows", "ends"),
+    [
+        ("bert", "Café\x00 dog", "cafe dog", [5, 10], [7, 10]),  # controls and accents are dropped
+        ("unigram", "日本 fox", "▁ <unk> ▁fox", [0, 6, 10], [0, 6, 10]),  # unknown: where its text ends
+        ("lowercase", "The OX É", "the Ġ ox Ġ e Ìģ", [3, 4, 6, 7, 10, 9], [3, 4, 6, 7, 9, 9]),  # blurs inside É alone
+        ("mistral", "日本", "▁ 日 本", [0, 3, 6], [0, 3, 6]),  # a dummy space has no width
+        ("mistral", " 日本", "▁ 日 本", [1, 4, 7], [1, 4, 7]),  # and is not assumed
+    ],
+)
+def test_ends_by_hand(name, text, strings, lows, ends):
+    tokens = tokenize(text, load(name))
+    assert load(name).convert_ids_to_tokens(tokens.ids.tolist()) == strings.split()
+    assert (tokens.lows.tolist(), tokens.ends.tolist()) == (lows, ends)
+    assert tokens.exact == (lows == ends)
 
 
 def test_composed_characters_are_one_place():
@@ -173,22 +175,9 @@ def test_composed_characters_are_one_place():
     assert alignment.source_at.tolist() == [-1, -1, -1, 1]
 
 
-def test_lower_casing_blurs_only_inside_changed_characters():
-    tokens = tokenize("The OX É", load("lowercase"))
-    strings = load("lowercase").convert_ids_to_tokens(tokens.ids.tolist())
-    assert strings == ["the", "Ġ", "ox", "Ġ", "e", "Ìģ"]
-    assert tokens.ends.tolist() == [3, 4, 6, 7, 9, 9]
-    assert (tokens.lows <= tokens.ends).tolist() == [True, True, True, True, False, True]
-
-
-def test_a_dummy_prefix_has_no_width_and_is_not_assumed():
-    tokens = tokenize("日本", load("mistral"))
-    assert tokens.ends.tolist() == [0, 3, 6]
-    assert tokenize(" 日本", load("mistral")).ends.tolist() == [1, 4, 7]
-    text = " fox"
-    legacy = tokenize(text, load("legacy_llama"))
-    strings = load("legacy_llama").convert_ids_to_tokens(legacy.ids.tolist())
-    assert "".join(strings) == "▁▁fox"
+def test_a_dummy_space_that_a_normaliser_prepends_comes_before_a_space_too():
+    legacy = tokenize(" fox", load("legacy_llama"))
+    assert "".join(load("legacy_llama").convert_ids_to_tokens(legacy.ids.tolist())) == "▁▁fox"
     assert legacy.ends[-1] == 4
 
 
