@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
@@ -482,18 +483,17 @@ def coordinates(
     stops = np.cumsum([len(stretch.text.encode()) for stretch in stretches], dtype=np.int64)
     message = _stretch_messages(starts, reach, stops, stretches)
     part = np.full(n, int(Part.TEMPLATE), np.int64)
-    ends, bottoms = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    labels = np.ones(n, bool) if learn_all else _labels(starts, reach, stops, stretches)
+    labels[:1] = False
+    row = TokenizedRow(key, tokens.ids, message, part, np.zeros(n, np.int64), np.zeros(n, np.int64), labels)
     for content in contents:
-        _place(content, starts, reach, tokens, message=message, part=part, ends=ends, bottoms=bottoms)
+        _place(content, row, tokens, starts, reach)
     closing = [stretch.closes for stretch in stretches if stretch.id >= 0]
     known = {content.message for content in contents if content.first >= 0}
     for position, closes in zip(at.tolist(), closing, strict=True):
         if closes and int(message[position]) in known:
             part[position] = Part.END
-    labels = np.ones(n, bool) if learn_all else _labels(starts, reach, stops, stretches)
-    labels[:1] = False
-    exact = np.array_equal(bottoms, ends)
-    return TokenizedRow(key, tokens.ids, message, part, ends, ends if exact else bottoms, labels)
+    return replace(row, lows=row.ends) if np.array_equal(row.lows, row.ends) else row
 
 
 def _stretch_messages(starts: IntArray, reach: IntArray, stops: IntArray, stretches: Sequence[Stretch]) -> IntArray:
@@ -508,19 +508,9 @@ def _stretch_messages(starts: IntArray, reach: IntArray, stops: IntArray, stretc
     return np.maximum.accumulate(messages)
 
 
-def _place(
-    content: Content,
-    starts: IntArray,
-    reach: IntArray,
-    tokens: TokenizedText,
-    *,
-    message: IntArray,
-    part: IntArray,
-    ends: IntArray,
-    bottoms: IntArray,
-) -> None:
-    """Write the coordinates of the tokens of one message."""
-    highs, lows = tokens.ends, tokens.lows
+def _place(content: Content, row: TokenizedRow, tokens: TokenizedText, starts: IntArray, reach: IntArray) -> None:
+    """Write the coordinates of the tokens of one message into the row."""
+    highs, lows, message, ends, bottoms = tokens.ends, tokens.lows, row.message, row.ends, row.lows
     begin, stop, first, size = content.start, content.stop, content.first, content.size
     mine = message == content.message
     after = mine & (starts >= stop) & ~((reach <= begin) & (starts < begin))
@@ -528,7 +518,7 @@ def _place(
     if first < 0:
         return
     inside = (reach > begin) & (starts < stop) if stop > begin else np.zeros(len(starts), bool)
-    message[inside], part[inside] = content.message, Part.CONTENT
+    message[inside], row.part[inside] = content.message, Part.CONTENT
     certain = inside & (lows <= highs)
     ends[inside] = np.where(highs[inside] >= stop, size, highs[inside] - begin + first)
     bottoms[inside] = np.where(lows[inside] >= stop, content.last, lows[inside] - begin + first)
