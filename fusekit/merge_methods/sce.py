@@ -6,7 +6,6 @@ docs/merge-methods.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,11 +23,11 @@ from fusekit.merge_methods.fusion_vectors import (
     add_to_base,
     check_finite,
     check_weights,
-    compute_dtype,
     count_where,
     dense,
     dense_shares,
     for_each_chunk,
+    is_finite,
     shares,
 )
 from fusekit.merge_methods.selection import Selection, select_top_variance
@@ -261,7 +260,7 @@ def _erase_and_update(
 
 
 def _check_base(base: Tensor, targets: int) -> None:
-    if not math.isfinite(float(base.sum(dtype=compute_dtype(base.dtype)))) and not bool(torch.isfinite(base).all()):
+    if not is_finite(base) and not bool(torch.isfinite(base).all()):
         raise NonFiniteError(range(targets))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
 from mergekit.options import MergeOptions
@@ -16,6 +15,7 @@ from fusekit import mergekit_private
 from fusekit.artifacts import disk_fault
 from fusekit.errors import MergeError
 from fusekit.hub import weight_entry
+from fusekit.merge_methods.fusion_vectors import is_finite
 from fusekit.merging.models import Model, checkpoint_headers
 
 
@@ -130,7 +130,7 @@ def first_not_finite(tensor: torch.Tensor) -> tuple[list[int], float] | None:
         return None
     if tensor.element_size() == 1:  # float8 has no reductions
         tensor = tensor.float()
-    if _is_finite(tensor):
+    if is_finite(tensor):
         return None
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), 1 << 20):
@@ -140,21 +140,3 @@ def first_not_finite(tensor: torch.Tensor) -> tuple[list[int], float] | None:
             index = [int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape)]
             return index, float(flat[position])
     return None
-
-
-_BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows.
-
-    The bits of infinity, and above them those of NaN, are the largest of their sign: ten times as fast in bfloat16 as a
-    sum, and as fast as memory in the others.
-    """
-    if tensor.device.type != "cpu":
-        return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
-    signed, unsigned = _BITS[tensor.element_size()]
-    bits = tensor.reshape(-1).view(signed).numpy()
-    infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(signed).item()
-    sign = 1 << (8 * tensor.element_size() - 1)
-    return bool(bits.max() < infinity and int(bits.view(unsigned).max()) < infinity + sign)
