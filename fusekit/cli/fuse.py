@@ -11,11 +11,10 @@ from click.core import ParameterSource
 from huggingface_hub import constants
 from mergekit.options import MergeOptions, PrettyPrintHelp
 
+from fusekit import yaml as safe_yaml
 from fusekit.cli.merge import drop_noise, merge_options
-from fusekit.cli.recipe import overrides
-from fusekit.cli.run import run_recipe
+from fusekit.cli.run import run_options, run_recipe
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.layout import STAGES
 from fusekit.merging.run import check_options
 from fusekit.recipe import Recipe, load_recipe
 
@@ -33,26 +32,18 @@ OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
 
 
 @click.command("mergekit-fuse", cls=PrettyPrintHelp)
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@overrides
-@click.option("--only", type=click.Choice(STAGES), help="Run only this stage; it needs the earlier ones")
-@click.option("--from", "start", type=click.Choice(STAGES), help="First stage to run; what it needs is checked")
-@click.option("--until", type=click.Choice(STAGES), help="Last stage to run")
-@click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
+@run_options
 @merge_options
 @click.pass_context
 def fuse(
     context: click.Context,
+    /,
     recipe: Path,
     out: Path,
     *,
     overrides: tuple[str, ...],
-    only: str | None,
-    start: str | None,
-    until: str | None,
-    ignore_estimates: bool,
     merge_options: MergeOptions,
+    **how: Any,
 ) -> None:
     """Run the fusion RECIPE in the folder OUT: from sources of any architecture to one merged model.
 
@@ -67,19 +58,10 @@ def fuse(
     if merge_options.transformers_cache:
         # Read whenever a model is looked up; data sets have a cache of their own.
         constants.HF_HUB_CACHE = str(Path(merge_options.transformers_cache).expanduser().resolve())
+    document = safe_yaml.load(recipe)  # once: it may be a pipe
     if merge_options.trust_remote_code:
-        overrides = (*overrides, *_trusting(load_recipe(recipe, overrides)))
-    run_recipe(
-        recipe,
-        out,
-        overrides,
-        only=only,
-        start=start,
-        until=until,
-        ignore_estimates=ignore_estimates,
-        quiet=merge_options.quiet,
-        merge_options=options,
-    )
+        overrides = (*overrides, *_trusting(load_recipe(document, overrides)))
+    run_recipe(document, out, overrides=overrides, quiet=merge_options.quiet, merge_options=options, **how)
 
 
 def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str, Any]:

@@ -6,42 +6,42 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from fusekit.cli.recipe import overrides, recipe_argument
 from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.layout import STAGES
+from fusekit.yaml import Document
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def run_options(command: Command) -> Command:
+    """RECIPE, OUT and the options of the commands that run a recipe, as arguments of :func:`run_recipe`."""
+    for option in (
+        click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice."),
+        click.option("--until", type=click.Choice(STAGES), help="End with this stage."),
+        click.option("--from", "start", type=click.Choice(STAGES), help="Begin with this stage; checks what it needs."),
+        click.option("--only", type=click.Choice(STAGES), help="Do one stage; what it needs has to be there."),
+        overrides,
+        click.argument("out", type=click.Path(path_type=Path)),
+        recipe_argument,
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
-@recipe_argument
-@click.argument("out", type=click.Path(path_type=Path))
-@overrides
-@click.option("--only", type=click.Choice(STAGES), help="Do one stage; what it needs has to be there.")
-@click.option("--from", "start", type=click.Choice(STAGES), help="Begin with this stage; what it needs is checked.")
-@click.option("--until", type=click.Choice(STAGES), help="End with this stage.")
-@click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
+@run_options
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print all estimates, not only those that are tight.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON: folders, scores, seconds.")
-def run(
-    recipe: Path,
-    out: Path,
-    *,
-    overrides: tuple[str, ...] = (),
-    only: str | None = None,
-    start: str | None = None,
-    until: str | None = None,
-    ignore_estimates: bool = False,
-    quiet: bool = False,
-    verbose: bool = False,
-    as_json: bool = False,
-) -> None:
+def run(recipe: Path, out: Path, *, verbose: bool, **how: Any) -> None:
     """Do what is missing of a fusion RECIPE in the folder OUT: from sources to a merged, evaluated model.
 
     Every stage leaves an artifact and does nothing where that is there already, so a run that was stopped resumes when
@@ -49,33 +49,16 @@ def run(
     """
     if verbose:
         logging.getLogger("fusekit").setLevel(logging.INFO)
-    run_recipe(
-        recipe,
-        out,
-        overrides,
-        only=only,
-        start=start,
-        until=until,
-        ignore_estimates=ignore_estimates,
-        quiet=quiet,
-        as_json=as_json,
-    )
+    run_recipe(recipe, out, **how)
 
 
 def run_recipe(
-    recipe: Path,
-    out: Path,
-    overrides: tuple[str, ...] = (),
-    *,
-    only: str | Collection[str] | None = None,
-    start: str | None = None,
-    until: str | None = None,
-    ignore_estimates: bool = False,
-    quiet: bool = False,
-    as_json: bool = False,
-    merge_options: Mapping[str, Any] | None = None,
+    recipe: Path | Document, out: Path, *, overrides: tuple[str, ...], quiet: bool, as_json: bool = False, **how: Any
 ) -> None:
-    """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes."""
+    """Run stages of a recipe for a command; Ctrl-C and SIGTERM exit with their status and the command that resumes.
+
+    how: further arguments of :func:`fusekit.pipeline.run.run`.
+    """
     from fusekit.cli.capture import drop_noise
     from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
@@ -89,13 +72,9 @@ def run_recipe(
                 recipe,
                 out,
                 overrides,
-                only=only,
-                start=start,
-                until=until,
-                ignore_estimates=ignore_estimates,
                 say=lambda line: None if quiet else click.echo(line, err=True),
                 quiet=quiet,
-                merge_options=merge_options,
+                **how,
             )
     except (KeyboardInterrupt, TerminatedError) as error:
         if os.environ.get("RANK", "0") == "0":

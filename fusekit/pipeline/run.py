@@ -27,6 +27,7 @@ from fusekit.pipeline.context import Context, Readers
 from fusekit.pipeline.stages import TABLE, check_place, chosen_stages, mistakes, require
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
+from fusekit.yaml import Document
 
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
@@ -52,7 +53,7 @@ class Run:
 
 
 def run(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Document | Path | str,
     out: Path | str,
     overrides: Sequence[str] = (),
     *,
@@ -70,7 +71,7 @@ def run(
     every process calls this: captures and training are shared, the rest is done by the first.
 
     Args:
-        recipe: what to do, or the file that says it.
+        recipe: what to do, or the file that says it, or what was read from one.
         out: folder of the run; its artifacts are those of :class:`Layout`.
         overrides: of a file, as for :func:`load_recipe`.
         only: a stage, or several; what they need of the others has to be there, and is checked.

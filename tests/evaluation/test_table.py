@@ -60,3 +60,8 @@ def test_the_table_as_markdown_and_which_ends_count() -> None:
 def test_numbers_have_a_minus_sign_and_a_dash_for_none() -> None:
     assert [signed(x, 1) for x in (0.04, -0.06, 2, None)] == ["±0.0", "−0.1", "+2.0", "–"]
     assert [fixed(x) for x in (-1234.5, float("nan"), None)] == ["−1,234.500", "–", "–"]
+
+
+def test_a_name_from_data_stays_in_its_cell():
+    said = table({"models": {"a|b\n# c": {"bits_per_byte": {"x|y": 1.0}}}})
+    assert said.splitlines() == ["| Bits per byte (lower is better) | x\\|y |", "|---|---:|", "| a\\|b # c | 1.000 |"]
