@@ -41,7 +41,8 @@ from fusekit.types import Row
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
 _BEGUN = "made_from.json"
-_OF_MODEL = ("model", "model_fingerprint", "tokenizer")
+_LOADED = ("dtype", "quantization", "attn_implementation")
+_OF_MODEL = {"model", "model_fingerprint", "tokenizer", *(f"details.{name}" for name in _LOADED)}
 
 Item = TypeVar("Item")
 
@@ -185,7 +186,7 @@ def _response_inputs(context: Context, name: str, before: Mapping[str, Any]) -> 
     section, facts = _section(context), store_facts(context, name, before, thorough=True)
     sampled = section.model_dump(exclude={"judges"} | ({"top_p", "seed"} if not section.temperature else set()))
     return {
-        **{key: value for key, value in facts.items() if key in _OF_MODEL or key.startswith("details.")},
+        **{key: value for key, value in facts.items() if key in _OF_MODEL},
         **sampled,
         "questions": artifact.joined_hash(Row(question.messages).key for question in _questions(context)),
     }
