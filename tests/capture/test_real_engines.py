@@ -100,9 +100,9 @@ def kill(process):
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not path.exists():
-        assert process.poll() is None
+        assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

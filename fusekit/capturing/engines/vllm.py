@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,7 +102,6 @@ class Vllm:
 
     def _score(self, rows: list[TokenizedRow]) -> list[Reply]:
         from vllm import SamplingParams
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         how = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=self.selection.k, flat_logprobs=True, detokenize=False
@@ -109,7 +111,9 @@ class Vllm:
             try:
                 outputs = self._llm.generate(prompts, how, use_tqdm=False)
                 return [_reply(one.prompt_logprobs, row) for one, row in zip(outputs, rows, strict=True)]
-            except EngineDeadError as error:
+            except Exception as error:
+                if not _is_dead(self._llm):
+                    raise
                 if death == _DEATHS:
                     raise CaptureError(
                         f"vLLM's engine died {death} times at {len(rows)} examples of at most "
@@ -152,6 +156,28 @@ class Vllm:
                 f"vLLM cannot load {choice.model}: {type(error).__name__}: {' '.join(str(error).split())}. Its log "
                 "above may say more; its arguments are set with engine.options (--engine-options)"
             ) from error
+        threading.Thread(target=_watch, args=(weakref.ref(self._llm),), daemon=True).start()
+
+
+def _client(llm: Any) -> Any:
+    """vLLM's connection to its engine's process; without ``resources`` where the engine runs in this process."""
+    return getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+
+
+def _is_dead(llm: Any) -> bool:
+    return bool(getattr(getattr(_client(llm), "resources", None), "engine_dead", False))
+
+
+def _watch(reference: weakref.ref[Any]) -> None:
+    """Wake ``LLM.generate`` when the engine's process was killed: vLLM notes it, but goes on waiting for an answer."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while (llm := reference()) is not None and hasattr(_client(llm), "outputs_queue"):
+        if _is_dead(llm):
+            _client(llm).outputs_queue.put_nowait(EngineDeadError())
+            return
+        del llm
+        time.sleep(1)
 
 
 def _reply(flat: Any, row: TokenizedRow) -> Reply:
