@@ -83,18 +83,14 @@ class FuseChatSCE(GroupMergeMethod):
         tensors = [entry.tensor for entry in group.non_base]
         settings = {key: parameters[key] for key in ("select_topk", "variant")}
         weights = parameters["weight"].values_for(group.non_base)
-        records = active_records()
         with _named(group):
-            merged = sce(group.base.tensor, tensors, weights=weights, count_erased=bool(records), **settings)
+            merged = sce(group.base.tensor, tensors, weights=weights, count_erased=bool(active_records()), **settings)
             result = merged.tensor
             if _needs_gradient(group):
                 result = sce_with_gradients(group.base.tensor, tensors, weights=weights, **settings)
-        ids = [entry.id for entry in group.non_base]
-        for record in records:
-            coefficients = by_model(ids, merged.coefficients)
-            erased = None if merged.erased is None else by_model(ids, merged.erased)
-            entry = TensorRecord(self.spec.name, settings | _shown(ids, weights), coefficients, merged.selected, erased)
-            record.add(str(group.metadata.name), str(group.base.id), entry)
+        erased = None if merged.erased is None else _by_target(group, merged.erased)
+        settings |= _shown(group, weights)
+        _record(group, self.spec.name, settings, merged.coefficients, selected=merged.selected, erased=erased)
         return result
 
 
@@ -171,11 +167,8 @@ class VaRM(GroupMergeMethod):
                     base, targets, elementwise=elementwise, coefficients=coefficients, weights=weights
                 )
         unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
-        ids = [entry.id for entry in group.non_base]
-        settings = {"granularity": granularity, "aggregation": aggregation} | _shown(ids, weights)
-        for record in active_records():
-            entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.coefficients), unit=unit)
-            record.add(str(group.metadata.name), str(group.base.id), entry)
+        settings = {"granularity": granularity, "aggregation": aggregation} | _shown(group, weights)
+        _record(group, self.spec.name, settings, merged.coefficients, unit=unit)
         return result
 
 
@@ -209,16 +202,24 @@ class Widen(GroupMergeMethod):
             if _needs_gradient(group):
                 raise MergeError("widen gives no gradients: merge under torch.no_grad()")
             merged = widen(group.base.tensor, targets, columns_are_rows=_is_input_embedding(group), **settings)
-        ids = [entry.id for entry in group.non_base]
-        for record in active_records():
-            entry = TensorRecord(self.spec.name, settings, by_model(ids, merged.scores))
-            record.add(str(group.metadata.name), str(group.base.id), entry)
+        _record(group, self.spec.name, settings, merged.scores)
         return merged.tensor
 
 
-def _shown(ids: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+def _by_target(group: TensorGroup, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    return by_model([entry.id for entry in group.non_base], values)
+
+
+def _shown(group: TensorGroup, weights: Sequence[float]) -> dict[str, Any]:
     """The weights of models as a record has them: not at all where they are 1."""
-    return {"weight": by_model(ids, weights)} if any(weight != 1 for weight in weights) else {}
+    return {"weight": _by_target(group, weights)} if any(weight != 1 for weight in weights) else {}
+
+
+def _record(group: TensorGroup, method: str, settings: dict[str, Any], coefficients: np.ndarray, **more: Any) -> None:
+    """Take a tensor down in the records that were asked for. more: fields of TensorRecord."""
+    entry = TensorRecord(method, settings, _by_target(group, coefficients), **more)
+    for record in active_records():
+        record.add(str(group.metadata.name), str(group.base.id), entry)
 
 
 def _is_input_embedding(group: TensorGroup) -> bool:
