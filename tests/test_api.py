@@ -25,9 +25,9 @@ from fusekit import FusekitError, FusionConfig, FusionTrainer, Store, artifacts,
 from fusekit.capturing.models import ModelChoice
 from fusekit.data.reading import rows_of
 from fusekit.distillation.inputs import Inputs, Source
+from fusekit.distillation.live import Loaded
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.distillation.teachers import Loaded
 from fusekit.errors import CaptureError, DataError, DistillationError
 from tests.merging.hub_server import Hub, Repository
 

@@ -168,7 +168,7 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
         reader = _row_tokenizer(
             pivot,
             options["chat_template"],
-            next(filter(None, (date_of(source.store) for source in sources.values())), None),
+            next(filter(None, (date_of(source.store) for source in sources.values() if source.store)), None),
         )
     rows = _rows(options, list(sources.values()), reader)
     return Inputs(
@@ -196,7 +196,8 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
         click.echo("\n".join(counts.lines), err=True)
     if not data.pack or reader is None:
         return read
-    models = [source.tokenizer_choice(Store.open(source.store).spec.model).model for source in sources]
+    stored = [(source, Store.open(source.store).spec.model) for source in sources if source.store]
+    models = [source.tokenizer_choice(model).model for source, model in stored]
     tokenizers = [reader, *(_row_tokenizer(model, None) for model in models)]
     return list(pack_text(read, tokenizers, data.max_length))
 

@@ -176,14 +176,17 @@ class FusionDataset(Dataset[Example]):
             return {}
         return typical_bits_per_byte(self.rows, self.pivot, self.sources.values())
 
-    def _made(self, index: int) -> Example:
+    def read(self, index: int) -> tuple[Row, CapturedRow | None, TokenizedRow]:
+        """Row number ``index``, what the pivot said about it, and its tokens."""
         row = self.rows[index]
         own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
         if own is not None:
-            tokens = own.tokens
-        else:
-            assert self.tokenizer is not None  # rows that the pivot's store lacks are left out without it
-            tokens = self.tokenizer.tokenize(row)
+            return row, own, own.tokens
+        assert self.tokenizer is not None  # rows that the pivot's store lacks are left out without it
+        return row, None, self.tokenizer.tokenize(row)
+
+    def _made(self, index: int) -> Example:
+        row, own, tokens = self.read(index)
         example: Example = {
             "input_ids": tokens.ids.astype(np.int64),
             "labels": np.where(tokens.labels, tokens.ids, IGNORED).astype(np.int64),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from fusekit.artifacts import existing_parent, free_bytes, human
-from fusekit.capturing.estimate import itemsize, parameters, shape_of, stored_dtype
+from fusekit.capturing.engine import batch_tokens_on
+from fusekit.capturing.estimate import itemsize, loaded_bytes, parameters, shape_of, stored_dtype, working_bytes
 from fusekit.capturing.models import Checkpoint
 from fusekit.devices import Processes
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
@@ -89,20 +90,28 @@ def head_gradient_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> i
 
 
 def memory_needs(
-    checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int, processes: Processes
+    checkpoint: Checkpoint,
+    settings: TrainingSettings,
+    row_tokens: int,
+    processes: Processes,
+    teachers: Sequence[Checkpoint] = (),
 ) -> list[Need]:
     """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
 
-    row_tokens: of the longest row. Under FSDP or DeepSpeed the states are divided among the processes.
+    row_tokens: of the longest row. Under FSDP or DeepSpeed the states are divided among the processes. teachers: that
+    stay loaded beside the model.
     """
     held = states(checkpoint, settings)
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
     shares = processes.world if is_sharded(settings) else 1
-    needed = sum(held) // shares + batch
+    kind = processes.device.type
+    beside = sum(loaded_bytes(one) + working_bytes(one, batch_tokens_on(kind), kind) for one in teachers)
+    needed = sum(held) // shares + batch + beside
     what = (
         f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
         f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
-        f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens)"
+        f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens"
+        f"{f'; {human(beside)} for teachers that are scored on the fly' if beside else ''})"
     )
     if processes.device.type == "cuda":
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]

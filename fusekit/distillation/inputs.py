@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -15,11 +15,12 @@ from fusekit.alignment.ends import tokenize
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.live import LiveTeacher, live_teacher
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
@@ -32,20 +33,25 @@ class Source:
     """A model that teaches.
 
     Attributes:
-        store: folder of what it said about the rows.
+        store: folder of what it said about the rows; None to score it while training reads.
         tokenizer: the model that has its tokenizer, a folder or hub name where nothing else has to be said of it; None
             for the model that the store names.
         alignment: settings of its own; None for the run's.
-        reader: how it reads conversations, for ``on_policy``; None for its own template.
+        reader: how it reads conversations, for ``on_policy`` and without a store; None for its own template.
         vocabulary_map: folder of the map that was made of the same rows
             (:func:`fusekit.distillation.vocabulary_maps.write_map`); None to make it here.
+        live: what is kept of its distributions, where there is no store; None for the defaults. ``tokenizer`` is then
+            the model.
+        rows: as this model reads them, where there is no store; None for the run's.
     """
 
-    store: Path
+    store: Path | None
     tokenizer: ModelChoice | str | None = None
     alignment: AlignmentSettings | None = None
     reader: RowTokenizer | None = None
     vocabulary_map: Path | None = None
+    live: CaptureSettings | None = None
+    rows: Sequence[Row] | None = None
 
     def tokenizer_choice(self, stored: str) -> ModelChoice:
         """The model that has its tokenizer. stored: the one that the store names."""
@@ -100,7 +106,7 @@ class Opened:
     tokenizer: Any
     rows: Sequence[Row]
     pivot_store: Store | None
-    stores: dict[str, Store]
+    stores: dict[str, Store | LiveTeacher]
     projections: dict[str, Projection]
     settings: DistillSettings
     row_tokenizer: Tokenizes | None
@@ -115,6 +121,7 @@ class Opened:
             projections={name: self.projections[name] for name in sources},
             tokenizer=self.row_tokenizer,
             fusion=self.settings.fusion,
+            relative=self.settings.training.lm_weighting == "relative",
         )
 
     def answers(self, sources: Sequence[str]) -> FusionDataset:
@@ -138,13 +145,22 @@ class Opened:
             writers=self.responses.writers,
         )
 
-    def stores_of(self, sources: Sequence[str]) -> dict[str, Store]:
+    def live(self, sources: Sequence[str]) -> list[LiveTeacher]:
+        """Those of them that are scored while training reads."""
+        found = (self.stores[name] for name in sources)
+        return [teacher for teacher in found if isinstance(teacher, LiveTeacher)]
+
+    def stores_of(self, sources: Sequence[str]) -> dict[str, Store | LiveTeacher]:
         """The stores that a target is made from, by name."""
-        found = {PIVOT: self.pivot_store} if self.pivot_store is not None else {}
+        found: dict[str, Store | LiveTeacher] = {}
+        if self.pivot_store is not None:
+            found[PIVOT] = self.pivot_store
         return found | {name: self.stores[name] for name in sources}
 
 
-def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str]) -> Opened:
+def open_inputs(
+    inputs: Inputs, settings: DistillSettings, sources: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> Opened:
     """Find the pivot, open the stores of ``sources``, and make their vocabulary maps.
 
     Raises:
@@ -164,18 +180,26 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     fingerprint = processes.first_then_all(checkpoint.fingerprint)
     tokenizer = load_tokenizer(checkpoint)
     pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
-    stores = {name: Store.open(inputs.sources[name].store) for name in sources}
+    stores: dict[str, Store | LiveTeacher] = {}
+    for name in sources:
+        source = inputs.sources[name]
+        if source.store is not None:
+            stores[name] = Store.open(source.store)
+        else:
+            model, rows = source.tokenizer_choice(""), source.rows if source.rows is not None else inputs.rows
+            kept = source.live or CaptureSettings()
+            stores[name] = live_teacher(name, model, rows, kept, reader=source.reader, say=say)
     for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
         refuse_temperature(name, store, settings)
-    rows = {row.key: row for row in inputs.rows}
+    by_key = {row.key: row for row in inputs.rows}
     if pivot_store is not None:
         _refuse_other_pivot(pivot_store, fingerprint, checkpoint)
-    ours = Reading.of(PIVOT, tokenizer, pivot_store, rows)
+    ours = Reading.of(PIVOT, tokenizer, pivot_store, by_key)
     projections = {}
     for name, store in stores.items():
         source = inputs.sources[name]
         theirs = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
-        reading = Reading.of(name, theirs, store, rows)
+        reading = Reading.of(name, theirs, store, by_key)
         how = source.alignment or settings.alignment
         make = partial(projection_of, how, ours, reading, inputs.rows, source.vocabulary_map)
         if processes.world > 1:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import xxhash
 from torch.utils.data import Dataset
 
+from fusekit.alignment.surfaces import vocabulary_surfaces
+from fusekit.capturing.capture import data_fingerprint, store_spec, vocabulary_size
 from fusekit.capturing.engine import Teacher
+from fusekit.capturing.engines.opening import Opening
+from fusekit.capturing.engines.replies import Scorer
+from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
+from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.batching import BLANK, EpochSampler
-from fusekit.errors import CaptureError
+from fusekit.errors import CaptureError, DistillationError
 from fusekit.types import CapturedRow, IntArray, Row, TokenizedRow
 
 AT_ONCE = 64
@@ -30,8 +44,8 @@ class LiveTeacher:
 
     Args:
         name: of the teacher.
-        teacher: the model, which stays loaded.
-        reader: how it reads examples.
+        load: what scores examples: a model, or an engine; called once, and kept until :meth:`close`.
+        reader: how the model reads examples.
         rows: the examples, each once, cut as this model reads them.
         spec: what a store of it would be made from.
         max_quarantined: share of the examples that may have NaN or infinite logits; one always may.
@@ -40,6 +54,7 @@ class LiveTeacher:
         keys: of the examples.
         reader: how the model reads examples.
         records: none: there are no shards.
+        checkpoint: the model's files; None for one that was given loaded, or that an engine has.
     """
 
     records: tuple[()] = ()
@@ -47,15 +62,17 @@ class LiveTeacher:
     def __init__(
         self,
         name: str,
-        teacher: Teacher,
+        load: Callable[[], Scorer],
         reader: RowTokenizer,
         rows: Sequence[Row],
         *,
         spec: StoreSpec,
         max_quarantined: float = 0.01,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.name, self.spec = name, spec
-        self._teacher, self.reader = teacher, reader
+        self.name, self.spec, self.checkpoint = name, spec, checkpoint
+        self._load, self.reader = load, reader
+        self._scorer: Scorer | None = None
         self._rows = {row.key: row for row in rows}
         self.keys = list(self._rows)
         self._allowed = max(1, int(max_quarantined * len(self.keys)))
@@ -96,9 +113,17 @@ class LiveTeacher:
 
         Raises CaptureError as :meth:`score`.
         """
+        self.open()
+        assert self._scorer is not None
+        found: dict[str, CapturedRow] = {}
         with self._lock:
-            scored = self._teacher.score([self.reader.tokenize(row) for row in rows], [row.dataset for row in rows])
-        self._quarantined |= scored.quarantined
+            read = [self.reader.tokenize(row) for row in rows]
+            for batch in self._scorer.score_batches(read, [row.dataset for row in rows]):
+                for index, scored in batch:
+                    if isinstance(scored, str):
+                        self._quarantined[rows[index].key] = scored
+                    else:
+                        found[rows[index].key] = scored
         if len(self._quarantined) > self._allowed:
             key, why = next(iter(self._quarantined.items()))
             raise CaptureError(
@@ -106,7 +131,18 @@ class LiveTeacher:
                 f"of {len(self)} that may; the first is {key}: {why}. Are the model's weights whole, and is its dtype "
                 "one that it was trained for?"
             )
-        return {row.tokens.key: row for row in scored.rows}
+        return found
+
+    def open(self) -> None:
+        """Load the model, if it is not. Raises CaptureError where it cannot be loaded, or does not fit."""
+        with self._lock:
+            if self._scorer is None:
+                self._scorer = self._load()
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._scorer, self._scored = None, {}
+        gc.collect()
 
     def bits_per_byte(self) -> dict[str, float]:
         """Of every example, by key, each process scoring its share: all processes call it."""
@@ -197,3 +233,139 @@ def own_order(order: Sequence[int], batch: int, processes: Processes) -> IntArra
     whole = len(all_) // together * together
     own: IntArray = all_[:whole].reshape(-1, processes.world, batch)[:, processes.rank].ravel()
     return own
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with its tokenizer.
+
+    checkpoint: the files that the weights are from; None for a model that was given loaded.
+    """
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None, *, dtype: str = "auto", name: str = "model") -> Loaded:
+        """From a name, a path, a ModelChoice or a loaded model; on the CPU where it is loaded here.
+
+        name: of the argument. Raises DistillationError for anything else, CaptureError for what cannot be loaded.
+        """
+        if isinstance(model, (str, Path)):
+            model = ModelChoice(str(model), dtype=dtype)
+        if isinstance(model, ModelChoice):
+            checkpoint = find_checkpoint(model)
+            processes = Processes.current()
+            processes.first_then_all(checkpoint.fetch)
+            device = processes.device if model.device_map or model.quantization else torch.device("cpu")
+            own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
+            return cls(load_model(checkpoint, device), own, checkpoint)
+        if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
+            raise DistillationError(
+                f"{name} is {type(model).__name__}: give a causal language model of transformers, or its name or path"
+                + ("" if name == "model" else ", a Store or the path of one")
+            )
+        if tokenizer is None:
+            place = getattr(getattr(model, "config", None), "_name_or_path", "")
+            if not place:
+                hint = "give processing_class" if name == "model" else "give its name or path"
+                raise DistillationError(f"{name} is loaded and does not say where it came from: {hint}")
+            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(place), weights=False))
+        return cls(model, tokenizer)
+
+    def with_adapter(self, peft_config: Any) -> Any:
+        """The model, with a fresh adapter where one is asked for."""
+        return self.model if peft_config is None else with_adapter(self.model, peft_config)
+
+    def fingerprint(self) -> str:
+        """What identifies the weights: as a capture names files, else the xxh3-128 of the tensors."""
+        if self.checkpoint is not None:
+            return self.checkpoint.fingerprint()
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return f"xxh3:{digest.hexdigest()}"
+
+    def spec(self, reader: RowTokenizer, rows: Sequence[Row], settings: CaptureSettings) -> StoreSpec:
+        """What a store of its own predictions is made from."""
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        name = self.checkpoint.choice.model if self.checkpoint else getattr(self.model.config, "_name_or_path", "")
+        vocabulary = max(vocabulary, len(vocabulary_surfaces(self.tokenizer)))
+        return StoreSpec(
+            model=str(name or type(self.model).__name__),
+            model_fingerprint=self.fingerprint(),
+            tokenizer=reader.fingerprint,
+            data=data_fingerprint(rows),
+            vocabulary=vocabulary,
+            top_k=min(settings.top_k, vocabulary),
+            keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
+            temperature=settings.temperature,
+            max_error=settings.max_error,
+            details=dict(reader.facts),
+        )
+
+    def teacher(self, settings: CaptureSettings, name: str, say: Callable[[str], None]) -> Teacher:
+        """The model as it scores rows, on the device that it is on."""
+        longest = longest_input(self.checkpoint) if self.checkpoint else None
+        ids, how = valid_ids(self.tokenizer), settings.selection
+        return Teacher(self.model, ids, how, batch_tokens=settings.batch_tokens, name=name, notify=say, longest=longest)
+
+
+def live_teacher(
+    name: str,
+    model: Any,
+    rows: Sequence[Row],
+    settings: CaptureSettings,
+    *,
+    max_length: int | None = None,
+    reader: RowTokenizer | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> LiveTeacher:
+    """A teacher that is scored on the fly, on this process's device, once it is opened.
+
+    Args:
+        name: of the teacher.
+        model: its name or path, a ModelChoice (which may name an engine), or a loaded model.
+        rows: the examples.
+        settings: what is kept of its distributions, and how it is scored.
+        max_length: most tokens of an example, if they are not cut for this model.
+        reader: its tokenizer and template; by default its own.
+        say: told what a user should know.
+
+    Raises:
+        CaptureError: it cannot be found.
+        DistillationError: it is no model.
+    """
+    processes, settings = Processes.current(), settings.model_copy(update={"max_error": 0.0, "rows_per_shard": 1})
+    choice = ModelChoice(str(model)) if isinstance(model, (str, Path)) else model
+    if isinstance(choice, ModelChoice):
+        checkpoint = find_checkpoint(choice)
+        reader = reader or RowTokenizer(load_tokenizer(checkpoint))
+    else:
+        loaded = Loaded.of(choice, reader.tokenizer if reader is not None else None, name=f"the teacher {name}")
+        reader = reader or RowTokenizer(loaded.tokenizer)
+    if max_length is not None:
+        rows = prepare(rows, [reader], max_length).rows
+    if not isinstance(choice, ModelChoice):
+        loaded.model.to(processes.device)
+        spec = loaded.spec(reader, rows, settings)
+        teacher = loaded.teacher(settings.model_copy(update={"top_k": spec.top_k}), name, say)
+        return LiveTeacher(name, lambda: teacher, reader, rows, spec=spec, max_quarantined=settings.max_quarantined)
+    processes.first_then_all(checkpoint.fetch)
+    vocabulary = vocabulary_size(checkpoint, reader)
+    how = settings.model_copy(update={"top_k": min(settings.top_k, vocabulary)})
+    spec = store_spec(checkpoint, reader, rows, vocabulary, how)
+    opening = Opening(checkpoint, reader, how, vocabulary, say) if choice.engine.kind != "transformers" else None
+
+    def load() -> Scorer:
+        if opening is not None:
+            return opening.start(rows, processes.device)
+        own = Loaded(load_model(checkpoint, processes.device), reader.tokenizer, checkpoint)
+        return own.teacher(how, choice.model, say)
+
+    say(f"{name} ({choice.model}) is scored while training reads")
+    quarantined = settings.max_quarantined
+    held = checkpoint if opening is None else None
+    return LiveTeacher(name, load, reader, rows, spec=spec, max_quarantined=quarantined, checkpoint=held)

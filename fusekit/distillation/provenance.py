@@ -9,6 +9,7 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit.capturing.store import Store
+from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import map_hash
@@ -39,7 +40,7 @@ def facts_of_run(
     settings: DistillSettings,
     pivot: str,
     rows: Sequence[Row],
-    stores: Mapping[str, Store],
+    stores: Mapping[str, Store | LiveTeacher],
     *,
     projections: Mapping[str, Projection] | None = None,
     writers: Mapping[str, str] | None = None,
@@ -92,7 +93,7 @@ def facts_of_alignment(how: AlignmentSettings) -> Facts:
     )
 
 
-def _store(store: Store) -> dict[str, Any]:
+def _store(store: Store | LiveTeacher) -> dict[str, Any]:
     return {**store.spec.model_dump(mode="json"), "shards": _digest(record.xxh3 for record in store.records)}
 
 

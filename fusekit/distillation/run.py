@@ -27,6 +27,7 @@ from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.arguments import problems, training_arguments
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
+from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
 from fusekit.distillation.schedule import Scheduled
@@ -90,7 +91,7 @@ def distill(
             raise DistillationError("; ".join(says for _, says in found))
         processes.first_then_all(lambda: _claim(stack, out, targets, resume, overwrite))
         inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
-        opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}))
+        opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}), tell)
         for number, target in enumerate(targets, others[0] + 1):
             label = f"distill {number} of {sum(others) + len(targets)}"
             work = _Work.of(target, inputs, opened, settings, tell)
@@ -150,6 +151,10 @@ class _Work:
         data = opened.dataset(target.sources)
         stores, training = opened.stores_of(target.sources), settings.training
         examples: FusionDataset | Scheduled = data
+        if training.schedule is not None and (live := opened.live(target.sources)):
+            raise DistillationError(
+                f"a schedule reads stores, but {live[0].name} is scored on the fly: capture it, or drop the schedule"
+            )
         if training.schedule is not None:
             answers = opened.answers(target.sources)
             examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
@@ -174,9 +179,12 @@ class _Work:
         start = first(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
-        on_policy = self.on_policy()  # loads the teachers
+        on_policy = self.on_policy()
+        live = self.opened.live(target.sources) if on_policy is None else list(on_policy.teachers.values())
         if not ignore_estimates:
-            first(lambda: self.refuse_what_does_not_fit(start))
+            first(lambda: self.refuse_what_does_not_fit(start, live))
+        for teacher in live:
+            teacher.open()
         set_seed(training.seed)  # an adapter begins with random values
         model = models.load_pivot(self.opened.checkpoint, training)
         if start is None:
@@ -193,13 +201,17 @@ class _Work:
         state, counts = _gathered(trainer), trainer.counts_so_far()
         seconds = time.monotonic() - started
         first(lambda: self.publish(trainer, state, counts, round(seconds, 3)))
+        for teacher in live:
+            teacher.close()
         self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
-    def refuse_what_does_not_fit(self, start: Path | None) -> None:
+    def refuse_what_does_not_fit(self, start: Path | None, live: Sequence[LiveTeacher]) -> None:
         """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
         checkpoint, training, out = self.opened.checkpoint, self.settings.training, self.target.folder
-        longest = self.examples[int(self.examples.lengths.argmax())] if len(self.examples) else {"input_ids": ()}
-        needs = estimate.memory_needs(checkpoint, training, len(longest["input_ids"]), Processes.current())
+        beside = [teacher.checkpoint for teacher in live if teacher.checkpoint]
+        parts = self.examples.parts if isinstance(self.examples, Scheduled) else (self.data,)
+        longest = max(len(part.read(int(part.lengths.argmax()))[2]) for part in parts if len(part))
+        needs = estimate.memory_needs(checkpoint, training, longest, Processes.current(), beside)
         if start is None:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
         estimate.refuse(needs)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-
 from fusekit.alignment.rows import NEED_PIVOT
-from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.artifacts import is_stage, with_article
-from fusekit.capturing.capture import capture_rows, data_fingerprint
-from fusekit.capturing.engine import Teacher
+from fusekit.capturing.capture import capture_rows
 from fusekit.capturing.estimate import memory_needs, refuse
-from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
-from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.counts import DataCounts
@@ -26,11 +20,10 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
-from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Reading, projection_of, refuse_rewards, refuse_temperature
-from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.distillation.settings import TrainingSettings
@@ -39,132 +32,6 @@ from fusekit.types import Row
 
 CAPTURES = "captures"
 """Folder of the output in which the trained model's own predictions are captured before training."""
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model with its tokenizer.
-
-    checkpoint: the files that the weights are from; None for a model that was given loaded.
-    """
-
-    model: Any
-    tokenizer: Any
-    checkpoint: Checkpoint | None = None
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any = None, *, dtype: str = "auto", name: str = "model") -> Loaded:
-        """From a name, a path, a ModelChoice or a loaded model; on the CPU where it is loaded here.
-
-        name: of the argument. Raises DistillationError for anything else, CaptureError for what cannot be loaded.
-        """
-        if isinstance(model, (str, Path)):
-            model = ModelChoice(str(model), dtype=dtype)
-        if isinstance(model, ModelChoice):
-            checkpoint = find_checkpoint(model)
-            processes = Processes.current()
-            processes.first_then_all(checkpoint.fetch)
-            device = processes.device if model.device_map or model.quantization else torch.device("cpu")
-            own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
-            return cls(load_model(checkpoint, device), own, checkpoint)
-        if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
-            raise DistillationError(
-                f"{name} is {type(model).__name__}: give a causal language model of transformers, or its name or path"
-                + ("" if name == "model" else ", a Store or the path of one")
-            )
-        if tokenizer is None:
-            place = getattr(getattr(model, "config", None), "_name_or_path", "")
-            if not place:
-                hint = "give processing_class" if name == "model" else "give its name or path"
-                raise DistillationError(f"{name} is loaded and does not say where it came from: {hint}")
-            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(place), weights=False))
-        return cls(model, tokenizer)
-
-    def with_adapter(self, peft_config: Any) -> Any:
-        """The model, with a fresh adapter where one is asked for."""
-        return self.model if peft_config is None else with_adapter(self.model, peft_config)
-
-    def fingerprint(self) -> str:
-        """What identifies the weights: as a capture names files, else the xxh3-128 of the tensors."""
-        if self.checkpoint is not None:
-            return self.checkpoint.fingerprint()
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return f"xxh3:{digest.hexdigest()}"
-
-    def spec(self, reader: RowTokenizer, rows: Sequence[Row], settings: CaptureSettings) -> StoreSpec:
-        """What a store of its own predictions is made from."""
-        config = self.model.config.get_text_config()
-        vocabulary = max(int(config.vocab_size), len(vocabulary_surfaces(self.tokenizer)))
-        name = self.checkpoint.choice.model if self.checkpoint else getattr(self.model.config, "_name_or_path", "")
-        return StoreSpec(
-            model=str(name or type(self.model).__name__),
-            model_fingerprint=self.fingerprint(),
-            tokenizer=reader.fingerprint,
-            data=data_fingerprint(rows),
-            vocabulary=vocabulary,
-            top_k=min(settings.top_k, vocabulary),
-            keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
-            temperature=settings.temperature,
-            details=dict(reader.facts),
-        )
-
-    def teacher(self, spec: StoreSpec, settings: CaptureSettings, name: str, say: Callable[[str], None]) -> Teacher:
-        """The model as it scores rows, on the device that it is on."""
-        selection = replace(settings.selection, k=spec.top_k)
-        longest = longest_input(self.checkpoint) if self.checkpoint else None
-        return Teacher(
-            self.model,
-            valid_ids(self.tokenizer),
-            selection,
-            batch_tokens=settings.batch_tokens,
-            name=name,
-            notify=say,
-            longest=longest,
-        )
-
-
-def live_teacher(
-    name: str,
-    model: Any,
-    rows: Sequence[Row],
-    settings: CaptureSettings,
-    *,
-    max_length: int,
-    reader: RowTokenizer | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> LiveTeacher:
-    """A teacher that is scored on the fly, loaded onto this process's device.
-
-    Args:
-        name: of the teacher.
-        model: its name or path, a ModelChoice, or a loaded model.
-        rows: the examples.
-        settings: what is kept of its distributions, and how it is scored.
-        max_length: most tokens of an example; longer ones are cut for it.
-        reader: its tokenizer and template; by default its own.
-        say: told what a user should know.
-
-    Raises:
-        CaptureError: it cannot be loaded, or does not fit.
-        DistillationError: it is no model.
-    """
-    choice = ModelChoice(str(model)) if isinstance(model, (str, Path)) else model
-    processes = Processes.current()
-    if isinstance(choice, ModelChoice):
-        refuse(memory_needs(find_checkpoint(choice), settings.batch_tokens, processes))
-    tokenizer = reader.tokenizer if reader is not None else None
-    loaded = Loaded.of(choice, tokenizer, name=f"the teacher {name}")
-    if not isinstance(choice, ModelChoice) or not (choice.device_map or choice.quantization):
-        loaded.model.to(processes.device)
-    reader = reader or RowTokenizer(loaded.tokenizer)
-    prepared = prepare(rows, [reader], max_length)
-    spec = loaded.spec(reader, prepared.rows, settings).model_copy(update={"max_error": 0.0})
-    say(f"{name} ({spec.model}) is scored while training reads: {prepared.counts}")
-    teacher = loaded.teacher(spec, settings, name, say)
-    return LiveTeacher(name, teacher, reader, prepared.rows, spec=spec, max_quarantined=settings.max_quarantined)
 
 
 def fusion_dataset(
@@ -203,7 +70,11 @@ def fusion_dataset(
         if isinstance(teacher, Store):
             sources[name] = teacher
         else:
-            sources[name] = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+            made = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+            if made.checkpoint is not None:
+                refuse(memory_needs(made.checkpoint, how.batch_tokens, Processes.current()))
+            made.open()
+            sources[name] = made
         refuse_temperature(name, sources[name], settings)
     by_key = {row.key: row for row in rows}
     own = _capture_student(student, reader, rows, args, how) if _needs_pivot(args) else None
@@ -212,7 +83,7 @@ def fusion_dataset(
     for name, source in sources.items():
         theirs = source.tokenizer if isinstance(source, LiveTeacher) else _tokenizer_of(source)
         projections[name] = projection_of(settings.alignment, ours, Reading.of(name, theirs, source, by_key), rows)
-    made = FusionDataset(
+    data = FusionDataset(
         rows,
         pivot=own,
         sources=sources,
@@ -221,9 +92,9 @@ def fusion_dataset(
         fusion=settings.fusion,
         relative=settings.training.lm_weighting == "relative",
     )
-    for line in made.joined.report():
+    for line in data.joined.report():
         say(line)
-    return made
+    return data
 
 
 def on_policy_of(
@@ -338,7 +209,7 @@ def _capture_student(
         return capture_rows(
             rows,
             reader,
-            lambda: student.teacher(spec, how, "the model", lambda _: None),
+            lambda: student.teacher(how.model_copy(update={"top_k": spec.top_k}), "the model", lambda _: None),
             _own_folder(args),
             lambda: spec,
             quiet=args.disable_tqdm,

@@ -26,11 +26,11 @@ from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.counts import LOSSES, RunningSums, shares
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
-from fusekit.distillation.live import Ahead, LiveTeacher
+from fusekit.distillation.live import Ahead, LiveTeacher, Loaded
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.teachers import Loaded, fusion_dataset, on_policy_of, text_dataset
+from fusekit.distillation.teachers import fusion_dataset, on_policy_of, text_dataset
 from fusekit.errors import DistillationError
 from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray

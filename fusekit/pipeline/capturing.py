@@ -246,8 +246,9 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
 
 
 def capture_artifacts(context: Context) -> dict[str, Path]:
-    """A store of every model."""
-    return {name: context.layout.store(name) for name in context.readers.names}
+    """A store of every model, but for sources that are scored while training reads."""
+    live = {source.label for source in context.recipe.sources if source.on_the_fly}
+    return {name: context.layout.store(name) for name in context.readers.names if name not in live}
 
 
 def check_store_place(folder: Path) -> None:
@@ -290,7 +291,7 @@ def make_captures(context: Context, processes: Processes) -> None:
     """Capture what each model says about the rows, or what is missing of it, and note down the models' facts."""
     from fusekit.capturing.capture import capture
 
-    for name in context.readers.names:
+    for name in capture_artifacts(context):
         checkpoint = context.readers.checkpoint(name)
         for line in checkpoint.notices:
             context.say(f"capture {name}: {line}")

@@ -19,7 +19,7 @@ from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.gguf import SUFFIX
 from fusekit.layout import BASELINE, PIVOT
-from fusekit.pipeline.capturing import alignment_of, store_facts
+from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
 from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, choice_of
 from fusekit.pipeline.responding import winners_of
 from fusekit.recipe import Recipe
@@ -93,9 +93,11 @@ def make(context: Context, processes: Processes) -> None:
         how = recipe.alignment_of(source)
         # Of the artifact, so that what is trained with is what the stage `align` shows.
         folder = layout.alignment(source.label) if how.map_method is not None else None
-        sources[source.label] = Source(
-            layout.store(source.label), readers.choice(source.label), how, readers.reader(source.label), folder
-        )
+        label, store = source.label, None if source.on_the_fly else layout.store(source.label)
+        made = Source(store, readers.choice(label), how, readers.reader(label), folder)
+        if source.on_the_fly:
+            made = replace(made, live=recipe.capture, rows=rows_of(context, label, context.rows))
+        sources[label] = made
     responses = None
     if recipe.respond is not None:
         rows, writers = winners_of(context)
@@ -138,6 +140,13 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
     # A resolved recipe has the default, too, which says nothing of the model.
     asked = section.max_length if section.max_length != Data.model_fields["max_length"].default else None
     found = [Mistake(says, path) for path, says in problems(values, pivot, asked)]
+    live = [number for number, source in enumerate(recipe.sources) if source.on_the_fly]
+    if live and values.dataloader_num_workers:
+        says = (
+            f"dataloader_num_workers is {values.dataloader_num_workers}, but {recipe.sources[live[0]].label} is scored "
+            "on the fly, which loader processes cannot do: set it to 0, or capture the source"
+        )
+        found.append(Mistake(says, ("distill", "dataloader_num_workers"), ("sources", live[0], "on_the_fly")))
     if captured != values.temperature:
         says = (
             f"capture.temperature is {captured}, but distill.temperature is {values.temperature}: the loss needs rows "
@@ -191,6 +200,8 @@ def _inputs(context: Context, target: str, settings: DistillSettings, before: Ma
         of_store = f"stores.{model}."
         captured = {key.removeprefix(of_store): value for key, value in before.items() if key.startswith(of_store)}
         said = store_facts(context, model, captured, thorough=False)
+        if any(source.label == model and source.on_the_fly for source in context.recipe.sources):
+            said = {key: value for key, value in said.items() if key != "rows_per_shard"} | {"max_error": 0.0}
         facts |= {f"{of_store}{key}": value for key, value in said.items()}
     for teacher in teachers:
         how = provenance.facts_of_alignment(alignment_of(context, teacher))

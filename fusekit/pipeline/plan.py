@@ -256,7 +256,8 @@ class _Planner:
 
     def plan_capture(self) -> None:
         """A store of every model."""
-        for name, known in self.models.known.items():
+        for name in TABLE["capture"].artifacts(self.context):
+            known = self.models.known[name]
             at_hand = self.has_rows and known.checkpoint is not None and name in self.models.tokenizers
             step = self.step("capture", name, at_hand)
             if not step.work:
@@ -316,7 +317,9 @@ class _Planner:
         if not steps or pivot.checkpoint is None:
             return
         longest, settings = self.rows.longest or self.recipe.data.max_length, self.recipe.distill
-        needs = training.memory_needs(pivot.checkpoint, settings, longest, self.processes)
+        live = [self.models.known[source.label].checkpoint for source in self.recipe.sources if source.on_the_fly]
+        teachers = [one for one in live if one is not None]
+        needs = training.memory_needs(pivot.checkpoint, settings, longest, self.processes, teachers)
         for step in steps:
             step.memory = needs[0].needed
         needs += training.disk_needs(pivot.checkpoint, settings, self.place, results=1, download=False)

@@ -167,6 +167,11 @@ class Source(Pivot):
     chat_template: str = Field(
         default="own", description="`own`, `pivot` (the papers'), the name of a shipped template, or a jinja file."
     )
+    on_the_fly: bool = Field(
+        default=False,
+        description="Score this source while training reads, without a store: for more examples than a disk holds. It "
+        "stays loaded while its target is trained, and is scored again in every epoch.",
+    )
     alignment: SourceAlignment = Field(
         default=SourceAlignment(), description="What differs for this source from the section `alignment`."
     )

@@ -24,7 +24,7 @@ from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe
 from fusekit.report import text
 from fusekit.report.charts import heat_map, loss_charts, recipe_graph
-from fusekit.report.facts import BASELINE_PLACE, Facts, Quality, Training, Worth, merged_targets
+from fusekit.report.facts import BASELINE_PLACE, Facts, Quality, Training, Worth, merged_targets, source_name
 from fusekit.report.models import ModelFacts
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def lead(facts: Facts) -> str:
 def missing_stages(facts: Facts) -> list[str]:
     """What the run has not done, or not yet, a sentence each."""
     said = [] if facts.counts else ["The data is not prepared yet."]
-    names = [PIVOT, *facts.sources]
+    live = {source_name(entry) for entry in facts.recipe["sources"] if entry.get("on_the_fly")}
+    names = [name for name in (PIVOT, *facts.sources) if name not in live]
     if lacking := [name for name in names if name not in facts.stores or not facts.stores[name].complete]:
         said.append(f"Not captured completely yet: {text.listed(lacking)}.")
     if lacking := [name for name in facts.sources if name not in facts.qualities]:

@@ -17,10 +17,13 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.reading import rows_of
 from fusekit.devices import Processes
 from fusekit.distillation.batching import EpochSampler
-from fusekit.distillation.live import LiveTeacher, own_order
-from fusekit.distillation.teachers import live_teacher
+from fusekit.distillation.live import LiveTeacher, live_teacher, own_order
 from fusekit.errors import CaptureError, DistillationError
+from fusekit.pipeline.distilling import mistakes
+from fusekit.pipeline.run import run
+from fusekit.recipe.loading import load_recipe
 from fusekit.types import TopK
+from tests.pipeline.worlds import write_recipe
 
 ROOT = Path(__file__).parents[2]
 PIVOT, PLACE = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
@@ -140,3 +143,27 @@ def test_processes_share_an_epoch_as_accelerate_does(world: int, batch: int) -> 
         shard = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), world, rank)
         expected = [index for some in shard for index in some] if world > 1 else list(sampler)
         assert own_order(list(sampler), batch, Processes(rank, world, world, CPU)).tolist() == expected
+
+
+@pytest.mark.slow
+def test_a_recipe_may_score_a_source_on_the_fly(tmp_path: Path) -> None:
+    """No store of it; the losses of a run with one; done is done, and the other way of reading it is another input."""
+    path = write_recipe(tmp_path, ["llama"], capture={"max_error": 0}, distill={"disable_tqdm": True})
+    said: dict[str, list[str]] = {"true": [], "false": []}
+    logs = []
+    for live, lines in said.items():
+        for _ in range(2):
+            recipe = load_recipe(path, [f"sources.0.on_the_fly={live}"])
+            run(recipe, tmp_path / live, until="distill", say=lines.append)
+        record = json.loads((tmp_path / live / "targets" / "llama" / "training.json").read_text())
+        logs.append([line for line in record["log"] if "loss" in line])
+        assert any("done already" in line for line in lines)
+    assert not (tmp_path / "true" / "captures" / "llama").exists()
+    assert (tmp_path / "true" / "captures" / "pivot").exists()
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    with pytest.raises(DistillationError) as error:
+        run(load_recipe(path, ["sources.0.on_the_fly=true"]), tmp_path / "false", start="distill", until="distill")
+    assert "stores.llama" in str(error.value)
+    workers = load_recipe(path, ["sources.0.on_the_fly=true", "distill.dataloader_num_workers=1"])
+    assert any("llama" in mistake.says for mistake in mistakes(workers))
