@@ -268,7 +268,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 def hub_records(
     repository: str, *, split: str, revision: str | None, name: str | None, streaming: bool
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[Record]:
     """The records of a data set, with where each is. No code of the data set is run.
 
     Raises:
@@ -278,16 +278,6 @@ def hub_records(
 
     try:
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise DataError(f"{repository!r} is neither a file or folder nor the id of a data set (owner/name)") from error
-    return _records(repository, split, revision, name, streaming)
-
-
-def _records(
-    repository: str, split: str, revision: str | None, name: str | None, streaming: bool
-) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
         _ask_once(repository, revision)
         import datasets
 
@@ -296,6 +286,8 @@ def _records(
             yield f"{repository} ({split}), row {number}", record
     except GeneratorExit:
         raise
+    except HFValidationError as error:
+        raise DataError(f"{repository!r} is neither a file or folder nor the id of a data set (owner/name)") from error
     except Exception as error:  # the client's own, its HTTP library's, pyarrow's
         raise explain(error, repository, revision, name, split) from error
 
