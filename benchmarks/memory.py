@@ -120,8 +120,9 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
     before = _peak()
-    said = estimate.memory_needs(checkpoint, size, alone)[0].needed
-    capture(checkpoint, reader, rows, work, CaptureSettings(batch_tokens=size), processes=alone)
+    settings = CaptureSettings(batch_tokens=size)
+    said = estimate.memory_needs(checkpoint, settings, alone)[0].needed
+    capture(checkpoint, reader, rows, work, settings, processes=alone)
     return {"before": before, "peak": _peak(), "estimate": said}
 
 

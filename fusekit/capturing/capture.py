@@ -20,7 +20,7 @@ from fusekit.capturing.codec import Columns
 from fusekit.capturing.engine import Teacher, rows_per_shard
 from fusekit.capturing.engines.opening import Opening
 from fusekit.capturing.engines.replies import Scorer
-from fusekit.capturing.estimate import disk_needs, memory_needs, parameters, refuse
+from fusekit.capturing.estimate import disk_needs, memory_needs, parameters, refuse, shape_of
 from fusekit.capturing.load import load_model, longest_input, valid_ids
 from fusekit.capturing.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
 from fusekit.capturing.models import Checkpoint, ModelChoice
@@ -165,7 +165,7 @@ class Capture:
             top_k=self.settings.top_k,
         )
         if self.checkpoint.choice.engine.probe is None:  # else transformers loads no model
-            needs += memory_needs(self.checkpoint, self.settings.batch_tokens, processes)
+            needs += memory_needs(self.checkpoint, self.settings, processes)
         for line in worth_saying(needs):
             self._say(line)
         if not self.ignore_estimates:
@@ -188,7 +188,8 @@ class Capture:
             # A server is taken to have an accelerator.
             device = "cuda" if self.checkpoint.choice.engine.url else self._processes.device.type
             in_shards = rows_per_shard(parameters(self.checkpoint), self._tokens / max(len(self.rows), 1), device)
-        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards})
+        head = _head_dtype(self.checkpoint, self.settings)
+        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards, "head_dtype": head})
         details = self.details
         if self._opening is not None and known is not None and known.complete:  # its engine may be gone
             details = details | {name: one for name, one in known.spec.details.items() if name.startswith("engine_")}
@@ -224,6 +225,7 @@ class Capture:
                 name=self.checkpoint.choice.model,
                 notify=self._say,
                 longest=longest_input(self.checkpoint),
+                float32_head=_head_dtype(self.checkpoint, self.settings) == "float32",
             )
         return self._scorer
 
@@ -418,7 +420,7 @@ def store_spec(
 ) -> StoreSpec:
     """What a store is made from: model, tokenizer and template, data, and every setting that changes a value.
 
-    settings: with a number of rows per shard. fingerprint: of the weights, where it is known already.
+    settings: with the rows per shard and the head's dtype. fingerprint: of the weights, where it is known already.
     """
     assert settings.rows_per_shard is not None
     choice = checkpoint.choice
@@ -433,17 +435,25 @@ def store_spec(
         temperature=settings.temperature,
         max_error=settings.max_error,
         rows_per_shard=settings.rows_per_shard,
-        details=details_of(choice, tokenizer.train_on) | tokenizer.facts | dict(details or {}),
+        details=details_of(choice, tokenizer.train_on, settings) | tokenizer.facts | dict(details or {}),
     )
 
 
-def details_of(choice: ModelChoice, train_on: str) -> dict[str, Setting]:
-    """How a model is loaded, and which tokens are supervised: what else decides the values of a store."""
+def _head_dtype(checkpoint: Checkpoint, settings: CaptureSettings) -> str:
+    """As set; else float32 where that costs little beside the rest of the model, the same on every machine."""
+    shape = shape_of(checkpoint.config)
+    small = 8 * shape.hidden * shape.vocabulary <= parameters(checkpoint)
+    return settings.head_dtype or ("float32" if small else "model")
+
+
+def details_of(choice: ModelChoice, train_on: str, settings: CaptureSettings) -> dict[str, Setting]:
+    """How a model is loaded and run, and which tokens are supervised: what else decides the values of a store."""
     return {
         "dtype": choice.dtype,
         "quantization": json.dumps(choice.quantization, sort_keys=True) if choice.quantization else None,
         "attn_implementation": choice.attn_implementation,
         "engine": choice.engine.kind,
+        "head_dtype": settings.head_dtype if choice.engine.kind == "transformers" else None,
         "train_on": train_on,
     }
 

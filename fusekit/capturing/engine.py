@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fusekit.artifacts import counted
+from fusekit.capturing.forward import padding_error, plain_logits, split_forward
 from fusekit.capturing.manifest import ROWS_PER_SHARD
 from fusekit.capturing.settings import Selection
-from fusekit.capturing.topk import Scores, score_logits
+from fusekit.capturing.topk import CACHED_BYTES, Scores, block_width, group_bytes, score_blocks, score_logits
 from fusekit.errors import CaptureError
 from fusekit.resources import is_out_of_memory, release
 from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
@@ -53,12 +53,13 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
     return min(1 << int(math.log2(max(tokens / max(row_tokens, 1), 1))), ROWS_PER_SHARD)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True) -> list[list[int]]:
     """Batches of rows of similar length.
 
     Args:
         lengths: tokens of each row; rows of length 0 are in no batch.
         batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
+        padding: whether the rows of a batch may have different lengths.
 
     Returns:
         Indices into ``lengths``, the longest rows first, so that memory runs out at the start if it does; rows of equal
@@ -66,16 +67,17 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
-        # The first row of a batch is its longest.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
+        batch = batches[-1] if batches else []
+        longest = lengths[batch[0]] if batch else 0  # the first row of a batch is its longest
+        if batch and longest * (len(batch) + 1) <= batch_tokens and (padding or longest == lengths[index]):
+            batch.append(index)
         else:
             batches.append([index])
     return batches
 
 
 CHUNK_BYTES = 256 << 20
-"""Of float32 logits at a time: enough positions that reading the head's weights is not what takes the time."""
+"""Of float32 logits at a time."""
 
 NOT_FINITE = "NaN or infinite logits"
 
@@ -104,6 +106,7 @@ class Teacher:
         notify: called with a line when something is done in another way than planned.
         longest: most tokens of a row that the model was made for.
         chunk_bytes: most bytes of float32 logits at a time.
+        float32_head: compute logits in float32 from the hidden states of a model in 16 bits.
 
     Raises:
         CaptureError: a model that has no logits.
@@ -120,6 +123,7 @@ class Teacher:
         notify: Callable[[str], None] = lambda _line: None,
         longest: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        float32_head: bool = True,
     ) -> None:
         self.model = model.eval()
         self.selection = selection or Selection()
@@ -130,13 +134,20 @@ class Teacher:
         self.batch_tokens = batch_tokens or batch_tokens_on(self.device.type)
         self.input_rows: int = model.get_input_embeddings().weight.shape[0]
         sample = np.arange(self.input_rows) if valid_ids is None else valid_ids[valid_ids < self.input_rows]
-        ids = torch.from_numpy(sample[np.linspace(0, len(sample) - 1, 8).astype(np.int64)].reshape(2, 4))
+        ids = torch.from_numpy(sample[np.linspace(0, len(sample) - 1, 24).astype(np.int64)].reshape(2, 12))
         with torch.inference_mode():
             ids = ids.to(self.device)
             self.vocabulary: int = plain_logits(model, ids, torch.ones_like(ids)).shape[-1]
-            self._split, why = split_forward(model, ids)
+            self._split, why = split_forward(model, ids, float32_head)
+            error, bound = padding_error(model, ids)
         if self._split is None:
             notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
+        self.padding = error <= bound
+        if not self.padding:
+            notify(
+                f"{name}: padding beside an example changes what it predicts by {error:.2g} nats (at most {bound:g} is "
+                "rounding): it ignores the attention mask. Only examples of one length share a batch"
+            )
         padding = np.setdiff1d(np.arange(self.vocabulary), sample)
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
@@ -167,7 +178,7 @@ class Teacher:
         lengths = [int(row.label_positions[-1]) if row.labels.any() else 0 for row in rows]
         names = datasets or [""] * len(rows)
         yield [(i, self._unlabelled(rows[i], names[i])) for i, length in enumerate(lengths) if not length]
-        for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+        for batch in self._fitting(plan_batches(lengths, self.batch_tokens, self.padding), lengths):
             with torch.inference_mode():
                 scores = self._score_batch([rows[i] for i in batch])
             yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]
@@ -211,7 +222,7 @@ class Teacher:
             failure = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
         release(self.device)
         longest = max(int(row.label_positions[-1]) for row in rows)
-        least = 4 * self.vocabulary * (1 if self._split else longest)
+        least = self._row_bytes * (1 if self._split else longest)
         if len(rows) == 1 and self._chunk_bytes <= least:
             raise CaptureError(self._too_large(rows[0], failure))
         self._chunk_bytes = max(self._chunk_bytes // 2, least)
@@ -251,19 +262,37 @@ class Teacher:
         width = ids.shape[1]
         at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(positions)])).to(hidden.device)
         hidden = hidden.flatten(0, 1)[at]
-        rows = max(1, self._chunk_bytes // (4 * self.vocabulary))
+        rows = max(1, self._chunk_bytes // self._row_bytes)
         # Chunks of equal size, so that none is much smaller than what the head is fast at.
         rows = -(-len(hidden) // -(-len(hidden) // rows))
         pieces = [
-            self._score(self._split.logits(hidden[start : start + rows]), labels[start : start + rows])
+            self._score_hidden(hidden[start : start + rows], labels[start : start + rows])
             for start in range(0, len(hidden), rows)
         ]
         return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
+    @property
+    def _row_bytes(self) -> int:
+        """Of float32 at a time to score one position."""
+        if self._split is None or self._split.head is None:
+            return 4 * self.vocabulary
+        return group_bytes(self.vocabulary, self.selection.k)
+
+    def _score_hidden(self, hidden: torch.Tensor, labels: torch.Tensor) -> Scores:
+        assert self._split is not None
+        if self._split.head is None:
+            return self._score(self._split.logits(hidden), labels)
+        most = self._chunk_bytes if self.device.type != "cpu" else min(CACHED_BYTES, self._chunk_bytes)
+        device = self._split.head.weight.device
+        invalid = self._invalid.to(device) if self._invalid is not None else None
+        # As wide as the hidden states at most: the head's weights are copied too.
+        blocks = self._split.blocks(hidden, block_width(max(hidden.shape), most))
+        return score_blocks(blocks, labels.to(device), self.selection, invalid)
+
     def _scores_plain(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
     ) -> Scores:
-        step = max(1, self._chunk_bytes // (4 * self.vocabulary * ids.shape[1]))
+        step = max(1, self._chunk_bytes // (self._row_bytes * ids.shape[1]))
         pieces, first, width = [], 0, ids.shape[1]
         for start in range(0, len(ids), step):
             logits = plain_logits(self.model, ids[start : start + step], mask[start : start + step])
@@ -310,99 +339,3 @@ def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[i, length:] = row.ids[length - 1]
         mask[i, :length] = 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-# A head over fewer rows adds up its products in another order: so many units in the last place of the largest logit.
-ULPS = 64
-
-
-class OtherForwardError(Exception):
-    """A model's forward is not a decoder followed by a head."""
-
-
-class SplitForward:
-    """The two halves of a model whose ``forward`` calls one decoder and reads ``last_hidden_state`` of its output.
-
-    For the first half the decoder hands on no position at all, so that the head computes nothing (for a single one it
-    would read all of its weights); for the second the decoder is replaced by chosen hidden states.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-        self._output_class: type[Any] = tuple
-
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, H] of a batch. ids, mask: int64 [B, T], mask 0 for padding, which is on the right.
-
-        Raises OtherForwardError when the model's forward does not pass through its decoder once.
-        """
-        kept: list[torch.Tensor] = []
-        run = self.decoder.forward
-
-        def keep_all(*args: Any, **kwargs: Any) -> Any:
-            output = run(*args, **kwargs)
-            self._output_class = type(output)
-            kept.append(output[0])
-            return self._output(output[0][:1, :0])
-
-        with _replaced_forward(self.decoder, keep_all):
-            self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-        if len(kept) != 1 or kept[0].shape[:2] != ids.shape:
-            raise OtherForwardError(f"{type(self.model).__name__} does not pass through its decoder once")
-        return kept[0]
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of hidden states [n, H], in the model's own dtype. Follows a call of :meth:`hidden`."""
-        # The decoder looks at no ids here: the model's forward only passes them on.
-        ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-        with _replaced_forward(self.decoder, lambda *_args, **_kwargs: self._output(hidden[None])):
-            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits[0]
-
-    def _output(self, hidden: torch.Tensor) -> Any:
-        return (hidden,) if self._output_class is tuple else self._output_class(last_hidden_state=hidden)
-
-
-def plain_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, V] by one call of the model. ids, mask: int64 [B, T], padding on the right."""
-    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits
-
-
-def split_forward(model: Any, ids: torch.Tensor) -> tuple[SplitForward | None, str]:
-    """The split forward of a model if it gives the logits of the plain one on a sample, else None and why not.
-
-    ids: int64 [B, T], a small batch without padding; its last row is tried as if padded.
-    """
-    mask = torch.ones_like(ids)
-    mask[-1, ids.shape[1] // 2 :] = 0
-    plain = plain_logits(model, ids, mask)[mask.bool()].float()
-    try:
-        split = SplitForward(model)
-        if split.decoder is model:
-            return None, f"{type(model).__name__} has no decoder of its own"
-        found = split.logits(split.hidden(ids, mask)[mask.bool()])
-    except (OtherForwardError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
-        return None, " ".join(str(error).split())
-    found, precision = found.float(), ULPS * torch.finfo(found.dtype).eps
-    scale = torch.nan_to_num(plain, nan=0.0, posinf=0.0, neginf=0.0).abs().max()
-    if plain.shape != found.shape or not torch.allclose(
-        plain, found, rtol=precision, atol=precision * float(scale), equal_nan=True
-    ):
-        return None, f"{type(model).__name__} computes other logits from its hidden states than in one forward"
-    return split, ""
-
-
-@contextmanager
-def _replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module.forward`` be ``function`` while the body runs; hooks and device placement stay as they are."""
-    own = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -11,14 +11,18 @@ import torch
 from fusekit.artifacts import existing_parent, free_bytes, human
 from fusekit.capturing.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capturing.models import Checkpoint
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.topk import CACHED_BYTES, GROUP, group_bytes
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
 from fusekit.hub import memory_limits
 from fusekit.resources import Need, main_memory, refuse_lacking
 
-_CHUNK_COPIES = 3
-"""Of a chunk of logits on an accelerator: in the model's dtype, in float32, and their exponentials. On a CPU the
-model's own are there whole, and the rest a few rows at a time."""
+_BLOCK_COPIES = 3
+"""Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""
+
+_GROUP_BYTES = 28
+"""Of a group of ids while the best groups of a position are sought."""
 
 _HIDDEN_COPIES = 6
 """Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
@@ -67,14 +71,11 @@ def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, voc
     ]
 
 
-def memory_needs(checkpoint: Checkpoint, batch_tokens: int | None, processes: Processes) -> list[Need]:
-    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map.
-
-    batch_tokens: None for what suits the device.
-    """
-    batch_tokens = batch_tokens or batch_tokens_on(processes.device.type)
+def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: Processes) -> list[Need]:
+    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+    batch_tokens = settings.batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
-    working = working_bytes(checkpoint, batch_tokens, processes.device.type)
+    working = working_bytes(checkpoint, batch_tokens, processes.device.type, settings.top_k)
     needed = weights + max(working, dequantising_bytes(checkpoint))
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
     if processes.device.type == "cuda":
@@ -121,13 +122,17 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else itemsize(choice.dtype)) // stored
 
 
-def working_bytes(checkpoint: Checkpoint, batch_tokens: int, device: str) -> int:
-    """Bytes of one batch: hidden states of a layer, its feed-forward, and chunks of logits. device: its type."""
+def working_bytes(checkpoint: Checkpoint, batch_tokens: int, device: str, top_k: int) -> int:
+    """Bytes of one batch: hidden states of a layer, its feed-forward, and blocks of logits. device: its type."""
     shape = shape_of(checkpoint.config)
     width = itemsize(stored_dtype(checkpoint) if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
-    chunk = min(CHUNK_BYTES, batch_tokens * 4 * shape.vocabulary)
-    logits = chunk * width // 4 if device == "cpu" else _CHUNK_COPIES * chunk
-    return batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width + logits
+    row = group_bytes(shape.vocabulary, top_k)
+    rows = min(batch_tokens, max(1, CHUNK_BYTES // row))
+    block = min(CACHED_BYTES if device == "cpu" else CHUNK_BYTES, rows * 4 * shape.vocabulary)
+    scoring = rows * (row + _GROUP_BYTES * shape.vocabulary // GROUP) + _BLOCK_COPIES * block
+    # What a layer takes is free again when the logits are computed from the last hidden states.
+    layer = batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width
+    return max(layer, batch_tokens * shape.hidden * (2 * width + 4) + scoring)
 
 
 class Shape(NamedTuple):

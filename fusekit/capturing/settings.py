@@ -48,6 +48,11 @@ class CaptureSettings(Settings):
         default=1.0,
         description="Temperature of the distributions that are kept; the cross-entropy is always of temperature 1.",
     )
+    head_dtype: Literal["float32", "model"] | None = Field(
+        default=None,
+        description="Compute the logits of a model in 16 bits in float32, or in the model's dtype, which rounds them; "
+        "by default float32, unless the head is more than an eighth of the model.",
+    )
     batch_tokens: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="Most tokens of a batch, padding included; by default what suits the device."
     )

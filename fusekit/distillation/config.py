@@ -88,8 +88,7 @@ class FusionConfig(OneDevice):
             )
         for name in _LOSS:
             setattr(self, name, getattr(self.settings.training, name))
-        capture = CaptureSettings(**({} if self.top_k is None else {"top_k": self.top_k}))
-        self.top_k = capture.top_k
+        self.top_k = (CaptureSettings() if self.top_k is None else CaptureSettings(top_k=self.top_k)).top_k
         self.max_length = self.max_length or DataSettings.model_fields["max_length"].default
 
 

@@ -277,7 +277,7 @@ class _Planner:
                 what = f"disk ({counted(count, 'captured row')} of {name}, at most)"
                 self._need_disk(what, step.disk_at_most, self.place)
                 step.pflop = 2 * _active(known) * share * tokens / 1e15
-            for need in capture.memory_needs(known.checkpoint, self.recipe.capture.batch_tokens, self.processes):
+            for need in capture.memory_needs(known.checkpoint, self.recipe.capture, self.processes):
                 step.memory = max(step.memory or 0, need.needed)
                 self.plan.needs.append(need)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.capturing.settings import Selection
-from fusekit.capturing.topk import GROUP, score_logits, top_entries
+from fusekit.capturing.topk import GROUP, score_blocks, score_logits
 from fusekit.errors import CaptureError
 from tests import reference
 
@@ -49,12 +49,26 @@ def test_rows_are_those_of_a_full_softmax(vocabulary, k, temperature):
     assert_true(logits, torch.tensor([0, vocabulary - 1, vocabulary // 2]), Selection(k, temperature=temperature))
 
 
-def test_a_chunk_larger_than_the_cache_gives_the_same_rows(monkeypatch):
-    logits, labels = torch.randn(7, WIDE), torch.arange(7)
-    whole = score_logits(logits.clone(), labels, Selection(4))
-    monkeypatch.setattr("fusekit.capturing.topk.CACHED_BYTES", 3 * 4 * WIDE)
-    for one, other in zip(whole, score_logits(logits.clone(), labels, Selection(4)), strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "shuffled"])
+def test_blocks_of_any_width_and_order_give_the_rows_of_the_whole(order, temperature):
+    """Rising logits displace every group that was held before, and exceed the range of one shift."""
+    count = 40 * GROUP + 5
+    logits = torch.linspace(-300, 300, count).repeat(3, 1)
+    logits = {"rising": logits, "falling": logits.flip(1), "equal": logits * 0, "shuffled": logits}[order]
+    if order == "shuffled":
+        logits = logits[:, torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    labels, selection = torch.tensor([0, count // 2, count - 1]), Selection(3, temperature=temperature)
+    for width in (GROUP, 7 * GROUP, 64 * GROUP):
+        blocks = (logits[:, start : start + width].clone() for start in range(0, count, width))
+        found = score_blocks(blocks, labels, selection)
+        for j, label in enumerate(labels.tolist()):
+            ids, logprobs, tail, actual, nll = truth(logits[j], label, 3, temperature)
+            assert found.ids[j].tolist() == ids
+            np.testing.assert_allclose(found.logprobs[j], logprobs, atol=2e-6, rtol=1e-6)
+            assert float(found.tail[j]) == pytest.approx(tail, rel=1e-5, abs=1e-300)
+            assert float(found.actual[j]) == pytest.approx(actual, abs=2e-6, rel=1e-6)
+            assert float(found.nll[j]) == pytest.approx(nll, abs=2e-6, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,10 +78,9 @@ def test_a_chunk_larger_than_the_cache_gives_the_same_rows(monkeypatch):
 def test_equal_logits_come_in_the_order_of_their_ids(levels, k, vocabulary, seed):
     x = torch.randint(-levels, levels, (2, vocabulary), generator=torch.Generator().manual_seed(seed)).float()
     x[0] *= -0.0 if levels == 1 else 1.0  # zeros of both signs are equal
-    values, ids = top_entries(x, k)
-    for row, value, found in zip(x.tolist(), values.tolist(), ids.tolist(), strict=True):
-        assert found == sorted(range(vocabulary), key=lambda i: (-row[i], i))[:k]
-        assert value == [row[i] for i in found]
+    blocks = (x[:, start : start + 4 * GROUP].clone() for start in range(0, vocabulary, 4 * GROUP))
+    for row, found in zip(x.tolist(), score_blocks(blocks, torch.tensor([0, 0]), Selection(k)).ids, strict=True):
+        assert found[found >= 0].tolist() == sorted(range(vocabulary), key=lambda i: (-row[i], i))[:k]
 
 
 @pytest.mark.parametrize("vocabulary", [20, WIDE])
