@@ -1,6 +1,6 @@
 """Capture of a pretrained model against its bare forward, and what the head's rounding costs, on real text.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.representation.real FOLDER.. --dtype bfloat16       # checkpoints or GGUF files
+    OMP_NUM_THREADS=1 python -m benchmarks.representation.real MODEL..       # checkpoints or GGUF files
 
 ``forward``: ``model(input_ids, attention_mask)`` of the same batches, logits thrown away. ``capture``: top-k rows of
 every label on disk, synced, with the head in float32 or in the model's dtype. In turns, in one process; processor
@@ -11,7 +11,6 @@ seconds. ``error``: log-probabilities of the labels in nats, against the same hi
 from __future__ import annotations
 
 import argparse
-import argparse as text_source
 import shutil
 import statistics
 import tempfile
@@ -38,7 +37,7 @@ class Blocks:
     """Blocks of the text, all of whose tokens but the first are labels."""
 
     def __init__(self, tokenizer: Any, count: int, length: int) -> None:
-        ids = np.array(tokenizer(Path(text_source.__file__).read_text())["input_ids"][: count * length], np.int64)
+        ids = np.array(tokenizer(Path(argparse.__file__).read_text())["input_ids"][: count * length], np.int64)
         self.rows = [Row((Message(TEXT, f"{i}"),)) for i in range(count)]
         ends, zeros, part = np.arange(length) * 4, np.zeros(length, np.int64), np.full(length, Part.CONTENT, np.int64)
         self.tokens = {

@@ -20,8 +20,8 @@ from fusekit.capturing.codec import Columns
 from fusekit.capturing.engine import Teacher, rows_per_shard
 from fusekit.capturing.engines.opening import Opening
 from fusekit.capturing.engines.replies import Scorer
-from fusekit.capturing.estimate import disk_needs, memory_needs, parameters, refuse, shape_of
-from fusekit.capturing.load import load_model, longest_input, valid_ids
+from fusekit.capturing.estimate import disk_needs, head_dtype, memory_needs, parameters, refuse
+from fusekit.capturing.load import load_model, loading_mistakes, longest_input, valid_ids
 from fusekit.capturing.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
 from fusekit.capturing.models import Checkpoint, ModelChoice
 from fusekit.capturing.settings import CaptureSettings
@@ -96,6 +96,8 @@ class Capture:
         self.details, self.overwrite, self.ignore_estimates = dict(details or {}), overwrite, ignore_estimates
         self.quiet, self.notify = quiet, notify
         self.settings = settings or CaptureSettings()
+        for _, mistake in loading_mistakes(checkpoint.choice):
+            raise CaptureError(f"{checkpoint.choice.model}: {mistake}")
         self.vocabulary = vocabulary_size(checkpoint, tokenizer)
         self._processes: Processes | None = None
         self._spec: StoreSpec | None = None
@@ -146,6 +148,10 @@ class Capture:
         if self._processes is not None and self._processes.is_first:
             self.notify(line)
 
+    @property
+    def _head_dtype(self) -> str:
+        return head_dtype(self.settings, self.checkpoint.config, parameters(self.checkpoint))
+
     @cached_property
     def _tokens(self) -> int:
         """How many tokens the rows have, about, from some of them."""
@@ -188,8 +194,7 @@ class Capture:
             # A server is taken to have an accelerator.
             device = "cuda" if self.checkpoint.choice.engine.url else self._processes.device.type
             in_shards = rows_per_shard(parameters(self.checkpoint), self._tokens / max(len(self.rows), 1), device)
-        head = _head_dtype(self.checkpoint, self.settings)
-        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards, "head_dtype": head})
+        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards, "head_dtype": self._head_dtype})
         details = self.details
         if self._opening is not None and known is not None and known.complete:  # its engine may be gone
             details = details | {name: one for name, one in known.spec.details.items() if name.startswith("engine_")}
@@ -225,7 +230,7 @@ class Capture:
                 name=self.checkpoint.choice.model,
                 notify=self._say,
                 longest=longest_input(self.checkpoint),
-                float32_head=_head_dtype(self.checkpoint, self.settings) == "float32",
+                float32_head=self._head_dtype == "float32",
             )
         return self._scorer
 
@@ -437,13 +442,6 @@ def store_spec(
         rows_per_shard=settings.rows_per_shard,
         details=details_of(choice, tokenizer.train_on, settings) | tokenizer.facts | dict(details or {}),
     )
-
-
-def _head_dtype(checkpoint: Checkpoint, settings: CaptureSettings) -> str:
-    """As set; else float32 where that costs little beside the rest of the model, the same on every machine."""
-    shape = shape_of(checkpoint.config)
-    small = 8 * shape.hidden * shape.vocabulary <= parameters(checkpoint)
-    return settings.head_dtype or ("float32" if small else "model")
 
 
 def details_of(choice: ModelChoice, train_on: str, settings: CaptureSettings) -> dict[str, Setting]:

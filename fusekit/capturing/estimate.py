@@ -158,6 +158,13 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     return Shape(hidden, wide, layers, first("vocab_size") or 32000)
 
 
+def head_dtype(settings: CaptureSettings, config: Mapping[str, Any], parameters: int) -> str:
+    """As set; else float32 where that costs little beside the rest of the model, whatever the machine."""
+    shape = shape_of(config)
+    small = 8 * shape.hidden * shape.vocabulary <= parameters
+    return settings.head_dtype or ("float32" if small else "model")
+
+
 def parameters(checkpoint: Checkpoint) -> int:
     """How many parameters a checkpoint's files hold."""
     return checkpoint.weight_bytes // itemsize(stored_dtype(checkpoint))

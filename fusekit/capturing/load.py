@@ -18,11 +18,13 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import counted
 from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.devices import missing_device
 from fusekit.environment import circumstances
 from fusekit.errors import CaptureError, StorageError
 from fusekit.gguf import GgufHeader, split
 from fusekit.resources import is_out_of_memory, refuse_lacking
 from fusekit.types import IntArray
+from fusekit.yaml import nearest
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -87,6 +89,28 @@ def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -
             "weights of another model?"
         )
     return model.eval()
+
+
+def loading_mistakes(how: Any) -> Iterator[tuple[str, str]]:
+    """Fields that ask for what transformers does not know or this machine does not have, and why.
+
+    how: a ModelChoice, or the ``load`` section of a recipe.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], how.attn_implementation
+    if attention is not None and "/" not in attention and attention not in known:  # those with one are kernels' names
+        yield "attn_implementation", f"unknown attn_implementation {attention!r}{nearest(attention, known)}"
+    for device in how.device_map.values() if isinstance(how.device_map, dict) else [how.device_map]:
+        if device not in _DEVICE_MAPS and (says := missing_device(device)):
+            yield "device_map", says
+    try:
+        _quantization(how.quantization)
+    except Exception as error:  # transformers', and those of the packages that it asks
+        yield "quantization", f"transformers refuses the quantization: {' '.join(str(error).split())}"
+
+
+_DEVICE_MAPS = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 def valid_ids(tokenizer: Any) -> IntArray:

@@ -13,10 +13,11 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit import gguf, hub
-from fusekit.capturing.settings import EngineSettings
+from fusekit.capturing.settings import EngineSettings, plain_name
 from fusekit.errors import CaptureError
 from fusekit.hub import DTYPES, is_pickle, read_index, weight_entry
 
+_ADAPTER = "adapter_config.json"
 _HASHED_AT_A_TIME = 16 << 20
 TRANSFORMERS = EngineSettings()
 
@@ -49,6 +50,9 @@ class ModelChoice:
     allow_pickle: bool = False
     dequantised: Path | None = None
     engine: EngineSettings = TRANSFORMERS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", plain_name(self.model))
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,12 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
         raise CaptureError(f"{choice.model} {gguf.only_gguf(choice.model, names)}")
     if snapshot:
         snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
+    if _ADAPTER in names and "config.json" not in names:
+        base = _read_json(choice, folder / _ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
+        raise CaptureError(
+            f"{choice.model} is an adapter of {base}, not a model: merge it into its base first, by `fusekit merge` "
+            f"with a recipe of one model, `{base}+{choice.model}`"
+        )
     config = _read_json(choice, folder / "config.json")
     _refuse_code(choice, folder, config)
     sizes = _weights(choice, folder, snapshot) if weights else {}

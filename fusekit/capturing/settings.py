@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +13,20 @@ from fusekit.errors import CaptureError
 from fusekit.yaml import Settings
 
 DEFAULT_MAX_ERROR = 0.2
+
+
+def plain_name(model: str) -> str:
+    """A model's name with ``~`` expanded, and on the hub without the address of the page: its own, or a GGUF file's."""
+    on_hub = _PAGE.fullmatch(model)
+    if on_hub is not None:
+        return on_hub["name"] + (f"/{on_hub['file']}" if on_hub["file"] else "")
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)"
+    r"(?:/tree/main|/(?:blob|resolve)/main/(?P<file>[^?#]+\.gguf))?/?(?:[?#].*)?"
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fusekit.capturing.settings import plain_name
 from fusekit.cli.options import given, options_of
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError
@@ -141,6 +142,7 @@ def load_tokenizer(name: str) -> Any:
 
     Raises AlignmentError: it cannot be loaded, and why.
     """
+    name = plain_name(name)
     path = Path(name)
     try:
         if split(name) is not None:

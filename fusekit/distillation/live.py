@@ -20,6 +20,7 @@ from fusekit.capturing.capture import data_fingerprint, store_spec, vocabulary_s
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.engines.opening import Opening
 from fusekit.capturing.engines.replies import Scorer
+from fusekit.capturing.estimate import head_dtype
 from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
@@ -303,14 +304,25 @@ class Loaded:
             keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
             temperature=settings.temperature,
             max_error=settings.max_error,
-            details=dict(reader.facts),
+            details={**reader.facts, "head_dtype": self._head_dtype(settings)},
         )
 
     def teacher(self, settings: CaptureSettings, name: str, say: Callable[[str], None]) -> Teacher:
         """The model as it scores rows, on the device that it is on."""
         longest = longest_input(self.checkpoint) if self.checkpoint else None
-        ids, how = valid_ids(self.tokenizer), settings.selection
-        return Teacher(self.model, ids, how, batch_tokens=settings.batch_tokens, name=name, notify=say, longest=longest)
+        return Teacher(
+            self.model,
+            valid_ids(self.tokenizer),
+            settings.selection,
+            batch_tokens=settings.batch_tokens,
+            name=name,
+            notify=say,
+            longest=longest,
+            float32_head=self._head_dtype(settings) == "float32",
+        )
+
+    def _head_dtype(self, settings: CaptureSettings) -> str:
+        return head_dtype(settings, self.model.config.to_dict(), self.model.num_parameters())
 
 
 def live_teacher(

@@ -72,7 +72,7 @@ def fusion_dataset(
         else:
             made = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
             if made.checkpoint is not None:
-                refuse(memory_needs(made.checkpoint, how.batch_tokens, Processes.current()))
+                refuse(memory_needs(made.checkpoint, how, Processes.current()))
             made.open()
             sources[name] = made
         refuse_temperature(name, sources[name], settings)

@@ -19,7 +19,7 @@ from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
-from fusekit.devices import Processes, missing_device
+from fusekit.devices import Processes
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.environment import circumstances
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
@@ -41,9 +41,9 @@ from fusekit.pipeline.context import (
     write_rows,
 )
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Load, Mistake
+from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
-from fusekit.yaml import KeyPath, nearest
+from fusekit.yaml import KeyPath
 
 ALIGNED_TEXTS = 2000
 """Texts of which the quality of a pair is counted, at most."""
@@ -58,6 +58,7 @@ def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
 
     layout: of the run, whose captures and rows are kept although what they were made from may be gone.
     """
+    from fusekit.capturing.load import loading_mistakes
 
     def kept(folder: str) -> bool:
         return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
@@ -66,7 +67,7 @@ def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
     for index, model in enumerate((recipe.pivot, *recipe.sources), -1):
         at: KeyPath = ("pivot",) if index < 0 else ("sources", index)
         name = PIVOT if index < 0 else recipe.sources[index].label
-        found += [Mistake(says, (*at, "load", key)) for key, says in _loading(model.load)]
+        found += [Mistake(says, (*at, "load", key)) for key, says in loading_mistakes(model.load)]
         if model.chat_template != PIVOT or index < 0:
             try:
                 ChatTemplate.chosen(model.chat_template)
@@ -82,24 +83,6 @@ def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
         for path in paths_of(recipe.data.path):
             found += unreadable(path, ("data", "path"), on_bad_row=recipe.data.on_bad_row)
     return found
-
-
-def _loading(load: Load) -> Iterator[tuple[str, str]]:
-    """Fields that ask for what transformers does not know or this machine does not have, and why."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], load.attn_implementation
-    if attention is not None and "/" not in attention and attention not in known:  # those with one are kernels' names
-        yield "attn_implementation", f"unknown attn_implementation {attention!r}{nearest(attention, known)}"
-    for device in load.devices:
-        if says := missing_device(device):
-            yield "device_map", says
-    if load.quantization is not None:
-        try:
-            AutoQuantizationConfig.from_dict(dict(load.quantization))
-        except Exception as error:  # transformers', and those of the packages that it asks
-            yield "quantization", f"transformers refuses the quantization: {' '.join(str(error).split())}"
 
 
 def not_looked_at(recipe: Recipe) -> list[str]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.capturing.settings import CaptureSettings, EngineSettings
+from fusekit.capturing.settings import CaptureSettings, EngineSettings, plain_name
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
@@ -35,7 +35,6 @@ _OTHER_FOLDERS = ("pivot", "joint", "sft")
 """What a run calls its other stores and targets."""
 _WORK = (".training", ".work")
 """Endings of folders of unfinished work."""
-_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
 
@@ -74,12 +73,6 @@ class Load(Settings):
         default=None, description="`sdpa`, `flash_attention_2`, ...; null: transformers'."
     )
 
-    @property
-    def devices(self) -> list[str | int]:
-        """The devices that ``device_map`` names."""
-        named = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
-        return [name for name in named if name is not None and name not in _DEVICE_MAPS]
-
 
 class ModelSize(Settings):
     """How large a model is: for ``fusekit plan`` where neither the disk nor the hub can be asked, and nothing else.
@@ -111,7 +104,9 @@ class DataSize(Settings):
 class Pivot(Settings):
     """The model whose architecture and tokenizer the result has."""
 
-    model: str = Field(description="A folder, or a name on the Hugging Face hub; or the path of a GGUF file.")
+    model: Annotated[str, AfterValidator(plain_name)] = Field(
+        description="A folder, or a name on the Hugging Face hub; or the path of a GGUF file."
+    )
     gguf_file: str | None = Field(
         default=None, description="Name of a GGUF file in `model`, as for transformers: the weights are dequantised."
     )

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
+from fusekit.capturing.load import load_model, load_tokenizer, loading_mistakes, longest_input, valid_ids
 from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import plain_name
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama
@@ -127,6 +128,44 @@ def test_names_that_are_no_model_fail_without_a_network(tmp_path):
             find_checkpoint(ModelChoice(name))
     with pytest.raises(CaptureError, match="the revision 'main' has no meaning"):
         find_checkpoint(ModelChoice(str(tmp_path), revision="main"))
+
+
+def test_a_page_of_the_hub_and_a_home_folder_are_names_of_models(monkeypatch, model, tmp_path):
+    for page, name in {
+        "https://huggingface.co/Qwen/Qwen2.5-7B": "Qwen/Qwen2.5-7B",
+        "http://hf.co/a/b/": "a/b",
+        "https://huggingface.co/a/b/tree/main?x=1": "a/b",
+        "https://huggingface.co/a/b/blob/main/q/x.gguf": "a/b/q/x.gguf",
+        "https://huggingface.co/a/b/tree/v2": "https://huggingface.co/a/b/tree/v2",  # another revision is not dropped
+        "https://example.com/a/b": "https://example.com/a/b",
+        "a/b": "a/b",
+    }.items():
+        assert ModelChoice(page).model == plain_name(page) == name
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert find_checkpoint(ModelChoice(f"~/{model.name}")).folder == model.resolve()
+
+
+def test_an_adapter_alone_is_refused_with_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CaptureError, match=rf"adapter of some/base.*some/base\+{tmp_path}"):
+        find_checkpoint(ModelChoice(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"attn_implementation": "foo"}, "foo"),
+        ({"device_map": "foo"}, "foo"),
+        ({"device_map": {"model": "cuda:99"}}, "cuda:99"),
+        ({"quantization": {"quant_method": "foo"}}, "foo"),
+    ],
+)
+def test_what_a_model_cannot_be_loaded_with_is_known_before(model, how, named):
+    ((field, says),) = loading_mistakes(ModelChoice(str(model), **how))
+    assert field == next(iter(how))
+    assert named in says
+    assert list(loading_mistakes(ModelChoice(str(model), attn_implementation="sdpa", device_map="auto"))) == []
 
 
 def test_a_fingerprint_changes_with_any_weight_and_not_with_the_place(model, tmp_path):
