@@ -96,8 +96,8 @@ class Capture:
         self.details, self.overwrite, self.ignore_estimates = dict(details or {}), overwrite, ignore_estimates
         self.quiet, self.notify = quiet, notify
         self.settings = settings or CaptureSettings()
-        for _, mistake in loading_mistakes(checkpoint.choice):
-            raise CaptureError(f"{checkpoint.choice.model}: {mistake}")
+        for field, mistake in loading_mistakes(checkpoint.choice):
+            raise CaptureError(f"{checkpoint.choice.model}: {field}: {mistake}")
         self.vocabulary = vocabulary_size(checkpoint, tokenizer)
         self._processes: Processes | None = None
         self._spec: StoreSpec | None = None
