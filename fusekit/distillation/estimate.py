@@ -13,6 +13,7 @@ from fusekit.artifacts import existing_parent, free_bytes, human
 from fusekit.capturing.engine import batch_tokens_on
 from fusekit.capturing.estimate import itemsize, loaded_bytes, parameters, shape_of, stored_dtype, working_bytes
 from fusekit.capturing.models import Checkpoint
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.devices import Processes
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
@@ -25,6 +26,7 @@ Counted by ``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: of 
 head of keys 36, 22 and 33), Qwen 2 38, 23 and 34, Qwen 3 50, 32 and 43; of the second all of them the same."""
 
 _LOGITS_COPIES = 2  # and their gradient; under autocast accelerate makes float32 of what a model returns
+_TOP_K = CaptureSettings().top_k  # of teachers that are scored on the fly
 _LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
 
 _HEAP = 0.05
@@ -105,7 +107,7 @@ def memory_needs(
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
     shares = processes.world if is_sharded(settings) else 1
     kind = processes.device.type
-    beside = sum(loaded_bytes(one) + working_bytes(one, batch_tokens_on(kind), kind) for one in teachers)
+    beside = sum(loaded_bytes(one) + working_bytes(one, batch_tokens_on(kind), kind, _TOP_K) for one in teachers)
     needed = sum(held) // shares + batch + beside
     what = (
         f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
