@@ -27,7 +27,7 @@ from fusekit.distillation.matching import (
     projected_ce,
     typical_bits_per_byte,
 )
-from fusekit.distillation.projections import Projection, label_nll
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
@@ -211,8 +211,10 @@ class FusionDataset(Dataset[Example]):
             losses[PIVOT] = -own.actual  # known also where the label is not listed, where the rows have only a bound
             for how in self.projections.values():
                 if how.groups is not None:
-                    given[PIVOT] = replace(given[PIVOT], rows=how.grouped(own.rows))
-                    losses[PIVOT] = np.minimum(-own.actual, label_nll(given[PIVOT].rows, how.groups[labels]))
+                    rows = how.grouped(own.rows)
+                    known = rows.ids == how.groups[labels][:, None]
+                    listed = np.where(known, rows.logprobs, -np.inf).max(axis=1, initial=-np.inf)
+                    given[PIVOT], losses[PIVOT] = replace(given[PIVOT], rows=rows), -np.maximum(own.actual, listed)
         for name, source in self.sources.items():
             if row.key not in source or writer not in (None, name):
                 continue

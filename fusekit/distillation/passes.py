@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,18 +158,12 @@ class ChunkOfRows:
         return nll, values
 
 
-class _Places(Protocol):
-    """Where the logits of a chunk's listed outcomes are."""
-
-    def take(self, z: Tensor) -> Tensor:
-        """Their logits [c, k], -inf where there is no outcome; in z, [c, V], they are -inf afterwards."""
-
-    def put(self, z: Tensor, slopes: Tensor) -> None:
-        """Add slopes [c, k] to the gradient z, [c, V]."""
-
-
 class _Ids:
-    """Outcomes that are one token each."""
+    """Where the logits of outcomes are that are one token each.
+
+    take: their logits [c, k], -inf where there is no outcome; in z, [c, V], they are -inf afterwards. put: add slopes
+    [c, k] to the gradient z.
+    """
 
     def __init__(self, outcomes: _Outcomes) -> None:
         self.used = outcomes.used
@@ -188,7 +182,7 @@ class _Ids:
 
 
 class _Groups:
-    """Outcomes that are several tokens each; a slope is shared out by the tokens' probabilities."""
+    """As :class:`_Ids`, of outcomes that are several tokens each, among which a slope is shared by probability."""
 
     def __init__(self, outcomes: _Outcomes, members: Members) -> None:
         self.shape = outcomes.ids.shape

@@ -440,3 +440,25 @@ def test_a_batch_numbers_its_stretches_apart():
             tokenizer=worlds.Reader(PIVOT),
             fusion=FusionSettings(include_pivot=False),
         )
+
+
+def test_the_pivot_is_judged_by_the_groups_of_its_labels():
+    """A label outside the list counts as what the pivot gave it, not as the most that the list leaves to it."""
+    rows = worlds.conversations(6)
+    own = worlds.by_key([worlds.guessing(worlds.read(row, PIVOT), len(PIVOT), 3) for row in rows])
+    said = worlds.by_key([worlds.guessing(worlds.read(row, SOURCE), len(SOURCE), seed=1) for row in rows])
+    how = Projection(worlds.vocabulary_map(), "grouped", conditioning=True)
+    data = FusionDataset(rows, pivot=own, sources={"s": said}, projections={"s": how})
+    outside = 0
+    for i, row in enumerate(rows):
+        mine = own[row.key]
+        labels = mine.tokens.ids[mine.tokens.label_positions].tolist()
+        taught = label_rows(row, mine.tokens, said[row.key], how, mine).taught
+        losses = []
+        for j, label in enumerate(labels):
+            listed = zip(mine.rows.ids[j].tolist(), mine.rows.logprobs[j].tolist(), strict=True)
+            mass = sum(math.exp(logprob) for id_, logprob in listed if how.groups[id_] == how.groups[label])
+            losses.append(-math.log(max(mass, math.exp(mine.actual[j]))))
+            outside += mass == 0
+        assert data[i]["cross_entropies"][0] == pytest.approx(np.mean(np.array(losses)[taught]))
+    assert outside > 10
