@@ -285,12 +285,6 @@ def _read_text(path: Path, label: str) -> str:
 
 
 def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> None:
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if single in files and f"{single}.index.json" in files:
-            raise MergeError(
-                f"{model.name} has both {single} and {single}.index.json, which may describe different weights: "
-                f"remove the one that is left over from an earlier save (in {model.folder})"
-            )
     entry = weight_entry(files)
     if entry is None and model.snapshot and not model.snapshot.online:
         raise MergeError(f"{model.name}: its weights are not in the cache, and the hub cannot be reached")
@@ -300,6 +294,12 @@ def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> No
         raise MergeError(
             f"{model.name} has only pickled weights ({entry}), which can run any code when they are read: convert "
             f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.name}'`"
+        )
+    single = entry.removesuffix(".index.json")
+    if single != entry and single in files and not _lists_all_of(model, entry, single, pickles):
+        raise MergeError(
+            f"{model.name} has both {single} and {entry}, which describe different weights: remove the one that is "
+            f"left over from an earlier save (in {model.folder})"
         )
     model.headers = checkpoint_headers(
         entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, pickles)
@@ -312,10 +312,16 @@ def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> No
     if model.quantisation is not None:
         raise MergeError(
             f"{model.name}: its config.json has a quantization_config ({model.quantisation}): {_UNQUANTISED}; if its "
-            "weights are plain, remove that entry, which would make the merged model unreadable"
+            "weights are plain, remove that entry"
         )
     if model.snapshot:
         model.download = model.snapshot.missing(sorted({tensor.file for tensor in model.headers.values()}))
+
+
+def _lists_all_of(model: Model, index: str, single: str, pickles: frozenset[str]) -> bool:
+    """Whether an index lists the tensors of one file and no others, as MLX writes it."""
+    listed = read_index(_read_text(model.folder / index, model.name), f"{model.name}: {index}")
+    return set(listed.values()) == {single} and listed.keys() == _shard_headers(model, single, pickles).keys()
 
 
 def _shard_headers(model: Model, shard: str, pickles: frozenset[str]) -> Headers:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusekit.errors import FusekitError, MergeError
-from fusekit.merging import Settings, merge
+from fusekit.merging import Settings, check, merge
 from fusekit.merging.loading import first_not_finite
 from tests.helpers import edit_tensors, tiny_llama
 from tests.merging.conftest import listing, traces
@@ -213,8 +213,29 @@ def test_missing_shard_and_wrong_index(recipe, workshop):
 
 def test_stale_index_beside_a_single_file(recipe, workshop):
     """mergekit would read the index, transformers the single file."""
-    (workshop / "target1/model.safetensors.index.json").write_text('{"weight_map": {}}')
+    shard(workshop / "target1")
+    shutil.copy(workshop / "target2/model.safetensors", workshop / "target1")
+    for file in (workshop / "target1").glob("model-0*"):
+        file.unlink()
     refused(recipe, "target1", "both model.safetensors and model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_index_of_one_file_has_to_list_all_of_it(recipe, workshop, whole):
+    """MLX writes one beside every checkpoint."""
+    names = sorted(load_file(workshop / "target1/model.safetensors"))[0 if whole else 1 :]
+    index = workshop / "target1/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    if whole:
+        assert check(recipe).can_run
+    else:
+        refused(recipe, "target1", f"both model.safetensors and {index.name}")
+
+
+def test_pickles_that_are_not_read_may_be_there(recipe, workshop):
+    (workshop / "target1/pytorch_model.bin").write_bytes(b"old")
+    (workshop / "target1/pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    assert check(recipe).can_run
 
 
 def test_file_that_changes_during_the_merge_is_noticed(recipe, workshop):
