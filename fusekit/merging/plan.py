@@ -30,7 +30,7 @@ from fusekit.yaml import KeyPath, Problems, nearest
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
 SAME_MEANING = (
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rope_parameters"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "hidden_activation", "rope_parameters"),
     *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier"),
     *("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "scale_depth"),
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),

@@ -106,7 +106,7 @@ def test_wrong_base_with_other_shapes(write_recipe, workshop):
 
 def test_wrong_base_with_equal_shapes_and_another_meaning(write_recipe, workshop):
     tiny_llama(workshop / "wrong", seed=5, num_attention_heads=8, num_key_value_heads=4, head_dim=2)
-    refused(write_recipe(base_model="wrong"), "num_attention_heads 4", "wrong has 8", "head_dim")
+    refused(write_recipe(base_model="wrong"), "num_attention_heads 4", "wrong has 8", "num_key_value_heads")
 
 
 def test_other_architecture_names_both(recipe, workshop):

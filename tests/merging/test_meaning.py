@@ -140,6 +140,13 @@ def test_what_means_the_same_is_no_difference(recipe, workshop):
     assert (found.problems, found.warnings) == ([], [])
 
 
+def test_a_width_of_heads_may_be_given_or_left_to_the_default(recipe, workshop):
+    for who in ("base", "target1", "target2"):
+        written = {"head_dim": 4 if who == "target1" else None}
+        configure(workshop / who, model_type="granite", architectures=["GraniteForCausalLM"], **written)
+    assert check(recipe).can_run
+
+
 @pytest.mark.parametrize("who", ["base", "target1"])
 def test_another_depth_names_both_models_and_their_layers(recipe, workshop, who):
     tiny_llama(workshop / who, seed=0, num_hidden_layers=3)
