@@ -108,7 +108,7 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     _check_tied_heads(config, by_pin, configs, problems)
     _check_layer_ranges(config, configs, problems)
     problems.raise_if_any(MergeError)
-    tasks, out_config = _mergekit_tasks(config, options)
+    tasks, out_config, architecture = _mergekit_tasks(config, options)
     saves = [task for task in tasks if isinstance(task, SaveTensor)]
     donor = by_pin[donor_of(config)]
     built = _built_shapes(out_config, donor, problems)
@@ -125,10 +125,12 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     problems.raise_if_any(MergeError)
     _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
-    warnings = [*problems.warnings, *_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors)]
+    listed = {name for each in configs.values() for weight in architecture.all_weights(each) for name in _names(weight)}
+    warnings = [*problems.warnings, *_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors, listed)]
     takes_base = method.spec.contract.base != BasePolicy.IGNORED
     base = by_pin[config.base_model].name if takes_base and config.base_model in by_pin else None
-    names = [model.name for model in by_pin.values() if model.weights and model.name != base]
+    read = {pinned for tensor in tensors for pinned in (*tensor.inputs, *tensor.converted)}
+    names = [model.name for pinned, model in by_pin.items() if pinned in read and model.name != base]
     return Plan(
         method.spec.name, method.spec.pretty_name or method.spec.name, tensors, warnings, base, names, generation
     )
@@ -139,14 +141,14 @@ def donor_of(config: OrderedConfiguration) -> Any:
     return config.base_model or config.referenced_models()[0]
 
 
-def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> tuple[list[Any], Any]:
-    """mergekit's tasks, and the configuration of the merged model."""
+def _mergekit_tasks(config: OrderedConfiguration, options: MergeOptions) -> tuple[list[Any], Any, Any]:
+    """mergekit's tasks, the configuration of the merged model, and the definition of its architecture."""
     try:
         architecture = get_architecture_info(config, options)
         out_config = mergekit_private.out_config(config, architecture, options.trust_remote_code)
         # The planner rewrites the configuration that it is given.
         planner = MergePlanner(config.model_copy(deep=True), architecture, options=options, out_model_config=out_config)
-        return list(planner.plan_to_disk(out_path="(planned only)")), out_config
+        return list(planner.plan_to_disk(out_path="(planned only)")), out_config, architecture
     except FusekitError:
         raise
     except Exception as error:
@@ -302,6 +304,11 @@ def _gather(save: Any) -> Any:
     return getattr(task, "gather_tensors", task)
 
 
+def _names(weight: Any) -> list[str]:
+    """Under which a file may have a weight of mergekit's definition, the likeliest first."""
+    return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
+
+
 def _planned_tensor(
     save: Any,
     by_pin: dict[Any, Model],
@@ -314,8 +321,7 @@ def _planned_tensor(
     converted = []
     for pinned, weight in gather.weight_info.items():
         model = by_pin[pinned]
-        names = [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
-        header = next((model.headers[name] for name in names if name in model.headers), None)
+        header = next((model.headers[name] for name in _names(weight) if name in model.headers), None)
         if header is not None:
             inputs[pinned] = header
         elif can_convert_checkpoint_keys(configs[pinned].model_type, set(model.headers), weight.name):
@@ -535,8 +541,11 @@ def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[s
     return warnings
 
 
-def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> list[str]:
-    """mergekit writes what its definition of the architecture lists, and drops the rest without a word."""
+def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor], listed: set[str]) -> list[str]:
+    """mergekit writes what its definition of the architecture lists, and drops the rest without a word.
+
+    listed: names in that definition; of those a recipe may pick some, and leave out layers or a whole model.
+    """
     if any(tensor.converted for tensor in tensors):
         return []
     read = {(pinned, id(header)) for tensor in tensors for pinned, header in tensor.inputs.items()}
@@ -545,7 +554,7 @@ def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor]) -> 
         dropped = [
             name
             for name, header in model.headers.items()
-            if (pinned, id(header)) not in read and not name.endswith("inv_freq")
+            if (pinned, id(header)) not in read and name not in listed and not name.endswith("inv_freq")
         ]
         if dropped and model.weights:
             more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""

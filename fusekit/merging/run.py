@@ -64,7 +64,7 @@ class Merged:
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {_merging(self.models, self.base, 'merged ')} with {self.method}, "
+            f"{self.path}: {_merging(self.models, self.base, ' merged')} with {self.method}, "
             f"{counted(self.tensors, 'tensor')}, {human(self.nbytes)}, {self.seconds:.1f} s"
         )
 
@@ -120,7 +120,7 @@ class Check:
 
 
 def _merging(models: list[str], base: str | None, verb: str = "") -> str:
-    return f"{counted(len(models), 'model')} {verb}" + (f"into {base}" if base else "").strip()
+    return f"{counted(len(models), 'model')}{verb}" + (f" into {base}" if base else "")
 
 
 def merge(

@@ -265,6 +265,17 @@ def test_filters_that_match_nothing_and_tensors_that_are_dropped_are_told(write_
     assert any("target1: extra.weight will not be in the result" in line for line in lines)
 
 
+@pytest.mark.parametrize("method", ["linear", "passthrough"])
+def test_what_a_recipe_leaves_out_is_not_called_dropped(write_recipe, method):
+    """Layers, and a base that gives only its config."""
+    sources = [{"model": "target1", "layer_range": [0, 1]}, {"model": "target2", "layer_range": [1, 2]}]
+    weight = {"parameters": {"weight": 1.0}} if method == "linear" else {}
+    slices = [{"sources": [source | weight]} for source in sources]
+    found = check(write_recipe(merge_method=method, models=None, parameters=None, slices=slices))
+    assert (found.problems, found.warnings, found.models) == ([], [], ["target1", "target2"])
+    assert "  " not in str(found)
+
+
 def test_what_only_the_method_knows_is_asked_before_anything_is_read(write_recipe, monkeypatch):
     from mergekit import merge_methods
 
