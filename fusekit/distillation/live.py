@@ -209,6 +209,10 @@ class Ahead(Dataset[Any]):
                 self._made[number] = self._pool.submit(self._make, number)
         return self._made[block].result()[index]
 
+    def close(self) -> None:
+        """Score nothing more. A block that is being made is waited for."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _begin(self) -> None:
         order = own_order(list(self.sampler), self.batch, self.processes).tolist()
         size = self.batch * self.steps

@@ -187,6 +187,7 @@ class FusionTrainer(TrainerWithGradients):
         self.sums = RunningSums(getattr(train_dataset, "count_names", ()))
         self._members = getattr(train_dataset, "members", None)
         self.sampler: EpochSampler | None = None
+        self.ahead: Ahead | None = None
         compiled = args.torch_compile  # a hook that comes and goes would be compiled again
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
 
@@ -208,9 +209,11 @@ class FusionTrainer(TrainerWithGradients):
         )
         data: Any = self.train_dataset
         if self.live or self.on_policy:
+            _ = data.data.typical  # all processes measure it together, which the thread that scores ahead could not
             steps, asks = args.gradient_accumulation_steps, self.on_policy.chosen if self.on_policy else None
             processes = Processes.current()
             data = Ahead(data, self.live, self.sampler, batch=batch, steps=steps, processes=processes, asks=asks)
+            self.ahead = data
         names = [field.name for field in dataclasses.fields(args) if field.name.startswith("dataloader_")]
         how = {name.removeprefix("dataloader_"): getattr(args, name) for name in names}
         loader = DataLoader(data, batch, sampler=self.sampler, collate_fn=self.data_collator, **how)
@@ -418,8 +421,10 @@ class _Steps(TrainerCallback):
         self._bar = progress(state.max_steps, self.label, "step", quiet=quiet, done=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """The bar stays as it is."""
+        """The bar stays as it is; steps that will not come are not scored."""
         self._bar.close()
+        if self.trainer.ahead is not None:
+            self.trainer.ahead.close()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,40 @@ def test_a_run_that_resumes_reads_the_same_numbers(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     a, b = (dict(made.model.state_dict()) for made in (whole, again))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_needs_all_examples_is_measured_before_the_thread_begins(tmp_path: Path, monkeypatch: Any) -> None:
+    """All processes take part in it, and examples that it has scored are not those of a step."""
+    monkeypatch.setattr("fusekit.distillation.live.AT_ONCE", 3)
+    made = trainer(tmp_path, {"neox": NEOX}, lm_weighting="relative")
+    found: list[tuple[int, bool]] = []
+
+    def score(keys: Any) -> None:
+        keys = list(keys)
+        found.append((len(keys), threading.current_thread() is threading.main_thread()))
+        LiveTeacher.score(teacher, keys)
+
+    teacher = made.live[0]
+    teacher.score = score  # type: ignore[method-assign]
+    made.train()
+    assert found == [(3, True)] * 4 + [(4, False)] * 6
+
+
+def test_nothing_is_scored_after_training(tmp_path: Path) -> None:
+    """It would load the teacher again, beside the next model that is trained."""
+    made = trainer(tmp_path, {"neox": NEOX}, max_steps=1, lm_weighting="constant")
+    teacher = made.live[0]
+    score = teacher.score
+
+    def slowly(keys: Any) -> None:
+        time.sleep(0.3)
+        score(keys)
+
+    teacher.score = slowly  # type: ignore[method-assign]
+    made.train()
+    teacher.close()
+    time.sleep(1.0)
+    assert teacher._scorer is None
 
 
 def test_a_loaded_model_is_a_teacher_but_not_of_itself(tmp_path: Path) -> None:
