@@ -110,11 +110,6 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     return found
 
 
-def _is_finished(target: Path) -> bool:
-    """Whether a target is there, and is not about to be replaced by one of the same checkpoints."""
-    return (target / artifact.MANIFEST).is_file() and not (target.parent / NOTE).exists()
-
-
 def _asked_for(recipe: Recipe, layout: Layout) -> list[Path]:
     """The folders of a recipe's artifacts."""
     context = Context(recipe, layout, Readers(recipe, layout), lambda _: None)
