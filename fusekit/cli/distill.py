@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 @options_of(DataSettings, "split", "limit", "on_bad_row")
 @click.option("--pack", is_flag=True, help="Pack plain text into blocks, as the stores were captured with --pack.")
 @click.option(
-    "--max-length", default=2048, show_default=True, type=click.IntRange(min=2), help="Tokens of a packed block."
+    "--max-length",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Most tokens of a packed block, or of a question with its answer for --on-policy.",
 )
 @click.option("--pivot-store", type=click.Path(path_type=Path), help="Store of what the pivot said about the examples.")
 @click.option(
@@ -177,6 +181,7 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
         options["pivot_store"],
         sources,
         reader if options["pivot_store"] is None else None,
+        max_length=options["max_length"],
     )
 
 
