@@ -79,7 +79,8 @@ class FusionConfig(OneDevice):
                 f"fusion.mode is {mode!r}, but a trainer trains one model: leave mode out, and make one trainer per "
                 "teacher for pairwise fusion"
             )
-        own = {name: getattr(self, name) for name in _LOSS if getattr(self, name) is not None}
+        checked = (*_LOSS, "dataloader_num_workers", "train_sampling_strategy")
+        own = {name: getattr(self, name) for name in checked if getattr(self, name) is not None}
         sections = {"training": own, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
         self.settings = DistillSettings.of(self.preset, sections)
         if self.settings.training.schedule is not None:

@@ -258,6 +258,8 @@ def clashes(
     loss, vocabulary, raw = training.loss, alignment.vocabulary, alignment.as_they_are
     none, needed = ("alignment", "vocabulary"), VOCABULARIES.get(loss)
     owner = loss if needed else next((name for name, own in VOCABULARIES.items() if own == vocabulary), loss)
+    order = training.trainer.get("train_sampling_strategy", "random")
+    ordered = [name for name in ("train_sampling_strategy", "data_seed") if name in training.trainer]
     rules = [
         (
             (loss, training.truncation) == ("reverse_kl", "renormalize"),
@@ -287,13 +289,29 @@ def clashes(
             "on_policy needs the models, which loader processes do not have: set dataloader_num_workers to 0",
         ),
         (
+            training.on_policy > 0 and training.lm_weight == 1 and training.lm_weighting != "soft",
+            (("training", "on_policy"), ("training", "lm_weight")),
+            "on_policy learns from teachers alone, and lm_weight 1 from the text alone: lower lm_weight, or set "
+            "on_policy to 0",
+        ),
+        (
+            training.on_policy > 0 and order not in ("random", "sequential"),
+            (("training", "train_sampling_strategy"), ("training", "on_policy")),
+            f"train_sampling_strategy is {order}, whose order on_policy cannot foresee: use random or sequential",
+        ),
+        (
+            training.schedule is not None and bool(ordered),
+            (("training", ordered[0] if ordered else "seed"), ("training", "schedule")),
+            f"a schedule has an order of its own, which follows from seed: leave {' and '.join(ordered)} out",
+        ),
+        (
             raw and fusion.metric == "projected_ce",
             (("fusion", "metric"), none),
             f"with vocabulary {vocabulary} no row is projected, so metric projected_ce does not exist: use "
             "bits_per_byte",
         ),
         (
-            vocabulary == "none" and loss not in ("uld_topk", "gold"),
+            vocabulary == "none" and needed is None and loss != "uld_topk",
             (("training", "loss"), none),
             f"loss {loss} compares probabilities token by token, so it needs a vocabulary map, not vocabulary none",
         ),

@@ -196,6 +196,8 @@ class FusionTrainer(TrainerWithGradients):
     def get_train_dataloader(self) -> Any:
         """The examples in an order that does not depend on how they are shared out, their teachers a step ahead."""
         args, world = self.args, self.accelerator.num_processes
+        if self.live:  # all processes measure it together, which the thread that scores ahead could not
+            _ = self.train_dataset.data.typical
         if args.train_sampling_strategy not in ("random", "sequential"):
             return super().get_train_dataloader()
         shuffled, batch = args.train_sampling_strategy == "random", args.train_batch_size
@@ -209,7 +211,6 @@ class FusionTrainer(TrainerWithGradients):
         )
         data: Any = self.train_dataset
         if self.live or self.on_policy:
-            _ = data.data.typical  # all processes measure it together, which the thread that scores ahead could not
             steps, asks = args.gradient_accumulation_steps, self.on_policy.chosen if self.on_policy else None
             processes = Processes.current()
             data = Ahead(data, self.live, self.sampler, batch=batch, steps=steps, processes=processes, asks=asks)

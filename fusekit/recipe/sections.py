@@ -276,10 +276,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        found = [*self._wrong_names()]
-        for clash in clashes(self.alignment, self.fusion, self.distill, len(self.sources)):
-            values: list[KeyPath] = [({"training": "distill"}.get(name, name), key) for name, key in clash.values]
-            found.append(Mistake(clash.says, *values))
+        found = [*self._wrong_names(), *self._clashes()]
         if (self.respond is None) != (self.distill.schedule is None):
             has, lacks = ("distill.schedule", "respond") if self.respond is None else ("respond", "distill.schedule")
             says = f"{has} is given, but not {lacks}: a schedule trains on answers, which nothing else reads"
@@ -291,6 +288,24 @@ class Recipe(Settings):
                 details.append(InitErrorDetails(type=kind, loc=mistake.paths[0], input=self))
             raise ValidationError.from_exception_data("Recipe", details)
         return self
+
+    def _clashes(self) -> Iterator[Mistake]:
+        said: set[str] = set()
+        sections: list[tuple[KeyPath, AlignmentSettings]] = [(("alignment",), self.alignment)]
+        for index, source in enumerate(self.sources):
+            sections.append((("sources", index, "alignment"), self.alignment_of(source)))
+            if source.on_the_fly and self.distill.schedule is not None:
+                says = (
+                    f"a schedule reads stores, but {source.label} is scored on the fly: leave on_the_fly out, or the "
+                    "schedule"
+                )
+                yield Mistake(says, ("sources", index, "on_the_fly"), ("distill", "schedule"))
+        for at, alignment in sections:
+            places: dict[str, KeyPath] = {"training": ("distill",), "alignment": at}
+            for clash in clashes(alignment, self.fusion, self.distill, len(self.sources)):
+                if clash.says not in said:
+                    yield Mistake(clash.says, *((*places.get(name, (name,)), key) for name, key in clash.values))
+                said.add(clash.says)
 
     def _wrong_names(self) -> Iterator[Mistake]:
         labels = [source.label for source in self.sources]

@@ -176,6 +176,7 @@ def test_a_store_names_the_model_that_judges_new_answers(tmp_path: Path) -> None
         ({"rows": [{"text": "No question."}] * 3}, "on_policy is 1"),
         ({"on_policy": 1.5}, "on_policy"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, fields: dict[str, Any], named: str) -> None:

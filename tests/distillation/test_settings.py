@@ -49,6 +49,20 @@ def test_gold_needs_its_vocabulary_and_rows_as_they_are_no_projection(preset: st
         DistillSettings.of(preset, changes)
 
 
+@pytest.mark.parametrize(
+    ("preset", "training", "named"),
+    [
+        ("fusekit", {"on_policy": 0.5, "lm_weight": 1.0}, "lm_weight 1"),
+        ("fusekit", {"on_policy": 0.5, "train_sampling_strategy": "group_by_length"}, "group_by_length"),
+        ("profuser", {"train_sampling_strategy": "random"}, "train_sampling_strategy"),
+        ("profuser", {"data_seed": 1}, "data_seed"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(preset: str, training: dict, named: str) -> None:
+    with pytest.raises(DistillationError, match=named):
+        DistillSettings.of(preset, {"training": training})
+
+
 @pytest.mark.parametrize("preset", ["grouped_kl", "p_kl"])
 def test_several_sources_have_no_vocabulary_in_common(preset: str) -> None:
     for mode, sources, clash in (("joint", 2, True), ("joint", 1, False), ("pairwise", 2, False)):

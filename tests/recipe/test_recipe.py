@@ -211,6 +211,12 @@ def test_a_function_that_needs_rewards_is_refused_with_its_line(write):
         ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
         ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
         ("distill:\n  loss: reverse_kl\npreset: fusellm\n", [], ["line 5: distill.loss: .* renormalize is infinite"]),
+        (
+            "preset: grouped_kl\n",
+            ["sources.0.alignment.vocabulary=ms"],
+            ["--set sources.0.alignment.vocabulary=ms: .*the loss is grouped_kl and the vocabulary ms"],
+        ),
+        ("preset: profuser\n", ["sources.0.on_the_fly=true"], ["--set sources.0.on_the_fly=true: .*a schedule reads"]),
         ("preset: uld\n", ["alignment.tokens=dtw"], ["--set alignment.tokens=dtw: .*where tokens is span, not dtw"]),
         (
             "alignment: {vocabulary: none, tokens: dtw}\n",
