@@ -204,7 +204,10 @@ def _check_meaning(
             )
             continue
         for key in SAME_MEANING:
-            for part, mine, its in _differences(key, _text_config(first_config, key), _text_config(other_config, key)):
+            values = [_text_config(config, key) for config in (first_config, other_config)]
+            if key == "hidden_activation" and None in values:  # not a field of the class, which reads hidden_act
+                continue
+            for part, mine, its in _differences(key, *values):
                 report(
                     other.place,
                     f"{other.name} has {part} {its}, {first.name} has {mine}: their weights do not mean the same (a "
@@ -227,6 +230,8 @@ def _differences(key: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]
     """Where two values of a config differ: the name of the innermost key, and both values. None is as if not given."""
     if isinstance(mine, dict) and isinstance(its, dict):
         for name in dict.fromkeys([*mine, *its]):
+            if name == "type":  # the former name of rope_type, which transformers fills in
+                continue
             yield from _differences(f"{key}.{name}", mine.get(name), its.get(name))
     elif mine != its:
         yield key, mine, its

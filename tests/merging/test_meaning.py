@@ -131,6 +131,27 @@ def test_small_differences_are_warnings_with_both_values(recipe, workshop, chang
     assert [all(part in line for part in [*parts, "target1", "base"]) for line in found.warnings] == [True]
 
 
+@pytest.mark.parametrize(
+    ("mine", "its"),
+    [
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope_type": "linear", "factor": 4.0}, {"rope_type": "linear", "type": "linear", "factor": 4.0}),
+    ],
+)
+def test_rope_scaling_by_its_former_name_is_the_same(recipe, workshop, mine, its):
+    for who, scaling in (("base", mine), ("target1", its), ("target2", mine)):
+        configure(workshop / who, rope_parameters=None, rope_scaling=scaling)
+    assert check(recipe).problems == []
+
+
+def test_an_activation_that_a_class_does_not_read_is_no_difference(recipe, workshop):
+    """The first Gemma was published without hidden_activation, later with it."""
+    configure(workshop / "base", hidden_activation="gelu_pytorch_tanh")
+    assert check(recipe).problems == []
+    configure(workshop / "target1", hidden_activation="gelu")
+    refused(recipe, "hidden_activation gelu,", "gelu_pytorch_tanh")
+
+
 def test_what_means_the_same_is_no_difference(recipe, workshop):
     """Another spelling of the default, and fields that do not change how weights are read."""
     configure(
