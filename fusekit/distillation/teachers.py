@@ -118,7 +118,7 @@ def on_policy_of(
 
     Raises:
         CaptureError: a teacher cannot be loaded, or does not fit.
-        DistillationError: there is nothing to ask, or nobody to teach.
+        DistillationError: there is nothing to ask, or nobody to teach; a model is not that of its store.
     """
     teachers = {}
     for name, source in data.sources.items():
@@ -129,7 +129,13 @@ def on_policy_of(
             choice, theirs = (models or {}).get(name, (_choice_of(spec), None))
             how = CaptureSettings(top_k=spec.top_k, keep_mass=spec.keep_mass or 1.0, temperature=spec.temperature)
             rows = data.rows
-            teachers[name] = live_teacher(name, choice, rows, how, max_length=max_length, reader=theirs, say=say)
+            made = live_teacher(name, choice, rows, how, max_length=max_length, reader=theirs, say=say)
+            if spec.model_fingerprint not in ("", made.spec.model_fingerprint):
+                raise DistillationError(
+                    f"the store of {name} was captured from {spec.model} ({spec.model_fingerprint}), but {choice.model} "
+                    f"is {made.spec.model_fingerprint} now: capture it again, or set on_policy to 0"
+                )
+            teachers[name] = made
     return OnPolicy(data, teachers, reader, training, max_length)
 
 

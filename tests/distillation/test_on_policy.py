@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fusekit import FusionConfig, FusionTrainer, Store, capture
 from fusekit.capturing.models import ModelChoice
@@ -168,6 +169,17 @@ def test_a_store_names_the_model_that_judges_new_answers(tmp_path: Path) -> None
     before, after = (load_file(Path(place) / "model.safetensors") for place in (PIVOT, folder))
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     assert Store.open(tmp_path / "store").spec.model == PLACE
+
+
+def test_a_model_that_changed_since_its_store_is_no_teacher(tmp_path: Path) -> None:
+    shutil.copytree(PLACE, tmp_path / "model")
+    store = capture(str(tmp_path / "model"), RECORDS, tmp_path / "store", quiet=True)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(DistillationError) as error:
+        trainer(tmp_path / "out", {"neox": store})
+    assert "neox" in str(error.value)
+    assert store.spec.model_fingerprint in str(error.value)
 
 
 @pytest.mark.parametrize(
