@@ -132,8 +132,8 @@ def on_policy_of(
             made = live_teacher(name, choice, rows, how, max_length=max_length, reader=theirs, say=say)
             if spec.model_fingerprint not in ("", made.spec.model_fingerprint):
                 raise DistillationError(
-                    f"the store of {name} was captured from {spec.model} ({spec.model_fingerprint}), but {choice.model} "
-                    f"is {made.spec.model_fingerprint} now: capture it again, or set on_policy to 0"
+                    f"the store of {name} was captured from {spec.model} ({spec.model_fingerprint}), but "
+                    f"{choice.model} is {made.spec.model_fingerprint} now: capture it again, or set on_policy to 0"
                 )
             teachers[name] = made
     return OnPolicy(data, teachers, reader, training, max_length)

@@ -60,7 +60,7 @@ def status(context: Context, name: str) -> Status:
     check_place(context, name)
     if overwriting.is_former(folder):
         return Status(folder)
-    target, known = Target(folder.name, folder, tuple(_teachers(context, folder.name))), artifact.read(folder)
+    target, known = Target(folder.name, folder, tuple(teachers_of(context, folder.name))), artifact.read(folder)
     before = known.inputs if known is not None else facts_begun(target)
     if before is None:
         return Status(folder)
@@ -156,7 +156,7 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
     return found
 
 
-def _teachers(context: Context, target: str) -> list[str]:
+def teachers_of(context: Context, target: str) -> list[str]:
     return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
 
 
@@ -166,7 +166,7 @@ def _differences(context: Context, target: str, settings: DistillSettings, befor
     target: its name. settings: that it is trained with. before: the facts of the one that is there.
     """
     expected = _inputs(context, target, settings, before)
-    own = tuple(f"stores.{model}." for model in (PIVOT, *_teachers(context, target)))
+    own = tuple(f"stores.{model}." for model in (PIVOT, *teachers_of(context, target)))
     # What the recipe no longer asks for: settings, and teachers, by what models they are.
     dropped = {
         name: value
@@ -183,8 +183,8 @@ def _inputs(context: Context, target: str, settings: DistillSettings, before: Ma
     from fusekit.capturing.store import Store
     from fusekit.distillation.matching import join
 
-    teachers = _teachers(context, target) if not settings.plain else []
-    models = (PIVOT, *_teachers(context, target))
+    teachers = teachers_of(context, target) if not settings.plain else []
+    models = (PIVOT, *teachers_of(context, target))
     folders = {model: context.layout.store(model) for model in models}
     here = {name: folder for name, folder in folders.items() if (folder / artifact.MANIFEST).is_file()}
     opened = {name: Store.open(folder, incomplete=True) for name, folder in here.items()}

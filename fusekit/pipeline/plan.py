@@ -24,7 +24,7 @@ from fusekit.hub import memory_limits
 from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline.capturing import ALIGNED_TEXTS
 from fusekit.pipeline.context import DONE, MISSING, STALE, Context, Status, paths_of
-from fusekit.pipeline.distilling import settings_of
+from fusekit.pipeline.distilling import settings_of, teachers_of
 from fusekit.pipeline.evaluating import models_of
 from fusekit.pipeline.merging import expected_needs
 from fusekit.pipeline.plan_inputs import Counts, Known, Models, count_rows, find_models
@@ -316,14 +316,31 @@ class _Planner:
                 step.pflop = times * _active(pivot) * values.passes * tokens / 1e15
         if not steps or pivot.checkpoint is None:
             return
-        longest, settings = self.rows.longest or self.recipe.data.max_length, self.recipe.distill
-        live = [self.models.known[source.label].checkpoint for source in self.recipe.sources if source.on_the_fly]
-        teachers = [one for one in live if one is not None]
-        needs = training.memory_needs(pivot.checkpoint, settings, longest, self.processes, teachers)
+        longest = self.rows.longest or self.recipe.data.max_length
+        memory: list[list[Need]] = []
         for step in steps:
+            beside = self._loaded_beside(step.name)
+            values = settings_of(self.context, step.name).training
+            needs = training.memory_needs(pivot.checkpoint, values, longest, self.processes, beside)
             step.memory = needs[0].needed
-        needs += training.disk_needs(pivot.checkpoint, settings, self.place, results=1, download=False)
-        self.plan.needs += needs
+            memory.append(needs)
+        largest = max(memory, key=lambda needs: needs[0].needed)  # one is trained after the other
+        self.plan.needs += largest + training.disk_needs(
+            pivot.checkpoint, self.recipe.distill, self.place, results=1, download=False
+        )
+
+    def _loaded_beside(self, target: str) -> list[Checkpoint]:
+        """The teachers that are in this machine's memory while a target is trained, as far as they are known."""
+        settings = settings_of(self.context, target)
+        teachers = teachers_of(self.context, target) if not settings.plain else []
+        loaded = [
+            self.models.known[source.label].checkpoint
+            for source in self.recipe.sources
+            if source.label in teachers
+            and (source.on_the_fly or settings.training.on_policy)
+            and source.engine.kind == "transformers"
+        ]
+        return [checkpoint for checkpoint in loaded if checkpoint is not None]
 
     def plan_merge(self) -> None:
         """The merged model, from the pivot's tensors as stand-ins for those of targets that are to be trained yet."""

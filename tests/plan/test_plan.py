@@ -103,6 +103,25 @@ def test_a_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypatch):
     assert "it can run" in text
 
 
+def test_memory_counts_the_teachers_that_are_loaded_at_once(tmp_path):
+    def beside(live: bool, mode: str, **distill: Any) -> dict[str, int]:
+        """Of each target, what it needs more than the text alone; the need of the run is the largest."""
+        sources = [{"model": str(DEMO / "sources" / name), "on_the_fly": live} for name in ("llama", "neox")]
+        recipe = write_recipe(tmp_path, sources=sources, distill=distill, fusion={"mode": mode})
+        plan = make_plan(load_recipe(recipe), "recipe.yml", None)
+        steps = {step.name: step.memory or 0 for step in plan.steps if step.stage == "distill"}
+        [need] = [need for need in plan.needs if need.what.startswith("memory of training")]
+        assert need.needed == max(steps.values())
+        alone = steps.pop("baseline")
+        return {name: memory - alone for name, memory in steps.items()}
+
+    assert beside(False, "pairwise") == {"llama": 0, "neox": 0}
+    pairwise = beside(True, "pairwise")
+    assert min(pairwise.values()) > 0
+    assert beside(True, "joint") == pytest.approx({"joint": sum(pairwise.values())}, rel=1e-6)
+    assert beside(False, "pairwise", on_policy=0.5) == pytest.approx(pairwise, rel=1e-6)
+
+
 def test_a_weighting_by_rows_is_planned_with_one_baseline(tmp_path):
     sources = [{"model": str(DEMO / "sources" / name)} for name in ("llama", "neox")]
     recipe = write_recipe(tmp_path, sources=sources, distill={"lm_weighting": "soft"})
