@@ -51,7 +51,6 @@ class Scheduled(Dataset[Example]):
                 epoch += 1
         self.order: IntArray = np.concatenate(order)
         self.weights = np.concatenate(weights)
-        self.lengths: IntArray = np.append(lengths, 0)[self.order]
 
     def __len__(self) -> int:
         return len(self.order)
