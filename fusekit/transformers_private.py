@@ -15,11 +15,11 @@ USED = ("transformers.Trainer._get_grad_norm",)
 class TrainerWithGradients(Trainer):
     """A Trainer that shows the norm of its gradients before the optimizer steps: callbacks are not told of it."""
 
-    def check_gradients(self, model: Any, norm: float) -> None:
-        """Called by every process before each step. norm: over all processes, before clipping."""
+    def check_gradients(self, model: Any, norm: Any) -> None:
+        """Called by each process before a step. norm: over all processes, before clipping; DeepSpeed may have None."""
         raise NotImplementedError
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.check_gradients(model, float(norm))
+        self.check_gradients(model, norm)
         return norm

@@ -316,7 +316,7 @@ class FusionTrainer(TrainerWithGradients):
             ids, logprobs, tail, taught, self.objective.temperature, self._members, inputs.get("target_chunks")
         )
 
-    def check_gradients(self, model: torch.nn.Module, norm: float) -> None:
+    def check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
         """Drop non-finite gradients: they must not reach the weights.
 
         The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now
@@ -324,7 +324,7 @@ class FusionTrainer(TrainerWithGradients):
         """
         if getattr(self.accelerator, "scaler", None) is not None or self.is_deepspeed_enabled:
             return
-        if math.isfinite(norm):
+        if math.isfinite(norm := float(norm)):
             self.skipped_in_row = 0
             return
         for parameter in model.parameters():

@@ -317,3 +317,12 @@ def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, he
     torch.testing.assert_close(logits[0], whole.reshape(-1, whole.shape[-1])[batch["predicting"]])
     made.train()
     assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
+
+
+def test_deepspeed_may_have_no_norm(tmp_path: Path) -> None:
+    """It steps on its own, and its engine does not always tell the norm."""
+    made = runs.trainer(tmp_path)
+    made.is_deepspeed_enabled = True
+    made.accelerator.clip_grad_norm_ = lambda *_: None
+    assert made._get_grad_norm(made.model) is None
+    assert made.skipped == 0
