@@ -118,7 +118,8 @@ def on_policy_of(
 
     Raises:
         CaptureError: a teacher cannot be loaded, or does not fit.
-        DistillationError: there is nothing to ask, or nobody to teach; a model is not that of its store.
+        DistillationError: there is nothing to ask, or nobody to teach; a model or its template is not that of a
+            store.
     """
     teachers = {}
     for name, source in data.sources.items():
@@ -134,6 +135,13 @@ def on_policy_of(
                 raise DistillationError(
                     f"the store of {name} was captured from {spec.model} ({spec.model_fingerprint}), but "
                     f"{choice.model} is {made.spec.model_fingerprint} now: capture it again, or set on_policy to 0"
+                )
+            captured, own = (facts.get("chat_template") for facts in (spec.details, made.reader.facts))
+            if captured not in (None, own):
+                raise DistillationError(
+                    f"the store of {name} was captured under the chat template {captured!r}, but {choice.model} would "
+                    f"read new answers under {own!r}: run a recipe, which says chat_template for each source, or set "
+                    "on_policy to 0"
                 )
             teachers[name] = made
     return OnPolicy(data, teachers, reader, training, max_length)

@@ -13,9 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusekit import FusionConfig, FusionTrainer, Store, capture
-from fusekit.capturing.models import ModelChoice
+from fusekit.capturing.capture import capture as capture_model
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.inputs import Inputs, Source
@@ -180,6 +185,16 @@ def test_a_model_that_changed_since_its_store_is_no_teacher(tmp_path: Path) -> N
         trainer(tmp_path / "out", {"neox": store})
     assert "neox" in str(error.value)
     assert store.spec.model_fingerprint in str(error.value)
+
+
+def test_a_teacher_reads_answers_under_the_template_of_its_store(tmp_path: Path) -> None:
+    rows = prepare(rows_of(RECORDS), [RowTokenizer(load_tokenizer(find_checkpoint(NEOX)))], 2048).rows
+    reader = RowTokenizer(load_tokenizer(find_checkpoint(NEOX)), ChatTemplate.chosen("chatml"))
+    store = capture_model(find_checkpoint(NEOX), reader, rows, tmp_path / "store", CaptureSettings(), quiet=True)
+    with pytest.raises(DistillationError) as error:
+        trainer(tmp_path / "out", {"neox": store})
+    assert "chatml" in str(error.value)
+    assert "neox" in str(error.value)
 
 
 @pytest.mark.parametrize(
