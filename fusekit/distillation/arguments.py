@@ -228,7 +228,7 @@ def with_adapter(model: Any, config: Any) -> Any:
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config})
         return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, re.error) as error:  # names of modules are patterns
         raise DistillationError(f"peft refuses the lora settings: {error}") from error
 
 

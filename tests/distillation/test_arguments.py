@@ -26,6 +26,7 @@ def places(**settings: Any) -> list[str]:
         ({"adam_beta1": 2}, ["distill.adam_beta1"]),
         ({"lora": {"r": 0}}, ["distill.lora.r"]),
         ({"lora": {"target_modules": ["foo"]}}, ["distill.lora.target_modules"]),
+        ({"lora": {"target_modules": "*.q_proj"}}, ["distill.lora.target_modules"]),
         ({"lora": {"r": 2, "target_modules": ["q_proj"]}}, []),
         ({"data_seed": 2**64}, ["distill.data_seed"]),
         ({"max_grad_norm": float("nan")}, ["distill.max_grad_norm"]),
