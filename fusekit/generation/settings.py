@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -177,20 +178,27 @@ def drain(
 ) -> tuple[list[Segment], str]:
     """All segments of an answer that is being written, and why it ended.
 
-    on_segment: called with each as it comes. stop: texts before which it ends; what was written of one is taken back.
+    on_segment: called with each as it comes; with ``stop`` once it is known to stay. stop: texts before which it ends.
     """
     segments: list[Segment] = []
+    shown = 0
     while True:
+        finish = None
         try:
             segments.append(next(running))
         except StopIteration as stopped:
-            return segments, str(stopped.value)
+            finish = str(stopped.value)
         text = "".join(segment.text for segment in segments) if stop else ""
         if found := [text.index(one) for one in stop if one in text]:
             running.close()
-            return _cut(segments, min(found)), "stop"
-        if on_segment is not None:
-            on_segment(segments[-1])
+            segments, finish = _cut(segments, min(found)), "stop"
+        certain = len(text) - max(map(len, stop)) + 1 if stop and finish is None else math.inf
+        while shown < len(segments) and sum(len(segment.text) for segment in segments[: shown + 1]) <= certain:
+            if on_segment is not None:
+                on_segment(segments[shown])
+            shown += 1
+        if finish is not None:
+            return segments, finish
 
 
 def _cut(segments: Sequence[Segment], size: int) -> list[Segment]:

@@ -14,6 +14,7 @@ from fusekit.data.reading import read_rows
 from fusekit.errors import FusekitError
 from fusekit.generation import Generation, Segment
 from fusekit.generation.page import page
+from fusekit.generation.settings import drain
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 
@@ -166,3 +167,26 @@ def test_raw_answers_are_texts_and_end_before_a_stop(tmp_path):
     assert found["text"] == "".join(segment["text"] for segment in found["segments"])
     [row] = read_rows(str(out))
     assert row.messages == (("text", "def close(self):" + found["text"]),)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "finish"),
+    [
+        ([], ["one ", "two\nthr", "ee"], "end"),
+        (["\n"], ["one ", "two"], "stop"),
+        (["wo\nt"], ["one ", "t"], "stop"),
+        (["hree", "thre"], ["one ", "two\n"], "stop"),
+        (["one"], [], "stop"),
+        (["eee"], ["one ", "two\nthr", "ee"], "end"),
+    ],
+)
+def test_what_is_shown_is_what_is_kept(stop, expected, finish):
+    def running():
+        for text in ("one ", "two\nthr", "ee"):
+            yield Segment(text, "model", 1.0, {})
+        return "end"
+
+    shown = []
+    segments, why = drain(running(), shown.append, stop)
+    assert [segment.text for segment in segments] == [segment.text for segment in shown] == expected
+    assert why == finish
