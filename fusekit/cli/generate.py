@@ -73,6 +73,7 @@ def generate(
     if not asked[0]:
         raise GenerationError("the prompt is empty")
 
+    from fusekit.artifacts import output_lock
     from fusekit.capturing.models import ModelChoice
     from fusekit.generation.answers import AnswerFile
     from fusekit.generation.ensemble import generate as write
@@ -80,6 +81,7 @@ def generate(
 
     answered = None
     if out is not None:
+        click.get_current_context().with_resource(output_lock(out.resolve()))
         made = {"models": list(models), "dtype": dtype, **settings.model_dump()}
         answered = AnswerFile(out, asked, made, raw=settings.raw)
         asked = asked[answered.done :]

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from fusekit.artifacts import output_lock
 from fusekit.cli.generate import generate
 from fusekit.data.reading import read_rows
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, StorageError
 from fusekit.generation import Generation, Segment
 from fusekit.generation.page import page
 from fusekit.generation.settings import drain
@@ -167,6 +168,15 @@ def test_raw_answers_are_texts_and_end_before_a_stop(tmp_path):
     assert found["text"] == "".join(segment["text"] for segment in found["segments"])
     [row] = read_rows(str(out))
     assert row.messages == (("text", "def close(self):" + found["text"]),)
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    with output_lock(out):
+        refused = invoke(*MODELS, "--prompt", "1+1=", "--out", str(out))
+    assert isinstance(refused.exception, StorageError)
+    assert str(out) in str(refused.exception)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
