@@ -16,7 +16,7 @@ LISTED = 1000
 REASONS = {
     "unusable": "cannot be read, or has marks or fields that fusekit does not know, skipped",
     "empty": "no message with any text",
-    "duplicate": "the same messages as an earlier row",
+    "duplicate": "the same messages as an earlier example",
     "overlong": "longer than max_length for some model, dropped",
     "no_label": "no supervised token for some model, by the example's own marks or since the cut left none",
     "refused": "a template refuses it, or a model cannot encode it",

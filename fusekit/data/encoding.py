@@ -120,7 +120,7 @@ class Encoder:
             name = self.strings.get(found, "a control token") if found is not None else "a control token"
             raise DataError(
                 f"{self.name} reads {name!r} in a content as a control token, or misses one of its template's, and "
-                "cannot be kept from it: leave the row out, or write the string differently in the data"
+                "cannot be kept from it: leave the example out, or write the string differently in the data"
             )
 
         def offsets() -> IntArray:
@@ -134,7 +134,7 @@ class Encoder:
         nonce = next((nonce for nonce in _NONCES if nonce not in text), None)
         if nonce is None:
             raise DataError(
-                f"the row holds every one of the {len(_NONCES)} private characters that fusekit needs one of"
+                f"the example holds every one of the {len(_NONCES)} private characters that fusekit needs one of"
             )
         if nonce not in self._copies:
             self._copies[nonce] = self._make_copy(nonce)
@@ -145,7 +145,7 @@ class Encoder:
         if view.backend is None or not view.direct:
             raise DataError(
                 f"{view.name} encodes in Python, so control tokens that a content spells cannot be kept out of it: use "
-                "the fast tokenizer of this model, or leave such rows out"
+                "the fast tokenizer of this model, or leave such examples out"
             )
         state = json.loads(view.backend.to_str())
         state["truncation"] = state["padding"] = None

@@ -103,7 +103,7 @@ def _kept(record: Mapping[str, Any], where: str) -> Row:
     try:
         return Row.from_record(record)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: no example that a run wrote: {type(error).__name__}: {error}") from error
+        raise DataError(f"{where}: not an example as a run writes it: {type(error).__name__}: {error}") from error
 
 
 def _marks(record: Mapping[str, Any], key: str, turns: list[Turn], where: str) -> list[bool] | None:
@@ -242,14 +242,14 @@ def _is_empty(value: object) -> bool:
 
 def _object(record: object, where: str) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: a row is {_kind(record)}, not an object with the keys {ACCEPTED}")
+        raise DataError(f"{where}: an example is {_kind(record)}, not an object with the keys {ACCEPTED}")
     return record
 
 
 def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
     value = record.get(key)
     if not isinstance(value, list):
-        said = _kind(value) if key in record else "missing, unlike in the file's first row"
+        said = _kind(value) if key in record else "missing, unlike in the file's first example"
         raise DataError(f"{where}: {key!r} is {said}, not a list")
     return value
 

@@ -175,9 +175,11 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
     block = _Block(tokenizers, block_tokens)
     for document in documents:
         if not document.is_text:
-            raise DataError(f"row {document.key} is a conversation: only plain text is packed into blocks")
+            raise DataError(f"example {document.key} is a conversation: only plain text is packed into blocks")
         if document.context:
-            raise DataError(f"row {document.key} is marked as context: in a block all text is supervised; leave it out")
+            raise DataError(
+                f"example {document.key} is marked as context: in a block all text is supervised; leave it out"
+            )
         for message in document.messages:
             if message.content:
                 yield from _pack(message, document.dataset, block)

@@ -48,7 +48,7 @@ def read_rows(
     """
     counts = DataCounts() if counts is None else counts
     if limit is not None and limit < 0:
-        raise DataError(f"limit is {limit}: it is a number of rows, or None for all")
+        raise DataError(f"limit is {limit}: it is a number of examples, or None for all")
     local = Path(path).expanduser()
     if local.is_dir():
         rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file), counts))
@@ -128,7 +128,7 @@ def files_of(path: str | Path) -> list[str | Path]:
         return [local / "rows.jsonl"]  # what a run prepared
     if other := _other_folder(local):
         raise DataError(
-            f"{path} is {other}, not examples of data: give files of rows ({', '.join(READERS)}), a folder of such "
+            f"{path} is {other}, not examples of data: give files of examples ({', '.join(READERS)}), a folder of such "
             "files, or the id of a data set on the hub"
         )
     files = sorted(file for file in local.iterdir() if file.suffix.lower() in READERS and file.is_file())
@@ -151,7 +151,7 @@ def _other_folder(folder: Path) -> str | None:
     if "stage" in manifest:
         return f"what the stage {str(manifest['stage'])!r} of a run made"
     if "spec" in manifest:
-        return "a store of what a model said about rows"
+        return "a store of what a model said about examples"
     if {"model_type", "architectures"} & config.keys():
         return "a model"
     return "an adapter of a model" if (folder / "adapter_config.json").is_file() else None
@@ -168,7 +168,7 @@ def _mapping(file: Path) -> dict[str, Any]:
 def _rows_of_file(file: Path, counts: DataCounts) -> Iterator[Row]:
     reader = READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"{file} ends in {file.suffix!r}: files of rows end in {', '.join(READERS)}")
+        raise DataError(f"{file} ends in {file.suffix!r}: files of examples end in {', '.join(READERS)}")
     return rows_of_records(_guarded(reader, file), file.stem, counts)
 
 
@@ -186,7 +186,7 @@ def _decoded(data: bytes, file: Path, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         line, start = line + data.count(b"\n", 0, error.start), data.rfind(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}, line {line}: no UTF-8 at byte {error.start - start} of the line: convert the file"
+            f"{file}, line {line}: invalid UTF-8 at byte {error.start - start} of the line: convert the file"
         ) from error
 
 
@@ -196,10 +196,10 @@ def _loaded(data: bytes, file: Path, line: int = 1) -> Any:
         return json.loads(_decoded(data, file, line))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{file}, line {line + error.lineno - 1}: no JSON: {error.msg} (column {error.colno})"
+            f"{file}, line {line + error.lineno - 1}: invalid JSON: {error.msg} (column {error.colno})"
         ) from error
     except ValueError as error:  # numbers of too many digits
-        raise DataError(f"{file}, line {line}: no JSON: {error}") from error
+        raise DataError(f"{file}, line {line}: invalid JSON: {error}") from error
 
 
 def _json_lines(file: Path) -> Iterator[Record]:
@@ -232,9 +232,9 @@ def _json(file: Path) -> Iterator[Record]:
     if isinstance(rows, dict):
         rows = rows.get("data")
     if not isinstance(rows, list):
-        raise DataError(f"{file} is one JSON value: rows are a list, a list under 'data', or one object a line")
+        raise DataError(f"{file} is one JSON value: examples are a list, a list under 'data', or one object a line")
     for number, row in enumerate(rows, 1):
-        yield f"{file}, row {number}", row
+        yield f"{file}, example {number}", row
 
 
 def _parquet(file: Path) -> Iterator[Record]:
@@ -249,7 +249,7 @@ def _parquet(file: Path) -> Iterator[Record]:
                     number += 1
                     yield f"{file}, row {number}", record
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{file}, after row {number}: no readable Parquet: {error}") from error
+        raise DataError(f"{file}, after row {number}: not readable as Parquet: {error}") from error
 
 
 def _text(file: Path) -> Iterator[Record]:
@@ -263,7 +263,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".parquet": _parquet,
     ".txt": _text,
 }
-"""Endings of files of rows."""
+"""Endings of files of examples."""
 
 
 def hub_records(

@@ -521,12 +521,16 @@ def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> Rendered:
 
 def _refusal(name: str, messages: Sequence[Message], key: str, error: Exception) -> str:
     roles = [message.role for message in messages]
-    row = f"row {key} with the roles {', '.join(roles[:8])}{', ...' if len(roles) > 8 else ''}" if key else "a row"
+    example = (
+        f"example {key} with the roles {', '.join(roles[:8])}{', ...' if len(roles) > 8 else ''}"
+        if key
+        else "an example"
+    )
     unknown = sorted(set(roles) - {"system", "user", "assistant"})
     if "system" in roles:
         way_out = "take system messages out of the data, or use a template that has them"
     elif unknown:
         way_out = f"it may know no role {unknown[0]!r}"
     else:
-        way_out = "roles may have to alternate, beginning with user: leave such rows out, or use another template"
-    return f"{name} cannot render {row}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"
+        way_out = "roles may have to alternate, beginning with user: leave such examples out, or use another template"
+    return f"{name} cannot render {example}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"

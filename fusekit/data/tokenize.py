@@ -118,7 +118,7 @@ class RowTokenizer:
 
     def _tokenize_chat(self, row: Row) -> TokenizedRow:
         if any(message.role in (TEXT, FRAGMENT) for message in row.messages):
-            raise DataError(f"row {row.key} mixes plain text with messages of a conversation")
+            raise DataError(f"example {row.key} mixes plain text with messages of a conversation")
         stretches, contents = self._layout(row)
         tokens, at = self._encoder_for_template.encode([stretch for stretch in stretches if stretch.text])
         bos = [] if self._writes_bos(stretches) else self._bos
@@ -292,7 +292,8 @@ class RowTokenizer:
             if cut is not None:
                 if first < 0:
                     raise DataError(
-                        f"row {row.key} is cut in message {cut.message}, whose content {self._renderer.name} rewrites"
+                        f"example {row.key} is cut in message {cut.message}, whose content {self._renderer.name} "
+                        "rewrites"
                     )
                 text = text.encode()[: max(cut.size - first, 0)].decode()
                 size, last = cut.size, first + len(text.encode())
@@ -409,15 +410,15 @@ def _check_cut(row: Row) -> None:
     if row.cut is None:
         return
     if not 0 <= row.cut.message < len(row.messages):
-        raise DataError(f"row {row.key} is cut in message {row.cut.message}, but has {len(row.messages)}")
+        raise DataError(f"example {row.key} is cut in message {row.cut.message}, but has {len(row.messages)}")
     content = row.messages[row.cut.message].content.encode()
     at_character = row.cut.size == len(content) or (
         0 <= row.cut.size < len(content) and content[row.cut.size] & 0xC0 != 0x80
     )
     if not at_character:
         raise DataError(
-            f"row {row.key} is cut after byte {row.cut.size} of message {row.cut.message}, which has {len(content)} "
-            "bytes and no character ending there"
+            f"example {row.key} is cut after byte {row.cut.size} of message {row.cut.message}, which has "
+            f"{len(content)} bytes and no character ending there"
         )
 
 
@@ -428,7 +429,7 @@ def _cut_off(
     if cut is None:
         return stretches, contents
     if not any(content.message == cut.message for content in contents):
-        raise DataError(f"row {key} is cut in message {cut.message}, whose content {name} writes at no known place")
+        raise DataError(f"example {key} is cut in message {cut.message}, whose content {name} writes at no known place")
     if contents[-1].stop > contents[-1].start:
         return stretches, contents
     return [s for s in stretches if s.message < cut.message], [c for c in contents if c.message < cut.message]

@@ -37,7 +37,7 @@ def test_counts_by_reason_with_the_first_keys():
 def test_no_row_left_is_an_error_with_the_counts():
     with pytest.raises(DataError, match=r"no example is left: 0 of 1 examples kept \(1 no_label\)"):
         prepare([row("a")], readers(), 100)
-    with pytest.raises(DataError, match=r"1 refused.*cannot render row"):
+    with pytest.raises(DataError, match=r"1 refused.*cannot render example"):
         prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], readers(), 100)
     with pytest.raises(DataError, match="overlong is 'skip'"):
         prepare([], readers(), 100, overlong="skip")

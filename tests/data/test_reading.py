@@ -102,9 +102,9 @@ def test_json_lines_may_end_in_json_and_begin_with_a_mark(tmp_path):
 
 GOOD = json.dumps(RECORDS["messages"])
 BAD = [
-    (f'{GOOD}\n{{"messages": [\n{GOOD}\n', r"a\.jsonl, line 2: no JSON: "),
-    (f"{GOOD}\n{GOOD}\n{{'a': 1}}\n", r"a\.jsonl, line 3: no JSON: .*\(column 2\)"),
-    (f"{GOOD}\n[1]\n", r"a\.jsonl, line 2: a row is a list, not an object"),
+    (f'{GOOD}\n{{"messages": [\n{GOOD}\n', r"a\.jsonl, line 2: invalid JSON: "),
+    (f"{GOOD}\n{GOOD}\n{{'a': 1}}\n", r"a\.jsonl, line 3: invalid JSON: .*\(column 2\)"),
+    (f"{GOOD}\n[1]\n", r"a\.jsonl, line 2: an example is a list, not an object"),
     ('{"foo": 1, "bar": 2}', r"a\.jsonl, line 1: the keys are 'foo', 'bar'; accepted are messages \(a list of"),
     ("{}", r"line 1: the keys are none; accepted"),
     ('{"prompt": "a", "response": "b", "question": "c", "answer": "d"}', "fit several forms"),
@@ -136,25 +136,25 @@ def test_files_that_cannot_be_read(tmp_path):
         read_rows("nothing.parquet")
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(
-        DataError, match=r"a\.csv ends in '\.csv': files of rows end in \.jsonl, \.json, \.parquet, \.txt"
+        DataError, match=r"a\.csv ends in '\.csv': files of examples end in \.jsonl, \.json, \.parquet, \.txt"
     ):
         read_rows(tmp_path / "a.csv")
     with pytest.raises(DataError, match="a folder without a file"):
         read_rows(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: no UTF-8 at byte 10"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: invalid UTF-8 at byte 10"):
         list(read_rows(tmp_path / "a.jsonl"))
     (tmp_path / "a.txt").write_bytes(b"a\nb\n\xff")
-    with pytest.raises(DataError, match=r"a\.txt, line 3: no UTF-8"):
+    with pytest.raises(DataError, match=r"a\.txt, line 3: invalid UTF-8"):
         list(read_rows(tmp_path / "a.txt"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet, after row 0: no readable Parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet, after row 0: not readable as Parquet"):
         list(read_rows(tmp_path / "a.parquet"))
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="nested too deeply"):
         list(read_rows(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text('[\n{"text": "a"},\n nope]')
-    with pytest.raises(DataError, match=r"a\.json, line 3: no JSON"):
+    with pytest.raises(DataError, match=r"a\.json, line 3: invalid JSON"):
         list(read_rows(tmp_path / "a.json"))
     with pytest.raises(DataError, match="limit is -1"):
         read_rows(tmp_path, limit=-1)
@@ -242,7 +242,7 @@ def test_a_data_set_that_the_hub_does_not_have(tmp_path):
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({"manifest.json": {"spec": {}, "shards": []}}, "a store of what a model said about rows"),
+        ({"manifest.json": {"spec": {}, "shards": []}}, "a store of what a model said about examples"),
         ({"manifest.json": {"stage": "evaluate"}, "scores.json": {}}, "what the stage 'evaluate' of a run made"),
         ({"config.json": {"model_type": "llama"}, "tokenizer.json": {}}, "a model"),
         ({"adapter_config.json": {"r": 8}}, "an adapter of a model"),
@@ -254,7 +254,7 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, what):
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
         read_rows(tmp_path)
-    assert f"{tmp_path} is {what}, not examples of data: give files of rows (.jsonl, .json, .parquet, .txt)" in str(
+    assert f"{tmp_path} is {what}, not examples of data: give files of examples (.jsonl, .json, .parquet, .txt)" in str(
         error.value
     )
 
@@ -262,5 +262,5 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, what):
 def test_a_damaged_description_beside_rows_hides_nothing(tmp_path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"config\.json, line 1: no JSON"):
+    with pytest.raises(DataError, match=r"config\.json, line 1: invalid JSON"):
         list(read_rows(tmp_path))

@@ -162,5 +162,5 @@ def test_templates_by_name_file_and_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma", "vicuna"])
 def test_roles_that_a_template_does_not_know_are_refused(name):
-    with pytest.raises(DataError, match=r"cannot render row .* with the roles user, system"):
+    with pytest.raises(DataError, match=r"cannot render example .* with the roles user, system"):
         model(name).tokenize(row([("user", "a"), ("system", "b"), ("assistant", "c")]))

@@ -260,7 +260,7 @@ def test_refusals_name_template_model_row_and_way_out():
     reader = RowTokenizer(tokenizer_for("mistral"), ChatTemplate("strict", source))
     with pytest.raises(
         DataError,
-        match=r"the chat template strict for mistral.* cannot render row [0-9a-f]{32} with the roles system, .*"
+        match=r"the chat template strict for mistral.* cannot render example [0-9a-f]{32} with the roles system, .*"
         r"System role not supported; take system",
     ):
         reader.tokenize(row(TURNS))
