@@ -77,7 +77,7 @@ def test_what_cannot_be_honoured_is_refused(fields, named):
         ({"messages": [U, A], "tools": '[{"type": "function"}]'}, "'tools'"),
         ({"messages": [U, A], "history": [["a", "b"]]}, "'history'"),
         ({"messages": [{"role": "system", "content": "T"}, U, A], "system": "S"}, "'system'"),
-        ({"messages": [U, A], "system": 7}, "'system' is a int"),
+        ({"messages": [U, A], "system": 7}, "'system' is an int"),
         ({"messages": [{"content": "a"}]}, "message 0 has no 'role'"),
         ({"messages": [U | {"role": None}]}, "message 0 has no 'role'"),
         ({"instruction": "q", "output": "a", "history": [["a"]]}, "'history'"),

@@ -114,7 +114,7 @@ def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
     stores = layout.store("pivot"), layout.store("llama")
 
     def opened(folder: Path | None) -> str:
-        sources = {"llama": Source(stores[1], source.model, recipe.alignment_of(source), folder)}
+        sources = {"llama": Source(stores[1], source.model, recipe.alignment_of(source), vocabulary_map=folder)}
         inputs = Inputs(choice_of(recipe.pivot), context.rows, stores[0], sources)
         return map_hash(open_inputs(inputs, recipe.settings, ["llama"]).projections["llama"].vocabulary_map)
 

@@ -96,7 +96,6 @@ def test_numbers_and_names_as_people_read_them() -> None:
         "999",
     ]
     assert [text.seconds(x) for x in (None, 3.14, 72, 7500)] == ["–", "3.1 s", "1 min 12 s", "2 h 05 min"]
-    assert (text.counted(1, "row"), text.counted(1344, "row")) == ("1 row", "1,344 rows")
     assert text.listed(["a"]) == "a"
     assert text.listed(["a", "b", "c"]) == "a, b and c"
     assert text.name("a\n b\x00\u202e\ud800") == "a b\\u0000\\u202e\\ud800"
