@@ -227,7 +227,7 @@ def _take_out(data: Any, path: KeyPath) -> None:
     for part in within:
         data = data[part]
     unread = UNREAD + ".".join(map(str, within))
-    stand_ins = {"pivot": {"model": UNREAD}, "data": {"path": UNREAD}, "sources": [{"model": UNREAD}]}
+    stand_ins = {"pivot": {"model": UNREAD}, "data": {"path": UNREAD}, "sources": [{"model": f"{UNREAD}sources.0"}]}
     if isinstance(key, int):
         data[key] = {"model": f"{unread}.{key}"}
     elif key in ("model", "path"):
@@ -276,6 +276,8 @@ def _mistake(detail: Any, data: Any) -> tuple[tuple[KeyPath, ...], str]:
         now = RENAMED.get(str(key))
         hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
         return (path if path[-1:] == (key,) else (*path, key),), f"unknown key {key!r}{hint}"
+    if detail["type"] == "model_type":
+        return (path,), f"{label}: write a mapping with keys such as {', '.join(_fields(detail['loc'])[:3])}"
     text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
     return (path,), f"{label}: {text}" + (
         f", not {detail['input']!r}" if text.startswith("Input should") and _short(detail["input"]) else ""

@@ -118,6 +118,19 @@ def test_every_mistake_at_once_with_line_and_nearest_name(write):
     ]
 
 
+def test_what_is_written_as_another_kind_is_one_mistake_each(write):
+    path = write("pivot: {model: a, load: float32}\nsources: b\nevaluate: c.jsonl\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: 4 problems",
+        f"  {path}, line 1: `data` is missing",
+        f"  {path}, line 1: pivot.load: write a mapping with keys such as dtype, device_map, quantization",
+        f"  {path}, line 2: sources: Input should be a valid list, not 'b'",
+        f"  {path}, line 3: evaluate: write a mapping with keys such as path, name, split",
+    ]
+
+
 def test_what_is_found_by_the_schema_and_by_the_stages_is_one_round(write, tmp_path):
     text = (
         "pivot: {model: org/pivot, load: {attn_implementation: foo}}\n"
