@@ -249,8 +249,9 @@ def _object(record: object, where: str) -> Mapping[str, Any]:
 def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
     value = record.get(key)
     if not isinstance(value, list):
-        said = _kind(value) if key in record else "missing, unlike in the file's first example"
-        raise DataError(f"{where}: {key!r} is {said}, not a list")
+        if key not in record:
+            raise DataError(f"{where}: {key!r} is missing, which the file's first example has: use one form in a file")
+        raise DataError(f"{where}: {key!r} is {_kind(value)}, not a list")
     return value
 
 

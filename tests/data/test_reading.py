@@ -117,7 +117,7 @@ BAD = [
     ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
     ('{"text": "a", "dataset": "b\\ud800"}', "'dataset' has half of a surrogate pair at character 1"),
     ('{"system": "\\ud800", "conversations": []}', "'system' has half of a surrogate pair at character 0"),
-    (f'{GOOD}\n{{"text": "x"}}\n', r"line 2"),
+    (f'{GOOD}\n{{"text": "x"}}\n', r"line 2: 'messages' is missing, which the file's first example has"),
 ]
 
 
