@@ -73,8 +73,10 @@ def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...]
         return
     if overrides:
         raise click.UsageError(f"--set is for fusion recipes, and {document.name} is a mergekit recipe: edit it")
+    from fusekit.cli.merge import drop_noise
     from fusekit.merging import check
 
+    drop_noise()
     found = check(document, out)
     click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
     sys.exit(0 if found.can_run else 1)
