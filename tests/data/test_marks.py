@@ -173,7 +173,7 @@ def test_unusable_examples_are_counted_and_listed_where_the_settings_say_skip(tm
         list(read_rows(file))
 
 
-@pytest.mark.parametrize(("ending", "number"), [(".json", "row 1"), (".parquet", "row 1"), (".jsonl", "line 1")])
+@pytest.mark.parametrize(("ending", "number"), [(".json", "example 1"), (".parquet", "row 1"), (".jsonl", "line 1")])
 def test_a_first_example_that_is_unusable_does_not_decide_the_form(tmp_path, ending, number):
     import pyarrow as pa
     import pyarrow.parquet as pq
