@@ -61,10 +61,11 @@ def summary_lines(store: Store) -> Iterator[str]:
     bound = f"rounded by at most {spec.max_error:g} nats" if spec.max_error else "float32"
     yield f"  values       {bound}"
     per_label = found["file_bytes"] / max(found["total"]["labels"], 1)
-    yield f"  on disk      {human(found['file_bytes'])} in {found['shards']} shards, {per_label:.1f} bytes per label"
+    shards = counted(found["shards"], "shard")
+    yield f"  on disk      {human(found['file_bytes'])} in {shards}, {per_label:.1f} bytes per label"
     yield ""
     width = max(len(name) for name in ("all", *found["datasets"]))
-    head = f"{'rows':>8} {'tokens':>10} {'labels':>10} {'nats/label':>10} {'bits/byte':>9}"
+    head = f"{'examples':>8} {'tokens':>10} {'labels':>10} {'nats/label':>10} {'bits/byte':>9}"
     yield f"  {'':<{width}}  {head}"
     for name, share in [*found["datasets"].items(), ("all", found["total"])]:
         yield (

@@ -63,7 +63,7 @@ def _checked(folder: Path) -> tuple[list[str], str]:
         from fusekit.capturing.store import Store
 
         store = Store.open(folder)
-        held = f"{counted(len(store), 'row')} in {counted(len(store.records), 'shard')}"
+        held = f"{counted(len(store), 'example')} in {counted(len(store.records), 'shard')}"
         return [f"{folder}/{problem}" for problem in store.verify()], f"{folder}: {held}, all as committed"
     known = artifact.read(folder)
     assert known is not None

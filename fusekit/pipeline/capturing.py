@@ -266,7 +266,7 @@ def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> 
     done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
     if manifest.complete:
         return Status(folder, DONE)
-    note = f"{done} of {artifact.counted(len(rows), 'row')} captured"
+    note = f"{done} of {artifact.counted(len(rows), 'example')} captured"
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
 
 
@@ -289,7 +289,7 @@ def make_captures(context: Context, processes: Processes) -> None:
                 quiet=context.quiet,
                 notify=partial(_say_of, context, name),
             )
-        context.say(f"capture {name}: {artifact.counted(len(store), 'row')} in {store.path}")
+        context.say(f"capture {name}: {artifact.counted(len(store), 'example')} in {store.path}")
     processes.first_then_all(partial(describe, context))
 
 

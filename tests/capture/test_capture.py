@@ -307,7 +307,7 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     assert "<|assistant|>" in page
     assert f"{np.exp(first.actual[0]):.3f}" in page
     assert json.loads(invoke("inspect", "store", out, "--json").output)["total"] == figures["total"]
-    assert "20 rows in 3 shards, all as committed" in invoke("verify", tmp_path).output
+    assert "20 examples in 3 shards, all as committed" in invoke("verify", tmp_path).output
     shard = out / "shard-00002.parquet"
     content = bytearray(shard.read_bytes())
     content[500] ^= 1
