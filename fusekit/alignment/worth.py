@@ -119,7 +119,7 @@ class TeacherWorth:
             teacher, pivot = self.per_label(case)
             n = int(self.labels[case])
             found.append(
-                f"the teacher predicts labels of the case {case.name} worse than the pivot: {teacher:.3f} "
+                f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
                 f"against {pivot:.3f} nats per label, over {n:,} label{'s' if n != 1 else ''}"
             )
         return found

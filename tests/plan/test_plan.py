@@ -194,7 +194,7 @@ def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(captured, tmp_p
     step = next(step for step in plan.steps if step.name == "pivot")
     assert step.state == BEGUN
     assert step.rows == 24 - 16
-    assert "16 of 24 rows captured" in step.notes[0]
+    assert "16 of 24 examples captured" in step.notes[0]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
