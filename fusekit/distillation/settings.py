@@ -193,8 +193,8 @@ class TrainingSettings(_Section):
     per_device_train_batch_size: int = Field(
         default=1,
         ge=1,
-        description="Examples at once on one device; changes memory and speed, and the result of `p_kl` and `on_policy` "
-        "alone.",
+        description="Examples at once on one device; changes memory and speed, and the result of `p_kl` and "
+        "`on_policy` alone.",
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         default="float32", description="Data type of the weights while training; `auto`: the checkpoint's."
