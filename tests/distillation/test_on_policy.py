@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusekit import FusionConfig, FusionTrainer, Store, capture
+from fusekit import FusionTrainer, Store, capture
 from fusekit.capturing.capture import capture as capture_model
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
@@ -28,29 +28,13 @@ from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError
 from fusekit.types import Row
-
-ROOT = Path(__file__).parents[2]
-PIVOT, PLACE = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
-NEOX = ModelChoice(PLACE, dtype="float32")
-RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:12]]
+from tests.distillation import test_live
+from tests.distillation.test_live import NEOX, PIVOT, PLACE, RECORDS
 
 
 def trainer(out: Path, teachers: Any = None, rows: Any = RECORDS, **fields: Any) -> FusionTrainer:
-    plain: dict[str, Any] = {
-        "loss": "kl",
-        "on_policy": 1.0,
-        "max_new_tokens": 8,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    teachers = {"neox": NEOX} if teachers is None else teachers
-    return FusionTrainer(PIVOT, FusionConfig(str(out), **plain | fields), rows, teachers=teachers)
+    how = {"lm_weight": 0.0, "on_policy": 1.0, "max_new_tokens": 8} | fields
+    return test_live.trainer(out, {"neox": NEOX} if teachers is None else teachers, rows, **how)
 
 
 @pytest.fixture(scope="module")
