@@ -33,7 +33,7 @@ from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begu
 from fusekit.distillation.schedule import Scheduled
 from fusekit.distillation.settings import DistillSettings
 from fusekit.distillation.teachers import on_policy_of
-from fusekit.distillation.trainer import FusionTrainer, Objective
+from fusekit.distillation.trainer import FusionTrainer
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
 
@@ -237,7 +237,7 @@ class _Work:
             model,
             args,
             self.examples,
-            objective=Objective.of(self.settings.training),
+            settings=self.settings.training,
             facts={"made_from": self.facts},
             say=self.say,
             label=label or "",

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,46 +35,14 @@ from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray
 
 
-@dataclass(frozen=True)
-class Objective:
-    """L = λ L_CLM + (1 - λ) L_fusion.
-
-    Attributes:
-        lm_weight: λ.
-        weighting: what becomes of λ over the run and from row to row, a name in
-            :data:`fusekit.distillation.fusion.LM_WEIGHTS`.
-        loss, truncation, temperature: see :func:`fusekit.distillation.losses.fusion_loss`.
-        max_skipped_steps: stop once as many optimizer steps in a row were skipped because the loss or the gradient was
-            non-finite.
-    """
-
-    lm_weight: float = 0.9
-    weighting: str = "constant"
-    loss: str = "ce"
-    truncation: str = "tail"
-    temperature: float = 1.0
-    max_skipped_steps: int = 5
-
-    @classmethod
-    def of(cls, training: TrainingSettings) -> Objective:
-        """The objective of the settings of a run."""
-        return cls(
-            training.lm_weight,
-            training.lm_weighting,
-            training.loss,
-            training.truncation,
-            training.temperature,
-            training.max_skipped_steps,
-        )
-
-    def weights_at(self, progress: float, batch: Mapping[str, Any]) -> float | FloatArray:
-        """λ of each label of a batch after this share of the run: float64 [n], or one number for all."""
-        if self.weighting == "constant":
-            return self.lm_weight
-        weigh = LM_WEIGHTS[self.weighting]
-        known = batch["typical" if self.weighting == "relative" else "cross_entropies"]
-        by_row = [weigh(self.lm_weight, row.tolist(), progress) for row in known]
-        return np.repeat(np.array(by_row, np.float64), batch["sizes"])
+def label_weights(training: TrainingSettings, progress: float, batch: Mapping[str, Any]) -> float | FloatArray:
+    """λ of each label of a batch after this share of the run: float64 [n], or one number for all."""
+    if training.lm_weighting == "constant":
+        return training.lm_weight
+    weigh = LM_WEIGHTS[training.lm_weighting]
+    known = batch["typical" if training.lm_weighting == "relative" else "cross_entropies"]
+    by_row = [weigh(training.lm_weight, row.tolist(), progress) for row in known]
+    return np.repeat(np.array(by_row, np.float64), batch["sizes"])
 
 
 class FusionTrainer(TrainerWithGradients):
@@ -97,7 +64,7 @@ class FusionTrainer(TrainerWithGradients):
     Args:
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
         args: a :class:`~fusekit.FusionConfig`, or a :class:`~fusekit.distillation.arguments.OneDevice` beside an
-            ``objective``.
+            ``settings``.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
             instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
         teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to score on the fly (its
@@ -106,7 +73,7 @@ class FusionTrainer(TrainerWithGradients):
         processing_class: the tokenizer; by default that of ``model``.
         peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
         callbacks: as in transformers.
-        objective: the loss, where ``args`` does not say it.
+        settings: the loss and what becomes of non-finite ones, where ``args`` does not say it.
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
         label: of the progress bar.
@@ -131,13 +98,13 @@ class FusionTrainer(TrainerWithGradients):
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
-        objective: Objective | None = None,
+        settings: TrainingSettings | None = None,
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
         label: str = "training",
         on_policy: OnPolicy | None = None,
     ) -> None:
-        if not isinstance(args, FusionConfig) and (objective is None or not isinstance(args, OneDevice)):
+        if not isinstance(args, FusionConfig) and (settings is None or not isinstance(args, OneDevice)):
             raise DistillationError(
                 f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
             )
@@ -155,8 +122,8 @@ class FusionTrainer(TrainerWithGradients):
                 max_length = args.max_length or 2048
                 on_policy = on_policy_of(train_dataset, reader, args.settings.training, max_length, say=say)
             model, processing_class = student.with_adapter(peft_config), student.tokenizer
-            objective = objective or Objective.of(args.settings.training)
-        assert objective is not None
+            settings = settings or args.settings.training
+        assert settings is not None
         self.live, self.on_policy = _live_teachers(train_dataset, args), on_policy
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
         args.prediction_loss_only = True
@@ -178,7 +145,7 @@ class FusionTrainer(TrainerWithGradients):
         self.model_accepts_loss_kwargs = True
         if on_policy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise DistillationError("on_policy needs the whole model in each process: leave fsdp and deepspeed out")
-        self.objective = objective
+        self.settings = settings
         self.facts = dict(facts or {})
         self.say = say
         self.skipped_in_row = 0
@@ -272,7 +239,7 @@ class FusionTrainer(TrainerWithGradients):
         elif not model.training and "target_ids" not in inputs:
             lm_weight = 1.0  # nothing but the text is evaluated
         else:
-            lm_weight = self.objective.weights_at(self.state.global_step / max(self.state.max_steps, 1), inputs)
+            lm_weight = label_weights(self.settings, self.state.global_step / max(self.state.max_steps, 1), inputs)
         targets = self._targets(inputs) if np.any(np.less(lm_weight, 1)) else None
         # Gradients are averaged over processes; dividing by the labels of all of them asks for their sum.
         items = num_items_in_batch if model.training else None
@@ -283,9 +250,9 @@ class FusionTrainer(TrainerWithGradients):
             labels,
             targets,
             positions=positions,
-            loss=self.objective.loss,
-            truncation=self.objective.truncation,
-            temperature=self.objective.temperature,
+            loss=self.settings.loss,
+            truncation=self.settings.truncation,
+            temperature=self.settings.temperature,
             lm_weight=_weight(lm_weight * weight, logits),
             fusion_weight=_weight((1 - lm_weight) * weight, logits),
         )
@@ -313,7 +280,7 @@ class FusionTrainer(TrainerWithGradients):
         if self._members is not None:
             self._members = self._members.to(ids.device)
         return SparseTargets(
-            ids, logprobs, tail, taught, self.objective.temperature, self._members, inputs.get("target_chunks")
+            ids, logprobs, tail, taught, self.settings.temperature, self._members, inputs.get("target_chunks")
         )
 
     def check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
@@ -333,7 +300,7 @@ class FusionTrainer(TrainerWithGradients):
         self.skipped += 1
         step = self.state.global_step + 1
         self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {norm})")
-        if self.skipped_in_row >= self.objective.max_skipped_steps:
+        if self.skipped_in_row >= self.settings.max_skipped_steps:
             good = checkpoints.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
             raise DistillationError(

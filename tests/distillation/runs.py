@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.trainer import FusionTrainer, Objective
+from fusekit.distillation.settings import FusionSettings, TrainingSettings
+from fusekit.distillation.trainer import FusionTrainer
 from tests.capture.processes import Process, free_port
 from tests.capture.random_models import random_model
 from tests.distillation import worlds
@@ -45,7 +45,7 @@ def data(count: int = 12, seed: int = 0, include_pivot: bool = True) -> FusionDa
 
 
 def trainer(
-    out: Path, model: Any = None, examples: Any = None, objective: Objective | None = None, **arguments: Any
+    out: Path, model: Any = None, examples: Any = None, settings: TrainingSettings | None = None, **arguments: Any
 ) -> FusionTrainer:
     """A trainer on the CPU with plain settings; ``arguments`` of TrainingArguments override them."""
     examples = data() if examples is None else examples
@@ -67,7 +67,7 @@ def trainer(
         (random_model("llama") if model is None else model).train(),
         OneDevice(**fields | arguments),
         examples,
-        objective=objective or Objective(lm_weight=0.7),
+        settings=settings or TrainingSettings(lm_weight=0.7),
         **options,
     )
 

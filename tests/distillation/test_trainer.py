@@ -20,8 +20,8 @@ from fusekit.capturing.settings import Selection
 from fusekit.distillation.batching import EpochSampler, FusionCollator
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.trainer import Objective
+from fusekit.distillation.settings import FusionSettings, TrainingSettings
+from fusekit.distillation.trainer import label_weights
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model
 from tests.distillation import runs, worlds
@@ -189,7 +189,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path: Path) 
         bursting_model(),
         Spoilt(set(range(4, 12))),
         train_sampling_strategy="sequential",
-        objective=Objective(lm_weight=0.7, max_skipped_steps=2),
+        settings=TrainingSettings(lm_weight=0.7, max_skipped_steps=2),
         save_strategy="steps",
         save_steps=1,
         save_total_limit=1,
@@ -234,17 +234,17 @@ def test_the_final_end_is_learnt() -> None:
 def test_lambda_is_the_rows_and_the_runs() -> None:
     batch = FusionCollator()([runs.data()[i] for i in range(3)])
     sizes = [int((runs.data()[i]["labels"][1:] >= 0).sum()) for i in range(3)]
-    assert Objective(0.8).weights_at(0.5, batch) == 0.8
-    rising = Objective(0.8, "hard_and_decay").weights_at(0.5, batch)
+    assert label_weights(TrainingSettings(lm_weight=0.8), 0.5, batch) == 0.8
+    rising = label_weights(TrainingSettings(lm_weight=0.8, lm_weighting="hard_and_decay"), 0.5, batch)
     np.testing.assert_allclose(rising, np.full(sum(sizes), 0.9))
-    soft = Objective(0.8, "soft").weights_at(0.5, batch)
+    soft = label_weights(TrainingSettings(lm_weight=0.8, lm_weighting="soft"), 0.5, batch)
     best = [runs.data()[i]["cross_entropies"].min() for i in range(3)]
     np.testing.assert_allclose(soft, np.repeat([1 - math.exp(-x) for x in best], sizes))
 
 
 def test_a_weight_of_every_row_is_in_the_step(tmp_path: Path) -> None:
     """With λ 0 at the start, rising: the first step learns from the targets alone, the last from the text too."""
-    made = runs.trainer(tmp_path, objective=Objective(0.0, "hard_and_decay"))
+    made = runs.trainer(tmp_path, settings=TrainingSettings(lm_weight=0.0, lm_weighting="hard_and_decay"))
     made.train()
     lines = [line for line in made.state.log_history if "loss" in line]
     for step, line in enumerate(lines):
@@ -270,7 +270,7 @@ def test_a_teacher_that_is_the_pivot_teaches_nothing_new(own: bool, tmp_path: Pa
     )
     counts = dict(zip(data.count_names, sum(data[i]["counts"] for i in range(6)), strict=True))
     assert counts["linked"] == counts["given"] == counts["taught"] == counts["labels"] > 50
-    made = runs.trainer(tmp_path, model, data, Objective(lm_weight=0.0))
+    made = runs.trainer(tmp_path, model, data, TrainingSettings(lm_weight=0.0))
     batch = made.data_collator([data[i] for i in range(6)])
     made.compute_loss(made.model, batch, num_items_in_batch=1).backward()
     size = max(float(parameter.grad.abs().max()) for parameter in made.model.parameters())
