@@ -37,6 +37,7 @@ from fusekit.pipeline.context import (
 )
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
+from fusekit.resources import refuse_lacking
 from fusekit.types import Row
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
@@ -206,6 +207,7 @@ def make_responses(context: Context) -> None:
 
 
 def _respond(context: Context, name: str) -> None:
+    from fusekit.capturing.estimate import memory_needs
     from fusekit.capturing.load import load_model
     from fusekit.generation.respond import respond
 
@@ -218,6 +220,10 @@ def _respond(context: Context, name: str) -> None:
 
     @cache
     def model() -> Any:
+        if not context.ignore_estimates:
+            needs = memory_needs(checkpoint, context.recipe.capture, Processes.current())
+            way_out = "Free some, or load the model smaller (load.dtype); --ignore-estimates starts it all the same"
+            refuse_lacking(needs, f"{name} does not fit to write answers:", way_out, CaptureError)
         checkpoint.fetch(bar=not context.quiet)
         return load_model(checkpoint, Processes.current().device)
 

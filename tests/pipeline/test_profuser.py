@@ -12,7 +12,7 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.capturing.store import Store
-from fusekit.errors import RecipeError, StorageError
+from fusekit.errors import CaptureError, RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.clean import made_by, unneeded
 from fusekit.pipeline.plan import make_plan
@@ -145,6 +145,13 @@ def test_sigkill_at_every_commit(finished: Path, world: Path) -> None:
     died_at = killed_again_and_again(world, 0)
     assert {"responses", "judged", "judged.work", "winners", "targets"} <= stages_of(died_at), sorted(died_at)
     assert differences(finished / "out", world / "out") == []
+
+
+def test_a_model_that_does_not_fit_is_not_loaded_to_answer(world: Path) -> None:
+    recipe = load_recipe("recipe.yml", ["capture.batch_tokens=1000000000"])
+    with pytest.raises(CaptureError, match="pivot does not fit"):
+        run(recipe, "out", until="respond", say=lambda _: None, quiet=True)
+    assert not (Layout(world / "out").responses("pivot")).exists()
 
 
 def test_a_damaged_shard_is_named(world: Path) -> None:
