@@ -80,8 +80,8 @@ _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows.
 
-    The bits of infinity, and above them those of NaN, are the largest of their sign: ten times as fast in bfloat16 as a
-    sum, and as fast as memory in the others.
+    The bits of infinity, and above them those of NaN, are the largest of their sign: a maximum
+    of integers, where a sum in bfloat16 is slow.
     """
     if not on_cpu(tensor):
         return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
