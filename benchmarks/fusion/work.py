@@ -20,7 +20,7 @@ from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.errors import FusekitError
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.context import Readers, choice_of, read_rows_file
+from fusekit.pipeline.context import Context, choice_of, read_rows_file
 from fusekit.pipeline.run import run
 from fusekit.recipe import Recipe
 
@@ -95,16 +95,16 @@ def prepare(study: Study, say: Say) -> None:
     commit_file(known, lambda file: file.write(data))
     write_all(study.folder / "rows", study.rows, study.questions)
     run(recipe, study.captured.out, until="capture", say=say, quiet=True)
-    readers = Readers(recipe)
+    context = Context(recipe)
     study.score("pivot", None, choice_of(recipe.pivot), say)
-    for name in readers.names[1:]:
-        study.score(f"sources/{name}", None, choice_of(readers.model(name)), say)
+    for name in context.names[1:]:
+        study.score(f"sources/{name}", None, choice_of(context.model(name)), say)
 
 
 def train(study: Study, arm: str, seed: int, say: Say) -> list[Path]:
     """Train the targets of an arm that are not trained yet. Returns their folders."""
     recipe = study.arm(arm, seed)
-    readers, layout = Readers(recipe), study.captured
+    context, layout = Context(recipe), study.captured
     inputs = Inputs(
         choice_of(recipe.pivot),
         read_rows_file(layout.data),
@@ -113,7 +113,7 @@ def train(study: Study, arm: str, seed: int, say: Say) -> list[Path]:
             source.label: Source(layout.store(source.label), choice_of(source), recipe.alignment_of(source))
             for source in recipe.sources
         },
-        readers.reader(PIVOT),
+        context.reader(PIVOT),
     )
     out = study.folder / "targets" / f"{arm}.{seed}"
     return distill(inputs, recipe.settings, out, resume=True, say=say)
@@ -130,7 +130,7 @@ def unit(study: Study, arm: str, seed: int, say: Say) -> None:
         return
     for target in targets:
         study.score(f"{arm}/targets/{target.name}", seed, replace(pivot, model=str(target)), say)
-    base = Readers(study.arm(None)).checkpoint(PIVOT).folder
+    base = Context(study.arm(None)).checkpoint(PIVOT).folder
     for merge in merges_of(arm):
         _merge(study, arm, seed, merge, base, targets, say)
 

@@ -181,7 +181,7 @@ def _drawn(work: Work, setting: str, seed: int):  # type: ignore[no-untyped-def]
 def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: ignore[no-untyped-def]
     from fusekit.distillation.inputs import Inputs, Source
     from fusekit.layout import PIVOT, Layout
-    from fusekit.pipeline.context import Readers, choice_of
+    from fusekit.pipeline.context import Context, choice_of
 
     layout = Layout(captured)
     return Inputs(
@@ -193,7 +193,7 @@ def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: igno
             for source in recipe.sources
             if source.label in sources
         },
-        Readers(recipe).reader(PIVOT),
+        Context(recipe).reader(PIVOT),
     )
 
 

@@ -40,7 +40,7 @@ def clean(
     """
     from fusekit.artifacts import counted, human
     from fusekit.pipeline import clean as cleaning
-    from fusekit.pipeline.run import RunLog
+    from fusekit.pipeline.run import write_log
     from fusekit.recipe.loading import load_recipe
 
     if (stages or first) and recipe:
@@ -64,7 +64,7 @@ def clean(
             click.echo("nothing to remove")
         elif yes:
             cleaning.remove(found.items)
-            RunLog(layout.logs).write("clean: removed " + ", ".join(str(item.path) for item in found.items))
+            write_log(layout.logs, "clean: removed " + ", ".join(str(item.path) for item in found.items))
             click.echo(f"removed {total}")
         else:
             click.echo(f"{total}; nothing was removed: --yes does it")

@@ -37,7 +37,7 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     """
     from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.plan import make_plan
-    from fusekit.pipeline.stages import mistakes
+    from fusekit.pipeline.run import mistakes
     from fusekit.recipe.loading import load_recipe
 
     document = safe_yaml.load(recipe)

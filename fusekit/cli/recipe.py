@@ -44,7 +44,7 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
     from fusekit.artifacts import counted
     from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.capturing import not_looked_at
-    from fusekit.pipeline.stages import mistakes
+    from fusekit.pipeline.run import mistakes
 
     drop_noise()
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,13 +15,13 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file
 from fusekit.capturing.manifest import Manifest, keys_hash, read_json
 from fusekit.capturing.models import find_checkpoint, is_repository
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import Store
 from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
-from fusekit.devices import Processes
 from fusekit.distillation.settings import AlignmentSettings
-from fusekit.environment import circumstances
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX
 from fusekit.layout import PIVOT, Layout
@@ -104,7 +104,7 @@ def pivot_status(context: Context, _name: str) -> Status:
     """Raises CaptureError where the GGUF file cannot be found, and was called otherwise before."""
     from fusekit.capturing.load import dequantised_from
 
-    folder, choice = context.layout.pivot, context.readers.choice(PIVOT)
+    folder, choice = context.layout.pivot, context.choice(PIVOT)
     return compared(folder, lambda _: dequantised_from(choice, artifact.read(folder)))
 
 
@@ -114,7 +114,7 @@ def make_pivot(context: Context) -> None:
 
     for name, folder in pivot_artifacts(context).items():
         pivot_status(context, name).is_done()
-        choice = context.readers.choice(PIVOT)
+        choice = context.choice(PIVOT)
         dequantise(choice, folder, ignore_estimates=context.ignore_estimates, say=context.say)
 
 
@@ -123,8 +123,7 @@ def make_pivot(context: Context) -> None:
 
 def data_inputs(context: Context, before: Inputs) -> Inputs:
     """What the rows are made from. A file that is not here, but was read before, is taken to be the same."""
-    section, known = context.recipe.data, before.get("files")
-    known = known if isinstance(known, dict) else {}
+    section, known = context.recipe.data, before.get("files") or {}
     files = {path: hash_of(path) or known.get(path) for path in paths_of(section.path)}
     # A size is for plans alone; with on_bad_row: error all examples were usable, as in runs before there was a choice.
     unnamed = {"size"} if section.on_bad_row == "skip" else {"size", "on_bad_row"}
@@ -141,39 +140,39 @@ def make_data(context: Context) -> None:
     if data_status(context).is_done():
         read_rows_file(context.layout.data)
         return
-    section, started = context.recipe.data, time.monotonic()
-    paths, readers = paths_of(section.path), {name: context.readers.reader(name) for name in context.readers.names}
+    section, started, counts = context.recipe.data, time.monotonic(), DataCounts(context.recipe.data.on_bad_row)
+    paths, readers = paths_of(section.path), [context.reader(name) for name in context.names]
     how = section.model_dump(include={"split", "revision", "streaming", "name"})
-    counts = DataCounts(section.on_bad_row)
-    files = (read_rows(path, counts=counts, **how) for path in paths)
-    rows: Iterator[Row] = islice(chain.from_iterable(files), section.limit)
+    rows: Iterator[Row] = islice(
+        chain.from_iterable(read_rows(path, counts=counts, **how) for path in paths), section.limit
+    )
     if section.pack:
-        rows = iter(pack_text(rows, list(readers.values()), section.max_length))
-    prepared = prepare(rows, list(readers.values()), section.max_length, section.overlong, counts)
+        rows = iter(pack_text(rows, readers, section.max_length))
+    prepared = prepare(rows, readers, section.max_length, section.overlong, counts)
     if not prepared.rows:
-        raise RecipeError(f"data: there are no rows in {', '.join(paths)}")
+        raise RecipeError(f"data: there are no examples in {', '.join(paths)}")
 
     def write(into: Path) -> None:
         write_rows(into, prepared.rows)
         write_json(into / "counts.json", prepared.counts.as_dict())
 
     made = context.made(started) | {
-        "for": {name: reader.fingerprint for name, reader in readers.items()},
-        "date": context.readers.date.isoformat(),
+        "for": {name: reader.fingerprint for name, reader in zip(context.names, readers, strict=True)},
+        "date": context.date.isoformat(),
     }
     artifact.publish(context.layout.data, "data", data_inputs(context, {}), write, made)
     for line in counts.lines:
         context.say(f"data: {line}")
 
 
-def rows_of(context: Context, name: str, rows: list[Row]) -> list[Row]:
-    """The rows as one model reads them: cut again where it was added later and needs more tokens for them."""
-    section, reader = context.recipe.data, context.readers.reader(name)
+def rows_of(context: Context, name: str) -> list[Row]:
+    """The examples as one model reads them: cut again where it was added later and needs more tokens for them."""
+    section, reader = context.recipe.data, context.reader(name)
     known = artifact.read(context.layout.data)
     made_for = known.made.get("for") if known is not None else None
     if isinstance(made_for, dict) and made_for.get(name) == reader.fingerprint:
-        return rows
-    prepared = prepare(rows, [reader], section.max_length, section.overlong)
+        return context.rows
+    prepared = prepare(context.rows, [reader], section.max_length, section.overlong)
     if prepared.counts.dropped:
         context.say(f"data for {name}: {prepared.counts}")
     return prepared.rows
@@ -200,7 +199,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     """
     from fusekit.capturing.capture import details_of, vocabulary_size
 
-    section, choice = context.recipe.capture, context.readers.choice(name)
+    section, choice = context.recipe.capture, context.choice(name)
     details = details_of(choice, context.recipe.data.train_on, section)
     facts: Inputs = {
         "top_k": min(section.top_k, before.get("vocabulary", section.top_k)),
@@ -212,7 +211,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     }
     has_its_name = choice.model == before.get("model")
     try:
-        checkpoint, reader = context.readers.checkpoint(name), context.readers.reader(name)
+        checkpoint, reader = context.checkpoint(name), context.reader(name)
     except CaptureError:
         commit = str(before.get("model_fingerprint")).split()[:2]  # a GGUF file's name may follow
         if not has_its_name or (choice.revision is not None and commit != ["commit", choice.revision]):
@@ -223,7 +222,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
         too_large = context.most_hashed is not None and checkpoint.weight_bytes > context.most_hashed
         if too_large or not thorough:
             return facts
-    if (fingerprint := context.readers.fingerprint(name)) != before.get("model_fingerprint"):
+    if (fingerprint := context.fingerprint(name)) != before.get("model_fingerprint"):
         facts |= {"model": choice.model, "model_fingerprint": fingerprint}
     return facts
 
@@ -231,7 +230,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
 def capture_artifacts(context: Context) -> dict[str, Path]:
     """A store of every model, but for sources that are scored while training reads."""
     live = {source.label for source in context.recipe.sources if source.on_the_fly}
-    return {name: context.layout.store(name) for name in context.readers.names if name not in live}
+    return {name: context.layout.store(name) for name in context.names if name not in live}
 
 
 def check_store_place(folder: Path) -> None:
@@ -244,15 +243,13 @@ def check_store_place(folder: Path) -> None:
 
 def capture_status(context: Context, name: str) -> Status:
     """Of a model's store. The prepared rows have to be there. Raises StorageError for a damaged store."""
-    return store_status(context, name, context.layout.store(name), rows_of(context, name, context.rows))
+    return store_status(context, name, context.layout.store(name), rows_of(context, name))
 
 
 def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
     """Of a store of a model over some rows. Raises StorageError for a damaged one."""
     from fusekit.capturing.capture import data_fingerprint
-    from fusekit.capturing.store import Store
 
-    check_store_place(folder)
     manifest = read_json(folder / artifact.MANIFEST, Manifest)
     if manifest is None:
         return Status(folder)
@@ -270,77 +267,64 @@ def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> 
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
 
 
-def make_captures(context: Context, processes: Processes) -> None:
-    """Capture what each model says about the rows, or what is missing of it, and note down the models' facts."""
-    from fusekit.capturing.capture import capture
-
+def make_captures(context: Context) -> None:
+    """Capture what each model says about the examples, or what is missing of it, and note down the models' facts."""
     for name in capture_artifacts(context):
-        checkpoint = context.readers.checkpoint(name)
-        for line in checkpoint.notices:
+        for line in context.checkpoint(name).notices:
             context.say(f"capture {name}: {line}")
-        with timed(context, name, processes.is_first):
-            store = capture(
-                checkpoint,
-                context.readers.reader(name),
-                rows_of(context, name, context.rows),
-                context.layout.store(name),
-                context.recipe.capture,
-                ignore_estimates=context.ignore_estimates,
-                quiet=context.quiet,
-                notify=partial(_say_of, context, name),
-            )
+        with timed(context, name):
+            say, folder = partial(_say_of, context, name), context.layout.store(name)
+            store = captured(context, name, rows_of(context, name), folder, context.recipe.capture, notify=say)
         context.say(f"capture {name}: {artifact.counted(len(store), 'example')} in {store.path}")
-    processes.first_then_all(partial(describe, context))
+    context.processes.first_then_all(partial(describe, context))
 
 
 def _say_of(context: Context, name: str, line: str) -> None:
     context.say(f"capture {name}: {line}")
 
 
-@contextmanager
-def timed(context: Context, name: str, first: bool = True) -> Iterator[None]:
-    """Note down how long the capture of a model takes in the run that finishes it; stores keep no times.
+def captured(
+    context: Context, name: str, rows: Sequence[Row], out: Path, settings: CaptureSettings, **options: Any
+) -> Store:
+    """What a model of the run says about some examples, captured where it is missing."""
+    from fusekit.capturing.capture import capture
 
-    first: whether this is the process that notes it down.
-    """
-    started, store = time.monotonic(), context.layout.store(name) / artifact.MANIFEST
-    before = read_json(store, Manifest) if first else None
+    options |= {"ignore_estimates": context.ignore_estimates, "quiet": context.quiet}
+    return capture(context.checkpoint(name), context.reader(name), rows, out, settings, **options)
+
+
+@contextmanager
+def timed(context: Context, name: str) -> Iterator[None]:
+    """Note down how long the capture of a model takes in the run that finishes it; stores keep no times."""
+    started, first = time.monotonic(), context.processes.is_first
+    before = read_json(context.layout.store(name) / artifact.MANIFEST, Manifest) if first else None
     yield
     if not first or (before is not None and before.complete):
         return
     path = context.layout.times
     path.parent.mkdir(exist_ok=True)
-    try:
+    known: Any = {}
+    with suppress(OSError, ValueError, RecursionError):
         known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        known = {}
     known = known if isinstance(known, dict) else {}  # times are for people: a damaged file starts over
-    known[name] = {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
-    text = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(known | {name: context.made(started)}, indent=1, ensure_ascii=False) + "\n"
     commit_file(path, lambda file: file.write(text.encode()))
 
 
 def describe(context: Context) -> None:
     """Note down what is known of the pivot and the sources while they are at hand; what was known of one stays."""
-    from fusekit.report.models import facts_of, read_models, write_models
+    from fusekit.report.models import ModelFacts, facts_of, read_models, write_models
 
-    path = context.layout.models
-    try:
-        known = read_models(path)
-    except (OSError, ValueError):
-        known = {}
-    facts = {}
-    for name in context.readers.names:
+    known: dict[str, ModelFacts] = {}
+    with suppress(OSError, ValueError):
+        known = read_models(context.layout.models)
+    for name in context.names:
         before = known.get(name)
-        try:
-            checkpoint = context.readers.checkpoint(name)
+        with suppress(FusekitError):  # it has served, and may be gone
+            checkpoint = context.checkpoint(name)
             if before is None or None in (before.parameters, before.tokenizer) or before.commit != checkpoint.commit:
-                before = facts_of(checkpoint, context.readers.reader(name).tokenizer)
-        except FusekitError:  # it has served, and may be gone
-            pass
-        if before is not None:
-            facts[name] = before
-    write_models(path, facts)
+                known[name] = facts_of(checkpoint, context.reader(name).tokenizer)
+    write_models(context.layout.models, {name: known[name] for name in context.names if name in known})
 
 
 # align: vocabulary map and quality of each pair.
@@ -360,12 +344,12 @@ def align_inputs(context: Context, source: str) -> Inputs:
     """What the vocabulary map and the quality of a pair are made from."""
     from fusekit.capturing.capture import vocabulary_size
 
-    theirs = context.readers.reader(source)
+    theirs = context.reader(source)
     return {
-        "pivot": context.readers.reader(PIVOT).fingerprint,
+        "pivot": context.reader(PIVOT).fingerprint,
         "source": theirs.fingerprint,
         "vocabulary": alignment_of(context, source).vocabulary,
-        "ids": vocabulary_size(context.readers.checkpoint(source), theirs),
+        "ids": vocabulary_size(context.checkpoint(source), theirs),
         "data": artifact.joined_hash(f"{row.key} {row.cut}" for row in context.rows),
     }
 
@@ -375,16 +359,12 @@ def align_status(context: Context, source: str) -> Status:
     return compared(context.layout.alignment(source), lambda _: align_inputs(context, source))
 
 
-def make_alignments(context: Context, processes: Processes) -> None:
+def make_alignments(context: Context) -> None:
     """Align each source with the pivot, and measure what it is worth as a teacher where both are captured."""
-
-    def make(source: str) -> None:
+    for source in align_artifacts(context):
         if not align_status(context, source).is_done():
             _align(context, source)
         _measure_worth(context, source)
-
-    for source in context.recipe.sources:
-        processes.first_then_all(partial(make, source.label))
 
 
 def _align(context: Context, source: str) -> None:
@@ -394,10 +374,9 @@ def _align(context: Context, source: str) -> None:
     from fusekit.alignment.samples import sample_of, write_samples
     from fusekit.distillation.vocabulary_maps import write_map
 
-    pivot, theirs = (context.readers.reader(name).tokenizer for name in (PIVOT, source))
-    started = time.monotonic()
+    started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
     made = _vocabulary_map(context, source)
-    quality = AlignmentQuality(context.recipe.pivot.path, context.readers.model(source).path)
+    quality = AlignmentQuality(context.recipe.pivot.path, context.model(source).path)
     shown: dict[str, list[Any]] = {}  # by data set, so that each has its examples
     more: list[Any] = []
     texts = (
@@ -432,22 +411,16 @@ def _align(context: Context, source: str) -> None:
 def _vocabulary_map(context: Context, source: str) -> Any:
     """The map of a source into the pivot's vocabulary; None where the recipe wants none. It needs no captures."""
     from fusekit.capturing.capture import vocabulary_size
-    from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, roles_of
+    from fusekit.distillation.inputs import Reading, projection_of
+    from fusekit.distillation.vocabulary_maps import SAMPLED
 
-    method = alignment_of(context, source).map_method
-    if method is None:
-        return None
-    pivot, theirs = context.readers.reader(PIVOT), context.readers.reader(source)
-    sample = context.rows[:SAMPLED]
-    return make_map(
-        method,
-        pivot.tokenizer,
-        theirs.tokenizer,
-        context.rows,
-        pivot_roles=roles_of((row, pivot.tokenize(row)) for row in sample),
-        source_roles=roles_of((row, theirs.tokenize(row)) for row in sample),
-        size=vocabulary_size(context.readers.checkpoint(source), theirs),
-    )
+    def reading(name: str) -> Reading:
+        reader = context.reader(name)
+        sample = [(row, reader.tokenize(row)) for row in context.rows[:SAMPLED]]
+        return Reading(name, reader.tokenizer, sample, vocabulary_size(context.checkpoint(name), reader))
+
+    how = alignment_of(context, source)
+    return projection_of(how, reading(PIVOT), reading(source), context.rows).vocabulary_map
 
 
 def _measure_worth(context: Context, source: str) -> None:
@@ -456,12 +429,11 @@ def _measure_worth(context: Context, source: str) -> None:
     The result is a file of the pair's alignment, which itself needs no captures; it is made again when what it was
     measured on has changed. Raises StorageError for a damaged store, DistillationError for unusable rows.
     """
-    from fusekit.capturing.store import Store
     from fusekit.distillation.worth import Captured, measure_stores
 
     how, models = alignment_of(context, source), []
     for name in (PIVOT, source):
-        folder, reader = context.layout.store(name), context.readers.reader(name)
+        folder, reader = context.layout.store(name), context.reader(name)
         if not (folder / artifact.MANIFEST).is_file():
             return
         store = Store.open(folder, incomplete=True)

@@ -18,8 +18,8 @@ from fusekit.errors import StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.layout import NAMES, PIVOT, SHARDS, Layout
 from fusekit.pipeline import evaluating
-from fusekit.pipeline.context import Context, Readers
-from fusekit.pipeline.stages import TABLE
+from fusekit.pipeline.context import Context
+from fusekit.pipeline.run import TABLE
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
@@ -112,7 +112,7 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
 
 def _asked_for(recipe: Recipe, layout: Layout) -> list[Path]:
     """The folders of a recipe's artifacts."""
-    context = Context(recipe, layout, Readers(recipe, layout), lambda _: None)
+    context = Context(recipe, layout)
     folders = [folder for stage in TABLE.values() for folder in stage.artifacts(context).values()]
     return folders + evaluating.lm_eval_folders(context)
 

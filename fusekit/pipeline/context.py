@@ -1,4 +1,4 @@
-"""What the stages of a run share: the recipe, its models, the prepared rows, and the status of an artifact."""
+"""What the stages of a run share: the recipe, its models, the prepared examples, and the status of an artifact."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from fusekit.data.counts import DataCounts
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import Processes
 from fusekit.environment import circumstances
 from fusekit.errors import DataError, FusekitError, StorageError
 from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake, Pivot, Source
+from fusekit.recipe.sections import Mistake, Pivot
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
 
 ROWS = "rows.jsonl"
+NOWHERE = Layout(Path("/nonexistent"))
+"""The output of a recipe that is not run."""
 
 MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
 """States of an artifact: not there; a part of it is there; there and up to date; there, but its inputs changed."""
@@ -42,7 +45,7 @@ class Status:
         state: MISSING, BEGUN, DONE or STALE.
         changed: of a stale one, a line per input that differs, with both values.
         note: for people: what is there of one that is to be made.
-        left: of a capture that was begun, how many rows are still to do.
+        left: of a capture that was begun, how many examples are still to do.
     """
 
     folder: Path
@@ -78,61 +81,74 @@ def compared(folder: Path, inputs: Callable[[Inputs], Inputs]) -> Status:
 
 def choice_of(model: Pivot) -> ModelChoice:
     """How a model of a recipe is loaded."""
-    return ModelChoice(
-        model.path,
-        trust_remote_code=model.trust_remote_code,
-        allow_pickle=model.allow_pickle,
-        revision=model.revision,
-        engine=model.engine,
-        **model.load.model_dump(),
-    )
+    how = model.model_dump(include={"trust_remote_code", "allow_pickle", "revision"})
+    return ModelChoice(model.path, engine=model.engine, **how, **model.load.model_dump())
 
 
 @dataclass(eq=False)
-class Readers:
-    """The pivot and the sources of a recipe by name; each is looked up once.
+class Context:
+    """What every stage gets: the recipe, where things go, and the models, each of which is looked up once.
 
-    layout: of the run, which has the plain checkpoint of a pivot that is a GGUF file, and the prepared rows, which keep
-        the date that templates print. None outside a run.
+    Attributes:
+        layout: has the plain checkpoint of a pivot that is a GGUF file, and the date that templates print.
+        say: gets a line of plain text for the user.
+        quiet: no progress of captures.
+        merge_options: fields of mergekit's MergeOptions that were asked for.
+        ignore_estimates: start stages although disk or memory do not seem to suffice.
+        most_hashed: bytes of a model's weights in a folder that are read to find out whether they changed; those of a
+            larger one are taken to be the same. None for no limit.
     """
 
     recipe: Recipe
-    layout: Layout | None = None
-    _checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    layout: Layout = NOWHERE
+    say: Callable[[str], None] = lambda _: None
+    quiet: bool = False
+    merge_options: Mapping[str, Any] = field(default_factory=dict)
+    ignore_estimates: bool = False
+    most_hashed: int | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @cached_property
+    def processes(self) -> Processes:
+        """Those of the run."""
+        return Processes.current()
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The prepared examples. Raises StorageError where they are damaged."""
+        return read_rows_file(self.layout.data)
+
+    @cached_property
     def date(self) -> datetime.date:
-        """The date that templates print in this run: the day its rows were prepared. Raises StorageError."""
-        known = artifact.read(self.layout.data) if self.layout is not None else None
+        """The date that templates print in this run: the day its examples were prepared. Raises StorageError."""
+        known = artifact.read(self.layout.data)
         return kept_date(known.made.get("date") if known is not None else None) or datetime.date.today()
+
+    @property
+    def targets(self) -> list[Path]:
+        """Where the targets of the recipe are, or will be."""
+        return [self.layout.targets / name for name in self.recipe.targets]
 
     @property
     def names(self) -> list[str]:
         """``pivot``, then the sources in the order of the recipe."""
         return [PIVOT, *(source.label for source in self.recipe.sources)]
 
-    def model(self, name: str) -> Pivot | Source:
+    def model(self, name: str) -> Pivot:
         """What the recipe says of a model."""
-        if name == PIVOT:
-            return self.recipe.pivot
-        return next(source for source in self.recipe.sources if source.label == name)
+        return dict(zip(self.names, (self.recipe.pivot, *self.recipe.sources), strict=True))[name]
 
     def choice(self, name: str) -> ModelChoice:
         """How a model is loaded."""
-        choice = choice_of(self.model(name))
-        return replace(choice, dequantised=self.layout.pivot) if name == PIVOT and self.layout is not None else choice
-
-    def add(self, name: str, checkpoint: Checkpoint) -> None:
-        """Take a model that was found already."""
-        self._checkpoints[name] = checkpoint
+        return replace(choice_of(self.model(name)), dequantised=self.layout.pivot if name == PIVOT else None)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The model on disk or on the hub. Raises CaptureError."""
-        if name not in self._checkpoints:
-            self._checkpoints[name] = find_checkpoint(self.choice(name))
-        return self._checkpoints[name]
+        if name not in self.checkpoints:
+            self.checkpoints[name] = find_checkpoint(self.choice(name))
+        return self.checkpoints[name]
 
     def fingerprint(self, name: str) -> str:
         """What identifies a model's weights; a folder is read from end to end, once. Raises CaptureError."""
@@ -141,7 +157,7 @@ class Readers:
         return self._fingerprints[name]
 
     def reader(self, name: str) -> RowTokenizer:
-        """How the model reads rows in this run. Raises CaptureError, DataError."""
+        """How the model reads examples in this run. Raises CaptureError, DataError."""
         if name not in self._readers:
             template, train_on = self.model(name).chat_template, self.recipe.data.train_on
             tokenizer = load_tokenizer(self.checkpoint(name))
@@ -156,54 +172,20 @@ class Readers:
                 self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on, date=self.date)
         return self._readers[name]
 
-
-@dataclass(eq=False)
-class Context:
-    """What every stage gets: the recipe, where things go, the models, and how to talk to the user.
-
-    Attributes:
-        quiet: no progress of captures.
-        merge_options: fields of mergekit's MergeOptions that were asked for.
-        ignore_estimates: start stages although disk or memory do not seem to suffice.
-        most_hashed: bytes of a model's weights in a folder that are read to find out whether they changed; those of a
-            larger one are taken to be the same. None for no limit.
-    """
-
-    recipe: Recipe
-    layout: Layout
-    readers: Readers
-    say: Callable[[str], None]
-    quiet: bool = False
-    merge_options: Mapping[str, Any] = field(default_factory=dict)
-    ignore_estimates: bool = False
-    most_hashed: int | None = None
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """The prepared rows. Raises StorageError where they are damaged."""
-        return read_rows_file(self.layout.data)
-
-    @property
-    def targets(self) -> list[Path]:
-        """Where the targets of the recipe are, or will be."""
-        return [self.layout.targets / name for name in self.recipe.targets]
-
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts. started: by ``time.monotonic``."""
         return {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:
-    """Write prepared rows, one JSON object a line: key, dataset, messages, cut."""
+    """Write prepared examples, one JSON object a line: key, dataset, messages, cut."""
     with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(
-                json.dumps(row.to_record()) + "\n"
-            )  # escaped: lone surrogates and line separators come back as they were
+        for row in rows:  # escaped: lone surrogates and line separators come back as they were
+            file.write(json.dumps(row.to_record()) + "\n")
 
 
 def read_rows_file(folder: Path) -> list[Row]:
-    """The rows that :func:`write_rows` wrote. Raises StorageError naming the damaged line."""
+    """The examples that :func:`write_rows` wrote. Raises StorageError naming the damaged line."""
     rows: list[Row] = []
     path = folder / ROWS
     try:
@@ -230,12 +212,12 @@ def paths_of(path: str | list[str]) -> list[str]:
 
 
 def unreadable(path: str, *places: KeyPath, on_bad_row: str = "error") -> list[Mistake]:
-    """Whether local data are missing or hold no rows, as far as the first one tells; the hub is not asked."""
+    """Whether local data are missing or hold no examples, as far as the first one tells; the hub is not asked."""
     if is_on_hub(path):
         return []
     try:
         if next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None) is None:
-            return [Mistake(f"there are no rows in {path}", *places)]
+            return [Mistake(f"there are no examples in {path}", *places)]
     except FusekitError as error:
         return [Mistake(str(error), *places)]
     return []

@@ -11,7 +11,7 @@ from typing import Any
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import find_checkpoint, is_repository
-from fusekit.devices import Processes
+from fusekit.capturing.store import Store
 from fusekit.distillation import checkpoints, provenance
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
@@ -54,13 +54,12 @@ def check_place(context: Context, name: str) -> None:
 def status(context: Context, name: str) -> Status:
     """Of a target or the baseline, as far as what is at hand can tell: captures may be on another machine.
 
-    The prepared rows have to be there.
+    The prepared examples have to be there.
     """
     folder = artifacts(context)[name]
-    check_place(context, name)
     if overwriting.is_former(folder):
         return Status(folder)
-    target, known = Target(folder.name, folder, tuple(teachers_of(context, folder.name))), artifact.read(folder)
+    target, known = Target(folder.name, folder, ()), artifact.read(folder)
     before = known.inputs if known is not None else facts_begun(target)
     if before is None:
         return Status(folder)
@@ -68,14 +67,14 @@ def status(context: Context, name: str) -> Status:
         return Status(folder, STALE, tuple(changed))
     if known is not None:
         return Status(folder, DONE)
-    whole = (at for at, path in checkpoints.checkpoints(target.work) if not checkpoints.problems_of(path, hashes=False))
-    good = next(whole, None)
-    if good is None:
-        return Status(folder)
-    return Status(folder, BEGUN, note=f"resumes at step {good}; its figures are those of the whole training")
+    for step, path in checkpoints.checkpoints(target.work):
+        if not checkpoints.problems_of(path, hashes=False):
+            note = f"resumes at step {step}; its figures are those of the whole training"
+            return Status(folder, BEGUN, note=note)
+    return Status(folder)
 
 
-def make(context: Context, processes: Processes) -> None:
+def make(context: Context) -> None:
     """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
     from fusekit.distillation.inputs import Inputs as TrainingInputs
     from fusekit.distillation.inputs import Responses, Source
@@ -86,25 +85,24 @@ def make(context: Context, processes: Processes) -> None:
             if (folder / artifact.MANIFEST).is_file():
                 status(context, name).is_done()
 
-    processes.first_then_all(check)
-    recipe, layout, readers = context.recipe, context.layout, context.readers
+    context.processes.first_then_all(check)
+    recipe, layout = context.recipe, context.layout
     sources = {}
     for source in recipe.sources:
-        how = recipe.alignment_of(source)
+        how, label = recipe.alignment_of(source), source.label
         # Of the artifact, so that what is trained with is what the stage `align` shows.
-        folder = layout.alignment(source.label) if how.map_method is not None else None
-        label, store = source.label, None if source.on_the_fly else layout.store(source.label)
-        made = Source(store, readers.choice(label), how, readers.reader(label), folder)
+        folder = layout.alignment(label) if how.map_method is not None else None
+        made = Source(layout.store(label), context.choice(label), how, context.reader(label), folder)
         if source.on_the_fly:
-            made = replace(made, live=recipe.capture, rows=rows_of(context, label, context.rows))
+            made = replace(made, store=None, live=recipe.capture, rows=rows_of(context, label))
         sources[label] = made
     responses = None
     if recipe.respond is not None:
         rows, writers = winners_of(context)
         responses = Responses(rows, writers, {name: layout.winners(name) for name in (PIVOT, *writers.values())})
-    pivot = readers.choice(PIVOT)
+    pivot, reader = context.choice(PIVOT), context.reader(PIVOT)
     inputs = TrainingInputs(
-        pivot, context.rows, layout.store(PIVOT), sources, readers.reader(PIVOT), responses, recipe.data.max_length
+        pivot, context.rows, layout.store(PIVOT), sources, reader, responses, recipe.data.max_length
     )
 
     def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
@@ -157,14 +155,12 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
 
 
 def teachers_of(context: Context, target: str) -> list[str]:
+    """The sources of a target; none of the baseline."""
     return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
 
 
 def _differences(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> list[str]:
-    """One line per fact of a target that is otherwise in the recipe, its rows and the captures that are here.
-
-    target: its name. settings: that it is trained with. before: the facts of the one that is there.
-    """
+    """One line per fact of a target, ``before``, that is otherwise in the recipe, its rows and the captures here."""
     expected = _inputs(context, target, settings, before)
     own = tuple(f"stores.{model}." for model in (PIVOT, *teachers_of(context, target)))
     # What the recipe no longer asks for: settings, and teachers, by what models they are.
@@ -180,16 +176,14 @@ def _differences(context: Context, target: str, settings: DistillSettings, befor
 
 def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
-    from fusekit.capturing.store import Store
     from fusekit.distillation.matching import join
 
     teachers = teachers_of(context, target) if not settings.plain else []
     models = (PIVOT, *teachers_of(context, target))
-    folders = {model: context.layout.store(model) for model in models}
-    here = {name: folder for name, folder in folders.items() if (folder / artifact.MANIFEST).is_file()}
-    opened = {name: Store.open(folder, incomplete=True) for name, folder in here.items()}
-    stores = {name: store for name, store in opened.items() if store.complete}
-    pivot, rows = context.readers.fingerprint(PIVOT), join(context.rows, {}).rows
+    here = [model for model in models if (context.layout.store(model) / artifact.MANIFEST).is_file()]
+    opened = {model: Store.open(context.layout.store(model), incomplete=True) for model in here}
+    stores = {model: store for model, store in opened.items() if store.complete}
+    pivot, rows = context.fingerprint(PIVOT), join(context.rows, {}).rows
     writers = winners_of(context)[1] if settings.training.schedule is not None else None
     facts = {
         key: value

@@ -50,14 +50,14 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
 def models_of(context: Context) -> dict[str, Model]:
     """The models that are scored by name, each with its chat template."""
     recipe, layout = context.recipe, context.layout
-    pivot, choice = recipe.pivot, context.readers.choice(PIVOT)
+    pivot, choice = recipe.pivot, context.choice(PIVOT)
     models = {PIVOT: (choice, pivot.chat_template)}
     made = {BASELINE: layout.baselines / PLAIN} if recipe.wants_baseline else {}
     own = replace(choice, revision=None, dequantised=None)  # what was made of the pivot is loaded as the pivot is
     models |= {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
     for source in recipe.sources:
         template = "own" if source.chat_template == PIVOT else source.chat_template
-        models[f"sources/{source.label}"] = (context.readers.choice(source.label), template)
+        models[f"sources/{source.label}"] = (context.choice(source.label), template)
     made = {f"targets/{path.name}": path for path in context.targets}
     made |= {MERGED: layout.merged} if recipe.merge is not None else {}
     return models | {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
@@ -80,7 +80,6 @@ def lm_eval_folders(context: Context) -> list[Path]:
 def status(context: Context, name: str) -> Status:
     """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
     folder = context.layout.evaluation(name)
-    artifact.refuse_occupied(folder)
     return Status(folder, MISSING if artifact.read(folder) is None else DONE)
 
 
@@ -129,13 +128,11 @@ def _identity(context: Context, name: str, model: Model) -> Inputs:
     tokenizer = load_tokenizer(find_checkpoint(choice))
     return {
         "model": (
-            context.readers.fingerprint(name.removeprefix("sources/"))
-            if _is_input(name)
-            else weights_hash(Path(choice.model))
+            context.fingerprint(name.removeprefix("sources/")) if _is_input(name) else weights_hash(Path(choice.model))
         ),
         "load": {"dtype": choice.dtype, "quantization": choice.quantization},
         "chat_template": template,
-        "reads": RowTokenizer(tokenizer, ChatTemplate.chosen(template), date=context.readers.date).fingerprint,
+        "reads": RowTokenizer(tokenizer, ChatTemplate.chosen(template), date=context.date).fingerprint,
     }
 
 
@@ -155,7 +152,7 @@ def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: lis
             metrics=section.metrics,
             template=template,
             batch_tokens=section.batch_tokens,
-            date=context.readers.date,
+            date=context.date,
         )
         plain = {metric: {key: score.value for key, score in by_key.items()} for metric, by_key in found.items()}
         made = context.made(started)
@@ -174,7 +171,7 @@ def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identi
 
     def load() -> lm_eval.Harness:
         _require_whole(name, model[0])
-        return lm_eval.load_harness(*model, settings, say, context.readers.date)
+        return lm_eval.load_harness(*model, settings, say, context.date)
 
     folder = context.layout.evaluation(f"{lm_eval.FOLDER}/{name}")
     return lm_eval.cached_scores(settings, folder, identity, load=load, made=context.made, say=say)

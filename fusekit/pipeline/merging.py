@@ -50,7 +50,7 @@ def inputs(context: Context) -> Inputs:
     seed = context.merge_options.get("random_seed", context.recipe.seed)
     return {
         "merge": dict(section),
-        "pivot": context.readers.fingerprint(PIVOT),
+        "pivot": context.fingerprint(PIVOT),
         "targets": {path.name: weights_hash(path) for path in context.targets},
         **({"seed": seed} if str(section.get("merge_method")).startswith(DRAWING) else {}),
         **({"options": options} if options else {}),
@@ -80,7 +80,6 @@ def status(context: Context, _name: str = "") -> Status:
 
     One of other targets is out of date, and to be replaced; one of the same targets, but merged otherwise, is stale.
     """
-    check_place(context)
     known, now = artifact.read(context.layout.merged), inputs(context)
     if known is None:
         return Status(context.layout.merged)
@@ -170,7 +169,7 @@ def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
     """The models of the merge by name: the targets, then the base if the method has one."""
     folders = {f"targets/{path.name}": path for path in targets}
     if _takes_base(context.recipe.merge or {}):
-        checkpoint = context.readers.checkpoint(PIVOT)
+        checkpoint = context.checkpoint(PIVOT)
         folders[checkpoint.repository or Path(checkpoint.choice.model).name] = checkpoint.folder
     return folders
 

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,24 +16,13 @@ import numpy as np
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, sweep
 from fusekit.capturing.models import ModelChoice, find_checkpoint, is_repository
-from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
-from fusekit.devices import Processes, progress
+from fusekit.devices import progress
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.capturing import check_store_place, store_facts, store_status
-from fusekit.pipeline.context import (
-    BEGUN,
-    DONE,
-    STALE,
-    Context,
-    Status,
-    read_rows_file,
-    write_json,
-    write_rows,
-)
+from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
+from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, read_rows_file, write_json, write_rows
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import refuse_lacking
@@ -48,64 +36,50 @@ _OF_MODEL = {"model", "model_fingerprint", "tokenizer", *(f"details.{name}" for 
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Results that are committed shard by shard, before they become an artifact.
+def _in_shards(
+    context: Context,
+    folder: Path,
+    inputs: Inputs,
+    items: Sequence[Item],
+    how: Callable[[Sequence[Item]], list[Any]],
+    *,
+    label: str,
+    prefix: str = "",
+) -> list[Any]:
+    """JSON values for all items, committed shard by shard before they become an artifact; a shard that is there stays.
 
-    Attributes:
+    Args:
         folder: where the shards are.
-        inputs: what they are made from, for whoever resumes; compared by the caller (:func:`begun`).
-        size: items of a shard.
-        quiet: show no progress.
+        inputs: what they are made from, for whoever resumes; compared by the caller.
+        how: makes values, one for each item.
+        label: of the progress.
+        prefix: of the shards' names, where the folder has those of several makers.
+
+    Raises:
+        StorageError: a shard is damaged; the disk fails.
     """
-
-    folder: Path
-    inputs: Inputs
-    size: int
-    quiet: bool = False
-
-    def make(
-        self, items: Sequence[Item], how: Callable[[Sequence[Item]], list[Any]], label: str, prefix: str = ""
-    ) -> list[Any]:
-        """The results for all items; a shard that is there is not made again.
-
-        Args:
-            items: in order.
-            how: makes JSON values, one for each item.
-            label: of the progress.
-            prefix: of the shards' names, where the folder has those of several makers.
-
-        Raises:
-            StorageError: a shard is damaged; the disk fails.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder)
-        if begun(self.folder) is None:
-            _commit(self.folder / _BEGUN, artifact.plain(self.inputs))
-        found: list[Any] = []
-        with progress(len(items), label, "question", quiet=self.quiet) as bar:
-            for start in range(0, len(items), self.size):
-                some = items[start : start + self.size]
-                path = self.folder / f"{prefix}shard-{start // self.size:05d}.json"
-                records = _json(path)
-                if records is None:
-                    records = how(some)
-                    _commit(path, records)
-                if not isinstance(records, list) or len(records) != len(some):
-                    raise StorageError(f"{path} does not hold {len(some)} records: remove it, and it is made again")
-                found += records
-                bar.update(len(records))
-        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    if _json(folder / _BEGUN) is None:
+        _commit(folder / _BEGUN, artifact.plain(inputs))
+    found: list[Any] = []
+    size = _section(context).prompts_per_shard
+    with progress(len(items), label, "question", quiet=context.quiet) as bar:
+        for start in range(0, len(items), size):
+            some, path = items[start : start + size], folder / f"{prefix}shard-{start // size:05d}.json"
+            records = _json(path)
+            if records is None:
+                records = how(some)
+                _commit(path, records)
+            if not isinstance(records, list) or len(records) != len(some):
+                raise StorageError(f"{path} does not hold {len(some)} records: remove it, and it is made again")
+            found += records
+            bar.update(len(records))
+    return found
 
 
 def _commit(path: Path, value: Any) -> None:
     commit_file(path, lambda file: file.write(json.dumps(value).encode()))
-
-
-def begun(work: Path) -> Inputs | None:
-    """What the shards in a folder are made from, None where there are none. Raises StorageError."""
-    found: Inputs | None = _json(work / _BEGUN)
-    return found
 
 
 def _json(path: Path) -> Any:
@@ -117,13 +91,10 @@ def _json(path: Path) -> Any:
         raise StorageError(f"{path} cannot be read: {error}; remove {path.parent} to start over") from error
 
 
-def _compared(folder: Path, inputs: Callable[[Inputs], Inputs], total: int, size: int) -> Status:
-    """The status of an artifact that is made in shards.
-
-    inputs: given the former ones, those that are known now. total: items, for each of its makers. size: of a shard.
-    """
+def _compared(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
+    """The status of an artifact that is made in shards. inputs: given the former ones, those that are known now."""
     known, work = artifact.read(folder), Layout.shards(folder)
-    before = known.inputs if known is not None else begun(work)
+    before = known.inputs if known is not None else _json(work / _BEGUN)
     if before is None:
         return Status(folder)
     expected = inputs(before)
@@ -131,7 +102,8 @@ def _compared(folder: Path, inputs: Callable[[Inputs], Inputs], total: int, size
         return Status(folder if known is not None else work, STALE, tuple(changed))
     if known is not None:
         return Status(folder, DONE)
-    done = min(size * len(list(work.glob("*shard-*.json"))), total)
+    total = len(_questions(context)) * makers
+    done = min(_section(context).prompts_per_shard * len(list(work.glob("*shard-*.json"))), total)
     return Status(folder, BEGUN, note=f"{done} of {artifact.counted(total, 'question')} done", left=total - done)
 
 
@@ -169,7 +141,7 @@ def respond_artifacts(context: Context) -> dict[str, Path]:
     """The answers of every model, where the recipe asks for some."""
     if context.recipe.respond is None:
         return {}
-    return {name: context.layout.responses(name) for name in context.readers.names}
+    return {name: context.layout.responses(name) for name in context.names}
 
 
 def _questions(context: Context) -> list[Any]:
@@ -195,8 +167,7 @@ def _response_inputs(context: Context, name: str, before: Mapping[str, Any]) -> 
 
 def respond_status(context: Context, name: str) -> Status:
     """Of a model's answers. The prepared rows have to be there."""
-    total, size = len(_questions(context)), _section(context).prompts_per_shard
-    return _compared(context.layout.responses(name), partial(_response_inputs, context, name), total, size)
+    return _compared(context, context.layout.responses(name), partial(_response_inputs, context, name))
 
 
 def make_responses(context: Context) -> None:
@@ -212,26 +183,21 @@ def _respond(context: Context, name: str) -> None:
     from fusekit.generation.respond import respond
 
     section, folder, started = _section(context), context.layout.responses(name), time.monotonic()
-    questions, inputs, checkpoint = (
-        _questions(context),
-        _response_inputs(context, name, {}),
-        context.readers.checkpoint(name),
-    )
+    questions, inputs, checkpoint = _questions(context), _response_inputs(context, name, {}), context.checkpoint(name)
 
     @cache
     def model() -> Any:
         if not context.ignore_estimates:
-            needs = memory_needs(checkpoint, context.recipe.capture, Processes.current())
+            needs = memory_needs(checkpoint, context.recipe.capture, context.processes)
             way_out = "Free some, or load the model smaller (load.dtype); --ignore-estimates starts it all the same"
             refuse_lacking(needs, f"{name} does not fit to write answers:", way_out, CaptureError)
         checkpoint.fetch(bar=not context.quiet)
-        return load_model(checkpoint, Processes.current().device)
+        return load_model(checkpoint, context.processes.device)
 
     def answer(some: Sequence[Any]) -> list[Any]:
-        return [list(answer) for answer in respond(model(), context.readers.reader(name), some, section)]
+        return [list(answer) for answer in respond(model(), context.reader(name), some, section)]
 
-    shards = Shards(Layout.shards(folder), inputs, section.prompts_per_shard, context.quiet)
-    answers = shards.make(questions, answer, f"{name} answers")
+    answers = _in_shards(context, Layout.shards(folder), inputs, questions, answer, label=f"{name} answers")
 
     def write(into: Path) -> None:
         with (into / ANSWERS).open("w", encoding="utf-8", newline="\n") as file:
@@ -253,9 +219,8 @@ def judge_artifacts(context: Context) -> dict[str, Path]:
     """The votes, and a store of every model over the winners' answers: of the pivot over all, else over its own."""
     if context.recipe.respond is None:
         return {}
-    return {"votes": context.layout.judged} | {
-        f"answers of {name}": context.layout.winners(name) for name in context.readers.names
-    }
+    winners = {f"answers of {name}": context.layout.winners(name) for name in context.names}
+    return {"votes": context.layout.judged} | winners
 
 
 def check_judged_place(context: Context, name: str) -> None:
@@ -265,8 +230,9 @@ def check_judged_place(context: Context, name: str) -> None:
 
 
 def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
+    section = _section(context)
     facts: Inputs = {}
-    for judge in _section(context).judges:
+    for judge in section.judges:
         facts |= {f"judges.{judge.label}.{key}": value for key, value in judge.model_dump(exclude={"name"}).items()}
         if judge.reward_model is not None:
             key = f"judges.{judge.label}.fingerprint"
@@ -276,35 +242,27 @@ def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
                 if key not in before:
                     raise
                 facts[key] = before[key]  # it has served, and may be gone
-    section = _section(context)
-    facts |= {"order": [judge.label for judge in section.judges], "batch_size": section.batch_size}
-    facts["prompts_per_shard"] = section.prompts_per_shard
+    facts |= {"order": [judge.label for judge in section.judges]}
+    facts |= section.model_dump(include={"batch_size", "prompts_per_shard"})
     facts |= {f"data.{key}": getattr(context.recipe.data, key) for key in ("max_length", "overlong", "train_on")}
     for name, folder in respond_artifacts(context).items():
         known = artifact.read(folder)
         if known is None:
             raise StorageError(f"{folder} is missing: the stage `respond` comes first")
         facts[f"answers.{name}"] = known.files[ANSWERS].xxh3
-        facts[f"readers.{name}"] = context.readers.reader(name).fingerprint
+        facts[f"readers.{name}"] = context.reader(name).fingerprint
     return facts
 
 
 def _choice(judge: Judge) -> ModelChoice:
-    assert judge.reward_model is not None
-    return ModelChoice(
-        judge.reward_model,
-        dtype=judge.dtype,
-        revision=judge.revision,
-        trust_remote_code=judge.trust_remote_code,
-        allow_pickle=judge.allow_pickle,
-    )
+    how = judge.model_dump(include={"dtype", "revision", "trust_remote_code", "allow_pickle"})
+    return ModelChoice(str(judge.reward_model), **how)
 
 
 def judge_status(context: Context, name: str) -> Status:
     """Of the votes, or of a model's store over the winners' answers; those need the votes."""
-    section, folder = _section(context), context.layout.judged
-    total = len(_questions(context)) * len(section.judges)
-    votes = _compared(folder, partial(_judge_inputs, context), total, section.prompts_per_shard)
+    judges = len(_section(context).judges)
+    votes = _compared(context, context.layout.judged, partial(_judge_inputs, context), judges)
     if name == "votes":
         return votes
     model, store = name.removeprefix("answers of "), judge_artifacts(context)[name]
@@ -331,33 +289,19 @@ def _rows_of(context: Context, name: str) -> list[Row]:
     return [row for row in rows if name in (PIVOT, writers[row.key])]
 
 
-def make_judged(context: Context, processes: Processes) -> None:
+def make_judged(context: Context) -> None:
     """Judge the answers, and capture what the winners say about their own."""
     if context.recipe.respond is None:
         return
-    if not processes.first_then_all(lambda: judge_status(context, "votes").is_done()):
-        _judge(context, processes)
-    for name in context.readers.names:
+    if not context.processes.first_then_all(lambda: judge_status(context, "votes").is_done()):
+        _judge(context)
+    for name in context.names:
         if rows := _rows_of(context, name):
-            _captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
+            captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
 
 
-def _captured(context: Context, name: str, rows: Sequence[Row], out: Path, settings: CaptureSettings) -> Store:
-    from fusekit.capturing.capture import capture
-
-    return capture(
-        context.readers.checkpoint(name),
-        context.readers.reader(name),
-        rows,
-        out,
-        settings,
-        ignore_estimates=context.ignore_estimates,
-        quiet=context.quiet,
-    )
-
-
-def _judge(context: Context, processes: Processes) -> None:
-    started = time.monotonic()
+def _judge(context: Context) -> None:
+    started, in_first = time.monotonic(), context.processes.first_then_all
     questions, data = _questions(context), context.recipe.data
     written: list[dict[str, Row]] = [{} for _ in questions]
     for name, place in respond_artifacts(context).items():
@@ -366,7 +310,7 @@ def _judge(context: Context, processes: Processes) -> None:
             answer = json.loads(line)
             if answer["text"].strip():
                 written[number][name] = questions[number].answered(answer["text"], whole=answer["finish"] == "end")
-    readers = [context.readers.reader(name) for name in context.readers.names]
+    readers = [context.reader(name) for name in context.names]
     prepared = prepare((row for of in written for row in of.values()), readers, data.max_length, data.overlong)
     rows = {row.key: row for row in prepared.rows}
     written = [{name: rows[row.key] for name, row in of.items() if row.key in rows} for of in written]
@@ -375,8 +319,8 @@ def _judge(context: Context, processes: Processes) -> None:
         if judge.bits_per_byte:
             scores[judge.label] = _bits(context, list(rows.values()), written)
         else:
-            scores[judge.label] = processes.first_then_all(partial(_scores, context, judge, questions, written))
-    processes.first_then_all(lambda: _publish(context, questions, written, scores, started))
+            scores[judge.label] = in_first(partial(_scores, context, judge, questions, written))
+    in_first(lambda: _publish(context, questions, written, scores, started))
 
 
 def _scores(
@@ -392,25 +336,25 @@ def _scores(
         checkpoint = find_checkpoint(_choice(judge)) if judge.reward_model is not None else None
         if checkpoint is not None:
             checkpoint.fetch(bar=not context.quiet)
-        return scorer_of(judge, checkpoint, Processes.current().device, section.batch_size)
+        return scorer_of(judge, checkpoint, context.processes.device, section.batch_size)
 
     def score(some: Sequence[Any]) -> list[Any]:
         scores: list[Any] = scorer()([question for question, _ in some], [of for _, of in some])
         return scores
 
     texts = [{name: row.messages[-1].content for name, row in of.items()} for of in written]
-    folder, inputs = Layout.shards(context.layout.judged), _judge_inputs(context, {})
-    shards = Shards(folder, inputs, section.prompts_per_shard, context.quiet)
-    number = section.judges.index(judge)
-    return shards.make(list(zip(questions, texts, strict=True)), score, f"judge {judge.label}", f"judge-{number}-")
+    folder, prefix = Layout.shards(context.layout.judged), f"judge-{section.judges.index(judge)}-"
+    items = list(zip(questions, texts, strict=True))
+    inputs, label = _judge_inputs(context, {}), f"judge {judge.label}"
+    return _in_shards(context, folder, inputs, items, score, label=label, prefix=prefix)
 
 
 def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, Row]]) -> list[dict[str, float]]:
     """Minus the bits per byte of each answer, the mean over the models that did not write it."""
     how = context.recipe.capture.model_copy(update={"top_k": 1, "keep_mass": 1.0, "temperature": 1.0})
     bits: dict[str, dict[str, float]] = {}
-    for name in context.readers.names:
-        store = _captured(context, name, rows, Layout.shards(context.layout.judged) / name, how)
+    for name in context.names:
+        store = captured(context, name, rows, Layout.shards(context.layout.judged) / name, how)
         known = store.summary.cross_entropy / (np.maximum(store.summary.bytes, 1) * np.log(2.0))
         bits[name] = dict(zip(store.keys, known.tolist(), strict=True))
 
@@ -455,7 +399,7 @@ def _publish(
     def write(into: Path) -> None:
         write_rows(into, best.values())
         (into / VOTES).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        names = [*context.readers.names, "nobody"]
+        names = [*context.names, "nobody"]
         counts = {judge: {name: known[name] for name in names[:-1]} for judge, known in votes.items()}
         write_json(into / COUNTS, {"votes": counts, "won": {name: won[name] for name in names}})
 

@@ -21,16 +21,151 @@ import fusekit
 from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, remove
 from fusekit.devices import Processes
-from fusekit.errors import StorageError
-from fusekit.layout import NAMES, PIVOT, STAGES, Layout
-from fusekit.pipeline.context import Context, Readers
-from fusekit.pipeline.stages import TABLE, check_place, chosen_stages, mistakes, require
+from fusekit.errors import RecipeError, StorageError
+from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
+from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
+from fusekit.pipeline.context import BEGUN, MISSING, Context, Status
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
-from fusekit.yaml import Document
+from fusekit.recipe.sections import Mistake
+from fusekit.yaml import Document, nearest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run. Its artifacts have names: of models, pairs or targets.
+
+    Attributes:
+        artifacts: the folders of its artifacts by name, in order.
+        status: of one artifact, by name; those of ``needs`` have to be there.
+        make: makes what is missing.
+        needs: the stages whose artifacts it reads.
+        check_place: refuses a folder that an artifact is to come to, but that holds what no run made.
+        shared: whether every process takes part in ``make``, not the first alone.
+    """
+
+    artifacts: Callable[[Context], dict[str, Path]]
+    status: Callable[[Context, str], Status]
+    make: Callable[[Context], None]
+    needs: tuple[str, ...] = ()
+    check_place: Callable[[Context, str], None] | None = None
+    shared: bool = False
+
+
+def _report(context: Context) -> None:
+    """Write ``report.html`` and the card of the merged model; does nothing where they are as they would be."""
+    from fusekit.report.write import write_report
+
+    capturing.describe(context)
+    for line in write_report(context.layout.out):
+        context.say(f"report: {line}")
+
+
+TABLE: dict[str, Stage] = {
+    PIVOT: Stage(capturing.pivot_artifacts, capturing.pivot_status, capturing.make_pivot),
+    "data": Stage(lambda context: {"rows": context.layout.data}, capturing.data_status, capturing.make_data),
+    "respond": Stage(
+        responding.respond_artifacts, responding.respond_status, responding.make_responses, needs=("data",)
+    ),
+    "judge": Stage(
+        responding.judge_artifacts,
+        responding.judge_status,
+        responding.make_judged,
+        needs=("data", "respond"),
+        check_place=responding.check_judged_place,
+        shared=True,
+    ),
+    "capture": Stage(
+        capturing.capture_artifacts,
+        capturing.capture_status,
+        capturing.make_captures,
+        needs=("data",),
+        check_place=lambda context, name: capturing.check_store_place(context.layout.store(name)),
+        shared=True,
+    ),
+    "align": Stage(capturing.align_artifacts, capturing.align_status, capturing.make_alignments, needs=("data",)),
+    "distill": Stage(
+        distilling.artifacts,
+        distilling.status,
+        distilling.make,
+        needs=("data", "judge", "capture", "align"),
+        check_place=distilling.check_place,
+        shared=True,
+    ),
+    "merge": Stage(
+        merging.artifacts, merging.status, merging.make, needs=("data", "distill"), check_place=merging.check_place
+    ),
+    "evaluate": Stage(evaluating.artifacts, evaluating.status, evaluating.make, needs=("data", "distill", "merge")),
+    # Reads what is there of all others, and says what is not.
+    "report": Stage(lambda _: {}, lambda context, _: Status(context.layout.report), _report),
+}
+"""The stages by name, in order: those of :data:`STAGES`, and before them the plain checkpoint of a GGUF pivot."""
 
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
+
+
+def chosen_stages(only: str | Collection[str] | None, start: str | None, until: str | None) -> list[str]:
+    """The stages to do, in order. Raises RecipeError for an unknown one, and for requests that leave none or clash."""
+    alone = [only] if isinstance(only, str) else list(only or ())
+    for stage in (*alone, start, until):
+        if stage is not None and stage not in STAGES:
+            raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
+    if alone and (start or until):
+        raise RecipeError("--only is one stage, --from and --until are the ends of several: give one or the other")
+    if alone:
+        return [stage for stage in STAGES if stage in alone]
+    first, last = STAGES.index(start or STAGES[0]), STAGES.index(until or STAGES[-1])
+    if first > last:
+        raise RecipeError(f"--from {start} comes after --until {until}: nothing is left to do between them")
+    return list(STAGES[first : last + 1])
+
+
+def mistakes(
+    recipe: Recipe, stages: Collection[str] = STAGES, layout: Layout | None = None, *, files: bool = True
+) -> list[Mistake]:
+    """What is wrong with a recipe that can be read.
+
+    Args:
+        recipe: what is to be done.
+        stages: those that are to be done.
+        layout: of the run, None where it has no folder yet.
+        files: whether models, templates and data are looked for.
+    """
+    checks: dict[str, Callable[[Recipe], list[Mistake]]] = {
+        "capture": partial(capturing.mistakes, layout=layout) if files else lambda _: [],
+        "judge": partial(responding.mistakes, layout=layout) if files else lambda _: [],
+        "distill": distilling.mistakes,
+        "merge": merging.mistakes,
+        "evaluate": evaluating.mistakes,
+    }
+    return [mistake for stage, check in checks.items() if stage in stages for mistake in check(recipe)]
+
+
+def check_place(context: Context, stage: str, name: str) -> None:
+    """Refuse the folder of an artifact, if it holds what no run made: it would be lost.
+
+    Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
+    """
+    spec = TABLE[stage]
+    if spec.check_place is not None:
+        spec.check_place(context, name)
+    else:
+        artifact.refuse_occupied(spec.artifacts(context)[name])
+
+
+def _require(context: Context, stage: str, *, baseline: bool) -> None:
+    """Refuse artifacts of a stage that are missing, not finished, or whose inputs changed. Raises StorageError."""
+    for name, folder in TABLE[stage].artifacts(context).items():
+        if name == BASELINE and not baseline:
+            continue
+        status = TABLE[stage].status(context, name)
+        if status.state == MISSING:
+            what = "out of date" if status.note else "missing"
+            raise StorageError(f"{folder} is {what}: the stage `{stage}` comes first")
+        if status.state == BEGUN:
+            raise StorageError(f"{folder} is not finished ({status.note}): the stage `{stage}` completes it")
+        status.is_done(f"and begin with the stage `{stage}`")
 
 
 @dataclass(frozen=True)
@@ -86,27 +221,24 @@ def run(
         FusekitError: what each stage raises; an output in use, or that holds something else; inputs of an artifact that
             changed (with both values).
     """
-    started, chosen = time.monotonic(), chosen_stages(only, start, until)
-    layout, processes = layout_of(out), Processes.current()
-    check = partial(mistakes, stages=chosen, layout=layout)
+    started, chosen, layout = time.monotonic(), chosen_stages(only, start, until), layout_of(out)
+    processes = Processes.current()
+    in_first, check = processes.first_then_all, partial(mistakes, stages=chosen, layout=layout)
     # Before the output is touched: a recipe that cannot be done leaves nothing behind.
     if not isinstance(recipe, Recipe):
-        recipe = processes.first_then_all(partial(load_recipe, recipe, overrides, check))
+        recipe = in_first(partial(load_recipe, recipe, overrides, check))
     else:
-        processes.first_then_all(lambda: recipe.refuse(check(recipe)))
-    log = RunLog(layout.logs)
-
+        in_first(lambda: recipe.refuse(check(recipe)))
     heading: list[str] = []
 
     def tell(line: str) -> None:
         if processes.is_first:
             for text in (*heading, line):
-                log.write(text)
+                write_log(layout.logs, text)
                 say(text)
             heading.clear()
 
-    readers = Readers(recipe, layout)
-    context = Context(recipe, layout, readers, tell, quiet, dict(merge_options or {}), ignore_estimates)
+    context = Context(recipe, layout, tell, quiet, merge_options or {}, ignore_estimates)
     needed = {need for name in chosen for need in TABLE[name].needs}
     decided = {*chosen, *needed} >= _DECIDE
     with ExitStack() as held:
@@ -114,22 +246,26 @@ def run(
         def claim() -> None:
             held.enter_context(output_lock(layout.out))
             _claim(context, chosen)
-            held.enter_context(log.around())
+            held.enter_context(logged(layout.logs))
 
-        processes.first_then_all(claim)
+        in_first(claim)
         if chosen != ["report"]:
-            TABLE[PIVOT].make(context, processes)
+            in_first(partial(TABLE[PIVOT].make, context))
         for name in STAGES:
+            stage = TABLE[name]
             if name == "report" and name in chosen:
-                processes.first_then_all(partial(_save if decided else _refuse_other_recipe, layout, recipe))
+                in_first(partial(_save if decided else _refuse_other_recipe, layout, recipe))
             if name in chosen:
                 if len(chosen) > 1:  # and if it has anything to say
                     heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]
-                TABLE[name].make(context, processes)
+                if stage.shared:
+                    stage.make(context)
+                else:
+                    in_first(partial(stage.make, context))
             elif name in needed:
-                processes.first_then_all(partial(require, context, name, baseline="evaluate" in chosen))
+                in_first(partial(_require, context, name, baseline="evaluate" in chosen))
         if decided:
-            processes.first_then_all(partial(_save, layout, recipe))
+            in_first(partial(_save, layout, recipe))
     results = None
     if "evaluate" in chosen and recipe.evaluate is not None:
         results = json.loads(layout.results.read_text(encoding="utf-8"))
@@ -202,35 +338,30 @@ def _text(recipe: Recipe) -> bytes:
     return (head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)).encode()
 
 
-class RunLog:
-    """``run.log`` in a folder: what runs of an output said, with times; for people, not an artifact.
+def write_log(folder: Path, text: str) -> None:
+    """Add a text to ``run.log``, which is for people, each of its lines under the time; at once, whatever happens next.
 
-    A line is written at once, so that a run that dies leaves all of them.
+    Raises StorageError when the disk fails.
     """
+    path, now = folder / "run.log", datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+    lines = "".join(f"{now} {line}\n" for line in text.splitlines() or [""])
+    try:
+        folder.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(lines)
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be written: {error}") from error
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "run.log"
 
-    def write(self, text: str) -> None:
-        """Add a text, each of its lines under the same time. Raises StorageError when the disk fails."""
-        now = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
-        lines = "".join(f"{now} {line}\n" for line in text.splitlines() or [""])
-        try:
-            self.path.parent.mkdir(exist_ok=True)
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(lines)
-        except OSError as error:
-            raise disk_fault(error, self.path) or StorageError(f"{self.path}: cannot be written: {error}") from error
-
-    @contextmanager
-    def around(self) -> Iterator[None]:
-        """Write who runs what before the body, and how it ended after it."""
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        self.write(f"fusekit {fusekit.__version__}, process {os.getpid()} on {socket.gethostname()}: {command}")
-        try:
-            yield
-        except BaseException as error:
-            with suppress(StorageError):  # a disk that is full shall not hide what stopped the run
-                self.write(f"stopped by {type(error).__name__}: {error}".rstrip(": "))
-            raise
-        self.write("done")
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Write to the log who runs what before the body, and how it ended after it."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_log(folder, f"fusekit {fusekit.__version__}, process {os.getpid()} on {socket.gethostname()}: {command}")
+    try:
+        yield
+    except BaseException as error:
+        with suppress(StorageError):  # a disk that is full shall not hide what stopped the run
+            write_log(folder, f"stopped by {type(error).__name__}: {error}".rstrip(": "))
+        raise
+    write_log(folder, "done")

@@ -15,7 +15,7 @@ from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline import evaluating
-from fusekit.pipeline.context import Context, Readers
+from fusekit.pipeline.context import Context
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
@@ -141,11 +141,11 @@ def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     assert stamps(out / "captures") == before
     layout = Layout(out)
     assert {Store.open(layout.store(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
-    context = Context(recipe, layout, Readers(recipe, layout), said.append)
+    context = Context(recipe, layout, said.append)
     models = {PIVOT: evaluating.models_of(context)[PIVOT]}
     evaluating.make(context, models)
     scores = layout.results.read_bytes()
     manifest = yaml.safe_load((layout.evaluation(PIVOT) / "manifest.json").read_text())
-    assert manifest["inputs"]["reads"] == context.readers.reader(PIVOT).fingerprint
+    assert manifest["inputs"]["reads"] == context.reader(PIVOT).fingerprint
     evaluating.make(context, models)
     assert layout.results.read_bytes() == scores

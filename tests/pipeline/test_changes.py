@@ -12,7 +12,7 @@ import yaml
 from fusekit.errors import StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline import capturing, evaluating
-from fusekit.pipeline.context import Context, Readers, read_rows_file
+from fusekit.pipeline.context import Context
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 
@@ -48,16 +48,16 @@ def test_rows_are_cut_for_the_tokenizer_that_a_name_stands_for_now(recipe, tmp_p
     out = tmp_path / "out"
     run(load_recipe(recipe), out, until="data", say=lambda _: None)
     other = load_recipe(recipe, [f"sources.0.model={DEMO / 'sources' / 'neox'}", "sources.0.name=llama"])
-    context = Context(other, Layout(out), Readers(other), lambda _: None)
-    rows = read_rows_file(context.layout.data)
-    assert capturing.rows_of(context, "pivot", rows) is rows
-    assert capturing.rows_of(context, "llama", rows) is not rows
+    context = Context(other, Layout(out))
+    rows = context.rows
+    assert capturing.rows_of(context, "pivot") is rows
+    assert capturing.rows_of(context, "llama") is not rows
 
 
 def test_scores_are_made_anew_when_the_template_or_the_questions_change(recipe, tmp_path):
     loaded = load_recipe(recipe)
     said: list[str] = []
-    context = Context(loaded, Layout(tmp_path / "out"), Readers(loaded), said.append)
+    context = Context(loaded, Layout(tmp_path / "out"), said.append)
     every = evaluating.models_of(context)
     models = {name: every[name] for name in ("pivot", "sources/llama")}
     evaluating.make(context, models)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.capturing import timed
+from fusekit.pipeline.context import Context
 from fusekit.pipeline.plan import make_plan
-from fusekit.pipeline.run import RunLog, run
+from fusekit.pipeline.run import logged, run
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import stamps
 
@@ -35,7 +35,7 @@ def test_scores_that_are_damaged_are_made_anew(finished):
 
 @pytest.mark.parametrize("found", ["[]", "5", "{", "[" * 100_000])
 def test_times_that_are_damaged_are_begun_anew(found, tmp_path):
-    context = SimpleNamespace(layout=Layout(tmp_path))
+    context = Context(None, Layout(tmp_path))
     context.layout.logs.mkdir()
     context.layout.times.write_text(found)
     with timed(context, "pivot"):
@@ -113,7 +113,7 @@ def test_the_report_is_of_the_recipe_that_made_what_is_there(finished):
 
 def test_a_log_that_cannot_be_written_does_not_hide_what_stopped_a_run(tmp_path):
     def stopped() -> None:
-        with RunLog(tmp_path / "logs").around():
+        with logged(tmp_path / "logs"):
             shutil.rmtree(tmp_path / "logs")
             (tmp_path / "logs").write_text("no folder any more")
             raise KeyboardInterrupt

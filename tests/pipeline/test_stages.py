@@ -29,10 +29,9 @@ from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.layout import STAGES, Layout
 from fusekit.pipeline import evaluating
-from fusekit.pipeline.context import Context, Readers, choice_of
+from fusekit.pipeline.context import Context, choice_of
 from fusekit.pipeline.distilling import plain
-from fusekit.pipeline.run import run
-from fusekit.pipeline.stages import chosen_stages
+from fusekit.pipeline.run import chosen_stages, run
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import DEMO, flip, stamps, write_recipe
 
@@ -109,7 +108,7 @@ def test_what_a_later_stage_needs_is_checked_not_made(finished):
 def test_the_map_that_is_trained_with_is_the_one_of_the_alignment(finished):
     path, out = finished
     recipe, layout = load_recipe(path), Layout(out)
-    context = Context(recipe, layout, Readers(recipe), quiet)
+    context = Context(recipe, layout)
     source = recipe.sources[0]
     stores = layout.store("pivot"), layout.store("llama")
 
@@ -244,7 +243,7 @@ def test_lm_eval_does_not_score_a_model_that_is_damaged(finished, monkeypatch):
     target = out / "targets" / "llama"
     flip(target / "model.safetensors")
     recipe = load_recipe(path)
-    context = Context(recipe, Layout(out), Readers(recipe), quiet)
+    context = Context(recipe, Layout(out))
     model, asked = replace(choice_of(recipe.pivot), model=str(target)), LmEval(tasks=["sums"])
     with pytest.raises(StorageError, match="its content is not what was written\nIt is not used"):
         evaluating._lm_eval(context, asked, "targets/llama", (model, "own"), {"model": "x"})

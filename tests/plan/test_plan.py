@@ -18,7 +18,7 @@ from fusekit.cli import cli
 from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError
-from fusekit.pipeline import plan_inputs as plan_data
+from fusekit.pipeline import plan_data
 from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE
 from fusekit.pipeline.plan import PAGE_BYTES, Plan, make_plan
 from fusekit.pipeline.run import run
@@ -300,7 +300,7 @@ def test_large_files_are_counted_to_the_line_and_sampled_everywhere(tmp_path, mo
     plan = make_plan(load_recipe(recipe), "recipe.yml", None)
     step = plan.steps[0]
     assert step.rows == len(many) == 48
-    assert any("12 rows of 48 were read" in line for line in plan.basis)
+    assert any("12 examples of 48 were read" in line for line in plan.basis)
     exact = make_plan(load_recipe(recipe, [f"data.path={tmp_path / 'rows.jsonl'}"]), "r", None)
     assert step.tokens == pytest.approx(exact.steps[0].tokens, rel=0.1)
 

@@ -22,7 +22,7 @@ from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.layout import Layout
-from fusekit.pipeline.stages import mistakes
+from fusekit.pipeline.run import mistakes
 from fusekit.recipe import Recipe
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import PRESETS, load_recipe
