@@ -4,6 +4,9 @@
 """
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to go through every case of a check, and not through some of each kind."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a tmpfs with the given options; skips where this user may not mount."""
+    points = []
+
+    def mount(options: str) -> Path:
+        point = tmp_path / f"mount{len(points)}"
+        point.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", point], capture_output=True, check=False)
+        if made.returncode:
+            pytest.skip("mounting needs root")
+        points.append(point)
+        return point
+
+    yield mount
+    for point in points:
+        subprocess.run(["umount", point], check=True)

@@ -11,7 +11,7 @@ import pytest
 from fusekit import artifacts as publish
 from fusekit.artifacts import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
 from fusekit.errors import StorageError
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 
 def put(folder, text):

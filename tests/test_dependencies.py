@@ -86,4 +86,4 @@ def test_one_list_says_what_forked_children_have_imported():
     setting = sorted(
         str(file.relative_to(tests)) for file in tests.rglob("*.py") if ".set_forkserver_" in file.read_text()
     )
-    assert setting == ["forks.py", "test_dependencies.py"]
+    assert setting == ["processes.py", "test_dependencies.py"]

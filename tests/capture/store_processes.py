@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,7 @@ from fusekit.capturing.writer import StoreWriter
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 from tests.capture.rows import captured, key
-from tests.forks import CONTEXT
-from tests.merging.processes import is_stopped, stop_self, wait_until
+from tests.processes import Process
 
 ROWS = 10
 SPEC = StoreSpec(model="model", data="data", vocabulary=60, top_k=4, rows_per_shard=3)
@@ -54,78 +49,15 @@ def listing(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()} if path.exists() else {}
 
 
-@dataclass
-class Child:
-    """A process that calls ``write(*arguments)`` after ``before(*given)``; StorageErrors end it with status 1."""
-
-    log: Path
-    arguments: tuple[Any, ...]
-    before: Callable[..., None] | None = None
-    given: tuple[Any, ...] = ()
-    process: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.process = CONTEXT.Process(target=_main, args=(self.log, self.arguments, self.before, self.given))
-        self.process.start()
-
-    def wait(self) -> int:
-        """Its exit code, negative for a signal."""
-        self.process.join(60)
-        assert self.process.exitcode is not None, "still running"
-        return int(self.process.exitcode)
+def start(*arguments: Any, before: Callable[[], object] | None = None) -> Process:
+    """A process that calls ``write(*arguments)`` after ``before()``; a StorageError ends it with status 1."""
+    return Process(_write, before, arguments)
 
 
-def _main(log: Path, arguments: tuple[Any, ...], before: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+def _write(before: Callable[[], object] | None, arguments: tuple[Any, ...]) -> None:
     if before is not None:
-        before(*given)
+        before()
     try:
         write(*arguments)
     except StorageError as error:
-        log.write_text(str(error))
-        sys.exit(1)
-
-
-def kill_at(number: int, counter: str) -> None:
-    """SIGKILL at the number-th time that a file of the store is about to be opened, renamed or removed; 0 counts."""
-    seen = 0
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir") or "/out" not in str(args[0]):
-            return
-        seen += 1
-        if number == 0:
-            descriptor = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.write(descriptor, str(seen).encode())
-            os.close(descriptor)
-        elif seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def under_strace(folder: Path, inject: str, *arguments: Any) -> tuple[int, str, str]:
-    """Write with faults injected into system calls: exit code, the error, and what strace saw."""
-    log, trace = folder / "log", folder / "trace"
-    log.write_text("")
-    child = Child(log, arguments, stop_self)
-    wait_until(lambda: is_stopped(child.process.pid))
-    calls = inject.split(":", maxsplit=1)[0]
-    command = [
-        "strace",
-        "-f",
-        "-o",
-        trace,
-        "-e",
-        f"trace={calls}",
-        "-e",
-        f"inject={inject}",
-        "-p",
-        str(child.process.pid),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        assert tracer.stderr is not None
-        assert "attached" in tracer.stderr.readline()
-        os.kill(child.process.pid, signal.SIGCONT)
-        code = child.wait()
-    return code, log.read_text(), trace.read_text()
+        sys.exit(str(error))

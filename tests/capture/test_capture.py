@@ -23,7 +23,6 @@ from tests import reference
 from tests.capture.conftest import DEMO, demo_rows
 from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_tensors
-from tests.merging.test_disk import mounted  # noqa: F401
 
 import torch  # isort: skip
 
@@ -260,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(data, tmp_path, 
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mounted):  # noqa: F811
+def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mounted):
     small = mounted("size=4k")
     with pytest.raises(
         CaptureError, match=r"disk \(20 captured examples, at most\): about .* needed, .* free on the disk of"

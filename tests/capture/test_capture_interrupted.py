@@ -26,8 +26,7 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows
-from tests.capture.processes import Process, command, free_port, fusekit, ranks, run
-from tests.merging.processes import ENVIRONMENT, kill_at_event
+from tests.processes import ENVIRONMENT, Process, command, free_port, fusekit, kill_at, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -59,7 +58,7 @@ class Bench:
                     "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=30)
                 )
             if event >= 0:
-                kill_at_event(event, str(counter))
+                kill_at(event, str(counter))
             processes = Processes(rank, world, world, torch.device("cpu"))
             capture_rows(
                 self.rows, self.tokenizer, lambda: self.teacher, out, lambda: SPEC, quiet=True, processes=processes

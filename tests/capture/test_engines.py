@@ -27,8 +27,8 @@ from fusekit.errors import CaptureError, StorageError
 from fusekit.types import TokenizedRow
 from tests.capture.conftest import DEMO, demo_rows, write_rows
 from tests.capture.engine_server import EngineServer, load, serve
-from tests.capture.processes import Process, free_port, kill_all
 from tests.capture.rows import coordinates, key
+from tests.processes import Process, free_port, kill_all
 
 ALONE = Processes(0, 1, 1, torch.device("cpu"))
 CLOSE = 1e-5

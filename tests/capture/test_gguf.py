@@ -24,7 +24,7 @@ from fusekit.gguf import read_header, split
 from tests.capture.conftest import DEMO
 from tests.gguf_files import write_gguf
 from tests.merging.hub_server import Hub, Repository
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 CPU = torch.device("cpu")
 PIVOT = DEMO / "pivot"

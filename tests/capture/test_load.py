@@ -16,7 +16,7 @@ from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama
 from tests.merging.hub_server import Hub, Repository
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from fusekit.capturing.store import Store
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
-from tests.capture.processes import Process, command, fusekit, kill_all
 from tests.capture.test_capture_interrupted import contents, signal_self_at
+from tests.processes import Process, command, fusekit, kill_all
 
 OPTIONS = ("--rows-per-shard", "3", "--max-length", "64", "--dtype", "float32")
 

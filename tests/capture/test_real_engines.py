@@ -21,7 +21,7 @@ import pytest
 from fusekit.capturing.engines.check import difference
 from fusekit.capturing.store import Store
 from tests.capture.conftest import DEMO, write_rows
-from tests.capture.processes import free_port
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
 

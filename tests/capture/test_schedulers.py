@@ -13,7 +13,7 @@ import pytest
 
 from fusekit.capturing.store import Store
 from tests.capture.conftest import DEMO, write_rows
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"

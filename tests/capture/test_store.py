@@ -26,7 +26,7 @@ from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
 from tests.capture.rows import captured, key
 from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,17 @@
 """Faults 1 and 3, for real: writers that die at any moment, and disks that are full, read-only or forbidden."""
 
-import resource
 import signal
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fusekit.capturing.store import Store
 from fusekit.errors import StorageError
-from tests.capture.store_processes import KEYS, ROWS, SPEC, Child, kill_at, listing, under_strace, write
-from tests.merging.processes import strace_works
-from tests.merging.test_disk import mounted, without_privileges  # noqa: F401
+from tests.capture.store_processes import KEYS, ROWS, SPEC, listing, start, write
+from tests.processes import kill_at, limit_file_size, stop_self, strace_works, under_strace, without_privileges
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,8 @@ def whole(tmp_path_factory):
 
 def moments(tmp_path, *arguments):
     counter = tmp_path / "count"
-    assert Child(tmp_path / "log", (tmp_path / "counted/out", *arguments), kill_at, (0, str(counter))).wait() == 0
+    counting = start(tmp_path / "counted/out", *arguments, before=partial(kill_at, 0, str(counter)))
+    assert counting.wait().exitcode == 0
     return int(counter.read_text())
 
 
@@ -46,7 +46,7 @@ def test_sigkill_at_every_moment(tmp_path, whole):
     kept = []
     for moment in range(1, total + 1):
         path = tmp_path / str(moment) / "out"
-        assert Child(tmp_path / "log", (path,), kill_at, (moment, "")).wait() == -signal.SIGKILL
+        assert start(path, before=partial(kill_at, moment, "")).wait().exitcode == -signal.SIGKILL
         complete += no_half_store(path)
         recorded = {name for name in listing(path) if name.startswith("shard-") and name.endswith(".json")}
         written = write(path)
@@ -62,32 +62,32 @@ def test_sigkill_at_every_moment_of_one_of_two_processes(tmp_path, whole):
     killed = 0
     for moment in range(1, total + 1):
         path = tmp_path / str(moment) / "out"
-        other = Child(tmp_path / "log", (path, 0, 2, SPEC, False))
-        dying = Child(tmp_path / "log", (path, 1, 2, SPEC, False), kill_at, (moment, ""))
+        other = start(path, 0, 2, SPEC, False)
+        dying = start(path, 1, 2, SPEC, False, before=partial(kill_at, moment, ""))
         # It has less to do when the other one was the first to write the manifest.
-        killed += dying.wait() == -signal.SIGKILL
-        assert other.wait() == 0
+        killed += dying.wait().exitcode == -signal.SIGKILL
+        assert other.wait().exitcode == 0
         assert not no_half_store(path)
-        two_processes(tmp_path, path)
+        two_processes(path)
         assert listing(path) == whole
     assert killed > total // 2
 
 
-def two_processes(tmp_path, path):
+def two_processes(path):
     """Both write what is missing of their shards; rank 0 completes the store when both are done."""
-    both = [Child(tmp_path / "log", (path, rank, 2, SPEC, False)) for rank in (0, 1)]
-    assert [child.wait() for child in both] == [0, 0]
+    both = [start(path, rank, 2, SPEC, False) for rank in (0, 1)]
+    assert [child.wait().exitcode for child in both] == [0, 0]
     assert write(path, 0, 2) == []
 
 
 def test_two_processes_write_the_store_that_one_would(tmp_path, whole):
-    two_processes(tmp_path, tmp_path / "out")
+    two_processes(tmp_path / "out")
     assert listing(tmp_path / "out") == whole
 
 
 def test_another_number_of_processes_goes_on(tmp_path, whole):
     path = tmp_path / "out"
-    assert Child(tmp_path / "log", (path, 2, 3, SPEC, False)).wait() == 0
+    assert start(path, 2, 3, SPEC, False).wait().exitcode == 0
     (path / ".shard-00001.parquet.1.tmp").write_bytes(b"of a process that died")
     assert write(path) == [0, 1, 3]
     assert listing(path) == whole
@@ -107,8 +107,8 @@ def test_a_living_neighbours_temporary_file_is_not_swept(tmp_path):
 )
 def test_sigkill_inside_the_system_call(tmp_path, whole, inject):
     path = tmp_path / "out"
-    code, _, trace = under_strace(tmp_path, inject, path)
-    assert code == -signal.SIGKILL
+    died, trace = under_strace(start(path, before=stop_self), inject)
+    assert died.exitcode == -signal.SIGKILL
     assert "killed by SIGKILL" in trace
     no_half_store(path)
     write(path)
@@ -126,18 +126,16 @@ def test_sigkill_inside_the_system_call(tmp_path, whole, inject):
 )
 def test_system_calls_that_fail_keep_what_was_committed(tmp_path, whole, inject, text):
     path = tmp_path / "out"
-    code, message, trace = under_strace(tmp_path, inject, path)
+    done, trace = under_strace(start(path, before=stop_self), inject)
     assert "(INJECTED)" in trace
-    assert code == 1
-    assert text in message
-    assert str(path) in message
-    assert "free)" in message
+    assert done.exitcode == 1
+    assert all(part in done.output for part in (text, str(path), "free)")), done.output
     assert not [name for name in listing(path) if name.endswith(".tmp")]
     write(path)
     assert listing(path) == whole
 
 
-def test_full_disk_keeps_committed_shards(tmp_path, mounted):  # noqa: F811
+def test_full_disk_keeps_committed_shards(tmp_path, mounted):
     disk = mounted("size=64k")
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(45_000))
@@ -152,20 +150,15 @@ def test_full_disk_keeps_committed_shards(tmp_path, mounted):  # noqa: F811
     assert listing(disk / "out") == listing(tmp_path / "out")
 
 
-def limit_file_size(limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
 def test_file_size_limit(tmp_path):
     """`ulimit -f` stands in for a full disk where nothing can be mounted."""
-    log = tmp_path / "log"
-    assert Child(log, (tmp_path / "out",), limit_file_size, (800,)).wait() == 1
-    assert "File too large" in log.read_text()
-    assert str(tmp_path / "out") in log.read_text()
+    done = start(tmp_path / "out", before=partial(limit_file_size, 800)).wait()
+    assert done.exitcode == 1
+    assert all(part in done.output for part in ("File too large", str(tmp_path / "out"))), done.output
     assert not [name for name in listing(tmp_path / "out") if name.endswith(".tmp")]
 
 
-def test_read_only_file_system(mounted):  # noqa: F811
+def test_read_only_file_system(mounted):
     disk = mounted("size=1m")
     write(disk / "out")
     (disk / "out/shard-00001.parquet").unlink()

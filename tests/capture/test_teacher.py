@@ -15,8 +15,8 @@ from fusekit.capturing.settings import Selection
 from fusekit.errors import CaptureError
 from fusekit.types import TopK
 from tests import reference
-from tests.capture.processes import run
 from tests.capture.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
+from tests.processes import run
 
 LENGTHS = [5, 17, 2, 30, 17, 9, 30, 3]
 

@@ -23,9 +23,9 @@ from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings, TrainingSettings
 from fusekit.distillation.trainer import FusionTrainer
-from tests.capture.processes import Process, free_port
 from tests.capture.random_models import random_model
 from tests.distillation import worlds
+from tests.processes import Process, free_port
 
 
 @functools.cache

@@ -14,10 +14,9 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from fusekit.cli import cli
-from tests.capture.processes import Process, command, ranks
 from tests.distillation import worlds
 from tests.distillation.test_run import save_model
-from tests.merging.processes import wait_until
+from tests.processes import Process, command, ranks, wait_until
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"

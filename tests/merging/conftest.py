@@ -11,6 +11,9 @@ import yaml
 
 from tests.helpers import family
 
+MERGE = ("merge", "recipe.yml", "out")
+"""Words of a command."""
+
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +64,8 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 
 def listing(folder: Path) -> list[str]:
-    """Names in a folder apart from the logs of the tests."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith((".log", ".strace")))
+    """Names in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def traces(folder: Path) -> list[str]:

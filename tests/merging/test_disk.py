@@ -2,12 +2,10 @@
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,44 +13,10 @@ import pytest
 from fusekit.artifacts import disk_fault
 from fusekit.errors import StorageError
 from fusekit.merging import Settings, merge
-from tests.merging.conftest import listing, traces
-from tests.merging.processes import fusekit_merge, strace_works, under_strace
+from tests.merging.conftest import MERGE, listing, traces
+from tests.processes import fusekit, limit_file_size, start, stop_self, strace_works, under_strace, without_privileges
 
 QUIET = Settings(say=lambda _: None)
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mount a tmpfs with the given options; skips where this user may not mount."""
-    points = []
-
-    def mount(options: str) -> Path:
-        point = tmp_path / f"mount{len(points)}"
-        point.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "none", str(point)], capture_output=True, check=False
-        )
-        if done.returncode:
-            pytest.skip("mounting needs root")
-        points.append(point)
-        return point
-
-    yield mount
-    for point in points:
-        subprocess.run(["umount", str(point)], check=True)
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """Run as nobody for a moment: root may write anywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_full_disk_names_path_needed_and_free_and_leaves_nothing(recipe, mounted):
@@ -89,17 +53,13 @@ def test_full_disk_keeps_the_model_that_was_there(recipe, mounted):
 
 def test_file_size_limit(recipe, workshop):
     """`ulimit -f` stands in for a full disk where nothing can be mounted."""
-    done = fusekit_merge(workshop, "recipe.yml", "out", before=limit_file_size, given=(8192,))
+    done = fusekit(workshop, *MERGE, before=partial(limit_file_size, 8192))
     assert done.exitcode == 1, done.output
     assert "File too large (23.9 kB needed" in done.output
     assert "ulimit -f" in done.output
     assert "Traceback" not in done.output
     assert "out" not in listing(workshop)
     assert traces(workshop) == []
-
-
-def limit_file_size(limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def test_read_only_file_system(recipe, mounted):
@@ -137,7 +97,7 @@ def test_no_permission(recipe, workshop):
     ],
 )
 def test_system_calls_that_fail(recipe, workshop, inject, text):
-    done, trace = under_strace(workshop, inject, "recipe.yml", "out")
+    done, trace = under_strace(start(workshop, *MERGE, before=stop_self), inject)
     assert "(INJECTED)" in trace
     assert done.exitcode == 1, done.output
     assert text in done.output
@@ -154,7 +114,8 @@ def test_a_kernel_or_file_system_that_cannot_exchange_folders(write_recipe, work
     merge(write_recipe(), "out", settings=QUIET)
     before = (workshop / "out/model.safetensors").read_bytes()
     write_recipe(parameters={"weight": 0.9})
-    done, trace = under_strace(workshop, f"renameat2:error={code}", "recipe.yml", "out", "--overwrite")
+    child = start(workshop, *MERGE, "--overwrite", before=stop_self)
+    done, trace = under_strace(child, f"renameat2:error={code}")
     assert "(INJECTED)" in trace
     assert done.exitcode == 0, done.output
     assert (workshop / "out/model.safetensors").read_bytes() != before

@@ -2,7 +2,7 @@
 
 import re
 import resource
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,31 +13,25 @@ from fusekit.errors import MergeError
 from fusekit.hub import cgroup_limits
 from fusekit.merging import Settings, check, merge
 from tests.helpers import family
-from tests.merging.conftest import listing, traces
-from tests.merging.processes import fusekit_merge
+from tests.merging.conftest import MERGE, listing, traces
+from tests.processes import fusekit
 
 QUIET = Settings(say=lambda _: None)
 
 
-def test_disk_that_does_not_suffice(write_recipe, workshop, tmp_path):
-    point = tmp_path / "small"
-    point.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(point)], check=False).returncode:
-        pytest.skip("mounting needs root")
-    try:
-        with pytest.raises(MergeError) as caught:
-            merge(write_recipe(), point / "out", settings=QUIET)
-        message = str(caught.value)
-        assert "does not fit" in message
-        assert re.search(r"disk, for the result: about 1.1 MB needed, 52\d.\d kB free", message)
-        assert str(point) in message
-        assert "--ignore-estimates" in message
-        assert [name for name in listing(point) if not name.endswith(".lock")] == []
-        # Enough for these tiny models, whatever the estimate allows for cards and indices.
-        merge(write_recipe(), point / "out", settings=Settings(ignore_estimates=True, say=lambda _: None))
-        assert (point / "out/config.json").is_file()
-    finally:
-        subprocess.run(["umount", str(point)], check=True)
+def test_disk_that_does_not_suffice(write_recipe, mounted):
+    point = mounted("size=512k")
+    with pytest.raises(MergeError) as caught:
+        merge(write_recipe(), point / "out", settings=QUIET)
+    message = str(caught.value)
+    assert "does not fit" in message
+    assert re.search(r"disk, for the result: about 1.1 MB needed, 52\d.\d kB free", message)
+    assert str(point) in message
+    assert "--ignore-estimates" in message
+    assert [name for name in listing(point) if not name.endswith(".lock")] == []
+    # Enough for these tiny models, whatever the estimate allows for cards and indices.
+    merge(write_recipe(), point / "out", settings=Settings(ignore_estimates=True, say=lambda _: None))
+    assert (point / "out/config.json").is_file()
 
 
 def limit_address_space(extra: int) -> None:
@@ -52,22 +46,20 @@ def test_address_space_that_does_not_suffice(workshop, write_recipe):
     family(workshop / "large", targets=2, vocab_size=100_000, hidden_size=32)
     models = [{"model": f"large/target{i}"} for i in (1, 2)]
     write_recipe(base_model="large/base", models=models)
-    refused = fusekit_merge(workshop, "recipe.yml", "out", before=limit_address_space, given=(20_000_000,))
+    refused = fusekit(workshop, *MERGE, before=partial(limit_address_space, 20_000_000))
     assert refused.exitcode == 1, refused.output
     assert "does not fit" in refused.output
     assert "memory: about" in refused.output
     assert "left of the address space limit (ulimit -v)" in refused.output
     assert "merging:" not in refused.output, "it began to read"
 
-    forced = fusekit_merge(
-        workshop, "recipe.yml", "out", "--ignore-estimates", before=limit_address_space, given=(20_000_000,)
-    )
+    forced = fusekit(workshop, *MERGE, "--ignore-estimates", before=partial(limit_address_space, 20_000_000))
     assert forced.exitcode == 1, forced.output
     assert "Traceback" not in forced.output
     assert "out" not in listing(workshop)
     assert traces(workshop) == []
 
-    fits = fusekit_merge(workshop, "recipe.yml", "out", before=limit_address_space, given=(600_000_000,))
+    fits = fusekit(workshop, *MERGE, before=partial(limit_address_space, 600_000_000))
     assert fits.exitcode == 0, fits.output
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import family, tiny_llama
 from tests.merging.hub_server import Hub, Repository
-from tests.merging.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT
 
 DRIVER = """
 import contextlib, io, json, os, sys, time

@@ -3,23 +3,15 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from tests.merging.conftest import listing, traces
-from tests.merging.processes import (
-    Child,
-    fusekit_merge,
-    is_stopped,
-    kill_at_event,
-    stop_self,
-    strace_works,
-    under_strace,
-    wait_until,
-)
+from tests.merging.conftest import MERGE, listing, traces
 from tests.merging.test_outputs import stop_while_reading
+from tests.processes import fusekit, is_stopped, kill_at, start, stop_self, strace_works, under_strace, wait_until
 
 
 def weights(workshop):
@@ -36,14 +28,14 @@ def weights(workshop):
 
 def finish(workshop, *options):
     """The same command again: it sweeps, succeeds, and leaves nothing beside the model."""
-    again = fusekit_merge(workshop, "recipe.yml", "out", *options)
+    again = fusekit(workshop, *MERGE, *options)
     assert again.exitcode == 0, again.output
     assert [name for name in traces(workshop) if name != ".out2.staging-0"] == []
     return weights(workshop)
 
 
 def events(workshop, counter, *options):
-    done = fusekit_merge(workshop, "recipe.yml", "out", *options, before=kill_at_event, given=(0, str(counter)))
+    done = fusekit(workshop, *MERGE, *options, before=partial(kill_at, 0, str(counter)))
     assert done.exitcode == 0, done.output
     return int(counter.read_text())
 
@@ -58,7 +50,7 @@ def test_sigkill_at_every_stage_of_a_first_merge(recipe, workshop, tmp_path):
     for moment in moments:
         if (workshop / "out").exists():
             (workshop / "out").rename(tmp_path / f"old{moment}")
-        died = fusekit_merge(workshop, "recipe.yml", "out", before=kill_at_event, given=(moment, ""))
+        died = fusekit(workshop, *MERGE, before=partial(kill_at, moment, ""))
         assert died.exitcode == -signal.SIGKILL, (moment, died)
         found = weights(workshop)
         assert found in (None, expected)
@@ -70,7 +62,7 @@ def test_sigkill_at_every_stage_of_a_first_merge(recipe, workshop, tmp_path):
 
 def test_sigkill_around_the_exchange_keeps_the_old_model_or_the_new(write_recipe, workshop, tmp_path):
     write_recipe()
-    assert fusekit_merge(workshop, "recipe.yml", "out").exitcode == 0
+    assert fusekit(workshop, *MERGE).exitcode == 0
     old = weights(workshop)
     write_recipe(parameters={"weight": 0.9})
     total = events(workshop, tmp_path / "count", "--overwrite")
@@ -81,7 +73,7 @@ def test_sigkill_around_the_exchange_keeps_the_old_model_or_the_new(write_recipe
         write_recipe()
         assert finish(workshop, "--overwrite") == old
         write_recipe(parameters={"weight": 0.9})
-        died = fusekit_merge(workshop, "recipe.yml", "out", "--overwrite", before=kill_at_event, given=(moment, ""))
+        died = fusekit(workshop, *MERGE, "--overwrite", before=partial(kill_at, moment, ""))
         assert died.exitcode == -signal.SIGKILL, (moment, died)
         found = weights(workshop)
         assert found in (old, new)
@@ -91,13 +83,13 @@ def test_sigkill_around_the_exchange_keeps_the_old_model_or_the_new(write_recipe
 
 
 def test_sigkill_while_reading_leaves_only_staging_which_the_next_run_sweeps(recipe, workshop):
-    child = Child(workshop, "recipe.yml", "out", before=stop_while_reading)
+    child = start(workshop, *MERGE, before=stop_while_reading)
     wait_until(lambda: any("staging" in name for name in traces(workshop)))
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait().exitcode == -signal.SIGKILL
     assert "out" not in listing(workshop)
     left = [name for name in traces(workshop) if "staging" in name]
-    again = fusekit_merge(workshop, "recipe.yml", "out")
+    again = fusekit(workshop, *MERGE)
     assert again.exitcode == 0
     assert f"removed what an interrupted merge left behind: {workshop / left[0]}" in again.output
     assert traces(workshop) == []
@@ -105,7 +97,7 @@ def test_sigkill_while_reading_leaves_only_staging_which_the_next_run_sweeps(rec
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_clean_up_and_say_what_to_do(recipe, workshop, number, status):
-    child = Child(workshop, "recipe.yml", "out", before=stop_while_reading)
+    child = start(workshop, *MERGE, before=stop_while_reading)
     wait_until(lambda: is_stopped(child.pid))
     os.kill(child.pid, number)
     os.kill(child.pid, signal.SIGCONT)
@@ -121,12 +113,12 @@ def test_ctrl_c_and_sigterm_clean_up_and_say_what_to_do(recipe, workshop, number
 @pytest.mark.parametrize("call", ["rename", "renameat2"])
 def test_sigkill_inside_the_kernel_call_that_publishes(recipe, workshop, call):
     if call == "renameat2":
-        assert fusekit_merge(workshop, "recipe.yml", "out").exitcode == 0
+        assert fusekit(workshop, *MERGE).exitcode == 0
     options = ["--overwrite"] if call == "renameat2" else []
     before = weights(workshop)
     # rename: the holder file is renamed first, the model last.
     when = 1 if call == "renameat2" else 2
-    died, trace = under_strace(workshop, f"{call}:signal=KILL:when={when}", "recipe.yml", "out", *options)
+    died, trace = under_strace(start(workshop, *MERGE, *options, before=stop_self), f"{call}:signal=KILL:when={when}")
     assert died.exitcode == -signal.SIGKILL, died
     assert "killed by SIGKILL" in trace
     found = weights(workshop)
@@ -136,7 +128,7 @@ def test_sigkill_inside_the_kernel_call_that_publishes(recipe, workshop, call):
 
 def test_children_can_be_stopped(workshop, recipe):
     """What the tests above rely on."""
-    child = Child(workshop, "recipe.yml", "out", before=stop_self)
+    child = start(workshop, *MERGE, before=stop_self)
     wait_until(lambda: is_stopped(child.pid))
     time.sleep(0.05)
     assert "out" not in listing(workshop)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusekit import mergekit_private
 from fusekit.merging import Settings, merge
 from tests.helpers import tiny_llama
-from tests.merging.conftest import traces
-from tests.merging.processes import fusekit_merge
+from tests.merging.conftest import MERGE, traces
+from tests.processes import fusekit
 
 
 def stock(recipe, out, **options):
@@ -109,7 +109,7 @@ def test_no_network_is_asked_for_local_models(recipe, workshop):
     (workshop / "models").mkdir()
     (workshop / "base").rename(workshop / "models/base")
     recipe.write_text(recipe.read_text().replace("base_model: base", "base_model: models/base"))
-    done = fusekit_merge(workshop, "recipe.yml", "out", before=refuse_network)
+    done = fusekit(workshop, *MERGE, before=refuse_network)
     assert done.exitcode == 0, done.output
     assert "models/base" in (workshop / "out/README.md").read_text()
     assert "\r" not in done.output, "not a terminal: no bar that is redrawn"

@@ -12,8 +12,8 @@ import pytest
 from fusekit.artifacts import output_lock
 from fusekit.errors import MergeError, StorageError
 from fusekit.merging import Settings, merge
-from tests.merging.conftest import traces
-from tests.merging.processes import Child, fusekit_merge, is_stopped, stop_self, wait_until
+from tests.merging.conftest import MERGE, traces
+from tests.processes import fusekit, is_stopped, start, stop_self, wait_until
 
 QUIET = Settings(say=lambda _: None)
 OVERWRITE = Settings(overwrite=True, say=lambda _: None)
@@ -111,14 +111,14 @@ def test_a_symlinked_output_keeps_its_link(recipe, workshop):
 
 def test_the_second_of_two_runs_names_the_first(recipe, workshop):
     """The first is stopped while it reads; the second must not touch anything."""
-    first = Child(workshop, "recipe.yml", "out", before=stop_while_reading)
+    first = start(workshop, *MERGE, before=stop_while_reading)
     wait_until(lambda: is_stopped(first.pid))
-    second = fusekit_merge(workshop, "recipe.yml", "out", "--overwrite")
+    second = fusekit(workshop, *MERGE, "--overwrite")
     assert second.exitcode == 1
     for part in (f"process {first.pid}", socket.gethostname(), "since 20", "fusekit merge recipe.yml out"):
         assert part in second.output
     assert len([name for name in traces(workshop) if "staging" in name]) == 1
-    elsewhere = fusekit_merge(workshop, "recipe.yml", "out2")
+    elsewhere = fusekit(workshop, "merge", "recipe.yml", "out2")
     assert elsewhere.exitcode == 0, elsewhere.output
     os.kill(first.pid, signal.SIGCONT)
     finished = first.wait()

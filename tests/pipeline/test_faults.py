@@ -21,11 +21,9 @@ from fusekit.layout import Layout
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from tests.capture.conftest import write_rows
-from tests.capture.processes import Process, command
 from tests.helpers import edit_tensors
-from tests.merging.processes import Finished
-from tests.merging.test_disk import mounted  # noqa: F401
 from tests.pipeline.artifacts import differences
+from tests.processes import Finished, Process, command
 
 DEMO = Path(__file__).parents[2] / "demo"
 RUN = ("run", "recipe.yml", "out")
@@ -233,7 +231,7 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
     made: str,
     finished: Path,
     world: Path,
-    mounted: Callable[[str], Path],  # noqa: F811
+    mounted: Callable[[str], Path],
 ) -> None:
     disk = mounted("size=80m")
     full = child(
@@ -263,7 +261,7 @@ def test_a_full_disk_is_named_and_what_was_committed_stays(
 def test_a_training_that_does_not_fit_is_refused_with_the_numbers(
     finished: Path,
     world: Path,
-    mounted: Callable[[str], Path],  # noqa: F811
+    mounted: Callable[[str], Path],
 ) -> None:
     disk = mounted("size=8m")
     for name in ("data", "captures", "alignment", "recipe.resolved.yml"):

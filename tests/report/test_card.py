@@ -17,8 +17,8 @@ from fusekit.artifacts import weights_hash
 from fusekit.errors import StorageError
 from fusekit.report.facts import read_facts
 from fusekit.report.write import write_report
-from tests.capture.store_processes import kill_at
-from tests.forks import CONTEXT
+from tests.processes import kill_at
+from tests.processes import run as run_process
 from tests.report.test_page import ALLOWED, Page
 from tests.report.worlds import make_run
 
@@ -158,11 +158,7 @@ def _replace(folder: Path, data: bytes, number: int, counter: str) -> None:
 
 
 def _in_a_child(folder: Path, data: bytes, number: int, counter: Path) -> int:
-    child = CONTEXT.Process(target=_replace, args=(folder, data, number, str(counter)))
-    child.start()
-    child.join(60)
-    assert child.exitcode is not None
-    return int(child.exitcode)
+    return run_process(_replace, folder, data, number, str(counter), timeout=60).exitcode
 
 
 def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> None:
