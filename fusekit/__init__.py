@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fusekit.alignment.vocabulary_map import build_vocabulary_map as build_vocabulary_map
     from fusekit.api import capture as capture
     from fusekit.capturing.store import Store as Store
-    from fusekit.distillation.config import FusionConfig as FusionConfig
+    from fusekit.distillation.arguments import FusionConfig as FusionConfig
     from fusekit.distillation.losses import fusion_loss as fusion_loss
     from fusekit.distillation.trainer import FusionTrainer as FusionTrainer
     from fusekit.errors import FusekitError as FusekitError
@@ -32,7 +32,7 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "FusekitError": "errors",
-    "FusionConfig": "distillation.config",
+    "FusionConfig": "distillation.arguments",
     "FusionTrainer": "distillation.trainer",
     "Store": "capturing.store",
     "align": "alignment",

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fusekit.capturing.capture import Capture
-    from fusekit.capturing.models import ModelChoice
-    from fusekit.capturing.store import Store
+from pydantic import ValidationError
+
+from fusekit.capturing.capture import Capture
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.manifest import date_of
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.settings import CaptureSettings, EngineSettings
+from fusekit.capturing.store import Store
+from fusekit.data.counts import DataCounts
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import rows_of
+from fusekit.data.settings import DataSettings
+from fusekit.data.templates import ChatTemplate
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.errors import DataError
+from fusekit.yaml import nearest
 
 
 def capture_job(
@@ -35,22 +47,6 @@ def capture_job(
     >>> [job.run(Processes.separate(rank, 2)).complete for rank in (1, 0)]
     [False, True]
     """
-    from pydantic import ValidationError
-
-    from fusekit.capturing.capture import Capture
-    from fusekit.capturing.load import load_tokenizer
-    from fusekit.capturing.manifest import date_of
-    from fusekit.capturing.models import ModelChoice, find_checkpoint
-    from fusekit.capturing.settings import CaptureSettings, EngineSettings
-    from fusekit.data.counts import DataCounts
-    from fusekit.data.prepare import prepare
-    from fusekit.data.reading import rows_of
-    from fusekit.data.settings import DataSettings
-    from fusekit.data.templates import ChatTemplate
-    from fusekit.data.tokenize import RowTokenizer
-    from fusekit.errors import DataError
-    from fusekit.yaml import nearest
-
     cuts = ("max_length", "overlong", "train_on", "on_bad_row")
     known = (*cuts, *CaptureSettings.model_fields)
     if unknown := [name for name in settings if name not in known]:

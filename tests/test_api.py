@@ -138,6 +138,7 @@ def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
         ({"lm_weight": 2.0}, ("lm_weight", "2.0")),
         ({"alignment": {"tial": "drop"}}, ("tial", "tail")),
         ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),
+        ({"preset": "profuser", "fusion": {}}, ("profuser", "recipe")),
         ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor",)),
         ({"fusion": {"mode": "pairwise"}}, ("fusion.mode", "pairwise")),
     ],
@@ -175,12 +176,14 @@ def test_wrong_arguments_say_what_was_given_and_what_is_wanted(
     assert all(word in str(error.value) for word in said)
 
 
-def test_what_needs_rewards_or_has_its_teachers_is_refused(teacher: Store, tmp_path: Path) -> None:
+def test_teachers_that_cannot_teach_these_examples_are_refused(teacher: Store, tmp_path: Path) -> None:
     with pytest.raises(DistillationError, match="reward_softmax"):
         FusionTrainer(PIVOT, config(tmp_path, fusion={"function": "reward_softmax"}), RECORDS, {"neox": teacher})
     made = FusionTrainer(PIVOT, config(tmp_path), RECORDS, {"neox": teacher}).train_dataset.data
     with pytest.raises(DistillationError, match="teachers"):
         FusionTrainer(PIVOT, config(tmp_path), made, {"neox": teacher})
+    with pytest.raises(DistillationError, match="neox has none of"):
+        FusionTrainer(PIVOT, config(tmp_path), [{"prompt": "1", "response": "2"}], {"neox": teacher})
 
 
 def test_a_template_that_prints_the_day_keeps_the_day_of_the_capture(tmp_path: Path) -> None:
@@ -226,12 +229,6 @@ def test_a_model_that_a_run_made_is_no_store(tmp_path: Path) -> None:
     trainer = FusionTrainer(PIVOT, config(tmp_path / "out", max_steps=1), RECORDS[:4], {"made": made})
     assert len(trainer.train_dataset.data.sources["made"]) == 4
     assert trainer.train_dataset.data.candidates == ["pivot", "made"]
-
-
-def test_a_store_of_other_examples_is_refused(teacher: Store, tmp_path: Path) -> None:
-    other = [{"prompt": "1", "response": "2"}]
-    with pytest.raises(DistillationError, match="neox"):
-        FusionTrainer(PIVOT, config(tmp_path), other, teachers={"neox": teacher})
 
 
 @pytest.mark.parametrize("settings", [{"topk": 5}, {"top_k": 0}, {"max_length": 1}], ids=str)

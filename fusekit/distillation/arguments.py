@@ -1,4 +1,4 @@
-"""TrainingArguments and adapters from settings, each field in one place, and all that is wrong with them at once."""
+"""TrainingArguments, from the settings of a run or written by hand, and all that is wrong with settings at once."""
 
 from __future__ import annotations
 
@@ -9,32 +9,45 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from fusekit.capturing.load import longest_input
 from fusekit.capturing.models import Checkpoint
-from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.data.settings import DataSettings
+from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.yaml import KeyPath, nearest
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
-    "output_dir": "the output folder of the command",
-    "gradient_accumulation_steps": "batch_size",
-    "gradient_checkpointing": "activation_checkpointing",
-    "resume_from_checkpoint": "--resume",
+    "output_dir": "set by the output folder of the command",
+    "gradient_accumulation_steps": "set by batch_size",
+    "gradient_checkpointing": "set by activation_checkpointing",
+    "resume_from_checkpoint": "set by --resume",
+    # Former names.
+    "epochs": "now called num_train_epochs",
+    "scheduler": "now called lr_scheduler_type",
+    "warmup": "now called warmup_steps",
+    "micro_batch_size": "now called per_device_train_batch_size",
+    "workers": "now called dataloader_num_workers",
+    "trainer": "now the section itself: its fields stand there",
 }
-IMPOSSIBLE = {
-    "remove_unused_columns": "what the loss needs is no argument of the model",
+_IMPOSSIBLE = {
     "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
     "label_smoothing_factor": "fusekit computes the loss",
     "auto_find_batch_size": "it would change the examples of an optimizer step",
     "use_liger_kernel": "it computes a loss of its own",
+}
+_IMPOSSIBLE_IN_RUNS = _IMPOSSIBLE | {
+    "remove_unused_columns": "what the loss needs is no argument of the model",
     "eval_strategy": "nothing is held out while training; the section evaluate scores the models",
 }
 _DEFAULTS: dict[str, Any] = {
@@ -45,13 +58,20 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": CHECKPOINTS_KEPT,
     "report_to": "none",
 }
+_KNOWN = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 
 
+@dataclass
 class OneDevice(TrainingArguments):
     """Arguments of a process that trains on one device: several are one process each.
 
     DataParallel, which transformers takes where a process sees several GPUs, would scatter the targets.
     """
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():  # bfloat16 has to be told that it is the CPU's
+            self.use_cpu, self.dataloader_pin_memory = True, False
+        super().__post_init__()
 
     @property
     def n_gpu(self) -> int:
@@ -59,202 +79,134 @@ class OneDevice(TrainingArguments):
         return min(int(super().n_gpu), 1)
 
 
+def _declared(section: type[BaseModel], name: str) -> Any:
+    """A field that is declared in a section of the recipe: its help is said there, None is the preset's value."""
+    return field(default=None, metadata={"help": section.model_fields[name].description})
+
+
+@dataclass
+class FusionConfig(OneDevice):
+    """Arguments of :class:`~fusekit.FusionTrainer`: any of ``transformers.TrainingArguments``, and these.
+
+    ``preset`` gives the values of the loss, of ``alignment`` and of ``fusion`` that are not given; the learning rate,
+    epochs and batches are those of TrainingArguments. The values are checked as those of a recipe, where the same names
+    stand in the sections ``distill``, ``alignment`` and ``fusion`` (docs/distillation.md).
+
+    >>> FusionConfig("out", loss="kl", lm_weight=0.5).lm_weighting
+    'relative'
+
+    Attributes:
+        preset: a named set of values: fusekit, fusechat, fusellm, uld, gold, grouped_kl, p_kl, alm or sft.
+        lm_weight, lm_weighting, loss, truncation, temperature: of L = λ L_CLM + (1 - λ) L_fusion.
+        on_policy, max_new_tokens: share of the steps that learn from the model's own answers, and their length.
+        alignment: how teachers' rows come into the model's tokens and vocabulary, by name.
+        fusion: what becomes of several teachers' rows, by name.
+        top_k: entries per label of what is captured here; a store that is given has its own.
+        max_length: most tokens of an example; longer ones are cut.
+        dtype: data type of the weights of a model that is given by name.
+        max_skipped_steps: stop after so many steps in a row with a non-finite loss or gradient.
+
+    Raises:
+        DistillationError: an unknown name or an impossible value, with the nearest name; an argument of transformers
+            that cannot work with a fusion loss.
+    """
+
+    preset: str = field(default="fusekit", metadata={"help": "Named set of values for what is not given."})
+    lm_weight: float | None = _declared(TrainingSettings, "lm_weight")
+    lm_weighting: str | None = _declared(TrainingSettings, "lm_weighting")
+    loss: str | None = _declared(TrainingSettings, "loss")
+    truncation: str | None = _declared(TrainingSettings, "truncation")
+    temperature: float | None = _declared(TrainingSettings, "temperature")
+    dtype: str | None = _declared(TrainingSettings, "dtype")
+    on_policy: float | None = _declared(TrainingSettings, "on_policy")
+    max_new_tokens: int | None = _declared(TrainingSettings, "max_new_tokens")
+    max_skipped_steps: int | None = _declared(TrainingSettings, "max_skipped_steps")
+    alignment: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section alignment."})
+    fusion: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section fusion."})
+    top_k: int | None = _declared(CaptureSettings, "top_k")
+    max_length: int | None = _declared(DataSettings, "max_length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, why in _IMPOSSIBLE.items():
+            if name in _KNOWN and getattr(self, name) != _KNOWN[name].default:
+                raise DistillationError(f"{name} cannot be set: {why}")
+        if mode := (self.fusion or {}).get("mode"):
+            raise DistillationError(
+                f"fusion.mode is {mode!r}, but a trainer trains one model: leave mode out, and make one trainer per "
+                "teacher for pairwise fusion"
+            )
+        own = [name for name in FusionConfig.__annotations__ if name in TrainingSettings.model_fields]
+        checked = (*own, "dataloader_num_workers", "train_sampling_strategy")
+        training = {name: getattr(self, name) for name in checked if getattr(self, name) is not None}
+        sections = {"training": training, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
+        self.settings = DistillSettings.of(self.preset, sections)
+        if self.settings.training.schedule is not None:
+            raise DistillationError(
+                f"preset {self.preset} trains on the answers of all models, which a trainer does not make: use a recipe"
+            )
+        for name in own:
+            setattr(self, name, getattr(self.settings.training, name))
+        self.top_k = (CaptureSettings() if self.top_k is None else CaptureSettings(top_k=self.top_k)).top_k
+        self.max_length = self.max_length or DataSettings.model_fields["max_length"].default
+
+
 def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
     """The arguments of a run whose checkpoints go to ``folder``.
 
-    Args:
-        settings: of the run. Rows per optimizer step are divided among the processes that the launcher started
-            (``WORLD_SIZE``) and ``per_device_train_batch_size``; what is left over is accumulation.
-        folder: for checkpoints.
+    The examples of an optimizer step are divided among the processes of the launcher (``WORLD_SIZE``) and
+    ``per_device_train_batch_size``; what is left over is accumulation.
 
-    Raises:
-        DistillationError: a field that transformers does not know (with the nearest), that belongs elsewhere, whose
-            value it refuses, or a batch that cannot be divided.
+    Raises DistillationError where transformers refuses a value, or a batch cannot be divided.
     """
-    if wrong := wrong_fields(settings.trainer):
-        raise DistillationError("; ".join(wrong.values()))
-    known = _known_fields()
-    fields: dict[str, Any] = {
-        "output_dir": str(folder),
-        # A schedule has all its epochs, in their order.
-        "num_train_epochs": settings.num_train_epochs if settings.schedule is None else 1.0,
-        **({} if settings.schedule is None else {"train_sampling_strategy": "sequential"}),
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "per_device_train_batch_size": settings.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation(settings, processes()),
-        "bf16": settings.bf16,
-        # The newer name of the two; the older is an alias that warns.
-        ("activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"): (
-            settings.activation_checkpointing
-        ),
-        "seed": settings.seed,
-        "dataloader_num_workers": settings.dataloader_num_workers,
-    }
-    # Without a device there is nothing to pin memory for, and bfloat16 has to be told that it is the CPU's.
-    there = torch.accelerator.is_available()
-    defaults = _DEFAULTS | {"dataloader_pin_memory": there, "use_cpu": not there}
+    fields = settings.model_dump(include=set(_KNOWN) & set(TrainingSettings.model_fields))
+    fields |= {"output_dir": str(folder), "gradient_accumulation_steps": _accumulation(settings)}
+    if settings.schedule is not None:  # it has all its epochs, in their order
+        fields |= {"num_train_epochs": 1.0, "train_sampling_strategy": "sequential"}
+    if "activation_checkpointing" not in _KNOWN:  # its older name, an alias that warns where both are known
+        fields["gradient_checkpointing"] = settings.activation_checkpointing
     try:
-        return OneDevice(**fields, **{**defaults, **settings.trainer})
+        return OneDevice(**fields, **(_DEFAULTS | settings.trainer))
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {_shorter(error)}") from error
+
+
+def processes() -> int:
+    """How many the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _accumulation(settings: TrainingSettings) -> int:
+    """Micro-batches of each process in an optimizer step."""
+    each, world = settings.per_device_train_batch_size, processes()
+    if settings.batch_size % (each * world):
+        raise DistillationError(
+            f"batch_size {settings.batch_size} (examples per optimizer step) cannot be divided by "
+            f"per_device_train_batch_size {each} x {world} processes: change one"
+        )
+    return settings.batch_size // (each * world)
 
 
 def _shorter(error: Exception) -> str:
     """What was said, with the nearest of forty names in place of them all."""
     text = " ".join(str(error).split())
-    listed = re.fullmatch(r"(\S+) is not a valid (\w+), please select one of \[(.*)\]", text)
-    if listed is None:
-        return text
-    known = re.findall(r"'([^']*)'", listed[3])
-    return f"{listed[1]!r} is unknown{nearest(listed[1], known)}"
-
-
-def problems(
-    training: TrainingSettings, pivot: Checkpoint | None = None, max_length: int | None = None
-) -> list[tuple[KeyPath, str]]:
-    """All that would keep settings from training on this machine once the model is loaded.
-
-    The arguments, and with them a trainer, its optimizer and its scheduler, are made for a model of two parameters:
-    transformers, accelerate and torch each refuse some values, some of them (fp16, tf32, 8-bit optimizers) by device or
-    package. An adapter is put on the pivot's modules without its weights.
-
-    Args:
-        training: the settings.
-        pivot: the model to train, found but not loaded; without it ``lora`` is tried on two linear layers, and modules
-            are not looked up.
-        max_length: most tokens of an example, where that was asked for.
-
-    Returns:
-        The place of a setting in a recipe, ``("distill", "lora", "r")`` for one, and what is wrong with it.
-    """
-    wrong = wrong_fields(training.trainer)
-    given = {name: value for name, value in training.model_dump(exclude_unset=True).items() if name not in wrong}
-    found: list[tuple[KeyPath, str]] = [(("distill", name), says) for name, says in wrong.items()]
-    try:
-        accumulation(training, processes())
-    except DistillationError as error:
-        sizes = [name for name in ("batch_size", "per_device_train_batch_size") if given.pop(name, None) is not None]
-        found.append((("distill", (sizes or ["batch_size"])[0]), str(error)))
-    refused = _each(given, lambda fields: _refusal(TrainingSettings(**fields)))
-    found += [(("distill", *(field or "").split(".")), says) for field, says in refused]
-    if training.lora is not None:
-        refused = _each(training.lora, partial(_lora_refusal, pivot))
-        found += [(("distill", "lora", *([field] if field else [])), says) for field, says in refused]
-    most = longest_input(pivot) if pivot is not None else None
-    if pivot is not None and most is not None and max_length is not None and max_length > most:
-        says = (
-            f"max_length is {max_length}, but {pivot.choice.model} was made for {most} tokens: set it to at most {most}"
-        )
-        found.append((("data", "max_length"), says))
-    return found
-
-
-def _each(fields: Mapping[str, Any], refusal: Callable[[dict[str, Any]], str | None]) -> list[tuple[str | None, str]]:
-    """Every refusal, with the field that it is due to: without it nothing, or something else, is refused.
-
-    None where it is due to no single field; what comes after that is not found.
-    """
-    found: list[tuple[str | None, str]] = []
-    left = dict(fields)
-    while (says := refusal(left)) is not None:
-        without = {name: refusal({key: value for key, value in left.items() if key != name}) for name in left}
-        blamed = [name for name, other in without.items() if other is None]
-        blamed += [name for name, other in without.items() if other != says]
-        if not blamed:
-            return [*found, (None, says)]
-        found.append((blamed[0], says))
-        del left[blamed[0]]
-    return found
-
-
-def _refusal(settings: TrainingSettings) -> str | None:
-    if processes() > 1 and not torch.distributed.is_initialized():
-        return None  # the arguments would wait for the other processes
-    settings = settings.model_copy(update={"batch_size": settings.per_device_train_batch_size * processes()})
-    with _environment_kept(), tempfile.TemporaryDirectory() as folder:
-        try:
-            args = training_arguments(settings, Path(folder))
-            args.push_to_hub = False  # a trial leaves nothing outside
-            # Sharded optimizers, and those for some modules alone, need the model itself.
-            if not (args.fsdp or args.deepspeed or args.optim_target_modules):
-                Trainer(torch.nn.Linear(1, 1), args).create_optimizer_and_scheduler(num_training_steps=10)
-        except DistillationError as error:
-            return str(error)
-        except Exception as error:  # whatever a package of an optimizer or of a logger raises
-            return f"these training arguments cannot be used here: {_shorter(error)}"
-    return None
-
-
-def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | None:
-    try:
-        with torch.device("meta"):
-            if pivot is None:
-                model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))
-                fields = {**fields, "target_modules": "all-linear"}
-            else:
-                model = skeleton(pivot)
-            with_adapter(model, fields)
-    except DistillationError as error:
-        return str(error)
-    return None
-
-
-def skeleton(checkpoint: Checkpoint) -> Any:
-    """A model without its weights: all modules and shapes, on the device ``meta``."""
-    trusted = {"trust_remote_code": checkpoint.choice.trust_remote_code}
-    if checkpoint.gguf is not None or not (checkpoint.folder / "config.json").is_file():
-        config = AutoConfig.for_model(**checkpoint.config)
-    else:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **trusted)
-
-
-def with_adapter(model: Any, config: Any) -> Any:
-    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
-
-    Raises DistillationError for fields that peft does not know or refuses.
-    """
-    from peft import LoraConfig, PeftConfig, get_peft_model
-
-    if isinstance(config, PeftConfig):
-        return get_peft_model(model, config)
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    if unknown := [name for name in config if name not in known]:
-        raise DistillationError(f"lora.{unknown[0]} is no field of peft's LoraConfig{nearest(unknown[0], known)}")
-    try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config})
-        return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError, re.error) as error:  # names of modules are patterns
-        raise DistillationError(f"peft refuses the lora settings: {error}") from error
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Training arguments tell transformers by variables how models are loaded; captures come before training."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    if listed := re.fullmatch(r"(\S+) is not a valid (\w+), please select one of \[(.*)\]", text):
+        known = re.findall(r"'([^']*)'", listed[3])
+        return f"{listed[1]!r} is unknown{nearest(listed[1], known)}"
+    return text
 
 
 def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
     """Why each field of TrainingArguments that cannot be set cannot, by its name."""
-    known, wrong = _known_fields(), {}
-    near = known | set(TrainingSettings.model_fields)
-    kinds = get_type_hints(TrainingArguments)
+    wrong, kinds = {}, get_type_hints(TrainingArguments)
     for name, value in trainer.items():
         if name in _ELSEWHERE:
-            wrong[name] = f"{name} is set by {_ELSEWHERE[name]}"
-        elif name in IMPOSSIBLE:
-            wrong[name] = f"{name} cannot be set: {IMPOSSIBLE[name]}"
-        elif name not in known:
-            wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{nearest(name, near)}"
+            wrong[name] = f"{name} is {_ELSEWHERE[name]}"
+        elif name in _IMPOSSIBLE_IN_RUNS:
+            wrong[name] = f"{name} cannot be set: {_IMPOSSIBLE_IN_RUNS[name]}"
+        elif name not in _KNOWN:
+            near = nearest(name, {*_KNOWN, *TrainingSettings.model_fields})
+            wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{near}"
         elif not _is_of(value, kinds[name]):
             wrong[name] = f"{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
         elif isinstance(value, float) and not math.isfinite(value):
@@ -272,25 +224,114 @@ def _is_of(value: object, kind: Any) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def _known_fields() -> set[str]:
-    return {field.name for field in dataclasses.fields(TrainingArguments)}
+def problems(
+    training: TrainingSettings, pivot: Checkpoint | None = None, max_length: int | None = None
+) -> list[tuple[KeyPath, str]]:
+    """All that would keep settings from training on this machine once the model is loaded.
 
+    The arguments, and with them a trainer, its optimizer and its scheduler, are made for a model of two parameters:
+    transformers, accelerate and torch each refuse some values, some of them (fp16, tf32, 8-bit optimizers) by device or
+    package. An adapter is put on the modules of ``pivot``, which is not loaded; without it on two linear layers.
 
-def processes() -> int:
-    """How many the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def accumulation(settings: TrainingSettings, processes: int) -> int:
-    """How many micro-batches each process adds up for an optimizer step.
-
-    Raises:
-        DistillationError: the rows of a step cannot be divided evenly.
+    Returns the place of each such setting in a recipe, as ``("distill", "lora", "r")``, and what is wrong with it.
     """
-    at_once = settings.per_device_train_batch_size * processes
-    if settings.batch_size % at_once:
-        raise DistillationError(
-            f"batch_size {settings.batch_size} (examples per optimizer step) cannot be divided by "
-            f"per_device_train_batch_size {settings.per_device_train_batch_size} x {processes} processes: change one"
-        )
-    return settings.batch_size // at_once
+    wrong = wrong_fields(training.trainer)
+    found: list[tuple[KeyPath, str]] = [(("distill", name), says) for name, says in wrong.items()]
+    given = {name: value for name, value in training.model_dump(exclude_unset=True).items() if name not in wrong}
+    try:
+        _accumulation(training)
+    except DistillationError as error:
+        sizes = [name for name in ("batch_size", "per_device_train_batch_size") if given.pop(name, None) is not None]
+        found.append((("distill", (sizes or ["batch_size"])[0]), str(error)))
+    found += [(("distill", field), says) for field, says in _each(given, _refusal)]
+    lora = _each(training.lora, partial(_lora_refusal, pivot)) if training.lora is not None else []
+    found += [(("distill", "lora", field) if field else ("distill", "lora"), says) for field, says in lora]
+    most = longest_input(pivot) if pivot is not None else None
+    if pivot is not None and most is not None and max_length is not None and max_length > most:
+        says = f"max_length is {max_length}, but {pivot.choice.model} was made for {most} tokens: set it to at most "
+        found.append((("data", "max_length"), f"{says}{most}"))
+    return found
+
+
+def _each(fields: Mapping[str, Any], refusal: Callable[[dict[str, Any]], str | None]) -> list[tuple[str, str]]:
+    """Every refusal, with the field that it is due to: without it nothing, or something else, is refused.
+
+    "" where it is due to no single field; what comes after that is not found.
+    """
+    found: list[tuple[str, str]] = []
+    left = dict(fields)
+    while (says := refusal(left)) is not None:
+        without = {name: refusal({key: value for key, value in left.items() if key != name}) for name in left}
+        blamed = [name for name, other in without.items() if other is None]
+        blamed += [name for name, other in without.items() if other != says]
+        found.append((blamed[0] if blamed else "", says))
+        if not blamed:
+            break
+        del left[blamed[0]]
+    return found
+
+
+def _refusal(fields: dict[str, Any]) -> str | None:
+    if processes() > 1 and not torch.distributed.is_initialized():
+        return None  # the arguments would wait for the other processes
+    settings = TrainingSettings(**fields)
+    settings = settings.model_copy(update={"batch_size": settings.per_device_train_batch_size * processes()})
+    with _environment_kept(), tempfile.TemporaryDirectory() as folder:
+        try:
+            args = training_arguments(settings, Path(folder))
+            args.push_to_hub = False  # a trial leaves nothing outside
+            # Sharded optimizers, and those for some modules alone, need the model itself.
+            if not (args.fsdp or args.deepspeed or args.optim_target_modules):
+                Trainer(torch.nn.Linear(1, 1), args).create_optimizer_and_scheduler(num_training_steps=10)
+        except DistillationError as error:
+            return str(error)
+        except Exception as error:  # whatever a package of an optimizer or of a logger raises
+            return f"these training arguments cannot be used here: {_shorter(error)}"
+    return None
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Training arguments tell transformers by variables how models are loaded; captures come before training."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | None:
+    trusted = pivot is not None and pivot.choice.trust_remote_code
+    if pivot is None:
+        config: Any = LlamaConfig(num_hidden_layers=1)
+        fields = {**fields, "target_modules": "all-linear"}
+    elif pivot.gguf is not None or not (pivot.folder / "config.json").is_file():
+        config = AutoConfig.for_model(**pivot.config)
+    else:
+        config = AutoConfig.from_pretrained(pivot.folder, local_files_only=True, trust_remote_code=trusted)
+    try:
+        with torch.device("meta"):
+            with_adapter(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), fields)
+    except DistillationError as error:
+        return str(error)
+    return None
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """A model with a fresh adapter. config: a peft config, or the fields of a LoraConfig.
+
+    Raises DistillationError for fields that peft does not know or refuses.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model
+
+    if isinstance(config, PeftConfig):
+        return get_peft_model(model, config)
+    known = {item.name for item in dataclasses.fields(LoraConfig)}
+    if unknown := [name for name in config if name not in known]:
+        raise DistillationError(f"lora.{unknown[0]} is no field of peft's LoraConfig{nearest(unknown[0], known)}")
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config})
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, re.error) as error:  # names of modules are patterns
+        raise DistillationError(f"peft refuses the lora settings: {error}") from error

@@ -19,14 +19,13 @@ from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.resources import Need, main_memory, refuse_lacking
 
-HIDDEN_BYTES = {"float32": 40, "16 bits": 24, "autocast": 35}
-WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}
+_HIDDEN_BYTES = {"float32": 40, "16 bits": 24, "autocast": 35}
+_WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}
 """Of what a layer keeps for its backward, per element of the hidden states and of the feed-forward, by how it computes.
 Counted by ``torch.autograd.graph.saved_tensors_hooks`` on layers with sdpa: of the first Llama 42, 25 and 36 (with one
 head of keys 36, 22 and 33), Qwen 2 38, 23 and 34, Qwen 3 50, 32 and 43; of the second all of them the same."""
 
 _LOGITS_COPIES = 2  # and their gradient; under autocast accelerate makes float32 of what a model returns
-_TOP_K = CaptureSettings().top_k  # of teachers that are scored on the fly
 _LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
 
 _HEAP = 0.05
@@ -37,43 +36,37 @@ _OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion"
 
 
 class States(NamedTuple):
-    """Bytes of what a training run holds from its first step to its last.
+    """Bytes of what a training run holds from its first step to its last, over all devices.
 
-    Attributes:
-        weights: of the model, as they are trained; under autocast with the copies that are computed with.
-        gradients: of what is trained.
-        optimizer: its moments.
+    weights: as they are trained; under autocast with the copies that are computed with. checkpoint: of one on disk.
     """
 
     weights: int
     gradients: int
     optimizer: int
-
-
-def trained_parameters(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
-    """How many of them are trained: all, or those of an adapter on the linear layers that peft would find."""
-    if settings.lora is None:
-        return parameters(checkpoint)
-    shape, rank = shape_of(checkpoint.config), int(settings.lora.get("r", 8))
-    layer = _LINEARS_OF_HIDDEN * 2 * shape.hidden + _LINEARS_OF_WIDE * (shape.hidden + shape.wide)
-    return rank * shape.layers * layer
+    checkpoint: int
 
 
 def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
-    """Bytes of weights, gradients and optimizer over all devices."""
-    width = _width(checkpoint, settings)
-    trained = trained_parameters(checkpoint, settings)
-    frozen = parameters(checkpoint) if settings.lora is not None else 0
+    """Of all parameters, or of an adapter on the linear layers that peft would find."""
+    width = own = _width(checkpoint, settings)
+    trained, frozen = parameters(checkpoint), 0
+    if settings.lora is not None:
+        shape, frozen, own = shape_of(checkpoint.config), trained, 4  # peft trains adapters in float32
+        layer = _LINEARS_OF_HIDDEN * 2 * shape.hidden + _LINEARS_OF_WIDE * (shape.hidden + shape.wide)
+        trained = int(settings.lora.get("r", 8)) * shape.layers * layer
+    optimizer = str(settings.trainer.get("optim", "adamw"))
+    moments = next((size for name, size in _OPTIMIZERS.items() if name in optimizer), 2.0 * own)
     copies = 2 * (trained + frozen) if settings.bf16 and width > 2 else 0
-    own = 4 if settings.lora is not None else width  # peft trains adapters in float32
-    return States(frozen * width + trained * own + copies, trained * own, int(trained * _moments(settings, own)))
+    weights = frozen * width + trained * own + copies
+    return States(weights, trained * own, int(trained * moments), int(trained * (own + moments)))
 
 
 def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int) -> int:
     """Bytes of a micro-batch of rows of so many tokens: what the layers keep, and the logits with their gradient."""
     shape, width = shape_of(checkpoint.config), _width(checkpoint, settings)
     computes = "16 bits" if width == 2 else "autocast" if settings.bf16 else "float32"
-    layer = HIDDEN_BYTES[computes] * shape.hidden + WIDE_BYTES[computes] * shape.wide
+    layer = _HIDDEN_BYTES[computes] * shape.hidden + _WIDE_BYTES[computes] * shape.wide
     # With checkpointing a layer keeps its input alone, and one at a time is computed again.
     kept = shape.layers * shape.hidden * width + layer if settings.activation_checkpointing else shape.layers * layer
     logits = _LOGITS_COPIES * shape.vocabulary * (2 if computes == "16 bits" else 4)
@@ -91,6 +84,11 @@ def head_gradient_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> i
     return (3 if tied else 1) * shape.vocabulary * shape.hidden * _width(checkpoint, settings)
 
 
+def _width(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
+    """Bytes of a trained weight."""
+    return itemsize(stored_dtype(checkpoint) if settings.dtype == "auto" else settings.dtype)
+
+
 def memory_needs(
     checkpoint: Checkpoint,
     settings: TrainingSettings,
@@ -100,36 +98,28 @@ def memory_needs(
 ) -> list[Need]:
     """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
 
-    row_tokens: of the longest row. Under FSDP or DeepSpeed the states are divided among the processes. teachers: that
-    stay loaded beside the model.
+    row_tokens: of the longest row. teachers: that stay loaded beside the model.
     """
-    held = states(checkpoint, settings)
+    held, kind = states(checkpoint, settings), processes.device.type
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
-    shares = processes.world if is_sharded(settings) else 1
-    kind = processes.device.type
-    beside = sum(loaded_bytes(one) + working_bytes(one, batch_tokens_on(kind), kind, _TOP_K) for one in teachers)
-    needed = sum(held) // shares + batch + beside
+    # FSDP and DeepSpeed divide the states among the processes.
+    told = [os.environ.get(name, "").lower() for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")]
+    sharded = {"1", "true"} & {*told} or settings.trainer.get("fsdp") or settings.trainer.get("deepspeed")
+    shares, top_k = processes.world if sharded else 1, CaptureSettings().top_k
+    beside = sum(loaded_bytes(one) + working_bytes(one, batch_tokens_on(kind), kind, top_k) for one in teachers)
+    needed = (held.weights + held.gradients + held.optimizer) // shares + batch + beside
     what = (
         f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
         f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
         f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens"
         f"{f'; {human(beside)} for teachers that are scored on the fly' if beside else ''})"
     )
-    if processes.device.type == "cuda":
+    if kind == "cuda":
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
         host = parameters(checkpoint) * _width(checkpoint, settings)
         loading = main_memory(f"memory to load {checkpoint.choice.model} before training", host, processes.local)
         return [Need(what, needed, free, f"free on {processes.device}"), loading]
-    if processes.device.type != "cpu":
-        return []
-    return [main_memory(what, int(needed * (1 + _HEAP)), processes.local)]
-
-
-def checkpoint_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
-    """Bytes of one checkpoint of a run: what is trained, and the optimizer's moments."""
-    width = 4 if settings.lora is not None else _width(checkpoint, settings)
-    trained = trained_parameters(checkpoint, settings)
-    return int(trained * (width + _moments(settings, width)))
+    return [main_memory(what, int(needed * (1 + _HEAP)), processes.local)] if kind == "cpu" else []
 
 
 def kept_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
@@ -137,7 +127,7 @@ def kept_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
     if settings.trainer.get("save_strategy") == "no":
         return 0
     limit = settings.trainer.get("save_total_limit", CHECKPOINTS_KEPT)
-    return checkpoint_bytes(checkpoint, settings) * (int(limit) + 1 if limit else 10)
+    return states(checkpoint, settings).checkpoint * (int(limit) + 1 if limit else 10)
 
 
 def disk_needs(
@@ -167,21 +157,3 @@ def refuse(needs: Sequence[Need]) -> None:
         "(accelerate launch with FSDP); ignore_estimates starts it all the same"
     )
     refuse_lacking(needs, "this training does not fit:", way_out, DistillationError)
-
-
-def is_sharded(settings: TrainingSettings) -> bool:
-    """Whether FSDP or DeepSpeed divide the states among the processes."""
-    told = (os.environ.get(name, "") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-    return any(value.lower() in ("1", "true") for value in told) or bool(
-        settings.trainer.get("fsdp") or settings.trainer.get("deepspeed")
-    )
-
-
-def _width(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
-    """Bytes of a trained weight."""
-    return itemsize(stored_dtype(checkpoint) if settings.dtype == "auto" else settings.dtype)
-
-
-def _moments(settings: TrainingSettings, width: int) -> float:
-    optimizer = str(settings.trainer.get("optim", "adamw"))
-    return next((size for name, size in _OPTIMIZERS.items() if name in optimizer), 2.0 * width)

@@ -1,4 +1,4 @@
-"""What a run reads: the pivot, the rows, the stores; opened, and checked against each other."""
+"""What a training reads, opened and checked against each other: stores by name, or whatever a trainer is given."""
 
 from __future__ import annotations
 
@@ -7,25 +7,39 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusekit.alignment.ends import tokenize
-from fusekit.capturing.capture import Tokenizes
+from fusekit.alignment.rows import NEED_PIVOT
+from fusekit.artifacts import is_stage, with_article
+from fusekit.capturing.capture import Tokenizes, capture_rows
+from fusekit.capturing.estimate import memory_needs, refuse
 from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.manifest import MANIFEST, date_of
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
+from fusekit.data.counts import DataCounts
+from fusekit.data.prepare import prepare
+from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
+from fusekit.distillation.arguments import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.live import LiveTeacher, live_teacher
+from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
+from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
 from fusekit.errors import DistillationError
 from fusekit.types import Part, Row, TokenizedRow
+
+CAPTURES = "captures"
+"""Folder of a trainer's output in which the model's own predictions are captured before training."""
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,12 +75,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Responses:
-    """Models' own answers to the questions of the data, the best of each.
+    """Models' own answers to the questions of the data, the best of each: ``rows``, and by key their ``writers``.
 
-    Attributes:
-        rows: the conversations with the answers.
-        writers: by key, the model that wrote the answer.
-        stores: by model, the folder of what it said about the answers: the pivot about all, a source about its own.
+    stores: by model, the folder of what it said about the answers: the pivot about all, a source about its own.
     """
 
     rows: Sequence[Row]
@@ -99,87 +110,66 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """Inputs that fit each other."""
+    """Inputs that fit each other. fingerprint, tokenizer: the pivot's."""
 
+    inputs: Inputs
+    settings: DistillSettings
     checkpoint: Checkpoint
-    pivot_fingerprint: str
+    fingerprint: str
     tokenizer: Any
-    rows: Sequence[Row]
     pivot_store: Store | None
     stores: dict[str, Store | LiveTeacher]
     projections: dict[str, Projection]
-    settings: DistillSettings
-    row_tokenizer: Tokenizes | None
-    responses: Responses | None
 
     def dataset(self, sources: Sequence[str]) -> FusionDataset:
         """The examples of a target that these sources teach."""
         return FusionDataset(
-            self.rows,
+            self.inputs.rows,
             pivot=self.pivot_store,
             sources={name: self.stores[name] for name in sources},
             projections={name: self.projections[name] for name in sources},
-            tokenizer=self.row_tokenizer,
+            tokenizer=self.inputs.row_tokenizer,
             fusion=self.settings.fusion,
             relative=self.settings.training.lm_weighting == "relative",
         )
 
     def answers(self, sources: Sequence[str]) -> FusionDataset:
         """The answers that these sources and the pivot wrote, each taught by its writer. Raises DistillationError."""
-        if self.responses is None:
+        given = self.inputs.responses
+        if given is None:
             raise DistillationError(
                 "a schedule trains on models' own answers, but there are none: `fusekit run` makes them from the "
                 "recipe's section `respond`"
             )
-        opened = {
-            name: Store.open(self.responses.stores[name]) for name in (PIVOT, *sources) if name in self.responses.stores
-        }
+        opened = {name: Store.open(given.stores[name]) for name in (PIVOT, *sources) if name in given.stores}
         own = opened.pop(PIVOT, None)
         return FusionDataset(
-            self.responses.rows,
+            given.rows,
             pivot=own,
             sources=opened,
             projections={name: self.projections[name] for name in opened},
-            tokenizer=self.row_tokenizer,
+            tokenizer=self.inputs.row_tokenizer,
             fusion=self.settings.fusion,
-            writers=self.responses.writers,
+            writers=given.writers,
         )
 
-    def live(self, sources: Sequence[str]) -> list[LiveTeacher]:
-        """Those of them that are scored while training reads."""
-        found = (self.stores[name] for name in sources)
-        return [teacher for teacher in found if isinstance(teacher, LiveTeacher)]
 
-    def stores_of(self, sources: Sequence[str]) -> dict[str, Store | LiveTeacher]:
-        """The stores that a target is made from, by name."""
-        found: dict[str, Store | LiveTeacher] = {}
-        if self.pivot_store is not None:
-            found[PIVOT] = self.pivot_store
-        return found | {name: self.stores[name] for name in sources}
-
-
-def open_inputs(
-    inputs: Inputs, settings: DistillSettings, sources: Sequence[str], say: Callable[[str], None] = lambda _: None
-) -> Opened:
+def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str], say: Say = lambda _: None) -> Opened:
     """Find the pivot, open the stores of ``sources``, and make their vocabulary maps.
 
-    Raises:
-        CaptureError: a model or tokenizer cannot be found.
-        StorageError: a store is damaged or not complete.
-        DistillationError: stores that were made with another temperature, pivot or tokenizer than the run's.
+    Raises CaptureError: a model or tokenizer cannot be found; StorageError: a store is damaged or not complete;
+    DistillationError: stores of another temperature, pivot or tokenizer than the run's.
     """
-    refuse_rewards(settings)
+    _refuse_rewards(settings)
     if settings.training.lm_weighting == "relative" and inputs.pivot_store is None and sources:
         raise DistillationError(
             "lm_weighting relative compares the teachers with the pivot, but there is no store of the pivot: capture "
             "it, or use lm_weighting constant"
         )
-    checkpoint = find_checkpoint(inputs.pivot)
-    processes = Processes.current()
+    checkpoint, processes = find_checkpoint(inputs.pivot), Processes.current()
     processes.first_then_all(checkpoint.fetch)
     fingerprint = processes.first_then_all(checkpoint.fingerprint)
-    tokenizer = load_tokenizer(checkpoint)
-    pivot_store = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
+    own = Store.open(inputs.pivot_store) if inputs.pivot_store is not None else None
     stores: dict[str, Store | LiveTeacher] = {}
     for name in sources:
         source = inputs.sources[name]
@@ -189,38 +179,26 @@ def open_inputs(
             model, rows = source.tokenizer_choice(""), source.rows if source.rows is not None else inputs.rows
             kept = source.live or CaptureSettings()
             stores[name] = live_teacher(name, model, rows, kept, reader=source.reader, say=say)
-    for name, store in [*([(PIVOT, pivot_store)] if pivot_store is not None else []), *stores.items()]:
-        refuse_temperature(name, store, settings)
-    by_key = {row.key: row for row in inputs.rows}
-    if pivot_store is not None:
-        _refuse_other_pivot(pivot_store, fingerprint, checkpoint)
-    ours = Reading.of(PIVOT, tokenizer, pivot_store, by_key)
-    projections = {}
+    _refuse_temperatures({**({} if own is None else {PIVOT: own}), **stores}, settings)
+    if own is not None and own.spec.model_fingerprint not in ("", fingerprint):
+        raise DistillationError(
+            f"the pivot's store was captured from {own.spec.model} ({own.spec.model_fingerprint}), but the pivot is "
+            f"{checkpoint.choice.model} ({fingerprint}): capture it again, or train the model that it was captured from"
+        )
+    tokenizer, by_key = load_tokenizer(checkpoint), {row.key: row for row in inputs.rows}
+    ours, projections = Reading.of(PIVOT, tokenizer, own, by_key), {}
     for name, store in stores.items():
         source = inputs.sources[name]
-        theirs = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
-        reading = Reading.of(name, theirs, store, by_key)
-        how = source.alignment or settings.alignment
-        make = partial(projection_of, how, ours, reading, inputs.rows, source.vocabulary_map)
+        own_tokenizer = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
+        how, theirs = source.alignment or settings.alignment, Reading.of(name, own_tokenizer, store, by_key)
+        make = partial(projection_of, how, ours, theirs, inputs.rows, source.vocabulary_map)
         if processes.world > 1:
             processes.first_then_all(lambda make=make: make() and None)  # type: ignore[misc]
         projections[name] = make()  # the others find the map in the cache
-    return Opened(
-        checkpoint,
-        fingerprint,
-        tokenizer,
-        inputs.rows,
-        pivot_store,
-        stores,
-        projections,
-        settings,
-        inputs.row_tokenizer,
-        inputs.responses,
-    )
+    return Opened(inputs, settings, checkpoint, fingerprint, tokenizer, own, stores, projections)
 
 
-def refuse_rewards(settings: DistillSettings) -> None:
-    """Raise DistillationError where targets need rewards, which no store has."""
+def _refuse_rewards(settings: DistillSettings) -> None:
     if settings.fusion.function == "reward_softmax":
         raise DistillationError(
             "reward_softmax needs a reward per example and model, which no store has: use it from Python "
@@ -228,18 +206,17 @@ def refuse_rewards(settings: DistillSettings) -> None:
         )
 
 
-def refuse_temperature(name: str, store: Store | LiveTeacher, settings: DistillSettings) -> None:
-    """Raise DistillationError where a store holds rows of another temperature than the loss has."""
-    if store.spec.temperature != settings.training.temperature:
-        raise DistillationError(
-            f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
-            f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
-        )
+def _refuse_temperatures(stores: Mapping[str, Store | LiveTeacher], settings: DistillSettings) -> None:
+    for name, store in stores.items():
+        if store.spec.temperature != settings.training.temperature:
+            raise DistillationError(
+                f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
+                f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
+            )
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A model's tokenizer, some rows as the model read them, and how many ids its store may have (0: no store)."""
+class Reading(NamedTuple):
+    """A model's tokenizer, some rows as the model reads them, and how many ids its store may have (0: no store)."""
 
     name: str
     tokenizer: Any
@@ -250,63 +227,35 @@ class Reading:
     def of(cls, name: str, tokenizer: Any, store: Store | LiveTeacher | None, rows: Mapping[str, Row]) -> Reading:
         """The tokenizer of a model with what it has of the rows, which are given by key.
 
-        Raises DistillationError when the rows were read with another tokenizer than this.
+        Raises DistillationError when they were read with another tokenizer than this. Tokens at the seams of a template
+        may differ from those of the content alone, so not all have to be equal.
         """
         if store is None:
             return cls(name, tokenizer, (), 0)
-        keys = islice((key for key in store.keys if key in rows), SAMPLED)
         read = store.tokens if isinstance(store, LiveTeacher) else lambda key: store.get(key).tokens
-        made = cls(name, tokenizer, [(rows[key], read(key)) for key in keys], store.spec.vocabulary)
-        made._check()
-        return made
-
-    def _check(self) -> None:
-        """Raises DistillationError when the rows were read with another tokenizer than this.
-
-        Tokens at the seams of a template may differ from those of the content alone, so not all have to be equal.
-        """
+        sample = [(rows[key], read(key)) for key in islice((key for key in store.keys if key in rows), SAMPLED)]
         equal = total = 0
-        for row, tokens in self.sample:
+        for row, tokens in sample:
             for number, message in enumerate(row.messages):
-                read = tokens.ids[(tokens.message == number) & (tokens.part == Part.CONTENT)]
-                expected = tokenize(message.content, self.tokenizer).ids[: len(read) + 1]
-                total += len(read)
-                equal += int(np.isin(read, expected).sum())
+                ids = tokens.ids[(tokens.message == number) & (tokens.part == Part.CONTENT)]
+                total += len(ids)
+                equal += int(np.isin(ids, tokenize(message.content, tokenizer).ids[: len(ids) + 1]).sum())
         if equal < total / 2:
-            name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+            place = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DistillationError(
-                f"the store of {self.name} was captured with another tokenizer than {name}: of {total} of its tokens "
+                f"the store of {name} was captured with another tokenizer than {place}: of {total} of its tokens "
                 f"{equal} are what that tokenizer makes of the same text; name the right one"
             )
-
-    def roles(self) -> dict[str, int]:
-        """The tokens that end a turn and a text."""
-        return roles_of(self.sample)
-
-
-def _refuse_other_pivot(store: Store, fingerprint: str, checkpoint: Checkpoint) -> None:
-    captured = store.spec.model_fingerprint
-    if captured and captured != fingerprint:
-        raise DistillationError(
-            f"the pivot's store was captured from {store.spec.model} ({captured}), but the pivot is "
-            f"{checkpoint.choice.model} ({fingerprint}): capture it again, or train the model that it was captured from"
-        )
+        return cls(name, tokenizer, sample, store.spec.vocabulary)
 
 
 def projection_of(
     how: AlignmentSettings, ours: Reading, theirs: Reading, rows: Sequence[Row], folder: Path | None = None
 ) -> Projection:
-    """How a source's rows come to stand at the pivot's positions.
+    """How a source's rows come to stand at the pivot's positions. folder: of the vocabulary map; None to make it.
 
-    Args:
-        how: settings.
-        ours, theirs: the pivot and the source.
-        rows: that are trained on.
-        folder: of the vocabulary map; None to make it.
-
-    Raises:
-        StorageError: the map is not there, damaged or another.
-        DistillationError: it has fewer ids than the source's store.
+    Raises StorageError: the map is not there, damaged or another; DistillationError: it has fewer ids than the source's
+    store.
     """
     if how.map_method is None:
         return Projection(None)
@@ -323,9 +272,128 @@ def projection_of(
             ours.tokenizer,
             theirs.tokenizer,
             rows,
-            pivot_roles=ours.roles(),
-            source_roles=theirs.roles(),
+            pivot_roles=roles_of(ours.sample),
+            source_roles=roles_of(theirs.sample),
             size=theirs.vocabulary,
         )
     tokens = how.vocabulary if how.vocabulary in VOCABULARIES.values() else how.tokens
     return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)
+
+
+# What a trainer is given.
+
+
+def fusion_dataset(
+    student: Loaded, dataset: Any, teachers: Any, args: FusionConfig, say: Say = lambda _: None
+) -> FusionDataset:
+    """Examples for a student to train on, with the targets that its teachers give: see :class:`~fusekit.FusionTrainer`.
+
+    Raises DataError: no example that can be read; DistillationError: a teacher of a wrong kind, or one without the
+    examples; CaptureError, StorageError: a capture fails.
+    """
+    settings, given = args.settings, _named(teachers)
+    _refuse_rewards(settings)
+    refuse_names(given)
+    stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
+    # A template that prints the day prints that of the captures that are there.
+    there = [_own_folder(args), *(store.path for store in stores.values() if isinstance(store, Store))]
+    reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
+    rows = _prepared(dataset, reader, args, say)
+    refuse_nobody(settings, given)
+    if not given:
+        return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
+    how = CaptureSettings(top_k=args.top_k or 10, temperature=settings.training.temperature)
+    sources: dict[str, Store | LiveTeacher] = {}
+    for name, teacher in stores.items():
+        if teacher is student.model:
+            raise DistillationError(f"the teacher {name} is the model that is trained: give its name or path")
+        if isinstance(teacher, Store):
+            sources[name] = teacher
+            continue
+        sources[name] = made = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+        if made.checkpoint is not None:
+            refuse(memory_needs(made.checkpoint, how, Processes.current()))
+        made.open()
+    _refuse_temperatures(sources, settings)
+    own = _capture_student(student, reader, rows, args, how) if _needs_pivot(settings) else None
+    by_key = {row.key: row for row in rows}
+    ours, projections = Reading.of(PIVOT, student.tokenizer, own, by_key), {}
+    for name, source in sources.items():
+        tokenizer = source.reader.tokenizer if isinstance(source, LiveTeacher) else _tokenizer_of(source)
+        theirs = Reading.of(name, tokenizer, source, by_key)
+        projections[name] = projection_of(settings.alignment, ours, theirs, rows)
+    data = FusionDataset(
+        rows,
+        pivot=own,
+        sources=sources,
+        projections=projections,
+        tokenizer=reader,
+        fusion=settings.fusion,
+        relative=settings.training.lm_weighting == "relative",
+    )
+    for line in data.joined.report():
+        say(line)
+    return data
+
+
+def text_dataset(student: Loaded, dataset: Any, args: FusionConfig) -> FusionDataset:
+    """Examples whose text alone a student is evaluated on. Arguments and errors as :func:`fusion_dataset`."""
+    reader = RowTokenizer(student.tokenizer)
+    return FusionDataset(_prepared(dataset, reader, args), tokenizer=reader, fusion=args.settings.fusion)
+
+
+def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig, say: Say = lambda _: None) -> list[Row]:
+    counts = DataCounts()
+    prepared = prepare(rows_of(dataset, counts), [reader], args.max_length or 2048, counts=counts)
+    if not prepared.rows:
+        raise DistillationError(f"no example is left: {counts}")
+    if counts.dropped or counts.unused:
+        say("\n".join(counts.lines))
+    return prepared.rows
+
+
+def _named(teachers: Any) -> dict[str, Any]:
+    if isinstance(teachers, Mapping):
+        return dict(teachers)
+    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        raise DistillationError(
+            f"teachers is {with_article(type(teachers).__name__)}: give a mapping from names to teachers"
+        )
+    return {} if teachers is None else {"teacher": teachers}
+
+
+def _is_store(teacher: Any) -> bool:
+    """Whether a path is that of a store. A model that a run made has a manifest too, which names a stage."""
+    return isinstance(teacher, (str, Path)) and (Path(teacher) / MANIFEST).is_file() and not is_stage(Path(teacher))
+
+
+def _own_folder(args: FusionConfig) -> Path:
+    return Path(args.output_dir) / CAPTURES / PIVOT
+
+
+def _tokenizer_of(store: Store) -> Any:
+    return load_tokenizer(find_checkpoint(ModelChoice(store.spec.model), weights=False))
+
+
+def _needs_pivot(settings: DistillSettings) -> bool:
+    """Whether they compare with what the student says before training, or take a part of it."""
+    how = settings.alignment
+    takes_tail = not how.as_they_are and how.tokens == "span" and how.tail in NEED_PIVOT
+    compares = settings.fusion.include_pivot or settings.training.lm_weighting == "relative"
+    return not settings.plain and (compares or takes_tail)
+
+
+def _capture_student(
+    student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: FusionConfig, how: CaptureSettings
+) -> Store:
+    """What the student says about the rows before training."""
+    spec, training = student.spec(reader, rows, how), student.model.training
+    student.model.to(args.device)
+
+    def load() -> Any:
+        return student.teacher(how, spec.top_k, "the model", lambda _: None)
+
+    try:
+        return capture_rows(rows, reader, load, _own_folder(args), lambda: spec, quiet=args.disable_tqdm)
+    finally:
+        student.model.train(training)

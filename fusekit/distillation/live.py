@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from torch.utils.data import Dataset
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, Dataset
 
 from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.capturing.capture import data_fingerprint, store_spec, vocabulary_size
@@ -28,10 +28,9 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
-from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.batching import BLANK, EpochSampler
 from fusekit.errors import CaptureError, DistillationError
-from fusekit.types import CapturedRow, IntArray, Row, TokenizedRow
+from fusekit.types import CapturedRow, Row, TokenizedRow
 
 AT_ONCE = 64
 """Examples that are scored together where no optimizer step says how many."""
@@ -41,24 +40,12 @@ class LiveTeacher:
     """What a loaded model says about examples, in place of a :class:`~fusekit.Store`: nothing is written.
 
     The log-probabilities are the model's own; those of a store are rounded, within its ``max_error``. Every epoch
-    scores the examples again.
-
-    Args:
-        name: of the teacher.
-        load: what scores examples: a model, or an engine; called once, and kept until :meth:`close`.
-        reader: how the model reads examples.
-        rows: the examples, each once, cut as this model reads them.
-        spec: what a store of it would be made from.
-        max_quarantined: share of the examples that may have NaN or infinite logits; one always may.
-
-    Attributes:
-        keys: of the examples.
-        reader: how the model reads examples.
-        records: none: there are no shards.
-        checkpoint: the model's files; None for one that was given loaded, or that an engine has.
+    scores the examples again. load: what scores them, called once, and kept until :meth:`close`. rows: each once, cut
+    as this model reads them. spec: what a store of it would be made from. max_quarantined: share of the examples that
+    may have NaN or infinite logits; one always may. checkpoint: the model's files, if it was not given loaded.
     """
 
-    records: tuple[()] = ()
+    records: tuple[()] = ()  # of shards, which a store has
 
     def __init__(
         self,
@@ -71,8 +58,8 @@ class LiveTeacher:
         max_quarantined: float = 0.01,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.name, self.spec, self.checkpoint = name, spec, checkpoint
-        self._load, self.reader = load, reader
+        self.name, self.spec, self.checkpoint, self.reader = name, spec, checkpoint, reader
+        self._load = load
         self._scorer: Scorer | None = None
         self._rows = {row.key: row for row in rows}
         self.keys = list(self._rows)
@@ -93,26 +80,18 @@ class LiveTeacher:
             self.score([key])
         return self._scored.get(key)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The model's own, of transformers."""
-        return self.reader.tokenizer
-
     def tokens(self, key: str) -> TokenizedRow:
         """An example as the model reads it."""
         return self.reader.tokenize(self._rows[key])
 
     def score(self, keys: Iterable[str]) -> None:
-        """Score these examples together, and forget all others.
-
-        Raises CaptureError: an example does not fit into memory; too many of them have NaN or infinite logits.
-        """
+        """Score these examples together, and forget all others. Raises CaptureError as :meth:`said`."""
         self._scored = self.said([self._rows[key] for key in keys if key in self._rows])
 
     def said(self, rows: Sequence[Row]) -> dict[str, CapturedRow]:
         """What the model says about any examples, by key, without those whose logits are not finite.
 
-        Raises CaptureError as :meth:`score`.
+        Raises CaptureError: an example does not fit into memory; too many of them have NaN or infinite logits.
         """
         self.open()
         assert self._scorer is not None
@@ -162,17 +141,9 @@ class Ahead(Dataset[Any]):
     """A data set whose live teachers score the examples of an optimizer step together, in a thread of their own.
 
     While a step is trained on, the examples of the next are made. What is scored together follows from the seed and the
-    epoch alone, so a run that resumes reads the same numbers.
-
-    Args:
-        data: the examples, a :class:`fusekit.distillation.batching.WithBlanks`.
-        teachers: those of them that are to be scored.
-        asks: whether a step of an epoch learns from answers that are not written yet; its examples are blanks that have
-            their number under ``asked``. None: no step does.
-        sampler: the order of an epoch, for all processes.
-        batch: examples of a micro-batch of one process.
-        steps: micro-batches of an optimizer step.
-        processes: of the run.
+    epoch alone, so a run that resumes reads the same numbers. batch: examples of a micro-batch of one process; steps:
+    micro-batches of an optimizer step. asks: whether a step of an epoch learns from answers that are not written yet;
+    its examples are blanks that have their number under ``asked``.
     """
 
     def __init__(
@@ -199,7 +170,14 @@ class Ahead(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         if self._epoch != self.sampler.epoch:
-            self._begin()
+            order, size = list(self.sampler), self.batch * self.steps
+            if self.processes.world > 1:  # the micro-batches that accelerate gives to this process
+                batches: Any = BatchSampler(self.sampler, self.batch, drop_last=True)
+                batches = BatchSamplerShard(batches, self.processes.world, self.processes.rank)
+                order = [index for batch in batches for index in batch]
+            self._epoch, self._made = self.sampler.epoch, {}
+            self._blocks = [order[start : start + size] for start in range(0, len(order), size)]
+            self._block_of = {index: number for number, block in enumerate(self._blocks) for index in block}
         block = self._block_of.get(index)
         if block is None:  # dropped from the epoch
             return self.data[index]
@@ -213,13 +191,6 @@ class Ahead(Dataset[Any]):
         """Score nothing more. A block that is being made is waited for."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _begin(self) -> None:
-        order = own_order(list(self.sampler), self.batch, self.processes).tolist()
-        size = self.batch * self.steps
-        self._epoch, self._made = self.sampler.epoch, {}
-        self._blocks = [order[start : start + size] for start in range(0, len(order), size)]
-        self._block_of = {index: number for number, block in enumerate(self._blocks) for index in block}
-
     def _make(self, number: int) -> dict[int, Any]:
         block = self._blocks[number]
         if self.asks is not None and self.asks(self._epoch, number):
@@ -230,22 +201,9 @@ class Ahead(Dataset[Any]):
         return {index: self.data[index] for index in block}
 
 
-def own_order(order: Sequence[int], batch: int, processes: Processes) -> IntArray:
-    """Of the examples of an epoch, those that accelerate gives to this process: micro-batches in turn, int64 [N]."""
-    all_, together = np.asarray(order, np.int64), batch * processes.world
-    if processes.world == 1:
-        return all_
-    whole = len(all_) // together * together
-    own: IntArray = all_[:whole].reshape(-1, processes.world, batch)[:, processes.rank].ravel()
-    return own
-
-
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model with its tokenizer.
-
-    checkpoint: the files that the weights are from; None for a model that was given loaded.
-    """
+    """A model with its tokenizer. checkpoint: the files of its weights; None for a model that was given loaded."""
 
     model: Any
     tokenizer: Any
@@ -260,8 +218,7 @@ class Loaded:
         if isinstance(model, (str, Path)):
             model = ModelChoice(str(model), dtype=dtype)
         if isinstance(model, ModelChoice):
-            checkpoint = find_checkpoint(model)
-            processes = Processes.current()
+            checkpoint, processes = find_checkpoint(model), Processes.current()
             processes.first_then_all(checkpoint.fetch)
             device = processes.device if model.device_map or model.quantization else torch.device("cpu")
             own = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
@@ -279,10 +236,6 @@ class Loaded:
             tokenizer = load_tokenizer(find_checkpoint(ModelChoice(place), weights=False))
         return cls(model, tokenizer)
 
-    def with_adapter(self, peft_config: Any) -> Any:
-        """The model, with a fresh adapter where one is asked for."""
-        return self.model if peft_config is None else with_adapter(self.model, peft_config)
-
     def fingerprint(self) -> str:
         """What identifies the weights: as a capture names files, else the xxh3-128 of the tensors."""
         if self.checkpoint is not None:
@@ -296,8 +249,8 @@ class Loaded:
     def spec(self, reader: RowTokenizer, rows: Sequence[Row], settings: CaptureSettings) -> StoreSpec:
         """What a store of its own predictions is made from."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)
-        name = self.checkpoint.choice.model if self.checkpoint else getattr(self.model.config, "_name_or_path", "")
         vocabulary = max(vocabulary, len(vocabulary_surfaces(self.tokenizer)))
+        name = self.checkpoint.choice.model if self.checkpoint else getattr(self.model.config, "_name_or_path", "")
         return StoreSpec(
             model=str(name or type(self.model).__name__),
             model_fingerprint=self.fingerprint(),
@@ -311,17 +264,16 @@ class Loaded:
             details={**reader.facts, "head_dtype": self._head_dtype(settings)},
         )
 
-    def teacher(self, settings: CaptureSettings, name: str, say: Callable[[str], None]) -> Teacher:
+    def teacher(self, settings: CaptureSettings, top_k: int, name: str, say: Callable[[str], None]) -> Teacher:
         """The model as it scores rows, on the device that it is on."""
-        longest = longest_input(self.checkpoint) if self.checkpoint else None
         return Teacher(
             self.model,
             valid_ids(self.tokenizer),
-            settings.selection,
+            settings.model_copy(update={"top_k": top_k}).selection,
             batch_tokens=settings.batch_tokens,
             name=name,
             notify=say,
-            longest=longest,
+            longest=longest_input(self.checkpoint) if self.checkpoint else None,
             float32_head=self._head_dtype(settings) == "float32",
         )
 
@@ -341,22 +293,14 @@ def live_teacher(
 ) -> LiveTeacher:
     """A teacher that is scored on the fly, on this process's device, once it is opened.
 
-    Args:
-        name: of the teacher.
-        model: its name or path, a ModelChoice (which may name an engine), or a loaded model.
-        rows: the examples.
-        settings: what is kept of its distributions, and how it is scored.
-        max_length: most tokens of an example, if they are not cut for this model.
-        reader: its tokenizer and template; by default its own.
-        say: told what a user should know.
-
-    Raises:
-        CaptureError: it cannot be found.
-        DistillationError: it is no model.
+    model: its name or path, a ModelChoice (which may name an engine), or a loaded model. settings: what is kept of its
+    distributions. max_length: most tokens of an example, if they are not cut for this model. reader: its tokenizer and
+    template; by default its own. Raises CaptureError: it cannot be found; DistillationError: it is no model.
     """
     processes, settings = Processes.current(), settings.model_copy(update={"max_error": 0.0, "rows_per_shard": 1})
     choice = ModelChoice(str(model)) if isinstance(model, (str, Path)) else model
-    if isinstance(choice, ModelChoice):
+    is_named = isinstance(choice, ModelChoice)
+    if is_named:
         checkpoint = find_checkpoint(choice)
         reader = reader or RowTokenizer(load_tokenizer(checkpoint))
     else:
@@ -364,24 +308,25 @@ def live_teacher(
         reader = reader or RowTokenizer(loaded.tokenizer)
     if max_length is not None:
         rows = prepare(rows, [reader], max_length).rows
-    if not isinstance(choice, ModelChoice):
+    if not is_named:
         loaded.model.to(processes.device)
         spec = loaded.spec(reader, rows, settings)
-        teacher = loaded.teacher(settings.model_copy(update={"top_k": spec.top_k}), name, say)
-        return LiveTeacher(name, lambda: teacher, reader, rows, spec=spec, max_quarantined=settings.max_quarantined)
+        scorer = loaded.teacher(settings, spec.top_k, name, say)
+        return LiveTeacher(name, lambda: scorer, reader, rows, spec=spec, max_quarantined=settings.max_quarantined)
     processes.first_then_all(checkpoint.fetch)
     vocabulary = vocabulary_size(checkpoint, reader)
-    how = settings.model_copy(update={"top_k": min(settings.top_k, vocabulary)})
-    spec = store_spec(checkpoint, reader, rows, vocabulary, how)
-    opening = Opening(checkpoint, reader, how, vocabulary, say) if choice.engine.kind != "transformers" else None
+    spec = store_spec(checkpoint, reader, rows, vocabulary, settings)
+    opening = None
+    if choice.engine.kind != "transformers":
+        how = settings.model_copy(update={"top_k": spec.top_k})
+        opening = Opening(checkpoint, reader, how, vocabulary, say)
 
     def load() -> Scorer:
         if opening is not None:
             return opening.start(rows, processes.device)
         own = Loaded(load_model(checkpoint, processes.device), reader.tokenizer, checkpoint)
-        return own.teacher(how, choice.model, say)
+        return own.teacher(settings, spec.top_k, choice.model, say)
 
     say(f"{name} ({choice.model}) is scored while training reads")
-    quarantined = settings.max_quarantined
-    held = checkpoint if opening is None else None
-    return LiveTeacher(name, load, reader, rows, spec=spec, max_quarantined=quarantined, checkpoint=held)
+    limit, held = settings.max_quarantined, checkpoint if opening is None else None
+    return LiveTeacher(name, load, reader, rows, spec=spec, max_quarantined=limit, checkpoint=held)

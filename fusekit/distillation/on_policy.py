@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,15 @@ import numpy as np
 import torch
 import xxhash
 
+from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.models import ModelChoice
+from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.batching import BLANK
 from fusekit.distillation.dataset import Example, FusionDataset
-from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.live import LiveTeacher, live_teacher
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
@@ -30,39 +34,68 @@ class OnPolicy:
     the mass outside a teacher's entries is shared as by ``tail: listed_share``.
 
     Args:
-        data: the examples, whose questions are asked.
-        teachers: the models of ``data.sources``, by name, loaded.
-        reader: how the trained model reads conversations.
+        data: the examples, whose questions are asked, with their teachers; one that is a store is loaded.
+        tokenizer: the trained model's, which reads conversations under its own template unless ``data`` reads them.
         settings: ``on_policy``, ``max_new_tokens`` and ``seed``.
         max_length: most tokens of a question with its answer, for any of the models; longer ones are cut.
+        models: of teachers that are stores, where more is known than the stores say: the model, and how it reads.
+        say: told what a user should know.
 
     Raises:
-        DistillationError: no conversation ends with an answer.
+        CaptureError: a teacher cannot be loaded.
+        DistillationError: nothing to ask, or nobody to teach; a model or its template is not that of a store.
     """
 
     def __init__(
         self,
         data: FusionDataset,
-        teachers: Mapping[str, LiveTeacher],
-        reader: RowTokenizer,
+        tokenizer: Any,
         settings: TrainingSettings,
         max_length: int,
+        *,
+        models: Mapping[str, tuple[ModelChoice, RowTokenizer | None]] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.data, self.teachers, self.reader = data, dict(teachers), reader
-        self.settings, self.max_length = settings, max_length
+        self.data, self.settings, self.max_length = data, settings, max_length
+        self.reader = data.tokenizer if isinstance(data.tokenizer, RowTokenizer) else RowTokenizer(tokenizer)
         if not questions_of(data.rows):
             raise DistillationError(
                 f"on_policy is {settings.on_policy:g}, but none of the {len(data)} examples is a conversation that "
                 "ends with an answer: set it to 0"
             )
-        if not teachers:
+        self.teachers: dict[str, LiveTeacher] = {}
+        for name, source in data.sources.items():
+            if isinstance(source, LiveTeacher):
+                self.teachers[name] = source
+            elif isinstance(source, Store):
+                choice, theirs = (models or {}).get(name, (_choice_of(source.spec), None))
+                self.teachers[name] = self._loaded(name, source.spec, choice, theirs, say)
+        if not self.teachers:
             raise DistillationError(f"on_policy is {settings.on_policy:g}, but there is no teacher: set it to 0")
-        tails = {
+        self._projections = {
             name: replace(how, tail="listed_share") if how.needs_pivot else how
             for name, how in data.projections.items()
         }
-        self._projections = tails
         self._fusion = data.fusion.model_copy(update={"include_pivot": False})
+
+    def _loaded(
+        self, name: str, spec: StoreSpec, choice: ModelChoice, reader: RowTokenizer | None, say: Callable[[str], None]
+    ) -> LiveTeacher:
+        how = CaptureSettings(top_k=spec.top_k, keep_mass=spec.keep_mass or 1.0, temperature=spec.temperature)
+        made = live_teacher(name, choice, self.data.rows, how, max_length=self.max_length, reader=reader, say=say)
+        if spec.model_fingerprint not in ("", made.spec.model_fingerprint):
+            raise DistillationError(
+                f"the store of {name} was captured from {spec.model} ({spec.model_fingerprint}), but {choice.model} is "
+                f"{made.spec.model_fingerprint} now: capture it again, or set on_policy to 0"
+            )
+        captured, own = (facts.get("chat_template") for facts in (spec.details, made.reader.facts))
+        if captured not in (None, own):
+            raise DistillationError(
+                f"the store of {name} was captured under the chat template {captured!r}, but {choice.model} would read "
+                f"new answers under {own!r}: run a recipe, which says chat_template for each source, or set on_policy "
+                "to 0"
+            )
+        return made
 
     def chosen(self, epoch: int, step: int) -> bool:
         """Whether a step of an epoch learns from own answers: drawn by the seed, the same in every process."""
@@ -72,12 +105,8 @@ class OnPolicy:
     def examples(self, model: Any, indices: Sequence[int], step: int) -> list[Example]:
         """New examples in place of those with these numbers; a blank where no answer can be learned from.
 
-        The same weights, numbers and ``step`` give the same answers. Nothing else draws from another random state.
-
-        Args:
-            model: that is trained, unwrapped.
-            indices: into ``data``; numbers beyond are blanks.
-            step: number of the optimizer step in the run.
+        The same weights, numbers and ``step`` (of the run) give the same answers, and nothing else draws from another
+        random state. model: that is trained, unwrapped. indices: into ``data``; numbers beyond are blanks.
         """
         questions = [question for i in indices if i < len(self.data) for question in questions_of([self.data.rows[i]])]
         if not questions:
@@ -113,6 +142,11 @@ class OnPolicy:
         return [self._counted(data, data[i]) for i in range(len(data))]
 
     def _counted(self, data: FusionDataset, example: Example) -> Example:
-        """With the counts that the examples of the whole data have."""
         counts = dict(zip(data.count_names, example["counts"], strict=True))
         return {**example, "counts": np.array([counts.get(name, 0.0) for name in self.data.count_names])}
+
+
+def _choice_of(spec: StoreSpec) -> ModelChoice:
+    """The model that a store was captured from."""
+    dtype = spec.details.get("dtype")
+    return ModelChoice(spec.model, dtype=dtype) if isinstance(dtype, str) else ModelChoice(spec.model)

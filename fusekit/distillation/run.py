@@ -19,9 +19,9 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
 from fusekit.capturing.models import find_checkpoint
-from fusekit.data.tokenize import RowTokenizer
+from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
-from fusekit.distillation import checkpoints, estimate, provenance
+from fusekit.distillation import checkpoints, estimate
 from fusekit.distillation import outputs as models
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.arguments import problems, training_arguments
@@ -29,16 +29,17 @@ from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.on_policy import OnPolicy
-from fusekit.distillation.outputs import FACTS, JOINT, PLAIN, Target, facts_begun, targets_of
+from fusekit.distillation.outputs import FACTS, Target, facts_begun, targets_of
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.schedule import Scheduled
-from fusekit.distillation.settings import DistillSettings
-from fusekit.distillation.teachers import on_policy_of
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.trainer import FusionTrainer
+from fusekit.distillation.vocabulary_maps import map_hash
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
+from fusekit.types import Row
 
 STAGE = "distill"
-__all__ = ["FACTS", "JOINT", "PLAIN", "Inputs", "Target", "distill", "targets_of"]
 
 Say = Callable[[str], None]
 
@@ -82,34 +83,25 @@ def distill(
     """
     if resume and overwrite:
         raise DistillationError("resume continues what is there, overwrite replaces it: ask for one of them")
-    out = Path(out).resolve()
+    out, processes = Path(out).resolve(), Processes.current()
     targets = targets_of(settings, list(inputs.sources), out)
-    processes = Processes.current()
     tell: Say = lambda line: say(line) if processes.is_first else None  # noqa: E731
     with ExitStack() as stack:
         if found := problems(settings.training, find_checkpoint(inputs.pivot)):
             raise DistillationError("; ".join(says for _, says in found))
         processes.first_then_all(lambda: _claim(stack, out, targets, resume, overwrite))
-        inputs = _with_plain_pivot(inputs, out, overwrite, ignore_estimates, tell)
+        if split(inputs.pivot.model) is not None and inputs.pivot.dequantised is None:  # each target begins as it
+            choice, options = inputs.pivot, {"overwrite": overwrite, "ignore_estimates": ignore_estimates}
+            processes.first_then_all(lambda: dequantise(choice, out / PIVOT, **options, say=tell))
+            inputs = replace(inputs, pivot=replace(choice, dequantised=out / PIVOT))
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}), tell)
         for number, target in enumerate(targets, others[0] + 1):
             label = f"distill {number} of {sum(others) + len(targets)}"
-            work = _Work.of(target, inputs, opened, settings, tell)
+            work = _Work.of(target, opened, tell)
             work.make(resume, ignore_estimates, None if quiet else label)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
         processes.first_then_all(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
-
-
-def _with_plain_pivot(inputs: Inputs, out: Path, overwrite: bool, ignore_estimates: bool, say: Say) -> Inputs:
-    """Dequantise a pivot that is a GGUF file beside the targets, unless a run has done so: each target begins as it."""
-    if split(inputs.pivot.model) is None or inputs.pivot.dequantised is not None:
-        return inputs
-    folder = out / PIVOT
-    Processes.current().first_then_all(
-        lambda: dequantise(inputs.pivot, folder, overwrite=overwrite, ignore_estimates=ignore_estimates, say=say)
-    )
-    return replace(inputs, pivot=replace(inputs.pivot, dequantised=folder))
 
 
 def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool, overwrite: bool) -> None:
@@ -123,14 +115,18 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         raise DistillationError(
             f"{there[0]} is there already: resume continues it, overwrite replaces it; nothing was touched"
         )
-    if resume:
-        for target in targets:
-            if not overwriting.is_former(target.folder):
-                artifact.refuse_occupied(target.folder)
-    if overwrite:
-        for target in targets:
+    for target in targets:
+        if resume:
+            _refuse_occupied(target)
+        if overwrite:
             shutil.rmtree(target.work, ignore_errors=True)
+    if overwrite:
         overwriting.begin(out, [target.folder for target in targets])
+
+
+def _refuse_occupied(target: Target) -> None:
+    if not overwriting.is_former(target.folder):
+        artifact.refuse_occupied(target.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,40 +134,42 @@ class _Work:
     """One target, what it is made from, and who is told."""
 
     target: Target
-    inputs: Inputs
     opened: Opened
-    settings: DistillSettings
     data: FusionDataset
     examples: FusionDataset | Scheduled
     facts: dict[str, Any]
     say: Say
 
     @classmethod
-    def of(cls, target: Target, inputs: Inputs, opened: Opened, settings: DistillSettings, say: Say) -> _Work:
-        data = opened.dataset(target.sources)
-        stores, training = opened.stores_of(target.sources), settings.training
+    def of(cls, target: Target, opened: Opened, say: Say) -> _Work:
+        data, settings, writers = opened.dataset(target.sources), opened.settings, None
+        training = settings.training
         examples: FusionDataset | Scheduled = data
-        if training.schedule is not None and (live := opened.live(target.sources)):
-            raise DistillationError(
-                f"a schedule reads stores, but {live[0].name} is scored on the fly: capture it, or drop the schedule"
-            )
         if training.schedule is not None:
+            if live := [source for source in data.sources.values() if isinstance(source, LiveTeacher)]:
+                raise DistillationError(
+                    f"a schedule reads stores, but {live[0].name} is scored on the fly: capture it, or drop the "
+                    "schedule"
+                )
             answers = opened.answers(target.sources)
             examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
-        facts = provenance.facts_of_run(
+            writers = opened.inputs.responses.writers if opened.inputs.responses else None
+        stores: dict[str, Store | LiveTeacher] = {PIVOT: opened.pivot_store} if opened.pivot_store is not None else {}
+        stores |= {name: opened.stores[name] for name in target.sources}
+        facts = facts_of_run(
             target.name,
             settings,
-            opened.pivot_fingerprint,
+            opened.fingerprint,
             data.rows,
             stores,
             projections=data.projections,
-            writers=opened.responses.writers if training.schedule is not None and opened.responses else None,
+            writers=writers,
         )
-        return cls(target, inputs, opened, settings, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
+        return cls(target, opened, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
         """Train and publish; a target that is published already stays. label: of the bar, None for none."""
-        target, facts, training = self.target, self.facts, self.settings.training
+        target, facts, training = self.target, self.facts, self.opened.settings.training
         started, first = time.monotonic(), Processes.current().first_then_all
         if resume and first(lambda: _is_done(target, facts)):
             self.say(f"done already, {target.folder}")
@@ -179,8 +177,9 @@ class _Work:
         start = first(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report():
             self.say(line)
-        on_policy = self.on_policy()
-        live = self.opened.live(target.sources) if on_policy is None else list(on_policy.teachers.values())
+        on_policy = self.on_policy() if training.on_policy else None
+        of_data = [source for source in self.data.sources.values() if isinstance(source, LiveTeacher)]
+        live = of_data if on_policy is None else list(on_policy.teachers.values())
         if not ignore_estimates:
             first(lambda: self.refuse_what_does_not_fit(start, live))
         for teacher in live:
@@ -191,23 +190,36 @@ class _Work:
             first(lambda: _begin(target, facts))
         else:
             self.say(f"resumes from {start.name}")
-        trainer = self.trainer(model, label, on_policy)
+        args = training_arguments(training, target.work)
+        args.disable_tqdm |= label is None
+        trainer = FusionTrainer(
+            model,
+            args,
+            self.examples,
+            settings=training,
+            facts={"made_from": facts},
+            say=self.say,
+            label=label or "",
+            on_policy=on_policy,
+        )
         if start is not None:
             trainer.resume_counts(checkpoints.facts_of(start))
         try:
             trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
         except Exception as error:
             raise disk_fault(error, target.work) or error from None
-        state, counts = _gathered(trainer), trainer.counts_so_far()
-        seconds = time.monotonic() - started
+        state = None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part of the tensors
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        counts, seconds = trainer.counts_so_far(), time.monotonic() - started
         first(lambda: self.publish(trainer, state, counts, round(seconds, 3)))
         for teacher in live:
             teacher.close()
         self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
     def refuse_what_does_not_fit(self, start: Path | None, live: Sequence[LiveTeacher]) -> None:
-        """Raises DistillationError with the numbers. start: a checkpoint, whose like is on the disk already."""
-        checkpoint, training, out = self.opened.checkpoint, self.settings.training, self.target.folder
+        """start: a checkpoint, whose like is on the disk already."""
+        checkpoint, training, out = self.opened.checkpoint, self.opened.settings.training, self.target.folder
         beside = [teacher.checkpoint for teacher in live if teacher.checkpoint]
         parts = self.examples.parts if isinstance(self.examples, Scheduled) else (self.data,)
         longest = max(len(part.read(int(part.lengths.argmax()))[2]) for part in parts if len(part))
@@ -216,48 +228,29 @@ class _Work:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
         estimate.refuse(needs)
 
-    def on_policy(self) -> OnPolicy | None:
-        """What makes the examples of on-policy steps, None where there are none."""
-        training, inputs = self.settings.training, self.inputs
-        if not training.on_policy:
-            return None
-        stores, sources = self.opened.stores, inputs.sources
-        models = {
-            name: (sources[name].tokenizer_choice(stores[name].spec.model), sources[name].reader) for name in stores
+    def on_policy(self) -> OnPolicy:
+        """What makes the examples of on-policy steps."""
+        inputs, training, tokenizer = self.opened.inputs, self.opened.settings.training, self.opened.tokenizer
+        named = {
+            name: (inputs.sources[name].tokenizer_choice(store.spec.model), inputs.sources[name].reader)
+            for name, store in self.opened.stores.items()
         }
-        known = inputs.row_tokenizer
-        reader = known if isinstance(known, RowTokenizer) else RowTokenizer(self.opened.tokenizer)
-        return on_policy_of(self.data, reader, training, inputs.max_length, models=models, say=self.say)
-
-    def trainer(self, model: Any, label: str | None, on_policy: OnPolicy | None) -> FusionTrainer:
-        """The trainer of the target."""
-        args = training_arguments(self.settings.training, self.target.work)
-        args.disable_tqdm |= label is None
-        return FusionTrainer(
-            model,
-            args,
-            self.examples,
-            settings=self.settings.training,
-            facts={"made_from": self.facts},
-            say=self.say,
-            label=label or "",
-            on_policy=on_policy,
-        )
+        return OnPolicy(self.data, tokenizer, training, inputs.max_length, models=named, say=self.say)
 
     def publish(
         self, trainer: FusionTrainer, state: dict[str, Any] | None, counts: dict[str, float], seconds: float
     ) -> None:
         """Write the result with its manifest and move it to its place in one step; its checkpoints have served.
 
-        seconds: that this process has trained. Times are in the manifest alone, so that equal runs leave equal files.
+        seconds: of training, in the manifest alone, so that equal runs leave equal files.
         """
+        target, opened, joined = self.target, self.opened, self.data.joined
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.config.use_cache = self.opened.checkpoint.config.get("use_cache", True)
-        joined = self.data.joined
+        model.config.use_cache = opened.checkpoint.config.get("use_cache", True)
         record = {
-            "target": self.target.name,
-            "sources": list(self.target.sources),
-            "settings": self.settings.model_dump(mode="json"),
+            "target": target.name,
+            "sources": list(target.sources),
+            "settings": opened.settings.model_dump(mode="json"),
             "made_from": self.facts,
             "rows": joined.report(),
             "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
@@ -265,33 +258,25 @@ class _Work:
             "skipped_steps": trainer.skipped,
             "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }
-        made = {"fusekit": fusekit.__version__, "seconds": seconds}
-        if not overwriting.is_former(self.target.folder):
-            artifact.refuse_occupied(self.target.folder)  # what came there while this was training
-        with staging(self.target.folder) as stage:
+        _refuse_occupied(target)  # what came there while this was training
+        with staging(target.folder) as stage:
             try:
-                models.write_result(model, state, self.opened.checkpoint, self.settings.training, stage.path)
-                self.opened.tokenizer.save_pretrained(stage.path)
+                models.write_result(model, state, opened.checkpoint, opened.settings.training, stage.path)
+                opened.tokenizer.save_pretrained(stage.path)
                 models.write_record(stage.path, record)
-                artifact.seal(stage.path, STAGE, self.facts, made)
+                artifact.seal(stage.path, STAGE, self.facts, {"fusekit": fusekit.__version__, "seconds": seconds})
             except Exception as error:
                 raise disk_fault(error, stage.path) or error from None
             stage.publish()
-        shutil.rmtree(self.target.work, ignore_errors=True)
+        shutil.rmtree(target.work, ignore_errors=True)
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the target is published already, and not one that is being replaced.
-
-    Raises DistillationError when its inputs changed; StorageError when its manifest is damaged.
-    """
-    if overwriting.is_former(target.folder):
-        return False
-    known = artifact.read(target.folder)
-    if known is None:
-        return False
-    _refuse_changes(target.folder, known.inputs, facts)
-    return True
+    """Whether the target is published already, and not one that is being replaced. Raises if its inputs changed."""
+    known = None if overwriting.is_former(target.folder) else artifact.read(target.folder)
+    if known is not None:
+        _refuse_changes(target.folder, known.inputs, facts)
+    return known is not None
 
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -323,9 +308,84 @@ def _begin(target: Target, facts: Mapping[str, Any]) -> None:
     commit_file(target.work / FACTS, lambda file: file.write(data))
 
 
-def _gathered(trainer: FusionTrainer) -> dict[str, Any] | None:
-    """The whole model's tensors where each process has a part of them, else None. Every process calls it."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        state: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        return state
-    return None
+# What a target is made from.
+
+Facts = dict[str, Any]
+
+# How the work is split, watched and kept does not change what comes out.
+_FREE = {"per_device_train_batch_size", "activation_checkpointing", "max_skipped_steps"}
+_FREE_FIELDS = (
+    "logging_",
+    "save_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_p",  # pinning, prefetching, persistent workers; not drop_last, which leaves rows out
+    "log_level",
+    "ddp_",
+    "push_",
+)
+
+
+def facts_of_run(
+    target: str,
+    settings: DistillSettings,
+    pivot: str,
+    rows: Sequence[Row],
+    stores: Mapping[str, Store | LiveTeacher],
+    *,
+    projections: Mapping[str, Projection] | None = None,
+    writers: Mapping[str, str] | None = None,
+) -> Facts:
+    """Everything that decides the weights of a target, and nothing else.
+
+    What a target does not use is not among them: of plain fine-tuning how sources are fused, of ``dtw`` what only
+    ``span`` reads. How sources are aligned is stated for each of them, in ``projections``. pivot: fingerprint of its
+    weights. rows: to train on, in order. writers: of a schedule, who wrote the answers, by key, in order.
+    """
+    unused = _FREE | ({"loss", "truncation", "temperature"} if settings.plain else set())
+    unused |= {"schedule"} if settings.training.schedule is None else {"num_train_epochs"}
+    unused |= set() if settings.training.on_policy else {"on_policy", "max_new_tokens"}
+    training = settings.training.model_dump(mode="json", exclude=unused)
+    hashed = artifact.joined_hash
+    nested: dict[str, Any] = {
+        "target": target,
+        "pivot": pivot,
+        "rows": {"count": len(rows), "xxh3": hashed(row.key for row in rows)},
+        **({} if writers is None else {"responses": hashed(f"{key} {name}" for key, name in writers.items())}),
+        **({} if settings.plain else {"fusion": settings.fusion.model_dump(mode="json")}),
+        "training": {name: value for name, value in training.items() if not name.startswith(_FREE_FIELDS)},
+        "stores": {
+            name: {
+                **store.spec.model_dump(mode="json"),
+                "shards": hashed(record.xxh3 for record in store.records),
+            }
+            for name, store in stores.items()
+        },
+        "projections": {name: _facts_of_projection(how) for name, how in (projections or {}).items()},
+    }
+    return artifact.flat(nested)
+
+
+def facts_of_alignment(how: AlignmentSettings) -> Facts:
+    """What of the facts of a source's projection follows from its settings alone; no map has to be made for it."""
+    return {"vocabulary": how.vocabulary} if how.as_they_are else _facts_of_span(how.tokens, how.vocabulary, how)
+
+
+def _facts_of_projection(how: Projection) -> Facts:
+    if how.vocabulary_map is None:
+        return {"vocabulary": "none"}
+    facts: Facts = {"vocabulary": how.tokens}
+    if how.tokens in ("span", "dtw"):
+        facts = _facts_of_span(how.tokens, how.vocabulary_map.method, how)
+    elif how.into_pivot:
+        facts = _facts_of_span("span", how.tokens, how)
+    return facts | {"xxh3": map_hash(how.vocabulary_map)}
+
+
+def _facts_of_span(tokens: str, vocabulary: str, how: AlignmentSettings | Projection) -> Facts:
+    facts: Facts = {"tokens": tokens, "vocabulary": vocabulary, "collisions": how.collisions}
+    if tokens == "span":
+        facts |= {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
+    return facts

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.distillation.presets import PRESETS
 from fusekit.errors import DistillationError
@@ -20,15 +15,6 @@ _LOSSES = ("ce", "kl", "reverse_kl", "js", "grouped_kl", "uld_topk", "gold", "p_
 """Those that fusekit brings, known without importing torch."""
 VOCABULARIES = {"gold": "matched", "grouped_kl": "grouped", "p_kl": "pieces", "alm": "chunks"}
 """Which vocabulary a loss needs, and no other loss can have."""
-RENAMED = {
-    "epochs": "num_train_epochs",
-    "scheduler": "lr_scheduler_type",
-    "warmup": "warmup_steps",
-    "micro_batch_size": "per_device_train_batch_size",
-    "workers": "dataloader_num_workers",
-    "trainer": "nothing: its fields stand in the section itself",
-}
-"""Former names of settings of training."""
 CHECKPOINTS_KEPT = 2
 """Of a run, unless ``save_total_limit`` says otherwise."""
 
@@ -214,16 +200,10 @@ class TrainingSettings(_Section):
 
     model_config = ConfigDict(extra="allow")  # any further field of transformers.TrainingArguments, checked by it
 
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and (old := [name for name in RENAMED if name in values]):
-            says = [PydanticCustomError("renamed", "it is now called {now}", {"now": RENAMED[name]}) for name in old]
-            details: list[InitErrorDetails] = [
-                {"type": said, "loc": (name,), "input": values[name]} for name, said in zip(old, says, strict=True)
-            ]
-            raise ValidationError.from_exception_data("TrainingSettings", details)
-        return values
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the text is learned."""
+        return self.lm_weight == 1 and self.lm_weighting != "soft"
 
     @property
     def passes(self) -> float:
@@ -254,95 +234,80 @@ class Clash(NamedTuple):
     values: tuple[tuple[str, str], ...]
 
 
+def _clash(says: str, *values: str) -> Clash:
+    return Clash(says, tuple((section, field) for section, _, field in (value.partition(".") for value in values)))
+
+
 def clashes(
     alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings, sources: int = 1
-) -> list[Clash]:
+) -> Iterator[Clash]:
     """What of these sections, each right by itself, does not go together. sources: how many teach."""
-    loss, vocabulary, raw = training.loss, alignment.vocabulary, alignment.as_they_are
-    none, needed = ("alignment", "vocabulary"), VOCABULARIES.get(loss)
-    owner = loss if needed else next((name for name, own in VOCABULARIES.items() if own == vocabulary), loss)
-    order = training.trainer.get("train_sampling_strategy", "random")
+    loss, vocabulary, raw, schedule = training.loss, alignment.vocabulary, alignment.as_they_are, training.schedule
+    if loss == "reverse_kl" and training.truncation == "renormalize":
+        says = "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
+        yield _clash(f"{says}truncation tail", "training.loss", "training.truncation")
+    needed = VOCABULARIES.get(loss)
+    if vocabulary != needed and (needed is not None or vocabulary in VOCABULARIES.values()):
+        owner = loss if needed else next(name for name, own in VOCABULARIES.items() if own == vocabulary)
+        says = (
+            f"loss {owner} and vocabulary {VOCABULARIES[owner]} need each other, but the loss is {loss} and the "
+            f"vocabulary {vocabulary}: preset {owner} has both"
+        )
+        yield _clash(says, "training.loss", "alignment.vocabulary")
+    if schedule is not None and fusion.mode != "joint":
+        says = "a schedule trains one model on the answers of the best of all models: set fusion.mode to joint"
+        yield _clash(says, "training.schedule", "fusion.mode")
+    if training.on_policy > 0:
+        yield from _on_policy_clashes(training)
     ordered = [name for name in ("train_sampling_strategy", "data_seed") if name in training.trainer]
-    rules = [
-        (
-            (loss, training.truncation) == ("reverse_kl", "renormalize"),
-            (("training", "loss"), ("training", "truncation")),
-            "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
-            "truncation tail",
-        ),
-        (
-            vocabulary != needed and (needed is not None or vocabulary in VOCABULARIES.values()),
-            (("training", "loss"), none),
-            f"loss {owner} and vocabulary {VOCABULARIES.get(owner)} need each other, but the loss is {loss} and the "
-            f"vocabulary {vocabulary}: preset {owner} has both",
-        ),
-        (
-            training.schedule is not None and fusion.mode != "joint",
-            (("training", "schedule"), ("fusion", "mode")),
-            "a schedule trains one model on the answers of the best of all models: set fusion.mode to joint",
-        ),
-        (
-            training.on_policy > 0 and training.schedule is not None,
-            (("training", "on_policy"), ("training", "schedule")),
-            "on_policy asks the model that is trained, a schedule all models before training: give one of them",
-        ),
-        (
-            training.on_policy > 0 and training.dataloader_num_workers > 0,
-            (("training", "on_policy"), ("training", "dataloader_num_workers")),
-            "on_policy needs the models, which loader processes do not have: set dataloader_num_workers to 0",
-        ),
-        (
-            training.on_policy > 0 and training.lm_weight == 1 and training.lm_weighting != "soft",
-            (("training", "on_policy"), ("training", "lm_weight")),
-            "on_policy learns from teachers alone, and lm_weight 1 from the text alone: lower lm_weight, or set "
-            "on_policy to 0",
-        ),
-        (
-            training.on_policy > 0 and order not in ("random", "sequential"),
-            (("training", "train_sampling_strategy"), ("training", "on_policy")),
-            f"train_sampling_strategy is {order}, whose order on_policy cannot foresee: use random or sequential",
-        ),
-        (
-            training.schedule is not None and bool(ordered),
-            (("training", ordered[0] if ordered else "seed"), ("training", "schedule")),
-            f"a schedule has an order of its own, which follows from seed: leave {' and '.join(ordered)} out",
-        ),
-        (
-            raw and fusion.metric == "projected_ce",
-            (("fusion", "metric"), none),
-            f"with vocabulary {vocabulary} no row is projected, so metric projected_ce does not exist: use "
-            "bits_per_byte",
-        ),
-        (
-            vocabulary == "none" and needed is None and loss != "uld_topk",
-            (("training", "loss"), none),
-            f"loss {loss} compares probabilities token by token, so it needs a vocabulary map, not vocabulary none",
-        ),
-        (
-            alignment.tokens != "span" and (raw or vocabulary == "grouped"),
-            (("alignment", "tokens"), none),
-            f"with vocabulary {vocabulary} rows are taken where tokens is span, not {alignment.tokens}",
-        ),
-        (
-            raw and (fusion.function != "min_ce" or fusion.level != "sequence"),
-            (("fusion", "level" if fusion.function == "min_ce" else "function"), none),
-            f"with vocabulary {vocabulary} the candidates' entries are of different vocabularies, so function "
-            f"{fusion.function} at level {fusion.level} cannot add or compare them: use min_ce at level sequence",
-        ),
-        (
-            vocabulary in ("pieces", "chunks") and fusion.include_pivot,
-            (("fusion", "include_pivot"), none),
-            f"with vocabulary {vocabulary} rows are of stretches of text, and the pivot's own are not: set "
-            "include_pivot to false",
-        ),
-        (
-            vocabulary in ("grouped", "pieces") and fusion.mode == "joint" and sources > 1,
-            (("fusion", "mode"), none),
+    if schedule is not None and ordered:
+        says = f"a schedule has an order of its own, which follows from seed: leave {' and '.join(ordered)} out"
+        yield _clash(says, f"training.{ordered[0]}", "training.schedule")
+    with_it = f"with vocabulary {vocabulary}"
+    if raw and fusion.metric == "projected_ce":
+        says = f"{with_it} no row is projected, so metric projected_ce does not exist: use bits_per_byte"
+        yield _clash(says, "fusion.metric", "alignment.vocabulary")
+    if vocabulary == "none" and needed is None and loss != "uld_topk":
+        says = f"loss {loss} compares probabilities token by token, so it needs a vocabulary map, not vocabulary none"
+        yield _clash(says, "training.loss", "alignment.vocabulary")
+    if alignment.tokens != "span" and (raw or vocabulary == "grouped"):
+        says = f"{with_it} rows are taken where tokens is span, not {alignment.tokens}"
+        yield _clash(says, "alignment.tokens", "alignment.vocabulary")
+    if raw and (fusion.function != "min_ce" or fusion.level != "sequence"):
+        says = (
+            f"{with_it} the candidates' entries are of different vocabularies, so function {fusion.function} at level "
+            f"{fusion.level} cannot add or compare them: use min_ce at level sequence"
+        )
+        field = "level" if fusion.function == "min_ce" else "function"
+        yield _clash(says, f"fusion.{field}", "alignment.vocabulary")
+    if vocabulary in ("pieces", "chunks") and fusion.include_pivot:
+        says = f"{with_it} rows are of stretches of text, and the pivot's own are not: set include_pivot to false"
+        yield _clash(says, "fusion.include_pivot", "alignment.vocabulary")
+    if vocabulary in ("grouped", "pieces") and fusion.mode == "joint" and sources > 1:
+        says = (
             f"loss {loss} compares in the vocabulary of one source, and {sources} sources are to teach one target: use "
-            "mode pairwise",
-        ),
-    ]
-    return [Clash(says, values) for wrong, values, says in rules if wrong]
+            "mode pairwise"
+        )
+        yield _clash(says, "fusion.mode", "alignment.vocabulary")
+
+
+def _on_policy_clashes(training: TrainingSettings) -> Iterator[Clash]:
+    if training.schedule is not None:
+        says = "on_policy asks the model that is trained, a schedule all models before training: give one of them"
+        yield _clash(says, "training.on_policy", "training.schedule")
+    if training.dataloader_num_workers > 0:
+        says = "on_policy needs the models, which loader processes do not have: set dataloader_num_workers to 0"
+        yield _clash(says, "training.on_policy", "training.dataloader_num_workers")
+    if training.plain:
+        says = (
+            "on_policy learns from teachers alone, and lm_weight 1 from the text alone: lower lm_weight, or set "
+            "on_policy to 0"
+        )
+        yield _clash(says, "training.on_policy", "training.lm_weight")
+    order = training.trainer.get("train_sampling_strategy", "random")
+    if order not in ("random", "sequential"):
+        says = f"train_sampling_strategy is {order}, whose order on_policy cannot foresee: use random or sequential"
+        yield _clash(says, "training.train_sampling_strategy", "training.on_policy")
 
 
 class DistillSettings(_Section):
@@ -355,14 +320,14 @@ class DistillSettings(_Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> DistillSettings:
-        if found := clashes(self.alignment, self.fusion, self.training):
-            raise ValueError("; ".join(clash.says for clash in found))
+        if found := [clash.says for clash in clashes(self.alignment, self.fusion, self.training)]:
+            raise ValueError("; ".join(found))
         return self
 
     @property
     def plain(self) -> bool:
         """Whether nothing but the text is learned."""
-        return self.training.lm_weight == 1 and self.training.lm_weighting != "soft"
+        return self.training.plain
 
     @classmethod
     def of(cls, preset: str = "fusekit", changes: Mapping[str, Mapping[str, Any]] | None = None) -> DistillSettings:
@@ -383,42 +348,21 @@ class DistillSettings(_Section):
         try:
             made = cls(preset=preset, **sections)
         except ValidationError as error:
-            raise DistillationError(_explained(error)) from error
-        known = {*TrainingSettings.model_fields, *_training_arguments()}
-        if unknown := [name for name in made.training.trainer if name not in known]:
-            raise DistillationError(f"unknown setting training.{unknown[0]}{nearest(unknown[0], known)}")
+            raise DistillationError("; ".join(map(_explained, error.errors(include_url=False)))) from error
+        if made.training.trainer:
+            from fusekit.distillation.arguments import wrong_fields
+
+            if wrong := wrong_fields(made.training.trainer):
+                raise DistillationError("; ".join(wrong.values()))
         return made
 
 
-@cache
-def _training_arguments() -> frozenset[str]:
-    """The fields of transformers.TrainingArguments, read from its source: importing it takes torch, and seconds."""
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8"))
-    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    named = (node.target for node in found.body if isinstance(node, ast.AnnAssign))
-    return frozenset(target.id for target in named if isinstance(target, ast.Name))
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "alignment": AlignmentSettings,
-    "fusion": FusionSettings,
-    "training": TrainingSettings,
-}
-
-
-def _explained(error: ValidationError) -> str:
-    """Every problem on a line of its own, unknown keys with the nearest known one."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        *parents, key = [str(part) for part in problem["loc"]] or ["settings"]
-        where = ".".join([*parents, key])
-        if problem["type"] == "extra_forbidden":
-            section = _SECTIONS.get(parents[0]) if parents else DistillSettings
-            known = section.model_fields if section is not None else {}
-            lines.append(f"unknown setting {where}{nearest(key, known)}")
-        else:
-            lines.append(f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
-    return "; ".join(lines)
+def _explained(problem: Any) -> str:
+    """A problem that pydantic found; an unknown key with the nearest known one."""
+    where = ".".join(map(str, problem["loc"])) or "settings"
+    if problem["type"] != "extra_forbidden":
+        return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    *sections, key = problem["loc"]
+    known: Any = DistillSettings.model_fields
+    known = known[sections[0]].annotation.model_fields if sections else known
+    return f"unknown setting {where}{nearest(key, known)}"

@@ -14,22 +14,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, progress
 from fusekit.distillation import checkpoints
-from fusekit.distillation.arguments import OneDevice
+from fusekit.distillation.arguments import FusionConfig, OneDevice, with_adapter
 from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
-from fusekit.distillation.config import FusionConfig
 from fusekit.distillation.counts import LOSSES, RunningSums, shares
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
+from fusekit.distillation.inputs import fusion_dataset, text_dataset
 from fusekit.distillation.live import Ahead, LiveTeacher, Loaded
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.settings import TrainingSettings
-from fusekit.distillation.teachers import fusion_dataset, on_policy_of, text_dataset
 from fusekit.errors import DistillationError
 from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray
@@ -63,7 +61,7 @@ class FusionTrainer(TrainerWithGradients):
 
     Args:
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
-        args: a :class:`~fusekit.FusionConfig`, or a :class:`~fusekit.distillation.arguments.OneDevice` beside an
+        args: a :class:`~fusekit.FusionConfig`, or a :class:`~fusekit.distillation.arguments.OneDevice` beside
             ``settings``.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
             instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
@@ -77,8 +75,7 @@ class FusionTrainer(TrainerWithGradients):
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
         label: of the progress bar.
-        on_policy: writes the examples of the steps that are to learn from the model's own answers, where ``args`` does
-            not say how.
+        on_policy: writes the examples of on-policy steps, where ``args`` does not say how.
 
     Raises:
         DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
@@ -104,27 +101,32 @@ class FusionTrainer(TrainerWithGradients):
         label: str = "training",
         on_policy: OnPolicy | None = None,
     ) -> None:
-        if not isinstance(args, FusionConfig) and (settings is None or not isinstance(args, OneDevice)):
-            raise DistillationError(
-                f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
-            )
         if isinstance(args, FusionConfig):
-            student = Loaded.of(model, processing_class, dtype=args.settings.training.dtype)
+            own = args.settings.training
+            student = Loaded.of(model, processing_class, dtype=own.dtype)
             if isinstance(train_dataset, FusionDataset) and teachers is not None:
                 raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
             if not isinstance(train_dataset, FusionDataset):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
             if eval_dataset is not None:
                 eval_dataset = text_dataset(student, eval_dataset, args)
-            if args.settings.training.on_policy:
-                known = train_dataset.tokenizer
-                reader = known if isinstance(known, RowTokenizer) else RowTokenizer(student.tokenizer)
-                max_length = args.max_length or 2048
-                on_policy = on_policy_of(train_dataset, reader, args.settings.training, max_length, say=say)
-            model, processing_class = student.with_adapter(peft_config), student.tokenizer
-            settings = settings or args.settings.training
-        assert settings is not None
-        self.live, self.on_policy = _live_teachers(train_dataset, args), on_policy
+            settings = settings or own
+            if own.on_policy:
+                on_policy = OnPolicy(train_dataset, student.tokenizer, own, args.max_length or 2048, say=say)
+            model, processing_class = student.model, student.tokenizer
+            if peft_config is not None:
+                model = with_adapter(model, peft_config)
+        if settings is None or not isinstance(args, OneDevice):
+            raise DistillationError(
+                f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
+            )
+        sources = getattr(train_dataset, "sources", {}).values()
+        self.live, self.on_policy = [source for source in sources if isinstance(source, LiveTeacher)], on_policy
+        if self.live and args.dataloader_num_workers:
+            raise DistillationError(
+                f"dataloader_num_workers is {args.dataloader_num_workers}, but {self.live[0].name} is scored on the "
+                "fly, which loader processes cannot do: set it to 0, or capture the teacher first and give its store"
+            )
         args.remove_unused_columns = False  # what the loss needs is no argument of the model
         args.prediction_loss_only = True
         # Older checkpoints go once the newest is sealed, not before.
@@ -192,9 +194,16 @@ class FusionTrainer(TrainerWithGradients):
     ) -> tuple[list[Any], int]:
         """The micro-batches of an optimizer step, and how many labels it has over all processes.
 
-        Each part of a schedule gets its weight: its loss is the mean over its own labels of the step.
+        Each part of a schedule gets its weight: its loss is the mean over its own labels of the step. Answers that are
+        asked for are written now.
         """
-        batches = [self._written(batch) for batch in islice(epoch_iterator, num_batches)]
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.on_policy is not None:
+            model, step = self.accelerator.unwrap_model(self.model_wrapped), self.state.global_step
+            for at, batch in enumerate(batches):
+                if "asked" in batch:
+                    examples = self.on_policy.examples(model, batch["asked"], step)
+                    batches[at] = {**self.data_collator(examples), "written": True}
         parts = [
             np.bincount(batch.get("part", np.zeros(len(batch["label_ids"]), int)), minlength=2) for batch in batches
         ]
@@ -206,15 +215,6 @@ class FusionTrainer(TrainerWithGradients):
             if "weight" in batch:
                 batch["weight"] = batch["weight"] * labels / counts.numpy()[batch["part"]]
         return batches, labels
-
-    def _written(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A micro-batch with the answers that the model writes now, if it is to learn from them."""
-        if self.on_policy is None or "asked" not in batch:
-            return batch
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        examples = self.on_policy.examples(model, batch["asked"], self.state.global_step)
-        made: dict[str, Any] = self.data_collator(examples)
-        return {**made, "written": True}
 
     # Loss
 
@@ -245,6 +245,12 @@ class FusionTrainer(TrainerWithGradients):
         items = num_items_in_batch if model.training else None
         share = 1 / max(len(labels), 1) if items is None else self.accelerator.num_processes / max(items, 1)
         weight = share * inputs["weight"] if items is not None and "weight" in inputs else share
+
+        def on_device(given: float | FloatArray) -> float | torch.Tensor:
+            if isinstance(given, float):
+                return given
+            return torch.as_tensor(given, dtype=torch.float32, device=logits.device)
+
         loss = fusion_loss(
             logits,
             labels,
@@ -253,8 +259,8 @@ class FusionTrainer(TrainerWithGradients):
             loss=self.settings.loss,
             truncation=self.settings.truncation,
             temperature=self.settings.temperature,
-            lm_weight=_weight(lm_weight * weight, logits),
-            fusion_weight=_weight((1 - lm_weight) * weight, logits),
+            lm_weight=on_device(lm_weight * weight),
+            fusion_weight=on_device((1 - lm_weight) * weight),
         )
         if items is not None:
             self.sums.add([loss.total / share, loss.lm, loss.fusion], len(labels), inputs.get("counts"))
@@ -357,21 +363,6 @@ class FusionTrainer(TrainerWithGradients):
         self.accelerator.wait_for_everyone()
 
 
-def _live_teachers(data: Any, args: TrainingArguments) -> list[LiveTeacher]:
-    """Those of a data set. Raises DistillationError where loader processes would read it: they have no models."""
-    found = [source for source in getattr(data, "sources", {}).values() if isinstance(source, LiveTeacher)]
-    if found and args.dataloader_num_workers:
-        raise DistillationError(
-            f"dataloader_num_workers is {args.dataloader_num_workers}, but {found[0].name} is scored on the fly, which "
-            "loader processes cannot do: set it to 0, or capture the teacher first and give its store"
-        )
-    return found
-
-
-def _weight(weight: float | FloatArray, logits: torch.Tensor) -> float | torch.Tensor:
-    return weight if isinstance(weight, float) else torch.as_tensor(weight, dtype=torch.float32, device=logits.device)
-
-
 class _Steps(TrainerCallback):
     """What happens around steps: the sampler's epoch, the bar or the lines of the log, and sound checkpoints.
 
@@ -412,13 +403,10 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After transformers has decided whether to save. A skipped step leaves no checkpoint."""
         self._bar.update(state.global_step - self._bar.n)
-        self._prepare(args, state, control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """As after a step."""
-        self._prepare(args, state, control)
-
-    def _prepare(self, args: Any, state: Any, control: Any) -> None:
         if control.should_save and self.trainer.skipped_in_row:
             self.trainer.say(f"no checkpoint at step {state.global_step}: its step was skipped")
             control.should_save = False

@@ -12,7 +12,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import find_checkpoint, is_repository
 from fusekit.capturing.store import Store
-from fusekit.distillation import checkpoints, provenance
+from fusekit.distillation import checkpoints
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
@@ -177,6 +177,7 @@ def _differences(context: Context, target: str, settings: DistillSettings, befor
 def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
     from fusekit.distillation.matching import join
+    from fusekit.distillation.run import facts_of_alignment, facts_of_run
 
     teachers = teachers_of(context, target) if not settings.plain else []
     models = (PIVOT, *teachers_of(context, target))
@@ -187,7 +188,7 @@ def _inputs(context: Context, target: str, settings: DistillSettings, before: Ma
     writers = winners_of(context)[1] if settings.training.schedule is not None else None
     facts = {
         key: value
-        for key, value in provenance.facts_of_run(target, settings, pivot, rows, stores, writers=writers).items()
+        for key, value in facts_of_run(target, settings, pivot, rows, stores, writers=writers).items()
         if value != {}  # an empty section
     }
     for model in models:  # the captures may be of another recipe, or elsewhere
@@ -198,6 +199,6 @@ def _inputs(context: Context, target: str, settings: DistillSettings, before: Ma
             said = {key: value for key, value in said.items() if key != "rows_per_shard"} | {"max_error": 0.0}
         facts |= {f"{of_store}{key}": value for key, value in said.items()}
     for teacher in teachers:
-        how = provenance.facts_of_alignment(alignment_of(context, teacher))
+        how = facts_of_alignment(alignment_of(context, teacher))
         facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
     return facts

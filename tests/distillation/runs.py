@@ -1,16 +1,10 @@
-"""Short training runs in the small world; also in processes of their own, for tests that need them (:func:`start`):
-
-train OUT --kill-after 5      # SIGKILL itself once step 5 is done
-together OUT                  # one of two processes, by RANK
-"""
+"""Short training runs in the small world; also in processes of their own."""
 
 from __future__ import annotations
 
 import functools
 import os
 import signal
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,32 +113,25 @@ def long_run(out: Path, **arguments: Any) -> FusionTrainer:
     return trainer(out, random_model("llama", attention_dropout=0.3), **fields | arguments)
 
 
-def start(arguments: Sequence[str], **environment: str) -> Process:
-    """This script in a process of its own."""
-    return Process(_script, tuple(arguments), environment)
+def killed_run(out: Path, step: int) -> None:
+    """A run that is killed once a step is done. For a process of its own."""
+    long_run(out, callbacks=[KillAfter(step)]).train()
 
 
-def _script(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    sys.argv = ["runs", *arguments]
-    main()
-
-
-def start_two(arguments: Sequence[str]) -> None:
-    """The script in two processes that train together. Raises with their output when one fails."""
+def start_two(out: Path) -> None:
+    """:func:`_together` in two processes that train together. Raises with their output when one fails."""
     port = str(free_port())
-    both = [
-        start(arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in "01"
-    ]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [Process(_together, out, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     finished = [process.wait(240) for process in both]
     if any(process.exitcode for process in finished):
         raise AssertionError("\n---\n".join(process.output for process in finished))
 
 
-def _together(out: Path) -> None:
+def _together(out: Path, environment: dict[str, str]) -> None:
     """One step over all rows and one over rows that the processes cannot share evenly; then a sharded model."""
-    rank = os.environ["RANK"]
+    os.environ.update(environment)
+    rank = environment["RANK"]
     torch.save(one_step(out / "even", 4, 1, _first(8)), out / f"even-{rank}.pt")
     torch.save(one_step(out / "odd", 2, 2, _first(7)), out / f"odd-{rank}.pt")
     _resume_together(out)
@@ -193,14 +180,3 @@ def _sharded(out: Path) -> None:
     if rank == 0:
         torch.save(gradients, out / "sharded.pt")
         torch.save(whole, out / "stepped.pt")
-
-
-def main() -> None:
-    """See the module's docstring."""
-    kind, out, *rest = sys.argv[1:]
-    if kind == "train":
-        long_run(Path(out), callbacks=[KillAfter(int(rest[1]))]).train()
-    elif kind == "together":
-        _together(Path(out))
-    else:
-        raise SystemExit(f"unknown job {kind}")

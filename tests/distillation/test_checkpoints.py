@@ -11,11 +11,26 @@ import pytest
 from fusekit.distillation import checkpoints
 from tests.distillation import runs
 
+FILES = (
+    "config.json",
+    "fusekit.json",
+    "generation_config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with the checkpoints of its last two steps."""
+    """A run's folder with the checkpoints of its last two steps, the last over what another run left there."""
     out = tmp_path_factory.mktemp("trained")
+    stale = out / "checkpoint-6" / "model-00001-of-00002.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another run")
     runs.long_run(out, facts={"made_from": {"pivot": "p"}}).train()
     return out
 
@@ -26,37 +41,19 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def test_the_latest_whole_checkpoint_is_used(folder: Path) -> None:
+def test_the_latest_whole_checkpoint_is_used(trained: Path) -> None:
     said: list[str] = []
-    assert [step for step, _ in checkpoints.checkpoints(folder)] == [6, 5]
-    assert checkpoints.last_good(folder, said.append) == folder / "checkpoint-6"
+    assert [step for step, _ in checkpoints.checkpoints(trained)] == [6, 5]
+    assert checkpoints.last_good(trained, said.append) == trained / "checkpoint-6"
     assert said == []
-    facts = checkpoints.facts_of(folder / "checkpoint-6")
+    assert tuple(sorted(path.name for path in (trained / "checkpoint-6").iterdir())) == FILES
+    facts = checkpoints.facts_of(trained / "checkpoint-6")
     assert (facts["made_from"], facts["step"], facts["skipped"]) == ({"pivot": "p"}, 6, 0)
     assert facts["counts"]["labels"] > 0  # what a resumed run goes on counting from
 
 
-def files() -> list[str]:
-    """What a checkpoint of these runs holds."""
-    return [
-        "config.json",
-        "fusekit.json",
-        "generation_config.json",
-        "model.safetensors",
-        "optimizer.pt",
-        "rng_state.pth",
-        "scheduler.pt",
-        "trainer_state.json",
-        "training_args.bin",
-    ]
-
-
-def test_every_file_is_listed(trained: Path) -> None:
-    assert sorted(path.name for path in (trained / "checkpoint-6").iterdir()) == files()
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
-@pytest.mark.parametrize("name", files())
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, folder: Path) -> None:
     path = folder / "checkpoint-6" / name
     data = bytearray(path.read_bytes())
@@ -74,19 +71,14 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, folder: Pat
     assert name in said[0]
 
 
-def test_without_a_good_one_there_is_none(folder: Path) -> None:
-    for step in (5, 6):
-        (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    said: list[str] = []
-    assert checkpoints.last_good(folder, said.append) is None
-    assert len(said) == 2
-
-
 def test_rotation_never_deletes_the_last_good_one(folder: Path) -> None:
     (folder / "checkpoint-6" / "scheduler.pt").unlink()
     (folder / "checkpoint-7").mkdir()  # begun, not finished
     assert checkpoints.rotate(folder, keep=1) == []
     assert checkpoints.last_good(folder) == folder / "checkpoint-5"
+    (folder / "checkpoint-5" / "scheduler.pt").unlink()
+    assert checkpoints.rotate(folder, keep=1) == []
+    assert checkpoints.last_good(folder) is None
 
 
 def test_rotation_keeps_as_many_as_asked_and_the_best(folder: Path) -> None:
@@ -95,21 +87,6 @@ def test_rotation_keeps_as_many_as_asked_and_the_best(folder: Path) -> None:
     deleted = checkpoints.rotate(folder, keep=2, also=folder / "checkpoint-1")
     assert [path.name for path in deleted] == ["checkpoint-3", "checkpoint-2"]
     assert [step for step, _ in checkpoints.checkpoints(folder)] == [6, 5, 1]
-
-
-def test_nothing_is_deleted_while_there_is_no_good_one(tmp_path: Path) -> None:
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert checkpoints.rotate(tmp_path, keep=1) == []
-
-
-def test_a_saved_step_replaces_what_was_left_of_it(tmp_path: Path) -> None:
-    stale = tmp_path / "checkpoint-6" / "model-00001-of-00002.safetensors"
-    stale.parent.mkdir()
-    stale.write_bytes(b"of another run")
-    runs.long_run(tmp_path, save_steps=6).train()
-    assert not stale.exists()
-    assert checkpoints.problems_of(stale.parent) == []
 
 
 def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

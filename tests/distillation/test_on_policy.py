@@ -27,7 +27,6 @@ from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError
-from fusekit.types import Row
 from tests.distillation import test_live
 from tests.distillation.test_live import NEOX, PIVOT, PLACE, RECORDS
 
@@ -86,12 +85,10 @@ def test_targets_are_what_a_store_of_the_same_answers_gives(made: FusionTrainer,
         expected, n = data[index], len(example["target_tail"])
         assert n == len(expected["target_tail"]) - (not ended)
         np.testing.assert_array_equal(example["target_taught"], expected["target_taught"][:n])
-        for name in ("target_logprobs", "target_tail"):
-            ours, theirs = example[name], expected[name][:n]
-            width = min(ours.shape[-1], theirs.shape[-1])
-            if ours.ndim == 2:
-                ours, theirs = ours[:, :width], theirs[:, :width]
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(example["target_tail"], expected["target_tail"][:n], atol=1e-4)
+        ours, theirs = example["target_logprobs"], expected["target_logprobs"][:n]
+        width = min(ours.shape[1], theirs.shape[1])
+        np.testing.assert_allclose(ours[:, :width], theirs[:, :width], atol=1e-4)
 
 
 def test_nothing_else_draws_from_another_random_state(made: FusionTrainer) -> None:
@@ -131,26 +128,13 @@ def test_a_run_that_resumes_writes_the_same_answers(tmp_path: Path) -> None:
 
 def test_a_store_names_the_model_that_judges_new_answers(tmp_path: Path) -> None:
     """Of a run without a recipe."""
-    rows: list[Row] = prepare(rows_of(RECORDS), [trainer(tmp_path).on_policy.reader], 2048).rows  # type: ignore[union-attr]
+    reader = RowTokenizer(load_tokenizer(find_checkpoint(ModelChoice(PIVOT))))
+    rows = prepare(rows_of(RECORDS), [reader], 2048).rows
     capture(NEOX, RECORDS, tmp_path / "store", quiet=True)
-    settings = DistillSettings.of(
-        "sft",
-        {
-            "training": {
-                "on_policy": 1.0,
-                "max_new_tokens": 8,
-                "lm_weight": 0.0,
-                "loss": "reverse_kl",
-                "batch_size": 4,
-                "per_device_train_batch_size": 2,
-                "num_train_epochs": 1,
-                "learning_rate": 1e-3,
-            },
-            "fusion": {"include_pivot": False},
-            "alignment": {"tail": "listed_share"},
-        },
-    )
-    reader = trainer(tmp_path).on_policy.reader  # type: ignore[union-attr]
+    training = {"on_policy": 1.0, "max_new_tokens": 8, "lm_weight": 0.0, "loss": "reverse_kl", "num_train_epochs": 1}
+    training |= {"batch_size": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    apart = {"fusion": {"include_pivot": False}, "alignment": {"tail": "listed_share"}}
+    settings = DistillSettings.of("sft", {"training": training, **apart})
     inputs = Inputs(ModelChoice(PIVOT), rows, None, {"neox": Source(tmp_path / "store")}, reader)
     (folder,) = distill(inputs, settings, tmp_path / "out")
     record = json.loads((folder / "training.json").read_text())
@@ -186,8 +170,6 @@ def test_a_teacher_reads_answers_under_the_template_of_its_store(tmp_path: Path)
     [
         ({"rows": [{"text": "No question."}] * 3}, "on_policy is 1"),
         ({"on_policy": 1.5}, "on_policy"),
-        ({"dataloader_num_workers": 2}, "dataloader_num_workers"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, fields: dict[str, Any], named: str) -> None:

@@ -1,28 +1,28 @@
-"""Settings that contradict each other, and what of them two runs have to share."""
+"""Settings that contradict each other or that no training can have, and what of them two runs have to share."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from pydantic import ValidationError
 
 from fusekit.artifacts import differences
+from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.distillation.arguments import problems
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.provenance import facts_of_alignment, facts_of_run
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings, clashes
+from fusekit.distillation.run import facts_of_alignment, facts_of_run
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings, TrainingSettings, clashes
 from fusekit.errors import DistillationError
 from tests.distillation import worlds
 
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"alignment": {"tokens": "dtw"}}, "where tokens is span"),
-        ({"fusion": {"function": "avg_ce"}}, "different vocabularies, so function avg_ce"),
-        ({"fusion": {"level": "token"}}, "at level token"),
-    ],
-)
-def test_rows_of_different_vocabularies_are_neither_warped_nor_added(changes: dict, message: str) -> None:
-    with pytest.raises(DistillationError, match=message):
-        DistillSettings.of("uld", changes)
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
 
 
 @pytest.mark.parametrize(
@@ -30,94 +30,131 @@ def test_rows_of_different_vocabularies_are_neither_warped_nor_added(changes: di
     [
         ("gold", {"training": {"loss": "kl"}}, "the loss is kl and the vocabulary matched"),
         ("gold", {"alignment": {"vocabulary": "em"}}, "the loss is gold and the vocabulary em"),
-        ("gold", {"alignment": {"vocabulary": "none"}}, "the loss is gold and the vocabulary none"),
         ("uld", {"alignment": {"vocabulary": "matched"}}, "the loss is uld_topk and the vocabulary matched"),
         ("grouped_kl", {"training": {"loss": "kl"}}, "preset grouped_kl has both"),
         ("fusekit", {"training": {"loss": "grouped_kl"}}, "the loss is grouped_kl and the vocabulary prefix"),
+        ("uld", {"training": {"loss": "kl"}}, "not vocabulary none"),
+        ("uld", {"alignment": {"tokens": "dtw"}}, "vocabulary none .* where tokens is span"),
         ("grouped_kl", {"alignment": {"tokens": "dtw"}}, "vocabulary grouped .* where tokens is span"),
         ("p_kl", {"fusion": {"include_pivot": True}}, "include_pivot to false"),
         ("alm", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
         ("alm", {"fusion": {"level": "token"}}, "at level token"),
-        ("gold", {"alignment": {"tokens": "dtw"}}, "vocabulary matched .* where tokens is span"),
         ("gold", {"fusion": {"function": "avg_ce"}}, "different vocabularies, so function avg_ce"),
-        ("gold", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
-        ("uld", {"fusion": {"metric": "projected_ce"}}, "projected_ce .* bits_per_byte"),
+        ("fusekit", {"fusion": {"function": "min_cee"}}, r"unknown fusion function 'min_cee'; did you mean 'min_ce'\?"),
+        ("fusekit", {"training": {"loss": "reverse_kl", "truncation": "renormalize"}}, "use truncation tail"),
+        ("fusekit", {"training": {"on_policy": 0.5, "lm_weight": 1.0, "lm_weighting": "constant"}}, "lm_weight 1"),
+        ("fusekit", {"training": {"on_policy": 0.5, "train_sampling_strategy": "group_by_length"}}, "group_by_length"),
+        ("fusekit", {"training": {"on_policy": 0.5, "dataloader_num_workers": 2}}, "dataloader_num_workers to 0"),
+        ("profuser", {"training": {"on_policy": 0.5}}, "give one of them"),
+        ("profuser", {"training": {"train_sampling_strategy": "random"}}, "leave train_sampling_strategy out"),
+        ("profuser", {"training": {"data_seed": 1}}, "leave data_seed out"),
+        ("profuser", {"training": {"schedule": [{"epochs": 1}]}}, "0"),
+        ("profuser", {"fusion": {"mode": "pairwise"}}, "joint"),
     ],
 )
-def test_gold_needs_its_vocabulary_and_rows_as_they_are_no_projection(preset: str, changes: dict, message: str) -> None:
+def test_values_that_cannot_be_had_together_are_refused(preset: str, changes: dict, message: str) -> None:
     with pytest.raises(DistillationError, match=message):
         DistillSettings.of(preset, changes)
-
-
-@pytest.mark.parametrize(
-    ("preset", "training", "named"),
-    [
-        ("fusekit", {"on_policy": 0.5, "lm_weight": 1.0}, "lm_weight 1"),
-        ("fusekit", {"on_policy": 0.5, "train_sampling_strategy": "group_by_length"}, "group_by_length"),
-        ("profuser", {"train_sampling_strategy": "random"}, "train_sampling_strategy"),
-        ("profuser", {"data_seed": 1}, "data_seed"),
-    ],
-)
-def test_what_would_have_no_effect_is_refused(preset: str, training: dict, named: str) -> None:
-    with pytest.raises(DistillationError, match=named):
-        DistillSettings.of(preset, {"training": training})
 
 
 @pytest.mark.parametrize("preset", ["grouped_kl", "p_kl"])
 def test_several_sources_have_no_vocabulary_in_common(preset: str) -> None:
     for mode, sources, clash in (("joint", 2, True), ("joint", 1, False), ("pairwise", 2, False)):
         made = DistillSettings.of(preset, {"fusion": {"mode": mode}})
-        found = clashes(made.alignment, made.fusion, made.training, sources)
-        assert [says for says, _ in found if "2 sources" in says] == [says for says, _ in found]
+        found = list(clashes(made.alignment, made.fusion, made.training, sources))
+        assert all("2 sources" in says for says, _ in found)
         assert bool(found) == clash
 
 
-def test_dropping_the_last_rows_is_another_run_and_pinning_memory_is_not() -> None:
-    def facts(**trainer: object) -> dict:
-        return facts_of_run("s", DistillSettings.of(changes={"training": trainer}), "pivot", [], {})
+@pytest.mark.parametrize(
+    "field", [{"seed": 2**32}, {"num_train_epochs": float("inf")}, {"learning_rate": float("inf")}]
+)
+def test_numbers_without_a_meaning_are_refused_when_they_are_read(field: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TrainingSettings(**field)
 
-    assert differences(facts(), facts(dataloader_drop_last=True))
-    assert not differences(facts(), facts(dataloader_pin_memory=False, dataloader_persistent_workers=True))
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"adam_beta1": 2}, ["adam_beta1"]),
+        ({"lora": {"target_modules": ["foo"]}}, ["lora.target_modules"]),
+        ({"lora": {"target_modules": "*.q_proj"}}, ["lora.target_modules"]),
+        ({"lora": {"r": 2, "target_modules": ["q_proj"]}}, []),
+        ({"data_seed": 2**64}, ["data_seed"]),
+        ({"max_grad_norm": float("nan")}, ["max_grad_norm"]),
+        ({"batch_size": 7, "per_device_train_batch_size": 2}, ["batch_size"]),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, []),
+        (
+            {"optim": "foo", "adam_beta1": 2, "fsdp": "foo", "adam_beta3": 1, "lora": {"r": 0, "ranks": 1}},
+            ["adam_beta3", "optim", "fsdp", "adam_beta1", "lora.ranks", "lora.r"],
+        ),
+    ],
+    ids=str,
+)
+def test_every_setting_that_cannot_be_is_named(settings: dict[str, Any], expected: list[str]) -> None:
+    found = [".".join(map(str, path)) for path, _ in problems(TrainingSettings(**settings), PIVOT)]
+    assert found == [f"distill.{name}" for name in expected]
 
 
-def test_a_sources_own_alignment_is_a_fact_of_the_run() -> None:
-    made = worlds.vocabulary_map()
-    other = worlds.vocabulary_map("em")
+def test_without_the_pivot_its_modules_are_not_looked_up() -> None:
+    assert not problems(TrainingSettings(lora={"r": 2, "target_modules": ["foo"]}))
+    assert problems(TrainingSettings(lora={"r": 0}))
 
-    def facts(how: Projection) -> dict:
-        return facts_of_run("s", DistillSettings.of(), "pivot", [], {}, projections={"s": how})
 
-    assert differences(facts(Projection(made)), facts(Projection(made, one_hot=True))) == [
-        "projections.s.one_hot: False, now True"
-    ]
-    changed = differences(facts(Projection(made)), facts(Projection(other)))
-    assert changed[0] == "projections.s.vocabulary: 'prefix', now 'em'"
-    assert changed[1].startswith("projections.s.xxh3: ")
+def test_examples_longer_than_the_model_was_made_for_are_refused() -> None:
+    ((path, says),) = problems(TrainingSettings(), PIVOT, max_length=513)
+    assert path == ("data", "max_length")
+    assert "513" in says
+    assert "512" in says
+    assert not problems(TrainingSettings(), PIVOT, max_length=512)
+
+
+def test_the_shipped_configurations_of_accelerate_ask_for_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yml"), "x.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    expected = {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    expected["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    assert expected.items() <= environment.items()
+    config = ClusterConfig.from_yaml_file(CONFIGS / "deepspeed-zero3.yml")  # its launcher wants the package
+    assert config.distributed_type == "DEEPSPEED"
+    assert config.deepspeed_config["zero_stage"] == 3
+    assert config.deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def facts(how: Projection | None = None, **changes: dict) -> dict:
+    projections = {} if how is None else {"s": how}
+    return facts_of_run("s", DistillSettings.of(changes=changes), "pivot", [], {}, projections=projections)
 
 
 def test_what_a_target_does_not_use_is_no_fact_of_it() -> None:
-    made = worlds.vocabulary_map()
-
-    def facts(how: Projection | None = None, **changes: dict) -> dict:
-        projections = {} if how is None else {"s": how}
-        return facts_of_run("s", DistillSettings.of(changes=changes), "pivot", [], {}, projections=projections)
-
-    plain, fused = {"training": {"lm_weight": 1.0}}, {}
+    free = {"dataloader_pin_memory": False, "dataloader_persistent_workers": True}
+    assert not differences(facts(), facts(training=free))
+    assert differences(facts(), facts(training={"dataloader_drop_last": True}))
+    text = {"training": {"lm_weight": 1.0, "lm_weighting": "constant"}}
     for change in ({"alignment": {"vocabulary": "ms"}}, {"fusion": {"function": "avg_ce"}}):
-        assert not differences(facts(**plain), facts(**plain, **change))
-    kl = {"training": {"lm_weight": 1.0, "loss": "kl", "truncation": "renormalize"}}
-    assert not differences(facts(**plain), facts(**kl))
-    assert differences(facts(**fused), facts(fusion={"function": "avg_ce"}))
-    # How sources are aligned is stated for each: the section's value matters only where a source takes it.
-    assert not differences(facts(Projection(made)), facts(Projection(made), alignment={"tokens": "dtw"}))
-    # Rows that are taken as they are have no conditioning.
-    made_em = worlds.vocabulary_map("em")
-    assert not differences(facts(Projection(made_em, "matched")), facts(Projection(made_em, "matched", one_hot=True)))
-    assert differences(facts(Projection(made_em, "matched")), facts(Projection(made_em)))
-    # Warping always has the one-hots.
+        assert not differences(facts(**text), facts(**text, **change))
+    kl = {"training": {**text["training"], "loss": "kl", "truncation": "renormalize"}}
+    assert not differences(facts(**text), facts(**kl))
+    assert differences(facts(), facts(fusion={"function": "avg_ce"}))
+
+
+def test_how_a_source_is_aligned_is_a_fact_of_the_run() -> None:
+    made, em = worlds.vocabulary_map(), worlds.vocabulary_map("em")
+    plain, matched = facts(Projection(made)), facts(Projection(em, "matched"))
+    assert differences(plain, facts(Projection(made, one_hot=True))) == ["projections.s.one_hot: False, now True"]
+    changed = differences(plain, facts(Projection(em)))
+    assert changed[0] == "projections.s.vocabulary: 'prefix', now 'em'"
+    assert any(line.startswith("projections.s.xxh3: ") for line in changed)
+    # It is stated for each source: the section's value matters only where a source takes it.
+    assert not differences(plain, facts(Projection(made), alignment={"tokens": "dtw"}))
+    # Rows that are taken as they are have no conditioning, and warping always has the one-hots.
+    assert not differences(matched, facts(Projection(em, "matched", one_hot=True)))
+    assert differences(matched, facts(Projection(em)))
     assert not differences(facts(Projection(made, "dtw")), facts(Projection(made, "dtw", one_hot=True)))
-    assert facts_of_alignment(AlignmentSettings(tokens="dtw", vocabulary="ms")).keys() == {
-        "tokens",
-        "vocabulary",
-        "collisions",
-    }
+    dtw = facts_of_alignment(AlignmentSettings(tokens="dtw", vocabulary="ms"))
+    assert dtw.keys() == {"tokens", "vocabulary", "collisions"}

@@ -25,6 +25,7 @@ from fusekit.distillation.trainer import label_weights
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model
 from tests.distillation import runs, worlds
+from tests.processes import Process
 
 Weights = dict[str, torch.Tensor]
 
@@ -73,7 +74,7 @@ def reference() -> Weights:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made together (runs.py)."""
     out = tmp_path_factory.mktemp("together")
-    runs.start_two(["together", str(out)])
+    runs.start_two(out)
     return out
 
 
@@ -86,21 +87,16 @@ def test_a_step_is_the_same_however_it_is_split(
 
 @pytest.mark.slow
 def test_a_step_of_two_processes_is_that_of_one(reference: Weights, together: Path, tmp_path: Path) -> None:
-    for rank in "01":
-        close(torch.load(together / f"even-{rank}.pt"), reference)
     odd = runs.one_step(tmp_path, 7, 1, Subset(runs.data(), range(7)))
     for rank in "01":
+        close(torch.load(together / f"even-{rank}.pt"), reference)
         close(torch.load(together / f"odd-{rank}.pt"), odd)
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_sharded_model_has_the_same_gradients(together: Path) -> None:
+def test_a_sharded_model_has_the_gradients_and_the_step_of_a_whole_one(reference: Weights, together: Path) -> None:
     expected = gradients_by_loop(random_model("llama"), [runs.data()[i] for i in range(8)], 0.7)
     close(torch.load(together / "sharded.pt"), expected)
-
-
-@pytest.mark.slow
-def test_a_step_of_a_sharded_model_gathered_is_that_of_a_whole_one(reference: Weights, together: Path) -> None:
     close(torch.load(together / "stepped.pt"), reference)
 
 
@@ -131,7 +127,7 @@ def test_a_step_has_the_same_rows_sorted_by_length() -> None:
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     whole = runs.long_run(tmp_path / "whole")
     whole.train()
-    killed = runs.start(["train", str(tmp_path / "killed"), "--kill-after", "5"]).wait(240)
+    killed = Process(runs.killed_run, tmp_path / "killed", 5).wait(240)
     assert killed.exitcode == -signal.SIGKILL, killed.output
     resumed = runs.long_run(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
@@ -300,8 +296,8 @@ def test_evaluation_is_the_loss_of_a_batch_and_leaves_the_log_alone(tmp_path: Pa
     assert lines[0]["loss"] == pytest.approx(0.7 * lines[0]["lm_loss"] + 0.3 * lines[0]["fusion_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("head", [None, "adapted", "copied"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2", "gemma2"])
+@pytest.mark.parametrize("head", [None, "adapted", "copied"])
 def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, head: Any, tmp_path: Path) -> None:
     model = random_model(architecture)
     if head is not None:
