@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from fusekit.cli import cli
+from fusekit.distillation.checkpoints import last_good
 from tests.distillation import worlds
 from tests.distillation.test_run import save_model
 from tests.processes import Process, command, ranks, wait_until
@@ -111,7 +112,7 @@ def test_misuse_is_explained(more: list[str], message: str, world: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
+def test_a_terminated_run_says_how_it_is_resumed(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     long = ["--num-train-epochs", "400", "--set", "distill.save_steps=3", "--set", "distill.logging_steps=1000"]
     process = Process(command, tmp_path, tuple(map(str, arguments(world, out, *long))), {}, None)
@@ -124,10 +125,7 @@ def test_a_terminated_run_goes_on(world: Path, tmp_path: Path) -> None:
     assert stopped.exitcode == 143, stopped.output
     assert "The same command with --resume continues" in stopped.output
     assert sorted(path.name for path in out.iterdir()) == ["other.training"]
-    refused = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--num-train-epochs", "1")])
-    assert "there already" in str(refused.exception)
-    changed = CliRunner().invoke(cli, [str(a) for a in arguments(world, out, "--num-train-epochs", "1", "--resume")])
-    assert "training.num_train_epochs: 400.0, now 1.0" in str(changed.exception)
+    assert last_good(out / "other.training") is not None
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from fusekit.capturing.engine import CHUNK_BYTES
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.topk import GROUP, group_bytes
-from fusekit.data.reading import read_rows
+from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation import estimate
@@ -25,21 +23,21 @@ from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.hub import memory_limits, taken_bytes
 
-PIVOT = Path(__file__).parents[2] / "demo" / "models" / "pivot"
+PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"dtype": "bfloat16"}, {"lora": {"r": 4}}, {"lora": {"r": 4}, "dtype": "bfloat16"}], ids=str
 )
 def test_states_are_those_of_a_step_of_adamw(fields):
-    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings(**fields)
-    model = load_pivot(checkpoint, settings)
+    settings = TrainingSettings(**fields)
+    model = load_pivot(PIVOT, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    held = estimate.states(checkpoint, settings)
+    held = estimate.states(PIVOT, settings)
     assert held.weights == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.1)
     assert held.gradients == pytest.approx(sum(p.nbytes for p in trained), rel=0.35 if settings.lora else 0.1)
     moments = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.ndim)
@@ -48,11 +46,8 @@ def test_states_are_those_of_a_step_of_adamw(fields):
 
 @pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}, {"bf16": True}], ids=str)
 def test_activations_are_those_that_autograd_keeps(fields):
-    checkpoint, settings = (
-        find_checkpoint(ModelChoice(str(PIVOT))),
-        TrainingSettings(per_device_train_batch_size=2, **fields),
-    )
-    model = load_pivot(checkpoint, settings).train()
+    settings = TrainingSettings(per_device_train_batch_size=2, **fields)
+    model = load_pivot(PIVOT, settings).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -71,17 +66,15 @@ def test_activations_are_those_that_autograd_keeps(fields):
         torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16),
     ):
         logits = model(torch.zeros((2, 65), dtype=torch.int64), use_cache=False).logits
-    estimated = estimate.activation_bytes(checkpoint, settings, 65)
-    assert estimated == pytest.approx(
-        sum(kept.values()) + 2 * logits.numel() * (4 if settings.bf16 else logits.itemsize), rel=0.15
-    )
+    expected = sum(kept.values()) + 2 * logits.numel() * (4 if settings.bf16 else logits.itemsize)
+    assert estimate.activation_bytes(PIVOT, settings, 65) == pytest.approx(expected, rel=0.15)
 
 
 def test_the_gradients_of_a_tied_head_are_there_twice_and_summed():
-    checkpoint = find_checkpoint(ModelChoice(str(PIVOT)))
-    one = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"] * 4
-    own = dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": False})
-    tied = dataclasses.replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": True})
+    one = PIVOT.config["vocab_size"] * PIVOT.config["hidden_size"] * 4
+    own, tied = (
+        dataclasses.replace(PIVOT, config=PIVOT.config | {"tie_word_embeddings": tie}) for tie in (False, True)
+    )
     assert estimate.head_gradient_bytes(own, TrainingSettings()) == one
     assert estimate.head_gradient_bytes(tied, TrainingSettings()) == 3 * one
     assert estimate.head_gradient_bytes(tied, TrainingSettings(dtype="bfloat16")) == 3 * one // 2
@@ -89,21 +82,21 @@ def test_the_gradients_of_a_tied_head_are_there_twice_and_summed():
 
 
 def test_memory_is_that_of_the_whole_process():
-    checkpoint, settings = find_checkpoint(ModelChoice(str(PIVOT))), TrainingSettings()
+    settings = TrainingSettings()
     alone, three = (Processes(0, n, n, torch.device("cpu")) for n in (1, 3))
-    (need,) = estimate.memory_needs(checkpoint, settings, 64, alone)
-    besides = sum(estimate.states(checkpoint, settings)[:3]) + estimate.activation_bytes(checkpoint, settings, 64)
-    besides += estimate.head_gradient_bytes(checkpoint, settings)
+    (need,) = estimate.memory_needs(PIVOT, settings, 64, alone)
+    besides = sum(estimate.states(PIVOT, settings)[:3]) + estimate.activation_bytes(PIVOT, settings, 64)
+    besides += estimate.head_gradient_bytes(PIVOT, settings)
     taken = taken_bytes()
     assert need.needed == pytest.approx(taken + 1.05 * besides, rel=0.05)
     assert need.free == pytest.approx(min(limit.available for limit in memory_limits()) + taken, rel=0.2)
-    (together,) = estimate.memory_needs(checkpoint, settings, 64, three)
+    (together,) = estimate.memory_needs(PIVOT, settings, 64, three)
     assert together.needed == pytest.approx(3 * need.needed, rel=0.05)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_capture_needs_no_more_logits_than_a_batch_has(device):
-    checkpoint = find_checkpoint(ModelChoice(str(PIVOT), dtype="bfloat16"))
+    checkpoint = find_checkpoint(ModelChoice("demo/models/pivot", dtype="bfloat16"))
     shape, tokens = capture.shape_of(checkpoint.config), 100
     groups = group_bytes(shape.vocabulary, 10) + 28 * shape.vocabulary // GROUP
     found = capture.working_bytes(checkpoint, tokens, device, 10)
@@ -113,14 +106,10 @@ def test_a_capture_needs_no_more_logits_than_a_batch_has(device):
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_loaded(tmp_path):
-    reader = RowTokenizer(load_tokenizer(find_checkpoint(ModelChoice(str(PIVOT)))))
-    record = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n")
-    inputs = Inputs(ModelChoice(str(PIVOT)), list(read_rows(tmp_path / "rows.jsonl")), row_tokenizer=reader)
+    rows = list(rows_of([{"prompt": "1+1=", "response": "2"}]))
+    inputs = Inputs(PIVOT.choice, rows, row_tokenizer=RowTokenizer(load_tokenizer(PIVOT)))
     huge = {"training": {"per_device_train_batch_size": 10**9, "batch_size": 10**9}}
-    with pytest.raises(
-        DistillationError, match=r"does not fit:\n.*10{9} rows of \d+ tokens\): about .* needed, .* free"
-    ):
+    says = r"does not fit:\n.*10{9} rows of \d+ tokens\): about .* needed, .* free"
+    with pytest.raises(DistillationError, match=says):
         distill(inputs, DistillSettings.of("sft", huge), tmp_path / "out")
-    assert not (tmp_path / "out" / "sft").exists()
-    assert not (tmp_path / "out" / "sft.training").exists()
+    assert not list((tmp_path / "out").iterdir())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -356,19 +354,3 @@ def test_settings_that_cannot_be_are_refused(training: Any, message: str, world:
     with pytest.raises(FusekitError, match=message):
         distill(inputs(world), settings(training=training), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
-
-
-@pytest.mark.slow
-def test_targets_merge_with_mergekit(trained: Train, tmp_path: Path) -> None:
-    both = trained(), trained(lora={"r": 4})
-    recipe = {
-        "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in both],
-        "merge_method": "linear",
-        "dtype": "float32",
-    }
-    (tmp_path / "merge.yml").write_text(json.dumps(recipe))
-    mergekit = Path(sys.executable).parent / "mergekit-yaml"
-    subprocess.run([mergekit, tmp_path / "merge.yml", tmp_path / "merged", "--quiet"], check=True, timeout=240)
-    merged, a, b = (tensors(path) for path in (tmp_path / "merged", *both))
-    for name in merged:
-        torch.testing.assert_close(merged[name], (a[name] + b[name]) / 2)

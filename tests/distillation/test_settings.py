@@ -77,14 +77,11 @@ def test_numbers_without_a_meaning_are_refused_when_they_are_read(field: dict[st
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"adam_beta1": 2}, ["adam_beta1"]),
         ({"lora": {"target_modules": ["foo"]}}, ["lora.target_modules"]),
         ({"lora": {"target_modules": "*.q_proj"}}, ["lora.target_modules"]),
         ({"lora": {"r": 2, "target_modules": ["q_proj"]}}, []),
         ({"data_seed": 2**64}, ["data_seed"]),
         ({"max_grad_norm": float("nan")}, ["max_grad_norm"]),
-        ({"batch_size": 7, "per_device_train_batch_size": 2}, ["batch_size"]),
-        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, []),
         (
             {"optim": "foo", "adam_beta1": 2, "fsdp": "foo", "adam_beta3": 1, "lora": {"r": 0, "ranks": 1}},
             ["adam_beta3", "optim", "fsdp", "adam_beta1", "lora.ranks", "lora.r"],
