@@ -7,8 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,7 +60,6 @@ _DEFAULTS: dict[str, Any] = {
 _KNOWN = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 
 
-@dataclass
 class OneDevice(TrainingArguments):
     """Arguments of a process that trains on one device: several are one process each.
 
@@ -84,7 +82,7 @@ def _declared(section: type[BaseModel], name: str) -> Any:
     return field(default=None, metadata={"help": section.model_fields[name].description})
 
 
-@dataclass
+@dataclass(repr=False)  # transformers' own hides tokens
 class FusionConfig(OneDevice):
     """Arguments of :class:`~fusekit.FusionTrainer`: any of ``transformers.TrainingArguments``, and these.
 
@@ -276,7 +274,9 @@ def _refusal(fields: dict[str, Any]) -> str | None:
         return None  # the arguments would wait for the other processes
     settings = TrainingSettings(**fields)
     settings = settings.model_copy(update={"batch_size": settings.per_device_train_batch_size * processes()})
-    with _environment_kept(), tempfile.TemporaryDirectory() as folder:
+    # Training arguments tell transformers by variables how models are loaded; captures come before training.
+    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
         try:
             args = training_arguments(settings, Path(folder))
             args.push_to_hub = False  # a trial leaves nothing outside
@@ -287,18 +287,10 @@ def _refusal(fields: dict[str, Any]) -> str | None:
             return str(error)
         except Exception as error:  # whatever a package of an optimizer or of a logger raises
             return f"these training arguments cannot be used here: {_shorter(error)}"
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
     return None
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Training arguments tell transformers by variables how models are loaded; captures come before training."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | None:
