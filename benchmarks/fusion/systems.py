@@ -2,8 +2,8 @@
 
     python -m benchmarks.fusion.systems --work /tmp/systems            # at the top of a checkout
 
-Every system is a shipped recipe with some values changed, run by ``fusekit.run``; a seed changes the order of the examples.
-What is complete is not made again. Figures go to benchmarks/results/systems.csv after every run.
+Every system is a shipped recipe with some values changed, run by ``fusekit.run``; a seed changes the order of the
+examples. What is complete is not made again. Figures go to benchmarks/results/systems.csv after every run.
 """
 
 from __future__ import annotations
