@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import psutil
 from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
@@ -87,31 +85,43 @@ class Snapshot:
             raise explain(error, self.repository, None) from error
 
 
-def neither(name: str) -> ModelError:
-    """What to say of a model that is no folder, and whose name is none that the hub could have."""
+def locate(name: str, revision: str | None, cache: Path | None, notices: list[str]) -> tuple[Path, Snapshot | None]:
+    """The folder of a model by its path or its name on the hub, and the commit there.
+
+    Raises ModelError, with a way out: no such folder, a file, a revision of a folder, and whatever :func:`find` does.
+    """
+    try:
+        local = Path(name).expanduser()
+        if name and local.is_dir():
+            if revision:
+                raise ModelError(f"{name} is a local folder: the revision {revision!r} has no meaning there")
+            return local.resolve(), None
+        if name and local.exists():
+            raise ModelError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
+    except (OSError, RuntimeError) as error:  # of a name that is too long, of a home that does not exist
+        raise ModelError(f"{name!r} cannot be read: {error}") from error
     if "://" in name:
         way_out = "/".join(name.split("://", 1)[1].split("/")[1:3]) or "owner/name"
-        return ModelError(f"{name} is a web address: give the model's name on the hub, {way_out}")
-    if name.startswith("~"):
-        return ModelError(f"there is no folder {name} ({Path(name).expanduser()})")
-    return ModelError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
+        raise ModelError(f"{name} is a web address: give the model's name on the hub, {way_out}")
+    if not name or name[0] in "/~." or name.count("/") > 1:
+        where = local if name.startswith("~") else f"looked from {Path.cwd()}"
+        raise ModelError(f"there is no folder {name or repr(name)} ({where})")
+    snapshot = find(name, revision, cache, notices)
+    return snapshot.folder, snapshot
 
 
 def find(repository: str, revision: str | None, cache: Path | None, notices: list[str]) -> Snapshot:
     """The commit that a hub id means now, with the names and sizes of its files.
 
-    When the hub cannot be reached, the commit that the cache holds for the revision, with a line in ``notices``.
-    Raises ModelError, at once and with a hint, for a model that is gated, missing, or neither reachable nor cached.
+    When the hub cannot be reached, the one in the cache, with a line in ``notices``. Raises ModelError, at once and
+    with a hint, for a model that is gated, missing, or neither reachable nor cached.
     """
     cache = Path(cache or constants.HF_HUB_CACHE).expanduser().resolve()
+    api = huggingface_hub.HfApi()
     try:
-        info: Any = huggingface_hub.HfApi().model_info(
-            repository, revision=revision, files_metadata=True, timeout=TIMEOUT
-        )
+        info: Any = api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
     except Exception as error:
-        if not unreachable(error):
-            raise explain(error, repository, revision) from error
-        cached = _cached(repository, revision, cache)
+        cached = _cached(repository, revision, cache) if unreachable(error) else None
         if cached is None:
             raise explain(error, repository, revision) from error
         notices.append(f"{repository}: the hub cannot be reached, the cached commit {cached.commit[:10]} is used")
@@ -136,18 +146,18 @@ def _cached(repository: str, revision: str | None, cache: Path) -> Snapshot | No
 
 @contextmanager
 def _progress_bars(wanted: bool) -> Iterator[None]:
-    already_off = utils.are_progress_bars_disabled()
-    if not wanted and not already_off:
+    hidden = not wanted and not utils.are_progress_bars_disabled()
+    if hidden:
         utils.disable_progress_bars()
     try:
         yield
     finally:
-        if not wanted and not already_off:
+        if hidden:
             utils.enable_progress_bars()
 
 
 def unreachable(error: BaseException) -> bool:
-    """No answer from the hub, as opposed to an answer that says no. The client has changed its HTTP library twice."""
+    """No answer from the hub, not one that says no. The client has changed its HTTP library twice."""
     if isinstance(error, hub_errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
@@ -245,7 +255,11 @@ def is_pickle(entry: str) -> bool:
 
 
 def read_headers(path: Path, label: str) -> Headers:
-    """Headers of one safetensors file on disk. Raises ModelError naming the file when it is cut off or damaged."""
+    """Headers of one safetensors file on disk. Raises ModelError naming the file when it is cut off or damaged.
+
+    safetensors itself maps the whole file for that, which a limit of the address space may forbid.
+    """
+    interrupted = "Was the download or copy interrupted?"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -254,147 +268,68 @@ def read_headers(path: Path, label: str) -> Headers:
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ModelError(
                     f"{label}: {path} is not a whole safetensors file: {size} bytes, of which the header alone "
-                    f"needs {length + 8}. Was the download or copy interrupted?"
+                    f"needs {length + 8}. {interrupted}"
                 )
-            raw = file.read(length)
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        headers = {name: _tensor_header(entry, path.name) for name, entry in entries.items()}
+        spans = [(*entry["data_offsets"], name) for name, entry in entries.items()]
+        end = 0
+        for start, stop, name in sorted(spans):
+            if start != end or stop - start != headers[name].nbytes:
+                raise ValueError(f"{name} overlaps another tensor, leaves a hole, or has not the size of its shape")
+            end = stop
     except OSError as error:
         raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
-    headers, end = parse_header(raw, path.name, f"{label}: {path}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{label}: {path} has a damaged safetensors header: {error}") from error
     if 8 + length + end != size:
         raise ModelError(
-            f"{label}: {path} is damaged: {size} bytes, but its header describes {8 + length + end}. "
-            "Was the download or copy interrupted?"
+            f"{label}: {path} is damaged: {size} bytes, but its header describes {8 + length + end}. {interrupted}"
         )
     return headers
-
-
-def parse_header(raw: bytes, file: str, label: str) -> tuple[Headers, int]:
-    """Headers and the number of data bytes from a safetensors header. Raises ModelError for anything malformed."""
-    try:
-        header: Any = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        headers = {name: _tensor_header(entry, file) for name, entry in entries.items()}
-        spans = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ModelError(f"{label} has a damaged safetensors header: {error}") from error
-    end = 0
-    for start, stop in spans:
-        if start != end or stop < start:
-            raise ModelError(f"{label} has a damaged safetensors header: tensors overlap or leave holes")
-        end = stop
-    for name, tensor in headers.items():
-        if tensor.nbytes != sizes[name]:
-            raise ModelError(f"{label} has a damaged safetensors header: the size of {name} is not that of its shape")
-    return headers, end
 
 
 def _tensor_header(entry: dict[str, Any], file: str) -> TensorHeader:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"the dtype {entry['dtype']!r} is not one that can be merged")
     name, itemsize = DTYPES[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    start, stop = entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+    shape, offsets = tuple(entry["shape"]), entry["data_offsets"]
+    if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
         raise ValueError("a shape or offset is not a whole number")
     return TensorHeader(name, shape, file, itemsize)
 
 
-def read_index(text: str, label: str) -> dict[str, str]:
+def read_index(path: Path, label: str) -> dict[str, str]:
     """Tensor name -> shard of an index file. Raises ModelError when it is malformed or names a file elsewhere."""
     try:
-        weight_map = json.loads(text)["weight_map"]
-        pairs = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{label} is not an index of shards: {error}") from error
+        pairs = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{label}: {path.name} is not an index of shards: {error}") from error
     for shard in pairs.values():
         # A name such as ../../other/file.bin would be read, or unpickled, from anywhere.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
-            raise ModelError(f"{label} names {shard!r}, which is not a weight file in the same folder")
+            raise ModelError(f"{label}: {path.name} names {shard!r}, which is not a weight file in the same folder")
     return pairs
 
 
-def gather(weight_map: dict[str, str], shard_headers: Callable[[str], Headers], label: str) -> Headers:
-    """Headers of a sharded checkpoint. Raises ModelError when the index and the shards disagree."""
-    by_shard = {shard: shard_headers(shard) for shard in sorted(set(weight_map.values()))}
+def checkpoint_headers(
+    entry: str, folder: Path, label: str, shard_headers: Callable[[str], Headers] | None = None
+) -> Headers:
+    """Headers of a checkpoint by its entry file, an index or the only weight file.
+
+    shard_headers: gives those of one file; None for a file of the folder. Raises ModelError, also when the index and
+    the shards disagree.
+    """
+    headers_of = shard_headers or (lambda shard: read_headers(folder / shard, label))
+    if not entry.endswith(".index.json"):
+        return headers_of(entry)
+    weight_map = read_index(folder / entry, label)
+    by_shard = {shard: headers_of(shard) for shard in sorted(set(weight_map.values()))}
     lacking = sorted(name for name, shard in weight_map.items() if name not in by_shard[shard])
     if lacking:
-        shard = weight_map[lacking[0]]
         raise ModelError(
-            f"{label}: its index says that {lacking[0]} is in {shard}, but it is not there"
+            f"{label}: its index says that {lacking[0]} is in {weight_map[lacking[0]]}, but it is not there"
             + (f" (and {len(lacking) - 1} tensors more)" if len(lacking) > 1 else "")
         )
     return {name: by_shard[shard][name] for name, shard in weight_map.items()}
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Bytes that are still available, and what limits them. address_space: mapped files count as well."""
-
-    available: int
-    source: str
-    address_space: bool = False
-
-
-def memory_limits() -> list[Limit]:
-    """Every limit that applies: free memory of the machine, cgroups (containers), ``ulimit -v``."""
-    limits = [Limit(psutil.virtual_memory().available, "free on this machine")]
-    limits += cgroup_limits(Path("/sys/fs/cgroup"), _cgroup_paths())
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        used = psutil.Process().memory_info().vms
-        limits.append(Limit(max(0, soft - used), "left of the address space limit (ulimit -v)", address_space=True))
-    return limits
-
-
-def taken_bytes() -> int:
-    """Memory that this process has taken already: interpreter, libraries, tokenizers, and what it did before."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def _cgroup_paths() -> dict[str, str]:
-    """controller -> path of this process; the unified hierarchy of cgroup 2 has the name ``""``."""
-    paths: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            for controller in controllers.split(","):
-                paths[controller] = path
-    return paths
-
-
-def cgroup_limits(root: Path, paths: dict[str, str]) -> list[Limit]:
-    """The tightest memory limit of the cgroups that enclose a process, as a list of one or none.
-
-    root: where cgroups are mounted. paths: as in /proc/self/cgroup, by controller. The page cache of inactive files
-    counts as free: the kernel drops it first.
-    """
-    found: list[int] = []
-    for base, path, names in (
-        (root, paths.get(""), ("memory.max", "memory.current", "inactive_file")),
-        (
-            root / "memory",
-            paths.get("memory"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
-    ):
-        if path is None:
-            continue
-        relative = Path(path.lstrip("/"))
-        # In a container the path may be the host's: then only the mount's own root is visible.
-        for folder in [base / relative, *(base / parent for parent in relative.parents), base]:
-            with suppress(OSError, ValueError):
-                limit = int((folder / names[0]).read_text())  # "max" is a ValueError: no limit here
-                if limit < 1 << 60:
-                    used = int((folder / names[1]).read_text()) - _stat(folder / "memory.stat", names[2])
-                    found.append(max(0, limit - used))
-    return [Limit(min(found), "left of the container's memory limit (cgroup)")] if found else []
-
-
-def _stat(file: Path, key: str) -> int:
-    with suppress(OSError, ValueError):
-        for line in file.read_text().splitlines():
-            name, value = line.split()
-            if name == key:
-                return int(value)
-    return 0

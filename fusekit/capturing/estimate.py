@@ -15,8 +15,7 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.topk import CACHED_BYTES, GROUP, group_bytes
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
-from fusekit.hub import memory_limits
-from fusekit.resources import Need, main_memory, refuse_lacking
+from fusekit.resources import Need, main_memory, memory_limits, refuse_lacking
 
 _BLOCK_COPIES = 3
 """Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""

@@ -162,7 +162,7 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
     notices: list[str] = []
     if (parts := gguf.split(choice.model)) is not None:
         return _dequantised(choice) or _find_gguf(choice, *parts, weights=weights, download=download)
-    folder, snapshot = _locate(choice, notices)
+    folder, snapshot = hub.locate(choice.model, choice.revision, None, notices)
     names = _names(folder, snapshot)
     if weight_entry(names) is None and gguf.among(names) and (weights or "config.json" not in names):
         raise CaptureError(f"{choice.model} {gguf.only_gguf(choice.model, names)}")
@@ -200,7 +200,7 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
             f"{choice.quantization.get('quant_method')!r} does not apply; leave it out, or take the original model"
         )
     notices: list[str] = []
-    folder, snapshot = _locate(replace(choice, model=place), notices)
+    folder, snapshot = hub.locate(place, choice.revision, None, notices)
     if file not in _names(folder, snapshot):
         there = ", ".join(gguf.among(_names(folder, snapshot))) or "none"
         raise CaptureError(f"{choice.model}: there is no file {file} in {place}; GGUF files there: {there}")
@@ -244,21 +244,6 @@ def is_repository(name: str) -> bool:
     return bool(place) and place[0] not in "/~." and place.count("/") <= 1 and not Path(place).exists()
 
 
-def _locate(choice: ModelChoice, notices: list[str]) -> tuple[Path, hub.Snapshot | None]:
-    name = choice.model
-    local = Path(name).expanduser()
-    if local.is_dir():
-        if choice.revision:
-            raise CaptureError(f"{name} is a local folder: the revision {choice.revision!r} has no meaning there")
-        return local.resolve(), None
-    if local.exists():
-        raise CaptureError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
-    if not is_repository(name):
-        raise hub.neither(name)
-    snapshot = hub.find(name, choice.revision, None, notices)
-    return snapshot.folder, snapshot
-
-
 def _names(folder: Path, snapshot: hub.Snapshot | None) -> set[str]:
     """The files of a model, wherever they are yet."""
     return set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
@@ -300,8 +285,7 @@ def _weights(choice: ModelChoice, folder: Path, snapshot: hub.Snapshot | None) -
         raise CaptureError(f"{choice.model} has no weights: no model.safetensors or its index {where}")
     files = [entry]
     if entry.endswith(".index.json"):
-        text = (folder / entry).read_text(encoding="utf-8", errors="replace")
-        files = sorted(set(read_index(text, f"{choice.model}: {entry}").values()))
+        files = sorted(set(read_index(folder / entry, choice.model).values()))
     pickles = [name for name in (entry, *files) if is_pickle(name) or name.endswith(".bin")]
     if pickles and not choice.allow_pickle:
         raise CaptureError(

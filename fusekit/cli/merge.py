@@ -14,10 +14,10 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, 
 from fusekit import yaml as safe_yaml
 from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.errors import FusekitError, RecipeError
+from fusekit.merging.models import Settings
 from fusekit.merging.run import check as run_check
 from fusekit.merging.run import check_options
 from fusekit.merging.run import merge as run
-from fusekit.merging.settings import Settings
 from fusekit.recipe.loading import kind_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])

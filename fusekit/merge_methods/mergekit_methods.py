@@ -33,7 +33,7 @@ from fusekit.merge_methods.widen import Ties, widen
 
 _CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 _UNITS = ("module", "layer", "model")
-_SCALES = ("_scale_inv", "_scale", ".absmax", ".quant_map")
+SCALES = ("_scale_inv", "_scale", ".absmax", ".quant_map")
 """What scales of quantised weights are called: the name of the weight and one of these."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
 
@@ -269,7 +269,7 @@ def _refuse_codes(model: Any, name: str) -> None:
     In a graph the tensor itself does not show it: mergekit casts the codes to the `dtype` of the recipe.
     """
     loader = mergekit_private.loaders().get(model)
-    scales = [] if loader is None else [name + end for end in _SCALES if name + end in loader.index.tensor_paths]
+    scales = [] if loader is None else [name + end for end in SCALES if name + end in loader.index.tensor_paths]
     if scales:
         raise MergeError(
             f"{model} has quantised weights, {scales[0]} belongs to this tensor: merge the checkpoint that it was "

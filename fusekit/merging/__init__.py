@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusekit.merging.models import Settings
     from fusekit.merging.run import Check, Merged, check, merge
-    from fusekit.merging.settings import Settings
 
 __all__ = ["Check", "Merged", "Settings", "check", "merge"]
 

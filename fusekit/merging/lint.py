@@ -38,34 +38,32 @@ def check(data: Any, problems: Problems) -> MergeConfiguration | None:
         return None
     _check_keys(data, MergeConfiguration, (), problems)
     _check_method(data, problems)
-    _check_dtypes(data, problems)
-    _check_chat_template(data, problems)
+    _check_names(data, problems)
     _check_ranges(data, problems)
     config = _validate(data, problems)
     if config is not None and not problems.found:  # else what is missing may be there, misspelled
-        for path, output in _sets_of_inputs(data):
-            _check_inputs(data, path, output, problems)
+        for path, body, _ in _bodies(data):
+            if isinstance(body.get("models"), list) or isinstance(body.get("sources"), list):
+                _check_inputs(data, path, body, problems)
     return config
 
 
 def _check_keys(value: Any, annotation: Any, path: KeyPath, problems: Problems) -> None:
-    """Report every key below ``value`` that the pydantic models in ``annotation`` do not have."""
+    """Report every key that the pydantic models in ``annotation`` do not have."""
     annotation = _choose(value, annotation)
     origin = get_origin(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and isinstance(value, dict):
-        fields = annotation.model_fields
-        for key, child in value.items():
-            here = (*path, str(key))
-            if key not in fields:
-                problems.add(here, f"unknown key {key!r}{nearest(str(key), fields)}")
-            elif key != "parameters":  # the method's own names, checked by _check_parameters
-                _check_keys(child, fields[key].annotation, here, problems)
-    elif origin is dict and isinstance(value, dict):
-        for key, child in value.items():
-            _check_keys(child, get_args(annotation)[1], (*path, str(key)), problems)
-    elif origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, list):
         for index, child in enumerate(value):
             _check_keys(child, get_args(annotation)[0], (*path, index), problems)
+    fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    for key, child in value.items() if isinstance(value, dict) else ():
+        here = (*path, str(key))
+        if origin is dict:
+            _check_keys(child, get_args(annotation)[1], here, problems)
+        elif fields is not None and key not in fields:
+            problems.add(here, f"unknown key {key!r}{nearest(str(key), fields)}")
+        elif fields is not None and key != "parameters":  # the method's own names, checked by _check_parameters
+            _check_keys(child, fields[key].annotation, here, problems)
 
 
 def _choose(value: Any, annotation: Any) -> Any:
@@ -96,13 +94,14 @@ def _check_method(data: dict[str, Any], problems: Problems) -> None:
 
 
 def _check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Problems) -> None:
-    """Report parameters that the method of ``spec`` does not have, that have no effect where they stand, or whose
-    value it would refuse, in every ``parameters:`` of the recipe ``data``."""
+    """Report parameters that a method does not have or whose value it refuses, and those without effect."""
     known = {parameter.name: parameter for parameter in spec.parameters}
-    for path, block, owner in _parameter_blocks(data):
+    for place, body, owner in _bodies(data):
+        path, block = (*place, "parameters"), body.get("parameters")
+        if block is None:
+            continue
         if not isinstance(block, dict):
-            if block is not None:
-                problems.add(path, "`parameters` is a mapping of names to values")
+            problems.add(path, "`parameters` is a mapping of names to values")
             continue
         for name, setting in block.items():
             here = (*path, str(name))
@@ -119,13 +118,6 @@ def _check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Pro
             elif owner is not None and scope == ParameterScope.NON_BASE and owner == data.get("base_model"):
                 problems.warn(here, f"{name!r} has no effect on the base model in {spec.name}")
             _check_setting(setting, here, f"{name!r} of {spec.name}", known[name].validate, problems)
-
-
-def _sets_of_inputs(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Everything in a recipe that lists models to merge, by place: itself, its modules, slices of either."""
-    for path, body in _outputs(data):
-        yield from [(path, body)] if isinstance(body.get("models"), list) else []
-        yield from _mappings(body.get("slices"), (*path, "slices"))
 
 
 def _check_inputs(data: dict[str, Any], path: KeyPath, output: dict[str, Any], problems: Problems) -> None:
@@ -169,19 +161,16 @@ def _mappings(value: Any, path: KeyPath) -> list[tuple[KeyPath, dict[str, Any]]]
     return [((*path, index), item) for index, item in items if isinstance(item, dict)]
 
 
-def _parameter_blocks(data: dict[str, Any]) -> Iterator[tuple[KeyPath, Any, Any]]:
-    """Every ``parameters:`` of a recipe: its path, its content, and the model it belongs to (None: not one model)."""
+def _bodies(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], Any]]:
+    """Everything in a recipe that may have `parameters`, and the model it stands for (None: not one model)."""
     for path, body in _outputs(data):
-        slices = _mappings(body.get("slices"), (*path, "slices"))
+        yield path, body, None
         inputs = _mappings(body.get("models"), (*path, "models"))
-        for here, output in slices:
+        for here, output in _mappings(body.get("slices"), (*path, "slices")):
+            yield here, output, None
             inputs += _mappings(output.get("sources"), (*here, "sources"))
-        for here, item in [(path, body), *slices]:
-            if "parameters" in item:
-                yield (*here, "parameters"), item["parameters"], None
         for here, item in inputs:
-            if "parameters" in item:
-                yield (*here, "parameters"), item["parameters"], item.get("model", "?")
+            yield here, item, item.get("model", "?")
 
 
 def _check_setting(
@@ -224,35 +213,28 @@ def _check_value(value: Any, path: KeyPath, label: str, validate: Callable[[Any]
         problems.add(path, f"{label} cannot be {value!r}: {'; '.join(reasons(error))}")
 
 
-def _check_dtypes(data: dict[str, Any], problems: Problems) -> None:
+def _check_names(data: dict[str, Any], problems: Problems) -> None:
+    """Report unknown dtypes, and chat templates, at which mergekit looks only after the weights are written."""
     for key in ("dtype", "out_dtype"):
         name = data.get(key)
         if name is not None and str(name).removeprefix("torch.") not in FLOAT_DTYPES:
             problems.add((key,), f"unknown {key} {name!r}{nearest(str(name), FLOAT_DTYPES)}")
-
-
-def _check_chat_template(data: dict[str, Any], problems: Problems) -> None:
-    """mergekit looks at the template only after the weights are written."""
     template = data.get("chat_template")
-    if not isinstance(template, str) or not template or template == "auto" or "{" in template:
-        return
-    names = mergekit_private.chat_templates()
-    if template not in names:
-        problems.add(("chat_template",), f"unknown chat template {template!r}{nearest(template, ['auto', *names])}")
+    if isinstance(template, str) and template and "{" not in template:
+        names = ["auto", *mergekit_private.chat_templates()]
+        if template not in names:
+            problems.add(("chat_template",), f"unknown chat template {template!r}{nearest(template, names)}")
 
 
 def _check_ranges(data: dict[str, Any], problems: Problems) -> None:
-    for path, body in _outputs(data):
-        for here, output in _mappings(body.get("slices"), (*path, "slices")):
-            for place, source in _mappings(output.get("sources"), (*here, "sources")):
-                layers = source.get("layer_range")
-                if not isinstance(layers, list) or [type(end) for end in layers] != [int, int]:
-                    continue  # mergekit's own schema says what is wrong
-                if not 0 <= layers[0] < layers[1]:
-                    problems.add(
-                        (*place, "layer_range"),
-                        f"layer_range {layers} is empty: give [first, last + 1], counted from 0",
-                    )
+    for path, body, _ in _bodies(data):
+        layers = body.get("layer_range")
+        if not isinstance(layers, list) or [type(end) for end in layers] != [int, int]:
+            continue  # mergekit's own schema says what is wrong
+        if not 0 <= layers[0] < layers[1]:
+            problems.add(
+                (*path, "layer_range"), f"layer_range {layers} is empty: give [first, last + 1], counted from 0"
+            )
     tokenizer = data.get("tokenizer")
     multiple = tokenizer.get("pad_to_multiple_of") if isinstance(tokenizer, dict) else None
     if type(multiple) is int and not 1 <= multiple <= 65536:

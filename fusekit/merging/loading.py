@@ -1,31 +1,113 @@
-"""Reading the inputs of a merge: adapters, which are merged first, and loaders that check every tensor they read."""
+"""Reading the inputs of a merge: adapters, and loaders that check every tensor they read.
+
+A plain LoRA adapter (``model+adapter``) is added to the weights as they are read, so that no merged copy is written;
+every other kind is merged first, by mergekit.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
 from mergekit.options import MergeOptions
+from safetensors import safe_open
+from torch import Tensor
 
 from fusekit import mergekit_private
 from fusekit.artifacts import disk_fault
 from fusekit.errors import MergeError
-from fusekit.hub import weight_entry
+from fusekit.hub import Headers, checkpoint_headers, read_headers, weight_entry
 from fusekit.merge_methods.fusion_vectors import is_finite
-from fusekit.merging.models import Model, checkpoint_headers
+
+if TYPE_CHECKING:
+    from fusekit.merging.models import Model
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What a plain adapter may say. Anything else that is set (DoRA, patterns, biases, whole modules, ...) is left to peft.
+_UNDERSTOOD = {"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "peft_type", "bias", "init_lora_weights"}
+_NO_MATTER = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "task_type", "peft_version", "rank_pattern"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A plain LoRA adapter: W + s B A for some of the weights of its model.
+
+    names: of A and B in ``file``, by the weight's name. alpha, root: s is alpha / rank, or alpha / √rank with root.
+    transposed: the weight is kept as [in, out].
+    """
+
+    file: Path
+    names: Mapping[str, tuple[str, str]]
+    alpha: float
+    root: bool
+    transposed: bool
+
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        """The weight plus s B A, as peft adds it: the product in float32, rounded once to the weight's dtype."""
+        if name not in self.names:
+            return weight
+        with safe_open(self.file, framework="pt", device=str(weight.device)) as file:
+            down, up = (file.get_tensor(each).float() for each in self.names[name])
+        rank = down.shape[0]
+        delta = up @ down
+        merged = weight.clone()
+        merged += (delta.T if self.transposed else delta) * (self.alpha / (math.sqrt(rank) if self.root else rank))
+        return merged
+
+
+def plain_adapter(folder: Path, weights: Headers) -> Adapter | None:
+    """The adapter in a folder, for a model with these weights; None for one that takes more than adding s B A.
+
+    Raises ModelError when the adapter's file is damaged.
+    """
+    config: Any = None
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    plain = (
+        isinstance(config, dict)
+        and config.get("peft_type") == "LORA"
+        and isinstance(config.get("lora_alpha"), (int, float))
+        and config.get("bias", "none") == "none"
+        and config.get("init_lora_weights", True) in (True, False, "gaussian")
+        and not any(value and key not in _UNDERSTOOD | _NO_MATTER for key, value in config.items())
+    )
+    if not plain or not (folder / ADAPTER_WEIGHTS).is_file():
+        return None
+    headers = read_headers(folder / ADAPTER_WEIGHTS, str(folder))
+    modules = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in headers}
+    names = {f"{at}.weight": (f"{_PREFIX}{at}.lora_A.weight", f"{_PREFIX}{at}.lora_B.weight") for at in sorted(modules)}
+    transposed = bool(config.get("fan_in_fan_out"))
+    if headers.keys() != {each for pair in names.values() for each in pair}:
+        return None
+    for name, (down, up) in names.items():
+        product = (headers[up].shape[0], headers[down].shape[-1])
+        if name not in weights or weights[name].shape != (product[::-1] if transposed else product):
+            return None
+    return Adapter(
+        folder / ADAPTER_WEIGHTS, names, float(config["lora_alpha"]), bool(config.get("use_rslora")), transposed
+    )
 
 
 def merge_adapters(models: Iterable[Model], options: MergeOptions) -> bool:
     """Merge every adapter that is not added at reading into its model, by mergekit; returns whether there was any.
 
     The models are then those in mergekit's adapter cache. mergekit takes any folder there for a finished one, so a
-    folder that was begun and not finished is removed. Raises MergeError when an adapter cannot be merged.
+    folder that was begun and not finished is removed.
     """
-    with_adapter = [model for model in models if model.adapter and not model.lora]
+    with_adapter = [model for model in models if model.merges_adapter]
     for model in with_adapter:
         cache = Path(options.lora_merge_cache)
         before = set(cache.iterdir()) if cache.is_dir() else set()
@@ -52,9 +134,8 @@ def merge_adapters(models: Iterable[Model], options: MergeOptions) -> bool:
 
 
 class CheckingLoader(LazyTensorLoader):
-    """mergekit's loader for one model, refusing tensors that hold NaN or infinity or differ from their header.
+    """mergekit's loader for one model, which checks every tensor when it is first read: no second pass of the disk.
 
-    Every tensor is looked at as it is read for the merge: once, in memory, without another pass of the disk.
     on_read: called with the size in bytes of every tensor on its first read.
     """
 
@@ -70,8 +151,6 @@ class CheckingLoader(LazyTensorLoader):
         )
         super().__init__(index, lazy_unpickle=lazy_unpickle)
         self.model = model
-        self.headers = dict(model.headers)
-        self.folder = model.folder
         self.on_read = on_read
         self.checked: set[str] = set()
 
@@ -79,8 +158,8 @@ class CheckingLoader(LazyTensorLoader):
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> torch.Tensor | None:
         """As mergekit's, with the checks. Raises MergeError naming tensor, model and file."""
-        header = self.headers.get(key)
-        file = self.folder / (header.file if header else "?")
+        header = self.model.headers.get(key)
+        file = self.model.folder / (header.file if header else "?")
         try:
             tensor: torch.Tensor | None = super().get_tensor(key, device, aliases, raise_on_missing)
         except KeyError:
@@ -112,14 +191,12 @@ class CheckingLoader(LazyTensorLoader):
 def registered(models: Iterable[Model], lazy_unpickle: bool, on_read: Callable[[int], None]) -> Iterator[None]:
     """Register a checking loader for every model with mergekit, and take them out again at the end."""
     loaders = mergekit_private.loaders()
-    pinned = [model.pinned for model in models if model.weights]
+    ours = {model.pinned: CheckingLoader(model, lazy_unpickle, on_read) for model in models if model.weights}
+    loaders.update(ours)
     try:
-        for model in models:
-            if model.weights:
-                loaders[model.pinned] = CheckingLoader(model, lazy_unpickle, on_read)
         yield
     finally:
-        for key in pinned:
+        for key in ours:
             if key in loaders:
                 loaders.pop(key).flush()
 

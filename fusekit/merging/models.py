@@ -24,9 +24,17 @@ from transformers import CONFIG_MAPPING
 
 from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
-from fusekit.hub import Headers, TensorHeader, gather, is_pickle, read_headers, read_index, weight_entry
-from fusekit.merging.lora import Adapter, plain_adapter
-from fusekit.merging.settings import Settings
+from fusekit.hub import (
+    Headers,
+    TensorHeader,
+    checkpoint_headers,
+    is_pickle,
+    read_headers,
+    read_index,
+    weight_entry,
+)
+from fusekit.merge_methods.mergekit_methods import SCALES
+from fusekit.merging.loading import Adapter, plain_adapter
 from fusekit.yaml import KeyPath, Problems, nearest
 
 Kind = TypeVar("Kind")
@@ -35,6 +43,41 @@ _NO_GGUF = (
     'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
     "fusekit.capturing.models import dequantise; dequantise('{}', 'FOLDER')\")"
 )
+# Beginnings of dtypes that hold codes of quantised weights; of a model's own tensors only masks have them.
+_CODES = ("float8", "int8", "uint8")
+_MASKS = (".bias", ".masked_bias")
+# Endings of names beside such codes.
+_BESIDE_CODES = (
+    *(f".weight{end}" for end in SCALES),
+    *("_scale_inv", ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_packed", "_blocks"),
+)
+_UNQUANTISED = "merge the checkpoint that it was quantised from, or dequantise it first"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``merge`` takes beside mergekit's own options. Models are named as in the recipe.
+
+    Attributes:
+        overwrite: replace a finished model at the output.
+        ignore_estimates: start although it does not seem to fit.
+        allow_pickle: models whose weights may be torch pickles.
+        allow_remote_code: models whose own Python code may run.
+        folders: where models are that the recipe calls by names which are neither paths nor hub ids; card, recipe and
+            coefficients beside the merged model have these names.
+        say: gets a line of plain text for the user.
+        before_publishing: given the folder of the checked model, to add files to it.
+        on_published: called as soon as the merged model stands at its final path; what follows is tidying up.
+    """
+
+    overwrite: bool = False
+    ignore_estimates: bool = False
+    allow_pickle: frozenset[str] = frozenset()
+    allow_remote_code: frozenset[str] = frozenset()
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+    before_publishing: Callable[[Path], None] = lambda _folder: None
+    on_published: Callable[[], None] = lambda: None
 
 
 class PinnedModel(ModelReference):
@@ -65,20 +108,26 @@ class OrderedConfiguration(MergeConfiguration):
         wanted = set(super().referenced_models())
         return [model for model in dict.fromkeys(ref for ref, _ in instances(self, ModelReference)) if model in wanted]
 
+    @property
+    def donor(self) -> Any:
+        """The model whose configuration and tokenizer the merged model gets: the base, or the first of the recipe."""
+        return self.base_model or self.referenced_models()[0]
+
 
 def instances(value: Any, kind: type[Kind], path: KeyPath = ()) -> Iterator[tuple[Kind, KeyPath]]:
     """Everything of a type in a configuration with its path, in the order of mergekit's fields."""
     if isinstance(value, kind):
         yield value, path
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from instances(getattr(value, name), kind, (*path, name))
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, BaseModel):
+        items = ((name, getattr(value, name)) for name in type(value).model_fields)
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from instances(item, kind, (*path, str(key)))
+        items = ((str(key), item) for key, item in value.items())
     elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from instances(item, kind, (*path, index))
+        items = enumerate(value)
+    for key, item in items:
+        yield from instances(item, kind, (*path, key))
 
 
 def with_models(config: MergeConfiguration, models: Mapping[Any, Any]) -> OrderedConfiguration:
@@ -98,32 +147,13 @@ def with_models(config: MergeConfiguration, models: Mapping[Any, Any]) -> Ordere
     return OrderedConfiguration(**{name: replace(getattr(config, name)) for name in MergeConfiguration.model_fields})
 
 
-CODES = ("float8", "int8", "uint8")
-"""Beginnings of dtypes that hold codes of quantised weights; of a model's own tensors only masks have them."""
-SCALES = (
-    "_scale_inv",
-    ".weight_scale",
-    ".SCB",
-    ".absmax",
-    ".quant_map",
-    ".qweight",
-    ".qzeros",
-    ".weight_packed",
-    "_blocks",
-)
-"""Endings of names beside such codes."""
-MASKS = (".bias", ".masked_bias")
-_UNQUANTISED = "merge the checkpoint that it was quantised from, or dequantise it first"
-
-
 @dataclass
 class Model:
     """One input model. name: as in the recipe; place: where it first stands there; reference: as mergekit reads it.
 
     folder: on disk (for a hub model, the snapshot that its files go to). weights: False when only its tokenizer is
-    wanted. headers: its tensors. download: weight files that are still to be fetched. needs_code: its files ask to
-    run Python code of their own. knows_type: transformers has its model type. quantisation: the method that its
-    config.json names. lora: the adapter, if it can be added as weights are read.
+    wanted. headers: its tensors. download: weight files that are still to be fetched. lora: the adapter, if it can be
+    added as weights are read.
     """
 
     name: str
@@ -135,9 +165,6 @@ class Model:
     adapter: Path | None = None
     headers: Headers = field(default_factory=dict)
     download: list[str] = field(default_factory=list)
-    needs_code: bool = False
-    knows_type: bool = True
-    quantisation: str | None = None
     lora: Adapter | None = None
 
     @cached_property
@@ -149,6 +176,11 @@ class Model:
             override_architecture=self.reference.override_architecture,
             name=self.name,
         )
+
+    @property
+    def merges_adapter(self) -> bool:
+        """Whether mergekit has to write a copy of the model with its adapter."""
+        return self.adapter is not None and self.lora is None
 
     @property
     def download_bytes(self) -> int:
@@ -190,7 +222,6 @@ def resolve(
         except MergeError as error:
             problems.add(place, str(error))
     _check_same_folder(models.values(), problems)
-    _check_code(models.values(), settings, options, problems)
     problems.raise_if_any(MergeError)
     return models
 
@@ -198,24 +229,30 @@ def resolve(
 def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: MergeOptions, *, weights: bool) -> Model:
     name = str(reference)
     folder, snapshot = _locate(reference.model, settings, options)
+    runs_code = bool(options.trust_remote_code) or name in settings.allow_remote_code
     if snapshot:
-        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if _may_run_code(name, settings, options) else [])])
+        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if runs_code else [])])
     adapter = _adapter(reference, settings, options) if reference.lora else None
     model = Model(name, place, reference, folder, weights, snapshot, adapter)
     files = list(snapshot.sizes) if snapshot else [path.name for path in folder.iterdir()]
     if weights and weight_entry(files) is None and (there := gguf.among(files)):
         example = f"{reference.model.path.rstrip('/')}/{there[0]}"
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
-    _read_code_claims(model)
+    config = _read_config(model)
+    if not runs_code:
+        # mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
+        # without code would run its own as well, so that one needs permission too.
+        asks = any("auto_map" in content for content in (config, _read_json(model, "tokenizer_config.json") or {}))
+        if asks and (settings.allow_remote_code or config.get("model_type") not in CONFIG_MAPPING):
+            raise MergeError(
+                f"{name} wants to run Python code of its own: if you trust its author, give "
+                f"`--allow-remote-code '{name}'`"
+            )
     if weights:
-        _read_weights(model, files, settings.allow_pickle)
+        _read_weights(model, files, config, settings.allow_pickle)
         if adapter and options.lora_merge_dtype is None:
             model.lora = plain_adapter(adapter, model.headers)
     return model
-
-
-def _may_run_code(name: str, settings: Settings, options: MergeOptions) -> bool:
-    return bool(options.trust_remote_code) or name in settings.allow_remote_code
 
 
 def _locate(path: Any, settings: Settings, options: MergeOptions) -> tuple[Path, hub.Snapshot | None]:
@@ -225,30 +262,16 @@ def _locate(path: Any, settings: Settings, options: MergeOptions) -> tuple[Path,
         if not known.is_dir():
             raise MergeError(f"{name} is said to be in {known}, and there is no such folder")
         return known.resolve(), None
-    if not name or "\0" in name:
-        raise MergeError(f"{name!r} is not the name of a model")
     if gguf.split(name) is not None:
         raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
-    local = Path(name)
-    try:
-        if local.is_dir():
-            if path.revision:
-                raise MergeError(f"{name} is a local folder: the revision {path.revision!r} has no meaning there")
-            return local.resolve(), None
-        if local.exists():
-            raise MergeError(f"{name} is a file: give the folder of the model")
-    except OSError as error:
-        raise MergeError(f"{name!r} cannot be read: {error.strerror or error}") from error
-    if name[0] in "/~." or name.count("/") > 1:
-        hint = "; `~` is not expanded here, write the path out" if name[0] == "~" else ""
-        if "://" in name:
-            hint = f"; of a model on the hub give the id alone, such as {'/'.join(name.rstrip('/').split('/')[3:5])}"
-        raise MergeError(f"there is no folder {name} (looked from {Path.cwd()}){hint}")
-    cache, notices = options.transformers_cache, list[str]()
-    snapshot = hub.find(name, path.revision, Path(cache) if cache else None, notices)
+    if name.startswith("~"):
+        raise MergeError(f"there is no folder {name}: `~` is not expanded here, write the path out")
+    notices: list[str] = []
+    cache = options.transformers_cache
+    found = hub.locate(name, path.revision, Path(cache) if cache else None, notices)
     for line in notices:
         settings.say(f"notice: {line}")
-    return snapshot.folder, snapshot
+    return found
 
 
 def _adapter(reference: Any, settings: Settings, options: MergeOptions) -> Path:
@@ -264,27 +287,36 @@ def _adapter(reference: Any, settings: Settings, options: MergeOptions) -> Path:
     return folder
 
 
-def checkpoint_headers(
-    entry: str, folder: Path, label: str, shard_headers: Callable[[str], Headers] | None = None
-) -> Headers:
-    """Headers of a checkpoint by its entry file, an index or the only weight file. Raises MergeError.
+def _read_config(model: Model) -> dict[str, Any]:
+    config = _read_json(model, "config.json")
+    if config is not None:
+        return config
+    if (model.folder / "adapter_config.json").is_file():
+        base = "MODEL"
+        with suppress(MergeError):
+            base = str((_read_json(model, "adapter_config.json") or {}).get("base_model_name_or_path") or base)
+        raise MergeError(
+            f"{model.name} is an adapter, not a model: name it behind its model, `model: {base}+{model.name}`"
+        )
+    raise MergeError(f"{model.name} has no config.json in {model.folder}: is it a model in Hugging Face's format?")
 
-    shard_headers: gives those of one file; None for a file of the folder.
-    """
-    headers_of = shard_headers or (lambda shard: read_headers(folder / shard, label))
-    if not entry.endswith(".index.json"):
-        return headers_of(entry)
-    return gather(read_index(_read_text(folder / entry, label), f"{label}: {entry}"), headers_of, label)
 
-
-def _read_text(path: Path, label: str) -> str:
+def _read_json(model: Model, name: str) -> dict[str, Any] | None:
+    """The mapping in a file of a model, None where there is no such file."""
+    path = model.folder / name
+    if not path.is_file():
+        return None
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeError(f"{label}: {path} cannot be read: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MergeError(f"{model.name}: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise MergeError(f"{model.name}: {path} is not a JSON mapping")
+    return content
 
 
-def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> None:
+def _read_weights(model: Model, files: list[str], config: dict[str, Any], pickles: frozenset[str]) -> None:
+    """Read the headers of a model's weights; refuse pickles without leave, two sets of weights, and quantised ones."""
     entry = weight_entry(files)
     if entry is None and model.snapshot and not model.snapshot.online:
         raise MergeError(f"{model.name}: its weights are not in the cache, and the hub cannot be reached")
@@ -295,33 +327,34 @@ def _read_weights(model: Model, files: list[str], pickles: frozenset[str]) -> No
             f"{model.name} has only pickled weights ({entry}), which can run any code when they are read: convert "
             f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.name}'`"
         )
+
+    def headers_of(shard: str) -> Headers:
+        return _shard_headers(model, shard, pickles)
+
     single = entry.removesuffix(".index.json")
-    if single != entry and single in files and not _lists_all_of(model, entry, single, pickles):
-        raise MergeError(
-            f"{model.name} has both {single} and {entry}, which describe different weights: remove the one that is "
-            f"left over from an earlier save (in {model.folder})"
-        )
-    model.headers = checkpoint_headers(
-        entry, model.folder, model.name, lambda shard: _shard_headers(model, shard, pickles)
-    )
+    if single != entry and single in files:
+        # An index of one file is what MLX writes beside it.
+        listed = read_index(model.folder / entry, model.name)
+        if set(listed.values()) != {single} or listed.keys() != headers_of(single).keys():
+            raise MergeError(
+                f"{model.name} has both {single} and {entry}, which describe different weights: remove the one that is "
+                f"left over from an earlier save (in {model.folder})"
+            )
+    model.headers = checkpoint_headers(entry, model.folder, model.name, headers_of)
     for name, header in model.headers.items():
-        if header.dtype.startswith(CODES) and not name.endswith(MASKS):
-            raise MergeError(f"{model.name} has quantised weights, {name} is {header.dtype}: {_UNQUANTISED}")
-        if name.endswith(SCALES):
-            raise MergeError(f"{model.name} has quantised weights, to which {name} belongs: {_UNQUANTISED}")
-    if model.quantisation is not None:
-        raise MergeError(
-            f"{model.name}: its config.json has a quantization_config ({model.quantisation}): {_UNQUANTISED}; if its "
-            "weights are plain, remove that entry"
-        )
+        codes = header.dtype.startswith(_CODES) and not name.endswith(_MASKS)
+        if codes or name.endswith(_BESIDE_CODES):
+            raise MergeError(f"{model.name} has quantised weights ({name} is {header.dtype}): {_UNQUANTISED}")
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        if found := part.get("quantization_config") or part.get("compression_config"):
+            method = found.get("quant_method", "?") if isinstance(found, dict) else found
+            raise MergeError(
+                f"{model.name}: its config.json has a quantization_config ({method}): {_UNQUANTISED}; if its weights "
+                "are plain, remove that entry"
+            )
     if model.snapshot:
-        model.download = model.snapshot.missing(sorted({tensor.file for tensor in model.headers.values()}))
-
-
-def _lists_all_of(model: Model, index: str, single: str, pickles: frozenset[str]) -> bool:
-    """Whether an index lists the tensors of one file and no others, as MLX writes it."""
-    listed = read_index(_read_text(model.folder / index, model.name), f"{model.name}: {index}")
-    return set(listed.values()) == {single} and listed.keys() == _shard_headers(model, single, pickles).keys()
+        model.download = model.snapshot.missing(sorted({header.file for header in model.headers.values()}))
 
 
 def _shard_headers(model: Model, shard: str, pickles: frozenset[str]) -> Headers:
@@ -349,47 +382,11 @@ def _pickle_headers(model: Model, path: Path) -> Headers:
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:
         raise MergeError(f"{model.name}: {path} cannot be read as plain weights: {error}") from error
-    state = state.get("state_dict", state)
     return {
         name: TensorHeader(str(t.dtype).removeprefix("torch."), tuple(t.shape), path.name, t.element_size())
-        for name, t in state.items()
+        for name, t in state.get("state_dict", state).items()
         if isinstance(t, torch.Tensor)
     }
-
-
-def _read_code_claims(model: Model) -> None:
-    """Whether the files of a model ask transformers to import Python code that comes with them."""
-    if not (model.folder / "config.json").is_file():
-        if (model.folder / "adapter_config.json").is_file():
-            raise MergeError(
-                f"{model.name} is an adapter, not a model: name it behind its model, `model: {_base_of(model.folder)}+"
-                f"{model.name}`"
-            )
-        raise MergeError(f"{model.name} has no config.json in {model.folder}: is it a model in Hugging Face's format?")
-    for file in ("config.json", "tokenizer_config.json"):
-        path = model.folder / file
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(_read_text(path, model.name))
-        except (ValueError, RecursionError) as error:
-            raise MergeError(f"{model.name}: {path} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise MergeError(f"{model.name}: {path} is not a JSON mapping")
-        model.needs_code |= "auto_map" in content
-        if file == "config.json":
-            model.knows_type = content.get("model_type") in CONFIG_MAPPING
-            inner = content.get("text_config")
-            for part in (content, inner if isinstance(inner, dict) else {}):
-                if found := part.get("quantization_config") or part.get("compression_config"):
-                    model.quantisation = str(found.get("quant_method", "?") if isinstance(found, dict) else found)
-
-
-def _base_of(adapter: Path) -> str:
-    """The model that an adapter says it belongs to."""
-    with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or "MODEL")
-    return "MODEL"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -409,26 +406,6 @@ def tokenizer_rows(folder: Path, label: str) -> int | None:
         return 1 + max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
     except Exception as error:
         raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
-
-
-def _check_code(models: Iterable[Model], settings: Settings, options: MergeOptions, problems: Problems) -> None:
-    """Refuse models that would run their own code without permission.
-
-    mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
-    without code would run its own as well, so that one needs permission too.
-    """
-    switch_on = options.trust_remote_code or bool(settings.allow_remote_code)
-    for model in models:
-        if (
-            model.needs_code
-            and not _may_run_code(model.name, settings, options)
-            and (switch_on or not model.knows_type)
-        ):
-            problems.add(
-                model.place,
-                f"{model.name} wants to run Python code of its own: if you trust its author, give "
-                f"`--allow-remote-code '{model.name}'`",
-            )
 
 
 def _check_same_folder(models: Iterable[Model], problems: Problems) -> None:

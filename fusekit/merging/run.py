@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -19,33 +20,36 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
+from fusekit import mergekit_private
 from fusekit import yaml as safe_yaml
 from fusekit.artifacts import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.devices import progress
 from fusekit.errors import FusekitError, MergeError, StorageError
-from fusekit.hub import Headers, HubUnreachableError, is_pickle, read_headers, weight_entry
-from fusekit.merge_methods.provenance import record_coefficients
-from fusekit.merging.card import write_card, write_coefficients
-from fusekit.merging.estimate import estimate, refuse
+from fusekit.hub import Headers, HubUnreachableError, checkpoint_headers, read_headers, weight_entry
+from fusekit.merge_methods.provenance import MergeRecord, record_coefficients, write_json
 from fusekit.merging.lint import check as check_recipe
 from fusekit.merging.lint import lint
 from fusekit.merging.loading import first_not_finite, merge_adapters, registered
 from fusekit.merging.models import (
     Model,
     OrderedConfiguration,
-    checkpoint_headers,
+    Settings,
     has_tokenizer,
     resolve,
     tokenizer_rows,
     with_models,
 )
-from fusekit.merging.plan import ANY, Plan, PlannedTensor, donor_of, make_plan, same_shape
-from fusekit.merging.settings import Settings
-from fusekit.resources import Need, is_out_of_memory, worth_saying
+from fusekit.merging.plan import ANY, Plan, PlannedTensor, estimate, make_plan, same_shape
+from fusekit.resources import Need, is_out_of_memory, refuse_lacking, worth_saying
 from fusekit.yaml import Document, Problems
 
 MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")
 """Of an output, so that the names of what is written beside it fit a file system."""
+_WAY_OUT = (
+    "Free some, merge elsewhere, or lower the need (--out-shard-size 1B writes smaller shards from less memory); "
+    "`--ignore-estimates` starts it all the same."
+)
+COEFFICIENTS = "coefficients.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -107,16 +111,16 @@ class Check:
     def __str__(self) -> str:
         lines = []
         if self.method is not None:
+            merging = _merging(self.models, self.base)
             fetched = f"{human(self.download_bytes)} to download, " if self.download_bytes else ""
             lines = [
-                f"{self.recipe}: {_merging(self.models, self.base)} with {self.method}, "
-                f"{counted(self.tensors, 'tensor')}",
+                f"{self.recipe}: {merging} with {self.method}, {counted(self.tensors, 'tensor')}",
                 f"{fetched}{human(self.read_bytes)} to read, {human(self.nbytes)} to write",
             ]
         lines += [*self.needs, *(f"warning: {line}" for line in self.warnings)]
         lines += [f"problem: {line}" for line in self.problems]
-        count = counted(len(self.problems), "problem")
-        return "\n".join([*lines, "it can run" if self.can_run else f"it cannot run: {count}"])
+        lines.append("it can run" if self.can_run else f"it cannot run: {counted(len(self.problems), 'problem')}")
+        return "\n".join(lines)
 
 
 def _merging(models: list[str], base: str | None, verb: str = "") -> str:
@@ -137,14 +141,11 @@ def merge(
         options: mergekit's own: device, size of shards, caches. Safetensors are always written.
         settings: what fusekit adds to them.
 
-    Returns:
-        Where the model is, and what was merged.
-
     Raises:
         RecipeError: the recipe is wrong; names every mistake and its line.
         MergeError: inputs, the estimates of disk and memory, or the result are wrong.
         StorageError: the disk failed, or another process writes to the same output.
-        Nothing is left at ``out`` then, or what was there before.
+            Nothing is left at ``out`` then, or what was there before.
 
     Example:
         >>> from fusekit.merging import merge
@@ -166,7 +167,7 @@ def merge(
         # Again: a former output may just have been put back.
         final_path(final, overwrite=settings.overwrite)
         job = _prepare(config, options, settings, final, Problems(document))
-        check_apart(final, _kept(job))
+        job.check_apart()
         plan = _build(job)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     return Merged(final, size, time.monotonic() - started, plan.method, len(plan.tensors), plan.base, plan.models)
@@ -206,18 +207,16 @@ def check(
     if out is not None:
         final = attempt(lambda _: final_path(out, overwrite=settings.overwrite), Problems(document))
     config = attempt(lambda problems: check_recipe(document.data, problems), lint_problems)
-    job = plan = None
+    plan = None
     if config is not None:
         place = final or Path("out").resolve()
         job = attempt(lambda problems: _prepare(config, options, settings, place, problems), Problems(document))
-    if job is not None and final is not None:
-        attempt(lambda _: check_apart(final, _kept(job)), Problems(document))
-    if job is not None and not lint_problems.found:
-        with registered(job.models, options.lazy_unpickle, lambda _: None):
-            plan = attempt(
-                lambda problems: make_plan(job.config, job.models, job.mergekit_options, problems), Problems(document)
-            )
-    if job is None or plan is None:
+        if job is not None and final is not None:
+            attempt(lambda _: job.check_apart(), Problems(document))
+        if job is not None and not lint_problems.found:
+            with registered(job.models, options.lazy_unpickle, lambda _: None):
+                plan = attempt(job.plan, Problems(document))
+    if config is None or job is None or plan is None:
         return Check(document.name, warnings=lint_problems.warnings, problems=found)
     needs = estimate(plan, job.models, options, job.final)
     if not settings.ignore_estimates:
@@ -288,22 +287,6 @@ def final_path(out: Path | str, *, overwrite: bool) -> Path:
     return final
 
 
-def check_apart(final: Path, kept: Iterable[tuple[str, Path]]) -> None:
-    """Raise MergeError if publishing to ``final`` would replace something that is still needed.
-
-    kept: what it is, for people, and where: input models, the recipe, caches. An output inside an input is refused as
-    well: it would change the input.
-    """
-    for label, path in kept:
-        resolved = path.resolve()
-        if resolved == final:
-            raise MergeError(f"{final} is {label}: choose another folder for the result")
-        if final in resolved.parents:
-            raise MergeError(f"{label} ({resolved}) lies inside the output {final}, which would be replaced")
-        if resolved in final.parents and resolved.is_dir() and (resolved / "config.json").is_file():
-            raise MergeError(f"the output {final} lies inside {label} ({resolved}): choose another folder")
-
-
 @dataclass(frozen=True)
 class _Job:
     """written: the configuration with the models of the recipe; config: with pinned ones."""
@@ -317,18 +300,28 @@ class _Job:
     final: Path
 
     @property
-    def trust_remote_code(self) -> bool:
-        return bool(self.options.trust_remote_code or self.settings.allow_remote_code)
-
-    @property
     def mergekit_options(self) -> MergeOptions:
         # Card and progress are fusekit's: mergekit's card may ask the network, its bars know tasks, not bytes.
-        return self.options.model_copy(
-            update={"trust_remote_code": self.trust_remote_code, "write_model_card": False, "quiet": True}
-        )
+        code = bool(self.options.trust_remote_code or self.settings.allow_remote_code)
+        return self.options.model_copy(update={"trust_remote_code": code, "write_model_card": False, "quiet": True})
 
-    def folder_of(self, pinned: Any) -> Path:
-        return next(model.folder for model in self.models if model.pinned == pinned)
+    def plan(self, problems: Problems) -> Plan:
+        return make_plan(self.config, self.models, self.mergekit_options, problems)
+
+    def check_apart(self) -> None:
+        """Raise MergeError if publishing would replace or change something that is still needed."""
+        caches = (self.options.transformers_cache, self.options.lora_merge_cache)
+        kept = [("the recipe", Path(self.document.name)), *(("a cache", Path(path)) for path in caches if path)]
+        kept += [(f"the input model {model.name}", model.folder) for model in self.models]
+        kept += [(f"the adapter of {model.name}", model.adapter) for model in self.models if model.adapter]
+        for label, path in kept:
+            place = path.resolve()
+            if place == self.final:
+                raise MergeError(f"{place} is {label}: choose another folder for the result")
+            if self.final in place.parents:
+                raise MergeError(f"{label} ({place}) lies inside the output {self.final}, which would be replaced")
+            if place in self.final.parents and (place / "config.json").is_file():
+                raise MergeError(f"the output {self.final} lies inside {label} ({place}): choose another folder")
 
 
 def _prepare(
@@ -337,7 +330,7 @@ def _prepare(
     """Find the models and everything that is wrong with them, before anything large is read or fetched."""
     models = resolve(config, problems, settings, options)
     for model in models.values():
-        if model.adapter and not model.lora and not options.lora_merge_cache:
+        if model.merges_adapter and not options.lora_merge_cache:
             raise MergeError(
                 f"{model.name} has an adapter that cannot be added while weights are read: say where to keep it merged "
                 "with --lora-merge-cache FOLDER"
@@ -345,17 +338,6 @@ def _prepare(
     written = with_models(config, {reference: reference for reference in models})
     pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
     return _Job(problems.document, written, pinned, list(models.values()), options, settings, final)
-
-
-def _kept(job: _Job) -> list[tuple[str, Path]]:
-    """What the output may not replace, for people, and where it is."""
-    caches = (job.options.transformers_cache, job.options.lora_merge_cache)
-    kept = [("the recipe", Path(job.document.name)), *(("a cache", Path(path)) for path in caches if path)]
-    for model in job.models:
-        kept.append((f"the input model {model.name}", model.folder))
-        if model.adapter:
-            kept.append((f"the adapter of {model.name}", model.adapter))
-    return kept
 
 
 def _build(job: _Job) -> Plan:
@@ -367,7 +349,7 @@ def _build(job: _Job) -> Plan:
             bar.update(size)
 
     with registered(job.models, options.lazy_unpickle, on_read):
-        plan = make_plan(job.config, job.models, options, Problems(job.document))
+        plan = job.plan(Problems(job.document))
         for line in plan.warnings:
             say(f"warning: {line}")
         needs = estimate(plan, job.models, options, job.final)
@@ -376,7 +358,7 @@ def _build(job: _Job) -> Plan:
         for line in worth_saying(needs):
             say(line)
         if not job.settings.ignore_estimates:
-            refuse(needs)
+            refuse_lacking(needs, "this merge does not fit:", _WAY_OUT, MergeError)
         for model in job.models:
             if model.snapshot and model.download:
                 say(f"downloading {human(model.download_bytes)} of {model.origin}")
@@ -385,14 +367,14 @@ def _build(job: _Job) -> Plan:
             return _write(job, plan, bars, needs)
     with registered(job.models, options.lazy_unpickle, on_read):
         # What the adapters were merged into may have another dtype.
-        plan = make_plan(job.config, job.models, options, Problems(job.document))
-        return _write(job, plan, bars, needs)
+        return _write(job, job.plan(Problems(job.document)), bars, needs)
 
 
 def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
     """Merge into a folder beside the output, check and publish it. bars: gets the bar that shows what was read."""
     options, source = job.mergekit_options, job.document.text
-    if not has_tokenizer(job.folder_of(donor_of(job.config))):  # mergekit would log a traceback
+    donor = next(model for model in job.models if model.pinned == job.config.donor)
+    if not has_tokenizer(donor.folder):  # mergekit would log a traceback
         options = options.model_copy(update={"copy_tokenizer": False})
     with staging(job.final, job.settings.on_published) as stage, record_coefficients() as record:
         folder = stage.path
@@ -403,10 +385,8 @@ def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
             if (generation := plan.generation_config) is not None:  # mergekit copies it beside a copied tokenizer only
                 shutil.copyfile(generation, folder / generation.name)
             tokenizer = bool(options.copy_tokenizer or job.config.tokenizer or job.config.tokenizer_source)
-            check_result(folder, plan, trust_remote_code=job.trust_remote_code, tokenizer=tokenizer)
-            if job.options.write_model_card:
-                write_card(folder, job.final.name, job.written, source, job.models)
-            write_coefficients(folder, record, card=job.options.write_model_card)
+            check_result(folder, plan, trust_remote_code=options.trust_remote_code, tokenizer=tokenizer)
+            _write_card(job, folder, record)
             # safetensors writes weights for their owner alone, whatever the umask.
             mode = (folder / "config.json").stat().st_mode
             for path in folder.glob("*.safetensors"):
@@ -418,6 +398,31 @@ def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
             raise _explain(error, job.final, plan, needs) from error
         stage.publish()
     return plan
+
+
+def _write_card(job: _Job, folder: Path, record: MergeRecord) -> None:
+    """Write README.md and mergekit_config.yml as mergekit does, and the coefficients if a method of fusekit ran.
+
+    The commits of hub models are added: the recipe alone does not say which weights were merged.
+    """
+    if record:
+        write_json(record.as_dict(), folder / COEFFICIENTS)
+    if not job.options.write_model_card:
+        return
+    local = {model.reference.model.path for model in job.models if not model.snapshot}
+
+    def is_on_hub(path: str) -> bool:
+        return path not in local and not (path[0] in "/~." or path.count("/") > 1 or os.path.exists(path))  # noqa: PTH110
+
+    with mergekit_private.hub_models(is_on_hub):
+        card = generate_card(config=job.written, config_yaml=job.document.text, name=job.final.name)
+    commits = [f"* {model.origin}" for model in job.models if model.snapshot]
+    if commits:
+        card += "\n### Revisions\n\n" + "\n".join(commits) + "\n"
+    if record:
+        card += "\n" + record.markdown().strip("\n") + "\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(job.document.text, encoding="utf-8")
 
 
 def _explain(error: Exception, final: Path, plan: Plan, needs: list[Need]) -> MergeError | StorageError:
@@ -458,8 +463,6 @@ def _read_result(folder: Path) -> Headers:
     entry = weight_entry(path.name for path in folder.iterdir())
     if entry is None:
         raise MergeError(f"mergekit wrote no weights to {folder}")
-    if is_pickle(entry):
-        raise MergeError("the result is pickled, which fusekit does not publish: leave out --no-safe-serialization")
     headers = checkpoint_headers(entry, folder, "the result")
     for file in {header.file for header in headers.values()}:
         if unlisted := sorted(read_headers(folder / file, "the result").keys() - headers.keys()):
@@ -469,10 +472,10 @@ def _read_result(folder: Path) -> Headers:
 
 def _check_tensor(planned: PlannedTensor, headers: Headers) -> None:
     found = headers.get(planned.name)
-    if found is None:
-        if not planned.optional:
-            raise MergeError(f"the result lacks the tensor {planned.name}")
+    if found is None and planned.optional:
         return
+    if found is None:
+        raise MergeError(f"the result lacks the tensor {planned.name}")
     if planned.shape is not None and not same_shape(planned.shape, found.shape):
         raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
     if planned.dtype is not None and planned.dtype != found.dtype:

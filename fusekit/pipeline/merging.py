@@ -185,9 +185,8 @@ def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: 
     """
     from mergekit.options import MergeOptions
 
-    from fusekit.merging.estimate import estimate
     from fusekit.merging.plan import Plan as MergePlan
-    from fusekit.merging.plan import PlannedTensor
+    from fusekit.merging.plan import PlannedTensor, estimate
 
     tensors = []
     for name, header in _headers(checkpoint).items():

@@ -24,7 +24,7 @@ from fusekit.devices import Processes
 from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError, StorageError
 from fusekit.evaluation.settings import held_out_rows
-from fusekit.hub import HubUnreachableError, memory_limits
+from fusekit.hub import HubUnreachableError
 from fusekit.layout import PIVOT, STAGES
 from fusekit.pipeline.capturing import ALIGNED_TEXTS
 from fusekit.pipeline.context import DONE, MISSING, NOWHERE, STALE, Context, Status, choice_of, paths_of
@@ -35,7 +35,7 @@ from fusekit.pipeline.plan_data import Counts, count_rows
 from fusekit.pipeline.run import TABLE, check_place, foreign_to_runs, layout_of
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import ModelSize, Pivot
-from fusekit.resources import Need
+from fusekit.resources import Need, memory_limits
 from fusekit.types import Row
 
 HASHED_BYTES = 40 << 30

@@ -21,7 +21,7 @@ from fusekit.distillation.outputs import load_pivot
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.hub import memory_limits, taken_bytes
+from fusekit.resources import memory_limits, taken_bytes
 
 PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
 

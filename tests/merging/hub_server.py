@@ -67,12 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
         if path.startswith("/api/models/"):
@@ -100,15 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif len(parts) > 2 and parts[2] == "tree":
             self._send(json.dumps([self._entry(repository, name) for name in repository.files()]).encode())
         else:
-            siblings = [
-                {"rfilename": name, "size": (repository.folder / name).stat().st_size} for name in repository.files()
-            ]
-            info = {
-                "id": "/".join(parts[:2]),
-                "sha": commit,
-                "gated": "manual" if repository.gated else False,
-                "siblings": siblings,
-            }
+            sizes = {name: (repository.folder / name).stat().st_size for name in repository.files()}
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            gated = "manual" if repository.gated else False
+            info = {"id": "/".join(parts[:2]), "sha": commit, "gated": gated, "siblings": siblings}
             self._send(json.dumps(info).encode())
 
     def _entry(self, repository: Repository, name: str) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""What is known before anything is read: ``fusekit merge --check``, its function, and options that mean nothing."""
+"""What is known before anything is read: ``fusekit merge --check``, its function, and estimates of disk and memory."""
 
 import json
+import re
+import resource
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,10 +14,10 @@ from mergekit.options import MergeOptions
 from fusekit.cli import cli
 from fusekit.errors import MergeError
 from fusekit.merging import Settings, check, merge
-from tests.helpers import edit_tensors
-from tests.merging.conftest import listing
-
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+from fusekit.resources import cgroup_limits
+from tests.helpers import edit_tensors, family
+from tests.merging.conftest import MERGE, Q_PROJ, QUIET, UNESTIMATED, listing, traces
+from tests.processes import fusekit
 
 
 def run(*arguments):
@@ -27,7 +31,7 @@ def test_a_check_says_what_a_merge_would_do_and_writes_nothing(recipe, workshop)
     assert found.can_run
     assert [line.split()[0].strip(",:") for line in found.needs] == ["disk", "memory"]
     assert listing(workshop) == before
-    merged = merge(recipe, "out", settings=Settings(say=lambda _: None))
+    merged = merge(recipe, "out", settings=QUIET)
     assert (merged.method, merged.base, merged.models) == (found.method, found.base, found.models)
     weights = (workshop / "out/model.safetensors").stat().st_size
     assert found.nbytes <= weights <= found.nbytes + 10_000
@@ -52,7 +56,7 @@ def test_problems_of_tensors_and_of_the_machine(recipe, workshop, monkeypatch):
     edit_tensors(workshop / "target1", lambda tensors: tensors.pop(Q_PROJ))
     assert [Q_PROJ in line for line in check(recipe).problems] == [True]
     shutil.copytree(workshop / "target2", workshop / "target1", dirs_exist_ok=True)
-    monkeypatch.setattr("fusekit.merging.estimate.free_bytes", lambda _: 100)
+    monkeypatch.setattr("fusekit.merging.plan.free_bytes", lambda _: 100)
     assert ["100 bytes free" in line for line in check(recipe).problems] == [True]
     assert check(recipe, settings=Settings(ignore_estimates=True)).can_run
 
@@ -79,11 +83,11 @@ def test_the_command_exits_with_1_and_prints_json(recipe, workshop):
         (["a" * 300], ["300 bytes", "236"]),
         (["ä" * 150], ["300 bytes"]),
         (["out", "-j", "-1"], ["-1"]),
-        (["out", "--out-shard-size", "-1"], ["'-1'"]),
         (["out", "--out-shard-size", "-3K"], ["-3000"]),
         (["out", "--out-shard-size", "big"], ["'big'"]),
         (["out", "--device", "foo"], ["'foo'"]),
         (["out", "--device", "cuda:99"], ["cuda:99"]),
+        (["out", "--no-safe-serialization"], ["safetensors only"]),
         ([], ["OUT"]),
     ],
 )
@@ -96,7 +100,92 @@ def test_what_cannot_be_is_said_before_anything_is_read(recipe, workshop, argume
 
 
 def test_the_longest_name_that_is_let_through_can_be_written(recipe, workshop):
-    merge(recipe, "a" * 236, settings=Settings(say=lambda _: None))
+    merge(recipe, "a" * 236, settings=QUIET)
     with pytest.raises(MergeError, match="237"):
-        merge(recipe, "a" * 237, settings=Settings(say=lambda _: None))
+        merge(recipe, "a" * 237, settings=QUIET)
     assert (workshop / ("a" * 236) / "config.json").is_file()
+
+
+# ---------------------------------------------------------------- estimates
+
+
+def test_disk_that_does_not_suffice(recipe, mounted):
+    point = mounted("size=512k")
+    with pytest.raises(MergeError) as caught:
+        merge(recipe, point / "out", settings=QUIET)
+    message = str(caught.value)
+    assert all(part in message for part in ("does not fit", str(point), "--ignore-estimates")), message
+    assert re.search(r"disk, for the result: about 1.1 MB needed, 52\d.\d kB free", message)
+    assert [name for name in listing(point) if not name.endswith(".lock")] == []
+    # Enough for these tiny models, whatever the estimate allows for cards and indices.
+    merge(recipe, point / "out", settings=UNESTIMATED)
+    assert (point / "out/config.json").is_file()
+
+
+def limit_address_space(extra: int) -> None:
+    import psutil
+
+    limit = psutil.Process().memory_info().vms + extra
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_address_space_that_does_not_suffice(workshop, write_recipe):
+    """Models of 26 MB each, and 20 MB to go."""
+    family(workshop / "large", targets=2, vocab_size=100_000, hidden_size=32)
+    write_recipe(base_model="large/base", models=[{"model": f"large/target{i}"} for i in (1, 2)])
+    refused = fusekit(workshop, *MERGE, before=partial(limit_address_space, 20_000_000))
+    assert refused.exitcode == 1, refused.output
+    for part in ("does not fit", "memory: about", "left of the address space limit (ulimit -v)"):
+        assert part in refused.output
+    assert "merging:" not in refused.output, "it began to read"
+
+    forced = fusekit(workshop, *MERGE, "--ignore-estimates", before=partial(limit_address_space, 20_000_000))
+    assert forced.exitcode == 1, forced.output
+    assert "Traceback" not in forced.output
+    assert "out" not in listing(workshop)
+    assert traces(workshop) == []
+
+    fits = fusekit(workshop, *MERGE, before=partial(limit_address_space, 600_000_000))
+    assert fits.exitcode == 0, fits.output
+
+
+def test_numbers_come_from_the_headers(write_recipe, workshop):
+    found = check(write_recipe(out_dtype="float64"), "out")
+    tensors = 64 * 16 * 2 + 2 * (16 + 16 * 16 + 8 * 16 * 2 + 16 * 16 + 16 + 3 * 24 * 16) + 16
+    assert (found.read_bytes, found.nbytes) == (3 * tensors * 4, tensors * 8)
+
+
+def test_half_the_shard_size_halves_what_waits_to_be_written(write_recipe, workshop):
+    family(workshop / "wide", targets=1, hidden_size=64, num_hidden_layers=8)
+    recipe = write_recipe(base_model="wide/base", models=[{"model": "wide/target1"}])
+
+    def memory(shard: int) -> float:
+        found = check(recipe, "out", MergeOptions(out_shard_size=shard))
+        line = next(line for line in found.needs if line.startswith("memory"))
+        return float(line.split("about ")[1].split(" kB")[0])
+
+    assert memory(300_000) - memory(150_000) == pytest.approx(150, abs=0.2)
+
+
+def test_cgroup_limits(tmp_path: Path):
+    def write(folder: str, **files: str) -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name.replace("__", ".")).write_text(text)
+
+    def available(**paths: str) -> list[int]:
+        by_controller = {name.removeprefix("unified"): path for name, path in paths.items()}
+        return [limit.available for limit in cgroup_limits(tmp_path, by_controller)]
+
+    assert available(unified="/a/b") == []
+    write("a/b", memory__max="max\n", memory__current="100\n")
+    assert available(unified="/a/b") == []
+    write("a", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 200\n")
+    assert available(unified="/a/b") == [500]
+    # Inside a container the path of the host is not there, the limit stands at the root of the mount.
+    write(".", memory__max="400\n", memory__current="300\n")
+    assert available(unified="/docker/xyz") == [100]
+    write("memory/c", memory__limit_in_bytes="50\n", memory__usage_in_bytes="20\n")
+    assert available(memory="/c") == [30]
+    write("memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="20\n")
+    assert available(memory="/c", unified="/a") == [30]

@@ -1,36 +1,23 @@
-"""A merge that goes well: the same weights as stock mergekit, and everything that belongs beside them."""
+"""A merge that goes well: the weights of stock mergekit, and everything that belongs beside them."""
 
 import json
+import shutil
 import socket
 
+import numpy as np
 import pytest
-import torch
 import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusekit import mergekit_private
+from fusekit.errors import MergeError
+from fusekit.merge_methods import sce
 from fusekit.merging import Settings, merge
+from fusekit.yaml import loads
 from tests.helpers import tiny_llama
-from tests.merging.conftest import MERGE, traces
+from tests.merging.conftest import MERGE, OVERWRITE, QUIET, listing, result, same_tensors, stock, traces
 from tests.processes import fusekit
-
-
-def stock(recipe, out, **options):
-    mergekit_private.loaders().clear()  # of models that had these relative names before
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text())),
-        str(out),
-        MergeOptions(quiet=True, write_model_card=False, **options),
-    )
-    return {name: t for file in sorted(out.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def result(out):
-    return {name: t for file in sorted(out.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize(
@@ -46,13 +33,11 @@ def result(out):
 )
 def test_weights_are_those_of_stock_mergekit(write_recipe, workshop, changes):
     recipe = write_recipe(**changes)
-    merged = merge(recipe, "out", settings=Settings(say=lambda _: None))
-    expected = stock(recipe, workshop / "stock")
+    merged = merge(recipe, "out", settings=QUIET)
     found = result(workshop / "out")
-    assert merged.tensors == len(found) == len(expected) > 10
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+    assert merged.tensors == len(found) > 10
+    same_tensors(found, stock(recipe, workshop / "stock"))
+    assert "coefficients.json" not in listing(workshop / "out")
     _, info = AutoModelForCausalLM.from_pretrained(workshop / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -82,7 +67,7 @@ def test_tied_and_untied_heads(workshop, write_recipe):
     for name in ("tied1", "tied2"):
         tiny_llama(workshop / name, seed=hash(name) % 100, tie=True)
     recipe = write_recipe(merge_method="linear", base_model=None, models=[{"model": "tied1"}, {"model": "tied2"}])
-    merge(recipe, "out", settings=Settings(say=lambda _: None))
+    merge(recipe, "out", settings=QUIET)
     assert "lm_head.weight" not in result(workshop / "out")
     model = AutoModelForCausalLM.from_pretrained(workshop / "out")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -93,7 +78,7 @@ def test_without_base_the_first_model_gives_tokenizer_and_config(workshop, write
     for first, expected in (("other", 128), ("target1", 64)):
         second = "target1" if first == "other" else "other"
         recipe = write_recipe(merge_method="linear", base_model=None, models=[{"model": first}, {"model": second}])
-        merge(recipe, "out", settings=Settings(overwrite=True, say=lambda _: None))
+        merge(recipe, "out", settings=OVERWRITE)
         assert json.loads((workshop / "out/config.json").read_text())["max_position_embeddings"] == expected
 
 
@@ -114,3 +99,76 @@ def test_no_network_is_asked_for_local_models(recipe, workshop):
     assert "models/base" in (workshop / "out/README.md").read_text()
     assert "\r" not in done.output, "not a terminal: no bar that is redrawn"
     assert "2 models merged into models/base with Task Arithmetic" in done.output
+
+
+# ---------------------------------------------------------------- fusekit's own methods
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("fusechat_sce", {"select_topk": 0.5}),
+        ("fusechat_sce", {"select_topk": [0.2, 1.0], "variant": "fuseai"}),
+        ("varm", {"granularity": "matrix"}),
+        ("varm", {"granularity": "layer"}),
+        ("varm", {"granularity": "model"}),
+    ],
+)
+def test_weights_coefficients_and_card(write_recipe, workshop, method, parameters):
+    recipe = write_recipe(merge_method=method, parameters=parameters)
+    merge(recipe, "out", settings=QUIET)
+    expected = stock(recipe, workshop / "stock")
+    same_tensors(result(workshop / "out"), expected)
+    record = json.loads((workshop / "out/coefficients.json").read_text())
+    assert record["base"] == "base"
+    assert set(record["tensors"]) == set(expected)
+    for entry in record["tensors"].values():
+        assert set(entry["coefficients"]) == {"target1", "target2"}, "models have the names of the recipe"
+        assert sum(entry["coefficients"].values()) == pytest.approx(1)
+    card = (workshop / "out/README.md").read_text()
+    assert "### Merge coefficients" in card
+    assert "| target1 |" in card
+    assert str(workshop) not in card
+
+
+def test_coefficients_are_those_of_the_function(write_recipe, workshop):
+    merge(write_recipe(merge_method="fusechat_sce", parameters={"select_topk": 0.5}), "out", settings=QUIET)
+    record = json.loads((workshop / "out/coefficients.json").read_text())["tensors"]
+    base, *targets = (load_file(workshop / name / "model.safetensors") for name in ("base", "target1", "target2"))
+    for name, tensor in base.items():
+        expected = sce(tensor, [target[name] for target in targets], select_topk=0.5).coefficients
+        found = record[name]["coefficients"]
+        np.testing.assert_allclose([found["target1"], found["target2"]], expected, rtol=1e-12)
+
+
+def test_models_keep_the_names_of_the_recipe_wherever_they_are(workshop, tmp_path):
+    """Folders are given beside the recipe: nothing that is published names one, and no name is looked up."""
+    text = yaml.safe_dump(
+        {
+            "merge_method": "fusechat_sce",
+            "base_model": "org/pivot",
+            "models": [{"model": "targets/one"}, {"model": "targets/one.and-two"}],
+            "dtype": "float32",
+        }
+    )
+    names = {"org/pivot": "base", "targets/one": "target1", "targets/one.and-two": "target2"}
+    places = tmp_path / "a folder with spaces, and + and @"
+    for folder in names.values():
+        shutil.move(workshop / folder, places / folder)
+    folders = {name: places / folder for name, folder in names.items()}
+    settings = Settings(folders=folders, say=lambda _: None)
+    merge(loads(text, "merge.yml"), workshop / "out", settings=settings)
+    published = {path.name: path.read_text() for path in (workshop / "out").iterdir() if path.suffix != ".safetensors"}
+    assert [name for name, content in published.items() if str(tmp_path) in content] == []
+    assert published["mergekit_config.yml"] == text
+    record = json.loads(published["coefficients.json"])
+    assert record["base"] == "org/pivot"
+    for entry in record["tensors"].values():
+        assert set(entry["coefficients"]) == set(entry["erased"]) == {"targets/one", "targets/one.and-two"}
+    card = published["README.md"]
+    assert "using org/pivot as a base" in card
+    assert "* targets/one.and-two\n" in card
+    assert "huggingface.co" not in card
+    moved = Settings(folders=folders | {"targets/one": places / "gone"}, say=lambda _: None)
+    with pytest.raises(MergeError, match=r"targets/one .*gone"):
+        merge(loads(text, "merge.yml"), workshop / "again", settings=moved)

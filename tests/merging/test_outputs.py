@@ -1,22 +1,18 @@
-"""Faults 5 and 6: outputs that are in the way, and two runs on one output."""
+"""Outputs that are in the way, inputs that may do harm (pickles, code of their own), and who may not be overwritten."""
 
 import json
 import os
 import shutil
-import signal
-import socket
 from pathlib import Path
 
 import pytest
+import torch
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 
-from fusekit.artifacts import output_lock
-from fusekit.errors import MergeError, StorageError
+from fusekit.errors import MergeError, RecipeError
 from fusekit.merging import Settings, merge
-from tests.merging.conftest import MERGE, traces
-from tests.processes import fusekit, is_stopped, start, stop_self, wait_until
-
-QUIET = Settings(say=lambda _: None)
-OVERWRITE = Settings(overwrite=True, say=lambda _: None)
+from tests.merging.conftest import OVERWRITE, QUIET, configured, listing, refused, result, same_tensors, traces
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, float]]:
@@ -33,16 +29,13 @@ def test_non_empty_output_is_refused_and_nothing_is_touched(recipe, workshop):
     before = content(workshop)
     with pytest.raises(MergeError, match=r"out is not empty \(precious.txt\).*--overwrite"):
         merge(recipe, "out", settings=QUIET)
+    with pytest.raises(MergeError, match="does not look like a model"):
+        merge(recipe, "out", settings=OVERWRITE)
     assert content(workshop) == before
 
 
-def test_an_empty_folder_is_fine(recipe, workshop):
+def test_an_empty_folder_is_fine_and_overwrite_replaces_a_model_entirely(write_recipe, workshop):
     (workshop / "out").mkdir()
-    merge(recipe, "out", settings=QUIET)
-    assert (workshop / "out/config.json").is_file()
-
-
-def test_overwrite_replaces_a_model_entirely(write_recipe, workshop):
     merge(write_recipe(), "out", settings=QUIET)
     first = (workshop / "out/model.safetensors").read_bytes()
     (workshop / "out/model.safetensors.index.json").write_text('{"weight_map": {}}')
@@ -50,15 +43,6 @@ def test_overwrite_replaces_a_model_entirely(write_recipe, workshop):
     assert (workshop / "out/model.safetensors").read_bytes() != first
     assert not (workshop / "out/model.safetensors.index.json").exists(), "a stale index survived"
     assert traces(workshop) == []
-
-
-def test_overwrite_deletes_nothing_but_models(recipe, workshop):
-    (workshop / "home").mkdir()
-    (workshop / "home/thesis.tex").write_text("years of work")
-    before = content(workshop)
-    with pytest.raises(MergeError, match="does not look like a model"):
-        merge(recipe, "home", settings=OVERWRITE)
-    assert content(workshop) == before
 
 
 def test_a_failed_overwrite_leaves_the_old_model(recipe, workshop):
@@ -70,13 +54,14 @@ def test_a_failed_overwrite_leaves_the_old_model(recipe, workshop):
     assert content(workshop / "out") == before
 
 
-@pytest.mark.parametrize("out", ["base", "./target1", "link", "../shop/base"])
+@pytest.mark.parametrize("out", ["./target1", "link", "../shop/base"])
 def test_an_input_is_never_the_output(recipe, workshop, out):
     (workshop / "link").symlink_to("base")
     before = content(workshop)
     with pytest.raises(MergeError, match="is the input model"):
         merge(recipe, out, settings=OVERWRITE)
-    assert content(workshop / "base") == {k[5:]: v for k, v in before.items() if k.startswith("base/")}
+    after = content(workshop)
+    assert {name: after[name] for name in before} == before
 
 
 def test_output_that_holds_an_input_or_the_recipe_is_refused(write_recipe, workshop):
@@ -109,48 +94,76 @@ def test_a_symlinked_output_keeps_its_link(recipe, workshop):
     assert (workshop / "disk/model/config.json").is_file()
 
 
-def test_the_second_of_two_runs_names_the_first(recipe, workshop):
-    """The first is stopped while it reads; the second must not touch anything."""
-    first = start(workshop, *MERGE, before=stop_while_reading)
-    wait_until(lambda: is_stopped(first.pid))
-    second = fusekit(workshop, *MERGE, "--overwrite")
-    assert second.exitcode == 1
-    for part in (f"process {first.pid}", socket.gethostname(), "since 20", "fusekit merge recipe.yml out"):
-        assert part in second.output
-    assert len([name for name in traces(workshop) if "staging" in name]) == 1
-    elsewhere = fusekit(workshop, "merge", "recipe.yml", "out2")
-    assert elsewhere.exitcode == 0, elsewhere.output
-    os.kill(first.pid, signal.SIGCONT)
-    finished = first.wait()
-    assert finished.exitcode == 0, finished.output
-    assert (workshop / "out/model.safetensors").is_file()
-    assert traces(workshop) == []
+# ---------------------------------------------------------------- pickles and code
 
 
-def stop_while_reading() -> None:
-    from fusekit.merging import loading
-
-    original = loading.first_not_finite
-    seen = []
-
-    def stop(tensor):
-        seen.append(1)
-        if len(seen) == 5:
-            stop_self()
-        return original(tensor)
-
-    loading.first_not_finite = stop
+def allowing(option: str, name: str) -> Settings:
+    return Settings(say=lambda _: None, **{option: frozenset({name})})
 
 
-def test_a_holder_file_that_cannot_be_read_does_not_hide_the_error(tmp_path):
-    with output_lock(tmp_path / "out"):
-        (tmp_path / ".out.fusekit.holder").write_text("{")
-        with (
-            pytest.raises(StorageError, match="already being written by another process"),
-            output_lock(tmp_path / "out"),
-        ):
-            pass
-    with output_lock(tmp_path / "out"):
-        holder = json.loads((tmp_path / ".out.fusekit.holder").read_text())
-    assert holder["pid"] == os.getpid()
-    assert not (tmp_path / ".out.fusekit.holder").exists()
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path.touch, (Path("hacked"),))
+
+
+def test_pickled_weights_are_refused_and_allowed_by_name(recipe, workshop):
+    merge(recipe, "expected", settings=QUIET)
+    pickle_weights(workshop / "target1")
+    refused(recipe, "only pickled weights", "--allow-pickle 'target1'")
+    refused(recipe, "--allow-pickle 'target1'", settings=allowing("allow_pickle", "target2"))
+    merge(recipe, "out", settings=allowing("allow_pickle", "target1"))
+    same_tensors(result(workshop / "out"), result(workshop / "expected"))
+    torch.save({"model.norm.weight": Exploit()}, workshop / "target1/pytorch_model.bin")
+    with pytest.raises(MergeError, match=r"target1: .*pytorch_model.bin cannot be read as plain weights"):
+        merge(recipe, "again", settings=allowing("allow_pickle", "target1"))
+    assert "hacked" not in listing(workshop)
+
+
+def test_an_index_cannot_smuggle_a_pickle_in(recipe, workshop):
+    torch.save({"model.norm.weight": Exploit()}, workshop / "target1/evil.bin")
+    (workshop / "target1/model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "evil.bin"}}
+    (workshop / "target1/model.safetensors.index.json").write_text(json.dumps(index))
+    refused(recipe, "target1", "its index names the pickle evil.bin")
+
+
+def with_code(folder: Path, model_type: str) -> None:
+    configured(folder.name, model_type=model_type, auto_map={"AutoConfig": "configuration.Config"})(folder.parent)
+    (folder / "configuration.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(folder.parent / 'code_ran')!r}).touch()\n"
+        "from transformers import LlamaConfig\n"
+        "class Config(LlamaConfig):\n"
+        f"    model_type = {model_type!r}\n"
+    )
+
+
+def test_remote_code_is_refused_and_named(recipe, workshop):
+    with_code(workshop / "target1", "unheard_of")
+    refused(recipe, "target1 wants to run Python code", "--allow-remote-code 'target1'")
+
+
+def test_leave_for_one_model_is_no_leave_for_another(recipe, workshop):
+    # transformers knows this type, so that without the switch the code would stay unused.
+    with_code(workshop / "target1", "llama")
+    merge(recipe, "harmless", settings=QUIET)
+    refused(recipe, "target1 wants to run Python code", settings=allowing("allow_remote_code", "base"))
+    assert "code_ran" not in listing(workshop)
+
+
+@pytest.mark.parametrize("globally", [False, True])
+def test_code_runs_once_it_is_allowed(recipe, workshop, globally):
+    with_code(workshop / "target1", "llama")
+    settings = QUIET if globally else allowing("allow_remote_code", "target1")
+    merge(recipe, "out", MergeOptions(trust_remote_code=globally), settings)
+    assert "code_ran" in listing(workshop)
+
+
+def test_leave_for_a_model_that_is_not_in_the_recipe_is_an_error(recipe):
+    settings = allowing("allow_pickle", "taget1")
+    refused(recipe, "--allow-pickle taget1: ", "did you mean 'target1'", kind=RecipeError, settings=settings)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from fusekit import yaml as safe_yaml
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.merging import Settings, merge
+from fusekit.merging import merge
 from fusekit.merging.lint import lint
-from tests.merging.conftest import listing
+from tests.merging.conftest import OVERWRITE, QUIET, listing
 
 GOOD = """\
 merge_method: ties
@@ -191,7 +191,7 @@ def test_hostile_yaml_is_refused_and_runs_nothing(workshop, line):
     recipe.write_text(f"merge_method: linear\nmodels: [{{model: base}}]\n{line}\n")
     before = listing(workshop)
     with pytest.raises(RecipeError, match="line 3"):
-        merge(recipe, "out", settings=Settings(say=lambda _: None))
+        merge(recipe, "out", settings=QUIET)
     assert listing(workshop) == before
 
 
@@ -213,7 +213,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(keys, trees, max_size=6))
 def test_random_recipes_give_fusekit_errors_only(content):
     content.setdefault("merge_method", "linear")
@@ -221,7 +221,7 @@ def test_random_recipes_give_fusekit_errors_only(content):
         lint(safe_yaml.loads(yaml.safe_dump(content)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_good_recipe_with_one_random_value_is_merged_or_refused(write_recipe, workshop, data):
     """Through the whole command: models, plan, estimate, merge, verification."""
@@ -232,7 +232,7 @@ def test_a_good_recipe_with_one_random_value_is_merged_or_refused(write_recipe, 
     holder[key] = data.draw(trees)
     recipe.write_text(yaml.safe_dump(content))
     try:
-        merge(recipe, "out", settings=Settings(overwrite=True, say=lambda _: None))
+        merge(recipe, "out", settings=OVERWRITE)
     except FusekitError:
         assert [name for name in listing(workshop) if name.startswith(".out.staging")] == []
     else:
