@@ -1,4 +1,4 @@
-"""The one commit protocol: locks, files and folders that appear whole or not at all, and manifests that verify them.
+"""The commit protocol: locks, files and folders that appear whole or not at all, and manifests that verify them.
 
 A file is written beside its place, made durable, and moved there in one step; a folder likewise. A manifest, written
 last, lists an artifact's files with size and hash, and the inputs that it was made from.
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import filelock
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fusekit.errors import StorageError
 
@@ -79,10 +79,8 @@ def with_article(noun: str) -> str:
 
 def system_errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    while current is not None:
         if isinstance(current, OSError) and current.errno:
             return current.errno
         if match := _OS_ERROR.search(str(current)):
@@ -103,22 +101,16 @@ def disk_fault(error: BaseException, path: Path | str, needed: int | None = None
     where = Path(path)
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         where = Path(os.fsdecode(error.filename))
-    numbers = f"{human(free_bytes(where))} free"
-    if needed is not None:
-        numbers = f"{human(needed)} needed, {numbers}"
-    return StorageError(f"{where}: {os.strerror(code)} ({numbers}); {_ADVICE[code]}")
+    wanted = "" if needed is None else f"{human(needed)} needed, "
+    return StorageError(f"{where}: {os.strerror(code)} ({wanted}{human(free_bytes(where))} free); {_ADVICE[code]}")
 
 
 @contextmanager
 def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
     """Hold the lock of an output folder, which need not exist, while the body runs.
 
-    Args:
-        output: the resolved final path; its parent is created.
-        patience: seconds to wait for another process that has the lock.
-
-    Raises StorageError naming the holder (process id, host, start time, command) when another process has it, and
-    StorageError when the folder cannot be written.
+    output: the resolved final path; its parent is created. patience: seconds to wait for another process. Raises
+    StorageError naming the holder (process id, host, start time, command), or that the folder cannot be written.
     """
     lock_file = output.parent / f".{output.name}.fusekit.lock"
     # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
@@ -162,22 +154,13 @@ def _described(holder: Path) -> str:
         return "another process (it has just started, or its description cannot be read)"
 
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-# No kernel or file system support for the flag: the caller renames twice instead.
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)
-
-
 @dataclass
 class Staging:
-    """A folder that is being built.
-
-    path: where to write. final: where ``publish`` moves it. on_published: called as soon as it stands there.
-    """
+    """A folder that is being built. path: where to write. final: where ``publish`` moves it."""
 
     path: Path
     final: Path
-    on_published: Callable[[], None] = lambda: None
+    on_published: Callable[[], None]
 
     def publish(self) -> None:
         """Make everything durable and move it to the final path in one step, replacing what is there.
@@ -185,9 +168,18 @@ class Staging:
         After a crash at any moment the final path holds the old folder, whole, or the new one, whole. Raises
         StorageError with the path and the free bytes when the disk fails.
         """
+        aside = None
         try:
             sync_tree(self.path)
-            _replace_folder(self.path, self.final, self.on_published)
+            if not self.final.exists():
+                self.path.rename(self.final)
+            elif not _exchange(self.path, self.final):
+                aside = self.final.parent / f".{self.final.name}.previous-{uuid.uuid4().hex[:8]}"
+                self.final.rename(aside)
+                self.path.rename(self.final)
+            self.on_published()
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
             _sync(self.final.parent)
         except OSError as error:
             raise disk_fault(error, self.final) or StorageError(f"{self.final}: cannot publish: {error}") from error
@@ -197,9 +189,8 @@ class Staging:
 def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Iterator[Staging]:
     """A new, empty staging folder beside ``final``; removed at the end, whether it was published or not.
 
-    on_published: called as soon as the folder stands at its final path, before anything is tidied up.
-
-    The caller holds ``output_lock(final)``. Raises StorageError when the folder cannot be made.
+    on_published: called as soon as the folder stands at its final path, before anything is tidied up. The caller holds
+    ``output_lock(final)``. Raises StorageError when the folder cannot be made.
     """
     path = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
     try:
@@ -249,20 +240,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(new: Path, final: Path, on_published: Callable[[], None]) -> None:
-    if not final.exists():
-        new.rename(final)
-        on_published()
-    elif _exchange(new, final):
-        on_published()
-    else:
-        aside = final.parent / f".{final.name}.previous-{uuid.uuid4().hex[:8]}"
-        final.rename(aside)
-        new.rename(final)
-        on_published()
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step (Linux renameat2). False where the kernel or the file system cannot."""
     if not sys.platform.startswith("linux"):
@@ -270,10 +247,11 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    at_fdcwd, rename_exchange = -100, 2
+    if rename(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
         return False
     raise OSError(code, os.strerror(code), str(other))
 
@@ -281,13 +259,8 @@ def _exchange(one: Path, other: Path) -> bool:
 def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 0) -> None:
     """Write a file beside its path, make it durable, and move it there in one step.
 
-    Args:
-        path: in a folder that exists. After a crash at any moment it holds what it held before, or all of the new.
-        write: given the open file.
-        rank: of the process; what a process leaves behind when it dies is told apart by it (:func:`sweep`).
-
-    Raises:
-        StorageError: the disk failed; names the path and the bytes free. What was written is removed.
+    After a crash at any moment the path holds what it held before, or all of the new. rank: of the process, by which
+    :func:`sweep` tells what it left behind. Raises StorageError with the bytes free when the disk fails.
     """
     temporary = path.with_name(f".{path.name}.{rank}.tmp")
     try:
@@ -329,7 +302,6 @@ def remove(path: Path) -> None:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_FOREIGN = "is not of this artifact"
 
 Inputs = dict[str, Any]
 """What an artifact was made from: plain JSON values by name."""
@@ -339,18 +311,14 @@ class ChangedError(StorageError):
     """A file was changed after it was written, and replacing it would lose the change."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class File(_Model):
+class File(BaseModel, extra="forbid", frozen=True):
     """A file of an artifact. size: bytes. xxh3: xxh3-128 of its content."""
 
     size: int = Field(ge=0)
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
-class Artifact(_Model):
+class Artifact(BaseModel, extra="forbid", frozen=True):
     """``manifest.json`` of an artifact.
 
     Attributes:
@@ -375,11 +343,8 @@ def publish(
 ) -> Artifact:
     """Make an artifact: ``write`` fills a folder beside ``final``, which is moved there in one step.
 
-    The caller holds the lock of the run. What a process that died left behind is removed first.
-
-    Raises:
-        StorageError: the disk failed; ``final`` holds files that are not its own (:func:`refuse_foreign`). Whatever
-            ``write`` raises. ``final`` is then as it was.
+    The caller holds the lock of the run. What a process that died left behind is removed first. ``final`` is as it was
+    when the disk fails, when it holds files that are not its own (StorageError), and after whatever ``write`` raises.
     """
     recover(final)
     refuse_foreign(final)
@@ -405,43 +370,36 @@ def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -
 
 
 def replace_file(folder: Path, name: str, data: bytes) -> bool:
-    """Replace, or add, a file of an artifact that stands at its place; returns whether anything had to be done.
+    """Replace, or add, a file in the folder of an artifact; returns whether anything had to be done.
 
     Whenever the process dies, the file is the old one or the new one, whole, and :func:`problems` finds nothing: the
     manifest first says what the file is about to be, then the file is replaced, then the manifest says that it was. The
     caller holds the lock of the run.
 
-    Args:
-        folder: of an artifact.
-        name: of the file, in the folder itself.
-        data: what it is to hold.
-
-    Raises:
-        ChangedError: the file is not as the manifest says, so somebody else wrote it; nothing is touched.
-        StorageError: there is no artifact; the disk failed.
+    Raises ChangedError when somebody else wrote the file, which is left as it is; StorageError when there is no
+    artifact or the disk fails.
     """
     artifact = read(folder)
     if artifact is None:
         raise StorageError(f"{folder} is not an artifact of a run: it has no {MANIFEST}")
     sweep(folder)
     path, new = folder / name, File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
-    there = _file(path) if path.is_file() else None
-    if there not in (None, new, artifact.files.get(name), artifact.replacing.get(name)):
+    there, listed, announced = _file(path) if path.is_file() else None, dict(artifact.files), dict(artifact.replacing)
+    before, after = listed.pop(name, None), announced.pop(name, None)
+    if there not in (None, new, before, after):
         raise ChangedError(
             f"{path} was changed after it was written, and is left as it is; remove it to have it written again"
         )
-    others = {known: file for known, file in artifact.files.items() if known != name}
-    waiting = {known: file for known, file in artifact.replacing.items() if known != name}
 
     def commit(now: File | None, then: dict[str, File]) -> None:
-        files = others if now is None else dict(sorted({**others, name: now}.items()))
-        after = artifact.model_copy(update={"files": files, "replacing": {**waiting, **then}})
-        commit_file(folder / MANIFEST, lambda file: file.write(_json(after)))
+        files = listed if now is None else dict(sorted({**listed, name: now}.items()))
+        told = artifact.model_copy(update={"files": files, "replacing": {**announced, **then}})
+        commit_file(folder / MANIFEST, lambda file: file.write(_json(told)))
 
     if there != new:
         commit(there, {name: new})
         commit_file(path, lambda file: file.write(data))
-    changed = there != new or artifact.files.get(name) != new or name in artifact.replacing
+    changed = not (there == before == new and after is None)
     if changed:
         commit(new, {})
     return changed
@@ -477,9 +435,7 @@ def is_kept(folder: Path, inputs: Inputs) -> bool:
     Reads every file through. Raises StorageError for a damaged manifest.
     """
     known = read(folder)
-    if known is None or differences(known.inputs, inputs):
-        return False
-    return all(line.endswith(_FOREIGN) for line in problems(folder))
+    return known is not None and not differences(known.inputs, inputs) and not _differing(folder, known)
 
 
 def problems(folder: Path) -> list[str]:
@@ -487,11 +443,15 @@ def problems(folder: Path) -> list[str]:
     artifact = read(folder)
     if artifact is None:
         return [f"{folder / MANIFEST}: missing"]
+    strangers = [f"{folder / name}: is not of this artifact" for name in _not_listed(folder, artifact)]
+    return _differing(folder, artifact) + strangers
+
+
+def _differing(folder: Path, artifact: Artifact) -> list[str]:
     found = []
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     for name, file in artifact.files.items():
         path = folder / name
-        if name not in there:
+        if not path.is_file():
             found.append(f"{path}: missing")
         elif name in artifact.replacing and _file(path) == artifact.replacing[name]:
             continue
@@ -499,12 +459,13 @@ def problems(folder: Path) -> list[str]:
             found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
         elif file_hash(path) != file.xxh3:
             found.append(f"{path}: its content is not what was written")
-    return found + [f"{folder / name}: {_FOREIGN}" for name in _not_listed(folder, artifact)]
+    return found
 
 
 def require_whole(folder: Path) -> None:
     """Read an artifact through and compare it with its manifest. Raises StorageError naming every file that differs."""
-    wrong = [line for line in problems(folder) if not line.endswith(_FOREIGN)]
+    artifact = read(folder)
+    wrong = [f"{folder / MANIFEST}: missing"] if artifact is None else _differing(folder, artifact)
     if wrong:
         raise StorageError(
             f"{folder} is not what was committed:\n  " + "\n  ".join(wrong) + "\nIt is not used. Restore it, or "
@@ -530,14 +491,10 @@ def refuse_foreign(folder: Path) -> None:
         return
     what = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
     if (folder / MANIFEST).is_file():
-        raise StorageError(
-            f"{folder} is to be replaced, but holds {what}, which its {MANIFEST} does not list: move that away, or "
-            "choose another output; nothing was touched"
-        )
-    raise StorageError(
-        f"{folder} has no {MANIFEST}, but holds {what}: move it away if it is yours, remove it to make it again, or "
-        "choose another output; nothing was touched"
-    )
+        holds = f"is to be replaced, but holds {what}, which its {MANIFEST} does not list: move that away"
+    else:
+        holds = f"has no {MANIFEST}, but holds {what}: move it away if it is yours, remove it to make it again"
+    raise StorageError(f"{folder} {holds}, or choose another output; nothing was touched")
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -548,12 +505,15 @@ def refuse_occupied(folder: Path) -> None:
 
 def differences(before: Inputs, now: Inputs) -> list[str]:
     """One line per input that differs: ``alignment.tokens: 'span', now 'dtw'``."""
-    ours, theirs = flat(plain(before)), flat(plain(now))
+    ours, theirs, missing = flat(plain(before)), flat(plain(now)), object()
+
+    def said(values: Inputs, name: str) -> str:
+        return repr(values[name]) if name in values else "not given"
+
     return [
-        f"{name}: {repr(ours[name]) if name in ours else 'not given'}, now "
-        f"{repr(theirs[name]) if name in theirs else 'not given'}"
+        f"{name}: {said(ours, name)}, now {said(theirs, name)}"
         for name in ours | theirs
-        if (name in ours) != (name in theirs) or ours[name] != theirs[name]
+        if ours.get(name, missing) != theirs.get(name, missing)
     ]
 
 

@@ -1,10 +1,12 @@
-"""The processes of one run, started by ``accelerate launch`` or ``torchrun``; usually there is one."""
+"""The processes of one run, usually one, its devices and threads, and its progress."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -131,6 +133,42 @@ def missing_device(name: str | int) -> str | None:
     if device.type == "cpu" or (there is not None and there.type == device.type and (device.index or 0) < count):
         return None
     return f"there is no device {name} on this machine, which has {f'{count} of {there}' if there else 'a CPU alone'}"
+
+
+def side_by_side(
+    new_worker: Callable[[], Callable[[int, int], Result]], bounds: Sequence[tuple[int, int]], threads: int
+) -> list[Result]:
+    """Call workers with every (start, stop), each once, on threads of one torch thread each; the results in order.
+
+    Splitting every torch operation over the threads instead would make each wait for its slowest part, long on a busy
+    machine, and sums would depend on how they are split. new_worker: called once per thread; a worker may own scratch
+    memory, and runs without gradients. Raises whatever a worker raises first; nothing new is begun then.
+    """
+    results: dict[int, Result] = {}
+    queue = iter(range(len(bounds)))  # next() on it is atomic
+    failed = threading.Event()
+
+    def run() -> None:
+        work = new_worker()
+        with torch.no_grad():  # grad mode is per thread
+            for index in queue:
+                if failed.is_set():
+                    return
+                try:
+                    results[index] = work(*bounds[index])
+                except BaseException:
+                    failed.set()
+                    raise
+
+    configured = torch.get_num_threads()
+    try:
+        # In a worker this sets that thread's own limit, and with it the value that new threads start from ...
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for future in [pool.submit(run) for _ in range(threads)]:
+                future.result()
+    finally:
+        torch.set_num_threads(configured)  # ... which is put back here
+    return [results[index] for index in range(len(bounds))]
 
 
 class _PlainLines(tqdm):

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from fusekit import __version__
@@ -18,20 +19,20 @@ METHODS = ("fusechat_sce", "varm", "widen")
 
 def versions() -> dict[str, str]:
     """Installed versions of fusekit and what it stands on, by name; "not installed" where something is missing."""
-    found = {"python": f"{platform.python_version()} ({sys.executable})", "fusekit": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    there = {name: _version(name) or "not installed" for name in PACKAGES}
+    return {"python": f"{platform.python_version()} ({sys.executable})", "fusekit": __version__, **there}
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def circumstances() -> dict[str, str]:
     """Where and with what an artifact is made: versions of what decides the last bits, and the host's name."""
-    known = versions()
-    names = ("fusekit", "torch", "transformers", "mergekit")
-    found = {name: known[name] for name in names if known[name] != "not installed"}
+    found = {"fusekit": __version__}
+    found |= {name: known for name in ("torch", "transformers", "mergekit") if (known := _version(name))}
     return {**found, "python": platform.python_version(), "host": platform.node()}
 
 
@@ -52,10 +53,7 @@ def devices() -> list[str]:
 
 
 def other_fusekit() -> list[str]:
-    """Lines about another project's distribution called `fusekit` that is installed here; empty if there is none.
-
-    This project's distribution is mergekit-fusekit. Both install a package `fusekit` and overwrite each other's files.
-    """
+    """Lines about another project's distribution called `fusekit` that is installed here; empty if there is none."""
     try:
         found = importlib.metadata.distribution("fusekit")
     except importlib.metadata.PackageNotFoundError:
@@ -71,7 +69,8 @@ def other_fusekit() -> list[str]:
 
 def autoload() -> tuple[bool, list[str]]:
     """Whether a stock mergekit command started now would know fusekit's methods, and the explanation, for people."""
-    hook = _pth()
+    folders = (Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
+    hook = next((folder / "fusekit.pth" for folder in folders if (folder / "fusekit.pth").is_file()), None)
     seen, complaint = _ask()
     if seen == set(METHODS):
         return True, [
@@ -96,11 +95,6 @@ def autoload() -> tuple[bool, list[str]]:
         "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
         "or `import fusekit.merge_methods` in your own Python code.",
     ]
-
-
-def _pth() -> Path | None:
-    folders = (Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
-    return next((folder / "fusekit.pth" for folder in folders if (folder / "fusekit.pth").is_file()), None)
 
 
 def _ask() -> tuple[set[str], str]:

@@ -33,8 +33,7 @@ class GgufHeader:
     Attributes:
         file: its name within the folder or repository.
         architecture: ggml's name of it, ``llama``.
-        parameters: elements of all tensors.
-        largest: elements of the largest of them.
+        parameters: elements of all tensors; largest: of the largest of them.
         tokens: of its vocabulary.
         dtype: torch's name of the dtype that holds the values: of a file without blocks its own, else float32, which
             holds a dequantised block exactly.
@@ -82,13 +81,10 @@ def only_gguf(model: str, names: Iterable[str]) -> str:
 
 
 def read_header(folder: Path, file: str, label: str) -> GgufHeader:
-    """Read the header of a GGUF file; its weights are not touched.
+    """Read the header of a GGUF file; its weights are not touched. label: how errors call the model.
 
-    label: how errors call the model.
-
-    Raises:
-        ModelError: the package gguf is missing; the file is cut off, damaged, one part of several, or of a type of
-            tensors that the installed gguf does not know.
+    Raises ModelError: the package gguf is missing; the file is cut off, damaged, one part of several, or of a type of
+    tensors that the installed gguf does not know.
     """
     if find_spec("gguf") is None:
         raise ModelError(f"{label} is a GGUF file, and the package gguf is not installed: {INSTALL}")
@@ -107,9 +103,9 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
             f"{label}: {path} is one of the {metadata['split.count']} parts of a GGUF file: join them with "
             "`llama-gguf-split --merge FIRST WHOLE` of llama.cpp, and name the whole"
         )
-    sizes = _sizes(tensors, label)
+    kinds = _kinds(tensors, label)
     alignment = metadata.get("general.alignment", 32)
-    end = max((offset + size for (*_, offset), (_, size) in zip(tensors, sizes, strict=True)), default=0)
+    end = max((offset + nbytes for (*_, offset), (_, nbytes) in zip(tensors, kinds, strict=True)), default=0)
     end += -(-start // alignment) * alignment
     if end > size:
         raise ModelError(
@@ -117,15 +113,17 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
             "Was the download or copy interrupted?"
         )
     elements = Counter[str]()
-    for (_, shape, _, _), (name, _) in zip(tensors, sizes, strict=True):
-        elements[name] += math.prod(shape)
+    for (_, shape, _, _), (kind, _) in zip(tensors, kinds, strict=True):
+        elements[kind] += math.prod(shape)
+    # A block needs float32; the norms of a half-precision file are F32.
+    halves = [_DTYPES[kind] for kind in ("BF16", "F16") if kind in elements]
     return GgufHeader(
         file,
         str(metadata["general.architecture"]),
         elements.total(),
         max((math.prod(shape) for _, shape, _, _ in tensors), default=0),
         int(metadata.get("tokenizer.ggml.tokens", 0)),
-        _dtype(set(elements)),
+        halves[0] if halves and elements.keys() <= _DTYPES.keys() else "float32",
         _format(metadata, elements),
         tuple(_left_out(metadata, tensors)),
     )
@@ -196,7 +194,7 @@ class _Reader:
         return found
 
 
-def _sizes(tensors: list[Tensor], label: str) -> list[tuple[str, int]]:
+def _kinds(tensors: list[Tensor], label: str) -> list[tuple[str, int]]:
     """ggml's name of the type of each tensor, and its bytes."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -212,13 +210,6 @@ def _sizes(tensors: list[Tensor], label: str) -> list[tuple[str, int]]:
             ) from None
         found.append((kind.name, math.prod(shape) // block * size))
     return found
-
-
-def _dtype(types: set[str]) -> str:
-    if not types <= _DTYPES.keys():
-        return "float32"
-    # The norms of a half-precision file are F32.
-    return next((_DTYPES[name] for name in ("BF16", "F16") if name in types), "float32")
 
 
 def _format(metadata: dict[str, Any], elements: Counter[str]) -> str:

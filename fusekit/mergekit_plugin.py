@@ -8,7 +8,7 @@ from fusekit.errors import MergeError
 
 
 def register() -> None:
-    """Make `fusechat_sce` and `varm` known to mergekit. Calling it again is harmless.
+    """Make fusekit's merge methods known to mergekit. Calling it again is harmless.
 
     While `fusekit.merge_methods` is being imported (its own imports load mergekit, whose registry calls this), nothing
     happens yet: that package calls again when it is complete. Raises MergeError if mergekit is too old, or if another

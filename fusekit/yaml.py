@@ -1,14 +1,14 @@
 """YAML for files that somebody else may have written: ``yaml.safe_load`` with limits, and the line of every key.
 
-What ``yaml.safe_load`` lets through and this module refuses: tags (``!!float``, ``!mine``), duplicate keys (the last
-one wins silently), aliases that expand to billions of values, values that contain themselves, nesting that exhausts
-the stack, and integers that take minutes to convert. Every error is a RecipeError with the line.
+Refused beside what ``yaml.safe_load`` refuses: tags (``!!float``, ``!mine``), duplicate keys (the last one wins
+silently), aliases that expand to billions of values, values that contain themselves, nesting that exhausts the stack,
+and integers that take minutes to convert. Every error is a RecipeError with the line.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +136,8 @@ def loads(text: str, name: str = "<recipe>") -> Document:
             root = loader.get_single_node()
             if root is None:
                 return Document(None, text, name, {})
-            _check_expansion(root)
             lines: dict[KeyPath, int] = {}
-            for node in _unique(root):
-                _check_node(node, loader)
+            _check(root, loader)
             _collect_lines(root, (), lines)
             return Document(loader.construct_document(root), text, name, lines)
         finally:
@@ -156,32 +154,10 @@ def loads(text: str, name: str = "<recipe>") -> Document:
         raise RecipeError(f"{name}: a value cannot be read: {error}; put it in quotes if it is text") from error
 
 
-def _children(node: Node) -> Iterator[Node]:
-    if isinstance(node, SequenceNode):
-        yield from node.value
-    elif isinstance(node, MappingNode):
-        for key, value in node.value:
-            yield key
-            yield value
-
-
-def _unique(root: Node) -> Iterator[Node]:
-    """Every node once, however many aliases point at it."""
-    seen = {id(root)}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        for child in _children(node):
-            if id(child) not in seen:
-                seen.add(id(child))
-                stack.append(child)
-
-
-def _check_expansion(root: Node) -> None:
+def _check(root: Node, loader: _Loader) -> None:
     """Refuse a document that has more than MAX_NODES values once aliases are written out, or that contains itself.
 
-    The count is taken on the shared graph, so that a bomb costs no more than its own text.
+    Every node is looked at once, however many aliases point at it, so that a bomb costs no more than its own text.
     """
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -192,7 +168,15 @@ def _check_expansion(root: Node) -> None:
         if id(node) in open_nodes:
             raise _Refused("an alias refers to a value that contains it", node.start_mark)
         open_nodes.add(id(node))
-        total = 1 + sum(size(child) for child in _children(node))
+        children: list[Node] = []
+        if isinstance(node, SequenceNode):
+            children = node.value
+        elif isinstance(node, MappingNode):
+            _check_keys(node, loader)
+            children = [child for pair in node.value for child in pair]
+        elif node.tag != _STRING and len(node.value) > MAX_TYPED_SCALAR:
+            raise _Refused(f"a number or date of {len(node.value)} characters", node.start_mark)
+        total = 1 + sum(size(child) for child in children)
         open_nodes.discard(id(node))
         if total > MAX_NODES:
             raise _Refused(f"more than {MAX_NODES} values once aliases are written out", node.start_mark)
@@ -202,22 +186,18 @@ def _check_expansion(root: Node) -> None:
     size(root)
 
 
-def _check_node(node: Node, loader: _Loader) -> None:
-    if isinstance(node, ScalarNode):
-        if node.tag != _STRING and len(node.value) > MAX_TYPED_SCALAR:
-            raise _Refused(f"a number or date of {len(node.value)} characters", node.start_mark)
-    elif isinstance(node, MappingNode):
-        first: dict[Any, Node] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, ScalarNode):
-                raise _Refused("a key must be a plain value, not a list or a mapping", key_node.start_mark)
-            if key_node.tag == _MERGE:
-                continue
-            key = SafeConstructor.construct_object(loader, key_node)
-            if key in first:
-                line = first[key].start_mark.line + 1
-                raise _Refused(f"duplicate key {key!r}, first given on line {line}", key_node.start_mark)
-            first[key] = key_node
+def _check_keys(node: MappingNode, loader: _Loader) -> None:
+    first: dict[Any, Node] = {}
+    for key_node, _ in node.value:
+        if not isinstance(key_node, ScalarNode):
+            raise _Refused("a key must be a plain value, not a list or a mapping", key_node.start_mark)
+        if key_node.tag == _MERGE or (key_node.tag != _STRING and len(key_node.value) > MAX_TYPED_SCALAR):
+            continue
+        key = SafeConstructor.construct_object(loader, key_node)
+        if key in first:
+            line = first[key].start_mark.line + 1
+            raise _Refused(f"duplicate key {key!r}, first given on line {line}", key_node.start_mark)
+        first[key] = key_node
 
 
 def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:

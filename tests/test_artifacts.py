@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fusekit import artifacts as publish
+from fusekit import artifacts
 from fusekit.artifacts import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
 from fusekit.errors import StorageError
-from tests.processes import ENVIRONMENT
+from tests.processes import run
 
 
 def put(folder, text):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
     (folder / "sub/file").write_text(text)
 
 
@@ -28,7 +27,7 @@ def read(folder):
 def kernel(request, monkeypatch):
     """The kernel as it is, and one without RENAME_EXCHANGE."""
     if request.param == "two renames":
-        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(artifacts, "_exchange", lambda one, other: False)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -46,7 +45,6 @@ def test_publish(tmp_path, before):
     assert list(tmp_path.iterdir()) == [final]
 
 
-@pytest.mark.usefixtures("kernel")
 def test_what_is_not_published_leaves_no_trace(tmp_path):
     final = tmp_path / "out"
     put(final, "old")
@@ -67,39 +65,37 @@ def test_the_exchange_is_one_step(tmp_path):
     final, other = tmp_path / "final", tmp_path / "other"
     put(final, "1")
     put(other, "2")
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", "import os,sys\nwhile os.path.exists(sys.argv[1]): pass", str(final)]
-    )
+    watch = "import os,sys\nwhile os.path.exists(sys.argv[1]): pass"
+    watcher = subprocess.Popen([sys.executable, "-c", watch, str(final)])
     try:
         for _ in range(2000):
-            assert publish._exchange(other, final)
+            assert artifacts._exchange(other, final)
         assert watcher.poll() is None
     finally:
         watcher.kill()
         watcher.wait()
 
 
+def die_between_the_renames(final: Path) -> None:
+    seen = []
+
+    def hook(event, _args):
+        if event == "os.rename":
+            seen.append(event)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    artifacts._exchange = lambda one, other: False
+    sys.addaudithook(hook)
+    with staging(final) as stage:
+        put(stage.path, "new")
+        stage.publish()
+
+
 def test_death_between_the_two_renames_is_repaired(tmp_path):
     final = tmp_path / "out"
     put(final, "old")
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from fusekit import artifacts as publish; from fusekit.artifacts import staging\n"
-        "publish._exchange = lambda one, other: False\n"
-        "seen = 0\n"
-        "def hook(event, args):\n"
-        "    global seen\n"
-        "    seen += event == 'os.rename'\n"
-        "    if seen == 2 and event == 'os.rename': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "sys.addaudithook(hook)\n"
-        "with staging(Path(sys.argv[1])) as stage:\n"
-        "    (stage.path / 'sub').mkdir()\n"
-        "    (stage.path / 'sub/file').write_text('new')\n"
-        "    stage.publish()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(final)], env=ENVIRONMENT, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert run(die_between_the_renames, final).exitcode == -signal.SIGKILL
     assert not final.exists()
     swept = recover(final)
     assert read(final) == "old"
@@ -139,13 +135,14 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(tmp_path):
     assert events == [f"{path}/sub", f"{path}/sub/file", path, "rename", str(tmp_path)]
 
 
+def die_with_the_lock(out: Path) -> None:
+    with output_lock(out):
+        os._exit(9)
+
+
 def test_lock_is_free_again_after_its_holder_died(tmp_path):
-    code = (
-        "import os, sys\nfrom pathlib import Path\nfrom fusekit.artifacts import output_lock\n"
-        "with output_lock(Path(sys.argv[1])): os._exit(9)\n"
-    )
     out = tmp_path / "out"
-    assert subprocess.run([sys.executable, "-c", code, str(out)], env=ENVIRONMENT, check=False).returncode == 9
+    assert run(die_with_the_lock, out).exitcode == 9
     assert (tmp_path / ".out.fusekit.holder").exists()
     with output_lock(out):
         pass
@@ -158,6 +155,14 @@ def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
     first, second = output_lock(tmp_path / "a"), output_lock(tmp_path / "a")
     with first, pytest.raises(StorageError, match="already being written by process"), second:
         pass
+
+
+def test_a_holder_file_that_cannot_be_read_does_not_hide_the_error(tmp_path):
+    first, second = output_lock(tmp_path / "out"), output_lock(tmp_path / "out")
+    with first:
+        (tmp_path / ".out.fusekit.holder").write_text("{")
+        with pytest.raises(StorageError, match="already being written by another process"), second:
+            pass
 
 
 def test_sizes_as_people_read_them(tmp_path):

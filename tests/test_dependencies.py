@@ -54,15 +54,16 @@ def test_only_what_merges_imports_mergekit():
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
-        ("import fusekit.recipe, fusekit.cli.recipe", "mergekit torch transformers"),
-        ("import fusekit.cli.run, fusekit.cli.clean", "mergekit torch transformers"),
+        (
+            "import fusekit.recipe, fusekit.hub, fusekit.cli.recipe, fusekit.cli.run, fusekit.cli.clean, "
+            "fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect, fusekit.cli.plan",
+            "mergekit torch transformers",
+        ),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
-        ("import fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect", "mergekit torch transformers"),
-        ("import fusekit.hub, fusekit.hub, fusekit.hub", "mergekit torch transformers"),
-        ("import fusekit.capturing.capture, fusekit.capturing.store", "mergekit"),
-        ("import fusekit.pipeline.run", "mergekit"),
-        ("import fusekit.pipeline.plan, fusekit.cli.plan", "mergekit"),
-        ("import fusekit.cli.plan", "mergekit torch transformers"),
+        (
+            "import fusekit.capturing.capture, fusekit.capturing.store, fusekit.pipeline.run, fusekit.pipeline.plan",
+            "mergekit",
+        ),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):

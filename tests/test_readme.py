@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import start
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -64,6 +66,7 @@ def test_the_commands_run_one_after_the_other(checkout):
         words = line.partition("  #")[0].split()
         assert words[0] == "fusekit"
         more = small if words[1] in ("plan", "run") else []
-        run(checkout, sys.executable, "-m", "fusekit.cli", *words[1:], *more)
+        done = start(checkout, *words[1:], *more).wait(timeout=600)
+        assert done.exitcode == 0, done.output[-3000:]
     results = json.loads((checkout / "out" / "my" / "results.json").read_text())
     assert {"pivot", "merged"} <= set(results["models"])

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusekit.devices import side_by_side
 from fusekit.distillation.distances import Distance, with_ranked
 from fusekit.distillation.targets import Members, SparseTargets
-from fusekit.threads import side_by_side
 
 CPU_CHUNK = 2**20  # logits whose float32 copy stays in the cache, and whose operations outlast the interpreter's
 ACCELERATOR_CHUNK = 2**26  # large enough to fill a GPU, small against its memory

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fusekit.artifacts import with_article
+from fusekit.devices import side_by_side
 from fusekit.errors import MergeError
-from fusekit.threads import side_by_side
 
 BLOCK = 4096
 CPU_CHUNK = 64 * BLOCK  # a chunk's fusion vectors fit the cache, its operations outlast the interpreter's
