@@ -92,8 +92,7 @@ def system_errno(error: BaseException) -> int | None:
 def disk_fault(error: BaseException, path: Path | str, needed: int | None = None) -> StorageError | None:
     """A StorageError for an exception that came from the disk, or None for any other exception.
 
-    path: where the writing was going on (an OSError that names its own file wins). needed: bytes that were to be
-    written there, if known.
+    path: where it was written to (an OSError that names its own file wins). needed: bytes to be written, if known.
     """
     code = system_errno(error)
     if code not in _ADVICE:
@@ -205,9 +204,9 @@ def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Ite
 
 
 def recover(final: Path) -> list[Path]:
-    """Clean up after writers of ``final`` that died; returns the folders that were removed.
+    """Clean up after writers of ``final`` that died, and put back what they moved aside; returns what was removed.
 
-    A former output that was moved aside and never replaced is put back. The caller holds ``output_lock(final)``.
+    The caller holds ``output_lock(final)``.
     """
     name = glob.escape(final.name)
     for previous in sorted(final.parent.glob(f".{name}.previous-*")):
@@ -281,7 +280,7 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 
 def sweep(folder: Path, rank: int = 0, world: int = 1) -> list[Path]:
     """Remove what earlier processes of this rank left half-written in a folder; returns those files.
 
-    Rank 0 also removes what belongs to ranks that are not of this ``world``.
+    Rank 0 also removes what ranks beyond this ``world`` left.
     """
     swept = []
     for path in sorted(folder.glob(".*.tmp")):
@@ -321,13 +320,9 @@ class File(BaseModel, extra="forbid", frozen=True):
 class Artifact(BaseModel, extra="forbid", frozen=True):
     """``manifest.json`` of an artifact.
 
-    Attributes:
-        stage: what made it.
-        inputs: what it was made from.
-        files: by path within the folder, in order.
-        replacing: files that are about to be replaced, as they will be (:func:`replace_file`); until they are, both
-            forms are valid.
-        made: what may differ between equal artifacts (time, versions, host).
+    stage: what made it. inputs: what it was made from. files: by path within the folder, in order. replacing: files
+    that are about to be replaced, as they will be (:func:`replace_file`); until then both forms are valid. made: what
+    may differ between equal artifacts (time, versions, host).
     """
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
@@ -482,10 +477,9 @@ def foreign(folder: Path) -> list[str]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse to replace a folder that holds files which are not of its artifact: they would be lost.
+    """Raise StorageError, with the way out, for a folder with files that its manifest does not list, and would be lost.
 
-    A file that the manifest lists does not count, whatever it holds by now. Raises StorageError naming the first file,
-    and the way out; also for a damaged manifest.
+    A file that the manifest lists does not count, whatever it holds by now.
     """
     if not folder.exists() or not (found := foreign(folder)):
         return
@@ -547,9 +541,9 @@ def joined_hash(lines: Iterable[str]) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """xxh3-128 over a model's weights, configuration and tokenizer, from the hashes in its manifest.
+    """xxh3-128 over a model's weights, configuration and tokenizer, from the hashes in its manifest: no file is read.
 
-    It is what a merge and scores depend on. No large file is read. Raises StorageError where there is no manifest.
+    Raises StorageError where there is no manifest.
     """
     known = read(folder)
     if known is None:

@@ -26,10 +26,7 @@ SMALL_RATIO = 10.5
 
 
 def load_configs(models: Iterable[Model], problems: Problems, trust_remote_code: bool) -> dict[Any, Any]:
-    """The transformers configuration of every model with weights, by pinned reference.
-
-    Raises MergeError with all problems: a configuration that does not load or names no single architecture.
-    """
+    """The transformers configuration of every model with weights, by pinned reference. Raises MergeError."""
     configs: dict[Any, Any] = {}
     for model in models:
         if not model.weights:
@@ -50,10 +47,9 @@ def load_configs(models: Iterable[Model], problems: Problems, trust_remote_code:
 def check_meaning(
     config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], crimes: bool, problems: Problems
 ) -> None:
-    """Report models that do not fit together: architecture, reading of weights, depth, output heads, layer ranges.
+    """Report models that do not fit the base (or the first): architecture, meaning of weights, depth, heads, layers.
 
-    The reference is the base model, or the first model of the recipe: its config is that of the merged model. crimes:
-    mergekit's --allow-crimes, which makes warnings of what is an error otherwise.
+    crimes: mergekit's --allow-crimes, which makes warnings of what is an error otherwise.
     """
     reference = config.base_model if config.base_model in configs else next(iter(configs))
     for pinned, found in configs.items():

@@ -1,7 +1,7 @@
 """The input models of a merge: found, checked against what is allowed, and described by their headers.
 
-A model has one object from the recipe to the card: `Model` carries the name that the recipe gives it and the folder
-that the name means; mergekit gets a `PinnedModel`, whose path is that folder and which prints as that name.
+`Model` carries the name that the recipe gives it and the folder that the name means; mergekit gets a `PinnedModel`,
+whose path is that folder and which prints as that name.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class Settings:
 class PinnedModel(ModelReference):
     """A model reference whose ``model.path`` is the folder on disk, and whose ``name`` is what the recipe says.
 
-    mergekit looks a hub id up again at every step (and even to print a card); pinned, the recipe means one commit from
-    the first check to the last file, and nothing asks the network. Tensors come from the loader that was registered
-    for the model, so that headers can be planned with before the weights are here.
+    mergekit looks a hub id up again at every step; pinned, the recipe means one commit, and nothing asks the network.
+    Tensors come from the loader that was registered, so that headers can be planned with before the weights are here.
     """
 
     name: str
@@ -98,10 +97,9 @@ class PinnedModel(ModelReference):
 
 
 class OrderedConfiguration(MergeConfiguration):
-    """A configuration that lists its models in the order of the recipe.
+    """A configuration that lists its models in the order of the recipe, not of a hash set.
 
-    mergekit lists them in the order of a hash set, and takes tokenizer and config from the first of them when there
-    is no base model: without this, from another model on every run.
+    mergekit takes tokenizer and config from the first when there is no base model: from another one on every run.
     """
 
     def referenced_models(self) -> list[Any]:
@@ -197,8 +195,7 @@ def resolve(
 ) -> dict[Any, Model]:
     """Find every model that a configuration names and read its headers; nothing large is read or fetched.
 
-    Raises MergeError with all problems and their lines: models that are missing, gated, damaged, pickled or that want
-    to run code.
+    Raises MergeError with all problems and their lines.
     """
     places: dict[Any, KeyPath] = {}
     with_weights: set[Any] = set()

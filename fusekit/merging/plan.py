@@ -39,10 +39,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class PlannedTensor:
     """One tensor of the result. shape may hold ANY; None: unknown. dtype: torch name; None: unknown.
 
-    inputs: header by pinned model, for the models that have it. optional: the method may leave it out. converted: the
-    models whose file has it in parts, under other names (experts one by one).
-    loaded_bytes: of the inputs in the dtype that they are loaded in; copied_bytes: of those whose file has another one
-    (the others are read from the mapped file).
+    inputs: header by pinned model. optional: the method may leave it out. loaded_bytes: of the inputs in the dtype that
+    they are loaded in; copied_bytes: of those that are not read from the mapped file as they are. converted: the models
+    whose file has it in parts, under other names (experts one by one).
     """
 
     name: str
@@ -87,8 +86,7 @@ class Plan:
 def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: MergeOptions, problems: Problems) -> Plan:
     """Plan a merge with mergekit's planner and check every planned tensor against the headers.
 
-    The loaders of the models are registered with mergekit already. Raises MergeError with all problems: other
-    architectures, layers that do not exist, missing tensors, shapes that differ, parameters that the method refuses.
+    The loaders of the models are registered with mergekit already. Raises MergeError with all problems.
     """
     by_pin = {model.pinned: model for model in models}
     configs = load_configs(by_pin.values(), problems, options.trust_remote_code)
@@ -241,10 +239,7 @@ def _check_shapes(
 
 
 def _built_shapes(out_config: Any, donor: Model, problems: Problems) -> Shapes:
-    """The shapes that transformers gives tensors by the config of the merged model, which it builds on no device.
-
-    Empty for a model with code of its own, and with a warning where it cannot be built.
-    """
+    """The shapes of transformers' own model of this config; empty where it has none, or cannot build it."""
     kind = getattr(transformers, out_config.architectures[0], None)
     if kind is None:
         return {}
@@ -316,7 +311,7 @@ def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[s
 def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor], listed: set[str]) -> list[str]:
     """mergekit writes what its definition of the architecture lists, and drops the rest without a word.
 
-    listed: names in that definition; of those a recipe may pick some, and leave out layers or a whole model.
+    listed: names in that definition, of which a recipe may leave out layers or a whole model.
     """
     if any(tensor.converted for tensor in tensors):
         return []

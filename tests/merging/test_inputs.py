@@ -239,7 +239,7 @@ def test_first_not_finite_agrees_with_the_obvious(dtype):
     values = [NAN] if dtype == torch.float8_e4m3fn else [NAN, -NAN, INF, -INF]
     for value in values * 8:
         place = tuple(int(torch.randint(size, (1,), generator=generator)) for size in tensor.shape)
-        broken = tensor.float()
+        broken = tensor.float().clone()
         broken[place] = value
         for each in (broken.to(dtype), broken.to(dtype).transpose(0, 1)):
             found = first_not_finite(each)
