@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,15 +12,13 @@ from pydantic import BaseModel, ValidationError
 from fusekit import yaml as safe_yaml
 from fusekit.distillation.presets import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
-from fusekit.recipe.sections import UNREAD, Mistake, Places, Recipe, in_full
-from fusekit.yaml import Document, KeyPath, Place, nearest, path_in
+from fusekit.recipe.sections import UNREAD, Layers, Mistake, Recipe, in_full, plain
+from fusekit.yaml import Document, KeyPath, nearest, path_in
 
 MAX_INCLUDES = 16
-FUSION = ("pivot", "sources", "include", "preset")
-MERGEKIT = ("merge_method", "models", "slices", "modules")
-"""Keys at the top that only fusion recipes have, and that only mergekit's have."""
-RENAMED = {"represent": "capture"}
-"""Former names of sections, and what they are called now."""
+FUSION = ("pivot", "sources", "include", "preset")  # keys at the top that only fusion recipes have,
+MERGEKIT = ("merge_method", "models", "slices", "modules")  # and that only mergekit's have
+RENAMED = {"represent": "capture"}  # former names of sections, and what they are called now
 
 
 def _sce(select_topk: float, variant: str) -> dict[str, Any]:
@@ -46,50 +44,6 @@ def _preset(name: str, sections: Mapping[str, Any]) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {name: _preset(name, sections) for name, sections in DISTILLATION.items()}
 
 
-class _Layers:
-    """Values from several documents, later ones on top, and where each came from."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, Any] = {}
-        self.places: dict[KeyPath, tuple[Document, KeyPath]] = {}
-
-    def add(self, document: Document, data: Mapping[str, Any], at: KeyPath = ()) -> None:
-        """Mappings are merged key by key; anything else, lists too, replaces what was there."""
-        target: Any = self.data
-        for key in at:
-            target = target[key]
-        for key, value in data.items():
-            path = (*at, str(key))
-            if isinstance(value, Mapping) and isinstance(target.get(str(key)), dict):
-                self.add(document, value, path)
-            else:
-                target[str(key)] = _plain(value)
-                for known in [known for known in self.places if known[: len(path)] == path]:
-                    del self.places[known]
-            self.places[path] = document, path
-
-    def place(self, path: KeyPath, fallback: Document) -> Place:
-        """Where the value at ``path``, or the nearest one that encloses it, was written."""
-        enclosing = (path[:length] for length in range(len(path), 0, -1))
-        document = next((self.places[at][0] for at in enclosing if at in self.places), fallback)
-        return Place(document.name, 0 if document.name.startswith("--") else document.line(path))
-
-
-def _plain(value: Any) -> Any:
-    """A deep copy with keys as text, so that no layer shares an object with another."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(child) for key, child in value.items()}
-    return [_plain(child) for child in value] if isinstance(value, list) else value
-
-
-def _paths(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
-    """Of everything within a value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        yield (*at, key)
-        yield from _paths(child, (*at, key))
-
-
 def load_recipe(
     source: Path | str | Document,
     overrides: Sequence[str] = (),
@@ -109,22 +63,21 @@ def load_recipe(
             kind or out of range, missing keys, includes that leave the folder or include each other.
     """
     top = source if isinstance(source, Document) else safe_yaml.load(source)  # once: it may be a pipe
-    layers, path = _Layers(), Path(top.name)
+    layers, path = Layers(top), Path(top.name)
     # A pipe includes files of the working folder.
     beside = path.parent if path.is_file() or not path.exists() else Path()
     _include(layers, top, beside, beside.resolve(), ())
-    ours, theirs = _kinds(layers.data)
-    if theirs and not ours:
+    if layers.data.keys() & set(MERGEKIT) and not layers.data.keys() & set(FUSION):
         raise RecipeError(
             f"{path} is a mergekit recipe, which merges models of one architecture: `fusekit merge {path} OUT` runs "
             "it. A fusion recipe names a pivot and sources"
         )
     for override in overrides:
         _override(layers, override)
-    return _checked(layers, top, check)
+    return _checked(layers, check)
 
 
-def _include(layers: _Layers, document: Document, beside: Path, folder: Path, through: tuple[Path, ...]) -> None:
+def _include(layers: Layers, document: Document, beside: Path, folder: Path, through: tuple[Path, ...]) -> None:
     """Add a file on top of what it includes. beside: where its includes are looked for, within ``folder``."""
     path = document.name
     if not isinstance(document.data, dict):
@@ -136,12 +89,10 @@ def _include(layers: _Layers, document: Document, beside: Path, folder: Path, th
         raise RecipeError(f"{path}, line {document.line(('include',))}: include is a file name or a list of them")
     for index, name in enumerate(includes):
         where = f"{path}, line {document.line(('include', index))}"
-        if "\0" in name:  # which no file system has
-            raise RecipeError(f"{where}: there is no file {name!r} in {beside}")
-        included = (beside / name).resolve()
+        included = (beside / name.replace("\0", "")).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")
-        if not included.is_file():
+        if "\0" in name or not included.is_file():  # no file system has \0
             raise RecipeError(f"{where}: there is no file {name!r} in {beside}")
         if included in (*through, own):
             raise RecipeError(f"{where}: {name} includes itself: take the line out")
@@ -151,34 +102,30 @@ def _include(layers: _Layers, document: Document, beside: Path, folder: Path, th
     layers.add(document, in_full(data))
 
 
-def _override(layers: _Layers, override: str) -> None:
+def _override(layers: Layers, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: write it as section.key=value")
     document = safe_yaml.loads(text, name=f"--set {override}")
     path: KeyPath = tuple(key.strip().split("."))
     target: Any = layers.data
-    for depth, part in enumerate(path[:-1]):
-        if isinstance(target, list):
-            target = target[_index(target, str(part), override)]
-        else:
-            target = target.setdefault(str(part), {})
+    for depth, part in enumerate(path):
         if not isinstance(target, (dict, list)):
-            raise RecipeError(f"--set {override}: {'.'.join(map(str, path[: depth + 1]))} is {target!r}, not a section")
-    if isinstance(target, list):
-        target[_index(target, str(path[-1]), override)] = document.data
-    else:
-        target[str(path[-1])] = document.data
-    layers.places[tuple(int(p) if str(p).isdigit() else p for p in path)] = document, ()
+            raise RecipeError(f"--set {override}: {'.'.join(map(str, path[:depth]))} is {target!r}, not a section")
+        at: Any = part
+        if isinstance(target, list):
+            if not str(part).isdigit() or int(part) >= len(target):
+                items = f"a list of {len(target)}; they count from 0"
+                raise RecipeError(f"--set {override}: {part!r} is not an item of {items}")
+            at = int(part)
+        if depth == len(path) - 1:
+            target[at] = document.data
+        else:
+            target = target[at] if isinstance(target, list) else target.setdefault(at, {})
+    layers.documents[tuple(int(p) if str(p).isdigit() else p for p in path)] = document
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise RecipeError(f"--set {override}: {part!r} is not an item of a list of {len(items)}; they count from 0")
-    return int(part)
-
-
-def _checked(layers: _Layers, top: Document, check: Callable[[Recipe], Iterable[Mistake]]) -> Recipe:
+def _checked(layers: Layers, check: Callable[[Recipe], Iterable[Mistake]]) -> Recipe:
     """The recipe that the layers make. Raises RecipeError with one line per mistake, in the order of the files."""
     layers.data = in_full(layers.data)
     found: list[Mistake] = []
@@ -188,12 +135,11 @@ def _checked(layers: _Layers, top: Document, check: Callable[[Recipe], Iterable[
         name = layers.data["preset"] = "fusekit"
     recipe, wrong = _validated(layers.data, PRESETS[name])
     found += wrong
-    places = Places({at: layers.place(at, top) for at in _paths(layers.data)}, Place(top.name, 1))
     if recipe is not None:
-        recipe._places = places
+        recipe._layers = layers
         found += check(recipe)
     if found:
-        raise RecipeError(places.report(found))
+        raise RecipeError(layers.report(found))
     assert recipe is not None
     return recipe
 
@@ -211,7 +157,7 @@ def _validated(written: Mapping[str, Any], preset: Mapping[str, Any]) -> tuple[R
                 if message not in grouped.setdefault(paths, []):
                     grouped[paths].append(message)
         found += [Mistake("; or ".join(messages), *paths) for paths, messages in grouped.items()]
-        written = _plain(written)
+        written = plain(written)
         for paths in grouped:
             _take_out(written, max(paths, key=lambda path: len(path_in(written, path))))
     return None, found
@@ -246,17 +192,15 @@ def _with_preset(data: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    result = {key: _plain(value) for key, value in below.items()}
+    result = {key: plain(value) for key, value in below.items()}
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), dict)
-        # A recipe that names another merge method does not want the preset's parameters for its own.
-        if both and not (
-            key == "merge"
-            and value.get("merge_method", result[key].get("merge_method")) != result[key].get("merge_method")
-        ):
-            result[key] = _merged(result[key], value)
-        else:
-            result[key] = _plain(value)
+        known = result.get(key)
+        result[key] = plain(value)
+        if isinstance(value, Mapping) and isinstance(known, dict):
+            method = known.get("merge_method")
+            # A recipe that names another merge method does not want the preset's parameters for its own.
+            if key != "merge" or value.get("merge_method", method) == method:
+                result[key] = _merged(known, value)
     return result
 
 
@@ -278,14 +222,9 @@ def _mistake(detail: Any, data: Any) -> tuple[tuple[KeyPath, ...], str]:
         return (path if path[-1:] == (key,) else (*path, key),), f"unknown key {key!r}{hint}"
     if detail["type"] == "model_type":
         return (path,), f"{label}: write a mapping with keys such as {', '.join(_fields(detail['loc'])[:3])}"
-    text = " ".join(str(detail["msg"]).removeprefix("Value error, ").split())
-    return (path,), f"{label}: {text}" + (
-        f", not {detail['input']!r}" if text.startswith("Input should") and _short(detail["input"]) else ""
-    )
-
-
-def _short(value: Any) -> bool:
-    return isinstance(value, (str, int, float, NoneType)) and len(repr(value)) <= 60
+    text, value = " ".join(str(detail["msg"]).removeprefix("Value error, ").split()), detail["input"]
+    is_short = isinstance(value, (str, int, float, NoneType)) and len(repr(value)) <= 60
+    return (path,), f"{label}: {text}" + (f", not {value!r}" if text.startswith("Input should") and is_short else "")
 
 
 def _fields(location: Sequence[int | str]) -> list[str]:
@@ -306,18 +245,13 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _kinds(data: Mapping[Any, Any]) -> tuple[list[str], list[str]]:
-    """The keys of data that only fusion recipes have, and those that only mergekit's have."""
-    return [key for key in FUSION if key in data], [key for key in MERGEKIT if key in data]
-
-
 def kind_of(document: Document) -> Literal["fusion", "mergekit"]:
     """What a recipe is for: ``fusion`` (fusekit run) or ``mergekit`` (mergekit-yaml, fusekit merge).
 
     Raises RecipeError when it has keys of both, or of neither.
     """
     path, data = document.name, document.data
-    ours, theirs = _kinds(data if isinstance(data, dict) else {})
+    ours, theirs = ([key for key in keys if isinstance(data, dict) and key in data] for keys in (FUSION, MERGEKIT))
     if ours and theirs:
         raise RecipeError(
             f"{path}: {ours[0]!r} is a key of fusion recipes, {theirs[0]!r} of mergekit recipes: keep one kind. In a "

@@ -1,12 +1,8 @@
-"""The sections of a fusion recipe. An unknown key or a value out of range cannot load.
-
-Every default here is the default of the preset ``fusekit``; presets.py has the papers' values.
-"""
+"""The sections of a fusion recipe; every default is that of the preset ``fusekit``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,15 +22,12 @@ from fusekit.errors import RecipeError
 from fusekit.evaluation.settings import PATH, EvaluateSettings
 from fusekit.generation.settings import RespondSettings
 from fusekit.gguf import SUFFIX
-from fusekit.yaml import KeyPath, Place, Settings, together
+from fusekit.yaml import Document, KeyPath, Place, Settings, together
 
-_AS_RECIPE = "As `alignment.{}`, for this source; null: the recipe's."
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LONGEST_NAME = 100
-_OTHER_FOLDERS = ("pivot", "joint", "sft")
-"""What a run calls its other stores and targets."""
-_WORK = (".training", ".work")
-"""Endings of folders of unfinished work."""
+_Count = Annotated[int, Field(gt=0)]
+_LONGEST_NAME = 100
+_OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and targets
+_WORK = (".training", ".work")  # endings of folders of unfinished work
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
 
@@ -44,14 +37,10 @@ def in_full(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     found = dict(data)
-
-    def model(value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-    if "pivot" in found:
-        found["pivot"] = model(found["pivot"])
+    if isinstance(found.get("pivot"), str):
+        found["pivot"] = {"model": found["pivot"]}
     if isinstance(found.get("sources"), list):
-        found["sources"] = [model(source) for source in found["sources"]]
+        found["sources"] = [{"model": s} if isinstance(s, str) else s for s in found["sources"]]
     if isinstance(found.get("data"), (str, list)):
         found["data"] = {"path": found["data"]}
     return found
@@ -80,25 +69,23 @@ class ModelSize(Settings):
     The names are those of a config.json.
     """
 
-    parameters: Annotated[int, Field(gt=0)] = Field(description="Number of parameters.")
-    active_parameters: Annotated[int, Field(gt=0)] | None = Field(
+    parameters: _Count = Field(description="Number of parameters.")
+    active_parameters: _Count | None = Field(
         default=None, description="Number that takes part in one token, of a mixture of experts; null: all."
     )
-    vocab_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Rows of the embedding.")
-    hidden_size: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Width of the hidden states.")
-    intermediate_size: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="Width of the feed-forward."
-    )
-    num_hidden_layers: Annotated[int, Field(gt=0)] | None = Field(default=None, description="How many layers.")
+    vocab_size: _Count | None = Field(default=None, description="Rows of the embedding.")
+    hidden_size: _Count | None = Field(default=None, description="Width of the hidden states.")
+    intermediate_size: _Count | None = Field(default=None, description="Width of the feed-forward.")
+    num_hidden_layers: _Count | None = Field(default=None, description="How many layers.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
 
 
 class DataSize(Settings):
     """How large the data are, for ``fusekit plan`` where they cannot be read."""
 
-    rows: Annotated[int, Field(gt=0)] = Field(description="Number of examples.")
-    tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Tokens of all, for the pivot.")
-    labels: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Labels among them; null: all.")
+    rows: _Count = Field(description="Number of examples.")
+    tokens: _Count | None = Field(default=None, description="Tokens of all, for the pivot.")
+    labels: _Count | None = Field(default=None, description="Labels among them; null: all.")
 
 
 class Pivot(Settings):
@@ -138,25 +125,25 @@ class Pivot(Settings):
         return self
 
 
+def _as_recipe(key: str) -> Any:
+    return Field(default=None, description=f"As `alignment.{key}`, for this source; null: the recipe's.")
+
+
 class SourceAlignment(Settings):
     """What differs for one source from the section ``alignment``."""
 
-    tokens: Literal["span", "dtw"] | None = Field(default=None, description=_AS_RECIPE.format("tokens"))
-    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] | None = Field(
-        default=None, description=_AS_RECIPE.format("vocabulary")
-    )
-    conditioning: bool | None = Field(default=None, description=_AS_RECIPE.format("conditioning"))
-    tail: Literal["back_off", "pivot_share", "listed_share", "drop", "keep"] | None = Field(
-        default=None, description=_AS_RECIPE.format("tail")
-    )
-    one_hot: bool | None = Field(default=None, description=_AS_RECIPE.format("one_hot"))
-    collisions: Literal["add", "max"] | None = Field(default=None, description=_AS_RECIPE.format("collisions"))
+    tokens: Literal["span", "dtw"] | None = _as_recipe("tokens")
+    vocabulary: Literal["em", "mined", "ms", "ms_released", "prefix"] | None = _as_recipe("vocabulary")
+    conditioning: bool | None = _as_recipe("conditioning")
+    tail: Literal["back_off", "pivot_share", "listed_share", "drop", "keep"] | None = _as_recipe("tail")
+    one_hot: bool | None = _as_recipe("one_hot")
+    collisions: Literal["add", "max"] | None = _as_recipe("collisions")
 
 
 class Source(Pivot):
     """A model that knows something."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
         default=None, description="What folders and reports call it; null: the last part of `model` or `gguf_file`."
     )
     chat_template: str = Field(
@@ -202,28 +189,71 @@ class Mistake:
         self.says, self.paths = says, paths
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the values of a recipe were written. Recipes that say the same are equal, wherever they say it."""
+class Layers:
+    """Values from several documents, later ones on top, and where each was written; ``top`` is the recipe itself.
 
-    by_path: Mapping[KeyPath, Place] = field(default_factory=dict, compare=False)
-    whole: Place = field(default=Place("recipe", 0), compare=False)
+    Recipes that say the same are equal, wherever they say it.
+    """
+
+    def __init__(self, top: Document | None = None) -> None:
+        self.top = top
+        self.data: dict[str, Any] = {}
+        self.documents: dict[KeyPath, Document] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layers)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def add(self, document: Document, data: Mapping[str, Any], at: KeyPath = ()) -> None:
+        """Mappings are merged key by key; anything else, lists too, replaces what was there."""
+        target: Any = self.data
+        for key in at:
+            target = target[key]
+        for key, value in data.items():
+            path = (*at, str(key))
+            if isinstance(value, Mapping) and isinstance(target.get(str(key)), dict):
+                self.add(document, value, path)
+            else:
+                target[str(key)] = plain(value)
+                for known in [known for known in self.documents if known[: len(path)] == path]:
+                    del self.documents[known]
+            self.documents[path] = document
+
+    def _written(self, path: KeyPath) -> KeyPath:
+        """As much of a path as there is."""
+        found: Any = self.data
+        for length, part in enumerate(path):
+            items = dict(enumerate(found)) if isinstance(found, list) else found
+            if not isinstance(items, dict) or part not in items:
+                return path[:length]
+            found = items[part]
+        return path
 
     def place(self, *paths: KeyPath) -> Place:
         """Where a value, or the nearest that encloses it, was written; its path where that is not known.
 
         paths: of the value; several where values clash, of which the recipe may have written only one.
         """
-        for length in range(max(map(len, paths)), 0, -1):
-            for path in paths:
-                if len(path) >= length and path[:length] in self.by_path:
-                    return self.by_path[path[:length]]
-        return self.whole if self.by_path else Place(".".join(map(str, paths[0])), 0)
+        if self.top is None:
+            return Place(".".join(map(str, paths[0])), 0)
+        path = max(map(self._written, paths), key=len)
+        enclosing = (path[:length] for length in range(len(path), 0, -1))
+        document = next((self.documents[at] for at in enclosing if at in self.documents), self.top)
+        return Place(document.name, 0 if document.name.startswith("--") else document.line(path))
 
     def report(self, mistakes: Sequence[Mistake]) -> str:
         """The text of an error with every mistake and its place, in the order of files and lines."""
         rows = sorted((self.place(*mistake.paths), mistake.says) for mistake in mistakes)
-        return together(self.whole.name, list(dict.fromkeys(f"{place}: {says}" for place, says in rows)))
+        name = "recipe" if self.top is None else self.top.name
+        return together(name, list(dict.fromkeys(f"{place}: {says}" for place, says in rows)))
+
+
+def plain(value: Any) -> Any:
+    """A deep copy with keys as text, so that no layer shares an object with another."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(child) for key, child in value.items()}
+    return [plain(child) for child in value] if isinstance(value, list) else value
 
 
 class Recipe(Settings):
@@ -252,7 +282,7 @@ class Recipe(Settings):
     )
     evaluate: Evaluate | None = Field(default=None, description="Held-out examples to score every model on.")
 
-    _places: Places = PrivateAttr(default_factory=Places)
+    _layers: Layers = PrivateAttr(default_factory=Layers)
 
     @model_validator(mode="before")
     @classmethod
@@ -262,7 +292,7 @@ class Recipe(Settings):
     def refuse(self, mistakes: Sequence[Mistake]) -> None:
         """Raise RecipeError with every mistake and where it was written, if there is one."""
         if mistakes:
-            raise RecipeError(self._places.report(mistakes))
+            raise RecipeError(self._layers.report(mistakes))
 
     @field_validator("fusion")
     @classmethod
@@ -281,11 +311,9 @@ class Recipe(Settings):
             has, lacks = ("distill.schedule", "respond") if self.respond is None else ("respond", "distill.schedule")
             says = f"{has} is given, but not {lacks}: a schedule trains on answers, which nothing else reads"
             found.append(Mistake(says, ("respond",), ("distill", "schedule")))
-        if found:
-            details: list[InitErrorDetails] = []
-            for mistake in found:  # the context has all paths: the recipe may have written only one of them
-                kind = PydanticCustomError("clash", "{says}", {"says": mistake.says, "paths": mistake.paths})
-                details.append(InitErrorDetails(type=kind, loc=mistake.paths[0], input=self))
+        if found:  # the context has all paths: the recipe may have written only one of them
+            kinds = [PydanticCustomError("clash", "{says}", {"says": m.says, "paths": m.paths}) for m in found]
+            details = [InitErrorDetails(type=k, loc=m.paths[0], input=self) for k, m in zip(kinds, found, strict=True)]
             raise ValidationError.from_exception_data("Recipe", details)
         return self
 
@@ -295,10 +323,7 @@ class Recipe(Settings):
         for index, source in enumerate(self.sources):
             sections.append((("sources", index, "alignment"), self.alignment_of(source)))
             if source.on_the_fly and self.distill.schedule is not None:
-                says = (
-                    f"a schedule reads stores, but {source.label} is scored on the fly: leave on_the_fly out, or the "
-                    "schedule"
-                )
+                says = f"a schedule reads stores, but {source.label} is scored on the fly: leave out either of them"
                 yield Mistake(says, ("sources", index, "on_the_fly"), ("distill", "schedule"))
         for at, alignment in sections:
             places: dict[str, KeyPath] = {"training": ("distill",), "alignment": at}
@@ -310,20 +335,19 @@ class Recipe(Settings):
     def _wrong_names(self) -> Iterator[Mistake]:
         labels = [source.label for source in self.sources]
         for index, (source, label) in enumerate(zip(self.sources, labels, strict=True)):
-            at = ("sources", index)
             if label in labels[:index]:
-                yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", at)
+                says = f"two sources are called {label!r}: give one a `name` of its own"
             elif label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
-                yield Mistake(
-                    f"no source may be called {label!r}, which cannot be a folder of its own in the output: give it "
-                    "another `name`",
-                    at,
-                )
-            elif len(label) > LONGEST_NAME:
-                says = f"the source {label[:20]}... has a name of {len(label)} characters: give it a `name` of at most "
-                yield Mistake(f"{says}{LONGEST_NAME}", at)
+                why = "which cannot be a folder of its own in the output: give it another `name`"
+                says = f"no source may be called {label!r}, {why}"
+            elif len(label) > _LONGEST_NAME:
+                much = f"a name of {len(label)} characters: give it a `name` of at most {_LONGEST_NAME}"
+                says = f"the source {label[:20]}... has {much}"
             elif (source.path, source.revision) == (self.pivot.path, self.pivot.revision):
-                yield Mistake(f"the source {label!r} is the pivot itself, which it has nothing to teach: remove it", at)
+                says = f"the source {label!r} is the pivot itself, which it has nothing to teach: remove it"
+            else:
+                continue
+            yield Mistake(says, ("sources", index))
 
     @property
     def settings(self) -> DistillSettings:

@@ -12,8 +12,7 @@ from fusekit.recipe.sections import Recipe
 from fusekit.yaml import nearest
 
 SCHEMA = "fusion.schema.json"
-EDITORS = "# yaml-language-server:"
-"""How a line begins by which editors find the schema of a file."""
+EDITORS = "# yaml-language-server:"  # how a line begins by which editors find the schema of a file
 
 NEW = """\
 # yaml-language-server: $schema=./fusion.schema.json
@@ -53,10 +52,8 @@ def recipes() -> dict[str, Path]:
 
 def title(path: Path) -> str:
     """The first line of a recipe, which says what it is; before it there may be one for editors."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
-        line = file.readline() if first.startswith(EDITORS) else first
-        return line.lstrip("#").strip()
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(EDITORS))
+    return next(lines).lstrip("#").strip()
 
 
 def schema() -> Path:
