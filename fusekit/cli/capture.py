@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +10,17 @@ import click
 from pydantic import ValidationError
 
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
-from fusekit.cli.options import given, options_of
-from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
+from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
+from fusekit.cli.options import JSON, given, options_of
 from fusekit.data.settings import DataSettings
-from fusekit.errors import CaptureError, DataError, FusekitError
+from fusekit.errors import CaptureError, DataError
 from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
     from fusekit.capturing.models import Checkpoint
     from fusekit.capturing.store import Store
-    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import Prepared
     from fusekit.data.tokenize import RowTokenizer
-    from fusekit.types import Row
 
 _QUANTIZATIONS = {
     "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
@@ -34,16 +28,10 @@ _QUANTIZATIONS = {
 }
 
 
-def _quantization(_context: click.Context, _option: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    if value is None or value in _QUANTIZATIONS:
-        return _QUANTIZATIONS[value] if value else None
-    try:
-        fields = json.loads(value)
-    except ValueError as error:
-        raise click.BadParameter(f"neither {', '.join(_QUANTIZATIONS)} nor JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise click.BadParameter("not a JSON object")
-    return fields
+def _quantization(_context: click.Context, _option: click.Parameter, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str) and value not in _QUANTIZATIONS:
+        raise click.BadParameter(f"{value!r} is neither {', '.join(_QUANTIZATIONS)} nor a JSON object")
+    return _QUANTIZATIONS[value] if isinstance(value, str) else value
 
 
 @click.command()
@@ -69,6 +57,7 @@ def _quantization(_context: click.Context, _option: click.Parameter, value: str 
 @click.option(
     "--quantization",
     callback=_quantization,
+    type=JSON,
     metavar="4bit|8bit|JSON",
     help="Fields of transformers' quantization config; 4bit and 8bit are bitsandbytes'.",
 )
@@ -90,36 +79,43 @@ def capture(**options: Any) -> None:
     those of `srun`, which start and end when they like. `fusekit run RECIPE OUT --until capture` captures all models
     of a recipe.
     """
-    from fusekit.devices import OtherProcessError, Processes
+    from fusekit.cli.inspect import figures, summary_lines
+    from fusekit.devices import Processes
 
     drop_noise()
     processes = Processes.started(options["rank"], options["world"])
-    silent = options["quiet"] or not processes.is_first
-    try:
-        with sigterm_unwinds():
-            store, prepared = _run(options, processes, lambda line: None if silent else click.echo(line, err=True))
-    except (KeyboardInterrupt, TerminatedError) as error:
+    silent, out = options["quiet"] or not processes.is_first, options["out"]
+
+    def stopped() -> None:
         if processes.is_first:
-            _stopped(options["out"])
-        sys.exit(status_of(error))
-    except OtherProcessError:
-        sys.exit(1)  # process 0 has said why
-    except FusekitError:
-        logging.info("the capture failed", exc_info=True)
-        raise
-    if not silent:
-        _report(store, prepared, options["as_json"])
+            shards = len(list(out.glob("shard-*.parquet"))) if out.is_dir() else 0
+            again = command_again("--overwrite")  # which would throw away what is there
+            click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To resume:\n  {again}", err=True)
+
+    with interruptible(stopped):
+        store, prepared = _run(options, processes, lambda line: None if silent else click.echo(line, err=True))
+    if silent:
+        return
+    if options["as_json"]:
+        print_json(figures(store) | {"data": prepared.counts.as_dict()})
+    else:
+        click.echo("\n".join(summary_lines(store)))
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
     from fusekit.capturing.capture import capture as run
     from fusekit.data.counts import DataCounts
-    from fusekit.data.prepare import prepare
+    from fusekit.data.prepare import pack_text, prepare
+    from fusekit.data.reading import read_rows
 
-    data = DataSettings(path=list(options["data"]), **given({**options, "revision": None}, DataSettings))
+    of_data = {**options, "name": options["data_name"], "revision": options["data_revision"]}
+    data = DataSettings(path=list(options["data"]), **given(of_data, DataSettings))
     checkpoint, tokenizers = _models(options, data.train_on, say)
     counts = DataCounts(data.on_bad_row)
-    prepared = prepare(_rows(options, data, tokenizers, counts), tokenizers, data.max_length, data.overlong, counts)
+    how = data.model_dump(include={"split", "revision", "name", "streaming", "limit"})
+    rows = read_rows(data.path, counts=counts, **how)
+    rows = pack_text(rows, tokenizers, data.max_length) if data.pack else rows
+    prepared = prepare(rows, tokenizers, data.max_length, data.overlong, counts)
     if not prepared.rows:
         raise DataError(f"{', '.join(options['data'])}: there are no rows")
     say("\n".join(counts.lines))
@@ -158,45 +154,9 @@ def _models(
     choice = ModelChoice(**{name: options[name] for name in names}, engine=engine, **given(options, Load))
     checkpoint = find_checkpoint(choice)
     others = [find_checkpoint(ModelChoice(name), weights=False) for name in options["others"]]
-    for line in chain.from_iterable(found.notices for found in (checkpoint, *others)):
+    for line in [line for found in (checkpoint, *others) for line in found.notices]:
         say(line)
     date = None if options["overwrite"] else date_of(options["out"])
     own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on, date=date)
     others_read = [RowTokenizer(load_tokenizer(found), None, train_on, date=own.date) for found in others]
     return checkpoint, [own, *others_read]
-
-
-def _rows(
-    options: dict[str, Any], data: DataSettings, tokenizers: list[RowTokenizer], counts: DataCounts
-) -> Iterator[Row]:
-    from fusekit.data.prepare import pack_text
-    from fusekit.data.reading import read_rows
-
-    how = {"revision": options["data_revision"], "name": options["data_name"], "streaming": data.streaming}
-    files = (read_rows(path, split=data.split, counts=counts, **how) for path in options["data"])
-    limited = islice(chain.from_iterable(files), data.limit)
-    return pack_text(limited, tokenizers, data.max_length) if data.pack else limited
-
-
-def drop_noise() -> None:
-    """Bars for loading weights and advice about generation: nothing that a capture's user could act on."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
-def _stopped(out: Path) -> None:
-    """Say what is there, and the command that resumes."""
-    shards = len(list(out.glob("shard-*.parquet"))) if out.is_dir() else 0
-    again = command_again("--overwrite")  # which would throw away what is there
-    click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To resume:\n  {again}", err=True)
-
-
-def _report(store: Store, prepared: Prepared, as_json: bool) -> None:
-    from fusekit.cli.store_report import figures, summary_lines
-
-    if as_json:
-        click.echo(json.dumps(figures(store) | {"data": prepared.counts.as_dict()}, indent=1))
-    else:
-        click.echo("\n".join(summary_lines(store)))

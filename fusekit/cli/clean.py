@@ -24,13 +24,7 @@ from fusekit.layout import STAGES
 @click.option("--from", "first", type=click.Choice(STAGES), help="Remove what this stage and all after it made.")
 @click.option("--yes", is_flag=True, help="Remove it.")
 def clean(
-    out: Path,
-    *,
-    recipe: Path | None,
-    overrides: tuple[str, ...],
-    stages: tuple[str, ...],
-    first: str | None,
-    yes: bool,
+    out: Path, *, recipe: Path | None, overrides: tuple[str, ...], stages: tuple[str, ...], first: str | None, yes: bool
 ) -> None:
     """Show what the run in OUT no longer needs, and how much it takes; with --yes, remove it.
 
@@ -44,9 +38,7 @@ def clean(
     from fusekit.recipe.loading import load_recipe
 
     if (stages or first) and recipe:
-        raise click.UsageError(
-            "--recipe says what is needed, --stage and --from what to make again: give one or the other"
-        )
+        raise click.UsageError("--recipe says what is needed, --stage and --from what to make again: give one of both")
     if overrides and not recipe:
         raise click.UsageError("--set changes a value of --recipe: give both")
     with cleaning.claimed(out) as layout:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import datetime
 import re
-import sys
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
+from fusekit.cli.common import interruptible
 from fusekit.cli.options import given, options_of
-from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.distillation.inputs import Inputs, Source
-    from fusekit.distillation.settings import DistillSettings
     from fusekit.types import Row
 
 
@@ -75,16 +70,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Start over, replacing what is there.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the folders of the models and errors only.")
-def distill(
-    pivot: str,
-    out: Path,
-    *,
-    resume: bool,
-    overwrite: bool,
-    ignore_estimates: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def distill(pivot: str, out: Path, **options: Any) -> None:
     """Train PIVOT on what other models know, into folders of OUT.
 
     Each distilled model appears in OUT in one step, as a plain checkpoint with its tokenizer. Under `torchrun` or
@@ -92,31 +78,22 @@ def distill(
     """
     if not options["data"]:
         raise click.UsageError("give --data, the examples that the stores were captured from")
-    if resume and overwrite:
+    if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
-    from fusekit.devices import OtherProcessError, Processes
+    from fusekit.devices import Processes
     from fusekit.distillation.run import distill as run
 
     settings = _settings(options)
     inputs = _inputs(pivot, options)
-    say: Callable[[str], None] = lambda line: None if quiet else click.echo(line, err=True)  # noqa: E731
-    try:
-        with sigterm_unwinds():
-            made = run(
-                inputs,
-                settings,
-                out,
-                resume=resume,
-                overwrite=overwrite,
-                ignore_estimates=ignore_estimates,
-                quiet=quiet,
-                say=say,
-            )
-    except OtherProcessError:
-        sys.exit(1)  # process 0 has said why
-    except (KeyboardInterrupt, TerminatedError) as error:
-        say("fusekit: stopped; checkpoints and finished targets are kept. The same command with --resume continues.")
-        sys.exit(status_of(error))
+    how = {name: options[name] for name in ("resume", "overwrite", "ignore_estimates", "quiet")}
+
+    def say(line: str) -> None:
+        if not options["quiet"]:
+            click.echo(line, err=True)
+
+    kept = "checkpoints and finished targets are kept. The same command with --resume continues."
+    with interruptible(lambda: say(f"fusekit: stopped; {kept}")):
+        made = run(inputs, settings, out, say=say, **how)
     if Processes.current().is_first:
         click.echo("\n".join(map(str, made)))
 
@@ -128,29 +105,17 @@ def _settings(options: dict[str, Any]) -> DistillSettings:
         "distill": given(options, TrainingSettings),
     }
     for text in options["extra"]:
-        name, value = _assignment(text)
+        name, equals, written = text.partition("=")
         section, dot, field = name.partition(".")
-        if not dot:
+        if not equals or not dot:
             raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example distill.warmup_steps=0.1")
-        changes.setdefault(section, {})[field] = value
+        try:  # YAML takes 1e-5 for a string
+            is_power = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", written)
+            changes.setdefault(section, {})[field] = float(written) if is_power else yaml.safe_load(written)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--set {text}: {written!r} is no YAML value: {error}") from error
     changes["training"] = changes.pop("distill")
     return DistillSettings.of(options["preset"], changes)
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise click.UsageError(f"{text!r} is no NAME=VALUE")
-    return name, _value(value)
-
-
-def _value(text: str) -> Any:
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
-        return float(text)  # YAML takes 1e-5 for a string
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"{text!r} is no YAML value: {error}") from error
 
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
@@ -167,22 +132,12 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
         if name in sources:
             raise DistillationError(f"two sources are called {name!r}")
         sources[name] = Source(Path(store), tokenizer or None)
-    reader = None
-    if options["pivot_store"] is None or options["pack"]:
-        reader = _row_tokenizer(
-            pivot,
-            options["chat_template"],
-            next(filter(None, (date_of(source.store) for source in sources.values() if source.store)), None),
-        )
-    rows = _rows(options, list(sources.values()), reader)
-    return Inputs(
-        ModelChoice(pivot),
-        rows,
-        options["pivot_store"],
-        sources,
-        reader if options["pivot_store"] is None else None,
-        max_length=options["max_length"],
-    )
+    pivot_store, reader = options["pivot_store"], None
+    if pivot_store is None or options["pack"]:
+        dates = (date_of(source.store) for source in sources.values() if source.store)
+        reader = _row_tokenizer(pivot, options["chat_template"], next(filter(None, dates), None))
+    rows, reads = _rows(options, list(sources.values()), reader), reader if pivot_store is None else None
+    return Inputs(ModelChoice(pivot), rows, pivot_store, sources, reads, max_length=options["max_length"])
 
 
 def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
@@ -193,8 +148,7 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
 
     data = DataSettings(path=list(options["data"]), **given(options, DataSettings))
     counts = DataCounts(data.on_bad_row)
-    rows = chain.from_iterable(read_rows(path, split=data.split, counts=counts) for path in data.path)
-    read = list(islice(rows, data.limit))
+    read = list(read_rows(data.path, split=data.split, limit=data.limit, counts=counts))
     if counts.seen or counts.unused:
         counts.seen += len(read)
         counts.kept = len(read)

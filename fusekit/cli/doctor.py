@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from fusekit.cli.common import print_json
 
 
 @click.command()
@@ -20,7 +20,7 @@ def doctor(as_json: bool) -> None:
     clash = other_fusekit()
     if as_json:
         found = {"versions": versions(), "devices": devices(), "sees_fusekit": works, "other_fusekit": clash}
-        click.echo(json.dumps(found, indent=1))
+        print_json(found)
     else:
         for title, lines in (
             ("Versions", [f"{name:<16} {version}" for name, version in versions().items()]),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from fusekit.cli.common import drop_noise
 from fusekit.cli.options import given, options_of
 from fusekit.errors import RecipeError, StorageError
 from fusekit.evaluation.settings import EvaluateSettings
@@ -47,15 +48,12 @@ def evaluate(models: tuple[str, ...], *, chat_template: str, json_file: Path | N
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise RecipeError(f"--{'.'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from error
-    from transformers.utils import logging
-
     from fusekit.artifacts import commit_file
     from fusekit.capturing.models import ModelChoice
     from fusekit.evaluation.metrics import evaluate_all
     from fusekit.evaluation.table import table
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    drop_noise()
     load = given(options, Load) | {name: options[name] for name in ("trust_remote_code", "allow_pickle")}
     choices = [ModelChoice(model, **load) for model in models]
     document = evaluate_all(choices, settings, chat_template, lambda line: click.echo(line, err=True))

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from mergekit.options import MergeOptions, PrettyPrintHelp
 
 from fusekit import yaml as safe_yaml
-from fusekit.cli.merge import drop_noise, merge_options
+from fusekit.cli.merge import drop_warning, merge_options
 from fusekit.cli.run import run_options, run_recipe
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.run import check_options
@@ -53,7 +53,7 @@ def fuse(
     `trust_remote_code: true` in the recipe.
     """
     merge_options.apply_global_options()
-    drop_noise()
+    drop_warning()
     options = _options_for_run(context, merge_options)
     if merge_options.transformers_cache:
         # Read whenever a model is looked up; data sets have a cache of their own.

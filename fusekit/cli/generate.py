@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from fusekit.cli.options import given, options_of
-from fusekit.errors import StorageError
+from fusekit.errors import DataError, StorageError
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
+from fusekit.recipe.sections import Load
 
 COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
 
@@ -26,13 +27,7 @@ COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
     help="A JSONL file of prompts: texts, or objects with `prompt` or `messages`; a last answer is left out.",
 )
 @options_of(GenerationSettings)
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Dtype of the weights; auto is the checkpoint's.",
-)
+@options_of(Load, "dtype")
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that comes with these models.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of these models.")
 @click.option(
@@ -49,9 +44,6 @@ def generate(
     *,
     prompt: str | None,
     file: Path | None,
-    dtype: str,
-    trust_remote_code: bool,
-    allow_pickle: bool,
     out: Path | None,
     as_json: bool,
     html: Path | None,
@@ -82,17 +74,14 @@ def generate(
     answered = None
     if out is not None:
         click.get_current_context().with_resource(output_lock(out.resolve()))
-        made = {"models": list(models), "dtype": dtype, **settings.model_dump()}
+        made = {"models": list(models), "dtype": options["dtype"] or "auto", **settings.model_dump()}
         answered = AnswerFile(out, asked, made, raw=settings.raw)
         asked = asked[answered.done :]
         if not asked:
             return
     done = answered.done if answered is not None else 0
-    choices = [
-        ModelChoice(model, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        for model in models
-    ]
-    readers = load_readers(choices)
+    load = given(options, Load) | {name: options[name] for name in ("trust_remote_code", "allow_pickle")}
+    readers = load_readers([ModelChoice(model, **load) for model in models])
     names = [reader.name for reader in readers]
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
 
@@ -110,7 +99,9 @@ def generate(
         answers += write(readers, [one], on_segment=None if as_json else show, first=number, **settings.model_dump())
         if answered is not None:
             answered.add(answers[-1])
-        click.echo(json.dumps({"prompt": one, **as_object(answers[-1])}, ensure_ascii=False) if as_json else "")
+        segments = [segment._asdict() for segment in answers[-1].segments]
+        record = {"prompt": one, **answers[-1]._asdict(), "segments": segments}
+        click.echo(json.dumps(record, ensure_ascii=False) if as_json else "")
     if html is not None:
         from fusekit.artifacts import commit_file
         from fusekit.generation.page import page
@@ -119,38 +110,27 @@ def generate(
         commit_file(html, lambda out: out.write(text.encode()))
 
 
-def as_object(answer: Generation) -> dict[str, Any]:
-    """An answer as a JSON object."""
-    return answer._asdict() | {"segments": [segment._asdict() for segment in answer.segments]}
-
-
 def shown(prompt: Any) -> str:
     """A prompt for people: the text, or the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def read_prompts(file: Path) -> list[Any]:
-    """Texts and conversations of a JSONL file. Raises GenerationError with file and line."""
+    """Texts and conversations of a JSONL file. Raises DataError or GenerationError with file and line."""
+    from fusekit.data.reading import json_lines
+
     found: list[Any] = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise GenerationError(f"{file}, line {number} is not JSON: {error}") from error
+    for where, record in json_lines(file):
+        if isinstance(record, DataError):
+            raise record
         value = record.get("prompt", record.get("messages")) if isinstance(record, dict) else record
         if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
             value = value[:-1]
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(m, dict) for m in value)):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise GenerationError(f"{file}, line {number}: expected a text, `prompt` or `messages`; found {keys}")
+            raise GenerationError(f"{where}: expected a text, `prompt` or `messages`; found {keys}")
         if not value:
-            raise GenerationError(f"{file}, line {number}: the prompt is empty")
+            raise GenerationError(f"{where}: the prompt is empty")
         found.append(value)
     if not found:
         raise GenerationError(f"{file} has no prompt")

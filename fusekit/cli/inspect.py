@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from itertools import chain, islice
+import math
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
+from fusekit.artifacts import counted, human
 from fusekit.capturing.settings import plain_name
+from fusekit.cli.common import print_json
 from fusekit.cli.options import given, options_of
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.alignment.worth import TeacherWorth
-    from fusekit.types import Row
+    from fusekit.capturing.store import Store
+    from fusekit.types import CapturedRow
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _STORE = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -77,7 +82,7 @@ def alignment(
         raise click.UsageError("--stores needs the examples that were captured: give them with --data")
     if stores is None and how:
         raise click.UsageError(f"--{next(iter(how))} applies to --stores: give both stores")
-    rows = list(islice(chain.from_iterable(read_rows(path) for path in data), limit))
+    rows = list(read_rows(data, limit=limit))
     tokenizers = load_tokenizer(pivot), load_tokenizer(source)
     quality = AlignmentQuality(pivot, source)
     shown: list[TokenAlignment] = []
@@ -90,7 +95,11 @@ def alignment(
     if not quality.texts:
         raise AlignmentError(f"there is no text in {', '.join(data)}")
     if stores is not None:
-        quality.worth = _worth(tokenizers, stores, rows, AlignmentSettings.model_validate(how))
+        from fusekit.capturing.store import Store
+        from fusekit.distillation.worth import Captured, measure_stores
+
+        captured = [Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True)]
+        quality.worth = measure_stores(rows, captured[0], captured[1], AlignmentSettings.model_validate(how))
     for found in shown:
         lines = str(found).splitlines()
         more = [f"… {len(lines) - 15} more lines"] if len(lines) > 16 else lines[15:]
@@ -116,11 +125,10 @@ def alignment(
 def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokenizer: str | None, as_json: bool) -> None:
     """Show what the store PATH holds: sizes, cross-entropy by source of data, and examples with the predictions."""
     from fusekit.capturing.store import Store
-    from fusekit.cli.store_report import figures, row_lines, summary_lines
 
     opened = Store.open(path, incomplete=True)
     if as_json:
-        click.echo(json.dumps(figures(opened), indent=1))
+        print_json(figures(opened))
         return
     click.echo("\n".join(summary_lines(opened)))
     rows = [opened.get(key) for key in keys] or [opened[i] for i in range(min(shown, len(opened)))]
@@ -134,14 +142,11 @@ def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokeniz
         click.echo(f"\nno rows shown: {error}; give it with --tokenizer")
         return
     for row in rows:
-        click.echo("\n" + "\n".join(row_lines(row, reads, labels)))
+        click.echo("\n" + "\n".join(_row_lines(row, reads, labels)))
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a ``tokenizer.json`` or GGUF file, or a folder or hub name; code from a model is never run.
-
-    Raises AlignmentError: it cannot be loaded, and why.
-    """
+    """A tokenizer from a ``tokenizer.json`` or GGUF file, or a folder or hub name; code from a model is never run."""
     name = plain_name(name)
     path = Path(name)
     try:
@@ -184,17 +189,6 @@ def _summary(quality: AlignmentQuality) -> str:
     return "\n".join([*lines, *(_worth_lines(quality.worth) if quality.worth is not None else [])])
 
 
-def _worth(
-    tokenizers: tuple[Any, Any], stores: tuple[Path, Path], rows: list[Row], how: AlignmentSettings
-) -> TeacherWorth:
-    """Raises DistillationError where stores, examples and tokenizers do not belong together."""
-    from fusekit.capturing.store import Store
-    from fusekit.distillation.worth import Captured, measure_stores
-
-    pivot, source = (Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True))
-    return measure_stores(rows, pivot, source, how)
-
-
 def _worth_lines(worth: TeacherWorth) -> list[str]:
     from fusekit.alignment.cases import Case
 
@@ -205,3 +199,101 @@ def _worth_lines(worth: TeacherWorth) -> list[str]:
             worse = "   worse than the pivot" if worth.is_worse(case) else ""
             lines.append(f"  {case.name.lower():<15}{n:7d}  {teacher}  {pivot}{worse}")
     return [*lines, *worth.summary, *(f"warning: {line}" for line in worth.warnings)]
+
+
+_SHOWN_QUARANTINED = 5
+_SHOWN_ENTRIES = 3
+
+
+def figures(store: Store) -> dict[str, Any]:
+    """What is in a store, in plain types."""
+    summary, spec = store.summary, store.spec
+    sources = {
+        name: _share(store, np.flatnonzero(summary.dataset == number)) for number, name in enumerate(summary.datasets)
+    }
+    return {
+        "path": str(store.path),
+        "complete": store.complete,
+        "made_from": spec.model_dump(),
+        "total": _share(store, np.arange(len(store))),
+        "datasets": sources,
+        "shards": len(store.records),
+        "file_bytes": sum(record.size for record in store.records),
+        "quarantined": {row.key: row.reason for row in store.quarantined},
+    }
+
+
+def _share(store: Store, rows: Any) -> dict[str, Any]:
+    summary = store.summary
+    labels, content = int(summary.labels[rows].sum()), int(summary.bytes[rows].sum())
+    nats = float(summary.cross_entropy[rows].sum())
+    return {
+        "rows": len(rows),
+        "tokens": int(summary.tokens[rows].sum()),
+        "labels": labels,
+        "content_bytes": content,
+        "cross_entropy_per_label": nats / max(labels, 1),
+        "bits_per_byte": nats / math.log(2) / max(content, 1),
+    }
+
+
+def summary_lines(store: Store) -> Iterator[str]:
+    """A page about a store."""
+    found, spec = figures(store), store.spec
+    state = "complete" if store.complete else "not finished; the same command resumes it"
+    yield f"{store.path}: {state}"
+    mass = f", until they hold {spec.keep_mass:g}" if spec.keep_mass else ""
+    yield f"  model        {spec.model} ({spec.model_fingerprint})"
+    yield f"  rows kept    up to {spec.top_k} of {spec.vocabulary} ids{mass}, temperature {spec.temperature:g}"
+    bound = f"rounded by at most {spec.max_error:g} nats" if spec.max_error else "float32"
+    yield f"  values       {bound}"
+    per_label = found["file_bytes"] / max(found["total"]["labels"], 1)
+    shards = counted(found["shards"], "shard")
+    yield f"  on disk      {human(found['file_bytes'])} in {shards}, {per_label:.1f} bytes per label"
+    yield ""
+    width = max(len(name) for name in ("all", *found["datasets"]))
+    head = f"{'examples':>8} {'tokens':>10} {'labels':>10} {'nats/label':>10} {'bits/byte':>9}"
+    yield f"  {'':<{width}}  {head}"
+    for name, share in [*found["datasets"].items(), ("all", found["total"])]:
+        yield (
+            f"  {name:<{width}}  {share['rows']:>8} {share['tokens']:>10} {share['labels']:>10} "
+            f"{share['cross_entropy_per_label']:>10.4f} {share['bits_per_byte']:>9.4f}"
+        )
+    if found["quarantined"]:
+        yield ""
+        yield f"  {counted(len(found['quarantined']), 'example')} without a distribution:"
+        for key, reason in list(found["quarantined"].items())[:_SHOWN_QUARANTINED]:
+            yield f"    {key}  {reason}"
+
+
+def _row_lines(row: CapturedRow, tokenizer: Any, most: int) -> Iterator[str]:
+    """A row as people read it: its text, then ``most`` labels with what the model expected there."""
+    tokens = row.tokens
+    yield f"row {tokens.key} ({row.dataset or 'no dataset'})"
+    size = f"{counted(len(tokens), 'token')}, {counted(len(row.actual), 'label')}"
+    yield f"  {size}, {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
+    yield f"  {_shown(tokenizer.decode(tokens.ids.tolist()), 600)}"
+    positions = tokens.label_positions.tolist()
+    for j, position in enumerate(positions[:most]):
+        expected = [
+            f"{_token(tokenizer, int(id_))} {math.exp(logprob):.3f}"
+            for id_, logprob in zip(row.rows.ids[j], row.rows.logprobs[j], strict=True)
+            if id_ >= 0
+        ]
+        rest = max(1.0 - float(np.exp(row.rows.logprobs[j, :_SHOWN_ENTRIES]).sum()), 0.0)
+        yield (
+            f"  {position:>6} {_token(tokenizer, int(tokens.ids[position])):<16} {math.exp(row.actual[j]):.3f}   "
+            f"{', '.join(expected[:_SHOWN_ENTRIES])}; the rest {rest:.3f}"
+        )
+    if len(positions) > most:
+        yield f"  ... and {len(positions) - most} labels more"
+
+
+def _token(tokenizer: Any, id_: int) -> str:
+    return _shown(repr(tokenizer.decode([id_])), 24)
+
+
+def _shown(text: str, most: int) -> str:
+    # Control characters of somebody's data do not reach the terminal.
+    safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return safe if len(safe) <= most else f"{safe[: most - 3]}..."

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, add_merge_options
 
 from fusekit import yaml as safe_yaml
-from fusekit.cli.stopping import TerminatedError, sigterm_unwinds, status_of
+from fusekit.cli.common import interruptible, show
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.models import Settings
 from fusekit.merging.run import check as run_check
@@ -49,37 +48,16 @@ def merge_options(command: Command) -> Command:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (sizes in bytes)")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, in one step, once the new one is complete")
 @click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
-@click.option(
-    "--allow-pickle",
-    multiple=True,
-    metavar="MODEL",
-    help="Read pickled weights of this model (repeatable)",
-)
-@click.option(
-    "--allow-remote-code",
-    multiple=True,
-    metavar="MODEL",
-    help="Run Python code of this model (repeatable)",
-)
+@click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Read pickled weights of this model (repeatable)")
+@click.option("--allow-remote-code", multiple=True, metavar="MODEL", help="Run Python code of this model (repeatable)")
 @merge_options
-def merge(
-    *,
-    recipe: str,
-    out: str | None,
-    check: bool,
-    as_json: bool,
-    overwrite: bool,
-    ignore_estimates: bool,
-    allow_pickle: tuple[str, ...],
-    allow_remote_code: tuple[str, ...],
-    merge_options: MergeOptions,
-) -> None:
+def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_options: MergeOptions, **how: Any) -> None:
     """Merge the models of a mergekit RECIPE into the folder OUT.
 
     The recipe, its models, disk and memory are checked before anything is read, the result before it is published;
     OUT appears in one step, whole, or not at all. A fusion recipe is for fusekit run or mergekit-fuse.
     """
-    drop_noise()
+    drop_warning()
     document = safe_yaml.load(recipe)  # once: it may be a pipe
     if kind_of(document) == "fusion":
         raise RecipeError(
@@ -95,46 +73,34 @@ def merge(
             click.echo(line, err=True)
 
     published: list[bool] = []
-    settings = Settings(
-        overwrite=overwrite,
-        ignore_estimates=ignore_estimates,
-        allow_pickle=frozenset(allow_pickle),
-        allow_remote_code=frozenset(allow_remote_code),
-        say=say,
-        on_published=lambda: published.append(True),
-    )
+    models: Any = {name: frozenset(how.pop(name)) for name in ("allow_pickle", "allow_remote_code")}
+    settings = Settings(**how, **models, say=say, on_published=lambda: published.append(True))
     if check:
         found = run_check(document, out, merge_options, settings)
-        click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
+        show(found, as_json=as_json)
         sys.exit(0 if found.can_run else 1)
     check_options(merge_options)
     merge_options.apply_global_options()
-    try:
-        with sigterm_unwinds():
+
+    def stopped() -> None:
+        state = f"; nothing was published to {out}. Run the same command to start again."
+        if published:
+            state = f" while tidying up; the merged model is published to {out}, whole."
+        click.echo(f"fusekit: stopped{state}", err=True)
+
+    with interruptible(stopped):
+        try:
             merged = run(document, str(out), merge_options, settings)
-    except (KeyboardInterrupt, TerminatedError) as error:
-        _stopped(str(out), status_of(error), bool(published))
-    except FusekitError:
-        logging.info("the merge failed", exc_info=True)
-        raise
-    if as_json:
-        click.echo(json.dumps(merged.as_dict(), indent=1, ensure_ascii=False))
-    elif not quiet:
-        click.echo(str(merged))
+        except FusekitError:
+            logging.info("the merge failed", exc_info=True)
+            raise
+    if as_json or not quiet:
+        show(merged, as_json=as_json)
 
 
-def drop_noise() -> None:
+def drop_warning() -> None:
     """mergekit sets a config field by its former name, about which transformers warns: nothing a user could change."""
     deprecation = "`torch_dtype` is deprecated"
     logging.getLogger("transformers.configuration_utils").addFilter(
         lambda record: deprecation not in record.getMessage()
     )
-
-
-def _stopped(out: str, status: int, published: bool) -> NoReturn:
-    if published:
-        message = f"stopped while tidying up; the merged model is published to {out}, whole."
-    else:
-        message = f"stopped; nothing was published to {out}. Run the same command to start again."
-    click.echo(f"fusekit: {message}", err=True)
-    sys.exit(status)

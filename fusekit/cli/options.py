@@ -40,7 +40,7 @@ def options_of(
             flag, text = "--" + option.replace("_", "-"), field.description or ""
             several = get_origin(field.annotation) is list
             kind = _kind(get_args(field.annotation)[0] if several else field.annotation, field.metadata)
-            if defaults and field.default not in (None, []) and not field.is_required() and kind is not _JSON:
+            if defaults and field.default not in (None, []) and not field.is_required() and kind is not JSON:
                 text += f"  [default: {', '.join(map(str, field.default)) if several else field.default}]"
             declared = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
             command = click.option(declared, option, default=None, type=kind, help=text, multiple=several)(command)
@@ -73,7 +73,7 @@ class _Json(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
             return self.fail(f"{value!r} is not JSON: {error}", param, ctx)
 
 
-_JSON = _Json()
+JSON = _Json()
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> click.ParamType[Any]:
@@ -85,18 +85,16 @@ def _kind(annotation: Any, metadata: list[Any]) -> click.ParamType[Any]:
             continue
         members = [member for member in get_args(annotation) if member is not type(None)]
         if len(members) > 1:
-            return _JSON
+            return JSON
         annotation = members[0]
     if get_origin(annotation) is Literal:
         return click.Choice([str(value) for value in get_args(annotation)])
     if annotation is bool:
         return click.BOOL
     if annotation in (int, float):
-        bounds = {
-            name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)
-        }
+        names = ("ge", "gt", "le", "lt")
+        bounds = {name: getattr(item, name) for item in metadata for name in names if hasattr(item, name)}
         low, high = bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
-        if annotation is int:
-            return click.IntRange(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
-        return click.FloatRange(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
-    return click.STRING if annotation is str else _JSON
+        kind = click.IntRange if annotation is int else click.FloatRange
+        return kind(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
+    return click.STRING if annotation is str else JSON

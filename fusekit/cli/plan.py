@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from functools import partial
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from fusekit import yaml as safe_yaml
+from fusekit.artifacts import human
+from fusekit.cli.common import drop_noise, print_json
 from fusekit.cli.recipe import check_merge, overrides, recipe_argument
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     run: a model that is missing or gated, inputs that changed, too little disk or memory here. Of a mergekit recipe it
     prints what `fusekit merge --check` does.
     """
-    from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.plan import make_plan
     from fusekit.pipeline.run import mistakes
     from fusekit.recipe.loading import load_recipe
@@ -45,7 +45,10 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     drop_noise()
     loaded = load_recipe(document, overrides, partial(mistakes, files=False))  # which the plan itself looks for
     found = make_plan(loaded, str(recipe), out)
-    click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else table(found))
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        click.echo(table(found))
     if not found.can_run:
         sys.exit(1)
 
@@ -73,8 +76,6 @@ def table(plan: Plan) -> str:
 
 
 def _row(step: Step) -> tuple[str, ...]:
-    from fusekit.artifacts import human
-
     name = f"{step.stage} {step.name}"
     if not step.work:
         return (name, step.state, "", "", "", "", "")
@@ -90,8 +91,6 @@ def _row(step: Step) -> tuple[str, ...]:
 
 
 def _total(plan: Plan) -> tuple[str, ...]:
-    from fusekit.artifacts import human
-
     (disk, whole), (memory, _), (pflop, _) = (plan.total(figure) for figure in ("disk", "memory", "pflop"))
     resumed = sum(step.state == "resumes" for step in plan.steps)
     state = f"{sum(step.work for step in plan.steps)} of {len(plan.steps)}" + (f", {resumed} begun" if resumed else "")
@@ -114,8 +113,6 @@ def _count(number: int) -> str:
 
 
 def _machine(plan: Plan) -> str:
-    from fusekit.artifacts import human
-
     found = plan.machine
     gpus = ", ".join(f"{gpu['name']} ({human(gpu['free'])} free)" for gpu in found["gpus"]) or "no GPU"
     return (
@@ -129,11 +126,8 @@ def _shown(needs: list[Need]) -> list[str]:
     by_kind: dict[tuple[str, str], list[Need]] = {}
     for need in needs:
         by_kind.setdefault((need.where, need.what.split()[0]), []).append(need)
-    lines = []
-    for some in by_kind.values():
-        worst = max(some, key=lambda need: need.needed)
-        lines.append(str(worst) + (f" (and {len(some) - 1} smaller)" if len(some) > 1 else ""))
-    return lines
+    worst = [(max(some, key=lambda need: need.needed), len(some) - 1) for some in by_kind.values()]
+    return [f"{need} (and {others} smaller)" if others else str(need) for need, others in worst]
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from fusekit import yaml as safe_yaml
+from fusekit.cli.common import drop_noise, print_json, show
 from fusekit.errors import RecipeError
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import kind_of, load_recipe
@@ -18,11 +18,7 @@ recipe_argument = click.argument(
     "recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 )
 overrides = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override one value, e.g. distill.loss=kl.",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. distill.loss=kl."
 )
 
 
@@ -42,7 +38,6 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
     import yaml
 
     from fusekit.artifacts import counted
-    from fusekit.cli.capture import drop_noise
     from fusekit.pipeline.capturing import not_looked_at
     from fusekit.pipeline.run import mistakes
 
@@ -53,11 +48,11 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
         if not as_json:
             raise
         first, *more = [line.strip() for line in str(error).splitlines()]  # the first of several counts them
-        click.echo(json.dumps({"valid": False, "problems": more or [first]}, indent=1, ensure_ascii=False))
+        print_json({"valid": False, "problems": more or [first]})
         sys.exit(1)
     unseen, names = not_looked_at(loaded), [source.label for source in loaded.sources]
     if as_json:
-        click.echo(json.dumps({"valid": True, "problems": [], "not_looked_at": unseen}, indent=1, ensure_ascii=False))
+        print_json({"valid": True, "problems": [], "not_looked_at": unseen})
         return
     if unseen:
         click.echo(f"not looked at, since it is on the hub: {', '.join(unseen)}", err=True)
@@ -73,12 +68,12 @@ def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...]
         return
     if overrides:
         raise click.UsageError(f"--set is for fusion recipes, and {document.name} is a mergekit recipe: edit it")
-    from fusekit.cli.merge import drop_noise
+    from fusekit.cli.merge import drop_warning
     from fusekit.merging import check
 
-    drop_noise()
+    drop_warning()
     found = check(document, out)
-    click.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) if as_json else str(found))
+    show(found, as_json=as_json)
     sys.exit(0 if found.can_run else 1)
 
 
@@ -107,7 +102,7 @@ def ls(as_json: bool) -> None:
     """List the shipped recipes. `fusekit cp NAME` copies one."""
     known = shipped_recipes.recipes()
     if as_json:
-        click.echo(json.dumps({name: str(path) for name, path in known.items()}, indent=1))
+        print_json({name: str(path) for name, path in known.items()})
         return
     width = max(map(len, known))
     for name, path in known.items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
 from fusekit.cli.recipe import overrides, recipe_argument
-from fusekit.cli.stopping import TerminatedError, command_again, sigterm_unwinds, status_of
 from fusekit.layout import STAGES
 from fusekit.yaml import Document
 
@@ -59,33 +57,24 @@ def run_recipe(
 
     how: further arguments of :func:`fusekit.pipeline.run.run`.
     """
-    from fusekit.cli.capture import drop_noise
-    from fusekit.devices import OtherProcessError
     from fusekit.evaluation.table import table
     from fusekit.pipeline.run import run as go
     from fusekit.report.text import seconds
 
-    drop_noise()
-    try:
-        with sigterm_unwinds():
-            done = go(
-                recipe,
-                out,
-                overrides,
-                say=lambda line: None if quiet else click.echo(line, err=True),
-                quiet=quiet,
-                **how,
-            )
-    except (KeyboardInterrupt, TerminatedError) as error:
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    def stopped() -> None:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"fusekit: stopped; what is whole in {out} stays. To resume:\n  {command_again()}", err=True)
-        sys.exit(status_of(error))
-    except OtherProcessError:
-        sys.exit(1)  # process 0 has said why
+
+    drop_noise()
+    with interruptible(stopped):
+        done = go(recipe, out, overrides, say=say, quiet=quiet, **how)
     if as_json:
         found = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(done).items()}
-        found["targets"] = [str(path) for path in done.targets]
-        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found | {"targets": [str(path) for path in done.targets]})
     elif not quiet:
         if done.results is not None:
             click.echo(table(done.results))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from fusekit import artifacts as artifact
+from fusekit.artifacts import counted
+from fusekit.cli.common import print_json
 from fusekit.errors import FusekitError
 
 MANIFEST = "manifest.json"
@@ -23,8 +25,6 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
 
     Each problem is printed with its file. The exit status is 1 if there is a problem, or nothing to verify.
     """
-    from fusekit.artifacts import counted
-
     found: dict[str, list[str]] = {}
     for folder in (folder for path in paths for folder in _artifacts(path)):
         try:
@@ -37,7 +37,7 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
             click.echo(line)
     problems = sum(map(len, found.values()))
     if as_json:
-        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     elif problems:
         click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}", err=True)
     elif not found:
@@ -56,9 +56,6 @@ def _artifacts(path: Path) -> Iterator[Path]:
 
 def _checked(folder: Path) -> tuple[list[str], str]:
     """What is wrong with an artifact, one line each, and what it is if nothing is. Raises FusekitError, OSError."""
-    from fusekit import artifacts as artifact
-    from fusekit.artifacts import counted
-
     if not artifact.is_stage(folder):
         from fusekit.capturing.store import Store
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from fusekit.data.formats import ACCEPTED, form_of, parse_record
 from fusekit.errors import DataError
 from fusekit.types import TEXT, Message, Row
 
-MAX_DESCRIPTION = 64 << 20
-"""Bytes of a manifest.json or config.json that is read to tell what a folder is."""
+MAX_DESCRIPTION = 64 << 20  # bytes of a manifest.json or config.json that is read to tell what a folder is
 
 Record = tuple[str, Any]
 """Where it is, for errors, and what it is; a DataError where it cannot be read, but those after it can."""
 
 
 def read_rows(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     revision: str | None = None,
@@ -34,7 +33,8 @@ def read_rows(
 
     Args:
         path: a ``.jsonl``, ``.json`` (a list, ``{"data": [...]}``, or JSON lines), ``.parquet`` or ``.txt`` file (one
-            document), a folder of such files (in order of their names), or the id of a data set on the hub.
+            document), a folder of such files (in order of their names), or the id of a data set on the hub; or several
+            of these, one after the other.
         split, revision, name, streaming: of the data set on the hub; ``name`` is its configuration.
         limit: read at most so many rows; None for all.
         counts: what unusable examples (where its ``on_bad_row`` says ``skip``) and unused fields are counted in.
@@ -49,17 +49,21 @@ def read_rows(
     counts = DataCounts() if counts is None else counts
     if limit is not None and limit < 0:
         raise DataError(f"limit is {limit}: it is a number of examples, or None for all")
+    if not isinstance(path, (str, Path)):
+        how: dict[str, Any] = {"split": split, "revision": revision, "name": name, "streaming": streaming}
+        rows: Iterator[Row] = (row for one in path for row in read_rows(one, counts=counts, **how))
+        return islice(rows, limit)
     local = Path(path).expanduser()
     if local.is_dir():
-        rows: Iterator[Row] = (row for file in files_of(path) for row in _rows_of_file(Path(file), counts))
+        rows = (row for file in files_of(path) for row in _rows_of_file(Path(file), counts))
     elif local.exists():
         rows = _rows_of_file(local, counts)
     elif isinstance(path, Path) or not is_on_hub(path):
         raise DataError(f"{path} does not exist")
     else:
-        records = hub_records(str(path), split=split, revision=revision, name=name, streaming=streaming)
-        rows = rows_of_records(records, str(path), counts)
-    return rows if limit is None else islice(rows, limit)
+        records = hub_records(path, split=split, revision=revision, name=name, streaming=streaming)
+        rows = rows_of_records(records, path, counts)
+    return islice(rows, limit)
 
 
 def rows_of(dataset: Any, counts: DataCounts | None = None) -> Iterator[Row]:
@@ -97,10 +101,7 @@ def rows_of(dataset: Any, counts: DataCounts | None = None) -> Iterator[Row]:
 def rows_of_records(records: Iterable[Record], dataset: str, counts: DataCounts) -> Iterator[Row]:
     """The rows of records of one form, which the first usable one tells; rows among them as they are.
 
-    Args:
-        records: where each is, and what it is.
-        dataset: of rows whose record names none.
-        counts: as for :func:`read_rows`.
+    dataset: of rows whose record names none. counts: as for :func:`read_rows`.
     """
     form = None
     for where, record in records:
@@ -124,9 +125,10 @@ def files_of(path: str | Path) -> list[str | Path]:
     local = Path(path).expanduser()
     if not local.is_dir():
         return [path]
-    if (local / "rows.jsonl").is_file() and _mapping(local / "manifest.json").get("stage") == "data":
+    manifest = _mapping(local / "manifest.json")
+    if (local / "rows.jsonl").is_file() and manifest.get("stage") == "data":
         return [local / "rows.jsonl"]  # what a run prepared
-    if other := _other_folder(local):
+    if other := _other_folder(local, manifest):
         raise DataError(
             f"{path} is {other}, not examples of data: give files of examples ({', '.join(READERS)}), a folder of such "
             "files, or the id of a data set on the hub"
@@ -143,16 +145,15 @@ def is_on_hub(path: str) -> bool:
     return not (local.exists() or local.suffix.lower() in READERS or path.startswith((".", "/", "~")))
 
 
-def _other_folder(folder: Path) -> str | None:
+def _other_folder(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """What a folder is that holds JSON files of something else; None where it may hold rows."""
     if (folder / "recipe.resolved.yml").is_file():
         return "the output of a run"
-    manifest, config = _mapping(folder / "manifest.json"), _mapping(folder / "config.json")
     if "stage" in manifest:
         return f"what the stage {str(manifest['stage'])!r} of a run made"
     if "spec" in manifest:
         return "a store of what a model said about examples"
-    if {"model_type", "architectures"} & config.keys():
+    if {"model_type", "architectures"} & _mapping(folder / "config.json").keys():
         return "a model"
     return "an adapter of a model" if (folder / "adapter_config.json").is_file() else None
 
@@ -257,6 +258,11 @@ def _text(file: Path) -> Iterator[Record]:
     yield str(file), Row((Message(TEXT, _decoded(file.read_bytes(), file)),), file.stem)
 
 
+def json_lines(file: Path) -> Iterator[Record]:
+    """The values of a file of JSON lines; blank lines are none. Raises DataError where the file cannot be read."""
+    return _guarded(_json_lines, file)
+
+
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
@@ -271,91 +277,74 @@ def hub_records(
 ) -> Iterator[Record]:
     """The records of a data set, with where each is. No code of the data set is run.
 
-    Raises:
-        DataError: while iterating, with a hint: offline, gated, missing, several configurations, no such split.
+    Raises DataError while iterating, with a hint: offline, gated, missing, several configurations, no such split.
     """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    from fusekit.hub import unreachable
+
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")
     try:
         validate_repo_id(repository)
-        _ask_once(repository, revision)
-        import datasets
-
+        if not constants.is_offline_mode():
+            try:  # one short question, since ``datasets`` asks an unreachable hub again and again
+                timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
+                huggingface_hub.HfApi().dataset_info(repository, revision=revision, timeout=timeout)
+            except Exception as error:
+                if not unreachable(error) or not cached.is_dir():
+                    raise
         data = datasets.load_dataset(repository, name, split=split, revision=revision, streaming=streaming)
         for number, record in enumerate(data, 1):
             yield f"{repository} ({split}), row {number}", record
-    except GeneratorExit:
-        raise
     except HFValidationError as error:
         raise DataError(f"{repository!r} is neither a file or folder nor the id of a data set (owner/name)") from error
     except Exception as error:  # the client's own, its HTTP library's, pyarrow's
-        raise explain(error, repository, revision, name, split) from error
+        reason = _explained(error, repository, revision, name, split)
+        raise DataError(f"{repository} {reason}") from error
 
 
-def _ask_once(repository: str, revision: str | None) -> None:
-    """One short question, since ``datasets`` asks an unreachable hub again and again."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return  # the cache may have it
-    try:
-        huggingface_hub.HfApi().dataset_info(
-            repository, revision=revision, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
-        )
-    except Exception as error:
-        from fusekit.hub import unreachable
-
-        if not unreachable(error) or not _is_cached(repository):
-            raise
-
-
-def _is_cached(repository: str) -> bool:
-    import datasets
-
-    return (Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")).is_dir()
-
-
-def explain(error: BaseException, repository: str, revision: str | None, name: str | None, split: str) -> DataError:
-    """A DataError that says what to do about an exception of ``datasets`` or the hub client."""
+def _explained(error: BaseException, repository: str, revision: str | None, name: str | None, split: str) -> str:
+    """What an exception of ``datasets`` or the hub client means, and what to do about it."""
     import huggingface_hub
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import constants, errors
 
     from fusekit.hub import unreachable
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and len(chain) < 10:
+    chain = [error]
+    while len(chain) < 10 and (link := chain[-1].__cause__ or chain[-1].__context__):
         chain.append(link)
-        link = link.__cause__ or link.__context__
 
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
+    def has(kind: type[BaseException]) -> bool:
+        return any(isinstance(link, kind) for link in chain)
 
-    page = f"{constants.ENDPOINT}/datasets/{repository}"
+    hub, said = constants.ENDPOINT, " ".join(str(error).split())
+    page = f"{hub}/datasets/{repository}"
     token = "a token is set" if huggingface_hub.get_token() else "no token is set"
-    said = " ".join(str(error).split())
-    if has(errors.GatedRepoError):
-        text = f"is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN ({token})"
-    elif constants.is_offline_mode():
-        text = f"is not in the cache of data sets ({HF_DATASETS_CACHE}) and HF_HUB_OFFLINE is set: unset it once, or "
-        text += f"fetch its files where there is a network (`hf download {repository} --repo-type dataset --local-dir "
-        text += "ROWS`) and give the folder that holds them as the path"
-    elif has(errors.RevisionNotFoundError):
-        text = f"has no revision {revision!r}: see {page}/commits/main"
-    elif has(errors.RepositoryNotFoundError):
-        text = f"is neither a file or folder nor a data set on {constants.ENDPOINT}: check the spelling; if it is "
-        text += f"private, log in with `hf auth login` or set HF_TOKEN ({token})"
-    elif "Config name is missing" in said or "BuilderConfig" in said:
-        text = f"needs the name of one of its configurations, not {name!r}: {said}"
-    elif "split" in said.lower() and isinstance(error, ValueError):
-        text = f"has no split {split!r}: {said}"
-    elif any(unreachable(link) for link in chain):
-        text = f"is not a file or folder, and {constants.ENDPOINT} does not answer ({type(error).__name__}: {said}): "
-        text += "check the network, a proxy, or HF_ENDPOINT"
-    elif "script" in said.lower():
-        text = f"is made by code of its own, which fusekit does not run: fetch its files and give their path ({said})"
-    else:
-        text = f"cannot be read from {constants.ENDPOINT}: {type(error).__name__}: {said}"
-    return DataError(f"{repository} {text}")
+    log_in = f"log in with `hf auth login` or set HF_TOKEN ({token})"
+    silent = f"{hub} does not answer ({type(error).__name__}: {said}): check the network, a proxy, or HF_ENDPOINT"
+    uncached = (
+        f"is not in the cache of data sets ({HF_DATASETS_CACHE}) and HF_HUB_OFFLINE is set: unset it once, or fetch "
+        f"its files where there is a network (`hf download {repository} --repo-type dataset --local-dir ROWS`) and "
+        "give the folder that holds them as the path"
+    )
+    missing = f"is neither a file or folder nor a data set on {hub}: check the spelling; if it is private, {log_in}"
+    of_its_own = f"is made by code of its own, which fusekit does not run: fetch its files and give their path ({said})"
+    cases = (
+        (has(errors.GatedRepoError), f"is gated: accept its terms at {page}, then {log_in}"),
+        (constants.is_offline_mode(), uncached),
+        (has(errors.RevisionNotFoundError), f"has no revision {revision!r}: see {page}/commits/main"),
+        (has(errors.RepositoryNotFoundError), missing),
+        (
+            "Config name is missing" in said or "BuilderConfig" in said,
+            f"needs the name of one of its configurations, not {name!r}: {said}",
+        ),
+        ("split" in said.lower() and isinstance(error, ValueError), f"has no split {split!r}: {said}"),
+        (any(map(unreachable, chain)), f"is not a file or folder, and {silent}"),
+        ("script" in said.lower(), of_its_own),
+        (True, f"cannot be read from {hub}: {type(error).__name__}: {said}"),
+    )
+    return next(text for applies, text in cases if applies)

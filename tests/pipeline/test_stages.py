@@ -20,7 +20,7 @@ from fusekit.artifacts import output_lock
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import find_checkpoint
 from fusekit.cli import cli
-from fusekit.cli.stopping import command_again
+from fusekit.cli.common import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
