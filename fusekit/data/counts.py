@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fusekit.errors import DataError
 
 EXAMPLES = 10
-"""How many keys are kept per reason."""
+"""How many keys are kept per reason; of unusable examples ``LISTED``."""
 LISTED = 1000
-"""How many unusable examples are listed with their reasons."""
 
 REASONS = {
     "unusable": "cannot be read, or has marks or fields that fusekit does not know, skipped",
@@ -65,11 +63,6 @@ class DataCounts:
         self.seen += 1
         self.add("unusable", str(error)[:1000], LISTED)
 
-    def leave_unused(self, fields: Iterable[str]) -> None:
-        """Count the fields of an example that are not used."""
-        for name in fields:
-            self.unused[name] = self.unused.get(name, 0) + 1
-
     @property
     def dropped(self) -> int:
         """Examples that are not used."""
@@ -85,9 +78,7 @@ class DataCounts:
         said = [str(self)]
         if self.unused:
             fields = [f"{name} ({count})" for name, count in sorted(self.unused.items(), key=lambda item: -item[1])]
-            said.append(
-                f"fields that are not used: {', '.join(fields[:EXAMPLES])}" + ", ..." * (len(fields) > EXAMPLES)
-            )
+            said.append(f"fields that are not used: {', '.join(fields[:EXAMPLES])}{', ...' * (len(fields) > EXAMPLES)}")
         unusable = self.keys.get("unusable", [])
         said += [f"skipped: {line}" for line in unusable[:EXAMPLES]]
         more = self.reasons.get("unusable", 0) - EXAMPLES

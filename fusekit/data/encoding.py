@@ -24,22 +24,13 @@ _NONCES = [chr(code) for code in range(0xFAB50, 0xFAB60)]
 
 
 class Stretch(NamedTuple):
-    """A stretch of a rendered text.
-
-    Attributes:
-        text: what is encoded.
-        id: of the control token that it is, or -1.
-        content: whether it is a message's content.
-        message: which message it belongs to.
-        closes: whether it is the end of that message's turn.
-        label: whether it is learned.
-    """
+    """A stretch of a rendered text."""
 
     text: str
-    id: int = -1
-    content: bool = False
-    message: int = 0
-    closes: bool = False
+    id: int = -1  # of the control token that it is, or -1
+    content: bool = False  # whether it is a message's content
+    message: int = 0  # which message it belongs to
+    closes: bool = False  # whether it is the end of that message's turn
     label: bool = False
 
 
@@ -53,7 +44,8 @@ class Encoder:
 
     Attributes:
         surfaces: of the vocabulary.
-        strings: what each control token is looked for as, by id; tokens of byte fallback are none, however marked.
+        strings, id_of: what each control token is looked for as, by id, and the other way round; tokens of byte
+            fallback are none, however marked.
     """
 
     def __init__(self, tokenizer: Any, control: Sequence[int] = ()) -> None:
@@ -67,24 +59,15 @@ class Encoder:
         }
         spelled = sorted(set(self.strings.values()), key=lambda string: (-len(string), string))
         self._control = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
-        self._id_of = {string: id_ for id_, string in self.strings.items()}
+        self.id_of = {string: id_ for id_, string in self.strings.items()}
         self._is_control = np.zeros(len(self.surfaces), bool)
         unknown = self.surfaces.kinds == Kind.UNKNOWN  # what stands for any text is no sign of a control token
         self._is_control[[id_ for id_ in self.strings if not unknown[id_]]] = True
         self._copies: dict[str, tuple[Tokenizer, dict[int, str], IntArray]] = {}
 
-    @property
-    def name(self) -> str:
-        """How errors call the tokenizer."""
-        return self.surfaces.name
-
     def find_control(self, text: str) -> list[Mark]:
         """The control tokens that a text spells, in order: leftmost, and the longest there."""
-        return [Mark(*match.span(), self._id_of[match[0]]) for match in self._control.finditer(text)]
-
-    def spells_control(self, text: str) -> bool:
-        """Whether a text spells a control token."""
-        return self._control.search(text) is not None
+        return [Mark(*match.span(), self.id_of[match[0]]) for match in self._control.finditer(text)]
 
     def encode(self, parts: Sequence[Stretch]) -> tuple[TokenizedText, IntArray]:
         """Encode the parts as one text.
@@ -99,7 +82,7 @@ class Encoder:
         text = "".join([part.text for part in parts])
         encoded(text)
         expected = [part.id for part in parts if part.id >= 0]
-        if not any(part.content and part.id < 0 and self.spells_control(part.text) for part in parts):
+        if not any(part.content and part.id < 0 and self._control.search(part.text) for part in parts):
             ids = self.surfaces.view.encode(text)
             at = np.flatnonzero(self._is_control[ids])
             if [ids[i] for i in at.tolist()] == expected:
@@ -116,11 +99,11 @@ class Encoder:
         ids = own_ids[encoding.ids].tolist() if encoding.ids else []
         at = np.flatnonzero(self._is_control[ids])
         if [ids[i] for i in at.tolist()] != expected:
-            found = next((ids[i] for i in at.tolist() if ids[i] not in expected), ids[int(at[0])] if len(at) else None)
-            name = self.strings.get(found, "a control token") if found is not None else "a control token"
+            found = next((ids[i] for i in at.tolist() if ids[i] not in expected), ids[int(at[0])] if len(at) else -1)
+            name = self.strings.get(found, "a control token")
             raise DataError(
-                f"{self.name} reads {name!r} in a content as a control token, or misses one of its template's, and "
-                "cannot be kept from it: leave the example out, or write the string differently in the data"
+                f"{self.surfaces.name} reads {name!r} in a content as a control token, or misses one of its template's,"
+                " and cannot be kept from it: leave the example out, or write the string differently in the data"
             )
 
         def offsets() -> IntArray:
@@ -154,7 +137,10 @@ class Encoder:
         copy = Tokenizer.from_str(json.dumps(state))
         size = max(copy.get_vocab_size(with_added_tokens=True), len(self.surfaces))
         alias_of = {id_: f"{nonce}{chr(0xF0000 + n)}{nonce}" for n, id_ in enumerate(sorted(self.strings))}
-        copy.add_tokens([_renamed(view.added_tokens[id_], alias) for id_, alias in alias_of.items()])
+        kept = ("single_word", "lstrip", "rstrip", "normalized")
+        for id_, alias in alias_of.items():
+            own = view.added_tokens[id_]
+            copy.add_tokens([AddedToken(alias, special=False, **{name: getattr(own, name) for name in kept})])
         copy.encode_special_tokens = True
         own_ids = np.arange(size + len(alias_of) + 1)
         for id_, alias in alias_of.items():
@@ -172,17 +158,6 @@ def _marks(parts: Sequence[Stretch]) -> list[Mark]:
             marks.append(Mark(start, start + len(part.text), part.id))
         start += len(part.text)
     return marks
-
-
-def _renamed(token: AddedToken, alias: str) -> AddedToken:
-    return AddedToken(
-        alias,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=False,
-    )
 
 
 def _places(lengths: list[int], renamed: list[int]) -> IntArray:

@@ -22,12 +22,12 @@ ROLES = {
 }
 """What data sets call the three roles."""
 
+# Of a message or an example: 0 or false for what is context and not supervised (OpenAI, Axolotl, ms-swift).
 MARKS = ("weight", "train", "training", "loss", "loss_mask")
-"""Fields of a message or an example: 0 or false for what is context and not supervised (OpenAI, Axolotl, ms-swift)."""
+# Of an answer: its reasoning.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of an answer that hold its reasoning."""
+# Without which a conversation is another one; fusekit does not render them.
 LOST = ("tools", "functions", "tool_calls", "function_call", "history", "train_detail")
-"""Fields without which a conversation is another one; fusekit does not render them."""
 
 PAIRS = (("prompt", "response"), ("question", "answer"), ("prompt", "completion"), ("instruction", "response"))
 ACCEPTED = (
@@ -47,14 +47,9 @@ class Form(NamedTuple):
 
 
 def form_of(record: object, where: str) -> Form:
-    """The form of a record, by its keys.
+    """The form of a record of a file, by its keys.
 
-    Args:
-        record: of a file, a mapping from column to value.
-        where: file and line or row number, for errors.
-
-    Raises:
-        DataError: it has none, or several, of the accepted forms; with the keys found.
+    where: file and line or row number. Raises DataError for none, or several, of the accepted forms, with the keys.
     """
     record = _object(record, where)
     if record.keys() >= KEPT_KEYS:
@@ -75,7 +70,10 @@ def parse_record(record: object, form: Form, where: str, dataset: str, counts: D
     """
     record = _object(record, where)
     if form is KEPT:
-        return _kept(record, where)
+        try:
+            return Row.from_record(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: not an example as a run writes it: {type(error).__name__}: {error}") from error
     turns = form.parse(record, where)
     used = {"dataset", *form.used}
     for key in MARKS:
@@ -92,18 +90,12 @@ def parse_record(record: object, form: Form, where: str, dataset: str, counts: D
         elif system and turns[0][0].content != system:
             raise DataError(f"{where}: 'system' and the system message of the conversation differ: keep one")
     unused = {str(key) for key in record.keys() - used if not _is_empty(record[key])}
-    counts.leave_unused(sorted({*unused, *_unused_of_turns(record, form)}))
+    for name in sorted({*unused, *_unused_of_turns(record, form)}):
+        counts.unused[name] = counts.unused.get(name, 0) + 1
     named = record.get("dataset")
     named = _encodable(named, "dataset", where) if isinstance(named, str) and named else dataset
     context = tuple(number for number, (_, supervised) in enumerate(turns) if not supervised)
     return Row(tuple(message for message, _ in turns), named, context=context)
-
-
-def _kept(record: Mapping[str, Any], where: str) -> Row:
-    try:
-        return Row.from_record(record)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not an example as a run writes it: {type(error).__name__}: {error}") from error
 
 
 def _marks(record: Mapping[str, Any], key: str, turns: list[Turn], where: str) -> list[bool] | None:
@@ -133,17 +125,14 @@ def _is_mark(value: object) -> bool:
     return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
-def _messages(record: Mapping[str, Any], where: str) -> list[Turn]:
-    return _turns(_list(record, "messages", where), where)
+def _chat(key: str) -> Form:
+    def parse(record: Mapping[str, Any], where: str) -> list[Turn]:
+        turns = _list(record, key, where)
+        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+        by_role = key == "messages" or ("from" not in first and "role" in first)
+        return _turns(turns, where, _MESSAGES if by_role else _SHAREGPT)
 
-
-def _sharegpt(record: Mapping[str, Any], where: str) -> list[Turn]:
-    return _turns(_list(record, "conversations", where), where, _keys_of(record["conversations"]))
-
-
-def _keys_of(turns: object) -> tuple[str, str]:
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return ("role", "content") if isinstance(first, Mapping) and "from" not in first and "role" in first else _SHAREGPT
+    return Form(parse, (key,))
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
@@ -176,8 +165,8 @@ def _pair(asked: str, answered: str) -> Form:
 
 
 def _plain(record: Mapping[str, Any], where: str) -> list[Turn]:
-    role, key = (FRAGMENT, "fragment") if "fragment" in record else (TEXT, "text")
-    return [(Message(role, _text(record, key, where)), True)]
+    key = FRAGMENT if FRAGMENT in record else TEXT  # roles of messages, too
+    return [(Message(key, _text(record, key, where)), True)]
 
 
 _MESSAGES, _SHAREGPT = ("role", "content"), ("from", "value")
@@ -191,11 +180,11 @@ def _turns(turns: list[Any], where: str, keys: tuple[str, str] = _MESSAGES) -> l
 def _turn(turn: Any, here: str, role_key: str, content_key: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise DataError(f"{here} is {_kind(turn)}, not an object with {role_key!r} and {content_key!r}")
-    if turn.get(role_key) is None:
-        raise DataError(f"{here} has no {role_key!r}: known are {', '.join(ROLES)}")
-    role = ROLES.get(str(turn[role_key]).lower())
+    written = turn.get(role_key)
+    role = ROLES.get(str(written).lower())
     if role is None:
-        raise DataError(f"{here} has {role_key} {str(turn[role_key])[:40]!r}: known are {', '.join(ROLES)}")
+        found = f"no {role_key!r}" if written is None else f"{role_key} {str(written)[:40]!r}"
+        raise DataError(f"{here} has {found}: known are {', '.join(ROLES)}")
     _refuse_lost(turn, here)
     content = _text(turn, content_key, here)
     thoughts = {_text(turn, key, here).strip() for key in REASONING if not _is_empty(turn.get(key))}
@@ -275,9 +264,8 @@ def _encodable(value: str, key: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    return {list: "a list", dict: "an object", str: "text", type(None): "null"}.get(
-        type(value), with_article(type(value).__name__)
-    )
+    names = {list: "a list", dict: "an object", str: "text", type(None): "null"}
+    return names.get(type(value), with_article(type(value).__name__))
 
 
 def _has(keys: tuple[str, ...], without: tuple[str, ...] = ()) -> Callable[[Mapping[str, Any]], bool]:
@@ -289,13 +277,10 @@ KEPT, KEPT_KEYS = Form(lambda _record, _where: [], ()), {"key", "dataset", "mess
 _CHAT = ("messages", "conversations")
 _ANSWERS = (*_CHAT, "output", "response", "answer", "completion")
 _FORMS = [
-    (_has(("messages",)), Form(_messages, ("messages",))),
-    (_has(("conversations",), without=("messages",)), Form(_sharegpt, ("conversations",))),
-    (
-        _has(("instruction", "output"), without=_CHAT),
-        Form(_alpaca, ("instruction", "input", "output", "history")),
-    ),
+    (_has(("messages",)), _chat("messages")),
+    (_has(("conversations",), without=("messages",)), _chat("conversations")),
+    (_has(("instruction", "output"), without=_CHAT), Form(_alpaca, ("instruction", "input", "output", "history"))),
     *((_has(pair, without=(*_CHAT, "output")), _pair(*pair)) for pair in PAIRS),
-    (_has(("text",), without=("fragment", *_ANSWERS)), Form(_plain, ("text",))),
-    (_has(("fragment",), without=("text", *_ANSWERS)), Form(_plain, ("fragment",))),
+    (_has((TEXT,), without=(FRAGMENT, *_ANSWERS)), Form(_plain, (TEXT,))),
+    (_has((FRAGMENT,), without=(TEXT, *_ANSWERS)), Form(_plain, (FRAGMENT,))),
 ]

@@ -103,7 +103,7 @@ def _fit(
 
 def _cut(row: Row, tokens: Sequence[TokenizedRow], max_length: int) -> Cut | None:
     """The furthest place that all models reach within ``max_length``, before the present cut; None for none."""
-    reached = []
+    reached, sizes = [], [len(message.content.encode()) for message in row.messages]
     for of_model in tokens:
         last = min(len(of_model), max_length) - 1
         if len(of_model) <= max_length:
@@ -113,19 +113,16 @@ def _cut(row: Row, tokens: Sequence[TokenizedRow], max_length: int) -> Cut | Non
             reached.append((message + 1, 0))  # with the end of the turn
             continue
         size = min(int(of_model.ends[last]), int(of_model.lows[last]))
-        reached.append((message, size) if message < len(row.messages) else (len(row.messages) - 1, 2**62))
+        reached.append((message, min(size, sizes[message])) if message < len(sizes) else (len(sizes) - 1, sizes[-1]))
     message, size = min(reached)
-    content = row.messages[message].content.encode()
-    size = min(size, len(content))
     if row.cut is not None and (message, size) >= tuple(row.cut):  # encoding the shorter text took as many tokens
         message, size = row.cut.message, row.cut.size - 1
-        content = row.messages[message].content.encode()
         if size < 0:
-            message, size = message - 1, 2**62
+            message -= 1
             if message < 0:
                 return None
-            content = row.messages[message].content.encode()
-            size = len(content)
+            size = sizes[message]
+    content = row.messages[message].content.encode()
     while 0 < size < len(content) and content[size] & 0xC0 == 0x80:
         size -= 1
     return Cut(message, size) if message or size else None
@@ -177,9 +174,8 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
         if not document.is_text:
             raise DataError(f"example {document.key} is a conversation: only plain text is packed into blocks")
         if document.context:
-            raise DataError(
-                f"example {document.key} is marked as context: in a block all text is supervised; leave it out"
-            )
+            told = "in a block all text is supervised; leave it out"
+            raise DataError(f"example {document.key} is marked as context: {told}")
         for message in document.messages:
             if message.content:
                 yield from _pack(message, document.dataset, block)
@@ -188,27 +184,26 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
 
 
 class _Block:
-    """A block that is being filled."""
+    """A block that is being filled; tokens are counted per model."""
 
     def __init__(self, tokenizers: Sequence[RowTokenizer], size: int) -> None:
         self.tokenizers, self.size = tokenizers, size
-        self.overhead = np.array([len(tokenizer.tokenize(Row((Message(FRAGMENT, ""),)))) for tokenizer in tokenizers])
+        self.overhead = self._lengths(Message(FRAGMENT, ""))
         self.messages: list[Message] = []
         self.datasets: set[str] = set()
         self.used = self.overhead.copy()
 
     @property
     def room(self) -> IntArray:
-        """Tokens that are left, per model."""
         left: IntArray = self.size - self.used
         return left
 
     def needs(self, message: Message) -> IntArray:
-        """Tokens that a message takes, per model."""
-        row = Row((message,))
-        lengths: IntArray = np.array([len(tokenizer.tokenize(row)) for tokenizer in self.tokenizers])
-        taken: IntArray = lengths - self.overhead
-        return taken
+        needed: IntArray = self._lengths(message) - self.overhead
+        return needed
+
+    def _lengths(self, message: Message) -> IntArray:
+        return np.array([len(tokenizer.tokenize(Row((message,)))) for tokenizer in self.tokenizers])
 
     def add(self, message: Message, needs: IntArray, dataset: str) -> None:
         self.messages.append(message)
@@ -245,25 +240,17 @@ def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
                 return
         first = int(np.searchsorted(borders, start, side="right"))
         fitting = first + int(np.searchsorted((tokens_at[first:-1] - read > block.room).any(axis=1), True))
-        piece = _longest_piece(data, start, borders[first:fitting], block)
-        if piece is not None:
-            message, taken, stop = piece
-            block.add(message, taken, dataset)
-            read = tokens_at[int(np.searchsorted(borders, stop))]
-            start = stop
-        elif not block.messages:
-            raise DataError(
-                f"block_tokens {block.size} is too small: {data[start : start + 40].decode(errors='ignore')!r} has no "
-                "place within it where every model can start over"
-            )
+        for n in reversed(range(first, fitting)):  # by itself it may take more tokens than as part of its document
+            piece = Message(FRAGMENT, data[start : int(borders[n])].decode())
+            needs = block.needs(piece)
+            if (needs <= block.room).all():
+                block.add(piece, needs, dataset)
+                read, start = tokens_at[n], int(borders[n])
+                break
+        else:
+            if not block.messages:
+                raise DataError(
+                    f"block_tokens {block.size} is too small: {data[start : start + 40].decode(errors='ignore')!r} has "
+                    "no place within it where every model can start over"
+                )
         yield block.close()
-
-
-def _longest_piece(data: bytes, start: int, borders: IntArray, block: _Block) -> tuple[Message, IntArray, int] | None:
-    """The longest piece up to a border that fits: by itself it may take more tokens than as part of its document."""
-    for stop in reversed(borders.tolist()):
-        message = Message(FRAGMENT, data[start:stop].decode())
-        needs = block.needs(message)
-        if (needs <= block.room).all():
-            return message, needs, int(stop)
-    return None

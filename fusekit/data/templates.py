@@ -1,4 +1,4 @@
-"""Chat templates: a model's own, those that ship with fusekit, or a file.
+"""Chat templates: a model's own, those that ship with fusekit, or a file; and where they write what.
 
 ``foreign`` use (every model of a run under the pivot's template) needs to know what a template's control strings stand
 for, so a template carries the roles of the model it was written for.
@@ -6,7 +6,6 @@ for, so a template carries the roles of the model it was written for.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import re
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,10 @@ MAX_FILE = 1_000_000
 """Bytes of a template file; the longest published ones have some thirty thousand."""
 
 _DATE_CODES = [f"%{code}" for code in [*"aAbBcdDeFGhHIjmMpRSTuUVwWxXyYZ", "-d", "-m", "-H", "-I", "-j", "-y"]]
-
 _PERCENT = "\U000fae04"  # for a percent sign that begins no code
 
 
-@dataclass(frozen=True)
-class _Shipped:
+class _Shipped(NamedTuple):
     bos: str | None
     eos: str
     end_of_turn: str
@@ -83,12 +80,10 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     def source_on(self, date: datetime.date) -> str:
-        """The jinja text as it would write on a day (at 0:00), whatever the clock says.
-
-        transformers passes no function on to a template, so the day is written into it.
-        """
+        """The jinja text as it would write on a day (at 0:00), whatever the clock says."""
         if not self.prints_date:
             return self.source
+        # transformers passes no function on to a template, so the day is written into it.
         moment = datetime.datetime.combine(date, datetime.time())
         values = [("%%", _PERCENT), *((code, moment.strftime(code)) for code in _DATE_CODES), (_PERCENT, "%")]
         written = "".join(f"|replace({code!r}, {value!r})" for code, value in values)
@@ -98,33 +93,20 @@ class ChatTemplate:
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits over the source and the control strings."""
-        whole = "\0".join(
-            ["fusekit template 1", self.source, *(repr(s) for s in (self.bos, self.eos, self.end_of_turn))]
-        )
-        return xxhash.xxh3_128_hexdigest(whole.encode())
-
-    @classmethod
-    def own(cls, tokenizer: Any) -> ChatTemplate:
-        """The template that comes with a tokenizer. Raises DataError where it has none."""
-        source = getattr(tokenizer, "chat_template", None)
-        if isinstance(source, dict):
-            source = source.get("default")
-        name = _name(tokenizer)
-        if not isinstance(source, str) or not source:
-            raise DataError(
-                f"{name} has no chat template: name one of {', '.join(template_names())}, or give a jinja file"
-            )
-        return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
+        roles = map(repr, (self.bos, self.eos, self.end_of_turn))
+        return xxhash.xxh3_128_hexdigest("\0".join(["fusekit template 1", self.source, *roles]).encode())
 
     @classmethod
     def named(cls, name: str) -> ChatTemplate:
         """One that ships with fusekit (:func:`template_names`). Raises DataError for an unknown name."""
         if name not in SHIPPED:
-            raise DataError(f"no chat template {name!r} ships with fusekit: there are {', '.join(template_names())}")
+            raise DataError(
+                f"no chat template is called {name!r}: there are own, {', '.join(template_names())}; "
+                "or give a jinja file"
+            )
         file = resources.files("fusekit.data") / "chat_templates" / f"{name}.jinja"
-        roles = SHIPPED[name]
-        source, origin = file.read_text(encoding="utf-8"), f"{name}, shipped with fusekit"
-        return cls(name, source, roles.bos, roles.eos, roles.end_of_turn, origin)
+        bos, eos, end_of_turn, _ = SHIPPED[name]
+        return cls(name, file.read_text(encoding="utf-8"), bos, eos, end_of_turn, f"{name}, shipped with fusekit")
 
     @classmethod
     def from_file(cls, path: str | Path) -> ChatTemplate:
@@ -145,12 +127,8 @@ class ChatTemplate:
         """
         if name == "own":
             return None
-        if name not in SHIPPED and not Path(name).expanduser().is_file():
-            raise DataError(
-                f"no chat template is called {name!r}: there are own, {', '.join(template_names())}; "
-                "or give a jinja file"
-            )
-        return cls.named(name) if name in SHIPPED else cls.from_file(name)
+        is_file = name not in SHIPPED and Path(name).expanduser().is_file()
+        return cls.from_file(name) if is_file else cls.named(name)
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
@@ -158,28 +136,30 @@ class ChatTemplate:
 
         Raises DataError where none or several fit, with the names to choose from.
         """
-        if getattr(tokenizer, "chat_template", None):
-            return cls.own(tokenizer)
+        source = getattr(tokenizer, "chat_template", None)
+        source = source.get("default") if isinstance(source, dict) else source
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if isinstance(source, str) and source:
+            return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
         added = {token.content for token in vocabulary_surfaces(tokenizer).view.added_tokens.values()}
         fitting = [name for name, shipped in SHIPPED.items() if shipped.markers and added.issuperset(shipped.markers)]
         if len(fitting) == 1:
             found = cls.named(fitting[0])
-            return dataclasses.replace(found, origin=f"{found.origin}, recognised by the tokenizer's added tokens")
+            return replace(found, origin=f"{found.origin}, recognised by the tokenizer's added tokens")
         fits = f"its added tokens fit {' and '.join(fitting)}" if fitting else "its added tokens fit no shipped one"
         raise DataError(
-            f"{_name(tokenizer)} has no chat template, and {fits}: name one of {', '.join(template_names())}, "
-            "or give a jinja file"
+            f"{name} has no chat template, and {fits}: name one of {', '.join(template_names())}, or give a jinja file"
         )
 
     def with_roles_of(self, tokenizer: Any) -> ChatTemplate:
         """With the control strings of a tokenizer where it has none of its own."""
         view = vocabulary_surfaces(tokenizer).view
-        strings = {role: view.added_tokens[id_].content for role, id_ in view.roles.items() if id_ in view.added_tokens}
-        return dataclasses.replace(
+        theirs = {role: view.added_tokens[id_].content for role, id_ in view.roles.items() if id_ in view.added_tokens}
+        return replace(
             self,
-            bos=self.bos or strings.get("bos"),
-            eos=self.eos or strings.get("eos"),
-            end_of_turn=self.end_of_turn or strings.get("end_of_turn"),
+            bos=self.bos or theirs.get("bos"),
+            eos=self.eos or theirs.get("eos"),
+            end_of_turn=self.end_of_turn or theirs.get("end_of_turn"),
         )
 
 
@@ -189,10 +169,6 @@ def kept_date(value: object) -> datetime.date | None:
         return datetime.date.fromisoformat(value) if isinstance(value, str) else None
     except ValueError:
         return None
-
-
-def _name(tokenizer: Any) -> str:
-    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -214,18 +190,16 @@ class Region(NamedTuple):
     Attributes:
         message: its number.
         start, stop: in the rendered text.
-        first, last: which part of the content stands there; ``None`` where what stands there is no part of it.
+        first: where in the content that part begins; ``None`` where what stands there is no part of it.
     """
 
     message: int
     start: int
     stop: int
     first: int | None
-    last: int | None
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A rendered conversation.
 
     Attributes:
@@ -243,16 +217,6 @@ class Rendered:
     tags: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """What a template writes around contents. pieces: one more than there are contents."""
-
-    pieces: tuple[str, ...]
-    strips: tuple[tuple[bool, bool], ...]
-    generated: tuple[tuple[tuple[int, int], tuple[int, int]], ...] | None  # (piece, offset) of start and stop
-    answers: Mapping[int, tuple[int, int]]
-
-
 class Renderer:
     """Renders conversations with one template.
 
@@ -262,44 +226,38 @@ class Renderer:
         name: how errors call template and model.
     """
 
-    MAX_SKELETONS = 4096
+    MAX_SAMPLES = 4096
 
     def __init__(self, source: str, variables: Mapping[str, Any], name: str) -> None:
         self.source, self.variables, self.name = source, dict(variables), name
-        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
-
-    @cached_property
-    def marks_generation(self) -> bool:
-        """Whether the template has ``{% generation %}``."""
-        return _GENERATION.search(self.source) is not None
+        self.marks_generation = _GENERATION.search(source) is not None
+        self._samples: dict[tuple[str, ...], tuple[Rendered, list[tuple[bool, bool]]] | None] = {}
 
     def render(self, messages: Sequence[Message], key: str = "") -> Rendered:
         """Render a conversation. key: the row's, for errors. Raises DataError where the template refuses it."""
-        text, spans = self._jinja(messages, key, generation=False)
+        text, spans = self._jinja(messages, key)
         roles = tuple(message.role for message in messages)
-        if roles not in self._skeletons:
-            if len(self._skeletons) >= self.MAX_SKELETONS:
-                self._skeletons.clear()
-            self._skeletons[roles] = self._skeleton(roles, key)
-        skeleton = self._skeletons[roles]
-        filled = _fill(skeleton, messages) if skeleton is not None else None
+        if roles not in self._samples:
+            if len(self._samples) >= self.MAX_SAMPLES:
+                self._samples.clear()
+            self._samples[roles] = self._sample(roles)
+        sample = self._samples[roles]
+        filled = _filled(*sample, messages) if sample is not None else None
         if filled is not None and filled.text == text:
-            return replace(filled, tags=_tags(messages, text, filled.regions))
+            return filled._replace(tags=_tags(messages, text, filled.regions))
         if self.marks_generation:
             text, spans = self._jinja(messages, key, generation=True)
         regions, mentions = self._regions(messages, text, key)
         if mentions:
             shown = self.render([_hidden(m) if i in mentions else m for i, m in enumerate(messages)], key)
-            return replace(shown, text=_shown(shown.text))
+            return shown._replace(text=_shown(shown.text))
         generated = tuple(spans) if self.marks_generation else None
-        answers = {} if generated is not None else self._answers(messages, text, regions)
+        answers = {} if self.marks_generation else self._answers(messages, text, regions)
         return Rendered(text, regions, generated, answers, _tags(messages, text, regions))
 
-    def render_roles(self, roles: Sequence[str]) -> Rendered:
-        """A conversation of stand-ins, to learn how the template ends a turn. Raises DataError."""
-        return self.render([Message(role, _stand_in(i)) for i, role in enumerate(roles)])
-
-    def _jinja(self, messages: Sequence[Message], key: str, *, generation: bool, prompt: bool = False) -> Any:
+    def _jinja(
+        self, messages: Sequence[Message], key: str = "", *, generation: bool = False, prompt: bool = False
+    ) -> tuple[str, Sequence[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation = [{"role": message.role, "content": message.content} for message in messages]
@@ -315,52 +273,37 @@ class Renderer:
             raise DataError(_refusal(self.name, messages, key, error)) from error
         return texts[0], spans[0] if generation else ()
 
-    def _skeleton(self, roles: tuple[str, ...], key: str) -> _Skeleton | None:
-        messages = [Message(role, _stand_in(i)) for i, role in enumerate(roles)]
+    def _sample(self, roles: tuple[str, ...]) -> tuple[Rendered, list[tuple[bool, bool]]] | None:
+        """A conversation of stand-ins, and at which ends each content is stripped; None where that cannot be told."""
+        messages = stand_ins(roles)
         try:
-            text, spans = self._jinja(messages, key, generation=self.marks_generation)
-            padded = [Message(role, _PADDING + content + _PADDING) for role, content in messages]
-            padded_text, _ = self._jinja(padded, key, generation=False)
+            text, spans = self._jinja(messages, generation=self.marks_generation)
+            padded, _ = self._jinja([Message(role, _PADDING + content + _PADDING) for role, content in messages])
         except DataError:  # a template may refuse a stand-in for what it takes
             return None
         at = [text.find(content) for _, content in messages]
         if any(text.count(content) != 1 for _, content in messages) or at != sorted(at):
             return None
-        stops = [start + len(content) for start, (_, content) in zip(at, messages, strict=True)]
-        pieces = tuple(text[a:b] for a, b in zip([0, *stops], [*at, len(text)], strict=True))
         strips = []
-        position = 0
-        for i, (_, content) in enumerate(messages):
-            position += len(pieces[i])
-            left = not padded_text.startswith(_PADDING + content, position)
-            position += len(content) + (0 if left else len(_PADDING))
-            right = not padded_text.startswith(_PADDING, position)
-            position += 0 if right else len(_PADDING)
-            strips.append((left, right))
-        regions = tuple(Region(i, a, b, 0, b - a) for i, (a, b) in enumerate(zip(at, stops, strict=True)))
-
-        def place(character: int) -> tuple[int, int]:
-            piece = sum(1 for start in at if start < character)
-            return piece, max(character - (stops[piece - 1] if piece else 0), 0)
-
+        for _, content in messages:
+            before, _, after = padded.partition(content)
+            strips.append((not before.endswith(_PADDING), not after.startswith(_PADDING)))
+        regions = tuple(Region(i, a, a + len(m.content), 0) for i, (a, m) in enumerate(zip(at, messages, strict=True)))
         if self.marks_generation:
-            # The start of a content that begins a block is after the piece before it, its stop before the one after.
-            generated = tuple((place(start), place(stop)) for start, stop in spans)
-            return _Skeleton(pieces, tuple(strips), generated, {})
-        answers = {i: place(start) for i, start in self._answers(messages, text, regions).items()}
-        return _Skeleton(pieces, tuple(strips), None, answers)
+            return Rendered(text, regions, tuple(spans), {}), strips
+        return Rendered(text, regions, None, self._answers(messages, text, regions)), strips
 
     def _answers(self, messages: Sequence[Message], text: str, regions: tuple[Region, ...]) -> dict[int, int]:
         """Where each assistant message begins: after the generation prompt, where there is one and the text has it."""
-        answers = {}
+        answers: dict[int, int] = {}
         for region in regions:
             if messages[region.message].role != "assistant" or region.message in answers:
                 continue
             answers[region.message] = region.start
             before = messages[: region.message]
             try:
-                prompt, _ = self._jinja(before, "", generation=False, prompt=True)
-                bare, _ = self._jinja(before, "", generation=False)
+                prompt, _ = self._jinja(before, prompt=True)
+                bare, _ = self._jinja(before)
             except DataError:
                 continue
             between = text[len(prompt) : region.start]
@@ -378,9 +321,8 @@ class Renderer:
         regions: list[Region] = []
         mentions: list[int] = []
         for i, message in enumerate(messages):
-            probe = [*messages[:i], Message(message.role, stand_in), *messages[i + 1 :]]
             try:
-                probed, _ = self._jinja(probe, key, generation=False)
+                probed, _ = self._jinja([*messages[:i], Message(message.role, stand_in), *messages[i + 1 :]], key)
             except DataError:
                 continue
             before, found, after = probed.partition(stand_in)
@@ -390,28 +332,56 @@ class Renderer:
             content, answers = message.content, message.role == "assistant"
             fits = text.startswith(before) and floor <= len(before) <= stop
             if answers and (_tagged(message) or not fits):
-                mention = _tagged(message) and not _is_reasoning(message)
                 standing = _standing(content, text, floor, stop)
-                if mention and not (standing and _CONTINUED.search(content)):
+                if _tagged(message) and not _is_reasoning(message) and not (standing and _CONTINUED.search(content)):
                     mentions.append(i)
                     continue
                 if standing:
                     regions += [Region(i, *place) for place in standing]
                     continue
             if fits:
-                regions.append(Region(i, len(before), stop, *_part_of(content, text[len(before) : stop])))
+                regions.append(Region(i, len(before), stop, _first_of(content, text[len(before) : stop])))
             elif answers:  # rewritten: at no place, and learned all the same
                 start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
                 if floor <= start <= stop:
-                    regions.append(Region(i, start, stop, None, None))
+                    regions.append(Region(i, start, stop, None))
         return tuple(regions), mentions
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_skeletons": {}}
+        return {**self.__dict__, "_samples": {}}
 
 
 def _stand_in(number: int) -> str:
     return f"{_STAND_IN}{number}{_STAND_IN}"
+
+
+def stand_ins(roles: Sequence[str]) -> list[Message]:
+    """A conversation of these roles whose contents are in no data, to see what a template writes around them."""
+    return [Message(role, _stand_in(i)) for i, role in enumerate(roles)]
+
+
+def _filled(sample: Rendered, strips: Sequence[tuple[bool, bool]], messages: Sequence[Message]) -> Rendered:
+    """The sample with the contents of other messages of its roles in place of the stand-ins."""
+    parts, regions = [], []
+    position = done = 0
+    for region, (left, right), (_, content) in zip(sample.regions, strips, messages, strict=True):
+        first = len(content) - len(content.lstrip()) if left else 0
+        last = max(len(content.rstrip()), first) if right else len(content)
+        parts += [sample.text[done : region.start], content[first:last]]
+        start = position + region.start - done
+        position, done = start + last - first, region.stop
+        regions.append(Region(region.message, start, position, first))
+
+    def place(at: int) -> int:
+        # The start of a content that begins a block is after the piece before it, its stop before the one after.
+        n = sum(region.start < at for region in sample.regions)
+        return regions[n - 1].stop + max(at - sample.regions[n - 1].stop, 0) if n else at
+
+    generated = None
+    if sample.generated is not None:
+        generated = tuple((place(start), place(stop)) for start, stop in sample.generated)
+    answers = {i: place(start) for i, start in sample.answers.items()}
+    return Rendered("".join([*parts, sample.text[done:]]), tuple(regions), generated, answers)
 
 
 def _tagged(message: Message) -> bool:
@@ -437,31 +407,32 @@ def _shown(text: str) -> str:
     return text
 
 
-def _trimmed(content: str, first: int, last: int) -> Span:
-    part = content[first:last]
-    return first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
-
-
-def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int, int]]:
+def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int]]:
     """Where a content with reasoning stands in front of ``stop``: as it is, or with other white space at its seams.
 
-    Returns ``(start, stop, first, last)`` of each part, as in :class:`Region`; none where it does not stand there.
+    Returns ``(start, stop, first)`` of each part, as in :class:`Region`; none where it does not stand there.
     """
-    kept = len(content) - len(content.lstrip()), len(content.rstrip())
-    for first, last in ((0, len(content)), (0, kept[1]), (kept[0], len(content)), kept):
+
+    def trimmed(first: int, last: int) -> Span:
+        part = content[first:last]
+        return first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
+
+    size = len(content)
+    kept = trimmed(0, size)
+    for first, last in ((0, size), (0, kept[1]), (kept[0], size), kept):
         start = stop - (last - first)
         if first < last and start >= floor and text.startswith(content[first:last], start):
-            return [(start, stop, first, last)]
+            return [(start, stop, first)]
     begin = content.find(_OPEN) + len(_OPEN) if content.lstrip().startswith(_OPEN) else 0
     end = content.find(_CLOSE, begin)
     if end < 0:
         return []
-    spans = [(0, begin), (begin, end), (end, end + len(_CLOSE)), (end + len(_CLOSE), len(content))]
-    parts = [(a, b) for a, b in (_trimmed(content, *span) for span in spans) if a < b]
+    spans = [(0, begin), (begin, end), (end, end + len(_CLOSE)), (end + len(_CLOSE), size)]
+    parts = [(a, b) for a, b in (trimmed(*span) for span in spans) if a < b]
     # Possessive in effect: a part begins with no white space, so there is one way to match what is between two.
     pattern = r"\s*".join(f"({re.escape(content[a:b])})" for a, b in parts) + r"\s*\Z"
     found = re.compile(pattern).search(text[:stop], floor)
-    return [(*found.span(n), *part) for n, part in enumerate(parts, 1)] if found else []
+    return [(*found.span(n), first) for n, (first, _) in enumerate(parts, 1)] if found else []
 
 
 def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> tuple[Span, ...]:
@@ -474,9 +445,7 @@ def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> 
             continue
         if _is_reasoning(message) or text[: region.start].rstrip().endswith(_OPEN):
             opened.add(region.message)
-        if region.message not in opened:
-            continue
-        for tag in _HIDDEN:
+        for tag in _HIDDEN if region.message in opened else ():
             if region.first is None:
                 at = text.find(tag, region.start, region.stop)
             else:
@@ -486,51 +455,24 @@ def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> 
     return tuple(sorted(found))
 
 
-def _part_of(content: str, rendered: str) -> tuple[int | None, int | None]:
-    """Which part of a content was rendered: its end or its beginning, perhaps trimmed; ``None`` twice for neither."""
-    kept = content.rstrip()
-    if rendered and content.endswith(rendered):
-        return len(content) - len(rendered), len(content)
-    if rendered and kept.endswith(rendered):
-        return len(kept) - len(rendered), len(kept)
-    skipped = len(content) - len(content.lstrip())
-    for start in (0, skipped):
-        if rendered and content.startswith(rendered, start):
-            return start, start + len(rendered)
-    return (len(content), len(content)) if not rendered and not kept else (None, None)
-
-
-def _fill(skeleton: _Skeleton, messages: Sequence[Message]) -> Rendered:
-    parts, regions, starts = [skeleton.pieces[0]], [], [0]
-    position = len(skeleton.pieces[0])
-    for i, (left, right) in enumerate(skeleton.strips):
-        content = messages[i].content
-        first = len(content) - len(content.lstrip()) if left else 0
-        last = max(len(content.rstrip()), first) if right else len(content)
-        regions.append(Region(i, position, position + last - first, first, last))
-        position += last - first
-        starts.append(position)
-        parts += [content[first:last], skeleton.pieces[i + 1]]
-        position += len(skeleton.pieces[i + 1])
-    generated = None
-    if skeleton.generated is not None:
-        generated = tuple((starts[p] + a, starts[q] + b) for (p, a), (q, b) in skeleton.generated)
-    answers = {i: starts[p] + a for i, (p, a) in skeleton.answers.items()}
-    return Rendered("".join(parts), tuple(regions), generated, answers)
+def _first_of(content: str, rendered: str) -> int | None:
+    """Where in a content what was rendered begins: its end or its beginning, perhaps trimmed; None for neither."""
+    kept, skipped = content.rstrip(), len(content) - len(content.lstrip())
+    if not rendered:
+        return None if kept else len(content)
+    for whole in (content, kept):
+        if whole.endswith(rendered):
+            return len(whole) - len(rendered)
+    return next((start for start in (0, skipped) if content.startswith(rendered, start)), None)
 
 
 def _refusal(name: str, messages: Sequence[Message], key: str, error: Exception) -> str:
     roles = [message.role for message in messages]
-    example = (
-        f"example {key} with the roles {', '.join(roles[:8])}{', ...' if len(roles) > 8 else ''}"
-        if key
-        else "an example"
-    )
-    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    shown = f"example {key} with the roles {', '.join(roles[:8])}{', ...' * (len(roles) > 8)}" if key else "an example"
     if "system" in roles:
         way_out = "take system messages out of the data, or use a template that has them"
-    elif unknown:
+    elif unknown := sorted({*roles} - {"user", "assistant"}):
         way_out = f"it may know no role {unknown[0]!r}"
     else:
         way_out = "roles may have to alternate, beginning with user: leave such examples out, or use another template"
-    return f"{name} cannot render {example}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"
+    return f"{name} cannot render {shown}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fusekit.data.reading import read_rows
 from fusekit.errors import DataError, FusekitError
-from fusekit.types import Message
+from fusekit.types import Message, Row
 from tests.merging.hub_server import Hub
 
 PAIR = (Message("user", "What?"), Message("assistant", "That ✓."))
@@ -57,37 +57,26 @@ def test_forms(tmp_path, form, ending):
 
 def test_text_that_is_cut_off_says_so(tmp_path):
     rows = read_rows(write(tmp_path / "d.jsonl", [{"fragment": "goes on "}, {"text": "the end"}, {"fragment": ""}]))
-    assert [row.messages for row in rows] == [
-        (Message("fragment", "goes on "),),
-        (Message("text", "the end"),),
-        (Message("fragment", ""),),
-    ]
+    assert [row.messages for row in rows] == [(("fragment", "goes on "),), (("text", "the end"),), (("fragment", ""),)]
     with pytest.raises(DataError, match="'fragment', 'text'"):
         next(read_rows(write(tmp_path / "e.jsonl", [{"fragment": "a", "text": "b"}])))
 
 
 def test_the_key_is_stable():
-    from fusekit.types import Row
-
     assert Row(PAIR).key == Row(PAIR, dataset="other").key == "41bece8a02d293b741391a40053a510c"
     assert Row((PAIR[1], PAIR[0])).key != Row(PAIR).key
 
 
-def test_inputs_systems_datasets_and_text(tmp_path):
+def test_inputs_datasets_and_text(tmp_path):
     records = [{"instruction": "Add.", "input": "1 2", "output": "3", "dataset": "sums"}]
     (row,) = read_rows(write(tmp_path / "a.jsonl", records))
-    assert row.messages == (Message("user", "Add.\n\n1 2"), Message("assistant", "3"))
+    assert row.messages == (("user", "Add.\n\n1 2"), ("assistant", "3"))
     assert row.dataset == "sums"
-    records = [{"system": "S", "conversations": RECORDS["sharegpt"]["conversations"]}]
-    assert next(read_rows(write(tmp_path / "b.jsonl", records))).messages == (Message("system", "S"), *PAIR)
-    records = [{"text": "one\r\ntwo"}, {"text": ""}]
-    assert [row.messages for row in read_rows(write(tmp_path / "c.parquet", records))] == [
-        (Message("text", "one\r\ntwo"),),
-        (Message("text", ""),),
-    ]
+    rows = read_rows(write(tmp_path / "c.parquet", [{"text": "one\r\ntwo"}, {"text": ""}]))
+    assert [row.messages for row in rows] == [(("text", "one\r\ntwo"),), (("text", ""),)]
     (tmp_path / "d.txt").write_bytes("é\r\n\ufeffx".encode())
-    assert next(read_rows(tmp_path / "d.txt")).messages == (Message("text", "é\r\n\ufeffx"),)
-    assert len(list(read_rows(tmp_path))) == 5
+    assert next(read_rows(tmp_path / "d.txt")).messages == (("text", "é\r\n\ufeffx"),)
+    assert len(list(read_rows(tmp_path))) == len(list(read_rows([tmp_path / "c.parquet", tmp_path], limit=4))) == 4
     assert len(list(read_rows(tmp_path, limit=2))) == 2
 
 
@@ -112,7 +101,6 @@ BAD = [
     ('{"messages": ["x"]}', r"line 1, message 0 is text, not an object with 'role' and 'content'"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 1, message 0 has role 'tool': known are system, human"),
     ('{"messages": [{"role": "user", "content": null}]}', r"message 0: 'content' is null, not text"),
-    ('{"messages": [{"content": "x"}]}', "line 1, message 0 has no 'role'"),
     ('{"messages": [{"role": "user"}]}', r"message 0: 'content' is missing, not text"),
     ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
     ('{"text": "a", "dataset": "b\\ud800"}', "'dataset' has half of a surrogate pair at character 1"),
@@ -129,33 +117,32 @@ def test_errors_name_file_and_line(tmp_path, content, message):
         list(read_rows(file))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a,b", r"a\.csv ends in '\.csv': files of examples end in \.jsonl, \.json, \.parquet, \.txt"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a\.jsonl, line 2: invalid UTF-8 at byte 10"),
+        ("a.txt", b"a\nb\n\xff", r"a\.txt, line 3: invalid UTF-8"),
+        ("a.parquet", b"PAR1", r"a\.parquet, after row 0: not readable as Parquet"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.json", b'[\n{"text": "a"},\n nope]', r"a\.json, line 3: invalid JSON"),
+        ("config.json", b"{", r"config\.json, line 1: invalid JSON"),  # damaged, so not taken for a model's
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for place in {tmp_path / name} if name == "a.csv" else {tmp_path / name, tmp_path}:
+        with pytest.raises(DataError, match=message):
+            list(read_rows(place))
+
+
+def test_nothing_to_read(tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         read_rows(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match=r"nothing\.parquet does not exist"):
         read_rows("nothing.parquet")
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(
-        DataError, match=r"a\.csv ends in '\.csv': files of examples end in \.jsonl, \.json, \.parquet, \.txt"
-    ):
-        read_rows(tmp_path / "a.csv")
     with pytest.raises(DataError, match="a folder without a file"):
         read_rows(tmp_path)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: invalid UTF-8 at byte 10"):
-        list(read_rows(tmp_path / "a.jsonl"))
-    (tmp_path / "a.txt").write_bytes(b"a\nb\n\xff")
-    with pytest.raises(DataError, match=r"a\.txt, line 3: invalid UTF-8"):
-        list(read_rows(tmp_path / "a.txt"))
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet, after row 0: not readable as Parquet"):
-        list(read_rows(tmp_path / "a.parquet"))
-    (tmp_path / "a.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match="nested too deeply"):
-        list(read_rows(tmp_path / "a.json"))
-    (tmp_path / "a.json").write_text('[\n{"text": "a"},\n nope]')
-    with pytest.raises(DataError, match=r"a\.json, line 3: invalid JSON"):
-        list(read_rows(tmp_path / "a.json"))
     with pytest.raises(DataError, match="limit is -1"):
         read_rows(tmp_path, limit=-1)
 
@@ -173,7 +160,7 @@ def test_large_files_are_read_row_by_row(tmp_path, ending):
     assert peak < 12e6
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".txt"])
 def test_damaged_files_raise_nothing_but_our_own(tmp_path, ending, data):
@@ -198,18 +185,21 @@ ASK = """
 import sys
 from fusekit.errors import DataError
 from fusekit.data.reading import read_rows
-try:
-    print(len(list(read_rows(sys.argv[1], streaming=len(sys.argv) > 2))))
-except DataError as error:
-    print("DataError:", error)
+for name in sys.argv[1:]:
+    for streaming in (False, True):
+        try:
+            print(len(list(read_rows(name, streaming=streaming))))
+        except DataError as error:
+            print("DataError:", error)
 """
 
 
-def ask(tmp_path, *arguments, **environment):
+def ask(tmp_path, *names, **environment):
+    """What is said of the data sets, each as a whole and as a stream."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-c", ASK, *arguments],
+        [sys.executable, "-c", ASK, *names],
         env={**base, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "2", "CI": "1", **environment},
         capture_output=True,
         text=True,
@@ -217,26 +207,25 @@ def ask(tmp_path, *arguments, **environment):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert time.monotonic() - started < 60
-    return result.stdout
+    assert time.monotonic() - started < 100
+    return result.stdout.splitlines()
 
 
-@pytest.mark.parametrize("streaming", [[], ["streaming"]])
-def test_offline_and_unreachable_hubs_fail_fast_with_a_hint(tmp_path, streaming):
-    said = ask(tmp_path, "org/data", *streaming, HF_HUB_OFFLINE="1")
-    assert "DataError: org/data is not in the cache" in said
-    assert "HF_HUB_OFFLINE is set: unset it once, or fetch its files" in said
-    said = ask(tmp_path, "org/data", *streaming, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 does not answer" in said
-    assert "check the network, a proxy, or HF_ENDPOINT" in said
+def test_offline_and_unreachable_hubs_fail_fast_with_a_hint(tmp_path):
+    for said in ask(tmp_path, "org/data", HF_HUB_OFFLINE="1"):
+        assert "DataError: org/data is not in the cache" in said
+        assert "HF_HUB_OFFLINE is set: unset it once, or fetch its files" in said
+    for said in ask(tmp_path, "org/data", HF_ENDPOINT="http://127.0.0.1:9"):
+        assert "http://127.0.0.1:9 does not answer" in said
+        assert "check the network, a proxy, or HF_ENDPOINT" in said
 
 
 def test_a_data_set_that_the_hub_does_not_have(tmp_path):
     with Hub() as hub:
-        said = ask(tmp_path, "org/nothing", HF_ENDPOINT=hub.url)
-    assert "org/nothing is neither a file or folder nor a data set on http" in said
-    assert "check the spelling" in said
-    assert "neither a file or folder nor the id of a data set" in ask(tmp_path, "not a data set")
+        missing, _, wrong, _ = ask(tmp_path, "org/nothing", "not a data set", HF_ENDPOINT=hub.url)
+    assert "org/nothing is neither a file or folder nor a data set on http" in missing
+    assert "check the spelling" in missing
+    assert "neither a file or folder nor the id of a data set" in wrong
 
 
 @pytest.mark.parametrize(
@@ -254,13 +243,4 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, what):
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
         read_rows(tmp_path)
-    assert f"{tmp_path} is {what}, not examples of data: give files of examples (.jsonl, .json, .parquet, .txt)" in str(
-        error.value
-    )
-
-
-def test_a_damaged_description_beside_rows_hides_nothing(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"config\.json, line 1: invalid JSON"):
-        list(read_rows(tmp_path))
+    assert f"{tmp_path} is {what}, not examples of data: give files of examples (.jsonl, " in str(error.value)

@@ -1,5 +1,7 @@
 """Shipped templates: rendered as documented, and their spans against what the tokens spell."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
 from tests.alignment.texts import EDGE_CASES
-from tests.capture.models import MODELS, model, tokenizer_for
+from tests.capture.models import model, tokenizer_for
 from tests.data.spans import check
 
 TRIMS = {"gemma", "llama-3", "llama-3.1"}
@@ -47,10 +49,6 @@ def check_shipped(name, turns):
     return tokens
 
 
-def test_every_shipped_template_is_tested():
-    assert set(MODELS) == set(template_names()) == set(EXPECTED)
-
-
 @pytest.mark.parametrize("name", template_names())
 def test_rendered_as_documented(name):
     tokenizer = tokenizer_for(name)
@@ -68,15 +66,11 @@ def test_rendered_as_documented(name):
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_spans_of_system_prompt_and_turns(name):
+def test_spans_of_system_prompt_turns_and_empty_contents(name):
     check_shipped(name, QA[:2])
     check_shipped(name, QA)
     check_shipped(name, [("system", "You are terse."), *QA])
     check_shipped(name, [*QA, ("user", "unanswered")])
-
-
-@pytest.mark.parametrize("name", template_names())
-def test_spans_of_empty_contents(name):
     check_shipped(name, [("user", ""), ("assistant", "")])
     check_shipped(name, [("system", ""), ("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")])
 
@@ -95,19 +89,16 @@ def test_contents_never_become_control_tokens(name):
 
 
 @pytest.mark.parametrize("name", template_names())
-@pytest.mark.parametrize("case", sorted(EDGE_CASES))
-def test_spans_of_edge_cases(name, case):
-    text = EDGE_CASES[case]
-    if name == "qwen" or name == "chatml":
-        import unicodedata
-
-        text = unicodedata.normalize("NFC", text)  # the check spells surfaces; a normaliser has tests of its own
-    if name != "chatml" and name != "qwen" and not name.startswith("llama") and "▁" in text:
-        pytest.skip("▁ in a text is a space to SentencePiece, which spelled surfaces cannot tell")
-    check_shipped(name, [("user", text), ("assistant", text), ("user", "x"), ("assistant", f"y{text}z")])
+def test_spans_of_edge_cases(name):
+    normalizes = name in ("qwen", "chatml")  # the check spells surfaces; a normaliser has tests of its own
+    for case in EDGE_CASES.values():
+        text = unicodedata.normalize("NFC", case) if normalizes else case
+        if "▁" in text and not normalizes and not name.startswith("llama"):
+            continue  # it is a space to SentencePiece, which spelled surfaces cannot tell
+        check_shipped(name, [("user", text), ("assistant", text), ("user", "x"), ("assistant", f"y{text}z")])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     contents=st.lists(
         st.text(st.characters(exclude_categories=["Cs", "Mn", "Mc", "Lo"], exclude_characters="▁"), max_size=30),
@@ -148,10 +139,8 @@ def test_templates_by_name_file_and_tokenizer(tmp_path):
     assert ChatTemplate.of(tokenizer_for("phi-3")).name == "phi-3"
     demo = model("demo").template
     assert (demo.bos, demo.eos, demo.end_of_turn) == ("<|bos|>", "<|eos|>", "<|end|>")
-    with pytest.raises(DataError, match=r"no chat template 'alpaca' ships.*chatml, gemma"):
+    with pytest.raises(DataError, match=r"no chat template is called 'alpaca'.*chatml, gemma"):
         ChatTemplate.named("alpaca")
-    with pytest.raises(DataError, match="has no chat template: name one of"):
-        ChatTemplate.own(tokenizer_for("mistral"))
     with pytest.raises(DataError, match="has no chat template, and its added tokens fit no shipped one"):
         ChatTemplate.of(tokenizer_for("mistral"))
     with pytest.raises(DataError, match=r"none\.jinja cannot be read"):

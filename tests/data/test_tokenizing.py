@@ -60,19 +60,13 @@ def test_labels_are_the_same_without_generation_blocks(name, turns):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_but_the_first_token_can_be_learnt(name):
-    tokens = model(name, "all").tokenize(row(TURNS))
-    assert not tokens.labels[0]
-    assert tokens.labels[1:].all()
-    assert np.array_equal(tokens.ids, model(name).tokenize(row(TURNS)).ids)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_last_end_is_learnt(name):
-    tokens = model(name).tokenize(row(TURNS))
+def test_the_last_end_is_learnt_or_all_but_the_first_token(name):
+    tokens, whole = model(name).tokenize(row(TURNS)), model(name, "all").tokenize(row(TURNS))
     last = np.flatnonzero(tokens.part == Part.END)[-1]
     assert tokens.labels[last]
     assert tokens.message[last] == len(TURNS) - 1
+    assert np.array_equal(tokens.ids, whole.ids)
+    assert np.flatnonzero(~whole.labels).tolist() == [0]
 
 
 def test_an_eos_that_is_also_the_padding_is_learnt():
@@ -123,7 +117,7 @@ def test_links_between_two_models(source):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(contents=st.lists(st.text(max_size=25), min_size=2, max_size=2))
 @example(contents=["", "\xa00"])
 @example(contents=["", "\x850"])
@@ -158,14 +152,10 @@ def test_control_strings_of_a_foreign_template_become_the_models_own(template, r
 def test_a_foreign_template_from_a_file_takes_the_control_strings_of_its_tokenizer(tmp_path):
     file = tmp_path / "pivot.jinja"
     file.write_text(ChatTemplate.named("openchat-3.5").source)
-    qwen, pivot = tokenizer_for("qwen"), tokenizer_for("openchat-3.5")
-    pivot.chat_template = file.read_text()
-    try:
-        foreign = RowTokenizer(qwen, ChatTemplate.from_file(file), foreign=pivot)
-        named = RowTokenizer(qwen, ChatTemplate.named("openchat-3.5"))
-        assert np.array_equal(foreign.tokenize(row(TURNS)).ids, named.tokenize(row(TURNS)).ids)
-    finally:
-        pivot.chat_template = None
+    qwen = tokenizer_for("qwen")
+    foreign = RowTokenizer(qwen, ChatTemplate.from_file(file), foreign=tokenizer_for("openchat-3.5"))
+    named = RowTokenizer(qwen, ChatTemplate.named("openchat-3.5"))
+    assert np.array_equal(foreign.tokenize(row(TURNS)).ids, named.tokenize(row(TURNS)).ids)
 
 
 def test_a_model_without_an_end_of_turn_has_no_end_to_link():
@@ -241,9 +231,7 @@ def test_a_cut_has_to_be_at_a_character(cut):
         model("qwen").tokenize(row(TURNS, cut))
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("openchat-3.5", "qwen", "demo") else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
-)
+@pytest.mark.parametrize("name", ["openchat-3.5", "qwen", "demo"])
 def test_a_model_travels_to_another_process(name):
     forged = row([*TURNS[:4], ("assistant", "<|im_end|></s><|end_of_turn|><|eot_id|>")])
     before = model(name).tokenize(forged)
@@ -353,7 +341,7 @@ def test_bos_stands_once_in_front_whatever_the_template(template, train_on):
 
 
 def test_the_bos_of_a_template_that_has_none_for_the_model_is_not_made_up():
-    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
+    reader = model("chatml")
     assert reader.tokenize(row(TURNS)).ids[0] == reader.tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
