@@ -203,8 +203,6 @@ class Layers:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layers)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def add(self, document: Document, data: Mapping[str, Any], at: KeyPath = ()) -> None:
         """Mappings are merged key by key; anything else, lists too, replaces what was there."""
         target: Any = self.data

@@ -1,0 +1,165 @@
+"""Which rows a run uses and where it ends them, alike for every model; blocks of plain text."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.data.prepare import pack_text, prepare
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.errors import DataError
+from fusekit.types import Message, Part, Row
+from tests.alignment.texts import EDGE_CASES
+from tests.alignment.tokenizers import load
+from tests.capture.models import model
+
+READERS = [model(name) for name in ("openchat-3.5", "qwen", "gemma", "demo")]
+PLAIN = [RowTokenizer(load(name)) for name in ("mistral", "qwen", "llama3")]
+
+
+def row(*contents):
+    return Row(tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)))
+
+
+def test_counts_by_reason_with_the_first_keys():
+    long = row("q", "word " * 200)
+    rows = [row("a", "b"), row("", " \n"), row("a", "b"), long, row("only a question"), row(), row("c", "d")]
+    prepared = prepare(rows, READERS, 100, overlong="drop")
+    assert [r.key for r in prepared.rows] == [rows[0].key, rows[6].key]
+    counts = prepared.counts
+    assert counts.reasons == {"empty": 2, "duplicate": 1, "overlong": 1, "no_label": 1}
+    assert counts.keys["overlong"] == [long.key]
+    assert (counts.seen, counts.kept, counts.dropped) == (7, 2, 5)
+    assert counts.as_dict()["reasons"] == counts.reasons
+    assert str(counts).startswith("2 of 7 examples kept (")
+
+
+def test_no_row_left_is_an_error_with_the_counts():
+    with pytest.raises(DataError, match=r"no example is left: 0 of 1 examples kept \(1 no_label\)"):
+        prepare([row("a")], READERS, 100)
+    with pytest.raises(DataError, match=r"1 refused.*cannot render example"):
+        prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], READERS, 100)
+    with pytest.raises(DataError, match="overlong is 'skip'"):
+        prepare([], READERS, 100, overlong="skip")
+    with pytest.raises(DataError, match="max_length is 1 for 4 models"):
+        prepare([], READERS, 1)
+    assert prepare([], READERS, 100).rows == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    contents=st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "Mn"]), min_size=1, max_size=60), min_size=2, max_size=5
+    ),
+    max_length=st.integers(12, 60),
+)
+def test_cut_rows_have_the_same_bytes_for_every_model(contents, max_length):
+    source = row(*contents)
+    try:
+        (cut,) = prepare([source], READERS, max_length).rows
+    except DataError as error:
+        if not any(reason in str(error) for reason in ("no_label", "refused", "empty")):
+            raise
+        return
+    tokens = [reader.tokenize(cut) for reader in READERS]
+    assert all(len(t) <= max_length and t.labels.any() for t in tokens)
+    if cut.cut is None:
+        return
+    number, size = cut.cut
+    source.messages[number].content.encode()[:size].decode()
+    for t in tokens:
+        assert t.message.max() <= number
+        inside = (t.message == number) & (t.part == Part.CONTENT)
+        if size and inside.any():
+            assert t.ends[-1] == size
+
+
+def test_the_cut_is_as_late_as_the_first_model_allows():
+    source = row("q", "The quick brown fox jumps over the lazy dog. " * 20)
+    (cut,) = prepare([source], READERS, 64).rows
+    lengths = [len(reader.tokenize(cut)) for reader in READERS]
+    assert max(lengths) == 64
+    assert cut.key == source.key
+    (again,) = prepare([cut], READERS, 64).rows
+    assert again.cut == cut.cut
+
+
+def test_a_turn_that_just_fits_keeps_its_end():
+    source = row("q", "a", "What is it then?", "b")
+    openchat = model("openchat-3.5")
+    whole = openchat.tokenize(source)
+    length = int(np.flatnonzero(whole.part == Part.END)[1]) + 1
+    (cut,) = prepare([source], [openchat], length).rows
+    assert cut.cut == (2, 0)
+    assert np.array_equal(openchat.tokenize(cut).ids, whole.ids[:length])
+
+
+def document(text, dataset="d"):
+    return Row((Message("text", text),), dataset)
+
+
+def documents_of(blocks):
+    found, open_ = [], ""
+    for block in blocks:
+        for i, (role, content) in enumerate(block.messages):
+            assert role == "text" or i == len(block.messages) - 1
+            open_ += content
+            if role == "text":
+                found.append(open_)
+                open_ = ""
+    assert not open_
+    return found
+
+
+@pytest.mark.parametrize("size", [16, 33, 200, 2048])
+def test_blocks_hold_every_document_and_fit_every_model(size):
+    texts = [*EDGE_CASES.values(), "The quick brown fox. " * 150, *EDGE_CASES.values()]
+    blocks = list(pack_text(map(document, texts), PLAIN, size))
+    assert documents_of(blocks) == texts
+    lengths = [max(len(reader.tokenize(block)) for reader in PLAIN) for block in blocks]
+    assert max(lengths) <= size
+    assert sum(lengths) >= 0.6 * size * (len(lengths) - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=80), min_size=1, max_size=4), size=st.integers(24, 60))
+def test_random_documents(texts, size):
+    try:
+        blocks = list(pack_text(map(document, texts), [PLAIN[0], PLAIN[2]], size))
+    except DataError as error:
+        if "too small" not in str(error):  # a long cluster of one character
+            raise
+        return
+    assert documents_of(blocks) == texts
+    assert all(len(reader.tokenize(block)) <= size for block in blocks for reader in (PLAIN[0], PLAIN[2]))
+
+
+def test_the_data_set_of_a_block():
+    blocks = list(pack_text([document("a", "x"), document("b", "x")], PLAIN, 50))
+    assert [block.dataset for block in blocks] == ["x"]
+    assert [block.dataset for block in pack_text([document("a", "x"), document("b", "y")], PLAIN, 50)] == [""]
+
+
+@pytest.mark.parametrize("size", [12, 60, 500])
+def test_text_that_is_cut_off_gets_no_end_and_nothing_follows_it(size):
+    texts = [("fragment", "a text that goes on in a "), ("text", "a whole one"), ("fragment", "cut again " * 20)]
+    rows = [Row((Message(*text),), "d") for text in texts]
+    blocks = list(pack_text(rows, PLAIN, size))
+    found = [message for block in blocks for message in block.messages]
+    assert "".join(content for _, content in found) == "".join(content for _, content in texts)
+    assert [role for role, _ in found].count("text") == 1
+    assert all(role == "text" for block in blocks for role, _ in block.messages[:-1])
+    for reader in PLAIN:
+        ends = sum(int((reader.tokenize(block).part == Part.END).sum()) for block in blocks)
+        assert ends == 1
+        assert max(len(reader.tokenize(block)) for block in blocks) <= size
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(DataError, match="is a conversation"):
+        list(pack_text([Row((Message("user", "a"),))], PLAIN, 50))
+    with pytest.raises(DataError, match="block_tokens 3 is too small"):
+        list(pack_text([document("🤖👨‍👩‍👧‍👦" * 3)], PLAIN, 3))
+    with pytest.raises(DataError, match="block_tokens is 1 for 3 models"):
+        list(pack_text([], PLAIN, 1))
+    assert list(pack_text([document("")], PLAIN, 50)) == []
