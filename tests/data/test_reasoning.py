@@ -61,13 +61,9 @@ TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
 MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
 
 
-def reader_of(name):
-    tokenizer = extended("qwen", [])
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])
-    return RowTokenizer(tokenizer, ChatTemplate(name, TEMPLATES[name]))
-
-
-READERS = {name: reader_of(name) for name in TEMPLATES}
+TOKENIZER = extended("qwen", [])
+TOKENIZER.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])
+READERS = {name: RowTokenizer(TOKENIZER, ChatTemplate(name, source)) for name, source in TEMPLATES.items()}
 
 
 def row(turns, cut=None):
@@ -179,9 +175,8 @@ def test_contents_of_reasoning_never_become_control_tokens(name):
 
 
 def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
-    reader = RowTokenizer(
-        READERS["empty one"].tokenizer, ChatTemplate("loud", TEMPLATES["empty one"].replace("said +", "said | upper +"))
-    )
+    loud = TEMPLATES["empty one"].replace("said +", "said | upper +")
+    reader = RowTokenizer(TOKENIZER, ChatTemplate("loud", loud))
     turns = [("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]
     tokens = reader.tokenize(row(turns))
     assert learned(tokens, reader, 1).endswith("CD<|im_end|>")
