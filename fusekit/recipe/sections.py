@@ -189,7 +189,7 @@ class Mistake:
         self.says, self.paths = says, paths
 
 
-class Layers:
+class Layers:  # noqa: PLW1641  # what may change has no hash
     """Values from several documents, later ones on top, and where each was written; ``top`` is the recipe itself.
 
     Recipes that say the same are equal, wherever they say it.
