@@ -319,7 +319,10 @@ def fusion_dataset(
     by_key = {row.key: row for row in rows}
     ours, projections = Reading.of(PIVOT, student.tokenizer, own, by_key), {}
     for name, source in sources.items():
-        tokenizer = source.reader.tokenizer if isinstance(source, LiveTeacher) else _tokenizer_of(source)
+        if isinstance(source, LiveTeacher):
+            tokenizer = source.reader.tokenizer
+        else:
+            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(source.spec.model), weights=False))
         theirs = Reading.of(name, tokenizer, source, by_key)
         projections[name] = projection_of(settings.alignment, ours, theirs, rows)
     data = FusionDataset(
@@ -369,10 +372,6 @@ def _is_store(teacher: Any) -> bool:
 
 def _own_folder(args: FusionConfig) -> Path:
     return Path(args.output_dir) / CAPTURES / PIVOT
-
-
-def _tokenizer_of(store: Store) -> Any:
-    return load_tokenizer(find_checkpoint(ModelChoice(store.spec.model), weights=False))
 
 
 def _needs_pivot(settings: DistillSettings) -> bool:

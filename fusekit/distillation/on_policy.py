@@ -68,8 +68,10 @@ class OnPolicy:
             if isinstance(source, LiveTeacher):
                 self.teachers[name] = source
             elif isinstance(source, Store):
-                choice, theirs = (models or {}).get(name, (_choice_of(source.spec), None))
-                self.teachers[name] = self._loaded(name, source.spec, choice, theirs, say)
+                spec, dtype = source.spec, source.spec.details.get("dtype")
+                by_store = ModelChoice(spec.model, dtype=dtype if isinstance(dtype, str) else "auto")
+                choice, theirs = (models or {}).get(name, (by_store, None))
+                self.teachers[name] = self._loaded(name, spec, choice, theirs, say)
         if not self.teachers:
             raise DistillationError(f"on_policy is {settings.on_policy:g}, but there is no teacher: set it to 0")
         self._projections = {
@@ -144,9 +146,3 @@ class OnPolicy:
     def _counted(self, data: FusionDataset, example: Example) -> Example:
         counts = dict(zip(data.count_names, example["counts"], strict=True))
         return {**example, "counts": np.array([counts.get(name, 0.0) for name in self.data.count_names])}
-
-
-def _choice_of(spec: StoreSpec) -> ModelChoice:
-    """The model that a store was captured from."""
-    dtype = spec.details.get("dtype")
-    return ModelChoice(spec.model, dtype=dtype) if isinstance(dtype, str) else ModelChoice(spec.model)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,7 @@ def distill(
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}), tell)
         for number, target in enumerate(targets, others[0] + 1):
             label = f"distill {number} of {sum(others) + len(targets)}"
-            work = _Work.of(target, opened, tell)
-            work.make(resume, ignore_estimates, None if quiet else label)
+            _Work(target, opened, tell).make(resume, ignore_estimates, None if quiet else label)
             gc.collect()  # what trained holds cycles, and memory that the next one needs
         processes.first_then_all(lambda: overwriting.finish(out))
     return [target.folder for target in targets]
@@ -129,43 +128,32 @@ def _refuse_occupied(target: Target) -> None:
         artifact.refuse_occupied(target.folder)
 
 
-@dataclass(frozen=True, eq=False)
 class _Work:
     """One target, what it is made from, and who is told."""
 
-    target: Target
-    opened: Opened
-    data: FusionDataset
-    examples: FusionDataset | Scheduled
-    facts: dict[str, Any]
-    say: Say
-
-    @classmethod
-    def of(cls, target: Target, opened: Opened, say: Say) -> _Work:
-        data, settings, writers = opened.dataset(target.sources), opened.settings, None
-        training = settings.training
-        examples: FusionDataset | Scheduled = data
+    def __init__(self, target: Target, opened: Opened, say: Say) -> None:
+        self.target, self.opened = target, opened
+        self.say: Say = lambda line: say(f"{target.name}: {line}")
+        self.data = data = opened.dataset(target.sources)
+        self.live = [source for source in data.sources.values() if isinstance(source, LiveTeacher)]
+        self.examples: FusionDataset | Scheduled = data
+        training = opened.settings.training
+        writers: Mapping[str, str] | None = None
         if training.schedule is not None:
-            if live := [source for source in data.sources.values() if isinstance(source, LiveTeacher)]:
+            if self.live:
                 raise DistillationError(
-                    f"a schedule reads stores, but {live[0].name} is scored on the fly: capture it, or drop the "
+                    f"a schedule reads stores, but {self.live[0].name} is scored on the fly: capture it, or drop the "
                     "schedule"
                 )
             answers = opened.answers(target.sources)
-            examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
-            writers = opened.inputs.responses.writers if opened.inputs.responses else None
+            self.examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
+            writers = answers.writers
         stores: dict[str, Store | LiveTeacher] = {PIVOT: opened.pivot_store} if opened.pivot_store is not None else {}
         stores |= {name: opened.stores[name] for name in target.sources}
-        facts = facts_of_run(
-            target.name,
-            settings,
-            opened.fingerprint,
-            data.rows,
-            stores,
-            projections=data.projections,
-            writers=writers,
+        pivot, how = opened.fingerprint, data.projections
+        self.facts = facts_of_run(
+            target.name, opened.settings, pivot, data.rows, stores, projections=how, writers=writers
         )
-        return cls(target, opened, data, examples, facts, lambda line: say(f"{target.name}: {line}"))
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
         """Train and publish; a target that is published already stays. label: of the bar, None for none."""
@@ -178,8 +166,7 @@ class _Work:
         for line in self.data.joined.report():
             self.say(line)
         on_policy = self.on_policy() if training.on_policy else None
-        of_data = [source for source in self.data.sources.values() if isinstance(source, LiveTeacher)]
-        live = of_data if on_policy is None else list(on_policy.teachers.values())
+        live = self.live if on_policy is None else list(on_policy.teachers.values())
         if not ignore_estimates:
             first(lambda: self.refuse_what_does_not_fit(start, live))
         for teacher in live:

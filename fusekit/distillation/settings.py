@@ -359,9 +359,9 @@ class DistillSettings(_Section):
 
 def _explained(problem: Any) -> str:
     """A problem that pydantic found; an unknown key with the nearest known one."""
-    where = ".".join(map(str, problem["loc"])) or "settings"
+    where, says = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
-        return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{where} = {problem['input']!r}: {says}" if where else says
     *sections, key = problem["loc"]
     known: Any = DistillSettings.model_fields
     known = known[sections[0]].annotation.model_fields if sections else known

@@ -225,12 +225,11 @@ class FusionTrainer(TrainerWithGradients):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Any:
-        """The micro-batch's share of the loss of its optimizer step.
+        """The micro-batch's share of the loss of its optimizer step; in evaluation the batch stands alone.
 
-        inputs: of :class:`fusekit.distillation.batching.FusionCollator`. num_items_in_batch: labels of the optimizer
-        step over all processes; not used in evaluation, where the batch stands alone. A batch without a label gives
-        zero, connected to all parameters, so that no process waits for another. A non-finite loss makes all
-        gradients NaN, and the step is skipped on every process.
+        num_items_in_batch: labels of the step over all processes. A batch without a label gives zero, connected to all
+        parameters, so that no process waits for another. A non-finite loss makes all gradients NaN, and the step is
+        skipped on every process.
         """
         places, labels = inputs["predicting"], inputs["label_ids"]
         outputs, logits, positions = self._logits(model, inputs, places)
