@@ -66,6 +66,11 @@ def trainer(
     )
 
 
+def lines(made: FusionTrainer) -> list[dict[str, float]]:
+    """Of the log of a training, but its summary."""
+    return [line for line in made.state.log_history if "loss" in line]
+
+
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """A copy of a model's tensors."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -28,6 +28,7 @@ from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import DistillationError
 from tests.distillation import test_live
+from tests.distillation.runs import lines
 from tests.distillation.test_live import NEOX, PIVOT, PLACE, RECORDS
 
 
@@ -107,8 +108,7 @@ def test_steps_are_chosen_by_seed_and_epoch_and_own_answers_are_not_labels(tmp_p
     assert some.on_policy is not None
     chosen = [some.on_policy.chosen(epoch, step) for epoch in (0, 1) for step in range(3)]
     assert 0 < sum(chosen) < 6
-    lines = [line for line in some.state.log_history if "lm_loss" in line]
-    for line, own in zip(lines, chosen, strict=True):
+    for line, own in zip(lines(some), chosen, strict=True):
         weight = 0.0 if own else 0.25
         expected = weight * line["lm_loss"] + (1 - weight) * line["fusion_loss"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)

@@ -242,8 +242,7 @@ def test_a_weight_of_every_row_is_in_the_step(tmp_path: Path) -> None:
     """With λ 0 at the start, rising: the first step learns from the targets alone, the last from the text too."""
     made = runs.trainer(tmp_path, settings=TrainingSettings(lm_weight=0.0, lm_weighting="hard_and_decay"))
     made.train()
-    lines = [line for line in made.state.log_history if "loss" in line]
-    for step, line in enumerate(lines):
+    for step, line in enumerate(runs.lines(made)):
         weight = step / 3
         assert line["loss"] == pytest.approx(weight * line["lm_loss"] + (1 - weight) * line["fusion_loss"], rel=1e-5)
 
@@ -292,8 +291,8 @@ def test_evaluation_is_the_loss_of_a_batch_and_leaves_the_log_alone(tmp_path: Pa
     made.train()
     batch = made.data_collator([held_out[i] for i in range(4)])
     assert found == pytest.approx(made.compute_loss(made.model.eval(), batch).item(), rel=1e-5)
-    lines = [line for line in made.state.log_history if "loss" in line]
-    assert lines[0]["loss"] == pytest.approx(0.7 * lines[0]["lm_loss"] + 0.3 * lines[0]["fusion_loss"], rel=1e-5)
+    line = runs.lines(made)[0]
+    assert line["loss"] == pytest.approx(0.7 * line["lm_loss"] + 0.3 * line["fusion_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox", "gpt2", "gemma2"])
@@ -312,7 +311,7 @@ def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, he
     whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(logits[0], whole.reshape(-1, whole.shape[-1])[batch["predicting"]])
     made.train()
-    assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
+    assert all(math.isfinite(line["loss"]) for line in runs.lines(made))
 
 
 def test_deepspeed_may_have_no_norm(tmp_path: Path) -> None:
