@@ -185,16 +185,9 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
             f"the pivot's store was captured from {own.spec.model} ({own.spec.model_fingerprint}), but the pivot is "
             f"{checkpoint.choice.model} ({fingerprint}): capture it again, or train the model that it was captured from"
         )
-    tokenizer, by_key = load_tokenizer(checkpoint), {row.key: row for row in inputs.rows}
-    ours, projections = Reading.of(PIVOT, tokenizer, own, by_key), {}
-    for name, store in stores.items():
-        source = inputs.sources[name]
-        own_tokenizer = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
-        how, theirs = source.alignment or settings.alignment, Reading.of(name, own_tokenizer, store, by_key)
-        make = partial(projection_of, how, ours, theirs, inputs.rows, source.vocabulary_map)
-        if processes.world > 1:
-            processes.first_then_all(lambda make=make: make() and None)  # type: ignore[misc]
-        projections[name] = make()  # the others find the map in the cache
+    tokenizer = load_tokenizer(checkpoint)
+    ours = Reading.of(PIVOT, tokenizer, own, {row.key: row for row in inputs.rows})
+    projections = _projections(settings, inputs.rows, ours, stores, inputs.sources)
     return Opened(inputs, settings, checkpoint, fingerprint, tokenizer, own, stores, projections)
 
 
@@ -213,6 +206,29 @@ def _refuse_temperatures(stores: Mapping[str, Store | LiveTeacher], settings: Di
                 f"the store of {name} holds rows of temperature {store.spec.temperature}, but the loss has temperature "
                 f"{settings.training.temperature}: capture it at that temperature, or set it to the store's"
             )
+
+
+def _projections(
+    settings: DistillSettings,
+    rows: Sequence[Row],
+    ours: Reading,
+    stores: Mapping[str, Store | LiveTeacher],
+    sources: Mapping[str, Source],
+) -> dict[str, Projection]:
+    """How the rows of each store come to stand at the pivot's positions. Raises what :func:`projection_of` raises."""
+    by_key, processes, found = {row.key: row for row in rows}, Processes.current(), {}
+    for name, store in stores.items():
+        source = sources.get(name, Source(None))
+        if isinstance(store, LiveTeacher):
+            tokenizer = store.reader.tokenizer
+        else:
+            tokenizer = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
+        how, theirs = source.alignment or settings.alignment, Reading.of(name, tokenizer, store, by_key)
+        make = partial(projection_of, how, ours, theirs, rows, source.vocabulary_map)
+        if processes.world > 1:
+            processes.first_then_all(lambda make=make: make() and None)  # type: ignore[misc]
+        found[name] = make()  # the others find the map in the cache
+    return found
 
 
 class Reading(NamedTuple):
@@ -316,20 +332,12 @@ def fusion_dataset(
         made.open()
     _refuse_temperatures(sources, settings)
     own = _capture_student(student, reader, rows, args, how) if _needs_pivot(settings) else None
-    by_key = {row.key: row for row in rows}
-    ours, projections = Reading.of(PIVOT, student.tokenizer, own, by_key), {}
-    for name, source in sources.items():
-        if isinstance(source, LiveTeacher):
-            tokenizer = source.reader.tokenizer
-        else:
-            tokenizer = load_tokenizer(find_checkpoint(ModelChoice(source.spec.model), weights=False))
-        theirs = Reading.of(name, tokenizer, source, by_key)
-        projections[name] = projection_of(settings.alignment, ours, theirs, rows)
+    ours = Reading.of(PIVOT, student.tokenizer, own, {row.key: row for row in rows})
     data = FusionDataset(
         rows,
         pivot=own,
         sources=sources,
-        projections=projections,
+        projections=_projections(settings, rows, ours, sources, {}),
         tokenizer=reader,
         fusion=settings.fusion,
         relative=settings.training.lm_weighting == "relative",
