@@ -129,8 +129,7 @@ def cp(name: str, file: Path | None, force: bool) -> None:
 
 def _write(target: Path, data: bytes, force: bool) -> None:
     try:
-        # "x" refuses an existing file, also one that appears at this very moment.
-        with target.open("wb" if force else "xb") as out:
+        with target.open("wb" if force else "xb") as out:  # "x" refuses one that appears at this very moment, too
             out.write(data)
     except FileExistsError:
         raise RecipeError(f"{target} exists already; --force replaces it") from None

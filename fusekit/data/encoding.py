@@ -72,12 +72,9 @@ class Encoder:
     def encode(self, parts: Sequence[Stretch]) -> tuple[TokenizedText, IntArray]:
         """Encode the parts as one text.
 
-        Returns:
-            The tokens with their ends in the bytes of the text, and the positions of the parts' control tokens, int64.
-
-        Raises:
-            DataError: the tokenizer cannot keep control tokens out of the data.
-            AlignmentError: the ends of the tokens cannot be known.
+        Returns the tokens with their ends in the bytes of the text, and the positions of the parts' control tokens,
+        int64. Raises DataError where the tokenizer cannot keep control tokens out of the data, AlignmentError where the
+        ends of the tokens cannot be known.
         """
         text = "".join([part.text for part in parts])
         encoded(text)

@@ -186,44 +186,28 @@ class Region(NamedTuple):
     """Where the content of a message, or a part of it, is rendered. Positions are characters.
 
     A message has several where a template changes the white space around its reasoning.
-
-    Attributes:
-        message: its number.
-        start, stop: in the rendered text.
-        first: where in the content that part begins; ``None`` where what stands there is no part of it.
     """
 
     message: int
     start: int
     stop: int
-    first: int | None
+    first: int | None  # where in the content that part begins; None where what stands there is no part of it
 
 
 class Rendered(NamedTuple):
-    """A rendered conversation.
-
-    Attributes:
-        text: as the template gives it.
-        regions: of the contents that have a place in it, in order.
-        generated: what ``{% generation %}`` encloses, or None for a template without it.
-        answers: where an answer begins in ``text``, per number of an assistant message (without ``generation``).
-        tags: the spans in ``text`` of the tags around an answer's reasoning, in order.
-    """
+    """A rendered conversation."""
 
     text: str
-    regions: tuple[Region, ...]
-    generated: tuple[Span, ...] | None
-    answers: Mapping[int, int]
-    tags: tuple[Span, ...] = ()
+    regions: tuple[Region, ...]  # of the contents that have a place in it, in order
+    generated: tuple[Span, ...] | None  # what ``{% generation %}`` encloses; None for a template without it
+    answers: Mapping[int, int]  # where an answer begins, by the number of an assistant message (without ``generation``)
+    tags: tuple[Span, ...] = ()  # around the reasoning of answers, in order
 
 
 class Renderer:
     """Renders conversations with one template.
 
-    Args:
-        source: the jinja text.
-        variables: what the template sees beside the messages, ``bos_token`` and ``eos_token`` above all.
-        name: how errors call template and model.
+    variables: what it sees beside the messages, ``bos_token`` and ``eos_token`` above all. name: for errors.
     """
 
     MAX_SAMPLES = 4096

@@ -354,23 +354,15 @@ def _check_cut(row: Row) -> None:
 
 
 class Content(NamedTuple):
-    """Where a content, or a part of it, stands, in bytes.
-
-    Attributes:
-        message: its number.
-        start, stop: in the rendered text.
-        first, last: which of the content's bytes stand there; both -1 where what stands there is no part of it.
-        size: bytes of the content up to the next part, those that the template drops included.
-        low: where the part before it ended, 0 for the first.
-    """
+    """Where a content, or a part of it, stands, in bytes."""
 
     message: int
-    start: int
+    start: int  # in the rendered text
     stop: int
-    first: int
+    first: int  # of the content's bytes that stand there; -1 where what stands there is no part of it
     last: int
-    size: int
-    low: int = 0
+    size: int  # of the content up to the next part, what the template drops included
+    low: int = 0  # where the part before it ended, 0 for the first
 
 
 def _coordinates(
