@@ -147,6 +147,10 @@ class TopK(NamedTuple):
     logprobs: FloatArray
     tail: FloatArray
 
+    def select(self, rows: Any) -> TopK:
+        """Some of the rows, by any index of numpy's."""
+        return TopK(self.ids[rows], self.logprobs[rows], self.tail[rows])
+
 
 class Part(IntEnum):
     """What a token stands for.

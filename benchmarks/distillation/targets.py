@@ -26,8 +26,7 @@ from fusekit.capturing.store import Store
 from fusekit.capturing.writer import StoreWriter
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.dataset import FusionDataset
-from fusekit.distillation.label_rows import label_rows
-from fusekit.distillation.projections import Projection
+from fusekit.distillation.projections import Projection, label_rows
 from fusekit.distillation.settings import FusionSettings
 from fusekit.types import TEXT, CapturedRow, Message, Row, TokenizedRow, TopK
 from tests.alignment.tokenizers import load

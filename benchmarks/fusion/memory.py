@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fusekit.distillation.dataset import Example, FusionDataset
+from fusekit.distillation.batching import Example
+from fusekit.distillation.dataset import FusionDataset
 
 _Settings = tuple[Any, ...]
 

@@ -1,21 +1,36 @@
-"""The order of the rows of an epoch, the same for every split of a batch over devices, accumulation and processes."""
+"""The order of the examples of an epoch and of stages, the same for every split over devices, and their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fusekit.distillation.settings import ScheduleStage
+from fusekit.distillation.targets import SparseTargets
 from fusekit.errors import DistillationError
+from fusekit.types import IntArray
+
+if TYPE_CHECKING:
+    from fusekit.distillation.dataset import FusionDataset
 
 IGNORED = -100
 """The label of a position that is not learned, as everywhere in transformers."""
+
+Example = dict[str, Any]
+"""An example to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n
+labels ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught``
+bool [n] and for losses of stretches of text ``target_chunks`` int64 [n]
+(:class:`fusekit.distillation.targets.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
+``typical`` bits per byte of its data set, the pivot's and the best models', float64 [2] (empty without the pivot's)."""
+
+BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
+"""An example of one token and no label."""
 
 
 class EpochSampler(Sampler[int]):
@@ -39,7 +54,7 @@ class EpochSampler(Sampler[int]):
         seed: int | None,
         multiple: int = 1,
         *,
-        lengths: npt.NDArray[np.int64] | None = None,
+        lengths: IntArray | None = None,
         step: int = 1,
     ) -> None:
         self.size = len(data)
@@ -68,10 +83,6 @@ class EpochSampler(Sampler[int]):
         yield from order.tolist()
 
 
-BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
-"""An example of one token and no label."""
-
-
 class WithBlanks(Dataset[Any]):
     """A data set that also has the blanks of :class:`EpochSampler`."""
 
@@ -82,7 +93,7 @@ class WithBlanks(Dataset[Any]):
         return len(self.data)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64] | None:
+    def lengths(self) -> IntArray | None:
         """How long each row is, if the data knows."""
         return getattr(self.data, "lengths", None)
 
@@ -116,70 +127,115 @@ class FusionCollator:
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learned);
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
-            ``label_ids`` int64 [n]; and where an example has targets ``target_ids`` int64 [n, k] (-1 for none),
-            ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n], and for losses
-            of stretches of text ``target_chunks`` int64 [n]. On the host, as
-            numpy: ``sizes`` int64 [B], labels of each row; ``cross_entropies`` and ``typical``, an array per row;
-            ``counts``, the sum of the examples' counts; and of a schedule, for each label, ``part`` int64 [n] and
-            ``weight`` float64 [n]; ``asked``, numbers of examples whose answers are to be written.
+            ``label_ids`` int64 [n]; and where an example has any ``targets``
+            (:class:`~fusekit.distillation.targets.SparseTargets`). On the host, as numpy: ``sizes`` int64 [B], labels
+            of each row; ``cross_entropies`` and ``typical``, an array per row; ``counts``, the sum of the examples'
+            counts; and of a schedule, for each label, ``part`` int64 [n] and ``weight`` float64 [n]; ``asked``, numbers
+            of examples whose answers are to be written.
         """
-        lengths = [len(example["input_ids"]) for example in examples]
-        B, longest = len(examples), max(lengths)
-        T = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        ids = np.full((B, T), self.pad_id, np.int64)
-        mask = np.zeros((B, T), np.int64)
-        labels = np.full((B, T), IGNORED, np.int64)
-        for b, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        longest = max(len(example["input_ids"]) for example in examples)
+        shape = len(examples), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids, mask, labels = np.full(shape, self.pad_id), np.zeros(shape, np.int64), np.full(shape, IGNORED)
+        for b, example in enumerate(examples):
+            length = len(example["input_ids"])
             ids[b, :length], mask[b, :length], labels[b, :length] = example["input_ids"], 1, example["labels"]
         labels[:, 0] = IGNORED  # nothing predicts the first token
-        learned = np.flatnonzero(labels != IGNORED)
+        learned, sizes = np.flatnonzero(labels != IGNORED), (labels != IGNORED).sum(axis=1)
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
             "predicting": torch.from_numpy(learned - 1),
             "label_ids": torch.from_numpy(labels.ravel()[learned]),
-            "sizes": (labels != IGNORED).sum(axis=1),
+            "sizes": sizes,
             **{name: [example.get(name, _NOBODY) for example in examples] for name in ("cross_entropies", "typical")},
         }
         if any("target_ids" in example for example in examples):
-            batch |= _targets(examples)
+            batch["targets"] = _targets(examples, sizes.tolist())
         if any("weight" in example for example in examples):
             for name in ("part", "weight"):
-                batch[name] = np.repeat([example.get(name, 0) for example in examples], batch["sizes"])
+                batch[name] = np.repeat([example.get(name, 0) for example in examples], sizes)
         if asked := [example["asked"] for example in examples if "asked" in example]:
             batch["asked"] = asked
-        counted = [example["counts"] for example in examples if "counts" in example]
-        if counted:
+        if counted := [example["counts"] for example in examples if "counts" in example]:
             batch["counts"] = np.sum(counted, axis=0)
         return batch
 
 
-def _targets(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The targets of all labels; a label of an example without any is not taught."""
-    sizes = [int((np.asarray(example["labels"])[1:] != IGNORED).sum()) for example in examples]
-    n = sum(sizes)
-    width = max(example["target_ids"].shape[1] for example in examples if "target_ids" in example)
-    ids, logprobs = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf, np.float32)
-    tail, taught, chunks = np.ones(n, np.float32), np.zeros(n, bool), np.full(n, -1, np.int64)
+def _targets(examples: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> SparseTargets:
+    """The targets of all labels; a label of an example without any is not taught. Stretches are numbered apart."""
+    n, k = sum(sizes), max(example["target_ids"].shape[1] for example in examples if "target_ids" in example)
+    ids, logprobs = np.full((n, k), -1), np.full((n, k), -np.inf, np.float32)
+    tail, taught, chunks = np.ones(n, np.float32), np.zeros(n, bool), np.full(n, -1)
     start = numbered = 0
     for example, size in zip(examples, sizes, strict=True):
         if "target_ids" in example:
-            part, k = slice(start, start + size), example["target_ids"].shape[1]
-            ids[part, :k], logprobs[part, :k] = example["target_ids"], example["target_logprobs"]
+            part, width = slice(start, start + size), example["target_ids"].shape[1]
+            ids[part, :width], logprobs[part, :width] = example["target_ids"], example["target_logprobs"]
             tail[part], taught[part] = example["target_tail"], example["target_taught"]
             if (own := example.get("target_chunks")) is not None:
                 chunks[part] = np.where(own >= 0, own + numbered, -1)
                 numbered += int(own.max(initial=-1)) + 1
         start += size
     of_chunks = any("target_chunks" in example for example in examples)
-    return {
-        **({"target_chunks": torch.from_numpy(chunks)} if of_chunks else {}),
-        "target_ids": torch.from_numpy(ids),
-        "target_logprobs": torch.from_numpy(logprobs),
-        "target_tail": torch.from_numpy(tail),
-        "target_taught": torch.from_numpy(taught),
-    }
+    return SparseTargets(
+        torch.from_numpy(ids),
+        torch.from_numpy(logprobs),
+        torch.from_numpy(tail),
+        torch.from_numpy(taught),
+        chunks=torch.from_numpy(chunks) if of_chunks else None,
+    )
+
+
+class Scheduled(Dataset[Example]):
+    """Training in stages that weigh two parts of data, examples and models' own answers: ProFuser (arXiv 2408.04998).
+
+    It has all examples in their order, over all stages and epochs, and is read once, from start to end.
+
+    An epoch of a stage has every example of the parts that weigh something in it, shuffled together; blanks fill up its
+    last optimizer step, so that no step belongs to two stages. An example has, besides what it has in its part,
+    ``part`` (0 for data, 1 for answers) and ``weight``.
+
+    Args:
+        data: the examples.
+        responses: the winners' own answers.
+        schedule: the stages in order.
+        seed: of the order.
+        step: examples of an optimizer step, over all processes.
+    """
+
+    def __init__(
+        self, data: FusionDataset, responses: FusionDataset, schedule: Sequence[ScheduleStage], seed: int, step: int
+    ) -> None:
+        self.parts = data, responses
+        self.count_names = (*data.count_names, *("responses/" + name for name in responses.count_names))
+        lengths = np.concatenate([part.lengths for part in self.parts])
+        part_of = np.repeat([0, 1], [len(part) for part in self.parts])
+        order, weights, epoch = [], [], 0
+        for stage in schedule:
+            weight = np.array([stage.data, stage.responses])[part_of]
+            members = np.append(np.flatnonzero(weight), [-1] * step)  # the last are blanks
+            sampler = EpochSampler(members[:-step], seed, step, lengths=lengths[members[:-step]], step=step)
+            for _ in range(stage.epochs):
+                sampler.set_epoch(epoch)
+                order.append(members[list(sampler)])
+                weights.append(np.append(weight, 0.0)[order[-1]])
+                epoch += 1
+        self.order: IntArray = np.concatenate(order)
+        self.weights = np.concatenate(weights)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:
+        number, count = int(self.order[index]), len(self.parts[0])
+        if number < 0:
+            return dict(BLANK)
+        part = int(number >= count)
+        example: dict[str, Any] = self.parts[part][number - count * part]
+        none = [np.zeros(len(known.count_names)) for known in self.parts]
+        none[part] = example["counts"]
+        return {**example, "counts": np.concatenate(none), "part": part, "weight": float(self.weights[index])}
 
 
 class LabelLogits:
@@ -197,7 +253,8 @@ class LabelLogits:
         self._places: torch.Tensor | None = None
         self._picked = False
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self._handle = head.register_forward_pre_hook(self._pick) if head is not None else None
+        if head is not None:
+            head.register_forward_pre_hook(self._pick)
 
     def _pick(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._places is None or self._picked or not args:
@@ -229,8 +286,3 @@ class LabelLogits:
                 "causal language model that fusekit can train"
             )
         return logits, places
-
-    def remove(self) -> None:
-        """Take the hook off the model."""
-        if self._handle is not None:
-            self._handle.remove()

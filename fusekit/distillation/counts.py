@@ -18,9 +18,9 @@ def count_names(candidates: Sequence[str], data: Sequence[str] = ()) -> tuple[st
     """Names of an example's counts.
 
     ``rows`` and ``labels``; ``asked``: labels times sources, of which ``linked`` have a source position that has read
-    the same text, and ``given`` have a row; ``taught``: labels with a target; how many rows each candidate was chosen
-    for (shares of a row where several are weighed); labels times sources by case; and ``rows`` and ``chosen`` again for
-    each source of data (:func:`of_data`).
+    the same text, and ``given`` have a row; ``taught``: labels with a target; how many examples each candidate was
+    chosen for (shares of one where several are weighed); labels times sources by case; and ``rows`` and ``chosen``
+    again for each source of data.
     """
     chosen = [CHOSEN + name for name in candidates]
     by_data = [of_data(name, count) for name in data for count in ("rows", *chosen)]
@@ -46,7 +46,7 @@ def counts_by_data(counts: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def shares(counts: Mapping[str, float]) -> dict[str, float]:
-    """``linked_share``, ``row_share`` and ``taught_share`` of labels, and per candidate the share of rows."""
+    """``linked_share``, ``row_share`` and ``taught_share`` of labels, and per candidate the share of examples."""
     asked, labels, rows = (max(counts.get(name, 0.0), 1.0) for name in ("asked", "labels", "rows"))
     found = {
         "linked_share": counts.get("linked", 0.0) / asked,
@@ -60,10 +60,7 @@ LOSSES = ("loss", "lm_loss", "fusion_loss", "labels")
 
 
 class RunningSums:
-    """What this process has seen since the last line of the log: the losses over its labels, and the examples' counts.
-
-    names: of the counts.
-    """
+    """What this process has seen since the last line of the log: the losses over its labels, and the named counts."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)

@@ -1,33 +1,24 @@
-"""Examples to train on: rows of data with what several models say about them, fused into one target per label."""
+"""Examples to train on: data met with what several models say about them, fused into one target per label."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
+from fusekit.artifacts import counted
 from fusekit.capturing.capture import Tokenizes
-from fusekit.distillation.batching import IGNORED
+from fusekit.capturing.store import Store
+from fusekit.distillation.batching import IGNORED, Example
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
-from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate
-from fusekit.distillation.label_rows import LabelRows, label_rows
+from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce
 from fusekit.distillation.live import LiveTeacher
-from fusekit.distillation.matching import (
-    PROJECTED,
-    Captures,
-    Joined,
-    join,
-    metrics_of,
-    projected_ce,
-    typical_bits_per_byte,
-)
-from fusekit.distillation.projections import Projection
+from fusekit.distillation.projections import LabelRows, Projection, label_rows
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
@@ -40,43 +31,94 @@ KEPT_BYTES = 128 << 20
 MOST_DATA = 64
 """Sources of data with counts of their own: those of most rows. A run may have one for each of a thousand files."""
 OTHERS = "(others)"
+SHOWN = 5  # keys in a message
 
-Example = dict[str, Any]
-"""A row to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n labels
-``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught`` bool [n]
-and for losses of stretches of text ``target_chunks`` int64 [n] (:class:`fusekit.distillation.targets.SparseTargets`),
-the candidates' ``cross_entropies`` by the metric, and the ``typical`` bits per byte of its data set, the pivot's and
-the best models', float64 [2] (empty without the pivot's)."""
+Captures = Store | LiveTeacher | Mapping[str, CapturedRow]
+"""What a model said about examples, by their keys."""
+
+
+class Joined(NamedTuple):
+    """The examples to train on, and how each model matched them.
+
+    Attributes:
+        rows: in the data's order, each key once.
+        report: one line for the data and one for each model.
+        missing: by model, the keys that it lacks, in the data's order; without models that lack none.
+    """
+
+    rows: tuple[Row, ...]
+    report: list[str]
+    missing: dict[str, list[str]]
+
+
+def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
+    """Match examples of data with what models said about them, by the hash of their content. Of equal ones the first
+    is kept.
+
+    Raises DistillationError: there are no examples, or a model has none of them.
+    """
+    by_key: dict[str, Row] = {}
+    copies: dict[str, None] = {}
+    for row in rows:
+        if row.key in by_key:
+            copies[row.key] = None
+        by_key.setdefault(row.key, row)
+    if not by_key:
+        raise DistillationError("there are no examples of data to train on")
+    data, lacking = f"{counted(len(by_key), 'example')} of data", {}
+    twice = f", {len(copies)} of them given more than once ({_first([*copies])})"
+    report = [data + (twice if copies else "")]
+    for name, captures in models.items():
+        keys = captures.keys() if isinstance(captures, Mapping) else captures.keys
+        held = Counter(keys)
+        missing, surplus = [key for key in by_key if key not in held], sorted(held.keys() - by_key.keys())
+        if len(missing) == len(by_key):
+            raise DistillationError(
+                f"{name} has none of {data}: it was captured from other data. The data begin with "
+                f"{next(iter(by_key))}, {name} with {', '.join(surplus[:1]) or 'nothing'}; capture it from the same "
+                "examples, read and cut the same way"
+            )
+        duplicates = sorted(key for key, times in held.items() if times > 1)
+        found = {"missing": missing, "surplus": surplus, "duplicates": duplicates}
+        unmatched = [f"{len(some)} {what} ({_first(some)})" for what, some in found.items() if some]
+        report.append(f"{name}: " + ", ".join([f"{len(by_key) - len(missing)} examples matched", *unmatched]))
+        if missing:
+            lacking[name] = missing
+    return Joined(tuple(by_key.values()), report, lacking)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join([*keys[:SHOWN], *(["..."] if len(keys) > SHOWN else [])])
 
 
 class FusionDataset(Dataset[Example]):
-    """Rows with what several models say about them, fused in the pivot's tokens and vocabulary.
+    """Examples with what several models say about them, fused in the pivot's tokens and vocabulary.
 
     Nothing of it is written: an access aligns and projects the sources' captured rows, which is quicker than reading a
-    third copy of the logits, and gives the same arrays every time. The first rows asked for are kept, up to
+    third copy of the logits, and gives the same arrays every time. The first examples asked for are kept, up to
     :data:`KEPT_BYTES`, so that later epochs of a small data set cost nothing. It can be pickled if its stores can; what
     is kept stays behind. The arrays of an example are not to be written to.
 
     Args:
-        rows: the data; rows that are equal count once.
+        rows: the data; examples that are equal count once.
         pivot: what the pivot said about them, before training; None where neither its opinion is wanted nor the ids
             that it was asked about, which then come from ``tokenizer``.
         sources: name to what each said.
         projections: name to how its rows come into the pivot's vocabulary.
-        tokenizer: reads rows that ``pivot`` lacks; without it those are left out.
+        tokenizer: reads examples that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
         rewards: candidate to key to a reward model's number, for ``reward_softmax``.
         relative: whether ``lm_weighting`` is relative, which needs the ``typical`` bits per byte of examples. Live
             teachers score all examples for it first.
-        writers: key to the one model that teaches a row, since it wrote it; others teach what they have.
+        writers: key to the one model that teaches an example, since it wrote it; others teach what they have.
 
     Attributes:
-        joined: the rows, and which of them each model lacks. A source that lacks a row takes no part in it; a row that
+        joined: the examples, and which of them each model lacks. A source that lacks one takes no part in it; one that
             all lack is learned from its text alone.
         count_names: names of the examples' counts.
 
     Raises:
-        DistillationError: a model has none of the rows; a source without a projection; a name used twice.
+        DistillationError: a model has none of the examples; a source without a projection; a name used twice.
     """
 
     def __init__(
@@ -118,7 +160,7 @@ class FusionDataset(Dataset[Example]):
                 f"the rows of {' and '.join(self.sources)} are in groups or vocabularies of their own, which cannot be "
                 "taught to one target: use mode pairwise"
             )
-        self.joined: Joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
+        self.joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
         self.rows = self.joined.rows
         if pivot is not None and tokenizer is None:
             self.rows = tuple(row for row in self.rows if row.key in pivot)
@@ -141,15 +183,15 @@ class FusionDataset(Dataset[Example]):
 
     @cached_property
     def lengths(self) -> IntArray:
-        """Characters of each row, int64 [N]: near enough to its tokens to put those of one length together."""
+        """Characters of each example, int64 [N]: near enough to its tokens to put those of one length together."""
         return np.array([sum(len(message.content) for message in row.messages) for row in self.rows], np.int64)
 
     def __getitem__(self, index: int) -> Example:
         """Example number ``index``.
 
         Raises:
-            IndexError: there is no such row.
-            DistillationError: what a source said about it is not usable; names the row and the source.
+            IndexError: there is no such example.
+            DistillationError: what a source said about it is not usable; names the example and the source.
         """
         if index in self._kept:
             return dict(self._kept[index])
@@ -162,27 +204,41 @@ class FusionDataset(Dataset[Example]):
     @cached_property
     def members(self) -> Members | None:
         """Which tokens of the pivot stand for an id of the targets, for the losses ``grouped_kl`` and ``p_kl``."""
-        for how in self.projections.values():
-            if how.members is not None:
-                starts, tokens, shares = how.members
-                weights = None if shares is None else torch.from_numpy(shares).float()
-                return Members(torch.from_numpy(starts), torch.from_numpy(tokens), weights)
-        return None
+        return next((how.members for how in self.projections.values() if how.members is not None), None)
 
     @cached_property
     def typical(self) -> dict[str, FloatArray]:
-        """:func:`~fusekit.distillation.matching.typical_bits_per_byte` of the rows; empty without the pivot's store."""
+        """How well each data set is known, in bits per byte: by its name float64 [2], means over its examples.
+
+        The first is the pivot's, the second that of the best model of each example. Examples that the pivot lacks do
+        not count; for one that a source lacks the others do. Empty without the pivot's store, or where it is not asked.
+        """
         if self.pivot is None or not self.relative:
             return {}
-        return typical_bits_per_byte(self.rows, self.pivot, self.sources.values())
+        own, *others = (self._bits_per_byte(captures) for captures in (self.pivot, *self.sources.values()))
+        by_name: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row.key in own:
+                best = min([own[row.key], *(known.get(row.key, np.inf) for known in others)])
+                by_name.setdefault(row.dataset, []).append((own[row.key], best))
+        return {name: np.mean(found, axis=0) for name, found in by_name.items()}
+
+    def _bits_per_byte(self, captures: Captures) -> Mapping[str, float]:
+        if isinstance(captures, LiveTeacher):
+            return captures.bits_per_byte()
+        if isinstance(captures, Store):
+            summary = captures.summary
+            bits = summary.cross_entropy / (np.maximum(summary.bytes, 1) * np.log(2.0))
+            return dict(zip(captures.keys, bits.tolist(), strict=True))
+        return {row.key: captures[row.key].bits_per_byte for row in self.rows if row.key in captures}
 
     def read(self, index: int) -> tuple[Row, CapturedRow | None, TokenizedRow]:
-        """Row number ``index``, what the pivot said about it, and its tokens."""
+        """Example number ``index``, what the pivot said about it, and its tokens."""
         row = self.rows[index]
         own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
         if own is not None:
             return row, own, own.tokens
-        assert self.tokenizer is not None  # rows that the pivot's store lacks are left out without it
+        assert self.tokenizer is not None  # examples that the pivot's store lacks are left out without it
         return row, None, self.tokenizer.tokenize(row)
 
     def _made(self, index: int) -> Example:
@@ -191,7 +247,7 @@ class FusionDataset(Dataset[Example]):
             "input_ids": tokens.ids.astype(np.int64),
             "labels": np.where(tokens.labels, tokens.ids, IGNORED).astype(np.int64),
         }
-        counts = {"rows": 1.0, "labels": float(len(tokens.label_positions))}
+        counts = defaultdict(float, {"rows": 1.0, "labels": float(len(tokens.label_positions))})
         if self.sources and counts["labels"]:
             example |= self._targets(row, tokens, own, counts)
         data = row.dataset if row.dataset in self._data else OTHERS
@@ -200,54 +256,46 @@ class FusionDataset(Dataset[Example]):
         return example
 
     def _targets(self, row: Row, tokens: TokenizedRow, own: CapturedRow | None, counts: dict[str, float]) -> Example:
-        """Adds to ``counts``. Empty where no model has the row."""
+        """Adds to ``counts``. Empty where no model has the example."""
         labels = tokens.ids[tokens.label_positions]
-        said: dict[str, CapturedRow] = {}
-        given: dict[str, LabelRows] = {}
-        losses: dict[str, FloatArray | None] = {}
+        heard: dict[str, tuple[CapturedRow, LabelRows, FloatArray | None]] = {}
         writer = self.writers.get(row.key)
         if own is not None and self.fusion.include_pivot and writer in (None, PIVOT):
-            said[PIVOT], given[PIVOT] = own, LabelRows.of(own)
-            losses[PIVOT] = -own.actual  # known also where the label is not listed, where the rows have only a bound
-            for how in self.projections.values():
-                if how.groups is not None:
-                    rows = how.grouped(own.rows)
-                    known = rows.ids == how.groups[labels][:, None]
-                    listed = np.where(known, rows.logprobs, -np.inf).max(axis=1, initial=-np.inf)
-                    given[PIVOT], losses[PIVOT] = replace(given[PIVOT], rows=rows), -np.maximum(own.actual, listed)
+            heard[PIVOT] = own, *self._pivots_word(own, labels)
         for name, source in self.sources.items():
-            if row.key not in source or writer not in (None, name):
+            captured = source.get(row.key) if row.key in source and writer in (None, name) else None
+            if captured is None:
                 continue
-            captured, how = source.get(row.key), self.projections[name]
-            assert captured is not None  # the key is in it
+            how = self.projections[name]
             try:
                 projected = label_rows(row, tokens, captured, how, own)
             except AlignmentError as error:
                 raise DistillationError(f"row {row.key} of {name}: {error}") from error
-            said[name], given[name] = captured, projected
-            losses[name] = how.nll(projected.rows, labels)
-            _count(counts, projected)
-        if not said:
+            heard[name] = captured, projected, how.nll(projected.rows, labels)
+            counts["asked"] += len(labels)
+            counts["linked"] += int(projected.linked.sum())
+            counts["given"] += int(projected.taught.sum())
+            for case, number in zip(CASES, np.bincount(projected.cases, minlength=len(CASES)), strict=True):
+                counts[CASE + case] += int(number)
+        if not heard:
             return {}
         if self.fusion.metric == PROJECTED:
-            metrics = projected_ce([*given.values()], [*losses.values()])
+            metrics = projected_ce([(given, nll) for _, given, nll in heard.values()])
         else:
-            metrics = metrics_of([*said.values()], self.fusion.metric)
+            metrics = metrics_of([said for said, _, _ in heard.values()], self.fusion.metric)
         candidates = [
-            Candidate(name, rows.rows, rows.taught, metric, losses[name], self.rewards.get(name, {}).get(row.key))
-            for (name, rows), metric in zip(given.items(), metrics, strict=True)
+            Candidate(name, given.rows, given.taught, metric, nll, self.rewards.get(name, {}).get(row.key))
+            for (name, (_, given, nll)), metric in zip(heard.items(), metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)
         taught = fused.taught
         counts["taught"] = float(taught.sum())  # by any candidate, the pivot too
         if counts["taught"]:
-            by_candidate = fused.weights[taught].mean(axis=0).tolist()
-            counts |= {CHOSEN + name: share for name, share in zip(given, by_candidate, strict=True)}
-        if not self.fusion.pivot_teaches and PIVOT in given:
-            taught = taught & (fused.weights[:, list(given).index(PIVOT)] < 1)
-        chunks = given[list(given)[int(fused.weights.sum(axis=0).argmax())]].chunks
-        return {
-            **({} if chunks is None else {"target_chunks": chunks}),
+            for name, share in zip(heard, fused.weights[taught].mean(axis=0).tolist(), strict=True):
+                counts[CHOSEN + name] = share
+        if not self.fusion.pivot_teaches and PIVOT in heard:
+            taught = taught & (fused.weights[:, 0] < 1)
+        targets = {
             "target_ids": fused.rows.ids.astype(np.int64),
             "target_logprobs": fused.rows.logprobs.astype(np.float32),
             "target_tail": fused.rows.tail.astype(np.float32),
@@ -255,10 +303,19 @@ class FusionDataset(Dataset[Example]):
             "cross_entropies": np.array(metrics),
             "typical": self.typical.get(row.dataset, np.zeros(0)),
         }
+        chosen = [*heard][int(fused.weights.sum(axis=0).argmax())]
+        if chosen != PIVOT and self.projections[chosen].of_chunks:
+            given = heard[chosen][1]
+            targets["target_chunks"] = np.where(given.taught, given.source_at, -1)
+        return targets
 
-
-def _count(counts: dict[str, float], given: LabelRows) -> None:
-    found = {"asked": len(given.taught), "linked": given.linked.sum(), "given": given.taught.sum()}
-    cases = np.bincount(given.cases, minlength=len(CASES))
-    found |= {CASE + case: number for case, number in zip(CASES, cases, strict=True)}
-    counts |= {name: counts.get(name, 0.0) + float(number) for name, number in found.items()}
+    def _pivots_word(self, own: CapturedRow, labels: IntArray) -> tuple[LabelRows, FloatArray]:
+        """Its rows and its nats per label, which are known also where the label is not listed; perhaps of groups."""
+        given = LabelRows.of(own)
+        for how in self.projections.values():
+            if how.groups is not None:
+                rows = how.grouped(own.rows)
+                known = rows.ids == how.groups[labels][:, None]
+                listed = np.where(known, rows.logprobs, -np.inf).max(axis=1, initial=-np.inf)
+                return replace(given, rows=rows), -np.maximum(own.actual, listed)
+        return given, -own.actual

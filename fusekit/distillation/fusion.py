@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fusekit.alignment.cases import Case
 from fusekit.alignment.projection import NO_ID, merge_entries
+from fusekit.alignment.rows import AlignedRows
 from fusekit.errors import DistillationError
-from fusekit.types import BoolArray, FloatArray, TopK
+from fusekit.types import BoolArray, CapturedRow, FloatArray, Part, TokenizedRow, TopK
 
 LEVELS = ("sequence", "token")
 
@@ -30,7 +32,7 @@ class Candidate:
         name: the model's, for messages.
         rows: [n, k] in the pivot's vocabulary.
         taught: bool [n], where it has something to say.
-        cross_entropy: of the whole row, by one metric for every candidate (:mod:`fusekit.distillation.matching`).
+        cross_entropy: of the whole row, by one metric for every candidate (:func:`projected_ce`, :func:`metrics_of`).
         label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
         reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
     """
@@ -206,3 +208,74 @@ def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray
     mass = [np.exp(np.where(rows.ids >= 0, rows.logprobs, -np.inf)) * share for rows, share in weighed]
     tails = np.stack([candidate.rows.tail for candidate in candidates], axis=1)
     return merge_entries(ids, np.concatenate(mass, axis=1), np.where(taught, (tails * shares).sum(axis=1), 1.0))
+
+
+PROJECTED = "projected_ce"
+"""The metric of what is taught, not of the model: see :func:`projected_ce`."""
+
+METRICS = ("token_ce", "bits_per_byte")
+"""Those of a model's own reading, properties of :class:`~fusekit.types.CapturedRow`. ``token_ce`` is the papers' (nats
+per token of its own tokenizer), and not comparable between tokenizers; ``bits_per_byte`` is."""
+
+
+def projected_ce(given: Sequence[tuple[AlignedRows, FloatArray | None]]) -> list[float]:
+    """The mean cross-entropy of each candidate's rows on the pivot's labels, over the labels that all of them teach.
+
+    A one-hot that stands in for a missing row is the label itself and says nothing of a teacher, so it does not count.
+    Where no label is taught by all, each candidate's own labels count.
+
+    given: of each candidate its rows at the n labels, and minus the log-probability that they give to each, float64
+    [n]; None for rows in another vocabulary, for which DistillationError is raised. Returns nats per label, one number
+    per candidate; infinite for one that teaches nothing.
+    """
+    if any(nll is None for _, nll in given):
+        raise DistillationError(f"metric {PROJECTED} needs rows in the pivot's vocabulary: use bits_per_byte")
+    taught = [rows.taught & (rows.cases != Case.ONE_HOT) for rows, _ in given]
+    common = np.logical_and.reduce(taught)
+    counted = [common if common.any() else own for own in taught]
+    pairs = zip(given, counted, strict=True)
+    return [float(nll[at].mean()) if nll is not None and at.any() else np.inf for (_, nll), at in pairs]
+
+
+def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:
+    """One of :data:`METRICS` of each model's reading of an example, over what all of them have read of it.
+
+    The models' rows may have been cut at different places. Then only labels up to the first of these places count,
+    each model's cross-entropy being shared out by the log-probabilities of its labels.
+
+    Raises DistillationError: unknown metric.
+    """
+    if metric not in METRICS:
+        raise DistillationError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}")
+    return [getattr(row, metric) for row in over_the_same_text(rows)]
+
+
+def over_the_same_text(rows: Sequence[CapturedRow]) -> list[CapturedRow]:
+    """What several models said about one example, cut where the first of them ends."""
+    stops = [_end(row.tokens) for row in rows]
+    common = min(stops, default=(0, 0, False))
+    return [row if stop == common else _until(row, *common) for row, stop in zip(rows, stops, strict=True)]
+
+
+def _end(tokens: TokenizedRow) -> tuple[int, int, bool]:
+    """Where the last token ends: message, bytes of its content consumed, and whether the turn is ended too."""
+    inside = np.flatnonzero(tokens.part != Part.TEMPLATE)
+    if not len(inside):
+        return (0, 0, False)
+    last = inside[-1]
+    return int(tokens.message[last]), int(tokens.ends[last]), bool(tokens.part[last] == Part.END)
+
+
+def _until(row: CapturedRow, message: int, end: int, closed: bool) -> CapturedRow:
+    """The beginning of a row: the tokens that end at a place (:func:`_end`) or before."""
+    tokens = row.tokens
+    before = (tokens.message < message) | ((tokens.message == message) & (tokens.ends <= end))
+    if not closed:
+        before &= ~((tokens.message == message) & (tokens.part == Part.END))
+    stop = int(np.argmin(before)) if not before.all() else len(tokens)
+    arrays = ("ids", "message", "part", "ends", "lows", "labels")
+    cut = replace(tokens, **{name: getattr(tokens, name)[:stop] for name in arrays})
+    n, total = int(cut.labels.sum()), float(row.actual.sum())
+    share = float(row.actual[:n].sum()) / total if total < 0 else 0.0
+    nats = row.cross_entropy * share
+    return replace(row, tokens=cut, rows=row.rows.select(slice(n)), actual=row.actual[:n], cross_entropy=nats)

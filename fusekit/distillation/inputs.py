@@ -342,7 +342,7 @@ def fusion_dataset(
         fusion=settings.fusion,
         relative=settings.training.lm_weighting == "relative",
     )
-    for line in data.joined.report():
+    for line in data.joined.report:
         say(line)
     return data
 

@@ -16,8 +16,8 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.distillation.batching import BLANK
-from fusekit.distillation.dataset import Example, FusionDataset
+from fusekit.distillation.batching import BLANK, Example
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.live import LiveTeacher, live_teacher
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DataError, DistillationError

@@ -1,21 +1,25 @@
-"""How a source's rows come to stand at the pivot's positions: one strategy for each way to compare them."""
+"""A source's rows at the labels of an example, in the pivot's tokens and vocabulary: one way for each loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
-from fusekit.alignment.alignment import METHODS, TokenAlignment
-from fusekit.alignment.cases import Case
+from fusekit.alignment.alignment import METHODS, TokenAlignment, align_tokens
+from fusekit.alignment.cases import Case, plan_rows
 from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
-from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, RowsLike, project_rows, project_rows_by_rule
+from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.distillation.targets import Members
 from fusekit.errors import DistillationError
-from fusekit.types import FloatArray, IntArray, TokenizedText, TopK
+from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Row, TokenizedRow, TokenizedText, TopK
+
+TOKENS = ("chunks", "dtw", "grouped", "matched", "pieces", "span")
+_RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +47,8 @@ class Projection:
     collisions: str = "add"
 
     def __post_init__(self) -> None:
-        if self.tokens not in _PROJECT:
-            raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(sorted(_PROJECT))}")
+        if self.tokens not in TOKENS:
+            raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(TOKENS)}")
         if self.vocabulary_map is None and self.tokens != "span":
             raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
 
@@ -76,20 +80,20 @@ class Projection:
         return pivot_groups(self.vocabulary_map)
 
     @cached_property
-    def members(self) -> tuple[IntArray, IntArray, FloatArray | None] | None:
-        """Which pivot tokens stand for an id of the rows; :class:`fusekit.distillation.targets.Members` as arrays."""
+    def members(self) -> Members | None:
+        """Which tokens of the pivot stand for an id of the rows, for the losses ``grouped_kl`` and ``p_kl``."""
         if self.vocabulary_map is None or not self.own_ids:
             return None
-        sources, pivots = self.vocabulary_map.matrix.shape
+        size, pivots = self.vocabulary_map.matrix.shape
         if self.groups is not None:
-            size, tokens, shares = pivots, np.flatnonzero(self.groups >= 0), None
+            size, tokens, weights = pivots, np.flatnonzero(self.groups >= 0), None
             ids = self.groups[tokens]
         else:
-            size = sources
-            tokens, ids, shares = source_pieces(self.vocabulary_map)
+            tokens, ids, weights = source_pieces(self.vocabulary_map)
         order = np.argsort(ids, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=size))])
-        return starts, tokens[order], None if shares is None else shares[order]
+        shares = None if weights is None else torch.from_numpy(weights[order]).float()
+        return Members(torch.from_numpy(starts), torch.from_numpy(tokens[order]), shares)
 
     def grouped(self, rows: TopK) -> TopK:
         """Rows over the pivot's vocabulary as rows over its groups, where there are any."""
@@ -107,9 +111,31 @@ class Projection:
 
     def apply(self, alignment: TokenAlignment, said: Predictions, pivot: Predictions | None = None) -> AlignedRows:
         """What a source said after each of its tokens, at the pivot's positions. pivot: what the pivot itself said."""
-        if self.vocabulary_map is None:
+        into = self.vocabulary_map
+        if into is None:
             return _as_they_are(alignment, TopK(*said.rows))
-        return _PROJECT[self.tokens](alignment, said, pivot, self, self.vocabulary_map)
+        if self.tokens == "dtw":
+            warped, rule = warp_tokens(alignment, into), _RULE_OF_MAP.get(into.method, "em")
+            return project_rows_by_rule(warped, into, said.rows, rule, collisions=self.collisions)
+        if self.tokens == "matched" or self.of_chunks:
+            ids, logprobs, tail = said.rows
+            rows = checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+            if self.tokens == "matched":
+                return _matched(alignment, rows, into)
+            return _by_chunks(alignment, rows, np.asarray(said.actual, np.float64), self)
+        found = project_rows(
+            alignment,
+            into,
+            said.rows,
+            said.actual,
+            pivot=pivot,
+            tail=self.tail,
+            conditioning=self.conditioning,
+            one_hot=self.one_hot,
+            collisions=self.collisions,
+            spelled=self.tokens == "span",
+        )
+        return replace(found, rows=self.grouped(found.rows))
 
 
 def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
@@ -129,53 +155,129 @@ def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
     return nll
 
 
-def _by_span(
-    alignment: TokenAlignment, said: Predictions, pivot: Predictions | None, how: Projection, into: VocabularyMap
-) -> AlignedRows:
-    return project_rows(
-        alignment,
-        into,
-        said.rows,
-        said.actual,
-        pivot=pivot,
-        tail=how.tail,
-        conditioning=how.conditioning,
-        one_hot=how.one_hot,
-        collisions=how.collisions,
-        spelled=how.tokens == "span",
-    )
+@dataclass(frozen=True, eq=False)
+class LabelRows(AlignedRows):
+    """Rows over the pivot's vocabulary at the n labels of an example; ``source_at`` counts in the whole of it.
+
+    A case is ``UNLINKED`` also where the source has nothing of the label: tokens of the pivot's template, text beyond
+    the source's cut. Labels of one stretch of text have one ``source_at``.
+
+    Attributes:
+        linked: bool [n], whether a source position has consumed the same text as the one that predicts the label.
+    """
+
+    linked: BoolArray
+
+    @classmethod
+    def of(cls, own: CapturedRow) -> LabelRows:
+        """What the pivot itself said, which it knows of every label."""
+        n = len(own.actual)
+        return cls(own.rows, np.full(n, int(Case.SAME)), own.tokens.label_positions - 1, np.ones(n, bool))
 
 
-def _by_group(
-    alignment: TokenAlignment, said: Predictions, pivot: Predictions | None, how: Projection, into: VocabularyMap
-) -> AlignedRows:
-    found = _by_span(alignment, said, pivot, how, into)
-    return replace(found, rows=how.grouped(found.rows))
+def label_rows(
+    row: Row, pivot: TokenizedRow, source: CapturedRow, projection: Projection, own: CapturedRow | None = None
+) -> LabelRows:
+    """The source's rows at the pivot's labels.
+
+    The row that predicts the label at position p stands at p - 1, on either side. Both sides of a message are aligned
+    from the token before its content to its end; labels outside that, which only a template writes, have no teacher.
+
+    Args:
+        row: the messages that both have read.
+        pivot: the row as the pivot reads it.
+        source: what the source said about the same row; it may end earlier.
+        projection: how.
+        own: what the pivot said about the row, with these tokens; a projection whose ``tail`` is the pivot's needs it.
+
+    Raises:
+        AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
+    """
+    theirs_of = _Asked(source, np.nan if projection.of_chunks else 0.0)
+    ours_of = None if own is None else _Asked(own, np.nan)
+    number = _label_numbers(pivot)
+    pieces: list[tuple[IntArray, LabelRows]] = []
+    for message in np.unique(pivot.message[pivot.labels]).tolist():
+        if message >= len(row.messages):
+            continue  # what the template writes after the last message
+        (ours, start), (theirs, source_start) = pivot.content(message), source.tokens.content(message)
+        if len(ours) < 2 or len(theirs) < 2:
+            continue
+        labels = number[start + 1 : start + len(ours)]
+        at = np.flatnonzero(labels >= 0)
+        alignment = align_tokens(row.messages[message].content, ours, theirs)
+        said, missing = theirs_of.after(source_start, len(theirs))
+        pivots = None if ours_of is None else ours_of.after(start, len(ours))[0]
+        found = projection.apply(alignment, said, pivots)
+        if projection.of_chunks:
+            partly = np.setdiff1d(np.flatnonzero(found.taught), at)  # a stretch is taught whole or not at all
+            certain = ~np.isin(found.source_at, found.source_at[partly])
+        else:
+            certain = _certain(alignment, found, missing, projection)
+        cases = np.where(certain, found.cases, int(Case.UNLINKED))[at]
+        base, linked = found.source_at[at], alignment.source_at[at] >= 0
+        base = np.where(base >= 0, base + source_start, -1)
+        pieces.append((labels[at], LabelRows(found.rows.select(at), cases, base, linked)))
+    n, width = len(pivot.label_positions), max((piece.rows.ids.shape[1] for _, piece in pieces), default=0)
+    ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
+    cases, base, linked = np.full(n, int(Case.UNLINKED), np.int64), np.full(n, -1, np.int64), np.zeros(n, bool)
+    for labels, piece in pieces:
+        cases[labels], linked[labels] = piece.cases, piece.linked
+        to, k = labels[piece.taught], piece.rows.ids.shape[1]
+        ids[to, :k], logprobs[to, :k], tail[to] = piece.rows.select(piece.taught)
+        base[to] = piece.source_at[piece.taught]
+    return LabelRows(TopK(ids, logprobs, tail), cases, base, linked)
 
 
-def _by_warping(
-    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, how: Projection, into: VocabularyMap
-) -> AlignedRows:
-    rule = _RULE_OF_MAP.get(into.method, "em")
-    return project_rows_by_rule(warp_tokens(alignment, into), into, said.rows, rule, collisions=how.collisions)
+def _label_numbers(tokens: TokenizedRow) -> IntArray:
+    """The number of the label at each position, -1 where there is none: int64 [T]."""
+    return np.where(tokens.labels, np.cumsum(tokens.labels) - 1, -1)
+
+
+class _Asked:
+    """What a model said, by position. unknown: its log-probability of what it was not asked about."""
+
+    def __init__(self, said: CapturedRow, unknown: float) -> None:
+        ids, logprobs, tail = said.rows
+        width = ids.shape[1]
+        # One row of nothing at the end, for the label number -1.
+        self.rows = TopK(
+            np.concatenate([ids, np.full((1, width), -1)]),
+            np.concatenate([logprobs, np.full((1, width), -np.inf)]),
+            np.append(tail, 1.0),
+        )
+        self.actual, self.number = np.append(said.actual, unknown), _label_numbers(said.tokens)
+
+    def after(self, start: int, m: int) -> tuple[Predictions, BoolArray]:
+        """After each of m tokens from ``start``, and where it said nothing, since it is no label of it (bool [m])."""
+        at = np.append(self.number[start + 1 : start + m], -1)
+        return Predictions(self.rows.select(at), self.actual[at]), at < 0
+
+
+def _certain(alignment: TokenAlignment, aligned: AlignedRows, missing: BoolArray, how: Projection) -> BoolArray:
+    """bool [n]: the positions whose row took nothing that the source was not asked about."""
+    base = aligned.source_at
+    if not missing[:-1].any():
+        return np.ones(len(base), bool)
+    gaps = np.concatenate([[0], np.cumsum(missing)])
+    first = np.maximum(base, 0)
+    stop = first + 1
+    if how.tokens == "span" and how.vocabulary_map is not None:
+        steps = plan_rows(alignment, how.conditioning)
+        # The row at ``base``, the probabilities of the tokens that spell the label, the row before the one crossed.
+        stop = np.maximum(stop, np.where(steps.base >= 0, steps.spelled + (steps.overhang > 0), 0))
+    certain: BoolArray = (base < 0) | (gaps[stop] == gaps[first])
+    return certain
 
 
 def _as_they_are(alignment: TokenAlignment, rows: TopK) -> AlignedRows:
     at = alignment.source_at
     linked = (at >= 0) & (at < len(alignment.source) - 1)
-    base = np.maximum(at, 0)
-    taken = TopK(rows.ids[base], rows.logprobs[base], rows.tail[base])
-    cases = np.where(linked, int(Case.RULE), int(Case.UNLINKED))
-    return AlignedRows(taken, cases, np.where(linked, at, -1))
+    taken = rows.select(np.maximum(at, 0))
+    return AlignedRows(taken, np.where(linked, int(Case.RULE), int(Case.UNLINKED)), np.where(linked, at, -1))
 
 
-_Project = Callable[[TokenAlignment, Predictions, "Predictions | None", Projection, VocabularyMap], AlignedRows]
-
-
-def _matched(
-    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, _how: Projection, into: VocabularyMap
-) -> AlignedRows:
-    rows = _checked(said.rows, into)
+def _matched(alignment: TokenAlignment, rows: TopK, into: VocabularyMap) -> AlignedRows:
     known = into.matrix.shape[1]
     targets = into.entries[0][np.maximum(rows.ids, 0), 0]
     # Apart while the probabilities of source tokens with equal strings are added.
@@ -184,11 +286,8 @@ def _matched(
     return _as_they_are(alignment, merged._replace(ids=np.where(merged.ids >= known, NO_ID, merged.ids)))
 
 
-def _by_chunks(
-    alignment: TokenAlignment, said: Predictions, _pivot: Predictions | None, how: Projection, into: VocabularyMap
-) -> AlignedRows:
+def _by_chunks(alignment: TokenAlignment, rows: TopK, actual: FloatArray, how: Projection) -> AlignedRows:
     """The row of a stretch of text at every position that predicts a token of it; ``source_at`` tells which it is."""
-    rows, actual = _checked(said.rows, into), np.asarray(said.actual, np.float64)
     at = alignment.source_at
     stretches = [
         (ours, slice(theirs.start - 1, theirs.stop - 1))  # the rows that predict its tokens
@@ -210,14 +309,8 @@ def _by_chunks(
     there = number >= 0
     if not there.any():
         merged, number = TopK(np.full((1, 0), -1), np.zeros((1, 0)), np.ones(1)), np.zeros_like(number)
-    ids, logprobs, tail = (part[number] for part in merged)
     cases = np.where(there, int(Case.RULE), int(Case.UNLINKED))
-    return AlignedRows(TopK(ids, logprobs, tail), cases, base)
-
-
-def _checked(rows: RowsLike, into: VocabularyMap) -> TopK:
-    ids, logprobs, tail = rows
-    return checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+    return AlignedRows(merged.select(number), cases, base)
 
 
 def _means(rows: TopK, stretches: list[slice], how: Projection) -> TopK:
@@ -229,20 +322,9 @@ def _means(rows: TopK, stretches: list[slice], how: Projection) -> TopK:
     inside = steps < sizes[:, None]
     ids = np.where(inside[..., None], rows.ids[at], -1).reshape(len(sizes), -1)
     mass = np.exp(np.where(inside[..., None], rows.logprobs[at], -np.inf)).reshape(len(sizes), -1) / sizes[:, None]
-    known = (ids >= 0) & (np.diff(how.members[0])[np.maximum(ids, 0)] > 0)
+    known = (ids >= 0) & (np.diff(how.members.starts.numpy())[np.maximum(ids, 0)] > 0)
     tail = np.where(inside, rows.tail[at], 0.0).sum(axis=1) / sizes
     return merge_entries(np.where(known, ids, -1), mass, tail + np.where(~known, mass, 0.0).sum(axis=1))
-
-
-_PROJECT: dict[str, _Project] = {
-    "span": _by_span,
-    "dtw": _by_warping,
-    "grouped": _by_group,
-    "matched": _matched,
-    "pieces": _by_chunks,
-    "chunks": _by_chunks,
-}
-_RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
 
 
 def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> TokenAlignment:
@@ -259,9 +341,8 @@ def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Tok
         AlignmentError: a text too long for the quadratic table.
     """
     size = len(alignment.text.encode())
-    ours, theirs = _inside(alignment.pivot, size), _inside(alignment.source, size)
+    (ours, pivot), (theirs, source) = _inside(alignment.pivot, size), _inside(alignment.source, size)
     n, m = len(alignment.pivot), len(alignment.source)
-    pivot, source = _part(alignment.pivot, ours), _part(alignment.source, theirs)
     links, path = METHODS["dtw"](pivot, source, vocabulary_map.pivot, vocabulary_map.source)
     at, first, stop = np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
     at[ours] = np.where(links >= 0, links + theirs.start, -1)
@@ -274,12 +355,8 @@ def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Tok
     return TokenAlignment(alignment.text, alignment.pivot, alignment.source, at, "dtw", (first, stop))
 
 
-def _inside(tokens: TokenizedText, size: int) -> slice:
+def _inside(tokens: TokenizedText, size: int) -> tuple[slice, TokenizedText]:
     """The tokens between the one that opens a content of ``size`` bytes and those that end it."""
     opened = int(len(tokens) > 0 and tokens.ends[0] == 0)
-    return slice(opened, max(opened, int(np.searchsorted(tokens.ends, size, side="right"))))
-
-
-def _part(tokens: TokenizedText, part: slice) -> TokenizedText:
-    ends = tokens.ends[part]
-    return TokenizedText(tokens.ids[part], ends, ends if tokens.exact else tokens.lows[part])
+    part = slice(opened, max(opened, int(np.searchsorted(tokens.ends, size, side="right"))))
+    return part, TokenizedText.of(tokens.ids[part], tokens.ends[part], tokens.lows[part])

@@ -25,13 +25,13 @@ from fusekit.distillation import checkpoints, estimate
 from fusekit.distillation import outputs as models
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.arguments import problems, training_arguments
+from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import FACTS, Target, facts_begun, targets_of
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.schedule import Scheduled
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.trainer import FusionTrainer
 from fusekit.distillation.vocabulary_maps import map_hash
@@ -163,7 +163,7 @@ class _Work:
             self.say(f"done already, {target.folder}")
             return
         start = first(lambda: _start(target, facts, self.say)) if resume else None
-        for line in self.data.joined.report():
+        for line in self.data.joined.report:
             self.say(line)
         on_policy = self.on_policy() if training.on_policy else None
         live = self.live if on_policy is None else list(on_policy.teachers.values())
@@ -239,8 +239,8 @@ class _Work:
             "sources": list(target.sources),
             "settings": opened.settings.model_dump(mode="json"),
             "made_from": self.facts,
-            "rows": joined.report(),
-            "unmatched": {name: list(match.missing) for name, match in joined.matches.items() if match.missing},
+            "rows": joined.report,
+            "unmatched": joined.missing,
             "counts": counts,
             "skipped_steps": trainer.skipped,
             "log": [line for line in trainer.state.log_history if "train_runtime" not in line],

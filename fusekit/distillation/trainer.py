@@ -235,7 +235,7 @@ class FusionTrainer(TrainerWithGradients):
         outputs, logits, positions = self._logits(model, inputs, places)
         if "written" in inputs:
             lm_weight: float | FloatArray = 0.0  # nobody says that the model's own answer is right
-        elif not model.training and "target_ids" not in inputs:
+        elif not model.training and "targets" not in inputs:
             lm_weight = 1.0  # nothing but the text is evaluated
         else:
             lm_weight = label_weights(self.settings, self.state.global_step / max(self.state.max_steps, 1), inputs)
@@ -279,14 +279,13 @@ class FusionTrainer(TrainerWithGradients):
         return outputs, *self._label_logits.of(outputs.logits, places)
 
     def _targets(self, inputs: Mapping[str, Any]) -> SparseTargets | None:
-        if "target_ids" not in inputs:
+        if "targets" not in inputs:
             return None
-        ids, logprobs, tail, taught = (inputs[f"target_{name}"] for name in ("ids", "logprobs", "tail", "taught"))
+        device = inputs["label_ids"].device
         if self._members is not None:
-            self._members = self._members.to(ids.device)
-        return SparseTargets(
-            ids, logprobs, tail, taught, self.settings.temperature, self._members, inputs.get("target_chunks")
-        )
+            self._members = self._members.to(device)
+        targets: SparseTargets = inputs["targets"].to(device)
+        return dataclasses.replace(targets, temperature=self.settings.temperature, members=self._members)
 
     def check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
         """Drop non-finite gradients: they must not reach the weights.

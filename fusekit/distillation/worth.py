@@ -1,4 +1,4 @@
-"""What a source is worth as a teacher, measured on what it and the pivot said about the same rows."""
+"""What a source is worth as a teacher, measured on what it and the pivot said about the same examples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from fusekit.alignment.cases import Case
 from fusekit.alignment.worth import TeacherWorth
 from fusekit.capturing.store import Store
+from fusekit.distillation.dataset import Captures, join
+from fusekit.distillation.fusion import over_the_same_text
 from fusekit.distillation.inputs import Reading, projection_of
-from fusekit.distillation.label_rows import label_rows
-from fusekit.distillation.matching import Captures, join, over_the_same_text
-from fusekit.distillation.projections import Projection, label_nll
+from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import Row
@@ -37,17 +37,10 @@ def measure_stores(
     folder: Path | None = None,
     most: int | None = None,
 ) -> TeacherWorth:
-    """As :func:`measure`, of stores that are checked first.
+    """As :func:`measure`, of stores that are checked first. folder: of the vocabulary map; None to make it.
 
-    Args:
-        rows, pivot, source: the data and who said what about them.
-        how: a source's rows come into the pivot's vocabulary.
-        folder: of the vocabulary map; None to make it.
-        most: examples to read.
-
-    Raises:
-        StorageError: the map is not there, damaged or another.
-        DistillationError: as :func:`measure`; a store was captured with another tokenizer.
+    Raises StorageError: the map is not there, damaged or another. DistillationError: as :func:`measure`; a store was
+    captured with another tokenizer.
     """
     by_key = {row.key: row for row in rows}
     ours, theirs = (Reading.of(model.name, model.tokenizer, model.store, by_key) for model in (pivot, source))
@@ -61,12 +54,12 @@ def measure(
 
     Args:
         rows: the data.
-        pivot, source: what each said about them; a row that one of them lacks does not count.
+        pivot, source: what each said about them; an example that one of them lacks does not count.
         projection: into the pivot's vocabulary.
-        most: examples to read, evenly spaced over the rows; all if None.
+        most: examples to read, evenly spaced over the data; all if None.
 
     Raises:
-        DistillationError: rows in another vocabulary; a model has none of the rows; captured rows are not usable.
+        DistillationError: rows in another vocabulary; a model has none of the examples; captured rows are not usable.
     """
     into = projection.vocabulary_map
     if into is None or projection.tokens not in ("span", "dtw"):
@@ -75,8 +68,7 @@ def measure(
     joined = join(rows, {"the pivot": pivot, "the source": source}).rows
     both = [row for row in joined if row.key in pivot and row.key in source]
     picked = range(len(both)) if most is None or len(both) <= most else np.linspace(0, len(both) - 1, most, dtype=int)
-    for at in picked:
-        row = both[at]
+    for row in (both[at] for at in picked):
         own, said = over_the_same_text([captured for of in (pivot, source) if (captured := of.get(row.key))])
         try:
             taught = label_rows(row, own.tokens, said, projection, own)

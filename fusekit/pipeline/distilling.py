@@ -176,7 +176,7 @@ def _differences(context: Context, target: str, settings: DistillSettings, befor
 
 def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
     """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
-    from fusekit.distillation.matching import join
+    from fusekit.distillation.dataset import join
     from fusekit.distillation.run import facts_of_alignment, facts_of_run
 
     teachers = teachers_of(context, target) if not settings.plain else []

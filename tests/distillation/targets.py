@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusekit.distillation.losses import SparseTargets
+from fusekit.distillation.losses import Members, SparseTargets
 
-N, V = 7, 61
+N, V, U = 7, 61, 23
+"""Labels, and ids of the student and of a source with an own vocabulary."""
 Case = tuple[Tensor, Tensor, SparseTargets]
 
 
@@ -35,22 +36,11 @@ def ordinary(k: int = 5) -> Case:
     return logits(1), labels(2), top(logits(3) * 0.7, k)
 
 
-def ragged() -> Case:
+def without(missing: Tensor) -> Case:
+    """Without some of six entries, whose mass goes to the tail. missing: bool [6] or [N, 6]."""
     x, y, full = ordinary(6)
-    sizes = torch.tensor([6, 1, 3, 0, 5, 2, 6])
-    used = torch.arange(6) < sizes[:, None]
-    mass = torch.where(used, full.logprobs.exp(), 0.0)
-    return x, y, replace(full, ids=torch.where(used, full.ids, -1), tail=1 - mass.sum(1))
-
-
-def gaps() -> Case:
-    """Entries that are missing in the middle of a row."""
-    x, y, full = ordinary(6)
-    ids, tail = full.ids.clone(), full.tail.clone()
-    for entry in (0, 2, 5):
-        ids[:, entry] = -1
-        tail += full.logprobs[:, entry].exp()
-    return x, y, replace(full, ids=ids, tail=tail)
+    tail = full.tail + torch.where(missing, full.logprobs.exp(), 0.0).sum(1)
+    return x, y, replace(full, ids=torch.where(missing, -1, full.ids), tail=tail)
 
 
 def partly_taught() -> Case:
@@ -68,12 +58,8 @@ def nothing_listed() -> Case:
 
 def ignored() -> Case:
     x, y, targets = ordinary()
-    y[torch.tensor([0, 3, 6])] = -100
+    y[torch.tensor([0, 4, 6])] = -100
     return x, y, targets
-
-
-def large_logits() -> Case:
-    return logits(1, 64.0) + 1024, labels(2), top(logits(3, 2.0), 5)
 
 
 def peaked_teacher() -> Case:
@@ -108,13 +94,75 @@ CASES = {
     "ordinary": ordinary,
     "k = 1": lambda: ordinary(1),
     "k = V": lambda: ordinary(V),
-    "ragged": ragged,
-    "gaps": gaps,
+    "ragged": lambda: without(torch.arange(6) >= torch.tensor([6, 1, 3, 0, 5, 2, 6])[:, None]),
+    "gaps": lambda: without(torch.tensor([True, False, True, False, False, True])),
     "partly taught": partly_taught,
     "nothing listed": nothing_listed,
     "ignored": ignored,
-    "large logits": large_logits,
+    "large logits": lambda: (logits(1, 64.0) + 1024, labels(2), top(logits(3, 2.0), 5)),
     "peaked teacher": peaked_teacher,
     "peaked student": peaked_student,
     "padded vocabulary": padded_vocabulary,
 }
+
+
+def without_ids(targets: SparseTargets, every: int = 2) -> SparseTargets:
+    """Every second entry is of a token that the student does not have."""
+    n, k = targets.ids.shape
+    chosen = (torch.arange(n)[:, None] + torch.arange(k)) % every == 0
+    return replace(targets, ids=torch.where(chosen & (targets.ids >= 0), -2, targets.ids))
+
+
+def members(seed: int, shares: bool = False) -> Members:
+    """Every id stands for a token at least that is no padding; with ``shares`` they overlap, else some are free."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(V - 8, generator=generator).tolist()
+    of = [[order[u]] for u in range(U)]
+    for token in [*order[U:], *range(V - 8, V - 2)]:
+        of[int(torch.randint(0, U, (1,), generator=generator))].append(token)
+    if shares:
+        for u in range(U):
+            of[u] = sorted({*of[u], *torch.randperm(V, generator=generator)[:5].tolist()})
+    sizes = torch.tensor([0, *map(len, of)])
+    tokens = torch.tensor([token for tokens in of for token in tokens])
+    weights = torch.rand(len(tokens), generator=generator) if shares else None
+    return Members(torch.cumsum(sizes, 0), tokens, weights)
+
+
+def in_groups(targets: SparseTargets, shares: bool = False) -> SparseTargets:
+    """The same probabilities of ids of a source, each of which several tokens stand for."""
+    k = min(targets.ids.shape[1], U)
+    ids = torch.stack([torch.randperm(U, generator=torch.Generator().manual_seed(row))[:k] for row in range(N)])
+    used = targets.ids[:, :k] >= 0
+    used[:, 0] |= shares  # a stretch of text with nothing listed is not taught
+    lost = torch.where(targets.ids[:, k:] >= 0, targets.logprobs[:, k:].exp(), 0.0).sum(1)
+    return replace(
+        targets,
+        ids=torch.where(used, ids, -1),
+        logprobs=targets.logprobs[:, :k],
+        tail=targets.tail + lost,
+        members=members(4, shares),
+    )
+
+
+def in_chunks(targets: SparseTargets, loss: str, numbers: tuple[int, ...] = (5, 5, 5, 2, -1, 8, 8)) -> SparseTargets:
+    """Stretches of text, whose labels have the row of the first; for ``alm`` with one likelihood each."""
+    if loss == "alm":
+        nats = torch.tensor([-3.0, -0.5, -7.0, -1e-9, -2.0, -20.0, 0.0]).double()[:, None]
+        targets = replace(targets, ids=torch.zeros(N, 1).long(), logprobs=nats)
+    else:
+        targets = in_groups(targets, shares=True)
+    first = torch.tensor([numbers.index(number) if number >= 0 else row for row, number in enumerate(numbers)])
+    return replace(targets.select(first), chunks=torch.tensor(numbers))
+
+
+def made(case: str, loss: str) -> Case:
+    """A case with targets that a loss takes."""
+    x, y, targets = CASES[case]()
+    if loss == "gold":
+        targets = without_ids(targets)
+    elif loss == "grouped_kl":
+        targets = in_groups(targets)
+    elif loss in ("p_kl", "alm"):
+        targets = in_chunks(targets, loss)
+    return x, y, targets

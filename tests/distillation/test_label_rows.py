@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fusekit.alignment import Predictions, project_rows
+from fusekit.alignment import Predictions, project_rows, vocabulary_surfaces
 from fusekit.alignment.alignment import align_tokens
 from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
+from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.projection import NO_ID
 from fusekit.alignment.vocabulary_map import VocabularyMap
-from fusekit.distillation.label_rows import LabelRows, label_rows
-from fusekit.distillation.projections import Projection
+from fusekit.distillation.projections import LabelRows, Projection, label_rows
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 from tests.distillation import worlds
@@ -265,3 +266,152 @@ def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None
 def test_unknown_token_alignment_is_refused() -> None:
     with pytest.raises(DistillationError, match="unknown token alignment 'words'"):
         Projection(MAP, tokens="words")
+
+
+SIDES = pytest.mark.parametrize("sides", [(PIVOT, SOURCE), (SOURCE, PIVOT)], ids=["finer", "coarser"])
+
+
+def followed(bytes_: bytes, sides) -> bytes | None:
+    """The string at the end of the chain of first tokens of first tokens, each of the other side."""
+    ours, theirs = (vocabulary_surfaces(side) for side in sides)
+    while True:
+        cut = tokenize_bytes(bytes_, sides[1], theirs)
+        if cut is None:
+            return None
+        again = tokenize_bytes(cut, sides[0], ours)
+        if again == bytes_:
+            return bytes_
+        bytes_ = again
+
+
+def tokenize_bytes(bytes_: bytes, tokenizer, surfaces) -> bytes | None:
+    """The first token of a string in a text; for bytes that are no text the longest token that they begin with."""
+    if bytes_ in surfaces.id_of:
+        return bytes_
+    try:
+        return surfaces.of[tokenizer.encode(bytes_.decode(), add_special_tokens=False)[0]]
+    except UnicodeDecodeError:
+        return max((s for s in surfaces.id_of if bytes_.startswith(s)), key=len, default=None)
+
+
+@SIDES
+def test_a_group_is_what_both_tokenizers_begin_alike(sides):
+    into = worlds.vocabulary_map("prefix", *sides)
+    groups, surfaces = pivot_groups(into), vocabulary_surfaces(sides[0])
+    assert groups[ROLES["end_of_turn"]] == ROLES["end_of_turn"]
+    found = 0
+    for id_ in surfaces.id_of.values():
+        assert surfaces.of[groups[id_]] == followed(surfaces.of[id_], sides)
+        assert groups[groups[id_]] == groups[id_]
+        found += groups[id_] != id_
+    assert found > 3
+    assert groups[sides[0].convert_tokens_to_ids("<pad>")] == -1
+
+
+@SIDES
+def test_every_source_token_is_in_the_group_of_what_the_pivot_begins_it_with(sides):
+    """So no listed token leaves the student nothing to answer it with, and no chain goes on."""
+    into = worlds.vocabulary_map("prefix", *sides)
+    groups, carried = pivot_groups(into), into.entries[0][:, 0]
+    assert (groups[carried[carried >= 0]] >= 0).all()
+
+
+@SIDES
+def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
+    """Entry by entry at every link: the mass of a group is that of the source tokens that begin with it."""
+    how = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail="keep", conditioning=False)
+    carried, rows_seen = how.vocabulary_map.entries[0][:, 0], 0
+    for row in worlds.conversations(8):
+        tokens = worlds.read(row, sides[0])
+        said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
+        given = label_rows(row, tokens, said, how)
+        asked = {int(p): j for j, p in enumerate(said.tokens.label_positions)}
+        for j, position in enumerate(tokens.label_positions.tolist()):
+            if not given.taught[j]:
+                continue
+            message = int(tokens.message[position])
+            (ours, start), (theirs, other) = tokens.content(message), said.tokens.content(message)
+            alignment = align_tokens(row.messages[message].content, ours, theirs)
+            at = int(alignment.source_at[position - 1 - start]) + other + 1
+            number = asked[at]
+            actual, expected, listed = int(said.tokens.ids[at]), {}, 0.0
+            pairs = dict(zip(said.rows.ids[number].tolist(), np.exp(said.rows.logprobs[number]).tolist(), strict=True))
+            pairs.setdefault(actual, math.exp(said.actual[number]))
+            for u, p in pairs.items():
+                v = int(tokens.ids[position]) if u == actual else int(carried[u])
+                if v >= 0 and how.groups[v] >= 0:
+                    expected[int(how.groups[v])] = expected.get(int(how.groups[v]), 0.0) + p
+                    listed += p
+            entries = zip(given.rows.ids[j].tolist(), np.exp(given.rows.logprobs[j]).tolist(), strict=True)
+            assert {i: p for i, p in entries if i >= 0} == pytest.approx(expected, abs=1e-9)
+            assert given.rows.tail[j] == pytest.approx(1 - listed, abs=1e-9)
+            rows_seen += 1
+    assert rows_seen > 30
+
+
+@SIDES
+@pytest.mark.parametrize("tail", ["back_off", "listed_share"])
+def test_a_source_certain_of_the_text_is_certain_of_the_labels_group(sides, tail):
+    how, taught = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail=tail), 0
+    for row in worlds.conversations(8):
+        tokens = worlds.read(row, sides[0])
+        given = label_rows(row, tokens, worlds.certain(worlds.read(row, sides[1])), how, worlds.certain(tokens))
+        nll = how.nll(given.rows, tokens.ids[tokens.label_positions])
+        assert (nll[given.taught] < 1e-9).all()
+        taught += int(given.taught.sum())
+    assert taught > 50
+
+
+@SIDES
+def test_pieces_spell_the_token_and_weigh_one(sides):
+    into = worlds.vocabulary_map("em", *sides)
+    pivots, sources, weights = source_pieces(into)
+    for id_ in np.unique(pivots).tolist():
+        at = pivots == id_
+        spelled = b"".join(into.source.of[i] for i in sources[at].tolist())
+        assert at.sum() <= 3
+        assert weights[at].sum() == pytest.approx(1)
+        if id_ in set(into.pivot.id_of.values()):
+            assert into.pivot.of[id_].startswith(spelled)
+            assert spelled == into.pivot.of[id_] or at.sum() == 3
+    assert {*into.pivot.id_of.values(), ROLES["end_of_turn"]} <= set(pivots.tolist())
+
+
+@SIDES
+def test_rows_of_stretches_are_those_of_a_plain_loop(sides):
+    """Means of the source's rows, and its log-likelihoods; a stretch is taught whole or not at all."""
+    into = worlds.vocabulary_map("em", *sides)
+    pieces, chunks = Projection(into, "pieces"), Projection(into, "chunks")
+    known = set(source_pieces(into)[1].tolist())
+    several = 0
+    for row in worlds.conversations(8):
+        tokens = worlds.read(row, sides[0])
+        said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
+        means, nats = (label_rows(row, tokens, said, how) for how in (pieces, chunks))
+        number = {int(p): j for j, p in enumerate(tokens.label_positions)}
+        asked = {int(p): j for j, p in enumerate(said.tokens.label_positions)}
+        seen: set[int] = set()
+        for message in np.unique(tokens.message[tokens.labels]).tolist():
+            (ours, start), (theirs, other) = tokens.content(message), said.tokens.content(message)
+            for mine, its in align_tokens(row.messages[message].content, ours, theirs).groups[1:]:
+                labels = [number[start + i] for i in range(mine.start, mine.stop) if start + i in number]
+                rows = [asked[other + i] for i in range(its.start, its.stop) if other + i in asked]
+                whole = len(labels) == mine.stop - mine.start and len(rows) == its.stop - its.start
+                assert nats.taught[labels].all() if whole else not nats.taught[labels].any()
+                if not whole:
+                    continue
+                assert len(set(nats.source_at[labels].tolist())) == 1
+                assert np.exp(nats.rows.logprobs[labels, 0]) == pytest.approx(math.exp(said.actual[rows].sum()))
+                expected: dict[int, float] = {}
+                for i in rows:
+                    for u, logprob in zip(said.rows.ids[i].tolist(), said.rows.logprobs[i].tolist(), strict=True):
+                        if u in known:
+                            expected[u] = expected.get(u, 0.0) + math.exp(logprob) / len(rows)
+                for j in labels:
+                    found = zip(means.rows.ids[j].tolist(), np.exp(means.rows.logprobs[j]).tolist(), strict=True)
+                    assert {u: p for u, p in found if u >= 0} == pytest.approx(expected)
+                    assert means.rows.tail[j] == pytest.approx(1 - sum(expected.values()))
+                several += len(labels) > 1 or len(rows) > 1
+                seen |= set(labels)
+        assert set(np.flatnonzero(nats.taught).tolist()) == seen
+    assert several > 20

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.losses import SparseTargets, fusion_loss
-from fusekit.distillation.schedule import Scheduled
 from fusekit.distillation.settings import DistillSettings, ScheduleStage
 from tests.capture.random_models import random_model
 from tests.distillation import runs

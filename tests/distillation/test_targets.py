@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from fusekit.alignment.cases import Case
+from fusekit.alignment.rows import AlignedRows
+from fusekit.distillation.batching import FusionCollator
 from fusekit.distillation.counts import counts_by_data
-from fusekit.distillation.dataset import OTHERS, FusionDataset
-from fusekit.distillation.label_rows import LabelRows, label_rows
-from fusekit.distillation.matching import METRICS, join, metrics_of, projected_ce
-from fusekit.distillation.projections import Projection, label_nll
+from fusekit.distillation.dataset import OTHERS, FusionDataset, join
+from fusekit.distillation.fusion import METRICS, metrics_of, projected_ce
+from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.settings import FusionSettings
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Message, Row, TopK
@@ -75,9 +76,8 @@ def test_rows_are_joined_by_key_whatever_their_order() -> None:
             np.testing.assert_array_equal(value, reversed_[i][name])
             if i != 4 and name != "typical":  # a median over all rows
                 np.testing.assert_array_equal(value, partial[i][name])
-    match = partial.joined.matches["s"]
-    assert (match.matched, match.missing, match.surplus) == (8, (ROWS[4].key,), (extra.key,))
-    assert partial.joined.report()[2] == f"s: 8 examples matched, 1 missing ({ROWS[4].key}), 1 surplus ({extra.key})"
+    assert partial.joined.missing == {"s": [ROWS[4].key]}
+    assert partial.joined.report[2] == f"s: 8 examples matched, 1 missing ({ROWS[4].key}), 1 surplus ({extra.key})"
 
 
 def test_a_row_that_a_source_lacks_is_not_taught_by_it() -> None:
@@ -97,10 +97,10 @@ def test_duplicates_count_once() -> None:
     twice = Listed(source, [*source, ROWS[2].key])
     joined = join([*ROWS, ROWS[3]], {"s": twice})
     assert [row.key for row in joined.rows] == [row.key for row in ROWS]
-    assert joined.duplicates == (ROWS[3].key,)
-    assert joined.matches["s"].duplicates == (ROWS[2].key,)
-    assert "1 duplicates" in joined.report()[1]
-    assert "1 of them given more than once" in joined.report()[0]
+    assert joined.report == [
+        f"9 examples of data, 1 of them given more than once ({ROWS[3].key})",
+        f"s: 9 examples matched, 1 duplicates ({ROWS[2].key})",
+    ]
 
 
 def test_a_model_of_other_data_is_refused() -> None:
@@ -135,13 +135,11 @@ def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach()
     nll = np.array([1.0, 2.0, 4.0, 8.0])
     rows = TopK(np.zeros((4, 1), np.int64), np.zeros((4, 1)), np.zeros(4))
     cases = np.array([Case.SAME, Case.ONE_HOT, Case.SAME, Case.UNLINKED])
-    given = LabelRows(rows, np.array([True, True, True, False]), np.ones(4, bool), cases)
-    own = LabelRows(rows, np.ones(4, bool), np.ones(4, bool), np.full(4, Case.SAME))
-    assert projected_ce([own, given], [nll, nll / 2]) == [2.5, 1.25]
-    nothing = LabelRows(rows, np.zeros(4, bool), np.ones(4, bool), cases)
-    assert projected_ce([own, nothing], [nll, nll]) == [3.75, np.inf]
+    own, given, nothing = (AlignedRows(rows, c, c) for c in (cases * 0 + Case.SAME, cases, cases * 0 + Case.NO_ROW))
+    assert projected_ce([(own, nll), (given, nll / 2)]) == [2.5, 1.25]
+    assert projected_ce([(own, nll), (nothing, nll)]) == [3.75, np.inf]
     with pytest.raises(DistillationError, match="bits_per_byte"):
-        projected_ce([own, given], [nll, None])
+        projected_ce([(own, nll), (given, None)])
 
 
 def test_what_is_typical_of_a_data_set_is_the_mean_of_the_best_models_of_its_rows() -> None:
@@ -298,3 +296,48 @@ def test_the_nll_of_a_label_outside_the_entries_is_a_bound() -> None:
     )
     nll = label_nll(rows, np.array([5, 4, 4]))
     np.testing.assert_allclose(nll, [-math.log(0.1), -math.log(0.05), math.inf])
+
+
+def test_a_batch_numbers_its_stretches_apart():
+    said = worlds.by_key([worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)) for row in worlds.conversations(4)])
+    data = FusionDataset(
+        worlds.conversations(4),
+        sources={"s": said},
+        projections={"s": Projection(worlds.vocabulary_map("em"), "chunks")},
+        tokenizer=worlds.Reader(PIVOT),
+        fusion=FusionSettings(include_pivot=False, metric="bits_per_byte"),
+    )
+    examples = [data[i] for i in range(4)]
+    batch = FusionCollator()(examples)
+    stretches = [sorted({*example["target_chunks"].tolist()} - {-1}) for example in examples]
+    assert len({*batch["targets"].chunks.tolist()} - {-1}) == sum(map(len, stretches))
+    with pytest.raises(DistillationError, match=r"s and t .* mode pairwise"):
+        FusionDataset(
+            worlds.conversations(4),
+            sources={"s": said, "t": said},
+            projections=dict.fromkeys("st", Projection(worlds.vocabulary_map(), "grouped")),
+            tokenizer=worlds.Reader(PIVOT),
+            fusion=FusionSettings(include_pivot=False),
+        )
+
+
+def test_the_pivot_is_judged_by_the_groups_of_its_labels():
+    """A label outside the list counts as what the pivot gave it, not as the most that the list leaves to it."""
+    rows = worlds.conversations(6)
+    own = worlds.by_key([worlds.guessing(worlds.read(row, PIVOT), len(PIVOT), 3) for row in rows])
+    said = worlds.by_key([worlds.guessing(worlds.read(row, SOURCE), len(SOURCE), seed=1) for row in rows])
+    how = Projection(worlds.vocabulary_map(), "grouped", conditioning=True)
+    data = FusionDataset(rows, pivot=own, sources={"s": said}, projections={"s": how})
+    outside = 0
+    for i, row in enumerate(rows):
+        mine = own[row.key]
+        labels = mine.tokens.ids[mine.tokens.label_positions].tolist()
+        taught = label_rows(row, mine.tokens, said[row.key], how, mine).taught
+        losses = []
+        for j, label in enumerate(labels):
+            listed = zip(mine.rows.ids[j].tolist(), mine.rows.logprobs[j].tolist(), strict=True)
+            mass = sum(math.exp(logprob) for id_, logprob in listed if how.groups[id_] == how.groups[label])
+            losses.append(-math.log(max(mass, math.exp(mine.actual[j]))))
+            outside += mass == 0
+        assert data[i]["cross_entropies"][0] == pytest.approx(np.mean(np.array(losses)[taught]))
+    assert outside > 10

@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from fusekit.alignment.cases import Case
 from fusekit.alignment.worth import RATIO_LIMIT
 from fusekit.cli import cli
-from fusekit.distillation.label_rows import label_rows
-from fusekit.distillation.projections import Projection, label_nll
+from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.worth import measure
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, TopK
