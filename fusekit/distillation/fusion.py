@@ -213,10 +213,6 @@ def _rows(candidates: Sequence[Candidate], shares: FloatArray, taught: BoolArray
 PROJECTED = "projected_ce"
 """The metric of what is taught, not of the model: see :func:`projected_ce`."""
 
-METRICS = ("token_ce", "bits_per_byte")
-"""Those of a model's own reading, properties of :class:`~fusekit.types.CapturedRow`. ``token_ce`` is the papers' (nats
-per token of its own tokenizer), and not comparable between tokenizers; ``bits_per_byte`` is."""
-
 
 def projected_ce(given: Sequence[tuple[AlignedRows, FloatArray | None]]) -> list[float]:
     """The mean cross-entropy of each candidate's rows on the pivot's labels, over the labels that all of them teach.
@@ -238,15 +234,12 @@ def projected_ce(given: Sequence[tuple[AlignedRows, FloatArray | None]]) -> list
 
 
 def metrics_of(rows: Sequence[CapturedRow], metric: str) -> list[float]:
-    """One of :data:`METRICS` of each model's reading of an example, over what all of them have read of it.
+    """A metric of each model's own reading of an example, over what all of them have read of it.
 
-    The models' rows may have been cut at different places. Then only labels up to the first of these places count,
-    each model's cross-entropy being shared out by the log-probabilities of its labels.
-
-    Raises DistillationError: unknown metric.
+    ``token_ce`` is the papers' (nats per token of its own tokenizer), and not comparable between tokenizers;
+    ``bits_per_byte`` is. The models' rows may have been cut at different places. Then only labels up to the first of
+    these places count, each model's cross-entropy being shared out by the log-probabilities of its labels.
     """
-    if metric not in METRICS:
-        raise DistillationError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}")
     return [getattr(row, metric) for row in over_the_same_text(rows)]
 
 

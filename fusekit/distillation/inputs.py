@@ -32,7 +32,7 @@ from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
-from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map, roles_of
+from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map
 from fusekit.errors import DistillationError
 from fusekit.types import Part, Row, TokenizedRow
 
@@ -283,15 +283,8 @@ def projection_of(
                 f"up to {theirs.vocabulary}: remove {folder}, and the stage `align` makes it again"
             )
     else:
-        made = make_map(
-            how.map_method,
-            ours.tokenizer,
-            theirs.tokenizer,
-            rows,
-            pivot_roles=roles_of(ours.sample),
-            source_roles=roles_of(theirs.sample),
-            size=theirs.vocabulary,
-        )
+        samples, size = (ours.sample, theirs.sample), theirs.vocabulary
+        made = make_map(how.map_method, ours.tokenizer, theirs.tokenizer, rows, samples=samples, size=size)
     tokens = how.vocabulary if how.vocabulary in VOCABULARIES.values() else how.tokens
     return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)
 

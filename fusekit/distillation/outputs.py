@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from fusekit.artifacts import MANIFEST, commit_file, remove
+from fusekit.capturing.estimate import stored_dtype
 from fusekit.capturing.load import load_model
 from fusekit.capturing.models import Checkpoint
 from fusekit.distillation.arguments import with_adapter
@@ -69,12 +70,12 @@ def facts_begun(target: Target) -> dict[str, Any] | None:
     path = target.work / FACTS
     try:
         found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it holds no facts")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to start over") from error
-    if not isinstance(found, dict) or not found:
-        raise DistillationError(f"{path} cannot be read: it holds no facts; remove {target.work} to start over")
     return found
 
 
@@ -134,9 +135,7 @@ RECORD = "training.json"
 def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
     """The pivot on the CPU, in ``settings.dtype``, with a fresh adapter where the settings ask for one.
 
-    Raises:
-        CaptureError: it cannot be loaded.
-        DistillationError: the LoRA settings are wrong.
+    Raises CaptureError: it cannot be loaded; DistillationError: the LoRA settings are wrong.
     """
     choice = dataclasses.replace(checkpoint.choice, dtype=settings.dtype)
     model = load_model(dataclasses.replace(checkpoint, choice=choice), torch.device("cpu"))
@@ -147,30 +146,16 @@ def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
     return with_adapter(model, settings.lora)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that a checkpoint's configuration names; float32 where it names none."""
-    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    dtype = getattr(torch, str(name), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
 def write_result(
-    model: Any,
-    state: dict[str, torch.Tensor] | None,
-    checkpoint: Checkpoint,
-    settings: TrainingSettings,
-    folder: Path,
+    model: Any, state: dict[str, torch.Tensor] | None, checkpoint: Checkpoint, settings: TrainingSettings, folder: Path
 ) -> None:
-    """Write a trained model into a folder, in the dtype of the checkpoint that it began as.
+    """Write a trained model, not wrapped, into a folder, in the dtype of the checkpoint that it began as.
 
-    An adapter is written to ``adapter/`` and then merged into the weights; the model is changed by that.
-
-    Args:
-        model: not wrapped.
-        state: its tensors, gathered, where the model itself holds only a part of them; else None.
-        checkpoint, settings: what it was made from.
+    An adapter is written to ``adapter/`` and then merged into the weights; the model is changed by that. state: its
+    tensors, gathered, where the model itself holds only a part of them; else None.
     """
-    dtype = stored_dtype(checkpoint)
+    named = getattr(torch, stored_dtype(checkpoint), None)
+    dtype = named if isinstance(named, torch.dtype) else torch.float32
     if settings.lora is not None:
         model.save_pretrained(folder / ADAPTER, state_dict=state)
         if state is not None:

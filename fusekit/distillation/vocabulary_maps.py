@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ SAMPLED = 16
 """Rows that tell how a model ends a turn."""
 COUNTED_TEXTS = 10_000  # of which the statistics of an MS map are made
 
-Roles = Mapping[str, int]
+Sample = Sequence[tuple[Row, TokenizedRow]]
 
 
-def roles_of(sample: Iterable[tuple[Row, TokenizedRow]]) -> dict[str, int]:
+def _roles(sample: Sample) -> dict[str, int]:
     """The tokens that end a turn and a text, as the model's template wrote them; a template may be foreign."""
     found: dict[str, Counter[int]] = {"end_of_turn": Counter(), "eos": Counter()}
     for row, tokens in sample:
@@ -36,16 +36,12 @@ def roles_of(sample: Iterable[tuple[Row, TokenizedRow]]) -> dict[str, int]:
 
 
 def make_map(
-    method: str, pivot: Any, source: Any, rows: Sequence[Row], *, pivot_roles: Roles, source_roles: Roles, size: int
+    method: str, pivot: Any, source: Any, rows: Sequence[Row], *, samples: tuple[Sample, Sample], size: int
 ) -> VocabularyMap:
-    """The map that a run trains with.
+    """The map of a ``method`` that a run trains with, of two tokenizers.
 
-    Args:
-        method: see :func:`fusekit.alignment.build_vocabulary_map`.
-        pivot, source: tokenizers.
-        rows: of the run; the statistics of ``ms`` are counted over their first texts.
-        pivot_roles, source_roles: of :func:`roles_of`.
-        size: ids of the source's model, which may be more than its tokenizer has.
+    rows: of the run; the statistics of ``ms`` are counted over their first texts. samples: some of them as each model
+    reads them. size: ids of the source's model, which may be more than its tokenizer has.
     """
     statistics = None
     if method in ("ms", "ms_released"):
@@ -56,8 +52,8 @@ def make_map(
         source,
         method=method,
         statistics=statistics,
-        pivot_roles=pivot_roles,
-        source_roles=source_roles,
+        pivot_roles=_roles(samples[0]),
+        source_roles=_roles(samples[1]),
         source_size=max(size, len(vocabulary_surfaces(source))),
         cache=True,
     )
@@ -90,11 +86,7 @@ def write_map(folder: Path, made: VocabularyMap) -> None:
 
 
 def read_map(folder: Path, method: str, pivot: Any, source: Any) -> VocabularyMap:
-    """The map that :func:`write_map` wrote, of these tokenizers by this method.
-
-    Raises StorageError when it is missing, damaged, or of other tokenizers or another method; names the file and the
-    way out.
-    """
+    """The map that :func:`write_map` wrote, of these tokenizers by this method. Raises StorageError where it is not."""
     path = folder / NAME
     redo = f"remove {folder}, and the stage `align` makes it again"
     try:

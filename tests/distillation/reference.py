@@ -28,22 +28,26 @@ def outcomes(x: Tensor, targets: Any, row: int, loss: str, truncation: str) -> t
         ids = p.sort(descending=True).indices[: len(q)]
     else:
         ids = torch.tensor([i for i, _ in listed], dtype=torch.int64)
+    sets = [[int(i)] for i in ids]
+    if loss == "grouped_kl":
+        sets = [[token for token, _ in members_of(targets.members, i)] for i, _ in listed]
     rest = torch.ones(V, dtype=torch.bool)
-    rest[ids] = False
-    if truncation == "renormalize" and loss != "uld_topk":
+    rest[[token for tokens in sets for token in tokens]] = False
+    if truncation == "renormalize" and loss not in ("uld_topk", "grouped_kl"):
         dense = torch.zeros(V, dtype=torch.float64)
         dense[ids] = q
         return dense, p
-    if not float(p[rest].sum().detach()) > 0:
-        return q, p[ids]
-    return torch.cat([q, torch.tensor([tail], dtype=torch.float64)]), torch.cat([p[ids], p[rest].sum()[None]])
+    masses = [p[tokens].sum() for tokens in sets]
+    if float(p[rest].sum().detach()) > 0:
+        q, masses = torch.cat([q, torch.tensor([tail], dtype=torch.float64)]), [*masses, p[rest].sum()]
+    return q, torch.stack(masses)
 
 
 def distance(q: Tensor, p: Tensor, loss: str) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(q, p, strict=True):
-        if loss in ("ce", "kl") and a > 0:
-            total = total - a * b.log() + (a * a.log() if loss == "kl" else 0.0)
+        if loss in ("ce", "kl", "grouped_kl") and a > 0:
+            total = total - a * b.log() + (a * a.log() if loss != "ce" else 0.0)
         elif loss == "reverse_kl" and b > 0:
             total = total + b * (b.log() - math.log(float(a) or UNSEEN))
         elif loss == "js":
@@ -83,26 +87,6 @@ def members_of(members: Any, id_: int) -> list[tuple[int, float]]:
     """(token, share) of everything that stands for an id."""
     places = range(int(members.starts[id_]), int(members.starts[id_ + 1]))
     return [(int(members.tokens[i]), 1.0 if members.shares is None else float(members.shares[i])) for i in places]
-
-
-def grouped_kl(x: Tensor, targets: Any, row: int, truncation: str) -> Tensor:
-    """Σ_u q(u) log(q(u) / Σ_{v stands for u} p(v)), and the same of everything else. x: float64 [V]."""
-    p = x.softmax(0)
-    listed = {int(i): math.exp(lp) for i, lp in zip(targets.ids[row], targets.logprobs[row], strict=True) if i >= 0}
-    tail, left = float(targets.tail[row]), set(range(len(x)))
-    if truncation == "renormalize":
-        whole = sum(listed.values())
-        listed, tail = {id_: q / whole for id_, q in listed.items()}, 0.0
-    total = torch.zeros((), dtype=torch.float64)
-    for id_, q in listed.items():
-        tokens = [token for token, _ in members_of(targets.members, id_)]
-        left -= set(tokens)
-        if q > 0:
-            total = total + q * (math.log(q) - sum(p[token] for token in tokens).log())
-    rest = sum((p[token] for token in left), torch.zeros((), dtype=torch.float64))
-    if tail > 0 and rest > 0:
-        total = total + tail * (math.log(tail) - rest.log())
-    return total
 
 
 def chunks_of(labels: Tensor, targets: Any) -> list[list[int]]:
@@ -180,8 +164,6 @@ def fusion_loss(
         if targets is not None and bool(targets.taught[row]):
             if loss == "gold":
                 value = gold(x[row] / temperature, targets, row, truncation)
-            elif loss == "grouped_kl":
-                value = grouped_kl(x[row] / temperature, targets, row, truncation)
             else:
                 value = distance(*outcomes(x[row] / temperature, targets, row, loss, truncation), loss)
             fusion = fusion + value * temperature**2

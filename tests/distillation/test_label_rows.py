@@ -21,6 +21,7 @@ from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, Token
 from tests.distillation import worlds
 
 PIVOT, SOURCE, ROLES, MAP = worlds.PIVOT, worlds.SOURCE, worlds.ROLES, worlds.vocabulary_map()
+LEARN = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
 TEXT_ROWS = [
     Row((Message(TEXT, "the naïve fusion of models"), Message(TEXT, "a 東京 text"), Message(FRAGMENT, "none of them"))),
 ]
@@ -82,19 +83,6 @@ def test_rows_are_those_of_a_plain_loop(conditioning: bool) -> None:
         close(plain(given), by_loop(row, pivot, source, conditioning))
 
 
-def test_a_source_certain_of_the_text_gives_the_pivots_label() -> None:
-    taught = 0
-    for row in worlds.conversations(12) + TEXT_ROWS:
-        pivot = worlds.read(row, PIVOT)
-        given = label_rows(row, pivot, worlds.certain(worlds.read(row, SOURCE)), Projection(MAP))
-        labels = pivot.ids[pivot.label_positions]
-        hit = (given.rows.ids == labels[:, None]) & (np.exp(given.rows.logprobs) > 1 - 1e-9)
-        assert (hit.any(axis=1) | ~given.taught).all()
-        assert (given.rows.tail[given.taught] < 1e-9).all()
-        taught += int(given.taught.sum())
-    assert taught > 100
-
-
 def test_the_same_tokenizer_teaches_every_label() -> None:
     own = worlds.vocabulary_map(source=PIVOT)
     for row in worlds.conversations(6) + TEXT_ROWS:
@@ -111,21 +99,9 @@ def test_a_template_token_between_content_and_end_has_no_teacher() -> None:
     row = Row((Message("user", "the"), Message("assistant", "a fusion")))
     tokens = worlds.read(row, PIVOT)
     at = len(tokens) - 1  # before the end of turn
-
-    def insert(values: np.ndarray, value: int) -> np.ndarray:
-        return np.insert(values, at, value)
-
-    size = len("a fusion")
-    ends = insert(tokens.ends, size)
-    pivot = TokenizedRow(
-        tokens.key,
-        insert(tokens.ids, PIVOT.convert_tokens_to_ids("<pad>")),
-        insert(tokens.message, 1),
-        insert(tokens.part, Part.TEMPLATE),
-        ends,
-        ends,
-        insert(tokens.labels, True).astype(bool),
-    )
+    more = {"ids": PIVOT.convert_tokens_to_ids("<pad>"), "message": 1, "part": Part.TEMPLATE, "labels": True}
+    more |= {"ends": len("a fusion"), "lows": len("a fusion")}
+    pivot = replace(tokens, **{name: np.insert(getattr(tokens, name), at, value) for name, value in more.items()})
     given = label_rows(row, pivot, worlds.certain(worlds.read(row, SOURCE)), Projection(MAP))
     assert not given.taught[-2]
     assert given.taught[-1]
@@ -133,7 +109,7 @@ def test_a_template_token_between_content_and_end_has_no_teacher() -> None:
 
 
 def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
-    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    row = LEARN
     pivot, tokens = worlds.read(row, PIVOT), worlds.read(row, SOURCE)
     labels = tokens.labels.copy()
     gap = int(tokens.label_positions[3])
@@ -153,7 +129,7 @@ def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
 
 
 def test_only_the_common_beginning_is_taught() -> None:
-    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    row = LEARN
     pivot = worlds.read(row, PIVOT)
     source = worlds.certain(worlds.read(row, SOURCE, limit=(1, 20)))
     given = label_rows(row, pivot, source, Projection(MAP))
@@ -193,7 +169,7 @@ def test_warping_takes_the_rows_of_equal_tokens() -> None:
 
 
 def test_warping_puts_a_one_hot_where_tokens_differ() -> None:
-    row = Row((Message("user", "the"), Message("assistant", "several models learn what each model knows")))
+    row = LEARN
     em = worlds.vocabulary_map("em")
     pivot = worlds.read(row, PIVOT)
     given = label_rows(row, pivot, worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)), Projection(em, tokens="dtw"))
@@ -215,8 +191,6 @@ def test_rows_without_a_map_are_the_sources_own() -> None:
     assert all(given.rows.ids[j].tobytes() in own for j in np.flatnonzero(given.taught))
     span = label_rows(row, pivot, source, Projection(MAP, conditioning=False))
     assert (span.taught <= given.taught).all()
-    with pytest.raises(DistillationError, match="without a vocabulary map"):
-        Projection(None, tokens="dtw")
 
 
 def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_equal() -> None:
@@ -263,16 +237,18 @@ def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None
         )
 
 
-def test_unknown_token_alignment_is_refused() -> None:
+def test_what_cannot_be_projected_is_refused() -> None:
     with pytest.raises(DistillationError, match="unknown token alignment 'words'"):
         Projection(MAP, tokens="words")
+    with pytest.raises(DistillationError, match="without a vocabulary map"):
+        Projection(None, tokens="dtw")
 
 
 SIDES = pytest.mark.parametrize("sides", [(PIVOT, SOURCE), (SOURCE, PIVOT)], ids=["finer", "coarser"])
 
 
 def followed(bytes_: bytes, sides) -> bytes | None:
-    """The string at the end of the chain of first tokens of first tokens, each of the other side."""
+    """The end of the chain of first tokens of first tokens, each of the other side."""
     ours, theirs = (vocabulary_surfaces(side) for side in sides)
     while True:
         cut = tokenize_bytes(bytes_, sides[1], theirs)
@@ -306,13 +282,7 @@ def test_a_group_is_what_both_tokenizers_begin_alike(sides):
         found += groups[id_] != id_
     assert found > 3
     assert groups[sides[0].convert_tokens_to_ids("<pad>")] == -1
-
-
-@SIDES
-def test_every_source_token_is_in_the_group_of_what_the_pivot_begins_it_with(sides):
-    """So no listed token leaves the student nothing to answer it with, and no chain goes on."""
-    into = worlds.vocabulary_map("prefix", *sides)
-    groups, carried = pivot_groups(into), into.entries[0][:, 0]
+    carried = into.entries[0][:, 0]  # no listed token leaves the student nothing to answer it with
     assert (groups[carried[carried >= 0]] >= 0).all()
 
 
@@ -351,13 +321,15 @@ def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
 
 @SIDES
 @pytest.mark.parametrize("tail", ["back_off", "listed_share"])
-def test_a_source_certain_of_the_text_is_certain_of_the_labels_group(sides, tail):
-    how, taught = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail=tail), 0
-    for row in worlds.conversations(8):
-        tokens = worlds.read(row, sides[0])
-        given = label_rows(row, tokens, worlds.certain(worlds.read(row, sides[1])), how, worlds.certain(tokens))
-        nll = how.nll(given.rows, tokens.ids[tokens.label_positions])
+@pytest.mark.parametrize("tokens", ["span", "grouped"])
+def test_a_source_certain_of_the_text_is_certain_of_the_labels(sides, tail, tokens):
+    how, taught = Projection(worlds.vocabulary_map("prefix", *sides), tokens, tail=tail), 0
+    for row in worlds.conversations(8) + (TEXT_ROWS if tokens == "span" else []):
+        pivot = worlds.read(row, sides[0])
+        given = label_rows(row, pivot, worlds.certain(worlds.read(row, sides[1])), how, worlds.certain(pivot))
+        nll = how.nll(given.rows, pivot.ids[pivot.label_positions])
         assert (nll[given.taught] < 1e-9).all()
+        assert (given.rows.tail[given.taught] < 1e-9).all()
         taught += int(given.taught.sum())
     assert taught > 50
 

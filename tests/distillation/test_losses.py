@@ -85,19 +85,17 @@ def test_temperature(loss, truncation, temperature, dtype):
     compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
 
 
-@pytest.mark.parametrize("block", [None, 1, 3 * V])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "nothing listed"])
 @pytest.mark.parametrize("loss", CHUNKED)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_losses_of_chunks_are_the_dense_ones(monkeypatch, case, loss, dtype, block):
-    if block is not None:
-        monkeypatch.setattr("fusekit.distillation.distances.BLOCK", block)
+def test_losses_of_chunks_are_the_dense_ones(monkeypatch, case, loss, dtype):
     x, y, targets = made(case, loss)
     x, weight = x.to(dtype), torch.linspace(0.1, 0.7, N, dtype=torch.float64)
     # Float32 rounds likelihoods, whose difference from 1 is a hundredth of the nats here.
     slack = 1e-12 if dtype == torch.float64 else 2e-4 if loss == "alm" else 1e-5
     _, relative, absolute = TOLERANCES[dtype]
-    for temperature in (1.0, 2.0) if case == "ordinary" else (1.0,):
+    for temperature, block in ((1.0, 2**24), (1.0, 1), (1.0, 3 * V), (2.0, 3 * V)):
+        monkeypatch.setattr("fusekit.distillation.distances.BLOCK", block)
         how = {"loss": loss, "temperature": temperature, "fusion_weight": weight}
         value, gradient = reference.chunk_loss(x, y, targets, **how)
         got, grad = run(x, y, replace(targets, temperature=temperature), lm_weight=0.0, **how)
@@ -427,7 +425,7 @@ class TestGold:
 
     @pytest.mark.parametrize("every", [1, 3, 100])
     @pytest.mark.parametrize("truncation", ["tail", "renormalize"])
-    @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_values_and_gradients_are_the_dense_ones(self, every, truncation, dtype):
         for make in CASES.values():
             x, y, targets = make()

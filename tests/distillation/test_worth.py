@@ -18,7 +18,7 @@ from fusekit.cli import cli
 from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.worth import measure
 from fusekit.errors import DistillationError
-from fusekit.types import CapturedRow, TopK
+from fusekit.types import CapturedRow
 from tests.distillation import worlds
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -28,20 +28,21 @@ PIVOT, SOURCE, MAP = worlds.PIVOT, worlds.SOURCE, worlds.vocabulary_map()
 ROWS = worlds.conversations(9)
 
 
-def captured(side: str) -> dict[str, CapturedRow]:
-    tokenizer = PIVOT if side == "pivot" else SOURCE
+def captured(tokenizer: Any) -> dict[str, CapturedRow]:
     return worlds.by_key([worlds.guessing(worlds.read(row, tokenizer), len(tokenizer), 4, 7) for row in ROWS])
+
+
+OWN, SAID = captured(PIVOT), captured(SOURCE)
 
 
 @pytest.mark.parametrize("tail", ["back_off", "listed_share"])
 def test_figures_equal_a_loop_over_labels(tail: str) -> None:
-    pivot, source = captured("pivot"), captured("source")
     projection = Projection(MAP, tail=tail)
-    worth = measure(ROWS, pivot, source, projection)
+    worth = measure(ROWS, OWN, SAID, projection)
     sums: dict[Case, list[tuple[float, float]]] = {}
     projected = nats = 0.0
     for row in ROWS:
-        own, said = pivot[row.key], source[row.key]
+        own, said = OWN[row.key], SAID[row.key]
         given = label_rows(row, own.tokens, said, projection, own)
         teacher = label_nll(given.rows, own.tokens.ids[own.tokens.label_positions])
         for i, case in enumerate(given.cases.tolist()):
@@ -61,92 +62,59 @@ def test_figures_equal_a_loop_over_labels(tail: str) -> None:
 
 def test_the_mass_that_survives_is_what_the_map_carries() -> None:
     exact = worlds.vocabulary_map("em")
-    pivot, source = captured("pivot"), captured("source")
     mapped = np.diff(exact.matrix.indptr) > 0
     shares = []
-    for said in source.values():
+    for said in SAID.values():
         for ids, logprobs in zip(said.rows.ids, said.rows.logprobs, strict=True):
             listed = {int(i): float(np.exp(p)) for i, p in zip(ids, logprobs, strict=True) if i >= 0}
             shares.append(sum(p for i, p in listed.items() if mapped[i]) / sum(listed.values()))
-    found = measure(ROWS, pivot, source, Projection(exact)).to_dict()["mass_survived"]
+    found = measure(ROWS, OWN, SAID, Projection(exact)).to_dict()["mass_survived"]
     assert found["rows"] == len(shares)
     assert found["mean"] == pytest.approx(np.mean(shares), abs=1e-6)
     assert found["mean"] < 1
 
 
 def test_a_one_hot_is_no_teacher() -> None:
-    pivot, source = captured("pivot"), captured("source")
-    plain = measure(ROWS, pivot, source, Projection(MAP, conditioning=False))
-    filled = measure(ROWS, pivot, source, Projection(MAP, conditioning=False, one_hot=True))
+    plain = measure(ROWS, OWN, SAID, Projection(MAP, conditioning=False))
+    filled = measure(ROWS, OWN, SAID, Projection(MAP, conditioning=False, one_hot=True))
     assert filled.labels[Case.ONE_HOT] > 0
     assert filled.per_label(Case.ONE_HOT)[0] is None
     assert filled.ratio == pytest.approx(plain.ratio)
 
 
 def test_an_examples_end_is_where_both_models_have_read() -> None:
-    pivot, source = captured("pivot"), captured("source")
-    whole = measure(ROWS, pivot, source, Projection(MAP))
+    whole = measure(ROWS, OWN, SAID, Projection(MAP))
     cut = {}
-    for key, said in source.items():  # without its last label, the end of the turn
-        rows = TopK(said.rows.ids[:-1], said.rows.logprobs[:-1], said.rows.tail[:-1])
+    for key, said in SAID.items():  # without its last label, the end of the turn
         at = int(said.tokens.label_positions[-1])
         kept = {name: getattr(said.tokens, name)[:at] for name in ("ids", "message", "part", "ends", "lows", "labels")}
-        cut[key] = replace(said, tokens=replace(said.tokens, **kept), rows=rows, actual=said.actual[:-1])
-    shorter = measure(ROWS, pivot, cut, Projection(MAP))
+        cut[key] = replace(
+            said, tokens=replace(said.tokens, **kept), rows=said.rows.select(slice(-1)), actual=said.actual[:-1]
+        )
+    shorter = measure(ROWS, OWN, cut, Projection(MAP))
     assert shorter.labels.sum() == whole.labels.sum() - len(ROWS)
     assert shorter.source < whole.source
 
 
 def test_a_sample_is_spread_over_the_rows_that_both_have() -> None:
-    pivot, source = captured("pivot"), captured("source")
-    del source[ROWS[3].key]
-    assert measure(ROWS, pivot, source, Projection(MAP)).examples == 8
+    source = {key: said for key, said in SAID.items() if key != ROWS[3].key}
+    assert measure(ROWS, OWN, source, Projection(MAP)).examples == 8
     ends = {row.key: source[row.key] for row in (ROWS[0], ROWS[8])}
-    two, both_ends = (measure(ROWS, pivot, given, Projection(MAP), 2) for given in (source, ends))
+    two, both_ends = (measure(ROWS, OWN, given, Projection(MAP), 2) for given in (source, ends))
     assert two.to_dict() == both_ends.to_dict()
 
 
 def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
-    pivot, source = captured("pivot"), captured("source")
     with pytest.raises(DistillationError, match="vocabulary map"):
-        measure(ROWS, pivot, source, Projection(None))
+        measure(ROWS, OWN, SAID, Projection(None))
     with pytest.raises(DistillationError, match=f"the source has none of 1 example of data.*{ROWS[1].key}"):
-        measure(ROWS[:1], pivot, {ROWS[1].key: source[ROWS[1].key]}, Projection(MAP))
+        measure(ROWS[:1], OWN, {ROWS[1].key: SAID[ROWS[1].key]}, Projection(MAP))
 
 
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def worth_of(pivot: Path, source: Path, data: Path, folder: Path, *options: object) -> dict[str, Any]:
-    """What ``fusekit inspect alignment --stores`` finds out about two models."""
-    for name, model in (("pivot", pivot), ("source", source)):
-        done = invoke("capture", model, data, folder / name, "--top-k", 32, "--max-length", 256, "--quiet")
-        assert done.exit_code == 0, done.output
-    stores = ["--stores", folder / "pivot", folder / "source", "--json", folder / "found.json"]
-    done = invoke("inspect", "alignment", pivot, source, "--data", data, "--samples", 0, *stores, *options)
+def invoke(*arguments: object) -> str:
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())["worth"]
-    assert all(f"warning: {line}" in done.output for line in found["warnings"])
-    return found
-
-
-def check(found: dict[str, Any]) -> None:
-    """The chain rule holds, and no case has a teacher that is worse than the pivot without a warning."""
-    assert found["ratio"] <= RATIO_LIMIT
-    for name, case in found["cases"].items():
-        worse = case["teacher"] is not None and case["teacher"] > case["pivot"]
-        assert case["worse"] == worse
-        assert any(f"case {name} " in line for line in found["warnings"]) == worse, name
-
-
-def test_a_source_of_the_demo(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join((DEMO / "rows" / "train.jsonl").read_text().splitlines()[::36][:24]))
-    found = worth_of(DEMO / "models" / "pivot", DEMO / "sources" / "neox", data, tmp_path)
-    check(found)
-    assert (found["vocabulary"], found["tail"], found["examples"]) == ("prefix", "back_off", 24)
-    assert found["mass_survived"]["rows"] > 0
+    return done.output
 
 
 TEXTS = (
@@ -157,12 +125,33 @@ TEXTS = (
     "The ferry leaves at seven in the morning and comes back after dark, unless the wind turns to the north.",
     "def mean(values):\n    return sum(values) / len(values) if values else 0.0\n",
 )
+DEMOS = DEMO / "models" / "pivot", DEMO / "sources" / "neox"
+REALS = [Path(os.environ.get(REAL, "")) / name for name in PAIR]
+NOT_HERE = pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no folder with {' and '.join(PAIR)}")
 
 
-@pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no folder with {' and '.join(PAIR)}")
-def test_a_pair_of_real_models(tmp_path: Path) -> None:
-    models, data = Path(os.environ[REAL]), tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    found = worth_of(models / PAIR[0], models / PAIR[1], data, tmp_path)
-    check(found)
-    assert found["examples"] == len(TEXTS)
+@pytest.mark.parametrize(
+    ("pair", "records"),
+    [
+        (DEMOS, (DEMO / "rows" / "train.jsonl").read_text().splitlines()[::36][:24]),
+        pytest.param(REALS, [json.dumps({"text": text}) for text in TEXTS], marks=NOT_HERE),
+    ],
+    ids=["demo", "real"],
+)
+def test_a_pair_of_models_obeys_the_chain_rule(pair: list[Path], records: list[str], tmp_path: Path) -> None:
+    """And no case has a teacher that is worse than the pivot without a warning of ``fusekit inspect alignment``."""
+    data, stores = tmp_path / "rows.jsonl", [tmp_path / "pivot", tmp_path / "source"]
+    data.write_text("\n".join(records))
+    for model, store in zip(pair, stores, strict=True):
+        invoke("capture", model, data, store, "--top-k", 32, "--max-length", 256, "--quiet")
+    to = ["--data", data, "--samples", 0, "--stores", *stores, "--json", tmp_path / "found.json"]
+    output = invoke("inspect", "alignment", *pair, *to)
+    found = json.loads((tmp_path / "found.json").read_text())["worth"]
+    assert all(f"warning: {line}" in output for line in found["warnings"])
+    assert (found["vocabulary"], found["tail"], found["examples"]) == ("prefix", "back_off", len(records))
+    assert found["mass_survived"]["rows"] > 0
+    assert found["ratio"] <= RATIO_LIMIT
+    for name, case in found["cases"].items():
+        worse = case["teacher"] is not None and case["teacher"] > case["pivot"]
+        assert case["worse"] == worse
+        assert any(f"case {name} " in line for line in found["warnings"]) == worse, name
