@@ -103,21 +103,6 @@ def test_losses_of_chunks_are_the_dense_ones(monkeypatch, case, loss, dtype):
         torch.testing.assert_close(grad.double(), gradient, rtol=max(relative, slack), atol=max(absolute, slack))
 
 
-@pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
-def test_gradcheck(loss, truncation):
-    x, y = logits(1, rows=4, size=11), labels(2, 4, 11)
-    targets = top(logits(3, rows=4, size=11) * 0.7, 4)
-    if loss == "gold":
-        targets = without_ids(targets)
-    elif loss == "grouped_kl":
-        targets = replace(targets, members=Members(torch.arange(12), torch.arange(11)))
-
-    def total(leaf: Tensor) -> Tensor:
-        return fusion_loss(leaf, y, targets, loss=loss, truncation=truncation, lm_weight=0.9).total
-
-    assert torch.autograd.gradcheck(total, (x.requires_grad_(),))
-
-
 def test_the_references_differ_from_each_other():
     values = {c: float(reference.fusion_loss(*made("ordinary", c[0]), *c)[2]) for c in COMBINATIONS}
     assert len({round(value, 6) for value in values.values()}) == len(COMBINATIONS)
