@@ -130,7 +130,7 @@ def test_isolated_interpreters_see_it_too(environment, flags):
 @pytest.mark.parametrize(
     ("imports", "autoload"),
     [
-        ("import fusekit.merge_methods.units", "1"),
+        ("import fusekit.merge_methods.varm", "1"),
         ("import mergekit.merge_methods, fusekit.merge_methods", "1"),
         ("from mergekit.merge_methods import registry; import fusekit.mergekit_plugin as p; p.register()", "1"),
         ("import fusekit.merge_methods", "0"),

@@ -5,7 +5,6 @@ Importing this package registers `fusechat_sce` and `varm` with mergekit. The fu
 
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord, record_coefficients
 from fusekit.merge_methods.sce import SCEMerge, Variant, merge_coefficients, sce, sce_fusion_vector, select
-from fusekit.merge_methods.units import unit_of
 from fusekit.merge_methods.varm import (
     Aggregation,
     Granularity,
@@ -13,6 +12,7 @@ from fusekit.merge_methods.varm import (
     VaRMMerge,
     matrix_statistics,
     unit_coefficients,
+    unit_of,
     varm,
     varm_elementwise,
 )

@@ -50,8 +50,7 @@ def for_each_chunk(
 ) -> list[Result]:
     """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
 
-    On the CPU chunks run side by side on as many threads as torch is set to use, up to four, each with one torch
-    thread.
+    On the CPU chunks run side by side on as many threads as torch is set to use, up to four.
     """
     size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
     if size <= 0 or size % BLOCK:
@@ -78,13 +77,11 @@ _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows.
-
-    The bits of infinity, and above them those of NaN, are the largest of their sign: a maximum
-    of integers, where a sum in bfloat16 is slow.
-    """
+    """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows."""
     if not on_cpu(tensor):
         return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+    # The bits of infinity, and above them those of NaN, are the largest of their sign: a maximum of integers, where a
+    # sum in bfloat16 is slow.
     signed, unsigned = _BITS[tensor.element_size()]
     bits = tensor.reshape(-1).view(signed).numpy()
     infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(signed).item()
@@ -121,10 +118,7 @@ def count_where(comparison: Callable[..., np.ndarray], values: Tensor, bound: fl
 
 
 def block_sums(values: Tensor, ends: np.ndarray) -> np.ndarray:
-    """Sums of consecutive runs of `values`.
-
-    values: float64 [n]; ends: int64 [b], non-decreasing, last one n. Returns float64 [b]; an empty run sums to 0.
-    """
+    """Sums of consecutive runs of `values` (float64 [n]) that end at `ends` (int64 [b]); an empty run sums to 0."""
     if not on_cpu(values):
         lengths = torch.from_numpy(np.diff(ends, prepend=0)).to(values.device)
         sums: np.ndarray = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True).cpu().numpy()
@@ -143,7 +137,7 @@ def whole_blocks(size: int) -> np.ndarray:
 
 
 def add_in_order(chunk_sums: Sequence[np.ndarray]) -> np.ndarray:
-    """Add block sums in index order. chunk_sums: float64 arrays [K, b_i] of consecutive chunks. Returns float64 [K]."""
+    """Add block sums [K, b_i] of consecutive chunks in index order: float64 [K]."""
     return np.add.accumulate(np.concatenate(chunk_sums, axis=1), axis=1)[:, -1]
 
 
@@ -219,10 +213,7 @@ class FusionVectors:
         *,
         vote: Sequence[float] | None = None,
     ) -> Chunk:
-        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`.
-
-        vote: weights of the fusion vectors in the vote; None for no vote.
-        """
+        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`."""
 
         def load(name: str, source: Tensor) -> Tensor:
             elements = source[start:stop]
@@ -270,7 +261,6 @@ class FusionVectors:
         return add_in_order(for_each_chunk(sums, self.numel, self.device, chunk_size))
 
     def empty_result(self) -> Tensor:
-        """An uninitialised flat result: [numel] of the inputs' dtype."""
         return torch.empty_like(self.targets[0], memory_format=torch.contiguous_format)
 
 
@@ -299,8 +289,7 @@ def add_to_base(base: Tensor | None, update: Tensor) -> Tensor:
 def check_finite(energies: np.ndarray) -> None:
     """Raise MergeError with the positions of the targets whose fusion vectors have NaN or Inf among them."""
     if not np.isfinite(energies).all():
-        bad = [j for j, energy in enumerate(energies) if not np.isfinite(energy)]
-        raise NonFiniteError(bad)
+        raise NonFiniteError(np.flatnonzero(~np.isfinite(energies)).tolist())
 
 
 def check_weights(weights: Sequence[float] | None, targets: int) -> list[float]:
@@ -314,10 +303,9 @@ def check_weights(weights: Sequence[float] | None, targets: int) -> list[float]:
 
 
 class NonFiniteError(MergeError):
-    """Some fusion vectors contain NaN or Inf. `targets` are their positions among the targets."""
+    """Some fusion vectors contain NaN or Inf. targets: their positions among the targets."""
 
     def __init__(self, targets: Sequence[int]) -> None:
-        self.targets = tuple(targets)
         super().__init__(f"the fusion vectors of target(s) {list(targets)} (counted from 0) contain NaN or Inf")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,22 +23,43 @@ from mergekit.merge_methods.base import (
     PerInputValues,
     TensorGroup,
 )
+from mergekit.merge_methods.dtype import align_dtype
 from pydantic import Field
 
 from fusekit import mergekit_private
 from fusekit.errors import MergeError
-from fusekit.merge_methods.fusion_vectors import NonFiniteError
-from fusekit.merge_methods.provenance import TensorRecord, active_records, by_model
+from fusekit.merge_methods.fusion_vectors import NonFiniteError, shares
+from fusekit.merge_methods.provenance import TensorRecord, active_records
 from fusekit.merge_methods.sce import Variant, check_parameters, sce, sce_with_gradients
-from fusekit.merge_methods.units import coefficients_in_graph, coefficients_in_memory, unit_of
-from fusekit.merge_methods.varm import Aggregation, Granularity, varm, varm_elementwise, varm_with_gradients
+from fusekit.merge_methods.varm import (
+    Aggregation,
+    Granularity,
+    MatrixStatistics,
+    matrix_statistics,
+    unit_coefficients,
+    unit_of,
+    varm,
+    varm_elementwise,
+    varm_with_gradients,
+)
 from fusekit.merge_methods.widen import Ties, widen
 
-_CONTRACT = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 _UNITS = ("module", "layer", "model")
 SCALES = ("_scale_inv", "_scale", ".absmax", ".quant_map")
 """What scales of quantised weights are called: the name of the weight and one of these."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
+_EVERYWHERE = "use granularity: matrix, which works everywhere"
+
+
+def _spec(name: str, pretty_name: str, paper: str, *parameters: ParameterSpec) -> MergeMethodSpec:
+    return MergeMethodSpec(
+        name=name,
+        pretty_name=pretty_name,
+        reference_url=f"https://arxiv.org/abs/{paper}",
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        parameters=parameters,
+    )
 
 
 def _shared(name: str, value_type: Any, default: Any, description: str) -> ParameterSpec:
@@ -57,18 +81,14 @@ class FuseChatSCE(GroupMergeMethod):
     vote and in the sum, not in the selection and the coefficients. Reference: arXiv 2408.07990, section 3.4.
     """
 
-    spec = MergeMethodSpec(
-        name="fusechat_sce",
-        pretty_name="FuseChat SCE",
-        reference_url="https://arxiv.org/abs/2408.07990",
-        contract=_CONTRACT,
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-        parameters=(
-            _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0, "share of varying elements to keep"),
-            _shared("variant", Variant, "paper", "paper, renormalized, or fuseai"),
-            _shared("int8_mask", bool, False, "accepted as in mergekit's sce; the masks here take no memory"),
-            _WEIGHT,
-        ),
+    spec = _spec(
+        "fusechat_sce",
+        "FuseChat SCE",
+        "2408.07990",
+        _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0, "share of varying elements to keep"),
+        _shared("variant", Variant, "paper", "paper, renormalized, or fuseai"),
+        _shared("int8_mask", bool, False, "accepted as in mergekit's sce; the masks here take no memory"),
+        _WEIGHT,
     )
 
     def check_parameters(self, n_targets: int, parameters: Mapping[str, Any], tensor_name: str) -> None:
@@ -80,14 +100,14 @@ class FuseChatSCE(GroupMergeMethod):
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype."""
-        tensors = [entry.tensor for entry in group.non_base]
+        base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
         settings = {key: parameters[key] for key in ("select_topk", "variant")}
         weights = parameters["weight"].values_for(group.non_base)
         with _named(group):
-            merged = sce(group.base.tensor, tensors, weights=weights, count_erased=bool(active_records()), **settings)
+            merged = sce(base, targets, weights=weights, count_erased=bool(active_records()), **settings)
             result = merged.tensor
             if _needs_gradient(group):
-                result = sce_with_gradients(group.base.tensor, tensors, weights=weights, **settings)
+                result = sce_with_gradients(base, targets, weights=weights, **settings)
         erased = None if merged.erased is None else _by_target(group, merged.erased)
         settings |= _shown(group, weights)
         _record(group, self.spec.name, settings, merged.coefficients, selected=merged.selected, erased=erased)
@@ -104,17 +124,13 @@ class VaRM(GroupMergeMethod):
     arXiv 2402.16107, section 3.3.
     """
 
-    spec = MergeMethodSpec(
-        name="varm",
-        pretty_name="VaRM",
-        reference_url="https://arxiv.org/abs/2402.16107",
-        contract=_CONTRACT,
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-        parameters=(
-            _shared("granularity", Granularity, "matrix", "matrix, module, layer, model, or element"),
-            _shared("aggregation", Aggregation, "elements", "of a unit's matrices: elements, or matrices"),
-            _WEIGHT,
-        ),
+    spec = _spec(
+        "varm",
+        "VaRM",
+        "2402.16107",
+        _shared("granularity", Granularity, "matrix", "matrix, module, layer, model, or element"),
+        _shared("aggregation", Aggregation, "elements", "of a unit's matrices: elements, or matrices"),
+        _WEIGHT,
     )
 
     def _execute(
@@ -132,7 +148,7 @@ class VaRM(GroupMergeMethod):
             parameters = [dict(each) for each in parameters]
             for setting in {each for each in settings if each[0] in _UNITS}:
                 asking = {index for index, each in enumerate(settings) if each == setting}
-                weights = coefficients_in_memory(groups, input_dtypes, *setting, asking)
+                weights = _coefficients_in_memory(groups, input_dtypes, *setting, asking)
                 for index in asking:
                     parameters[index]["coefficients"] = weights[index]
         merged: tuple[torch.Tensor, ...] = super()._execute(
@@ -153,20 +169,21 @@ class VaRM(GroupMergeMethod):
         """Merge one tensor. `coefficients`: W of its unit, [K], if they are known already."""
         base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
         weights = weight.values_for(group.non_base)
+        elementwise, unit = granularity == "element", None
         with _named(group):
             if granularity in _UNITS and coefficients is None:
-                coefficients = coefficients_in_graph(group, granularity, aggregation)
-            if granularity == "element":
+                coefficients = _coefficients_in_graph(group, granularity, aggregation)
+            if granularity in _UNITS:
+                unit = unit_of(str(group.metadata.name), granularity)
+            if elementwise:
                 merged = varm_elementwise(base, targets, weights=weights)
             else:
                 merged = varm(base, targets, coefficients=coefficients, weights=weights)
             result = merged.tensor
             if _needs_gradient(group):
-                elementwise = granularity == "element"
                 result = varm_with_gradients(
                     base, targets, elementwise=elementwise, coefficients=coefficients, weights=weights
                 )
-        unit = unit_of(str(group.metadata.name), granularity) if granularity in _UNITS else None
         settings = {"granularity": granularity, "aggregation": aggregation} | _shown(group, weights)
         _record(group, self.spec.name, settings, merged.coefficients, unit=unit)
         return result
@@ -181,17 +198,13 @@ class Widen(GroupMergeMethod):
     of an input embedding, which are tokens, take the part of columns. Reference: arXiv 2408.03092.
     """
 
-    spec = MergeMethodSpec(
-        name="widen",
-        pretty_name="WIDEN",
-        reference_url="https://arxiv.org/abs/2408.03092",
-        contract=_CONTRACT,
-        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-        parameters=(
-            _shared("threshold", Annotated[float, Field(gt=0)], 1.0, "t: ranks above t times their mean are important"),
-            _shared("score", float, 1.0, "s: the weight of important columns"),
-            _shared("ties", Ties, "average", "ranks of equal changes: average, or index as published"),
-        ),
+    spec = _spec(
+        "widen",
+        "WIDEN",
+        "2408.03092",
+        _shared("threshold", Annotated[float, Field(gt=0)], 1.0, "t: ranks above t times their mean are important"),
+        _shared("score", float, 1.0, "s: the weight of important columns"),
+        _shared("ties", Ties, "average", "ranks of equal changes: average, or index as published"),
     )
 
     def merge_group(self, group: TensorGroup, /, *, threshold: float, score: float, ties: Ties) -> torch.Tensor:
@@ -207,7 +220,7 @@ class Widen(GroupMergeMethod):
 
 
 def _by_target(group: TensorGroup, values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    return by_model([entry.id for entry in group.non_base], values)
+    return {str(entry.id): float(value) for entry, value in zip(group.non_base, values, strict=True)}
 
 
 def _shown(group: TensorGroup, weights: Sequence[float]) -> dict[str, Any]:
@@ -279,6 +292,141 @@ def _refuse_codes(model: Any, name: str) -> None:
 
 def _needs_gradient(group: TensorGroup) -> bool:
     return torch.is_grad_enabled() and any(entry.tensor.requires_grad for entry in group.entries)
+
+
+# The units of VaRM that are larger than a matrix. mergekit hands a merge method one tensor and no view of the others.
+# But the graph that it is running holds the tasks that load every other tensor, with dtype, aliases and tied names as
+# planned, so those tasks are executed here. In memory (`merge_state_dicts`) all tensors are in one call.
+
+
+def _coefficients_in_memory(
+    groups: Sequence[TensorGroup],
+    dtypes: Sequence[torch.dtype | None],
+    granularity: Granularity,
+    aggregation: Aggregation,
+    asking: Collection[int],
+) -> dict[int, np.ndarray]:
+    """W for the groups of one in-memory call, by index, each over the groups of its unit.
+
+    dtypes: what each group is cast to before it is merged. asking: the groups that are merged at this granularity; a
+    name that does not tell its unit is an error for them only.
+    """
+    units: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        name = group.metadata.name
+        if name is None:
+            raise MergeError(f"tensor {index} has no name: granularity {granularity!r} needs names; {_EVERYWHERE}")
+        try:
+            units.setdefault(unit_of(name, granularity), []).append(index)
+        except MergeError:
+            if index in asking:
+                raise
+    result: dict[int, np.ndarray] = {}
+    for members in units.values():
+        if any(index in asking for index in members):
+            aligned = [align_dtype(groups[index], dtypes[index]) for index in members]
+            matrices = [
+                matrix_statistics(group.base.tensor, [entry.tensor for entry in group.non_base]) for group in aligned
+            ]
+            result |= dict.fromkeys(members, unit_coefficients(matrices, aggregation))
+    return result
+
+
+@dataclass
+class _Run:
+    """What is known of a running graph: the tasks of every unit, and the statistics of the tensors met so far."""
+
+    units: dict[Any, dict[str, list[Any]]] = field(default_factory=dict)
+    statistics: dict[Any, MatrixStatistics | None] = field(default_factory=dict)
+
+
+_runs: WeakKeyDictionary[Any, _Run] = WeakKeyDictionary()  # by the graph
+_lock = threading.RLock()  # under mergekit's multi-GPU executor several threads merge at once
+
+
+def _coefficients_in_graph(group: TensorGroup, granularity: Granularity, aggregation: Aggregation) -> np.ndarray:
+    """W of the unit that the tensor of `group` belongs to, one number per target of the group: float64 [K].
+
+    Statistics of a tensor are computed once per run. Raises MergeError where the unit cannot be known: outside a
+    mergekit graph, in `mergekit-pytorch`, where `slices:` renames tensors, and where a tokenizer changes a sibling.
+    """
+    running = mergekit_private.running_task()
+    if running is None:
+        raise MergeError(
+            f"granularity {granularity!r} needs the other tensors of the unit of {group.metadata.name!r}, and this "
+            f"call passes one tensor alone; call merge_state_dicts with whole models, or {_EVERYWHERE}"
+        )
+    task, graph = running
+    # In an order that all tasks of one merge share.
+    targets = sorted((model for model in set(task.model_order) if model != task.base_model), key=str)
+    with _lock:
+        run = _runs.setdefault(graph, _Run())
+        matrices = []
+        for sibling in _siblings(run, graph, task, granularity):
+            key = sibling.output_weight.name, _merge_of(task)
+            if key not in run.statistics:
+                if sibling is task:
+                    tensors = {entry.id: entry.tensor for entry in group.entries}
+                else:
+                    tensors = _load(sibling, granularity, group.base.tensor.device)
+                run.statistics[key] = _statistics(tensors, targets, task.base_model)
+            matrices.append(run.statistics[key])
+    weights = unit_coefficients([matrix for matrix in matrices if matrix is not None], aggregation)
+    # An optional tensor may be missing from some of the targets.
+    return shares(np.array([weights[targets.index(entry.id)] for entry in group.non_base]))
+
+
+def _merge_of(task: Any) -> Any:
+    """What the tasks of one merge have in common."""
+    return task.method_name, task.base_model, frozenset(task.model_order)
+
+
+def _siblings(run: _Run, graph: Any, task: Any, granularity: Granularity) -> list[Any]:
+    """The tasks of the unit of ``task``, itself among them."""
+    key = granularity, _merge_of(task)
+    if key not in run.units:
+        units = run.units[key] = {}
+        for other in graph.tasks:
+            if isinstance(other, type(task)) and _merge_of(other) == _merge_of(task):
+                # A tensor whose unit its name does not tell is in none; if it asks for one itself, that is an error.
+                with suppress(MergeError):
+                    units.setdefault(unit_of(other.output_weight.name, granularity), []).append(other)
+    return run.units[key][unit_of(task.output_weight.name, granularity)]
+
+
+def _statistics(tensors: dict[Any, torch.Tensor], targets: list[Any], base: Any) -> MatrixStatistics | None:
+    """None for a tensor that has no say: not floating-point, or missing from the base."""
+    if base not in tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        return None
+    present = [target for target in targets if target in tensors]
+    energies = np.zeros(len(targets))
+    if present:
+        dtype = tensors[base].dtype
+        for target in present:
+            dtype = torch.promote_types(dtype, tensors[target].dtype)
+        matrix = matrix_statistics(tensors[base].to(dtype), [tensors[target].to(dtype) for target in present])
+        energies[[targets.index(target) for target in present]] = matrix.energies
+    return MatrixStatistics(energies, tensors[base].numel())
+
+
+def _load(sibling: Any, granularity: str, device: torch.device) -> dict[Any, torch.Tensor]:
+    name, gather = sibling.output_weight.name, sibling.gather_tensors
+    reason = {
+        "GatherTensors": None,
+        "TensorDictWrapper": "mergekit-pytorch gives no architecture to tell units by",
+        "PermutedVocabulary": f"the configured tokenizer permutes {name!r}, whose merged shape is not known yet",
+        "TruncatedVocabulary": f"--unsafe-truncate-embeddings changes the shape of {name!r}",
+    }.get(type(gather).__name__, f"{name!r} is loaded by {type(gather).__name__}")
+    if reason is not None:
+        raise MergeError(f"granularity {granularity!r} is not possible here: {reason}; {_EVERYWHERE}")
+    for model, weight in gather.weight_info.items():
+        if weight.name != name:
+            raise MergeError(
+                f"granularity {granularity!r} is not possible with these `slices:`: {name!r} of the output is "
+                f"{weight.name!r} of {model}, so the units of the models do not correspond; {_EVERYWHERE}"
+            )
+    loaded = {key: load.execute() for key, load in gather.arguments().items()}
+    return {model: tensor.to(device) for model, tensor in gather.execute(**loaded).items()}
 
 
 FUSECHAT_SCE, VARM, WIDEN = METHODS = (FuseChatSCE(), VaRM(), Widen())

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,17 +84,12 @@ class MergeRecord:
             values = [record.coefficients[model] for record in records if model in record.coefficients]
             erased = [record.erased[model] for record in records if record.erased and model in record.erased]
             erased_mean = f"{np.mean(erased):.1%}" if erased else "-"
-            figures = f"{np.mean(values):.4f} | {min(values):.4f} | {max(values):.4f} | {erased_mean}"
-            lines.append(f"| {_in_a_table(model)} | {figures} |")
+            name = html.escape(model, quote=False).replace("|", "&#124;")
+            lines.append(f"| {name} | {np.mean(values):.4f} | {min(values):.4f} | {max(values):.4f} | {erased_mean} |")
         selected = [record.selected for record in records if record.selected is not None]
         if selected:
             lines += ["", f"Selected: {np.mean(selected):.1%} of the elements of a tensor, on average."]
         return "\n".join(lines) + "\n"
-
-
-def _in_a_table(name: str) -> str:
-    """A model's name as a cell of Markdown that shows it as it is."""
-    return html.escape(name, quote=False).replace("|", "&#124;")
 
 
 _process_records: list[MergeRecord] = []  # at most one, asked for by the environment
@@ -150,8 +145,3 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     data = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     commit_file(path, lambda file: file.write(data.encode()))
-
-
-def by_model(ids: Sequence[Hashable], values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """{model: value}, models named as mergekit names them."""
-    return {str(id_): float(value) for id_, value in zip(ids, values, strict=True)}

@@ -52,7 +52,7 @@ class SCEMerge:
 
 @torch.no_grad()
 def sce(
-    base: Tensor,
+    base: Tensor | None,
     targets: Sequence[Tensor],
     *,
     select_topk: float = 1.0,
@@ -64,7 +64,7 @@ def sce(
     """Merge K fine-tunes into their base by SCE, one parameter matrix. arXiv 2408.07990, section 3.4.
 
     Args:
-        base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA.
+        base: θ, any shape; float16, bfloat16, float32 or float64; CPU or CUDA. None: the targets are fusion vectors.
         targets: a list of φ_1..φ_K, of the same shape, dtype and device.
         select_topk: τ in (0, 1], the share of the elements with non-zero variance to keep; 1 keeps all elements.
         variant: "paper" is equation 9 as printed; "renormalized" divides each element by the sum of the η that survived
@@ -95,14 +95,49 @@ def sce(
         >>> merged.tensor
         tensor([2.7000, 0.0000])
     """
-    return _merge(
-        FusionVectors.of(base, targets),
-        select_topk,
-        variant,
-        weights=weights,
-        count_erased=count_erased,
-        chunk_size=chunk_size,
-    )
+    vectors = FusionVectors.of(base, targets)
+    check_parameters(len(targets), select_topk, variant)
+    factors = check_weights(weights, len(targets))
+    selection = _select(vectors, select_topk, chunk_size)
+    energies = vectors.energies(None if selection is None else selection.indices, chunk_size)
+    check_finite(energies)
+    coefficients = shares(energies)
+    etas = coefficients.tolist()
+    kept_of = None if variant == "fuseai" else selection
+    result = vectors.empty_result()
+
+    def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
+        out = result[start:stop]
+        if selection is not None and vectors.base is not None:
+            # Energies were taken of the selected elements: elsewhere nothing has looked at the base yet.
+            part = vectors.base[start:stop]
+            if not is_finite(part) and not bool(torch.isfinite(part).all()):
+                raise NonFiniteError(range(len(etas)))
+        positions = None if kept_of is None else kept_of.indices(start)
+        chunk = vectors.chunk(scratch, start, stop, positions, vote=factors)
+        for vector, factor in zip(chunk.vectors, factors, strict=True):
+            if factor != 1:
+                vector.mul_(factor)
+        counts = np.zeros((2, len(etas)), dtype=np.int64)
+        merged = _merge_chunk(scratch, chunk, etas, variant != "paper", counts if count_erased else None)
+        merged = add_to_base(chunk.base, merged)
+        if positions is None:
+            out.copy_(merged)
+            return counts
+        if vectors.base is None:
+            out.zero_()
+        else:
+            out.copy_(vectors.base[start:stop])
+        out.index_copy_(0, positions, merged.to(out.dtype))
+        return counts
+
+    counts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    erased = None
+    if count_erased:
+        nonzero, kept = np.sum(counts, axis=0) if counts else np.zeros((2, len(etas)))
+        erased = np.divide(nonzero - kept, nonzero, out=np.zeros(len(etas)), where=nonzero > 0)
+    selected = 1.0 if selection is None else selection.count / vectors.numel
+    return SCEMerge(result.reshape(vectors.shape), coefficients, selected, erased)
 
 
 @torch.no_grad()
@@ -118,14 +153,7 @@ def sce_fusion_vector(
 
     deltas: K tensors of one shape, dtype and device. Everything else as `sce`; `tensor` is the merged fusion vector.
     """
-    return _merge(
-        FusionVectors.of(None, deltas),
-        select_topk,
-        variant,
-        weights=None,
-        count_erased=count_erased,
-        chunk_size=chunk_size,
-    )
+    return sce(None, deltas, select_topk=select_topk, variant=variant, count_erased=count_erased, chunk_size=chunk_size)
 
 
 @torch.no_grad()
@@ -171,36 +199,6 @@ def check_parameters(targets: int, select_topk: float, variant: str) -> None:
         )
 
 
-def _merge(
-    vectors: FusionVectors,
-    select_topk: float,
-    variant: Variant,
-    *,
-    weights: Sequence[float] | None,
-    count_erased: bool,
-    chunk_size: int | None,
-) -> SCEMerge:
-    check_parameters(len(vectors.targets), select_topk, variant)
-    factors = check_weights(weights, len(vectors.targets))
-    selection = _select(vectors, select_topk, chunk_size)
-    energies = vectors.energies(None if selection is None else selection.indices, chunk_size)
-    check_finite(energies)
-    coefficients = shares(energies)
-    tensor, erased = _erase_and_update(
-        vectors,
-        None if variant == "fuseai" else selection,
-        coefficients,
-        factors,
-        # Energies were taken of all elements only if all are selected: elsewhere nothing has looked at the base yet.
-        check_base=selection is not None,
-        divide=variant != "paper",
-        count_erased=count_erased,
-        chunk_size=chunk_size,
-    )
-    selected = 1.0 if selection is None else selection.count / vectors.numel
-    return SCEMerge(tensor.reshape(vectors.shape), coefficients, selected, erased)
-
-
 def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) -> Selection | None:
     """None if everything is selected."""
     if select_topk == 1 or not vectors.numel:
@@ -213,55 +211,6 @@ def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) 
             f"the differences between targets overflow {vectors.dtype}: their entries are too large for "
             f"{vectors.targets[0].dtype} weights; check the models, or cast them to float64"
         ) from None
-
-
-def _erase_and_update(
-    vectors: FusionVectors,
-    selection: Selection | None,
-    coefficients: np.ndarray,
-    factors: list[float],
-    *,
-    check_base: bool,
-    divide: bool,
-    count_erased: bool,
-    chunk_size: int | None,
-) -> tuple[Tensor, np.ndarray | None]:
-    """Steps 3 and 4, chunk by chunk. Returns the flat result and the erased shares."""
-    result = vectors.empty_result()
-    weights = [float(c) for c in coefficients]
-
-    def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
-        out = result[start:stop]
-        if check_base and vectors.base is not None:
-            _check_base(vectors.base[start:stop], len(weights))
-        positions = None if selection is None else selection.indices(start)
-        chunk = vectors.chunk(scratch, start, stop, positions, vote=factors)
-        for vector, factor in zip(chunk.vectors, factors, strict=True):
-            if factor != 1:
-                vector.mul_(factor)
-        counts = np.zeros((2, len(weights)), dtype=np.int64)
-        merged = _merge_chunk(scratch, chunk, weights, divide, counts if count_erased else None)
-        merged = add_to_base(chunk.base, merged)
-        if positions is None:
-            out.copy_(merged)
-            return counts
-        if vectors.base is None:
-            out.zero_()
-        else:
-            out.copy_(vectors.base[start:stop])
-        out.index_copy_(0, positions, merged.to(out.dtype))
-        return counts
-
-    counts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
-    if not count_erased:
-        return result, None
-    nonzero, kept = np.sum(counts, axis=0) if counts else np.zeros((2, len(weights)))
-    return result, np.divide(nonzero - kept, nonzero, out=np.zeros(len(weights)), where=nonzero > 0)
-
-
-def _check_base(base: Tensor, targets: int) -> None:
-    if not is_finite(base) and not bool(torch.isfinite(base).all()):
-        raise NonFiniteError(range(targets))
 
 
 def _merge_chunk(

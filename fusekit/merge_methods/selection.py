@@ -96,7 +96,8 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
     """
     scale = 1.0
     low, chunks = _candidates(targets, select_topk, scale, chunk_size)
-    if not _TINY[compute_dtype(targets[0].dtype)] < _largest(chunks) < math.inf:
+    largest = float(np.max([chunk.largest for chunk in chunks.values()]))  # NaN if any is
+    if not _TINY[compute_dtype(targets[0].dtype)] < largest < math.inf:
         scale = _scale(targets, chunk_size)
         low, chunks = _candidates(targets, select_topk, scale, chunk_size)
     count = math.floor(select_topk * sum(chunk.varying for chunk in chunks.values()))
@@ -121,11 +122,6 @@ def _candidates(
     """The score from which elements are kept, 0 for all, and their scores."""
     low = _sampled_bound(targets, select_topk, scale) if select_topk <= _SPARSE_SHARE else 0.0
     return low, _score(targets, low, scale, chunk_size)
-
-
-def _largest(chunks: dict[int, ChunkScores]) -> float:
-    """The largest score; NaN if any is."""
-    return float(np.max([chunk.largest for chunk in chunks.values()]))
 
 
 def _scale(targets: Sequence[Tensor], chunk_size: int | None) -> float:

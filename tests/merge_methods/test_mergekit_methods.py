@@ -37,6 +37,21 @@ def run(recipe, out, **options):
     return load_file(out / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return family(tmp_path_factory.mktemp("models"), 2, vocab_size=32)
+
+
+@pytest.fixture
+def base(models):
+    return models[0]
+
+
+@pytest.fixture
+def targets(models):
+    return models[1]
+
+
 def recipe_of(base, targets, method="fusechat_sce", parameters=None, **more):
     return {
         "merge_method": method,
@@ -50,6 +65,13 @@ def recipe_of(base, targets, method="fusechat_sce", parameters=None, **more):
 
 def tensors_of(*paths):
     return [load_file(path / "model.safetensors") for path in paths]
+
+
+def assert_equal(merged, expected):
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert merged[name].dtype == tensor.dtype
+        assert torch.equal(merged[name], tensor), name
 
 
 # ---------------------------------------------------------------- in memory
@@ -78,17 +100,6 @@ def test_cuda_selects_and_merges_as_the_cpu_does(variant):
     torch.testing.assert_close(gpu.tensor.cpu(), cpu.tensor, rtol=2**-8, atol=0)
     assert gpu.selected == cpu.selected
     assert gpu.erased.tolist() == cpu.erased.tolist()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_strided_weights_are_accepted_and_left_alone(method):
-    base, targets = random_case((4, 6), 2)
-    tensors = [t.float().T for t in (base, *targets)]
-    copies = [t.clone() for t in tensors]
-    expected = merge_state_dicts([{"w": t.contiguous()} for t in tensors], method, base=0)["w"]
-    actual = merge_state_dicts([{"w": t} for t in tensors], method, base=0)["w"]
-    assert torch.equal(actual, expected)
-    assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
 
 
 def mixed_models():
@@ -212,8 +223,7 @@ def test_with_gradients_the_numbers_and_the_record_are_the_same(method, paramete
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path):
-    base, targets = family(tmp_path / "models", targets=2)
+def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path, base, targets):
     recipe = recipe_of(base, targets, method)
     recipe["models"][0]["parameters"] = {"weight": [0.25, 0.5]}  # a gradient over the layers
     recipe["models"][1]["parameters"] = {"weight": [{"filter": "mlp", "value": 0}, {"value": 2}]}
@@ -305,42 +315,24 @@ def test_a_name_that_tells_nothing_is_no_matter_to_the_others():
 # ---------------------------------------------------------------- graphs
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tie"), [("float32", True), ("bfloat16", False), ("float16", False), ("float64", True)]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_graph_and_state_dict_agree(tmp_path, method):
-    base, targets = family(tmp_path, 3)
+def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method, dtype, tie):
+    base, targets = family(tmp_path, 3, tie=tie)
     parameters = {"select_topk": 0.3} if method == "fusechat_sce" else {}
-    merged = run(recipe_of(base, targets, method, parameters), tmp_path / "out")
-    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0, parameters=parameters)
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    merged = run(recipe_of(base, targets, method, parameters, dtype=dtype), tmp_path / "out")
+    models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
+    assert_equal(merged, merge_state_dicts(models, method, base=0, parameters=parameters))
+    assert ("lm_head.weight" in merged) == (not tie)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_base_listed_among_the_models_changes_nothing(tmp_path, method):
-    base, targets = family(tmp_path, 2)
+def test_base_listed_among_the_models_changes_nothing(tmp_path, method, base, targets):
     one = run(recipe_of(base, targets, method), tmp_path / "one")
     other = run(recipe_of(base, [base, *targets], method), tmp_path / "other")
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("method", METHODS)
-def test_dtype_of_the_recipe_is_that_of_the_result(tmp_path, method, dtype):
-    base, targets = family(tmp_path, 2)
-    merged = run(recipe_of(base, targets, method, dtype=dtype), tmp_path / "out")
-    assert {t.dtype for t in merged.values()} == {getattr(torch, dtype)}
-    models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
-    expected = merge_state_dicts(models, method, base=0)
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_tied_weights(tmp_path, method):
-    base, targets = family(tmp_path, 2, tie=True)
-    merged = run(recipe_of(base, targets, method), tmp_path / "out")
-    assert "lm_head.weight" not in merged
-    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0)
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("granularity", UNITS)
@@ -351,49 +343,37 @@ def test_units_in_a_graph_are_those_in_memory(tmp_path, granularity):
     merged = run(recipe_of(base, targets, "varm", parameters, dtype="bfloat16"), tmp_path / "out")
     models = [{name: t.bfloat16() for name, t in model.items()} for model in tensors_of(base, *targets)]
     expected = merge_state_dicts(models, "varm", base=0, parameters=parameters)
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert_equal(merged, expected)
 
 
-def test_units_by_filter(tmp_path):
-    base, targets = family(tmp_path, 2)
+def test_parameters_by_filter_and_gradient(tmp_path, base, targets):
     granularity = [{"filter": "mlp", "value": "layer"}, {"value": "matrix"}]
-    with record_coefficients() as record:
-        run(recipe_of(base, targets, "varm", {"granularity": granularity}), tmp_path / "out")
-    assert record.tensors["model.layers.1.mlp.up_proj.weight"].unit == "model.layers.1"
-    assert record.tensors["model.layers.1.self_attn.q_proj.weight"].unit is None
-
-
-def test_select_topk_by_filter_and_gradient(tmp_path):
-    base, targets = family(tmp_path, 2)
     topk = [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 1.0}]
+    mlp, attention = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+    with record_coefficients() as units:
+        run(recipe_of(base, targets, "varm", {"granularity": granularity}), tmp_path / "varm")
+    assert (units.tensors[mlp].unit, units.tensors[attention].unit) == ("model.layers.1", None)
     with record_coefficients() as record:
-        run(recipe_of(base, targets, parameters={"select_topk": topk}), tmp_path / "out")
+        run(recipe_of(base, targets, parameters={"select_topk": topk}), tmp_path / "sce")
     selected = {name: each.parameters["select_topk"] for name, each in record.tensors.items()}
-    assert selected["model.layers.0.mlp.up_proj.weight"] == pytest.approx(0.2)
-    assert selected["model.layers.1.mlp.up_proj.weight"] == pytest.approx(0.6)
-    assert selected["model.layers.1.self_attn.q_proj.weight"] == 1
-    assert record.tensors["model.layers.1.mlp.up_proj.weight"].selected == pytest.approx(0.6, abs=0.01)
-
-
-def with_tokenizer(base, targets, method, parameters, tmp_path):
-    return run(recipe_of(base, targets, method, parameters, tokenizer={"source": "base"}), tmp_path / "out")
+    assert selected[mlp.replace("1", "0")] == pytest.approx(0.2)
+    assert (selected[mlp], selected[attention]) == (pytest.approx(0.6), 1)
+    assert record.tensors[mlp].selected == pytest.approx(0.6, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [("fusechat_sce", {"select_topk": 0.5}), ("varm", {}), ("varm", {"granularity": "layer"})],
 )
-def test_with_a_tokenizer_configured(tmp_path, method, parameters):
-    base, targets = family(tmp_path, 2, vocab_size=32)
-    merged = with_tokenizer(base, targets, method, parameters, tmp_path)
+def test_with_a_tokenizer_configured(tmp_path, method, parameters, base, targets):
+    merged = run(recipe_of(base, targets, method, parameters, tokenizer={"source": "base"}), tmp_path / "out")
     expected = merge_state_dicts(tensors_of(base, *targets), method, base=0, parameters=parameters)
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert_equal(merged, expected)
 
 
-def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path):
-    base, targets = family(tmp_path, 2, vocab_size=32)
+def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, base, targets):
     with pytest.raises(MergeError, match=r"tokenizer permutes 'model.embed_tokens.weight'.*granularity: matrix"):
-        with_tokenizer(base, targets, "varm", {"granularity": "model"}, tmp_path)
+        run(recipe_of(base, targets, "varm", {"granularity": "model"}, tokenizer={"source": "base"}), tmp_path / "out")
 
 
 def sliced(base, targets, ranges, **more):
@@ -405,8 +385,7 @@ def sliced(base, targets, ranges, **more):
     return {"merge_method": "varm", "base_model": str(base), "slices": slices, "dtype": "float32", **more}
 
 
-def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path):
-    base, targets = family(tmp_path, 2)
+def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path, base, targets):
     shifted = sliced(base, targets, [[(1, 2)] * 3, [(0, 1)] * 3])
     assert len(run(shifted, tmp_path / "matrix")) == 21
     for granularity in UNITS:
@@ -415,42 +394,33 @@ def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path):
             run(recipe, tmp_path / granularity)
 
 
-def test_slices_that_keep_names_are_fine(tmp_path):
-    base, targets = family(tmp_path, 2)
+def test_slices_that_keep_names_are_fine(tmp_path, base, targets):
     parameters = {"granularity": "layer"}
     merged = run(sliced(base, targets, [[(0, 1)] * 3, [(1, 2)] * 3], parameters=parameters), tmp_path / "sliced")
     expected = run(recipe_of(base, targets, "varm", parameters), tmp_path / "whole")
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert_equal(merged, expected)
+
+
+def merge_files(models, tmp_path, **recipe):
+    """By mergekit-pytorch."""
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(len(models))]
+    for path, model in zip(paths, models, strict=True):
+        save_file(model, path)
+    config = RawPyTorchMergeConfig(models=[{"model": p} for p in paths[1:]], base_model=paths[0], **recipe)
+    Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
+    return load_file(tmp_path / "out" / "model.safetensors")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_mergekit_pytorch(tmp_path, method, dtype):
-    models = mixed_models()
-    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
-    for path, model in zip(paths, models, strict=True):
-        save_file(model, path)
-    config = RawPyTorchMergeConfig(
-        merge_method=method, models=[{"model": p} for p in paths[1:]], base_model=paths[0], dtype=dtype
-    )
-    Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
-    merged = load_file(tmp_path / "out" / "model.safetensors")
-    expected = merge_state_dicts(models, method, base=0, dtype=dtype and getattr(torch, dtype))
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    merged = merge_files(mixed_models(), tmp_path, merge_method=method, dtype=dtype)
+    assert_equal(merged, merge_state_dicts(mixed_models(), method, base=0, dtype=dtype and getattr(torch, dtype)))
 
 
 def test_mergekit_pytorch_knows_no_units(tmp_path):
-    paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
-    for path, model in zip(paths, state_dicts(), strict=False):
-        save_file(model, path)
-    config = RawPyTorchMergeConfig(
-        merge_method="varm",
-        models=[{"model": paths[1]}],
-        base_model=paths[0],
-        parameters={"granularity": "model"},
-    )
     with pytest.raises(MergeError, match=r"mergekit-pytorch gives no architecture.*granularity: matrix"):
-        Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
+        merge_files(state_dicts()[:2], tmp_path, merge_method="varm", parameters={"granularity": "model"})
 
 
 def test_mergekit_multi(tmp_path):
@@ -467,8 +437,7 @@ def test_mergekit_multi(tmp_path):
     step = merge_state_dicts(tensors_of(base, *targets), "varm", base=0, parameters={"granularity": "module"})
     models = [tensors_of(base)[0], step, tensors_of(targets[0])[0]]
     expected = merge_state_dicts(models, "fusechat_sce", base=0, parameters={"select_topk": 0.5})
-    merged = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
 
 def optional_task(method, refs, parameters):
@@ -603,12 +572,3 @@ def test_modules_of_known_layers():
     assert unit_of("model.norm.weight", "model") == "model"
     with pytest.raises(MergeError, match="granularity is 'layers', it must be one of"):
         unit_of("model.layers.0.mlp.w", "layers")
-
-
-def test_merged_model_loads(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    base, targets = family(tmp_path, 2)
-    merged = run(recipe_of(base, targets, parameters={"select_topk": 0.4}), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(model.lm_head.weight, merged["lm_head.weight"])
