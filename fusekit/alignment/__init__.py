@@ -31,7 +31,7 @@ _HOMES = {
     "plan_rows": "alignment.cases",
     "project_rows": "alignment.rows",
     "project_rows_by_rule": "alignment.rows",
-    "source_positions": "alignment.cases",
+    "source_positions": "alignment.rows",
     "tokenize": "alignment.ends",
     "vocabulary_surfaces": "alignment.surfaces",
 }

@@ -7,28 +7,26 @@ it. Of several tokens with one end on one side (a lone dummy space, a token of n
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.ends import tokenize_with
-from fusekit.alignment.papers import MAX_CELLS, cost_matrix, links_of_path, matches_of_path, warp
+from fusekit.alignment.ends import tokenize
+from fusekit.alignment.papers import MAX_CELLS, cost_matrix, warp
 from fusekit.alignment.surfaces import Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray, TokenizedText
 
+_METHODS = ("dtw", "span")
 
-def link(pivot: TokenizedText, source: TokenizedText) -> IntArray:
-    """Link the tokens of two tokenisations of one text by where they end. O(n + m) up to a logarithm, vectorised.
 
-    Ends are intervals (see :mod:`fusekit.alignment.ends`): two boundaries are the same where their intervals meet.
+def _link(pivot: TokenizedText, source: TokenizedText) -> IntArray:
+    """``source_at`` of :class:`TokenAlignment` by equal ends. O(n + m) up to a logarithm, vectorised.
 
-    Returns:
-        int64 [n]: the last source position with the same end, or -1; of several pivot tokens that end there only the
-        last has one.
+    Ends are intervals (see :class:`fusekit.types.TokenizedText`): two boundaries are the same where theirs meet.
     """
     linked = np.full(len(pivot), -1, np.int64)
     ours = np.arange(len(pivot)) if pivot.exact else np.flatnonzero(pivot.lows <= pivot.ends)
@@ -44,47 +42,20 @@ def link(pivot: TokenizedText, source: TokenizedText) -> IntArray:
     return linked
 
 
-def overlaps(pivot: TokenizedText, source: TokenizedText, source_at: IntArray) -> tuple[IntArray, IntArray]:
-    """For every pivot token the source tokens that share bytes with it, within its group: a contiguous range.
+def _overlaps(pivot: TokenizedText, source: TokenizedText, source_at: IntArray) -> tuple[IntArray, IntArray]:
+    """For every pivot token the source tokens ``[first, stop)`` that share bytes with it, within its group.
 
-    Returns ``(first, stop)``, int64 [n] each; tokens without width take the neighbours that end where they do.
+    Tokens without width take the neighbours that end where they do.
     """
-    pivot_starts = np.concatenate([[0], pivot.ends])[:-1].astype(np.int64)
-    source_starts = np.concatenate([[0], source.ends])[:-1].astype(np.int64)
+    closed = np.flatnonzero(source_at >= 0)
+    group = np.searchsorted(closed, np.arange(len(source_at)), side="left")
+    stops = np.append(source_at[closed] + 1, len(source))
+    low, high = np.concatenate([[0], stops[:-1]])[group], stops[group]
+    pivot_starts, source_starts = (np.concatenate([[0], side.ends])[:-1].astype(np.int64) for side in (pivot, source))
     first = np.searchsorted(source.ends, pivot_starts, side="right")
     stop = np.searchsorted(source_starts, pivot.ends, side="left")
-    low, high = group_range(source_at, len(source))
     first = np.clip(first, low, np.maximum(high - 1, low))
     return first, np.clip(np.maximum(stop, first + 1), first, high)
-
-
-def group_range(source_at: IntArray, m: int) -> tuple[IntArray, IntArray]:
-    """The source tokens ``[first, stop)`` of the group that each pivot token is in, int64 [n] each."""
-    n = len(source_at)
-    closed = np.flatnonzero(source_at >= 0)
-    group = np.searchsorted(closed, np.arange(n), side="left")
-    stops = np.append(source_at[closed] + 1, m)
-    firsts = np.concatenate([[0], stops[:-1]])
-    return firsts[group], stops[group]
-
-
-def groups(source_at: IntArray, m: int) -> list[tuple[slice, slice]]:
-    """The stretches between consecutive links: ``(pivot slice, source slice)``, in order.
-
-    Together they hold every token of both sides once (where the ends of the text are linked, as they are unless one
-    side has no token at all).
-    """
-    closed = np.flatnonzero(source_at >= 0)
-    if not len(closed):
-        return []
-    pivot_stops, source_stops = (closed + 1).tolist(), (source_at[closed] + 1).tolist()
-    pivot_starts, source_starts = [0, *pivot_stops[:-1]], [0, *source_stops[:-1]]
-    # Tokens after the last link have no common end to close a group; they go with the last one.
-    pivot_stops[-1], source_stops[-1] = len(source_at), m
-    return [
-        (slice(a, b), slice(c, d))
-        for a, b, c, d in zip(pivot_starts, pivot_stops, source_starts, source_stops, strict=True)
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +104,22 @@ class TokenAlignment:
 
         For ``span`` the source tokens that share bytes with the pivot token.
         """
-        return self.path if self.path is not None else overlaps(self.pivot, self.source, self.source_at)
+        return self.path if self.path is not None else _overlaps(self.pivot, self.source, self.source_at)
 
     @cached_property
     def groups(self) -> list[tuple[slice, slice]]:
-        """The 1-1, 1-n, n-1 and m-n groups between common ends: ``(pivot slice, source slice)`` each, in order."""
-        return groups(self.source_at, len(self.source))
+        """The 1-1, 1-n, n-1 and m-n groups between common ends: ``(pivot slice, source slice)`` each, in order.
+
+        Together they hold every token of both sides once; empty where one side has no token at all.
+        """
+        closed = np.flatnonzero(self.source_at >= 0)
+        if not len(closed):
+            return []
+        # Tokens after the last link have no common end to close a group; they go with the last one.
+        pivot = [0, *(closed[:-1] + 1).tolist(), len(self.pivot)]
+        source = [0, *(self.source_at[closed[:-1]] + 1).tolist(), len(self.source)]
+        starts, stops = zip(pivot, source, strict=True), zip(pivot[1:], source[1:], strict=True)
+        return [(slice(a, b), slice(c, d)) for (a, c), (b, d) in zip(starts, stops, strict=False)]
 
     @property
     def linked_share(self) -> float:
@@ -167,8 +148,8 @@ def align(text: str, pivot_tokenizer: Any, source_tokenizer: Any, method: str = 
 
     Args:
         text: the text, as the user wrote it.
-        pivot_tokenizer: of ``transformers`` or ``tokenizers``; any kind whose tokens' bytes can be known.
-        source_tokenizer: likewise.
+        pivot_tokenizer, source_tokenizer: of ``transformers`` or ``tokenizers``; any kind whose tokens' bytes can be
+            known.
         method: ``span``: by equal ends in the text's bytes, exact, linear in time. ``dtw``: dynamic time warping over
             the token strings with a Levenshtein cost, as FuseLLM (arXiv 2401.10491) and FuseChat (arXiv 2408.07990) do;
             quadratic, and wrong for a few percent of the tokens, for fidelity studies.
@@ -178,14 +159,13 @@ def align(text: str, pivot_tokenizer: Any, source_tokenizer: Any, method: str = 
 
     Raises:
         AlignmentError: a tokenizer cannot be handled exactly (with its name and the reason), the text cannot be
-            encoded, or the method is unknown.
+            encoded or is too long for ``dtw``, or the method is unknown.
     """
-    if method not in METHODS:
-        raise AlignmentError(f"unknown alignment method {method!r}: there are {', '.join(sorted(METHODS))}")
-    pivot_surfaces, source_surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
-    pivot, source = tokenize_with(text, pivot_surfaces), tokenize_with(text, source_surfaces)
-    source_at, path = METHODS[method](pivot, source, pivot_surfaces, source_surfaces)
-    return TokenAlignment(text, pivot, source, source_at, method, path)
+    if method not in _METHODS:
+        raise AlignmentError(f"unknown alignment method {method!r}: there are {', '.join(_METHODS)}")
+    surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
+    pivot, source = (tokenize(text, side) for side in surfaces)
+    return warped(text, pivot, source, surfaces) if method == "dtw" else align_tokens(text, pivot, source)
 
 
 def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> TokenAlignment:
@@ -194,31 +174,37 @@ def align_tokens(text: str, pivot: TokenizedText, source: TokenizedText) -> Toke
     For tokens with special ones around the text: ``tokenize(text, tokenizer).opened(bos_id).closed(end_of_turn_id)``.
     They pair by their place, not by their strings.
     """
-    return TokenAlignment(text, pivot, source, link(pivot, source), "span")
+    return TokenAlignment(text, pivot, source, _link(pivot, source), "span")
 
 
-_Found = tuple[IntArray, tuple[IntArray, IntArray] | None]
+def warped(
+    text: str, pivot: TokenizedText, source: TokenizedText, surfaces: tuple[Surfaces, Surfaces]
+) -> TokenAlignment:
+    """The method ``dtw`` of :func:`align`, of tokens of these vocabularies.
 
-
-def _by_warping(pivot: TokenizedText, source: TokenizedText, p: Surfaces, s: Surfaces) -> _Found:
+    A link is a common end that the path claims: where the next pivot token shares no source token with this one.
+    """
     n, m = len(pivot), len(source)
-    if not n or not m:
-        nothing = np.zeros(n, np.int64)
-        return nothing - 1, (nothing, nothing)
+    linked, first, stop = np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
     if n * m > MAX_CELLS:
         raise AlignmentError(
             f"dtw of {n} pivot by {m} source tokens needs a table of {n * m:,} cells, more than {MAX_CELLS:,}: "
             "cut the text, or use method='span'"
         )
-    costs = cost_matrix([p.of[i] for i in pivot.ids.tolist()], [s.of[i] for i in source.ids.tolist()])
-    matched = matches_of_path(*warp(costs), n)
-    return links_of_path(*matched), matched
+    if n and m:
+        strings = [
+            [side.of[i] for i in tokens.ids.tolist()] for tokens, side in zip((pivot, source), surfaces, strict=True)
+        ]
+        first, stop = warp(cost_matrix(*strings))
+        closes = np.append(first[1:] >= stop[:-1], True)
+        linked[closes] = stop[closes] - 1
+    return TokenAlignment(text, pivot, source, linked, "dtw", (first, stop))
 
 
-METHODS: dict[str, Callable[[TokenizedText, TokenizedText, Surfaces, Surfaces], _Found]] = {
-    "span": lambda pivot, source, *_: (link(pivot, source), None),
-    "dtw": _by_warping,
-}
+def pieces(tokens: TokenizedText, data: bytes) -> list[bytes]:
+    """The bytes of the text that each token consumes."""
+    ends = [0, *tokens.ends.tolist()]
+    return [data[start:end] for start, end in pairwise(ends)]
 
 
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -226,9 +212,7 @@ _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 def visible(piece: bytes) -> str:
     """``piece`` with spaces and controls made visible and bytes that are no UTF-8 as ``\\xNN``; ``∅`` if empty."""
-    if not piece:
-        return "∅"
-    return "".join(map(_shown, piece.decode(errors="backslashreplace")))
+    return "".join(map(_shown, piece.decode(errors="backslashreplace"))) if piece else "∅"
 
 
 def _shown(character: str) -> str:
@@ -242,31 +226,20 @@ def _shown(character: str) -> str:
     return f"\\u{ord(character):04x}" if hidden else character
 
 
-def pieces(tokens: TokenizedText, data: bytes) -> list[bytes]:
-    """The bytes of the text that each token consumes."""
-    ends = tokens.ends.tolist()
-    return [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=False)] if ends else []
-
-
 def _columns(text: str) -> int:
     """Terminal columns that ``text`` takes."""
-    return sum(
-        0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Cf") else 2 if _wide(c) else 1 for c in text
-    )
+    marks = sum(unicodedata.combining(c) != 0 or unicodedata.category(c) == "Mn" for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
-def _wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in "WF"
-
-
-def _side_by_side(found: Iterable[tuple[str, str, str]], width: int) -> str:
+def _side_by_side(found: list[tuple[str, str, str]], width: int) -> str:
     """Rows of text, pivot and source, a column per group, folded at ``width`` terminal columns."""
     names = ("text  ", "pivot ", "source")
     blocks: list[list[str]] = []
     used = width
     for texts in found:
         size = max(map(_columns, texts))
-        if used + size + 1 > width or not blocks:
+        if used + size + 1 > width:
             blocks.append([name + " │" for name in names])
             used = len(names[0]) + 2
         used += size + 1

@@ -1,66 +1,14 @@
-"""Which vocabulary entries begin with given bytes, for many rows of entries at once."""
+"""How a pivot position comes by its row: the cases of a position, told by the tokens alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.surfaces import Surfaces
-from fusekit.alignment.vocabulary_map import VocabularyMap
-from fusekit.errors import AlignmentError
-from fusekit.types import BoolArray, IntArray, TokenizedText
-
-
-def begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: IntArray) -> BoolArray:
-    """Whether each entry begins as the surface of another does.
-
-    Args:
-        surfaces: of the vocabulary.
-        token: int64 [w], the entries to compare with, at least ``length`` bytes long.
-        length: int64 [w], how many bytes to compare.
-        ids: int64 [w, k], the entries; -1 and ids beyond the vocabulary begin with nothing.
-    """
-    flat, starts, lengths = surfaces.flat
-    known = (ids >= 0) & (ids < len(lengths))
-    at = np.where(known, ids, 0)
-    keep = known & (lengths[at] >= length[:, None])
-    for offset in range(int(length.max(initial=0))):
-        rows = np.flatnonzero((length > offset) & keep.any(axis=1))
-        if not len(rows):
-            break
-        wanted = flat[starts[token[rows]] + offset][:, None]
-        keep[rows] &= flat[np.minimum(starts[at[rows]] + offset, len(flat) - 1)] == wanted
-    return keep
-
-
-def beginning_in_text(alignment: TokenAlignment, surfaces: Surfaces, before: IntArray, consumed: IntArray) -> IntArray:
-    """How many bytes of its surface a source token has given once ``consumed`` bytes of its text are read.
-
-    Args:
-        alignment: of the text.
-        surfaces: of the source.
-        before: int64 [w], the source positions before the tokens.
-        consumed: int64 [w], bytes of text since the end of ``before``.
-
-    Returns:
-        int64 [w]: ``consumed``; one more for a word of WordPiece, which stands for a space that belongs to the token
-        before it in the text; -1 where the surface is not the text, since a normaliser changed it or it is unknown.
-    """
-    flat, starts, lengths = surfaces.flat
-    text = np.frombuffer(alignment.text.encode(), np.uint8)
-    token, origin = alignment.source_ids[before + 1], alignment.source.ends[before]
-    first = flat[np.minimum(starts[token], len(flat) - 1)]
-    skipped = ((first == ord(" ")) & (text[origin] != ord(" "))).astype(np.int64)
-    clear = lengths[token] >= consumed + skipped
-    for offset in range(int(consumed.max(initial=0))):
-        reach = np.flatnonzero((consumed > offset) & clear)
-        there = starts[token[reach]] + skipped[reach] + offset
-        clear[reach] = flat[there] == text[origin[reach] + offset]
-    return np.where(clear, consumed + skipped, -1)
+from fusekit.types import IntArray, TokenizedText
 
 
 class Case(IntEnum):
@@ -97,13 +45,8 @@ class Case(IntEnum):
 
 
 HAS_ROW = frozenset(Case) - {Case.LAST, Case.NO_ROW, Case.UNLINKED}
-WITHIN = {
-    Case.SAME: Case.WITHIN_SAME,
-    Case.LONGER: Case.WITHIN_LONGER,
-    Case.CLOSES: Case.WITHIN_CLOSES,
-    Case.CROSSES: Case.WITHIN_CROSSES,
-    Case.NO_ROW: Case.UNLINKED,
-}
+_WITHIN = Case.WITHIN_SAME - Case.SAME
+"""From a case of a link, ``SAME`` to ``NO_ROW``, to the one inside a source token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,25 +79,22 @@ def plan_rows(alignment: TokenAlignment, conditioning: bool = True) -> Steps:
     n, m = len(pivot), len(source)
     linked = alignment.source_at >= 0
     base = alignment.source_at.copy()
-    if m:
+    certain = np.flatnonzero(source.lows <= source.ends)
+    if len(certain):
         # Unlinked: the last source token that ends before this position. Uncertain ends on either side give none.
-        certain = np.flatnonzero(source.lows <= source.ends)
         before = np.searchsorted(source.ends[certain], pivot.ends, side="right") - 1
-        inside = certain[np.maximum(before, 0)] if len(certain) else np.zeros(n, np.int64)
-        within = ~linked & (before >= 0) & (pivot.lows <= pivot.ends) if len(certain) else np.zeros(n, bool)
-        within &= source.ends[inside] < pivot.lows
+        inside = certain[np.maximum(before, 0)]
+        within = ~linked & (before >= 0) & (pivot.lows <= pivot.ends) & (source.ends[inside] < pivot.lows)
         base = np.where(within, inside, base)
     base[base + 1 >= m] = -1
-    cases = np.where(linked, Case.NO_ROW, Case.UNLINKED).astype(np.int64)
+    cases = np.full(n, int(Case.NO_ROW), np.int64)
     spelled, overhang = base + 1, np.zeros(n, np.int64)
-    usable = np.flatnonzero(base[:-1] >= 0) if n else np.zeros(0, np.int64)
+    usable = np.flatnonzero(base[:-1] >= 0)
     if len(usable):
         found = _compare_next(pivot, source, usable, base[usable])
         cases[usable], spelled[usable], overhang[usable] = found
-        for case, within_case in WITHIN.items():
-            cases[~linked & (cases == case)] = within_case
-    if n:
-        cases[-1] = Case.LAST
+    cases = np.where(linked, cases, cases + _WITHIN)
+    cases[-1:] = Case.LAST
     if not conditioning:
         cases[linked & (cases == Case.CROSSES)] = Case.NO_ROW
         cases[~linked & (cases != Case.LAST)] = Case.UNLINKED
@@ -187,43 +127,3 @@ def _compare_next(
     kind = np.select(conditions, [Case.SAME, Case.LONGER, Case.CLOSES, Case.CROSSES], Case.NO_ROW)
     spelled = np.where(np.isin(kind, [Case.CLOSES, Case.CROSSES]), inner, base + 1)
     return kind, spelled, np.where(kind == Case.CROSSES, t_high - source.ends[inner], 0)
-
-
-RULES: dict[str, Callable[[bytes, list[bytes], bool], bool]] = {
-    "em": lambda pivot, source, _: source == [pivot],
-    "mined": lambda pivot, source, mapped: source == [pivot] or (len(source) == 1 and mapped),
-    "ms": lambda pivot, source, _: (
-        pivot.endswith(source[0]) or source[0].endswith(pivot)
-        if len(source) == 1
-        else b"".join(source).removeprefix(b" ") == pivot.removeprefix(b" ")
-    ),
-}
-"""Whether a pivot token (its surface) takes the row of the last of the source tokens that are aligned with it (their
-surfaces). The last argument: whether the only one maps to it."""
-
-
-def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str) -> IntArray:
-    """The source position whose row each pivot position takes by a rule of the papers, or -1: int64 [n].
-
-    Args:
-        alignment: of either method; the rules are meant for ``dtw``.
-        vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
-        rule: ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is one token and it equals the pivot's, for ``mined``
-            also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1 and n-1 where one of the two tokens ends with the
-            other; 1-n where the pieces spell the pivot's token, the row of the last.
-
-    Raises:
-        AlignmentError: unknown rule.
-    """
-    if rule not in RULES:
-        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(RULES))}")
-    pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
-    source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
-    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
-    first, stop = alignment.matched
-    rows = np.full(len(first), -1, np.int64)
-    for i in np.flatnonzero(stop > first).tolist():
-        last = int(stop[i]) - 1
-        if RULES[rule](pivot[i], source[first[i] : last + 1], bool(targets[last] == alignment.pivot_ids[i])):
-            rows[i] = last
-    return rows

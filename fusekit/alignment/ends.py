@@ -1,8 +1,9 @@
-"""Positions in a normalised text, carried back to the original one.
+"""Where the tokens of a text end in its bytes.
 
 ``tokenizers`` reports offsets through a normaliser, but they miss what NFC and NFKC compose: of ``e`` followed by a
-combining accent the offsets cover the ``e`` alone. So the text is cut into pieces that normalise independently of one
-another, and the cut is *checked*: the normalised pieces must spell the normalised text.
+combining accent the offsets cover the ``e`` alone. So ends are found by spelling, in the text or in the normalised one,
+which is cut into pieces that normalise independently of one another; the cut is *checked*: the normalised pieces must
+spell the normalised text. Offsets are the way out for tokenizers that drop text.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ import numpy as np
 
 from fusekit.alignment.surfaces import METASPACE, Form, Kind, Surfaces, vocabulary_surfaces
 from fusekit.errors import AlignmentError
-from fusekit.types import IntArray, TokenizedText
+from fusekit.types import BoolArray, IntArray, TokenizedText
 
 _RUNS = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
+_SPACE = b" "
+_MARK = METASPACE.encode()
+# What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
+_WHITESPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
+    "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+_Ends = tuple[IntArray, IntArray]
+"""The lowest and the highest place of each end."""
 
 
-def joins_previous(character: str) -> bool:
+def _joins_previous(character: str) -> bool:
     """Whether a normaliser may merge or reorder ``character`` with the one before it."""
     if character < "\u0300":
         return False
@@ -33,19 +43,18 @@ def joins_previous(character: str) -> bool:
     return jamo or unicodedata.category(first)[0] == "M" or unicodedata.combining(first) != 0
 
 
-def independent_pieces(text: str) -> list[str]:
+def _independent_pieces(text: str) -> list[str]:
     """``text`` cut where no character joins the previous one; runs of ASCII stay whole."""
     pieces: list[str] = []
     for match in _RUNS.finditer(text):
         run = match[0]
-        if pieces and joins_previous(run[0]):
+        if pieces and _joins_previous(run[0]):
             base = pieces.pop()
             if base.isascii() and len(base) > 1:
                 pieces.append(base[:-1])
                 base = base[-1]
-            pieces.append(base + run)
-        else:
-            pieces.append(run)
+            run = base + run
+        pieces.append(run)
     return pieces
 
 
@@ -53,8 +62,7 @@ def _cut_further(piece: str, normalize: Callable[[str], str]) -> list[str]:
     """A piece that changes, cut where both parts normalise by themselves: the smaller it is, the less it blurs."""
     if piece.isascii():
         return list(piece)
-    parts = []
-    start = 0
+    parts, start = [], 0
     for stop in range(1, len(piece)):
         if normalize(piece[start:stop]) + normalize(piece[stop:]) == normalize(piece[start:]):
             parts.append(piece[start:stop])
@@ -63,33 +71,25 @@ def _cut_further(piece: str, normalize: Callable[[str], str]) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class NormalizedText:
-    """A normalised text with the way back.
-
-    Attributes:
-        normalized: its bytes.
-        ends: int64 [p], where each piece ends in ``normalized``.
-        original_ends: int64 [p], where it ends in the original bytes.
-        unchanged: bool [p], whether the piece is the same in both.
-    """
+class _NormalizedText:
+    """A normalised text with the way back: where its p pieces end here and in the original, and which are unchanged."""
 
     normalized: bytes
     ends: IntArray
     original_ends: IntArray
-    unchanged: np.ndarray
+    unchanged: BoolArray
 
-    def back(self, cuts: IntArray) -> tuple[IntArray, IntArray]:
+    def back(self, cuts: IntArray) -> _Ends:
         """Where positions in ``normalized`` (int64 [n], non-decreasing) lie in the original bytes.
 
-        Returns the lowest and highest original position of each, which differ where the normaliser dropped text. A
-        cut within a changed piece has no place in the original: it gets ``low = high + 1`` at the piece's end.
+        The lowest and highest place differ where the normaliser dropped text. A cut within a changed piece has no
+        place in the original: it gets ``low = high + 1`` at the piece's end.
         """
         first = np.searchsorted(self.ends, cuts, side="left")
         last = np.searchsorted(self.ends, cuts, side="right") - 1
-        starts = np.concatenate([[0], self.ends])
-        original_starts = np.concatenate([[0], self.original_ends])
         at_end = last >= first
         inside = np.minimum(first, len(self.ends) - 1)
+        starts, original_starts = (np.concatenate([[0], ends]) for ends in (self.ends, self.original_ends))
         low = original_starts[inside] + (cuts - starts[inside])
         high = low.copy()
         low[at_end] = self.original_ends[first[at_end]]
@@ -103,28 +103,20 @@ class NormalizedText:
         return low, high
 
 
-def normalize_with_ends(text: str, normalize: Callable[[str], str]) -> NormalizedText | None:
-    """Normalise ``text`` and keep the way back, or None where its pieces do not normalise independently."""
-    normalized = normalize(text)
-    image_of: dict[str, str] = {}
+def _normalized(text: str, normalize: Callable[[str], str]) -> _NormalizedText | None:
+    """None where the pieces of the text do not normalise independently."""
+    image_of = cache(normalize)
     pieces: list[str] = []
-    for piece in independent_pieces(text):
-        if piece not in image_of:
-            image_of[piece] = normalize(piece)
-        pieces.extend([piece] if image_of[piece] == piece else _cut_further(piece, normalize))
-    for piece in set(pieces) - image_of.keys():
-        image_of[piece] = normalize(piece)
-    images = [image_of[piece] for piece in pieces]
-    if "".join(images) != normalized:
+    for piece in _independent_pieces(text):
+        pieces.extend([piece] if image_of(piece) == piece else _cut_further(piece, normalize))
+    images = [image_of(piece) for piece in pieces]
+    if "".join(images) != normalize(text):
         return None
-    ends = np.cumsum([len(image.encode()) for image in images], dtype=np.int64)
-    original_ends = np.cumsum([len(piece.encode()) for piece in pieces], dtype=np.int64)
+    ends, original_ends = (
+        np.cumsum([len(part.encode()) for part in side], dtype=np.int64) for side in (images, pieces)
+    )
     unchanged = np.fromiter((a == b for a, b in zip(images, pieces, strict=True)), bool, len(pieces))
-    return NormalizedText(normalized.encode(), ends, original_ends, unchanged)
-
-
-_SPACE = b" "
-_MARK = METASPACE.encode()
+    return _NormalizedText("".join(images).encode(), ends, original_ends, unchanged)
 
 
 def tokenize(text: str, tokenizer: Any) -> TokenizedText:
@@ -132,23 +124,19 @@ def tokenize(text: str, tokenizer: Any) -> TokenizedText:
 
     Args:
         text: any text that UTF-8 can write.
-        tokenizer: see :func:`fusekit.alignment.surfaces.vocabulary_surfaces`.
+        tokenizer: see :func:`vocabulary_surfaces`; or its surfaces.
 
     Raises:
         AlignmentError: the ends cannot be known; names the tokenizer and the reason.
     """
-    return tokenize_with(text, vocabulary_surfaces(tokenizer))
-
-
-def tokenize_with(text: str, surfaces: Surfaces) -> TokenizedText:
-    """:func:`tokenize` with the surfaces at hand."""
+    surfaces = tokenizer if isinstance(tokenizer, Surfaces) else vocabulary_surfaces(tokenizer)
     if not isinstance(text, str):
         raise AlignmentError(f"the text to align is {type(text).__name__}, not str")
     data = encoded(text)
     if surfaces.drops_space and text:
         return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
     ids = surfaces.view.encode(text) if text else []
-    return ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
+    return _ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
 
 
 def encoded(text: str) -> bytes:
@@ -162,18 +150,8 @@ def encoded(text: str) -> bytes:
         ) from error
 
 
-def ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
-    """The ends of the tokens of a text that is encoded already.
-
-    Args:
-        ids: the tokens, no special ones around them.
-        text: what they are tokens of.
-        surfaces: of the tokenizer.
-        offsets: gives their character spans ``[n, 2]`` in ``text``; called only where spelling fails.
-
-    Raises:
-        AlignmentError: the ends cannot be known; names the tokenizer and the reason.
-    """
+def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
+    """The ends of the tokens of an encoded text. offsets: gives their character spans [n, 2], where spelling fails."""
     data, view = text.encode(), surfaces.view
     if not ids or not text:  # a dummy space before nothing has no width
         nothing = np.zeros(len(ids), np.int64)
@@ -198,37 +176,33 @@ def ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[],
     return _by_offsets(text, data, ids, offsets(), surfaces)
 
 
-_Ends = Callable[[list[int], bytes, Surfaces], "IntArray | None"]
+_Find = Callable[[list[int], bytes, Surfaces], "IntArray | None"]
 
 
-def _carried_back(ids: list[int], text: str, surfaces: Surfaces, find: _Ends) -> tuple[IntArray, IntArray] | None:
-    """Lowest and highest ends, found in the text or in the normalised one and carried back; None where in neither."""
+def _carried_back(ids: list[int], text: str, surfaces: Surfaces, find: _Find) -> _Ends | None:
+    """Ends that are found in the text, or in the normalised one and carried back; None where in neither."""
     ends = find(ids, text.encode(), surfaces)
     if ends is not None:
         return ends, ends
     normalize = surfaces.view.normalize
-    image = normalize_with_ends(text, normalize) if normalize is not None else None
+    image = _normalized(text, normalize) if normalize is not None else None
     ends = find(ids, image.normalized, surfaces) if image is not None else None
     return None if image is None or ends is None else image.back(ends)
 
 
 def _consumed(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
-    ends = _spelled_ends(ids, data, surfaces)
+    ends = _spelled(ids, data, surfaces)
     return _walk(ids, data, surfaces) if ends is None else ends
 
 
-def _surfaces_of(ids: list[int], surfaces: Surfaces) -> list[bytes]:
+def _spelled(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
+    """Ends of the tokens in ``data``, or None where their surfaces are not ``data`` after an optional dummy space."""
     try:
-        return [surfaces.of[id_] for id_ in ids]
+        spelled = b"".join([surfaces.of[id_] for id_ in ids])
     except IndexError:
         raise AlignmentError(
             f"{surfaces.name} emitted token id {max(ids)}, but its vocabulary has {len(surfaces)} entries"
         ) from None
-
-
-def _spelled_ends(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
-    """Ends of the tokens in ``data``, or None where their surfaces are not ``data`` after an optional dummy space."""
-    spelled = b"".join(_surfaces_of(ids, surfaces))
     surplus = len(spelled) - len(data)
     if surplus not in (0, 1) or not spelled.endswith(data) or (surplus and not spelled.startswith(_SPACE)):
         return None
@@ -238,11 +212,11 @@ def _spelled_ends(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray |
 
 def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
     """Ends by matching each surface in turn, or None at the first that does not match."""
-    added = surfaces.view.added_tokens
+    added, prepends = surfaces.view.added_tokens, surfaces.view.prepends
     ends = np.empty(len(ids), np.int64)
     position, fresh = 0, True  # fresh: at the start of a stretch, where a dummy space may stand
-    for i, (id_, bytes_of_id) in enumerate(zip(ids, _surfaces_of(ids, surfaces), strict=True)):
-        token, surface = added.get(id_), bytes_of_id
+    for i, id_ in enumerate(ids):
+        token, surface = added.get(id_), surfaces.of[id_]
         if surfaces.kinds[id_] == Kind.BYTE and token is not None:  # a byte, but where the text spells its name out
             name = token.content.encode()
             token, surface = (token, name) if data.startswith(name, position) else (None, surface)
@@ -255,7 +229,6 @@ def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
         if token is not None and token.rstrip:
             position = _skip_space(data, position)
         # Prepend writes one space, and none after an added token that is looked for in what it has written.
-        prepends = surfaces.view.prepends
         fresh = (fresh and not length and not prepends) if token is None else not (prepends and token.normalized)
         ends[i] = position
     return ends if position == len(data) else None
@@ -268,24 +241,18 @@ def _match(surface: bytes, data: bytes, position: int, surfaces: Surfaces, fresh
     if surface and data.startswith(surface, position):
         return len(surface)
     if fresh and surface.startswith(_SPACE) and not data.startswith((_SPACE, _MARK), position):
-        rest = surface[1:]
-        return len(rest) if data.startswith(rest, position) else None
-    if surfaces.form is Form.METASPACE and _SPACE in surface and _MARK in data[position : position + 3 * len(surface)]:
-        return _match_marks(surface, data, position)
+        return len(surface) - 1 if data.startswith(surface[1:], position) else None
+    if surfaces.form is Form.METASPACE and _SPACE in surface:  # each space may be a mark that the text itself contains
+        stop = position
+        for byte in surface:
+            if byte == _SPACE[0] and data.startswith(_MARK, stop):
+                stop += len(_MARK)
+            elif stop < len(data) and data[stop] == byte:
+                stop += 1
+            else:
+                return None
+        return stop - position
     return None
-
-
-def _match_marks(surface: bytes, data: bytes, position: int) -> int | None:
-    """As :func:`_match`, where each space of the surface may be a ``▁`` that the text itself contains."""
-    start = position
-    for byte in surface:
-        if byte == _SPACE[0] and data.startswith(_MARK, position):
-            position += len(_MARK)
-        elif position < len(data) and data[position] == byte:
-            position += 1
-        else:
-            return None
-    return position - start
 
 
 def _skip_space(data: bytes, position: int) -> int:
@@ -298,16 +265,16 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
         return TokenizedText.of(ids, np.zeros(0, np.int64), np.zeros(0, np.int64))
     if len(spans) != len(ids) or spans.min() < 0 or spans.max() > len(text):
         raise AlignmentError(f"{surfaces.name} gave offsets that are not positions of the text {text[:40]!r}")
-    place = np.arange(len(text) + 1) if text.isascii() else _byte_positions(text)
+    widths = np.ones(len(text), np.int64) if text.isascii() else [len(character.encode()) for character in text]
+    place = np.concatenate([[0], np.cumsum(widths)])  # of every character, in bytes
     # A token whose span begins before the end of an earlier one shares characters with it.
     reached = np.maximum.accumulate(spans[:, 1])
-    opens = np.ones(len(ids), bool)
-    opens[1:] = spans[1:, 0] >= reached[:-1]
+    opens = np.append(True, spans[1:, 0] >= reached[:-1])
     first = np.flatnonzero(opens)
     last = np.append(first[1:], len(ids)) - 1
     stops = reached[last]
     resumes = np.append(np.maximum(spans[first[1:], 0], stops[:-1]), len(text))
-    lows, highs = place[stops].copy(), place[resumes].copy()
+    lows, highs = place[stops], place[resumes]
     normalize = surfaces.view.normalize
     if normalize is not None and not text.isascii():
         for i, stop in enumerate(stops.tolist()):
@@ -331,28 +298,21 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
     return TokenizedText.of(ids, all_highs, all_lows)
 
 
-def _byte_positions(text: str) -> IntArray:
-    """Byte offset of every character of ``text``, and of its end."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths)])
-
-
 def _composed_until(text: str, stop: int, normalize: Callable[[str], str]) -> int:
     """Where combining characters at ``stop`` end if the normaliser merges them with what is before, else ``stop``."""
-    if stop >= len(text) or not joins_previous(text[stop]):
+    if stop >= len(text) or not _joins_previous(text[stop]):
         return stop
     begin, end = max(stop - 1, 0), stop + 1
-    while begin > 0 and joins_previous(text[begin]):
+    while begin > 0 and _joins_previous(text[begin]):
         begin -= 1
-    while end < len(text) and joins_previous(text[end]):
+    while end < len(text) and _joins_previous(text[end]):
         end += 1
     apart = normalize(text[begin:stop]) + normalize(text[stop:end])
     return stop if normalize(text[begin:end]) == apart else end
 
 
-def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> tuple[IntArray, IntArray] | None:
-    """Lowest and highest ends, counted from the span's start, of all but the last of the tokens that share a span.
+def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> _Ends | None:
+    """Ends, counted from the span's start, of all but the last of the tokens that share a span.
 
     By their surfaces, where those spell the span or its normalised form; None where they do not.
     """
@@ -362,15 +322,8 @@ def _split_shared(shared: str, ids: list[int], surfaces: Surfaces) -> tuple[IntA
         return None if rest is None else (np.append(0, rest[0]), np.append(0, rest[1]))
     if any(surfaces.kinds[id_] in (Kind.UNKNOWN, Kind.HOLE) for id_ in ids):
         return None
-    found = _carried_back(ids, shared, surfaces, _spelled_ends)
+    found = _carried_back(ids, shared, surfaces, _spelled)
     return None if found is None else (found[0][:-1], found[1][:-1])
-
-
-# What the tokenizers' own \s matches; Python's also takes the separators from U+001C to U+001F.
-_WHITESPACE = (
-    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
-    "\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-)
 
 
 class Mark(NamedTuple):
@@ -424,7 +377,7 @@ def marked_ends(
         consumed += len(text[start:begin].encode())
         if first:
             highs[first - 1] = consumed
-        inside = ends_of(
+        inside = _ends_of(
             ids[first:position],
             stretch,
             surfaces,

@@ -1,59 +1,23 @@
-"""Dynamic time warping over token strings, as FuseLLM and FuseChat align: for studies of fidelity to the papers.
+"""What FuseLLM and FuseChat compute over token strings: time warping, nearest and most frequent tokens.
 
-Cost: Levenshtein distance of two token strings without their word-start mark (arXiv 2401.10491, section 3.2; the
-released code of arXiv 2408.07990 for the order of the backtrace). The distances are computed once per pair of different
-strings; each row of the table is one vectorised scan, exact because all costs are integers.
+For studies of fidelity to the papers (arXiv 2401.10491, section 3.2; arXiv 2408.07990 and its released code). Strings
+are compared by their Levenshtein distance, without their word-start mark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from fusekit.alignment.surfaces import Surfaces
 from fusekit.types import IntArray
 
 # A table of int32 for two rows of this many cells is 400 MB; beyond it the method is not worth waiting for.
 MAX_CELLS = 100_000_000
-
-
-def cost_matrix(pivot: Sequence[bytes], source: Sequence[bytes]) -> IntArray:
-    """Levenshtein distances of token surfaces without word-start marks: int64 [n, m].
-
-    Over characters; over bytes where one of the two is no UTF-8. Where one of the two is nothing but the mark, neither
-    loses it.
-    """
-    pivot_kinds, pivot_at = _unique(pivot)
-    source_kinds, source_at = _unique(source)
-    costs = _distances(pivot_kinds, source_kinds)
-    return costs[np.ix_(pivot_at, source_at)]
-
-
-def _unique(surfaces: Sequence[bytes]) -> tuple[list[bytes], IntArray]:
-    index: dict[bytes, int] = {}
-    at = np.fromiter((index.setdefault(surface, len(index)) for surface in surfaces), np.int64, len(surfaces))
-    return list(index), at
-
-
-def _distances(pivot: list[bytes], source: list[bytes]) -> IntArray:
-    bare = [[surface.removeprefix(b" ") or surface for surface in side] for side in (pivot, source)]
-    text, other = ([decoded(surface) for surface in side] for side in bare)
-    strings = [[string or "" for string in side] for side in (text, other)]
-    costs: IntArray = cdist(*strings, scorer=Levenshtein.distance, dtype=np.int32).astype(np.int64)
-    # As bytes where one of the two is no UTF-8; latin-1 gives every byte a character of its own.
-    ours, theirs = ([surface.decode("latin-1") for surface in side] for side in bare)
-    rows, columns = ([i for i, string in enumerate(side) if string is None] for side in (text, other))
-    if rows:
-        costs[rows] = cdist([ours[i] for i in rows], theirs, scorer=Levenshtein.distance, dtype=np.int32)
-    if columns:
-        costs[:, columns] = cdist(ours, [theirs[j] for j in columns], scorer=Levenshtein.distance, dtype=np.int32)
-    for i in [i for i, surface in enumerate(pivot) if surface == b" "]:
-        costs[i] = [distance(b" ", surface) for surface in source]
-    for j in [j for j, surface in enumerate(source) if surface == b" "]:
-        costs[:, j] = [distance(surface, b" ") for surface in pivot]
-    return costs
+BLOCK_CELLS = 32_000_000  # distances held at once: 32 MB for short strings, 128 MB for strings over 254 characters
 
 
 def decoded(surface: bytes) -> str | None:
@@ -64,39 +28,81 @@ def decoded(surface: bytes) -> str | None:
         return None
 
 
-def comparable(a: bytes, b: bytes) -> tuple[str, str]:
-    """Two surfaces as the papers compare them: without word-start marks unless nothing else is left."""
+def _as_bytes(surface: bytes) -> str:
+    """A string with a character for each byte."""
+    return surface.decode("latin-1")
+
+
+def _comparable(a: bytes, b: bytes) -> tuple[str, str]:
+    """Two surfaces without word-start marks, unless nothing else is left; as bytes where one of them is no UTF-8."""
     stripped = a.removeprefix(b" "), b.removeprefix(b" ")
     if stripped[0] and stripped[1]:
         a, b = stripped
     try:
         return a.decode(), b.decode()
     except UnicodeDecodeError:
-        return a.decode("latin-1"), b.decode("latin-1")
+        return _as_bytes(a), _as_bytes(b)
 
 
-def distance(a: bytes, b: bytes) -> int:
-    """The Levenshtein distance of two surfaces, as the papers compare them."""
-    return Levenshtein.distance(*comparable(a, b))
+def _distance(a: bytes, b: bytes) -> int:
+    return Levenshtein.distance(*_comparable(a, b))
+
+
+def cost_matrix(pivot: Sequence[bytes], source: Sequence[bytes]) -> IntArray:
+    """Levenshtein distances of token surfaces without word-start marks: int64 [n, m].
+
+    Over characters; over bytes where one of the two is no UTF-8. Where one of the two is nothing but the mark, neither
+    loses it.
+    """
+    # Different strings once.
+    (ours, rows), (theirs, columns) = (
+        np.unique(np.array(side, object), return_inverse=True) for side in (pivot, source)
+    )
+    bare = [[surface.removeprefix(b" ") or surface for surface in side] for side in (ours, theirs)]
+    texts = [[decoded(surface) for surface in side] for side in bare]
+    costs = _distances(*([text or "" for text in side] for side in texts))
+    readable = np.logical_and.outer(*([text is not None for text in side] for side in texts))
+    if not readable.all():
+        costs = np.where(readable, costs, _distances(*([_as_bytes(surface) for surface in side] for side in bare)))
+    for i in np.flatnonzero(ours == b" "):
+        costs[i] = [_distance(b" ", surface) for surface in theirs]
+    for j in np.flatnonzero(theirs == b" "):
+        costs[:, j] = [_distance(surface, b" ") for surface in ours]
+    return costs[np.ix_(rows, columns)]
+
+
+def _distances(ours: list[str], theirs: list[str]) -> IntArray:
+    return cdist(ours, theirs, scorer=Levenshtein.distance, dtype=np.int32).astype(np.int64)
 
 
 def warp(costs: IntArray) -> tuple[IntArray, IntArray]:
-    """The cheapest warping path through a table of integer costs.
+    """A(i) of the papers: the source tokens ``[first, stop)`` on the cheapest warping path, int64 [n] twice.
 
     D[i, j] = costs[i, j] + min(D[i-1, j], D[i, j-1], D[i-1, j-1]). Going back, of equal predecessors the diagonal one
     comes first, then (i-1, j), the earlier pivot token, then (i, j-1).
 
     Args:
         costs: int64 [n, m], n pivot tokens by m source tokens, both at least 1.
-
-    Returns:
-        The path from (0, 0) to (n-1, m-1) as two int64 arrays of one length, pivot and source positions.
     """
-    return _backtrace(_table(costs))
+    get = _table(costs).item
+    i, j = costs.shape[0] - 1, costs.shape[1] - 1
+    first, stop = np.zeros(i + 1, np.int64), np.zeros(i + 1, np.int64)
+    stop[i] = j + 1
+    while i and j:
+        diagonal, up, left = get(i - 1, j - 1), get(i - 1, j), get(i, j - 1)
+        if left < diagonal and left < up:
+            j -= 1
+            continue
+        first[i] = j
+        j -= diagonal <= up
+        i -= 1
+        stop[i] = j + 1
+    stop[:i] = 1  # the pivot tokens before are all with the first source token
+    return first, stop
 
 
 def _table(costs: IntArray) -> IntArray:
-    """D, row by row.
+    """D, row by row: exact, because all costs are integers.
 
     Within a row D[j] = c[j] + min(m[j], D[j-1]), where m is the better of the two from the row above. With C the
     running sum of c this is C[j] + min over k <= j of (m[k] - C[k-1]): one cumulative sum and one cumulative minimum.
@@ -116,51 +122,6 @@ def _table(costs: IntArray) -> IntArray:
     return table
 
 
-def _backtrace(table: IntArray) -> tuple[IntArray, IntArray]:
-    i, j = table.shape[0] - 1, table.shape[1] - 1
-    rows: list[int] = [i]
-    columns: list[int] = [j]
-    get = table.item
-    while i and j:
-        diagonal, up, left = get(i - 1, j - 1), get(i - 1, j), get(i, j - 1)
-        if diagonal <= up and diagonal <= left:
-            i, j = i - 1, j - 1
-        elif up <= left:
-            i -= 1
-        else:
-            j -= 1
-        rows.append(i)
-        columns.append(j)
-    rows.extend(range(i - 1, -1, -1))
-    columns.extend([0] * i)
-    columns.extend(range(j - 1, -1, -1))
-    rows.extend([0] * j)
-    return np.array(rows[::-1], np.int64), np.array(columns[::-1], np.int64)
-
-
-def matches_of_path(rows: IntArray, columns: IntArray, n: int) -> tuple[IntArray, IntArray]:
-    """A(i) of the papers: per pivot token the source tokens on the path, always a contiguous range [first, stop)."""
-    first = np.searchsorted(rows, np.arange(n), side="left")
-    last = np.searchsorted(rows, np.arange(n), side="right") - 1
-    return columns[first], columns[last] + 1
-
-
-def links_of_path(first: IntArray, stop: IntArray) -> IntArray:
-    """The common ends that a path claims: where the next pivot token shares no source token with this one.
-
-    Returns int64 [n]: the last source position of a group at the group's last pivot position, -1 elsewhere.
-    """
-    linked = np.full(len(first), -1, np.int64)
-    closes = np.ones(len(first), bool)
-    closes[:-1] = first[1:] >= stop[:-1]
-    linked[closes] = stop[closes] - 1
-    return linked
-
-
-BLOCK_CELLS = 32_000_000  # distances held at once: 32 MB for short strings, 128 MB for strings over 254 characters
-_FAR = np.iinfo(np.int64).max
-
-
 def nearest(queries: Sequence[str], candidates: Sequence[str]) -> tuple[IntArray, IntArray]:
     """For each query the candidate of least Levenshtein distance; of several, the first.
 
@@ -172,7 +133,7 @@ def nearest(queries: Sequence[str], candidates: Sequence[str]) -> tuple[IntArray
         int64 [q] indices into ``candidates`` (-1 where there is none) and int64 [q] distances.
     """
     index = np.full(len(queries), -1, np.int64)
-    distance = np.full(len(queries), _FAR, np.int64)
+    distance = np.full(len(queries), np.iinfo(np.int64).max, np.int64)
     candidate_buckets = _by_length(candidates)
     for length, rows in _by_length(queries).items():
         spread = max((abs(other - length) for other in candidate_buckets), default=-1)
@@ -189,9 +150,7 @@ def nearest(queries: Sequence[str], candidates: Sequence[str]) -> tuple[IntArray
 
 def _by_length(strings: Sequence[str]) -> dict[int, IntArray]:
     lengths = np.fromiter(map(len, strings), np.int64, len(strings))
-    order = np.argsort(lengths, kind="stable")
-    starts = np.flatnonzero(np.diff(lengths[order], prepend=-1))
-    return {int(lengths[part[0]]): part for part in np.split(order, starts[1:]) if len(part)}
+    return {length: np.flatnonzero(lengths == length) for length in np.unique(lengths).tolist()}
 
 
 def _improve(
@@ -220,3 +179,55 @@ def _improve(
         value, candidate = found[np.arange(len(part)), at].astype(np.int64), columns[at]
         better = (value < distance[part]) | ((value == distance[part]) & (candidate < index[part]))
         distance[part[better]], index[part[better]] = value[better], candidate[better]
+
+
+def mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
+    """MinED over characters: the pivot's id of least distance to each surface, -1 for none; int64 [len(surfaces)].
+
+    Pivot entries that are no UTF-8 compare as bytes. Surfaces that are none go by their longest prefix in the pivot.
+    """
+    options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
+    texts = [(id_, text) for id_, surface in options if (text := decoded(surface)) is not None]
+    broken = [(id_, _as_bytes(surface)) for id_, surface in options if decoded(surface) is None]
+    strings = [decoded(surface) for surface in surfaces]
+    readable = [i for i, text in enumerate(strings) if text is not None]
+    by_text, near = _nearest_ids([strings[i] or "" for i in readable], texts)
+    by_byte, other = _nearest_ids([_as_bytes(surfaces[i]) for i in readable], broken)
+    found = np.full(len(surfaces), -1, np.int64)
+    # Of equally near ones the lower id.
+    found[readable] = np.where((near < other) | ((near == other) & (by_text < by_byte)), by_text, by_byte)
+    unreadable = [i for i, text in enumerate(strings) if text is None]
+    found[unreadable] = [pivot.longest_prefix(surfaces[i]) for i in unreadable]
+    if lone := [i for i in unreadable if found[i] < 0]:
+        found[lone] = _nearest_ids([_as_bytes(surfaces[i]) for i in lone], [(id_, _as_bytes(s)) for id_, s in options])[
+            0
+        ]
+    return found
+
+
+def _nearest_ids(queries: list[str], options: list[tuple[int, str]]) -> tuple[IntArray, IntArray]:
+    """Ids (-1 for none) and distances of the nearest options, which are ``(id, string)`` in order."""
+    index, distance = nearest(queries, [text for _, text in options])
+    return np.array([*(id_ for id_, _ in options), -1], np.int64)[index], distance
+
+
+def _most_frequent(a: bytes, b: bytes, count: int) -> tuple[float, float]:
+    """MS as the paper means it: the most frequent pivot token, of equally frequent ones the nearest."""
+    return -count, _distance(a, b)
+
+
+def _released(a: bytes, b: bytes, count: int) -> tuple[float, float]:
+    """MS as FuseChat's released code has it: least distance x (0.1 if one contains the other) x sigmoid(count).
+
+    The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity.
+    """
+    left, right = _comparable(a, b)
+    weight = 0.1 if left in right or right in left else 1.0
+    return _distance(a, b) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
+
+
+COUNTING: dict[str, Callable[[bytes, bytes, int], tuple[float, float]]] = {
+    "ms": _most_frequent,
+    "ms_released": _released,
+}
+"""How pivot tokens that a corpus aligns with a source token are ranked, by the surfaces and the count: least first."""

@@ -1,23 +1,194 @@
-"""What an alignment teaches and what it loses, counted over a corpus: one small object, with JSON."""
+"""What an alignment teaches and what it loses: figures over a corpus, what a teacher is worth, and aligned texts."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fusekit.alignment.alignment import TokenAlignment
+from fusekit.alignment.alignment import TokenAlignment, pieces, visible
 from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
-from fusekit.alignment.worth import TeacherWorth
-from fusekit.types import IntArray
+from fusekit.alignment.surfaces import Surfaces
+from fusekit.errors import AlignmentError
+from fusekit.types import BoolArray, FloatArray, IntArray, TokenizedText
 
 WORST = 10  # texts kept with the smallest share of positions that get a row
 SHAPES = ("1-1", "1-n", "n-1", "m-n")
+BINS = 1000  # of the histogram of surviving mass, so that memory does not grow with the corpus
+MOST_NATS = 1000.0
+"""What counts for a label that a row rules out: exp(-1000) is 0, and an infinity would hide all other labels."""
+RATIO_LIMIT = 1.05
+"""The chain rule allows no more than 1; a few per cent are the price of a top k."""
+
+
+@dataclass
+class TeacherWorth:
+    """What a teacher is worth after projection: nats on the pivot's labels over some examples; :meth:`add` each.
+
+    Attributes:
+        vocabulary: method of the vocabulary map.
+        tokens, tail: how rows are projected (:class:`fusekit.distillation.projections.Projection`).
+        examples: how many were added.
+        labels: int64 [cases], labels of the pivot by :class:`~fusekit.alignment.cases.Case`.
+        taught: bool [cases], whether the teacher has rows for labels of the case.
+        teacher: float64 [cases], nats of the projected rows on the labels, where taught.
+        pivot: float64 [cases], the pivot's own nats on the same labels; None once they were not given.
+        source: the source's own nats over the same text.
+        survival: int64 [BINS + 1], histogram of the share of a row's listed mass that the map carried over.
+    """
+
+    vocabulary: str
+    tokens: str = "span"
+    tail: str = "listed_share"
+    examples: int = 0
+    labels: IntArray = field(default_factory=lambda: np.zeros(len(Case), np.int64))
+    taught: BoolArray = field(default_factory=lambda: np.zeros(len(Case), bool))
+    teacher: FloatArray = field(default_factory=lambda: np.zeros(len(Case)))
+    pivot: FloatArray | None = field(default_factory=lambda: np.zeros(len(Case)))
+    source: float = 0.0
+    survival: IntArray = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
+    survival_sum: float = 0.0
+
+    def add(
+        self,
+        cases: IntArray,
+        taught: BoolArray,
+        *,
+        teacher: FloatArray,
+        pivot: FloatArray | None,
+        source: float,
+        survived: FloatArray,
+    ) -> None:
+        """Count one example of n labels.
+
+        Args:
+            cases: int64 [n].
+            taught: bool [n], whether the teacher has a row, the same for all labels of a case. A one-hot on the label
+                says nothing of the teacher: not taught.
+            teacher: float64 [n], nats: minus the log-probability that its projected row gives to the label, where
+                taught.
+            pivot: float64 [n], the same of the pivot itself; None where that is not known.
+            source: nats of the source over its own tokens of the text.
+            survived: float64 [r], of each of its rows, the share of the listed mass that the map carries over.
+        """
+        size = len(Case)
+        self.examples += 1
+        self.labels += np.bincount(cases, minlength=size)
+        self.taught[cases[taught]] = True
+        nats = np.where(taught, np.minimum(teacher, MOST_NATS), 0.0)
+        self.teacher += np.bincount(cases, nats, minlength=size)
+        if pivot is None:
+            self.pivot = None
+        elif self.pivot is not None:
+            self.pivot += np.bincount(cases, np.minimum(pivot, MOST_NATS), minlength=size)
+        self.source += source
+        self.survival += np.bincount((np.clip(survived, 0, 1) * BINS).round().astype(np.int64), minlength=BINS + 1)
+        self.survival_sum += float(np.sum(survived))
+
+    @property
+    def ratio(self) -> float | None:
+        """Nats of the projected teacher over the source's own; labels without a row count as the pivot has them.
+
+        None where that is not known, or nothing was counted.
+        """
+        untaught = ~self.taught
+        if self.source <= 0 or (self.pivot is None and self.labels[untaught].any()):
+            return None
+        rest = float(self.pivot[untaught].sum()) if self.pivot is not None else 0.0
+        return (float(self.teacher.sum()) + rest) / self.source
+
+    def per_label(self, case: Case) -> tuple[float | None, float | None]:
+        """Nats per label of the teacher and of the pivot; None for one that has nothing to say there."""
+        n = int(self.labels[case])
+        teacher = float(self.teacher[case]) / n if n and self.taught[case] else None
+        return teacher, float(self.pivot[case]) / n if n and self.pivot is not None else None
+
+    def is_worse(self, case: Case) -> bool:
+        """Whether the teacher knows labels of this case less well than the pivot that it is to teach."""
+        teacher, pivot = self.per_label(case)
+        return teacher is not None and pivot is not None and teacher > pivot
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against learning from this teacher as it is, a line each."""
+        found = []
+        if self.ratio is not None and self.ratio > RATIO_LIMIT:
+            found.append(
+                f"projected, the teacher has {self.ratio:.2f} times the source's own nats (more than {RATIO_LIMIT}): "
+                f"projection loses what it knows (vocabulary map {self.vocabulary}, tail {self.tail})"
+            )
+        for case in filter(self.is_worse, Case):
+            teacher, pivot = self.per_label(case)
+            n = int(self.labels[case])
+            found.append(
+                f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
+                f"against {pivot:.3f} nats per label, over {n:,} label{'s' if n != 1 else ''}"
+            )
+        return found
+
+    @property
+    def summary(self) -> list[str]:
+        """How much the teacher knows, in two sentences."""
+        rows, ratio = int(self.survival.sum()), self.ratio
+        known = f"{ratio:.2f} times the source's own nats" if ratio is not None else "an unknown number of nats"
+        said = [
+            f"Over {self.examples:,} examples with {int(self.labels.sum()):,} labels of the pivot, the projected "
+            f"teacher has {known}."
+        ]
+        if rows:
+            said.append(
+                f"The vocabulary map ({self.vocabulary}) carries {100 * self.survival_sum / rows:.1f} % of a row's "
+                f"listed mass on average, {100 * (self._survived(10) or 0.0):.1f} % or less in a tenth of the rows."
+            )
+        return said
+
+    def _survived(self, percentile: float) -> float | None:
+        """A percentile (0 to 100) of the share of a row's mass that the map carried over; None without rows."""
+        total = int(self.survival.sum())
+        return float(np.searchsorted(np.cumsum(self.survival), percentile / 100 * total)) / BINS if total else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        rows, cases = int(self.survival.sum()), {}
+        for case in Case:
+            if n := int(self.labels[case]):
+                teacher, pivot = map(_rounded, self.per_label(case))
+                cases[case.name.lower()] = {
+                    "labels": n,
+                    "teacher": teacher,
+                    "pivot": pivot,
+                    "worse": self.is_worse(case),
+                }
+        return {
+            "vocabulary": self.vocabulary,
+            "tokens": self.tokens,
+            "tail": self.tail,
+            "examples": self.examples,
+            "labels": int(self.labels.sum()),
+            "ratio": _rounded(self.ratio),
+            "source_nats": _rounded(self.source),
+            "cases": cases,
+            "mass_survived": {
+                "rows": rows,
+                "mean": _rounded(self.survival_sum / rows) if rows else None,
+                **{f"p{p}": self._survived(p) for p in (1, 10, 50, 90)},
+            },
+            "summary": self.summary,
+            "warnings": self.warnings,
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Without the last digits, which depend on how a machine adds."""
+    return None if value is None else round(value, 6)
 
 
 @dataclass
@@ -28,15 +199,16 @@ class Share:
     linked: int = 0
     rows: int = 0
 
-    def add(self, positions: int, linked: int, rows: int) -> None:
+    def add(self, linked: BoolArray, rows: BoolArray) -> None:
         """Count more positions."""
-        self.positions, self.linked, self.rows = self.positions + positions, self.linked + linked, self.rows + rows
+        self.positions += len(linked)
+        self.linked += int(linked.sum())
+        self.rows += int(rows.sum())
 
     def to_dict(self) -> dict[str, float]:
         """The counts, and the shares of positions that are linked and that get a row."""
         total = max(self.positions, 1)
-        shares = {"linked_share": self.linked / total, "row_share": self.rows / total}
-        return {"positions": self.positions, "linked": self.linked, "rows": self.rows, **shares}
+        return {**vars(self), "linked_share": self.linked / total, "row_share": self.rows / total}
 
 
 @dataclass
@@ -48,7 +220,6 @@ class AlignmentQuality:
         texts, pivot_tokens, source_tokens: totals.
         total: over all pivot positions.
         cases: pivot positions by :class:`~fusekit.alignment.cases.Case`, lower-case names.
-        shapes: groups between common ends, by shape.
         group_sizes: groups by ``(pivot tokens, source tokens)``.
         scripts, data: shares by the script of the token's first character and by the name given to :meth:`add`.
         worst: ``(row share, text)`` of the texts that lose most.
@@ -62,46 +233,42 @@ class AlignmentQuality:
     source_tokens: int = 0
     total: Share = field(default_factory=Share)
     cases: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[str] = field(default_factory=Counter)
     group_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     scripts: dict[str, Share] = field(default_factory=dict)
     data: dict[str, Share] = field(default_factory=dict)
     worst: list[tuple[float, str]] = field(default_factory=list)
     worth: TeacherWorth | None = None
 
-    def add(self, alignment: TokenAlignment, data: str = "", *, cases: IntArray | None = None) -> None:
+    def add(self, alignment: TokenAlignment, data: str = "") -> None:
         """Count one text.
 
         Args:
             alignment: of method ``span``.
             data: the source of data that the text comes from.
-            cases: int64 [n], as :class:`~fusekit.alignment.rows.AlignedRows` has them; planned from the tokens if None.
         """
-        cases = plan_rows(alignment).cases if cases is None else cases
+        cases = plan_rows(alignment).cases
         linked, rows = alignment.source_at >= 0, np.isin(cases, list(HAS_ROW))
         self.texts += 1
         self.pivot_tokens += len(cases)
         self.source_tokens += len(alignment.source)
-        figures = (len(cases), int(linked.sum()), int(rows.sum()))
-        self.total.add(*figures)
-        self.data.setdefault(data, Share()).add(*figures)
-        counts = np.bincount(cases, minlength=len(Case))
-        self.cases.update({case.name.lower(): int(counts[case]) for case in Case if counts[case]})
-        self._add_groups(alignment)
-        names = np.array(scripts_of(alignment))
+        self.total.add(linked, rows)
+        self.data.setdefault(data, Share()).add(linked, rows)
+        self.cases.update(Case(case).name.lower() for case in cases.tolist())
+        self.group_sizes.update((p.stop - p.start, s.stop - s.start) for p, s in alignment.groups)
+        names = np.array(_scripts(alignment))
         for script in sorted(set(names.tolist())):
-            at = names == script
-            self.scripts.setdefault(script, Share()).add(int(at.sum()), int(linked[at].sum()), int(rows[at].sum()))
+            self.scripts.setdefault(script, Share()).add(linked[names == script], rows[names == script])
         if len(cases):
-            share = figures[2] / max(len(cases) - 1, 1)
+            share = int(rows.sum()) / max(len(cases) - 1, 1)
             self.worst = sorted([*self.worst, (share, alignment.text)], key=lambda item: item[0])[:WORST]
 
-    def _add_groups(self, alignment: TokenAlignment) -> None:
-        sizes = Counter((p.stop - p.start, s.stop - s.start) for p, s in alignment.groups)
-        self.group_sizes.update(sizes)
-        for (n, m), count in sizes.items():
-            shape = SHAPES[0] if n == m == 1 else SHAPES[1] if n == 1 else SHAPES[2] if m == 1 else SHAPES[3]
-            self.shapes[shape] += count
+    @property
+    def shapes(self) -> Counter[str]:
+        """Groups between common ends, by shape."""
+        found: Counter[str] = Counter()
+        for (n, m), count in self.group_sizes.items():
+            found[SHAPES[0] if n == m == 1 else SHAPES[1] if n == 1 else SHAPES[2] if m == 1 else SHAPES[3]] += count
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -141,7 +308,7 @@ def script_of(character: str) -> str:
     return "emoji" if category in ("So", "Sk", "Cf") else "control" if category[0] == "C" else "punctuation"
 
 
-def scripts_of(alignment: TokenAlignment) -> list[str]:
+def _scripts(alignment: TokenAlignment) -> list[str]:
     """The script of each pivot token: of the first character that it touches and that is no space, if there is one."""
     data = alignment.text.encode()
     names = []
@@ -156,3 +323,114 @@ def scripts_of(alignment: TokenAlignment) -> list[str]:
         names.append(script_of((piece.strip() or piece or " ")[0]))
         start = end
     return names
+
+
+MEANING = {
+    "same": "linked; both predict the same bytes next",
+    "longer": "linked; the source's next token is longer, the pivot's next token is its first piece",
+    "closes": "linked; several source tokens spell the pivot's next token",
+    "crosses": "linked; the pivot's next token ends inside a source token",
+    "no_row": "linked, but the next tokens cannot be compared",
+    "within_same": "inside a source token, whose row is conditioned on the bytes read; then the same bytes",
+    "within_longer": "inside a source token, conditioned; the rest is longer",
+    "within_closes": "inside a source token, conditioned; several tokens spell the label",
+    "within_crosses": "inside a source token, conditioned; the label ends inside another",
+    "unlinked": "not linked, and no row",
+    "last": "end of the text: nothing to predict",
+    "one_hot": "a one-hot on the label",
+    "rule": "a row by one of the papers' rules",
+}
+LOST = ("no_row", "unlinked")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Token(_Value):
+    """A token as it is shown. shown: its text, made visible. size: its bytes. about: id, end, what it is taught.
+
+    inner: it ends where the other side has no end. lost: nothing is taught there.
+    """
+
+    shown: str
+    size: int
+    about: str
+    inner: bool = False
+    lost: bool = False
+
+
+class Group(_Value):
+    """The tokens of both sides between two links. read: the text that they cover."""
+
+    read: str
+    pivot: list[Token]
+    source: list[Token]
+
+
+class Sample(_Value):
+    """A text under both tokenisations, as plain values that outlive the tokenizers. left_out: how many groups more."""
+
+    groups: list[Group]
+    left_out: int = 0
+
+    def beginning(self, most: int) -> Sample:
+        """At most so many groups of it."""
+        left_out = max(len(self.groups) - most, 0)
+        return Sample(groups=self.groups[:most], left_out=self.left_out + left_out) if left_out else self
+
+
+_SAMPLES = TypeAdapter(list[Sample])
+
+
+def sample_of(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces]) -> Sample:
+    """What is shown of an alignment of method ``span``. surfaces: of the pivot and of the source, for token strings."""
+    cases = [Case(case).name.lower() for case in plan_rows(alignment).cases.tolist()]
+    linked = set(alignment.source_at.tolist())
+    pivot = _tokens(alignment, alignment.pivot, surfaces[0], [at < 0 for at in alignment.source_at.tolist()], cases)
+    source = _tokens(alignment, alignment.source, surfaces[1], [j not in linked for j in range(len(alignment.source))])
+    read = pieces(alignment.pivot, alignment.text.encode())
+    groups = [Group(read=_readable(b"".join(read[p])), pivot=pivot[p], source=source[s]) for p, s in alignment.groups]
+    return Sample(groups=groups)
+
+
+def _tokens(
+    alignment: TokenAlignment,
+    tokens: TokenizedText,
+    surfaces: Surfaces,
+    inner: Sequence[bool],
+    cases: Sequence[str] = (),
+) -> list[Token]:
+    read, found = pieces(tokens, alignment.text.encode()), []
+    for i, (id_, end) in enumerate(zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)):
+        string = surfaces.strings[id_] if id_ < len(surfaces) else "?"
+        about = [string, f"id {id_}, ends at byte {end}", *([MEANING[cases[i]]] if cases else [])]
+        lost = bool(cases) and cases[i] in LOST
+        found.append(
+            Token(shown=visible(read[i]), size=len(read[i]), about="\n".join(about), inner=inner[i], lost=lost)
+        )
+    return found
+
+
+def _readable(text: bytes) -> str:
+    """The text of a group; ``⋯`` where it ends inside a character."""
+    shown = text.decode(errors="ignore").replace("\n", "⏎").replace("\t", "⇥")
+    return shown if shown.strip() or shown.encode() == text else "⋯"
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples as JSON."""
+    plain = [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples]
+    # Escaped, so that what is half a character on its own comes back as it was.
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples that :func:`write_samples` wrote, none where there is no file. Raises AlignmentError: damaged."""
+    try:
+        return _SAMPLES.validate_python(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise AlignmentError(f"{path} cannot be read: {first}") from error

@@ -1,27 +1,25 @@
-"""From links to rows: what a source's predictions teach at the pivot's positions (row_cases.py says where and how)."""
+"""From links to rows: what a source's predictions teach at the pivot's positions (cases.py says where and how)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.cases import HAS_ROW, Case, Steps, beginning_in_text, begins_with, plan_rows, source_positions
-from fusekit.alignment.projection import checked_rows, merge_entries
-from fusekit.alignment.surfaces import Kind, Surfaces
+from fusekit.alignment.cases import HAS_ROW, Case, Steps, plan_rows
+from fusekit.alignment.projection import RowsLike, checked_rows, merge_entries
+from fusekit.alignment.surfaces import TEXT_KINDS, Surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
 from fusekit.types import BoolArray, FloatArray, IntArray, TopK
 
-_WORDS = (Kind.ORDINARY, Kind.BYTE, Kind.ADDED)
-LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
+_LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
 TAILS = ("back_off", "pivot_share", "listed_share", "drop", "keep")
 NEED_PIVOT = ("back_off", "pivot_share")
 """Of :data:`TAILS`: those that need the pivot's own predictions."""
-
-RowsLike = TopK | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +99,7 @@ def project_rows(
         one_hot: put a one-hot on the next label where there is no row, as the papers do.
         collisions: see :meth:`VocabularyMap.project`.
         spelled: the label's probability is that of all source tokens that spell it; False: of the first of them, which
-            is right of a group of tokens that begin with it (:func:`fusekit.alignment.groups.pivot_groups`).
+            is right of a group of tokens that begin with it (``pivot_groups`` of ``vocabulary_map.py``).
 
     Returns:
         :class:`AlignedRows`. Where a source is certain of the text, its row is certain of the pivot's label.
@@ -116,84 +114,149 @@ def project_rows(
         raise AlignmentError(f"tail {tail!r} needs the pivot's own predictions: pass pivot, or use 'listed_share'")
     if alignment.method != "span":
         raise AlignmentError(f"rows need an alignment of method 'span', not {alignment.method!r}: see source_positions")
-    ids, logprobs, rest_of = source_rows
-    rows = checked_rows(ids, logprobs, rest_of, vocabulary_map.matrix.shape[0])
-    actual = _checked_actual(actual_logprobs, rows, len(alignment.source), "source")
-    steps = _readable(plan_rows(alignment, conditioning), alignment, vocabulary_map)
+    said = _checked(source_rows, actual_logprobs, alignment.source_ids, vocabulary_map.matrix.shape[0], "source")
+    ours = None
+    if pivot is not None:
+        ours = _checked(pivot.rows, pivot.actual, alignment.pivot_ids, vocabulary_map.matrix.shape[1], "pivot")
+    steps = _in_surfaces(plan_rows(alignment, conditioning), alignment, vocabulary_map.source)
     spaced = np.zeros(len(steps.base), bool)
     if conditioning:
         steps, spaced = _spaced(steps, alignment, vocabulary_map)
     at = np.flatnonzero(steps.base >= 0)
-    base = steps.base[at]
-    entries = _entries(alignment.source_ids, rows, actual, base)
-    label = entries.actual
-    if spelled:
-        label = label * _completing(steps, at, actual)
-        crossing = np.flatnonzero(steps.overhang[at] > 0)
-        before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
-        begun = _entries(alignment.source_ids, rows, actual, before)
-        label[crossing] *= _begun(alignment, vocabulary_map, before, length, begun)
+    entries = said.entries(steps.base[at])
     targets, mass, rest = _carry(alignment, vocabulary_map, steps, at, entries, spaced=spaced)
-    ours = _of_pivot(alignment, vocabulary_map, pivot)
-    listed = entries.mass.sum(axis=1) + entries.actual
-    kept = mass.sum(axis=1) + rest + entries.actual
-    share = np.divide(kept, listed, out=np.ones(len(at)), where=listed > 0)
-    unlisted = entries.tail * _staying(tail, alignment, steps, at, share=share, ours=ours)
-    rest = rest + (entries.actual - label)
+    carried = mass.sum(axis=1) + rest
+    unlisted = entries.tail * _staying(tail, alignment, steps, at, entries=entries, carried=carried, ours=ours)
+    label = _of_label(steps, at, said, entries, vocabulary_map.source) if spelled else entries.actual
     targets = np.concatenate([alignment.pivot_ids[at + 1][:, None], targets], axis=1)
     mass = np.concatenate([label[:, None], mass], axis=1)
-    rest = rest + unlisted
     mass = np.where(targets >= 0, mass, 0.0)
+    rest = rest + (entries.actual - label) + unlisted
     # A conditioned row has lost the entries that the text has ruled out since.
     total = np.where(steps.consumed[at] > 0, mass.sum(axis=1) + rest, 1.0)
     scale = 1.0 / np.where(total > 0, total, 1.0)
     rest = np.where(total > 0, rest * scale, 1.0)
     merged = merge_entries(targets, mass * scale[:, None], rest, collisions)
-    if tail == "back_off":
-        more, shares = _like_pivot(alignment, at, ours)
+    if tail == "back_off" and ours is not None:
+        more = ours.entries(at)
+        known = ~np.isnan(ours.actual[at])[:, None]
+        ids = np.where(known, np.concatenate([alignment.pivot_ids[at + 1][:, None], more.ids], axis=1), -1)
+        shares = np.where(known, np.concatenate([more.actual[:, None], more.mass], axis=1), 0.0)
         given = (unlisted * scale)[:, None] * shares
         both = np.concatenate([np.exp(merged.logprobs), given], axis=1)
         # Rows are stored with an error, so the pivot's may sum to a little more than 1.
         rest = np.maximum(merged.tail - given.sum(axis=1), 0.0)
-        merged = merge_entries(np.concatenate([merged.ids, more], axis=1), both, rest)
+        merged = merge_entries(np.concatenate([merged.ids, ids], axis=1), both, rest)
     return _placed(alignment, steps.cases.copy(), steps.base, merged, one_hot)
 
 
-def _of_pivot(alignment: TokenAlignment, into: VocabularyMap, given: Predictions | None) -> Predictions:
-    """The pivot's rows and log-probabilities, checked; where there are none, rows of nothing and NaN."""
-    n = len(alignment.pivot)
-    if given is None:
-        return Predictions(TopK(np.zeros((n, 0), np.int64), np.zeros((n, 0)), np.ones(n)), np.full(n, np.nan))
-    ids, logprobs, tail = given.rows
-    rows = checked_rows(ids, logprobs, tail, into.matrix.shape[1], "pivot")
-    known = np.asarray(given.actual, np.float64)
-    actual = _checked_actual(np.where(np.isnan(known), 0.0, known), rows, n, "pivot")
-    return Predictions(rows, np.where(np.isnan(known), np.nan, actual))
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Rows taken apart: all entries but the actual next token, that token's probability, and the tail without it."""
+
+    ids: IntArray  # [a, k], -1 for none
+    mass: FloatArray  # [a, k]
+    actual: FloatArray  # [a]
+    tail: FloatArray  # [a]
 
 
-def _checked_actual(actual_logprobs: npt.ArrayLike, rows: TopK, m: int, side: str) -> FloatArray:
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """Checked predictions over the tokens of a text. actual: at least -1000, NaN where it is not known."""
+
+    tokens: IntArray
+    rows: TopK
+    actual: FloatArray
+
+    def entries(self, base: IntArray) -> _Entries:
+        """The rows after positions ``base``."""
+        rows, actual = self.rows, np.nan_to_num(self.actual[base])
+        ids, mass = rows.ids[base], np.exp(rows.logprobs[base])
+        listed = (ids >= 0) & (ids == self.tokens[base + 1][:, None])
+        in_list = listed.any(axis=1)
+        # A token outside the top k is in the tail; its probability is known, so it becomes an entry of its own.
+        outside = np.minimum(np.exp(actual), rows.tail[base])
+        probability = np.where(in_list, np.where(listed, mass, 0.0).sum(axis=1), outside)
+        tail = np.where(in_list, rows.tail[base], rows.tail[base] - outside)
+        return _Entries(np.where(listed, -1, ids), np.where((ids < 0) | listed, 0.0, mass), probability, tail)
+
+
+def _checked(rows: RowsLike, actual_logprobs: npt.ArrayLike, tokens: IntArray, vocabulary: int, side: str) -> _Said:
+    """A pivot's log-probabilities may be unknown, a source's may not."""
+    checked = checked_rows(rows, vocabulary, side)
     actual = np.asarray(actual_logprobs, np.float64)
-    if len(rows.tail) != m or actual.shape != (m,):
+    m = len(tokens)
+    if len(checked.tail) != m or actual.shape != (m,):
         raise AlignmentError(
-            f"the text has {m} {side} tokens, but there are {len(rows.tail)} rows and actual_logprobs is {actual.shape}"
+            f"the text has {m} {side} tokens, but there are {len(checked.tail)} rows and actual_logprobs is "
+            f"{actual.shape}"
         )
-    wrong = np.flatnonzero(~(actual[:-1] <= LOGPROB_TOLERANCE))
+    unknown = np.isnan(actual) & (side == "pivot")
+    wrong = np.flatnonzero(~(actual[:-1] <= _LOGPROB_TOLERANCE) & ~unknown[:-1])
     if len(wrong):
         raise AlignmentError(f"actual_logprobs[{wrong[0]}] is {actual[wrong[0]]}, not a log-probability")
     # exp(-1000) is 0; an infinity would make the differences of running sums undefined.
-    return np.clip(actual, -1000.0, 0.0)
+    return _Said(tokens, checked, np.clip(actual, -1000.0, 0.0))
 
 
-def _readable(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Steps:
+def _begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: IntArray) -> BoolArray:
+    """Whether the entries ``ids`` (int64 [w, k]) begin with the first ``length`` bytes of ``token`` (int64 [w] each).
+
+    -1 and ids beyond the vocabulary begin with nothing.
+    """
+    flat, starts, lengths = surfaces.flat
+    known = (ids >= 0) & (ids < len(lengths))
+    at = np.where(known, ids, 0)
+    keep = known & (lengths[at] >= length[:, None])
+    for offset in range(int(length.max(initial=0))):
+        rows = np.flatnonzero((length > offset) & keep.any(axis=1))
+        if not len(rows):
+            break
+        wanted = flat[starts[token[rows]] + offset][:, None]
+        keep[rows] &= flat[np.minimum(starts[at[rows]] + offset, len(flat) - 1)] == wanted
+    return keep
+
+
+def _first_bytes(surfaces: Surfaces, ids: IntArray) -> IntArray:
+    """The first byte of each entry, -1 for an empty one."""
+    flat, starts, lengths = surfaces.flat
+    return np.where(lengths[ids] > 0, flat[np.minimum(starts[ids], len(flat) - 1)].astype(np.int64), -1)
+
+
+def _given(alignment: TokenAlignment, surfaces: Surfaces, before: IntArray, consumed: IntArray) -> IntArray:
+    """How many bytes of its surface a source token has given once ``consumed`` bytes of its text are read.
+
+    Args:
+        alignment: of the text.
+        surfaces: of the source.
+        before: int64 [w], the source positions before the tokens.
+        consumed: int64 [w], bytes of text since the end of ``before``.
+
+    Returns:
+        int64 [w]: ``consumed``; one more for a word of WordPiece, which stands for a space that belongs to the token
+        before it in the text; -1 where the surface is not the text, since a normaliser changed it or it is unknown.
+    """
+    flat, starts, lengths = surfaces.flat
+    text = np.frombuffer(alignment.text.encode(), np.uint8)
+    token, origin = alignment.source_ids[before + 1], alignment.source.ends[before]
+    skipped = ((_first_bytes(surfaces, token) == ord(" ")) & (text[origin] != ord(" "))).astype(np.int64)
+    clear = lengths[token] >= consumed + skipped
+    for offset in range(int(consumed.max(initial=0))):
+        reach = np.flatnonzero((consumed > offset) & clear)
+        there = starts[token[reach]] + skipped[reach] + offset
+        clear[reach] = flat[there] == text[origin[reach] + offset]
+    return np.where(clear, consumed + skipped, -1)
+
+
+def _in_surfaces(steps: Steps, alignment: TokenAlignment, source: Surfaces) -> Steps:
     """Count ``consumed`` and ``overhang`` in bytes of surfaces, and leave out positions where they are not the text."""
     consumed, overhang = steps.consumed.copy(), steps.overhang.copy()
     for bytes_read, before in ((consumed, steps.base), (overhang, steps.spelled)):
         inside = np.flatnonzero(bytes_read > 0)
-        bytes_read[inside] = beginning_in_text(alignment, vocabulary_map.source, before[inside], bytes_read[inside])
-    unclear = np.flatnonzero((consumed < 0) | (overhang < 0))
-    cases, base = steps.cases.copy(), steps.base.copy()
-    cases[unclear] = np.where(alignment.source_at[unclear] >= 0, Case.NO_ROW, Case.UNLINKED)
-    base[unclear] = -1
+        bytes_read[inside] = _given(alignment, source, before[inside], bytes_read[inside])
+    unclear = (consumed < 0) | (overhang < 0)
+    none = np.where(alignment.source_at >= 0, Case.NO_ROW, Case.UNLINKED)
+    cases, base = np.where(unclear, none, steps.cases), np.where(unclear, -1, steps.base)
     return Steps(cases, base, steps.spelled, consumed, overhang)
 
 
@@ -207,51 +270,20 @@ def _spaced(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyM
     pivot, source = vocabulary_map.pivot, vocabulary_map.source
     links = np.flatnonzero((steps.base >= 0) & (steps.consumed == 0))
     ours, theirs = alignment.pivot_ids[links + 1], alignment.source_ids[steps.base[links] + 1]
-    words = np.isin(pivot.kinds[ours], _WORDS) & np.isin(source.kinds[theirs], _WORDS)
+    words = np.isin(pivot.kinds[ours], TEXT_KINDS) & np.isin(source.kinds[theirs], TEXT_KINDS)
     links, ours, theirs = links[words], ours[words], theirs[words]
-    of_pivot, of_source = _begin_with_space(pivot, ours), _begin_with_space(source, theirs)
+    of_pivot, of_source = (_first_bytes(side, ids) == ord(" ") for side, ids in ((pivot, ours), (source, theirs)))
     data = alignment.text.encode()
     # Other white space, which one side's normaliser made a space of, is the text's own.
-    differ = np.flatnonzero(of_pivot != of_source)
-    own = [at for at in differ.tolist() if _other_space(data, int(alignment.source_ends[steps.base[links[at]]]))]
-    of_pivot[own] = of_source[own]
+    for i in np.flatnonzero(of_pivot != of_source).tolist():
+        end = int(alignment.source_ends[steps.base[links[i]]])
+        character = data[end : end + 4].decode(errors="ignore")[:1]
+        if character.isspace() and character != " ":
+            of_pivot[i] = of_source[i]
     consumed, spaced = steps.consumed.copy(), np.zeros(len(steps.base), bool)
     consumed[links[of_source & ~of_pivot]] = 1
     spaced[links[of_pivot & ~of_source]] = True
-    return Steps(steps.cases, steps.base, steps.spelled, consumed, steps.overhang), spaced
-
-
-def _other_space(data: bytes, at: int) -> bool:
-    character = data[at : at + 4].decode(errors="ignore")[:1]
-    return character.isspace() and character != " "
-
-
-def _begin_with_space(surfaces: Surfaces, ids: IntArray) -> BoolArray:
-    flat, starts, lengths = surfaces.flat
-    first = flat[np.minimum(starts[ids], len(flat) - 1)]
-    return np.asarray((lengths[ids] > 0) & (first == ord(" ")))
-
-
-@dataclass(frozen=True, eq=False)
-class _Entries:
-    """Rows taken apart: all entries but the actual next token, that token's probability, and the tail without it."""
-
-    ids: IntArray  # [a, k], -1 for none
-    mass: FloatArray  # [a, k]
-    actual: FloatArray  # [a]
-    tail: FloatArray  # [a]
-
-
-def _entries(text: IntArray, rows: TopK, actual: FloatArray, base: IntArray) -> _Entries:
-    """The rows at positions ``base`` of a text of these tokens."""
-    ids, mass = rows.ids[base], np.exp(rows.logprobs[base])
-    listed = (ids >= 0) & (ids == text[base + 1][:, None])
-    in_list = listed.any(axis=1)
-    # A token outside the top k is in the tail; its probability is known, so it becomes an entry of its own.
-    outside = np.minimum(np.exp(actual[base]), rows.tail[base])
-    probability = np.where(in_list, np.where(listed, mass, 0.0).sum(axis=1), outside)
-    tail = np.where(in_list, rows.tail[base], rows.tail[base] - outside)
-    return _Entries(np.where(listed, -1, ids), np.where((ids < 0) | listed, 0.0, mass), probability, tail)
+    return replace(steps, consumed=consumed), spaced
 
 
 def _carry(
@@ -271,10 +303,10 @@ def _carry(
     within = np.flatnonzero((steps.consumed[at] > 0) | spaced[at])
     if not len(within):
         return targets, mass, rest
-    consumed, ids = steps.consumed[at[within]], entries.ids[within]
-    keep = begins_with(vocabulary_map.source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
-    kinds = vocabulary_map.source.kinds
-    keep &= np.isin(kinds[np.clip(ids, 0, len(kinds) - 1)], _WORDS)  # a special token is no text to be continued
+    consumed, ids, source = steps.consumed[at[within]], entries.ids[within], vocabulary_map.source
+    keep = _begins_with(source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
+    # A special token is no text to be continued.
+    keep &= np.isin(source.kinds[np.clip(ids, 0, len(source) - 1)], TEXT_KINDS)
     left = _remainders(vocabulary_map, ids, consumed, spaced[at[within]], keep)
     # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
     left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
@@ -283,51 +315,6 @@ def _carry(
     mass[within] = np.where(targets[within] >= 0, mass[within], 0.0)
     rest[within] = np.where(left < 0, left_mass, 0.0).sum(axis=1)
     return targets, mass, rest
-
-
-def _staying(
-    tail: str, alignment: TokenAlignment, steps: Steps, at: IntArray, *, share: FloatArray, ours: Predictions
-) -> FloatArray:
-    """The share of the source's tail whose tokens begin with the bytes consumed: float64 [a], 1 at links.
-
-    share: float64 [a], the share of the listed mass that begins with them.
-    """
-    if tail == "drop":
-        share = np.zeros(len(at))
-    elif tail == "keep":
-        share = np.ones(len(at))
-    elif tail in NEED_PIVOT:
-        read = _read_by_pivot(alignment, steps, at, np.asarray(ours.actual))
-        share = np.where(np.isnan(read), share, np.exp(read))
-    return np.where(steps.consumed[at] > 0, share, 1.0)
-
-
-def _read_by_pivot(alignment: TokenAlignment, steps: Steps, at: IntArray, actual: FloatArray) -> FloatArray:
-    """The log-probability that the pivot gave to its tokens since the end of ``base``: float64 [a], NaN if unknown.
-
-    A token that began before that end says how probable the text on both sides is, so it is left out.
-    """
-    begin = alignment.source_ends[steps.base[at]]
-    # The last position at or before that end, or the first one after it.
-    first = np.minimum(np.searchsorted(alignment.pivot_ends, begin, side="left"), at)
-    last = np.searchsorted(alignment.pivot_ends, begin, side="right") - 1
-    first = np.maximum(last, first)
-    known = np.concatenate([[0], np.cumsum(~np.isnan(actual))])
-    running = np.concatenate([[0.0], np.cumsum(np.nan_to_num(actual))])
-    whole = known[at] - known[first] == at - first
-    return np.where(whole & (first < at), running[at] - running[first], np.nan)
-
-
-def _like_pivot(alignment: TokenAlignment, at: IntArray, ours: Predictions) -> tuple[IntArray, FloatArray]:
-    """The pivot's own rows at positions ``at``, the label an entry of its own: ids and probabilities [a, k' + 1]."""
-    actual = np.asarray(ours.actual)
-    known = ~np.isnan(actual[at])
-    ids, logprobs, tail = ours.rows
-    rows = TopK(np.asarray(ids), np.asarray(logprobs), np.asarray(tail))
-    entries = _entries(alignment.pivot_ids, rows, np.nan_to_num(actual), at)
-    ids = np.concatenate([alignment.pivot_ids[at + 1][:, None], entries.ids], axis=1)
-    mass = np.concatenate([entries.actual[:, None], entries.mass], axis=1)
-    return np.where(known[:, None], ids, -1), np.where(known[:, None], mass, 0.0)
 
 
 def _remainders(
@@ -345,24 +332,53 @@ def _remainders(
     return found
 
 
-def _completing(steps: Steps, at: IntArray, actual: FloatArray) -> FloatArray:
-    """The probability of the source tokens after s that complete t: 1 where s alone reaches its end."""
-    running = np.concatenate([[0.0], np.cumsum(actual[:-1])])
-    product: FloatArray = np.exp(np.minimum(running[steps.spelled[at]] - running[steps.base[at] + 1], 0.0))
-    return product
-
-
-def _begun(
+def _staying(
+    tail: str,
     alignment: TokenAlignment,
-    vocabulary_map: VocabularyMap,
-    before: IntArray,
-    length: IntArray,
+    steps: Steps,
+    at: IntArray,
+    *,
     entries: _Entries,
+    carried: FloatArray,
+    ours: _Said | None,
 ) -> FloatArray:
-    """The probability, in the rows after positions ``before``, of the entries that begin with what is left of t."""
-    begun = begins_with(vocabulary_map.source, alignment.source_ids[before + 1], length, entries.ids)
-    total: FloatArray = entries.actual + entries.mass.sum(axis=1, where=begun)
-    return np.minimum(total, 1.0)
+    """The share of the source's tail whose tokens begin with the bytes consumed: float64 [a], 1 at links.
+
+    carried: float64 [a], the mass of the listed entries but s that begin with them.
+    """
+    if tail in ("drop", "keep"):
+        return np.where(steps.consumed[at] > 0, float(tail == "keep"), 1.0)
+    listed = entries.mass.sum(axis=1) + entries.actual
+    share = np.divide(carried + entries.actual, listed, out=np.ones(len(at)), where=listed > 0)
+    if tail in NEED_PIVOT and ours is not None:
+        # By the log-probability that the pivot gave to its tokens since the end of ``base``. A token that began before
+        # that end says how probable the text on both sides is, so it is left out.
+        begin = alignment.source_ends[steps.base[at]]
+        first = np.minimum(np.searchsorted(alignment.pivot_ends, begin, side="left"), at)
+        first = np.maximum(np.searchsorted(alignment.pivot_ends, begin, side="right") - 1, first)
+        known = np.concatenate([[0], np.cumsum(~np.isnan(ours.actual))])
+        running = np.concatenate([[0.0], np.cumsum(np.nan_to_num(ours.actual))])
+        whole = (known[at] - known[first] == at - first) & (first < at)
+        share = np.where(whole, np.exp(np.where(whole, running[at] - running[first], 0.0)), share)
+    return np.where(steps.consumed[at] > 0, share, 1.0)
+
+
+def _of_label(steps: Steps, at: IntArray, said: _Said, entries: _Entries, source: Surfaces) -> FloatArray:
+    """The probability of t: of s, and of what completes t after s; float64 [a].
+
+    That is the source tokens that lie within t, and, where t ends inside another, the entries in the row before that
+    which begin with what is left of t.
+    """
+    running = np.concatenate([[0.0], np.cumsum(said.actual[:-1])])
+    label: FloatArray = entries.actual * np.exp(
+        np.minimum(running[steps.spelled[at]] - running[steps.base[at] + 1], 0.0)
+    )
+    crossing = np.flatnonzero(steps.overhang[at] > 0)
+    before, length = steps.spelled[at[crossing]], steps.overhang[at[crossing]]
+    last = said.entries(before)
+    begun = _begins_with(source, said.tokens[before + 1], length, last.ids)
+    label[crossing] *= np.minimum(last.actual + last.mass.sum(axis=1, where=begun), 1.0)
+    return label
 
 
 def _placed(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
@@ -377,10 +393,50 @@ def _placed(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: 
     return AlignedRows(TopK(ids, logprobs, tail), cases, base)
 
 
+_RULES: dict[str, Callable[[bytes, list[bytes], bool], bool]] = {
+    "em": lambda pivot, source, _: source == [pivot],
+    "mined": lambda pivot, source, mapped: source == [pivot] or (len(source) == 1 and mapped),
+    "ms": lambda pivot, source, _: (
+        pivot.endswith(source[0]) or source[0].endswith(pivot)
+        if len(source) == 1
+        else b"".join(source).removeprefix(b" ") == pivot.removeprefix(b" ")
+    ),
+}
+"""Whether a pivot token (its surface) takes the row of the last of the source tokens that are aligned with it (their
+surfaces). The last argument: whether the only one maps to it."""
+
+
+def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str) -> IntArray:
+    """The source position whose row each pivot position takes by a rule of the papers, or -1: int64 [n].
+
+    Args:
+        alignment: of either method; the rules are meant for ``dtw``.
+        vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
+        rule: ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is one token and it equals the pivot's, for ``mined``
+            also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1 and n-1 where one of the two tokens ends with the
+            other; 1-n where the pieces spell the pivot's token, the row of the last.
+
+    Raises:
+        AlignmentError: unknown rule.
+    """
+    if rule not in _RULES:
+        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(_RULES))}")
+    pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
+    source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
+    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
+    first, stop = alignment.matched
+    rows = np.full(len(first), -1, np.int64)
+    for i in np.flatnonzero(stop > first).tolist():
+        last = int(stop[i]) - 1
+        if _RULES[rule](pivot[i], source[first[i] : last + 1], bool(targets[last] == alignment.pivot_ids[i])):
+            rows[i] = last
+    return rows
+
+
 def project_rows_by_rule(
     alignment: TokenAlignment,
     vocabulary_map: VocabularyMap,
-    source_rows: TopK | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
+    source_rows: RowsLike,
     rule: str,
     *,
     collisions: str = "max",
@@ -390,23 +446,19 @@ def project_rows_by_rule(
     Args:
         alignment: of method ``dtw`` for the papers' own.
         vocabulary_map, source_rows: as in :func:`project_rows`.
-        rule: see :func:`fusekit.alignment.cases.source_positions`.
+        rule: see :func:`source_positions`.
         collisions: ``max`` is the papers'.
 
     Raises:
         AlignmentError: as :func:`project_rows`; unknown rule.
     """
-    ids, logprobs, tail = source_rows
-    rows = checked_rows(ids, logprobs, tail, vocabulary_map.matrix.shape[0])
+    rows = checked_rows(source_rows, vocabulary_map.matrix.shape[0])
     if len(rows.tail) != len(alignment.source):
         raise AlignmentError(f"the text has {len(alignment.source)} source tokens, but there are {len(rows.tail)} rows")
     base = source_positions(alignment, vocabulary_map, rule)
-    n = len(base)
-    if n:
-        base[-1] = -1
+    base[-1:] = -1
     cases = np.where(base >= 0, Case.RULE, Case.UNLINKED).astype(np.int64)
-    if n:
-        cases[-1] = Case.LAST
-    at = np.flatnonzero(base >= 0)
-    merged = vocabulary_map.project(rows.ids[base[at]], rows.logprobs[base[at]], rows.tail[base[at]], collisions)
+    cases[-1:] = Case.LAST
+    at = base[base >= 0]
+    merged = vocabulary_map.project(rows.ids[at], rows.logprobs[at], rows.tail[at], collisions)
     return _placed(alignment, cases, base, merged, one_hot=True)

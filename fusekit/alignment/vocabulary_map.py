@@ -8,7 +8,8 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ import numpy.typing as npt
 from scipy import sparse
 
 from fusekit.alignment.alignment import TokenAlignment, align
-from fusekit.alignment.papers import comparable, decoded, distance, nearest
-from fusekit.alignment.projection import checked_rows, first_pieces, longest_prefix, merge_entries
-from fusekit.alignment.surfaces import Kind, Surfaces, vocabulary_surfaces
-from fusekit.alignment.tokenizers import ROLES
+from fusekit.alignment.papers import COUNTING, mined
+from fusekit.alignment.projection import checked_rows, merge_entries
+from fusekit.alignment.surfaces import ROLES, TEXT_KINDS, Form, Surfaces, vocabulary_surfaces
 from fusekit.artifacts import commit_file
 from fusekit.errors import AlignmentError, StorageError
 from fusekit.types import FloatArray, IntArray, TopK
@@ -28,37 +28,11 @@ from fusekit.types import FloatArray, IntArray, TopK
 log = logging.getLogger(__name__)
 FORMAT = "fusekit vocabulary map 2"
 MOST_REMAINDERS = 1 << 20  # some 100 MB
-
-
-def default_folder() -> Path:
-    """``$FUSEKIT_CACHE``, else ``fusekit`` in the user's cache folder."""
-    named = os.environ.get("FUSEKIT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(named) if named else base / "fusekit") / "vocabulary-maps"
-
-
-def _remembered(path: Path, make: Callable[[], IntArray], shape: tuple[int, int]) -> IntArray:
-    """The targets of a map of this shape, from a file, or made and kept there.
-
-    What cannot be read is made again: the file's own checksum tells. A folder that cannot be written costs the cache.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            targets: IntArray = stored["targets"].astype(np.int64)
-        if targets.shape == shape[:1] and targets.max(initial=-1) < shape[1]:
-            return targets
-        log.warning("vocabulary map %s is damaged; it is made again", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("vocabulary map %s cannot be read (%s); it is made again", path, error)
-    targets = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        commit_file(path, lambda file: np.savez(file, targets=targets), rank=os.getpid())
-    except (OSError, StorageError) as error:
-        log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
-    return targets
+# Before a string this keeps a dummy space away from it; no vocabulary merges across it unless the string begins with
+# white space, and then the check below falls back to the longest prefix.
+_GUARD = "\n"
+_PIECES = (0.9, 0.09, 0.009)
+"""X-Token's weights of the source tokens that spell a pivot token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,17 +67,12 @@ def count_mappings(
         raise AlignmentError(
             "a corpus is several texts; a single string would be counted letter by letter: pass [text]"
         )
-    pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
-    shape = (len(source), len(pivot))
-    counts = sparse.csr_matrix(shape, dtype=np.int64)
-    number = 0
-    batch: list[TokenAlignment] = []
-    for text in texts:
-        number += 1
-        batch.append(align(text, pivot_tokenizer, source_tokenizer, method))
-        if len(batch) == 256:  # bounded memory over a corpus of any size
-            counts, batch = counts + _counted(batch, shape), []
-    counts = (counts + _counted(batch, shape)).tocsr() if batch else counts
+    shape = (len(vocabulary_surfaces(source_tokenizer)), len(vocabulary_surfaces(pivot_tokenizer)))
+    counts, number = sparse.csr_matrix(shape, dtype=np.int64), 0
+    aligned = (align(text, pivot_tokenizer, source_tokenizer, method) for text in texts)
+    while batch := list(islice(aligned, 256)):  # bounded memory over a corpus of any size
+        number += len(batch)
+        counts = counts + _counted(batch, shape)
     if not counts.nnz:
         raise AlignmentError(f"the corpus of {number} texts holds no aligned pair of tokens: is it empty?")
     counts.sort_indices()
@@ -124,53 +93,6 @@ def _counted(batch: list[TokenAlignment], shape: tuple[int, int]) -> sparse.csr_
         columns.append(np.repeat(alignment.pivot_ids, counts))
     ones = np.ones(sum(map(len, rows)), np.int64)
     return sparse.coo_matrix((ones, (np.concatenate(rows), np.concatenate(columns))), shape=shape).tocsr()
-
-
-def _most_frequent(a: bytes, b: bytes, count: int) -> tuple[float, float]:
-    """MS as the paper means it: the most frequent pivot token, of equally frequent ones the nearest."""
-    return -count, distance(a, b)
-
-
-def _released(a: bytes, b: bytes, count: int) -> tuple[float, float]:
-    """MS as FuseChat's released code has it: least distance x (0.1 if one contains the other) x sigmoid(count).
-
-    The sigmoid stands inside a minimum, so it prefers *rare* pairs; kept for fidelity.
-    """
-    left, right = comparable(a, b)
-    weight = 0.1 if left in right or right in left else 1.0
-    return distance(a, b) * weight / (1.0 + float(np.exp(-float(count)))), 0.0
-
-
-COUNTING: dict[str, Callable[[bytes, bytes, int], tuple[float, float]]] = {
-    "ms": _most_frequent,
-    "ms_released": _released,
-}
-"""How pivot tokens that a corpus aligns with a source token are ranked, by the surfaces and the count: least first."""
-
-
-def _counted_targets(statistics: MappingStatistics | None, source: Surfaces, pivot: Surfaces, method: str) -> IntArray:
-    """The best pivot token of each source token, of equal ones the first; -1 for what no text holds: [V_source]."""
-    if statistics is None:
-        raise AlignmentError(
-            f"method {method!r} counts aligned tokens over a corpus: pass statistics=<texts>, or "
-            "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
-        )
-    counts, allowed = statistics.counts, set(pivot.id_of.values())
-    if counts.shape != (len(source), len(pivot)):
-        raise AlignmentError(
-            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
-            f"has {len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
-        )
-    chosen = np.full(len(source), -1, np.int64)
-    for a in np.flatnonzero(np.diff(counts.indptr)).tolist():
-        span = slice(counts.indptr[a], counts.indptr[a + 1])
-        options = [
-            (COUNTING[method](source.of[a], pivot.of[b], count), b)
-            for b, count in zip(counts.indices[span].tolist(), counts.data[span].tolist(), strict=True)
-            if b in allowed
-        ]
-        chosen[a] = min(options, default=(None, -1))[1]
-    return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +137,12 @@ class VocabularyMap:
         targets[row, column], shares[row, column] = self.matrix.indices, self.matrix.data
         return targets, shares
 
+    @property
+    def special(self) -> IntArray:
+        """The source tokens that are no text and map somewhere, by their role: int64, ascending."""
+        mapped = self.entries[0][: len(self.source), 0] >= 0
+        return np.flatnonzero(mapped & ~np.isin(self.source.kinds, TEXT_KINDS))
+
     def spread(self, ids: IntArray, mass: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
         """Entries ``[T, k]`` carried over: targets and mass ``[T, k * r]``, and the mass ``[T]`` that maps nowhere."""
         targets, shares = self.entries
@@ -240,12 +168,12 @@ class VocabularyMap:
                 largest (``max``, as the papers do; the rest goes to the tail).
 
         Returns:
-            :class:`~fusekit.alignment.projection.TopK` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
+            :class:`TopK` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
 
         Raises:
             AlignmentError: an id outside the map, a row that is no distribution, unknown ``collisions``.
         """
-        rows = checked_rows(ids, logprobs, tail, self.matrix.shape[0])
+        rows = checked_rows((ids, logprobs, tail), self.matrix.shape[0])
         targets, mass, lost = self.spread(rows.ids, np.exp(rows.logprobs))
         return merge_entries(targets, mass, rows.tail + lost, collisions)
 
@@ -260,57 +188,16 @@ class VocabularyMap:
         if len(known) + len(new) > MOST_REMAINDERS:
             known.clear()
             new = list(dict.fromkeys(remains))
-        id_of = self.pivot.id_of
-        known.update((rest, id_of.get(rest, -1)) for rest in new)
+        known.update((rest, self.pivot.id_of.get(rest, -1)) for rest in new)
         if self.method != "em":
             missing = [rest for rest in new if rest and known[rest] < 0]
-            known.update(zip(missing, first_pieces(missing, self.pivot).tolist(), strict=True))
+            known.update(zip(missing, _first_pieces(missing, self.pivot).tolist(), strict=True))
         return np.fromiter((known[rest] for rest in remains), np.int64, len(remains))
 
     @cached_property
     def _remainders(self) -> dict[bytes, int]:
         """Those met: the same few come back row after row, and encoding them is a third of an alignment."""
         return {}
-
-
-def _mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
-    """MinED over characters; entries that are no UTF-8 by their longest prefix in the pivot's vocabulary."""
-    options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
-    texts = [(id_, text) for id_, surface in options if (text := decoded(surface)) is not None]
-    broken = [(id_, surface.decode("latin-1")) for id_, surface in options if decoded(surface) is None]
-    strings = [decoded(surface) for surface in surfaces]
-    found = np.full(len(surfaces), -1, np.int64)
-    readable = [i for i, text in enumerate(strings) if text is not None]
-    by_text = _nearest_ids([strings[i] or "" for i in readable], texts)
-    by_byte = _nearest_ids([surfaces[i].decode("latin-1") for i in readable], broken)
-    found[readable] = _nearer(by_text, by_byte)
-    unreadable = [i for i, text in enumerate(strings) if text is None]
-    found[unreadable] = longest_prefix([surfaces[i] for i in unreadable], pivot)
-    lone = [i for i in unreadable if found[i] < 0]
-    all_bytes = [(id_, surface.decode("latin-1")) for id_, surface in options] if lone else []
-    found[lone] = _nearest_ids([surfaces[i].decode("latin-1") for i in lone], all_bytes)[0]
-    return found
-
-
-def _nearest_ids(queries: list[str], options: list[tuple[int, str]]) -> tuple[IntArray, IntArray]:
-    """Pivot ids (-1 for none) and distances of the nearest options, which are ``(pivot id, string)`` in order."""
-    index, distance = nearest(queries, [text for _, text in options])
-    ids = np.array([id_ for id_, _ in options] or [-1], np.int64)
-    return np.where(index >= 0, ids[index], -1), distance
-
-
-def _nearer(a: tuple[IntArray, IntArray], b: tuple[IntArray, IntArray]) -> IntArray:
-    """Of two candidates each, the nearer one; of equally near ones the lower id."""
-    first = (a[1] < b[1]) | ((a[1] == b[1]) & ((a[0] < b[0]) | (b[0] < 0)))
-    return np.where(first, a[0], b[0])
-
-
-METHODS: dict[str, Callable[[list[bytes], Surfaces], IntArray]] = {
-    "em": lambda surfaces, _: np.full(len(surfaces), -1, np.int64),
-    "mined": _mined,
-    "prefix": first_pieces,
-}
-"""Pivot ids (-1 for none) of surfaces that the pivot does not have."""
 
 
 def build_vocabulary_map(
@@ -350,42 +237,104 @@ def build_vocabulary_map(
         AlignmentError: unknown method, missing statistics, a size below the tokenizer's, a tokenizer that cannot be
             handled exactly.
     """
-    if method not in METHODS.keys() | COUNTING.keys():
-        known = ", ".join(sorted(METHODS.keys() | COUNTING.keys()))
+    if method not in _METHODS.keys() | COUNTING.keys():
+        known = ", ".join(sorted(_METHODS.keys() | COUNTING.keys()))
         raise AlignmentError(f"unknown vocabulary map {method!r}: there are {known}")
     pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
-    shape = (_size(source, source_size, "source"), _size(pivot, pivot_size, "pivot"))
+    for side, surfaces, size in (("source", source, source_size), ("pivot", pivot, pivot_size)):
+        if size is not None and size < len(surfaces):
+            raise AlignmentError(
+                f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: another model's tokenizer?"
+            )
     counted = statistics if method in COUNTING else None
     if counted is not None and not isinstance(counted, MappingStatistics):
         counted = count_mappings(counted, pivot_tokenizer, source_tokenizer)
-    make = partial(_targets, pivot, source, method, counted)
+
+    def make() -> IntArray:
+        return _targets(pivot, source, method, counted)
+
     if cache is False or method == "em":  # em is quicker to make than to look up
         targets = make()
     else:
         key = [FORMAT, method, pivot.fingerprint, source.fingerprint, counted.fingerprint if counted else ""]
         name = f"{method}-{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:32]}.npz"
-        folder = default_folder() if cache is True else Path(cache)
+        folder = _default_folder() if cache is True else Path(cache)
         targets = _remembered(folder / name, make, (len(source), len(pivot)))
     for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
         targets[source_id] = pivot_id
     rows = np.flatnonzero(targets >= 0)
+    shape = (source_size or len(source), pivot_size or len(pivot))
     matrix = sparse.csr_matrix((np.ones(len(rows)), (rows, targets[rows])), shape=shape)
     return VocabularyMap(matrix, method, pivot, source)
 
 
+def _default_folder() -> Path:
+    """``$FUSEKIT_CACHE``, else ``fusekit`` in the user's cache folder."""
+    named = os.environ.get("FUSEKIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(named) if named else base / "fusekit") / "vocabulary-maps"
+
+
+def _remembered(path: Path, make: Callable[[], IntArray], shape: tuple[int, int]) -> IntArray:
+    """The targets of a map of this shape, from a file, or made and kept there.
+
+    What cannot be read is made again: the file's own checksum tells. A folder that cannot be written costs the cache.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            targets: IntArray = stored["targets"].astype(np.int64)
+        if targets.shape == shape[:1] and targets.max(initial=-1) < shape[1]:
+            return targets
+        log.warning("vocabulary map %s is damaged; it is made again", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("vocabulary map %s cannot be read (%s); it is made again", path, error)
+    targets = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(path, lambda file: np.savez(file, targets=targets), rank=os.getpid())
+    except (OSError, StorageError) as error:
+        log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
+    return targets
+
+
 def _targets(pivot: Surfaces, source: Surfaces, method: str, statistics: MappingStatistics | None) -> IntArray:
     """The pivot id of every source id that stands for text, -1 for none and for special tokens: int64 [V_source]."""
-    targets = np.full(len(source), -1, np.int64)
-    text = np.flatnonzero(np.isin(source.kinds, [Kind.ORDINARY, Kind.BYTE, Kind.ADDED]) & (source.lengths > 0))
-    id_of = pivot.id_of
-    targets[text] = [id_of.get(source.of[i], -1) for i in text.tolist()]
+    targets, text = np.full(len(source), -1, np.int64), source.text_ids
+    targets[text] = [pivot.id_of.get(source.of[i], -1) for i in text.tolist()]
     if method in COUNTING:
         found = _counted_targets(statistics, source, pivot, method)[text]
         targets[text] = np.where(found >= 0, found, targets[text])
     else:
         asked = text[targets[text] < 0]
-        targets[asked] = METHODS[method]([source.of[i] for i in asked.tolist()], pivot)
+        targets[asked] = _METHODS[method]([source.of[i] for i in asked.tolist()], pivot)
     return targets
+
+
+def _counted_targets(statistics: MappingStatistics | None, source: Surfaces, pivot: Surfaces, method: str) -> IntArray:
+    """The best pivot token of each source token, of equal ones the first; -1 for what no text holds: [V_source]."""
+    if statistics is None:
+        raise AlignmentError(
+            f"method {method!r} counts aligned tokens over a corpus: pass statistics=<texts>, or "
+            "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
+        )
+    counts, allowed = statistics.counts, set(pivot.id_of.values())
+    if counts.shape != (len(source), len(pivot)):
+        raise AlignmentError(
+            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
+            f"has {len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
+        )
+    chosen = np.full(len(source), -1, np.int64)
+    for a in np.flatnonzero(np.diff(counts.indptr)).tolist():
+        span = slice(counts.indptr[a], counts.indptr[a + 1])
+        options = [
+            (COUNTING[method](source.of[a], pivot.of[b], count), b)
+            for b, count in zip(counts.indices[span].tolist(), counts.data[span].tolist(), strict=True)
+            if b in allowed
+        ]
+        chosen[a] = min(options, default=(None, -1))[1]
+    return chosen
 
 
 def _by_role(
@@ -407,11 +356,129 @@ def _by_role(
     return {ours[role]: theirs[role] for role in ROLES if role in ours and role in theirs}
 
 
-def _size(surfaces: Surfaces, size: int | None, side: str) -> int:
-    if size is None:
-        return len(surfaces)
-    if size < len(surfaces):
-        raise AlignmentError(
-            f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: another model's tokenizer?"
-        )
-    return size
+def _first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
+    """Ids of the first token of the vocabulary's own tokenisation of each string, -1 for none: int64.
+
+    The tokenisation is that within a text, without a dummy space. A string that is no UTF-8 cannot be tokenised and
+    takes its longest prefix, as does one whose tokenisation does not begin with its bytes (a normaliser changed it).
+    """
+    found = np.full(len(strings), -1, np.int64)
+    texts: dict[int, str] = {}
+    for i, string in enumerate(strings):
+        try:
+            texts[i] = string.decode()
+        except UnicodeDecodeError:
+            continue
+    # With a dummy space in front no string would come back as it is, so none is tried.
+    plain = surfaces.view.encode_many(list(texts.values())) if surfaces.form is not Form.METASPACE else []
+    for i, ids in zip(list(texts), plain, strict=False):
+        if b"".join(surfaces.of[id_] for id_ in ids) == strings[i]:
+            found[i] = _first(ids, strings[i], surfaces)
+            del texts[i]
+    guarded = surfaces.view.encode_many([_GUARD + text for text in texts.values()])
+    for i, ids in zip(texts, guarded, strict=True):
+        consumed, after = b"", iter(ids)
+        for id_ in after:  # as far as the guard is a token by itself
+            consumed += surfaces.of[id_]
+            if consumed.removeprefix(b" ") == _GUARD.encode():
+                found[i] = _first(after, strings[i], surfaces)
+                break
+    for i in np.flatnonzero(found < 0).tolist():
+        found[i] = surfaces.longest_prefix(strings[i])
+    return found
+
+
+def _first(ids: Iterable[int], string: bytes, surfaces: Surfaces) -> int:
+    """The emitted id that stands for the first surface; -1 for a special token, which never continues a text."""
+    surface = next((surfaces.of[id_] for id_ in ids if surfaces.of[id_]), None)
+    return surfaces.id_of.get(surface, -1) if surface is not None and string.startswith(surface) else -1
+
+
+_METHODS: dict[str, Callable[[list[bytes], Surfaces], IntArray]] = {
+    "em": lambda surfaces, _: np.full(len(surfaces), -1, np.int64),
+    "mined": mined,
+    "prefix": _first_pieces,
+}
+"""Pivot ids (-1 for none) of surfaces that the pivot does not have."""
+
+
+def pivot_groups(into: VocabularyMap) -> IntArray:
+    """The finest groups of next tokens that both models can tell apart: of each pivot token one that stands for all.
+
+    Let g(v) be the first source token of a pivot token v's bytes, and f(u) the first pivot token of a source token u's
+    bytes, where the map ``into`` carries u. A text that begins with v begins for the source with g(v), and one that
+    begins with u for the pivot with f(u); so v and f(g(v)) are told apart by no row of the source, and neither are the
+    source tokens with one f by any distribution of the pivot. Following f and g from token to token, each time to a
+    shorter one, ends at a token that both have: it stands for the group.
+
+    So the pivot's 201 is in the group of 2, where the source writes 2, 0, 1; and where the pivot writes Stra + ße and
+    Stra + fe, the source's Straße and Strafe are in the group of Stra. A pivot token that begins a source token's bytes
+    thus has that token's probability in its group: nothing is split and nothing is punished.
+
+    Args:
+        into: by the method ``prefix``.
+
+    Returns:
+        int64 [V_pivot]: the token that stands for the group, which is in it itself; -1 for tokens that begin no text of
+        the source: padding, special tokens without a role in common, bytes that it cannot spell.
+    """
+    pivot, source = into.pivot, into.source
+    carried = into.entries[0][:, 0]
+    words = [pivot.of[i] for i in pivot.text_ids.tolist()]
+    first = np.fromiter((source.id_of.get(surface, -1) for surface in words), np.int64, len(words))
+    missing = np.flatnonzero(first < 0)
+    first[missing] = _first_pieces([words[i] for i in missing.tolist()], source)
+    reached = np.full(into.matrix.shape[1], -1, np.int64)
+    reached[pivot.text_ids] = np.where(first >= 0, carried[np.maximum(first, 0)], -1)
+    specials = carried[into.special]
+    reached[specials] = specials
+    while True:
+        further = np.where(reached >= 0, reached[np.maximum(reached, 0)], -1)
+        if np.array_equal(further, reached):
+            return reached
+        reached = further
+
+
+def source_pieces(into: VocabularyMap) -> tuple[IntArray, IntArray, FloatArray]:
+    """Which source tokens spell each pivot token, and X-Token's weight of each: of the first three, scaled to sum to 1.
+
+    Special tokens by role, as in ``into``; tokens that the source cannot spell have no piece.
+
+    Returns:
+        Pivot ids, source ids and weights, int64, int64 and float64 [m], one of a pair each.
+    """
+    pivot, source = into.pivot, into.source
+    spelled: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    for id_ in pivot.text_ids.tolist():
+        surface = pivot.of[id_]
+        if (same := source.id_of.get(surface)) is not None:
+            spelled[id_] = [same]
+            continue
+        try:
+            texts[id_] = surface.decode()
+        except UnicodeDecodeError:
+            spelled[id_] = _longest_pieces(surface, source)
+    for id_, ids in zip(texts, source.view.encode_many(list(texts.values())), strict=True):
+        whole = b"".join(source.of[i] for i in ids) == pivot.of[id_]
+        spelled[id_] = [i for i in ids if source.of[i]] if whole else _longest_pieces(pivot.of[id_], source)
+    pairs = [*spelled.items(), *((int(into.entries[0][u, 0]), [u]) for u in into.special.tolist())]
+    found = [
+        (id_, piece, weight / sum(_PIECES[: len(pieces)]))
+        for id_, pieces in pairs
+        for piece, weight in zip(pieces, _PIECES, strict=False)
+    ]
+    pivots, sources, weights = (np.array(part) for part in zip(*found, strict=True)) if found else (np.zeros(0),) * 3
+    return pivots.astype(np.int64), sources.astype(np.int64), weights
+
+
+def _longest_pieces(surface: bytes, source: Surfaces) -> list[int]:
+    """The first tokens that spell bytes, each the longest that fits; empty where they cannot be spelled."""
+    pieces: list[int] = []
+    while surface and len(pieces) < len(_PIECES):
+        id_ = source.longest_prefix(surface)
+        if id_ < 0:
+            return []
+        pieces.append(id_)
+        surface = surface[len(source.of[id_]) :]
+    return pieces

@@ -21,8 +21,7 @@ from fusekit.gguf import split
 
 if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
-    from fusekit.alignment.quality import AlignmentQuality
-    from fusekit.alignment.worth import TeacherWorth
+    from fusekit.alignment.quality import AlignmentQuality, TeacherWorth
     from fusekit.capturing.store import Store
     from fusekit.types import CapturedRow
 
@@ -70,8 +69,7 @@ def alignment(
     --vocabulary and --tail apply to --stores.
     """
     from fusekit.alignment import align, vocabulary_surfaces
-    from fusekit.alignment.quality import AlignmentQuality
-    from fusekit.alignment.samples import sample_of
+    from fusekit.alignment.quality import AlignmentQuality, sample_of
     from fusekit.data.reading import read_rows
     from fusekit.report.page import alignment_page
 
@@ -168,7 +166,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _summary(quality: AlignmentQuality) -> str:
     from fusekit.alignment.cases import Case
-    from fusekit.alignment.samples import MEANING
+    from fusekit.alignment.quality import MEANING
 
     total = quality.total.to_dict()
     lines = [

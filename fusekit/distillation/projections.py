@@ -8,12 +8,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fusekit.alignment.alignment import METHODS, TokenAlignment, align_tokens
+from fusekit.alignment.alignment import TokenAlignment, align_tokens, warped
 from fusekit.alignment.cases import Case, plan_rows
-from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
 from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
-from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.alignment.vocabulary_map import VocabularyMap, pivot_groups, source_pieces
 from fusekit.distillation.targets import Members
 from fusekit.errors import DistillationError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Row, TokenizedRow, TokenizedText, TopK
@@ -32,7 +31,7 @@ class Projection:
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
             position rule of the map's method; positions without a row get a one-hot on the label, as there.
             ``grouped``: as ``span``, over groups of the pivot's tokens that the source cannot tell apart
-            (:func:`fusekit.alignment.groups.pivot_groups`), for the loss ``grouped_kl``.
+            (:func:`fusekit.alignment.vocabulary_map.pivot_groups`), for the loss ``grouped_kl``.
             ``matched``: rows as they are, as without a map; an entry that maps nowhere stays as one without an id.
             ``pieces``: the mean of the source's rows over each stretch between two common ends, for the loss ``p_kl``.
             ``chunks``: the source's log-likelihood of each such stretch, for the loss ``alm``.
@@ -115,11 +114,11 @@ class Projection:
         if into is None:
             return _as_they_are(alignment, TopK(*said.rows))
         if self.tokens == "dtw":
-            warped, rule = warp_tokens(alignment, into), _RULE_OF_MAP.get(into.method, "em")
-            return project_rows_by_rule(warped, into, said.rows, rule, collisions=self.collisions)
+            rule = _RULE_OF_MAP.get(into.method, "em")
+            warping = warp_tokens(alignment, into)
+            return project_rows_by_rule(warping, into, said.rows, rule, collisions=self.collisions)
         if self.tokens == "matched" or self.of_chunks:
-            ids, logprobs, tail = said.rows
-            rows = checked_rows(ids, logprobs, tail, into.matrix.shape[0])
+            rows = checked_rows(said.rows, into.matrix.shape[0])
             if self.tokens == "matched":
                 return _matched(alignment, rows, into)
             return _by_chunks(alignment, rows, np.asarray(said.actual, np.float64), self)
@@ -343,11 +342,10 @@ def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> Tok
     size = len(alignment.text.encode())
     (ours, pivot), (theirs, source) = _inside(alignment.pivot, size), _inside(alignment.source, size)
     n, m = len(alignment.pivot), len(alignment.source)
-    links, path = METHODS["dtw"](pivot, source, vocabulary_map.pivot, vocabulary_map.source)
+    found = warped(alignment.text, pivot, source, (vocabulary_map.pivot, vocabulary_map.source))
     at, first, stop = np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
-    at[ours] = np.where(links >= 0, links + theirs.start, -1)
-    assert path is not None  # this method has one
-    first[ours], stop[ours] = path[0] + theirs.start, path[1] + theirs.start
+    at[ours] = np.where(found.source_at >= 0, found.source_at + theirs.start, -1)
+    first[ours], stop[ours] = (part + theirs.start for part in found.matched)
     if ours.start and theirs.start:
         at[0], first[0], stop[0] = 0, 0, 1
     if ours.stop < n and theirs.stop < m:

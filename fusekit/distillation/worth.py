@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.worth import TeacherWorth
+from fusekit.alignment.quality import TeacherWorth
 from fusekit.capturing.store import Store
 from fusekit.distillation.dataset import Captures, join
 from fusekit.distillation.fusion import over_the_same_text

@@ -370,8 +370,7 @@ def make_alignments(context: Context) -> None:
 def _align(context: Context, source: str) -> None:
     """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
     from fusekit.alignment import align, vocabulary_surfaces
-    from fusekit.alignment.quality import AlignmentQuality
-    from fusekit.alignment.samples import sample_of, write_samples
+    from fusekit.alignment.quality import AlignmentQuality, sample_of, write_samples
     from fusekit.distillation.vocabulary_maps import write_map
 
     started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from fusekit import artifacts as artifact
 from fusekit import yaml as safe_yaml
-from fusekit.alignment.samples import Sample, read_samples
+from fusekit.alignment.quality import Sample, read_samples
 from fusekit.artifacts import Artifact, weights_hash
 from fusekit.capturing.store import Store
 from fusekit.distillation.outputs import targets_of
@@ -97,7 +97,7 @@ class CaseWorth(_Record):
 
 
 class Worth(_Record):
-    """``alignment/SOURCE/worth.json`` (:class:`fusekit.alignment.worth.TeacherWorth`)."""
+    """``alignment/SOURCE/worth.json`` (:class:`fusekit.alignment.quality.TeacherWorth`)."""
 
     vocabulary: str
     tokens: str

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import ValidationError
 
-from fusekit.alignment.samples import LOST, MEANING, Sample
+from fusekit.alignment.quality import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, counted, human, joined_hash
 from fusekit.data.counts import DROPPED, REASONS
 from fusekit.distillation.counts import CHOSEN, counts_by_data
@@ -71,7 +71,7 @@ def page(facts: Facts) -> str:
 
 
 def alignment_page(quality: AlignmentQuality, samples: Sequence[Sample]) -> str:
-    """An alignment as HTML: the figures over the texts, and samples (:func:`fusekit.alignment.samples.sample_of`)."""
+    """An alignment as HTML: the figures over the texts, and samples (:func:`fusekit.alignment.quality.sample_of`)."""
     rendered = _template("alignment.html.jinja").render(
         title=f"Alignment of {text.name(quality.source)} with {text.name(quality.pivot)}",
         quality=Quality.model_validate(quality.to_dict()),

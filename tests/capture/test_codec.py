@@ -42,7 +42,7 @@ def test_what_comes_back(awkward, max_error):
         assert found.dtype == (bool if name == "labels" else np.int64)
         assert np.array_equal(found, getattr(row.tokens, name)), name
     assert (back.tokens.lows is back.tokens.ends) == np.array_equal(row.tokens.lows, row.tokens.ends)
-    checked_rows(*back.rows, vocabulary)
+    checked_rows(back.rows, vocabulary)
     given_rows, found_rows = by_id(*row.rows[:2]), by_id(*back.rows[:2])
     for given_row, found_row, ids in zip(given_rows, found_rows, back.rows.ids, strict=True):
         assert set(found_row) == set(given_row)
@@ -140,7 +140,7 @@ def test_columns_that_are_not_of_a_row_are_refused_or_read(awkward, max_error, d
     else:
         column = np.resize(column, data.draw(st.integers(0, 2 * len(column) + 1)))
     with suppress(FusekitError):
-        checked_rows(*codec.decode(columns | {name: column}).rows, vocabulary)
+        checked_rows(codec.decode(columns | {name: column}).rows, vocabulary)
 
 
 @pytest.mark.parametrize(

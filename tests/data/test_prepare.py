@@ -9,8 +9,7 @@ from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
-from tests.alignment.texts import EDGE_CASES
-from tests.alignment.tokenizers import load
+from tests.alignment.tokenizers import EDGE_CASES, load
 from tests.capture.models import model
 
 READERS = [model(name) for name in ("openchat-3.5", "qwen", "gemma", "demo")]

@@ -10,7 +10,7 @@ from fusekit.data.templates import SHIPPED, ChatTemplate, template_names
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
-from tests.alignment.texts import EDGE_CASES
+from tests.alignment.tokenizers import EDGE_CASES
 from tests.capture.models import model, tokenizer_for
 from tests.data.spans import check
 

@@ -12,9 +12,8 @@ from fusekit.alignment import Predictions, project_rows, vocabulary_surfaces
 from fusekit.alignment.alignment import align_tokens
 from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
-from fusekit.alignment.groups import pivot_groups, source_pieces
 from fusekit.alignment.projection import NO_ID
-from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.alignment.vocabulary_map import VocabularyMap, pivot_groups, source_pieces
 from fusekit.distillation.projections import LabelRows, Projection, label_rows
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK

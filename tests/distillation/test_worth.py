@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.worth import RATIO_LIMIT
+from fusekit.alignment.quality import RATIO_LIMIT
 from fusekit.cli import cli
 from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.worth import measure

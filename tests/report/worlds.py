@@ -11,9 +11,7 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.alignment.cases import Case
-from fusekit.alignment.quality import AlignmentQuality
-from fusekit.alignment.samples import Group, Sample, Token, write_samples
-from fusekit.alignment.worth import TeacherWorth
+from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, TeacherWorth, Token, write_samples
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.writer import StoreWriter
@@ -114,7 +112,7 @@ def _align(into: Path, number: int, evil: str) -> None:
     quality = AlignmentQuality(
         f"org/pivot{evil}", f"source{evil}", texts=7, pivot_tokens=100, source_tokens=90 + number
     )
-    quality.total.add(100, 80, 90)
+    quality.total = Share(100, 80, 90)
     quality.cases.update({"same": 90, "unlinked": 10})
     quality.data = {f"a{evil}": quality.total, "b": quality.total}
     quality.worst = [(0.5, f"text{evil}")]
@@ -126,7 +124,7 @@ def _align(into: Path, number: int, evil: str) -> None:
     worth = TeacherWorth(f"prefix{evil}")
     cases = np.array([Case.SAME, Case.CLOSES, Case.UNLINKED])
     teacher, pivot = np.array([1.0, 2.5 + number, 0.0]), np.array([2.0, 3.0, 1.0])
-    worth.add(cases, cases != Case.UNLINKED, teacher=teacher, pivot=pivot, source=4.5)
+    worth.add(cases, cases != Case.UNLINKED, teacher=teacher, pivot=pivot, source=4.5, survived=np.zeros(0))
     _json(into / "worth.json", worth.to_dict())
 
 
