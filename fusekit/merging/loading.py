@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What a plain adapter may say. Anything else that is set (DoRA, patterns, biases, whole modules, ...) is left to peft.
-_UNDERSTOOD = {"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "peft_type", "bias", "init_lora_weights"}
-_NO_MATTER = {
+_PLAIN_KEYS = {
+    *("r", "lora_alpha", "use_rslora", "fan_in_fan_out", "peft_type", "bias", "init_lora_weights", "rank_pattern"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "lora_dropout", "task_type", "peft_version", "rank_pattern"),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "task_type", "peft_version", "megatron_core"),
+    *("qalora_group_size", "ensure_weight_tying"),
 }
 
 
@@ -82,7 +82,7 @@ def plain_adapter(folder: Path, weights: Headers) -> Adapter | None:
         and isinstance(config.get("lora_alpha"), (int, float))
         and config.get("bias", "none") == "none"
         and config.get("init_lora_weights", True) in (True, False, "gaussian")
-        and not any(value and key not in _UNDERSTOOD | _NO_MATTER for key, value in config.items())
+        and not any(value and key not in _PLAIN_KEYS for key, value in config.items())
     )
     if not plain or not (folder / ADAPTER_WEIGHTS).is_file():
         return None

@@ -130,8 +130,8 @@ def limit_address_space(extra: int) -> None:
 
 
 def test_address_space_that_does_not_suffice(workshop, write_recipe):
-    """Models of 26 MB each, and 20 MB to go."""
-    family(workshop / "large", targets=2, vocab_size=100_000, hidden_size=32)
+    """Models of 15 MB each, and 20 MB to go."""
+    family(workshop / "large", targets=2, vocab_size=60_000, hidden_size=32)
     write_recipe(base_model="large/base", models=[{"model": f"large/target{i}"} for i in (1, 2)])
     refused = fusekit(workshop, *MERGE, before=partial(limit_address_space, 20_000_000))
     assert refused.exitcode == 1, refused.output
