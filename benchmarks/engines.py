@@ -21,7 +21,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from fusekit.capturing.engines.check import difference
+from fusekit.capturing.engines import difference
 from fusekit.capturing.store import Store
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from fusekit.artifacts import human
+from fusekit.artifacts import existing_parent, free_bytes, human
 from fusekit.errors import FusekitError
 
 if TYPE_CHECKING:
@@ -124,6 +124,22 @@ def main_memory(what: str, needed: int, processes: int = 1, mapped: int = 0) -> 
     if tightest.address_space:
         processes, needed = 1, needed + mapped
     return Need(what, (taken + needed) * processes, tightest.available + taken * processes, tightest.source)
+
+
+def disk(wanted: Iterable[tuple[Path, int, str]]) -> list[Need]:
+    """A need for each disk. wanted: where, how many bytes, and what they are for."""
+    by_device: dict[int, list[tuple[Path, int, str]]] = {}
+    for path, size, what in wanted:
+        by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, what))
+    return [
+        Need(
+            "disk, for " + ", ".join(what for _, _, what in items),
+            sum(size for _, size, _ in items),
+            free_bytes(items[0][0]),
+            f"free on the disk of {items[0][0]}",
+        )
+        for items in by_device.values()
+    ]
 
 
 def worth_saying(needs: Iterable[Need]) -> list[str]:

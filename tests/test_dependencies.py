@@ -64,6 +64,7 @@ def test_only_what_merges_imports_mergekit():
             "import fusekit.capturing.capture, fusekit.capturing.store, fusekit.pipeline.run, fusekit.pipeline.plan",
             "mergekit",
         ),
+        ("import fusekit.capturing.writer", "torch transformers datasets"),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):

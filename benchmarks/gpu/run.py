@@ -109,7 +109,7 @@ def captured(work: Path, name: str, *options: object, launcher: tuple[str, ...] 
 
 def apart(work: Path, name: str, *options: object, bound: float, launcher: tuple[str, ...] = ()) -> Figures:
     """How far a capture on the device is from one on the CPU, in nats: at most ``bound``."""
-    from fusekit.capturing.engines.check import difference
+    from fusekit.capturing.engines import difference
 
     expected = captured(work, "cpu", "--dtype", "float32", on_cpu=True)
     found = difference(list(expected), list(captured(work, name, *options, launcher=launcher)))
@@ -144,7 +144,7 @@ def capture_vllm(work: Path) -> Figures:
 
 def capture_gguf(work: Path) -> Figures:
     """A GGUF file that is named in the environment, on the device and on the CPU."""
-    from fusekit.capturing.engines.check import difference
+    from fusekit.capturing.engines import difference
     from fusekit.capturing.store import Store
 
     for name, variables in (("cpu", {"ACCELERATE_USE_CPU": "true"}), ("gpu", {})):

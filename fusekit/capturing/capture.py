@@ -7,23 +7,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import xxhash
 
 from fusekit.artifacts import counted, differences, output_lock, remove
 from fusekit.capturing.codec import Columns
-from fusekit.capturing.engine import Teacher, rows_per_shard
-from fusekit.capturing.engines.opening import Opening
-from fusekit.capturing.engines.replies import Scorer
+from fusekit.capturing.engine import rows_per_shard
+from fusekit.capturing.engines import Opening, spread
 from fusekit.capturing.estimate import disk_needs, head_dtype, memory_needs, parameters, refuse
-from fusekit.capturing.load import load_model, loading_mistakes, longest_input, valid_ids
+from fusekit.capturing.load import loading_mistakes, valid_ids
 from fusekit.capturing.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
 from fusekit.capturing.models import Checkpoint, ModelChoice
+from fusekit.capturing.replies import Scorer
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
@@ -34,6 +32,9 @@ from fusekit.resources import worth_saying
 from fusekit.types import Row, TokenizedRow
 
 _SAMPLED_ROWS = 200
+
+PATIENCE = 600.0
+"""Seconds that a rank waits for the others to begin or to complete a store."""
 
 
 class Tokenizes(Protocol):
@@ -99,16 +100,17 @@ class Capture:
         for field, mistake in loading_mistakes(checkpoint.choice):
             raise CaptureError(f"{checkpoint.choice.model}: {field}: {mistake}")
         self.vocabulary = vocabulary_size(checkpoint, tokenizer)
+        self._asked = self.settings.top_k
+        changes = {
+            "top_k": min(self._asked, self.vocabulary),
+            "head_dtype": head_dtype(self.settings, checkpoint.config, parameters(checkpoint)),
+        }
+        self.settings = self.settings.model_copy(update=changes)
+        self._opening = Opening(checkpoint, tokenizer, self.settings, self.vocabulary, self._say)
         self._processes: Processes | None = None
         self._spec: StoreSpec | None = None
         self._scorer: Scorer | None = None
         self._prepared = False
-        self._asked = self.settings.top_k
-        if self._asked > self.vocabulary:
-            self.settings = self.settings.model_copy(update={"top_k": self.vocabulary})
-        self._opening: Opening | None = None
-        if checkpoint.choice.engine.kind != "transformers":
-            self._opening = Opening(checkpoint, tokenizer, self.settings, self.vocabulary, self._say)
 
     def run(self, processes: Processes | None = None) -> Store:
         """Capture this process's share.
@@ -148,28 +150,17 @@ class Capture:
         if self._processes is not None and self._processes.is_first:
             self.notify(line)
 
-    @property
-    def _head_dtype(self) -> str:
-        return head_dtype(self.settings, self.checkpoint.config, parameters(self.checkpoint))
-
     @cached_property
     def _tokens(self) -> int:
         """How many tokens the rows have, about, from some of them."""
-        some = np.unique(np.linspace(0, len(self.rows) - 1, min(_SAMPLED_ROWS, len(self.rows))).astype(np.int64))
-        sampled = sum(len(self.tokenizer.tokenize(self.rows[i])) for i in some.tolist())
-        return sampled * len(self.rows) // max(len(some), 1)
+        some = spread(self.rows, _SAMPLED_ROWS)
+        return sum(len(self.tokenizer.tokenize(row)) for row in some) * len(self.rows) // max(len(some), 1)
 
     def _prepare(self, processes: Processes) -> None:
         """Refuse what does not fit, and download the weights: before anything is written."""
         self._prepared = True
-        needs = disk_needs(
-            self.checkpoint,
-            self.out,
-            rows=len(self.rows),
-            tokens=self._tokens,
-            vocabulary=self.vocabulary,
-            top_k=self.settings.top_k,
-        )
+        sizes = {"rows": len(self.rows), "tokens": self._tokens, "labels": self._tokens}  # if every token is a label
+        needs = disk_needs(self.checkpoint, self.out, vocabulary=self.vocabulary, top_k=self.settings.top_k, **sizes)
         if self.checkpoint.choice.engine.probe is None:  # else transformers loads no model
             needs += memory_needs(self.checkpoint, self.settings, processes)
         for line in worth_saying(needs):
@@ -182,8 +173,8 @@ class Capture:
         """What the store is made from; once, as weights may have to be read for it."""
         assert self._processes is not None
         known = None if self.overwrite else read_json(self.out / MANIFEST, Manifest)
-        # Where all is there, nothing will be written.
-        if not self._prepared and (known is None or not _is_there(self.out, known)):
+        whole = known is not None and known.complete and all(record.is_there(self.out) for record in known.shards)
+        if not (whole or self._prepared):  # where all is there, nothing will be written
             self._prepare(self._processes)
         if self._spec is not None:
             return self._spec
@@ -194,12 +185,12 @@ class Capture:
             # A server is taken to have an accelerator.
             device = "cuda" if self.checkpoint.choice.engine.url else self._processes.device.type
             in_shards = rows_per_shard(parameters(self.checkpoint), self._tokens / max(len(self.rows), 1), device)
-        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards, "head_dtype": self._head_dtype})
-        details = self.details
-        if self._opening is not None and known is not None and known.complete:  # its engine may be gone
-            details = details | {name: one for name, one in known.spec.details.items() if name.startswith("engine_")}
-        elif self._opening is not None:
-            details = details | self._opening.details()
+        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards})
+        if known is not None and known.complete:  # its engine may be gone
+            engine = {name: one for name, one in known.spec.details.items() if name.startswith("engine_")}
+        else:
+            engine = self._opening.details()
+        details = self.details | engine
         spec = store_spec(self.checkpoint, self.tokenizer, self.rows, self.vocabulary, chosen, details=details)
         self._spec = _named_as(known, spec)
         return self._spec
@@ -211,27 +202,15 @@ class Capture:
         if self._processes.is_first and not self._prepared:
             self._prepare(self._processes)  # a shard is there, but damaged
         self.checkpoint.fetch()
-        if self._opening is not None:
-            now = self._opening.details()
-            known = self._spec.details if self._spec is not None else now
-            if changed := differences({name: known.get(name) for name in now}, now):
-                raise CaptureError(
-                    f"{self.out} has damaged shards, and the engine is not the one that wrote them:\n  "
-                    + "\n  ".join(changed)
-                    + "\nStart that engine again, or capture everything with --overwrite"
-                )
-            self._scorer = self._opening.start(self.rows, self._processes.device)
-        else:
-            self._scorer = Teacher(
-                load_model(self.checkpoint, self._processes.device),
-                valid_ids(self.tokenizer.tokenizer),
-                self.settings.selection,
-                batch_tokens=self.settings.batch_tokens,
-                name=self.checkpoint.choice.model,
-                notify=self._say,
-                longest=longest_input(self.checkpoint),
-                float32_head=self._head_dtype == "float32",
+        now = self._opening.details()
+        known = self._spec.details if self._spec is not None else now
+        if changed := differences({name: known.get(name) for name in now}, now):
+            raise CaptureError(
+                f"{self.out} has damaged shards, and the engine is not the one that wrote them:\n  "
+                + "\n  ".join(changed)
+                + "\nStart that engine again, or capture everything with --overwrite"
             )
+        self._scorer = self._opening.start(self.rows, self._processes.device)
         return self._scorer
 
 
@@ -284,7 +263,7 @@ def capture_rows(
             if overwrite:
                 remove_store(path)
             opened.append(StoreWriter(path, spec(), keys, world=world))
-            _refuse_quarantined(opened[0], max_quarantined)
+            refuse_quarantined(path, opened[0].quarantined(), len(keys), max_quarantined)
             return opened[0].spec
 
         if processes.connected:
@@ -297,12 +276,20 @@ def capture_rows(
                 agreed = _named_as(read_json(path / MANIFEST, Manifest), agreed)
                 writer = StoreWriter(path, agreed, keys, processes.rank, world, joins=True)
         if missing := writer.missing_shards():
-            share = _Share(writer, rows, tokenizer, max_quarantined)
-            share.capture(missing, load(), processes, quiet=quiet)
+            _capture_shards(
+                writer,
+                missing,
+                rows,
+                tokenizer,
+                load(),
+                max_quarantined=max_quarantined,
+                processes=processes,
+                quiet=quiet,
+            )
         processes.wait()
 
         def finish() -> bool:
-            _refuse_quarantined(writer, max_quarantined)
+            refuse_quarantined(path, writer.quarantined(), len(keys), max_quarantined)
             if not processes.connected and writer.lacking():
                 return False
             writer.finish()
@@ -327,12 +314,8 @@ def _named_as(known: Manifest | None, spec: StoreSpec) -> StoreSpec:
     return spec.model_copy(update={"model": known.spec.model})
 
 
-PATIENCE = 600.0
-"""Seconds that a rank waits for the others to begin or to complete a store."""
-
-
 def _rank_of(path: Path, rank: int) -> Path:
-    """What the lock of a rank is named after: the same rank does not run twice."""
+    """What the lock of a rank is named after, so that the same rank does not run twice."""
     return path.with_name(f"{path.name}.rank{rank}")
 
 
@@ -348,65 +331,54 @@ def _refuse_ranks(path: Path) -> None:
             pass
 
 
-@dataclass
-class _Share:
-    """What one process captures of a store."""
-
-    writer: StoreWriter
-    rows: Sequence[Row]
-    tokenizer: Tokenizes
-    max_quarantined: float
-
-    def capture(self, missing: Sequence[ShardPlan], teacher: Scorer, processes: Processes, *, quiet: bool) -> None:
-        """Capture and commit shards, one by one."""
-        world = processes.world
-        label = "capturing" if world == 1 else f"capturing (process {processes.rank} of {world})"
-        total = sum(plan.stop - plan.start for plan in missing)
-        seen = 0
-        with progress(total, label, "row", quiet=quiet or not processes.is_first) as bar:
-
-            def advance(rows: int, tokens: int) -> None:
-                nonlocal seen
-                seen += tokens
+def _capture_shards(
+    writer: StoreWriter,
+    missing: Sequence[ShardPlan],
+    rows: Sequence[Row],
+    tokenizer: Tokenizes,
+    scorer: Scorer,
+    *,
+    max_quarantined: float,
+    processes: Processes,
+    quiet: bool,
+) -> None:
+    """Capture and commit what this process has to write, shard by shard."""
+    world, seen = processes.world, 0
+    label = "capturing" if world == 1 else f"capturing (process {processes.rank} of {world})"
+    total = sum(plan.stop - plan.start for plan in missing)
+    # Encoded as they come, beside the next batch: the rows of a shard take a third of the memory then.
+    with progress(total, label, "row", quiet=quiet or not processes.is_first) as bar, ThreadPoolExecutor(1) as pool:
+        for plan in missing:
+            own = rows[plan.start : plan.stop]
+            tokenized = [tokenizer.tokenize(row) for row in own]
+            encoded: dict[int, Future[Columns]] = {}
+            quarantined: dict[str, str] = {}
+            for batch in scorer.score_batches(tokenized, [row.dataset for row in own]):
+                for index, scored in batch:
+                    if isinstance(scored, str):
+                        quarantined[own[index].key] = scored
+                    else:
+                        encoded[index] = pool.submit(writer.codec.encode, scored)
+                seen += sum(len(tokenized[index]) for index, _ in batch)
                 if not bar.disable:
                     rate = seen / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(rows)
-
-            for plan in missing:
-                if self._write(plan, teacher, advance):
-                    _refuse_quarantined(self.writer, self.max_quarantined)
-
-    def _write(self, plan: ShardPlan, teacher: Scorer, advance: Callable[[int, int], None]) -> int:
-        """Capture and commit one shard; returns how many of its rows are quarantined.
-
-        advance: called with the rows and tokens of each batch.
-        """
-        rows = self.rows[plan.start : plan.stop]
-        tokenized = [self.tokenizer.tokenize(row) for row in rows]
-        encoded: dict[int, Future[Columns]] = {}
-        quarantined: dict[str, str] = {}
-        # Encoded as they come, beside the next batch: the rows of a shard take a third of the memory then.
-        with ThreadPoolExecutor(1) as pool:
-            for batch in teacher.score_batches(tokenized, [row.dataset for row in rows]):
-                for index, scored in batch:
-                    if isinstance(scored, str):
-                        quarantined[rows[index].key] = scored
-                    else:
-                        encoded[index] = pool.submit(self.writer.codec.encode, scored)
-                advance(len(batch), sum(len(tokenized[index]) for index, _ in batch))
-        self.writer.write_columns(plan, [encoded[index].result() for index in sorted(encoded)], quarantined)
-        return len(quarantined)
+                bar.update(len(batch))
+            writer.write_columns(plan, [encoded[index].result() for index in sorted(encoded)], quarantined)
+            if quarantined:
+                refuse_quarantined(writer.path, writer.quarantined(), len(rows), max_quarantined)
 
 
-def _refuse_quarantined(writer: StoreWriter, share: float) -> None:
-    """Raises CaptureError when more rows of all shards, those of earlier runs too, have no distribution than may."""
-    quarantined, total = writer.quarantined(), len(writer.keys)
+def refuse_quarantined(what: object, quarantined: Mapping[str, str], total: int, share: float) -> None:
+    """Raises CaptureError when more than this share of ``total`` examples, and more than one, have no distribution.
+
+    quarantined: why, by key.
+    """
     allowed = max(1, int(share * total))
     if len(quarantined) > allowed:
         key, why = next(iter(quarantined.items()))
         raise CaptureError(
-            f"{writer.path}: {counted(len(quarantined), 'example')} without a distribution, more than the "
+            f"{what}: {counted(len(quarantined), 'example')} without a distribution, more than the "
             f"{allowed} of {total} that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the "
             "model's weights whole, and is its dtype one that it was trained for? If so many may be missing, raise the "
             "limit: what is captured stays"
@@ -421,26 +393,22 @@ def store_spec(
     settings: CaptureSettings,
     *,
     details: Mapping[str, Setting] | None = None,
-    fingerprint: str | None = None,
 ) -> StoreSpec:
     """What a store is made from: model, tokenizer and template, data, and every setting that changes a value.
 
-    settings: with the rows per shard and the head's dtype. fingerprint: of the weights, where it is known already.
+    settings: with the rows per shard and the head's dtype.
     """
     assert settings.rows_per_shard is not None
     choice = checkpoint.choice
     return StoreSpec(
         model=choice.model,
-        model_fingerprint=fingerprint or checkpoint.fingerprint(),
+        model_fingerprint=checkpoint.fingerprint(),
         tokenizer=tokenizer.fingerprint,
         data=data_fingerprint(rows),
         vocabulary=vocabulary,
-        top_k=min(settings.top_k, vocabulary),
-        keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
-        temperature=settings.temperature,
-        max_error=settings.max_error,
         rows_per_shard=settings.rows_per_shard,
         details=details_of(choice, tokenizer.train_on, settings) | tokenizer.facts | dict(details or {}),
+        **settings.kept(vocabulary),
     )
 
 
@@ -470,9 +438,3 @@ def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
     known = max((size for size in sizes if isinstance(size, int)), default=0)
     return max(known, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
-
-
-def _is_there(folder: Path, manifest: Manifest) -> bool:
-    """Whether a store is complete, as far as the sizes of its shards tell. Raises OSError."""
-    shards = ((folder / record.file, record.size) for record in manifest.shards)
-    return manifest.complete and all(path.is_file() and path.stat().st_size == size for path, size in shards)

@@ -1,14 +1,27 @@
-"""Log-probabilities as whole numbers: how deep below certainty, on a scale that is finer where it matters."""
+"""An example to columns, and a shard of examples to one Parquet file. docs/store.md describes both.
+
+Equal examples make equal files: nothing in a shard depends on time, machine or the order of a dictionary.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
 
 from fusekit.alignment.projection import MASS_TOLERANCE
-from fusekit.capturing.manifest import key_bytes
+from fusekit.artifacts import disk_fault, file_hash
+from fusekit.capturing.manifest import ShardRecord, key_bytes
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, TokenizedRow, TopK
@@ -56,7 +69,7 @@ class Grid:
         return self._value(np.arange(deepest + 1, dtype=np.float64))[depths]
 
     def rounding(self, logprobs: FloatArray) -> FloatArray:
-        """The largest error that rounding makes at these log-probabilities, at most half of ``max_error``."""
+        """The largest error of rounding at these log-probabilities, at most half of ``max_error``."""
         logprobs = np.minimum(logprobs, 0.0)
         # The side away from 0 has the larger steps.
         return logprobs - self._value(self._position(logprobs) + 0.5)
@@ -78,35 +91,20 @@ class ExactGrid(Grid):
         return np.abs(logprobs) * 2.0**-24
 
 
-def grid(max_error: float) -> Grid:
-    """The grid that keeps an error bound: of steps ``max_error``, exact for 0. Raises StorageError for a bound outside
-    [0.0001, 1] that is not 0."""
-    if max_error == 0:
-        return ExactGrid()
-    if not 1e-4 <= max_error <= 1:
-        raise StorageError(f"max_error is {max_error}, but has to be 0 (exact) or between 0.0001 and 1 nats")
-    return Grid(max_error)
-
-
 LOWEST = -1e4
 """Log-probabilities below this are refused."""
 
-
 Columns = dict[str, Any]
-"""A row as it is stored: a value or an array per column of docs/store.md."""
+"""An example as it is stored: a value or an array per column of docs/store.md."""
 
 
 class Codec:
-    """Rows of one model to columns and back.
+    """Examples of one model to columns and back.
 
-    What comes back: keys, ids, coordinates and cross-entropies exactly; log-probabilities ``l`` and log of the tail
-    within :meth:`error_bound` of what was given, which is at most ``max_error`` nats. Half of that is rounding (finer
-    for probable entries). The other half at most is normalisation: decoded entries and tail sum to 1, and what rounding
-    made of the sum, which is divided out, lies between the errors of the entries. A tail of 0 stays 0. The KL
-    divergence of a decoded row from the one given is at most ``max_error ** 2 / 8`` nats (Hoeffding's lemma, for
-    errors within ``max_error / 2``). Entries come back by falling decoded probability, equal ones by rising id.
-
-    ``max_error=0``: log-probabilities and tails as float32, neither rounded further nor normalised.
+    Keys, ids, coordinates and cross-entropies come back exactly; log-probabilities and log of the tail within
+    :meth:`error_bound`, at most ``max_error`` nats: half of it rounding, half normalisation, as decoded entries and
+    tail sum to 1 (docs/store.md). A tail of 0 stays 0. Entries come back by falling decoded probability, equal ones by
+    rising id. ``max_error=0``: float32, neither rounded further nor normalised.
 
     Args:
         vocabulary: ids are below it.
@@ -122,15 +120,15 @@ class Codec:
             raise StorageError(
                 f"top_k is {top_k} and the vocabulary {vocabulary}, but 1 <= top_k <= vocabulary < 2^31 is needed"
             )
-        self.vocabulary, self.top_k, self.max_error = vocabulary, top_k, max_error
-        self._grid = grid(max_error)
-        self.exact = isinstance(self._grid, ExactGrid)
+        if max_error != 0 and not 1e-4 <= max_error <= 1:
+            raise StorageError(f"max_error is {max_error}, but has to be 0 (exact) or between 0.0001 and 1 nats")
+        self.vocabulary, self.top_k, self.max_error, self.exact = vocabulary, top_k, max_error, max_error == 0
+        self._grid = ExactGrid() if self.exact else Grid(max_error)
 
     def error_bound(self, logprobs: FloatArray) -> FloatArray:
         """How far a decoded log-probability can be from the one given, nats: float64, shaped like ``logprobs``.
 
-        Entries and tails: rounding there plus ``max_error / 2`` for normalisation (rows whose given mass is not 1 are
-        off by the logarithm of that mass besides).
+        Of rows whose given mass is not 1, besides the logarithm of that mass.
         """
         return self._grid.rounding(np.asarray(logprobs, np.float64)) + self.max_error / 2
 
@@ -143,17 +141,13 @@ class Codec:
             raise StorageError(f"row {row.tokens.key}: {error}") from error
 
     def decode(self, columns: Columns) -> CapturedRow:
-        """The row of its columns; its ``rows`` are as wide as the most entries of any label.
-
-        Raises StorageError where the columns cannot be those of a row.
-        """
+        """The row of its columns, as wide as the most entries of any label. Raises StorageError for other columns."""
         try:
             return self._decode(columns)
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             raise StorageError(f"its columns do not fit together: {error}") from error
 
     def _places(self, row: CapturedRow) -> Columns:
-        """Key, source of data, cross-entropy, counts, and what is known of each token."""
         tokens = row.tokens
         T = len(tokens.ids)
         for name in ("message", "part", "ends", "lows", "labels"):
@@ -182,7 +176,7 @@ class Codec:
         }
 
     def _entries(self, row: CapturedRow) -> Columns:
-        """The entries of each label by rising id, tails, and the labels' own log-probabilities, checked."""
+        """The entries of each label by rising id, tails, and the labels' own log-probabilities."""
         n = int(np.count_nonzero(row.tokens.labels))
         rows = row.rows
         if rows.ids.shape != rows.logprobs.shape or not len(rows.ids) == len(rows.tail) == len(row.actual) == n:
@@ -200,7 +194,13 @@ class Codec:
         ids = np.where(used, np.take_along_axis(ids, order, 1), self.vocabulary)
         logprobs = np.where(used, np.take_along_axis(logprobs, order, 1), -np.inf)
         gaps = np.diff(ids, axis=1, prepend=-1) - 1
-        self._check_ids(ids, gaps, used)
+        if (highest := int(np.max(ids, where=used, initial=0))) >= self.vocabulary:
+            raise StorageError(f"token id {highest} is outside the vocabulary of {self.vocabulary}")
+        if ids.shape[1] > self.top_k:
+            raise StorageError(f"{ids.shape[1]} entries for one label, more than top_k {self.top_k}")
+        if len(repeated := np.argwhere(used & (gaps < 0))):
+            label, at = repeated[0].tolist()
+            raise StorageError(f"label {label} has the token id {ids[label, at]} twice")
         _check_values(logprobs, tail, np.concatenate([logprobs[used], actual]))
         found: Columns = {"entries": counts.astype(np.int32), "id_gaps": gaps[used].astype(np.int32)}
         if self.exact:
@@ -216,17 +216,6 @@ class Codec:
             "tail_depth": tails.astype(np.int32),
             "label_depth": self._grid.depths(actual).astype(np.int32),
         }
-
-    def _check_ids(self, ids: IntArray, gaps: IntArray, used: BoolArray) -> None:
-        highest = int(np.max(ids, where=used, initial=0))
-        if highest >= self.vocabulary:
-            raise StorageError(f"token id {highest} is outside the vocabulary of {self.vocabulary}")
-        if ids.shape[1] > self.top_k:
-            raise StorageError(f"{ids.shape[1]} entries for one label, more than top_k {self.top_k}")
-        repeated = np.argwhere(used & (gaps < 0))
-        if len(repeated):
-            label, at = repeated[0].tolist()
-            raise StorageError(f"label {label} has the token id {ids[label, at]} twice")
 
     def _decode(self, columns: Columns) -> CapturedRow:
         is_label, ids = columns["is_label"], columns["token_ids"].astype(np.int64)
@@ -245,7 +234,7 @@ class Codec:
         return CapturedRow(tokens, columns["dataset"], rows, actual, columns["cross_entropy"])
 
     def _decode_entries(self, columns: Columns, labels: IntArray) -> tuple[TopK, FloatArray]:
-        """Rows of n labels, whose ids are ``labels`` [n], and their log-probabilities [n]."""
+        """Rows of n labels with the ids ``labels`` [n], and their own log-probabilities [n]."""
         counts = columns["entries"]
         n, most = len(counts), int(counts.max(initial=0))
         if n != len(labels) or counts.min(initial=0) < 0 or most > self.top_k:
@@ -298,7 +287,7 @@ def _check_values(logprobs: FloatArray, tail: FloatArray, values: FloatArray) ->
     mass = np.exp(logprobs).sum(axis=1) + tail
     wrong = ~(np.abs(mass - 1) <= MASS_TOLERANCE) | ~(tail >= 0)
     if wrong.any():
-        label = int(np.flatnonzero(wrong)[0])
+        label = int(wrong.argmax())
         raise StorageError(
             f"label {label} has no distribution: its entries and its tail of {tail[label]:.6g} sum to "
             f"{mass[label]:.6g}, not 1"
@@ -306,3 +295,207 @@ def _check_values(logprobs: FloatArray, tail: FloatArray, values: FloatArray) ->
     unfit = values[~((values >= LOWEST) & (values <= MASS_TOLERANCE))]
     if len(unfit):
         raise StorageError(f"a log-probability is {unfit[0]:.6g}, but finite ones from {LOWEST:g} to 0 are stored")
+
+
+LAYOUT = 1
+"""Version of the columns."""
+
+GROUP_VALUES = 1 << 17
+"""Entries and tokens of a row group, about: what is decoded at once to read one row at random."""
+
+_METADATA = b"fusekit"
+_FOOTER_END = 8  # the length of the footer, and the magic word
+
+SCALARS = {
+    "key": pa.string(),
+    "dataset": pa.string(),
+    "cross_entropy": pa.float64(),
+    "tokens": pa.int32(),
+    "labels": pa.int32(),
+    "bytes": pa.int64(),
+}
+_TOKENS = {
+    "token_ids": pa.int32(),
+    "message": pa.int32(),
+    "part": pa.int8(),
+    "ends": pa.int64(),
+    "lows": pa.int64(),
+    "is_label": pa.bool_(),
+}
+_ENTRIES = {"entries": pa.int32(), "id_gaps": pa.int32()}
+_ROUNDED = {"depths": pa.int32(), "tail_depth": pa.int32(), "label_depth": pa.int32()}
+_EXACT = {"logprobs": pa.float32(), "tail": pa.float32(), "label_logprob": pa.float32()}
+_DICTIONARY = ("dataset", "message.list.element", "part.list.element")
+# Bytes of equal weight beside each other: zstd finds the high ones, which repeat, and leaves the low ones alone.
+_SPLIT = ("token_ids", "ends", "lows", "entries", "id_gaps", *_ROUNDED, *_EXACT)
+
+
+def schema(exact: bool) -> pa.Schema:
+    """The columns of a shard. exact: of float32 log-probabilities, not rounded ones."""
+    fields = [pa.field(name, kind, nullable=False) for name, kind in SCALARS.items()]
+    for name, kind in (_TOKENS | _ENTRIES | (_EXACT if exact else _ROUNDED)).items():
+        fields.append(pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=False))
+    return pa.schema(fields)
+
+
+def shard_bytes(rows: Sequence[Columns], exact: bool) -> bytes:
+    """The file of a shard: rows that one codec encoded, ``exact`` or not."""
+    layout, file = schema(exact), io.BytesIO()
+    writer = pq.ParquetWriter(
+        file,
+        layout,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=list(_DICTIONARY),
+        column_encoding={
+            f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT if layout.get_field_index(name) >= 0
+        },
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    )
+    ends, hashes = [0], []
+    for group in _groups(rows):
+        writer.write_table(_table(group, layout))
+        ends.append(file.tell())
+        with file.getbuffer() as written:
+            hashes.append(xxhash.xxh3_64_hexdigest(written[ends[-2] : ends[-1]]))
+    about = {"layout": LAYOUT, "ends": ends[1:], "xxh3_64": hashes}
+    writer.add_key_value_metadata({_METADATA: json.dumps(about, separators=(",", ":"))})
+    writer.close()
+    return file.getvalue()
+
+
+def _groups(rows: Sequence[Columns]) -> Iterator[Sequence[Columns]]:
+    start = values = 0
+    for at, row in enumerate(rows):
+        values += len(row["id_gaps"]) + len(row["token_ids"])
+        if values >= GROUP_VALUES:
+            yield rows[start : at + 1]
+            start, values = at + 1, 0
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _table(rows: Sequence[Columns], layout: pa.Schema) -> pa.Table:
+    arrays = []
+    for field in layout:
+        values = [row[field.name] for row in rows]
+        if not pa.types.is_list(field.type):
+            arrays.append(pa.array(values, field.type))
+            continue
+        offsets = pa.array(np.cumsum([0, *map(len, values)]).astype(np.int32))
+        flat = pa.array(np.concatenate(values), field.type.value_type)
+        arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+    return pa.Table.from_arrays(arrays, schema=layout)
+
+
+def footer_hash(data: bytes | memoryview) -> str:
+    """xxh3-128 of a Parquet file's footer and what follows it. Raises StorageError where there is none."""
+    length = int.from_bytes(data[-_FOOTER_END:-4], "little") + _FOOTER_END
+    if length > len(data):
+        raise StorageError(f"its footer of {length} bytes is longer than the file of {len(data)}")
+    return xxhash.xxh3_128_hexdigest(data[len(data) - length :])
+
+
+def check_shard(path: Path, size: int, footer_xxh3: str) -> None:
+    """Compare a shard's size and footer with its record. Raises StorageError naming the file and what is wrong."""
+    with _explained(path):
+        if (found := path.stat().st_size) != size:
+            raise StorageError(f"{path} has {found} bytes, but {size} were committed")
+        with pa.memory_map(str(path)) as file:
+            if footer_hash(memoryview(file.read_buffer())) != footer_xxh3:
+                raise StorageError(f"{path} is damaged: its footer is not the one that was committed")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns what reading a file raises into a StorageError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"{path} is missing") from None
+    except StorageError as error:
+        raise error if str(path) in str(error) else StorageError(f"{path} is damaged: {error}") from error
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise disk_fault(error, path) or StorageError(f"{path} is damaged: {error}") from error
+
+
+class Shard:
+    """A shard that is open for reading, mapped into memory. record: what the manifest says of it. exact: of its codec.
+
+    Attributes:
+        starts: int64 [groups + 1], the first row of each row group, and the number of rows.
+
+    Raises StorageError: names the file, and what is missing or damaged.
+    """
+
+    def __init__(self, path: Path, record: ShardRecord, exact: bool) -> None:
+        self.path = path
+        check_shard(path, record.size, record.footer_xxh3)
+        with _explained(path):
+            self._file = pa.memory_map(str(path))
+            self._parquet = pq.ParquetFile(self._file, page_checksum_verification=True)
+            metadata = self._parquet.metadata
+            about = json.loads(metadata.metadata[_METADATA])
+            if about["layout"] != LAYOUT:
+                raise StorageError(
+                    f"{path} has columns of layout {about['layout']}, but this version of fusekit reads {LAYOUT}"
+                )
+            self._ends, self._hashes = [0, *about["ends"]], about["xxh3_64"]
+            sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            self.starts = np.cumsum([0, *sizes])
+            if self.starts[-1] != record.rows:
+                raise StorageError(f"{path} has {self.starts[-1]} rows, the manifest says {record.rows}")
+            if self._parquet.schema_arrow.names != schema(exact).names:
+                raise StorageError(f"{path} has the columns {', '.join(self._parquet.schema_arrow.names)}")
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        self._file.seek(start)
+        return memoryview(self._file.read_buffer(stop - start))
+
+    def group(self, number: int) -> Group:
+        """A row group, compared with its checksum. Raises StorageError naming the file."""
+        with _explained(self.path):
+            if xxhash.xxh3_64_hexdigest(self._bytes(*self._ends[number : number + 2])) != self._hashes[number]:
+                raise StorageError(f"{self.path} is damaged: row group {number} has another checksum")
+            return Group(self._parquet.read_row_group(number, use_threads=False))
+
+    def facts(self) -> pa.Table:
+        """Key, dataset, cross-entropy and counts of its rows, without decoding them. Raises StorageError."""
+        with _explained(self.path):
+            return self._parquet.read(list(SCALARS), use_threads=False)
+
+
+class Group:
+    """The columns of some rows in memory: ``group[i]`` is what a codec decodes, views of arrays. size: bytes."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.size = int(table.nbytes)
+        self._scalars: dict[str, list[Any]] = {}
+        self._lists: dict[str, tuple[list[int], npt.NDArray[Any]]] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if name in SCALARS:
+                self._scalars[name] = column.to_pylist()
+            else:
+                array = column.combine_chunks()
+                values = array.values.to_numpy(zero_copy_only=False)
+                self._lists[name] = array.offsets.to_numpy().tolist(), values
+
+    def __len__(self) -> int:
+        return len(self._scalars["key"])
+
+    def __iter__(self) -> Iterator[Columns]:
+        return (self[at] for at in range(len(self)))
+
+    def __getitem__(self, at: int) -> Columns:
+        columns: Columns = {name: values[at] for name, values in self._scalars.items()}
+        for name, (offsets, values) in self._lists.items():
+            columns[name] = values[offsets[at] : offsets[at + 1]]
+        return columns
+
+
+def hash_of(path: Path) -> str:
+    """xxh3-128 of a file. Raises StorageError when it cannot be read."""
+    with _explained(path):
+        return file_hash(path)

@@ -1,7 +1,4 @@
-"""What a causal language model says about the labels of rows: its forward, in batches that fit.
-
-The same rows in the same order always make the same batches and shards.
-"""
+"""What a causal language model says about the labels of rows: its forward, in batches that fit."""
 
 from __future__ import annotations
 
@@ -40,13 +37,7 @@ def batch_tokens_on(device: str) -> int:
 def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
     """Rows of a shard: :data:`SHARD_SECONDS` of work, or a batch where that is more, as a power of two.
 
-    Args:
-        parameters: of the model; a token takes two operations for each.
-        row_tokens: of a row, on average.
-        device: its type, as ``cuda``.
-
-    Returns:
-        From 1 to :data:`fusekit.capturing.manifest.ROWS_PER_SHARD`; the same wherever the arguments are.
+    parameters: of the model; a token takes two operations for each. row_tokens: of a row, on average. device: its type.
     """
     rate = CPU_FLOPS if device == "cpu" else FLOPS
     tokens = max(SHARD_SECONDS * rate / (2 * max(parameters, 1)), batch_tokens_on(device))
@@ -54,16 +45,14 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True) -> list[list[int]]:
-    """Batches of rows of similar length.
+    """Batches of rows of similar length: indices into ``lengths``, the same for the same rows.
+
+    The longest come first, so that memory runs out at the start if it does.
 
     Args:
         lengths: tokens of each row; rows of length 0 are in no batch.
         batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
         padding: whether the rows of a batch may have different lengths.
-
-    Returns:
-        Indices into ``lengths``, the longest rows first, so that memory runs out at the start if it does; rows of equal
-        length in their order.
     """
     batches: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
@@ -79,16 +68,9 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True
 CHUNK_BYTES = 256 << 20
 """Of float32 logits at a time."""
 
-NOT_FINITE = "NaN or infinite logits"
-
 
 class Scored(NamedTuple):
-    """What came of some rows, in their order.
-
-    Attributes:
-        rows: captured.
-        quarantined: reason by key, of rows for which the model gives no distribution.
-    """
+    """Captured rows in their order, and by key why the model gives no distribution for the others."""
 
     rows: list[CapturedRow]
     quarantined: dict[str, str]
@@ -152,14 +134,9 @@ class Teacher:
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
     def score(self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None) -> Scored:
-        """What the model says about the labels of rows.
+        """What the model says about the labels of rows, read by its tokenizer. datasets: where each row is from.
 
-        Args:
-            rows: read by this model's tokenizer.
-            datasets: the source of data of each row.
-
-        Raises:
-            CaptureError: one row does not fit into memory alone; ids that the model does not have.
+        Raises CaptureError: one row does not fit into memory alone; ids that the model does not have.
         """
         found = {index: row for batch in self.score_batches(rows, datasets) for index, row in batch}
         captured = [row for _, row in sorted(found.items()) if isinstance(row, CapturedRow)]
@@ -177,15 +154,13 @@ class Teacher:
         # No label is predicted by what comes after the last but one token of a causal model's input.
         lengths = [int(row.label_positions[-1]) if row.labels.any() else 0 for row in rows]
         names = datasets or [""] * len(rows)
-        yield [(i, self._unlabelled(rows[i], names[i])) for i, length in enumerate(lengths) if not length]
+        nothing = np.zeros((0, self.selection.k))
+        unlabelled = TopK(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0
+        yield [(i, CapturedRow(rows[i], names[i], *unlabelled)) for i, length in enumerate(lengths) if not length]
         for batch in self._fitting(plan_batches(lengths, self.batch_tokens, self.padding), lengths):
             with torch.inference_mode():
                 scores = self._score_batch([rows[i] for i in batch])
             yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]
-
-    def _unlabelled(self, row: TokenizedRow, dataset: str) -> CapturedRow:
-        nothing = np.zeros((0, self.selection.k))
-        return CapturedRow(row, dataset, TopK(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0)
 
     def _check(self, rows: Sequence[TokenizedRow]) -> None:
         for row in rows:
@@ -211,7 +186,7 @@ class Teacher:
             else:
                 yield batch
 
-    def _score_batch(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+    def _score_batch(self, rows: list[TokenizedRow]) -> list[Sequence[Any]]:
         """Scores of a batch; in halves when memory runs out, and from then on no larger batch is tried."""
         failure = ""
         try:
@@ -224,7 +199,12 @@ class Teacher:
         longest = max(int(row.label_positions[-1]) for row in rows)
         least = self._row_bytes * (1 if self._split else longest)
         if len(rows) == 1 and self._chunk_bytes <= least:
-            raise CaptureError(self._too_large(rows[0], failure))
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            raise CaptureError(
+                f"example {rows[0].key} of {len(rows[0])} tokens does not fit into memory even alone, and {self.name} "
+                f"itself takes {weights / 1e9:.2f} GB ({failure}). Shorten the examples (--max-length), load the model "
+                "smaller (--dtype bfloat16, --quantization) or spread it over several devices (--device-map auto)"
+            )
         self._chunk_bytes = max(self._chunk_bytes // 2, least)
         if len(rows) == 1:
             return self._score_batch(rows)
@@ -235,15 +215,7 @@ class Teacher:
         )
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
-    def _too_large(self, row: TokenizedRow, failure: str) -> str:
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return (
-            f"example {row.key} of {len(row)} tokens does not fit into memory even alone, and {self.name} itself takes "
-            f"{weights / 1e9:.2f} GB ({failure}). Shorten the examples (--max-length), load the model smaller (--dtype "
-            "bfloat16, --quantization) or spread it over several devices (--device-map auto)"
-        )
-
-    def _forward(self, rows: list[TokenizedRow]) -> list[_RowScores]:
+    def _forward(self, rows: list[TokenizedRow]) -> list[Sequence[Any]]:
         ids, mask = padded(rows)
         positions = [row.label_positions for row in rows]
         labels = torch.from_numpy(np.concatenate([row.ids[at] for row, at in zip(rows, positions, strict=True)]))
@@ -252,7 +224,7 @@ class Teacher:
         )
         whole = [part.cpu().numpy() for part in scores]
         stops = np.cumsum([len(at) for at in positions])[:-1]
-        return [_RowScores(*parts) for parts in zip(*(np.split(part, stops) for part in whole), strict=True)]
+        return list(zip(*(np.split(part, stops) for part in whole), strict=True))
 
     def _scores_split(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
@@ -308,24 +280,13 @@ class Teacher:
         return score_logits(logits, labels.to(logits.device), self.selection, invalid)
 
 
-class _RowScores(NamedTuple):
-    """:class:`Scores` of one row, as numpy arrays."""
-
-    ids: IntArray
-    logprobs: Any
-    tail: Any
-    actual: Any
-    nll: Any
-    finite: Any
-
-
-def _captured(row: TokenizedRow, dataset: str, scores: _RowScores) -> CapturedRow | str:
-    """The row, or why the model gives no distribution for it."""
-    if not scores.finite.all():
-        first = int(np.flatnonzero(~scores.finite)[0])
-        return f"{NOT_FINITE} at label {first} of {len(scores.finite)} (token {row.label_positions[first]})"
-    rows = TopK(scores.ids, scores.logprobs, scores.tail)
-    return CapturedRow(row, dataset, rows, scores.actual, float(np.sum(scores.nll)))
+def _captured(row: TokenizedRow, dataset: str, scores: Sequence[Any]) -> CapturedRow | str:
+    """The row, or why the model gives no distribution for it. scores: a row's :class:`Scores`, as numpy arrays."""
+    ids, logprobs, tail, actual, nll, finite = scores
+    if not finite.all():
+        first = int(np.flatnonzero(~finite)[0])
+        return f"NaN or infinite logits at label {first} of {len(finite)} (token {row.label_positions[first]})"
+    return CapturedRow(row, dataset, TopK(ids, logprobs, tail), actual, float(np.sum(nll)))
 
 
 def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:

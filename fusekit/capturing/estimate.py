@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.artifacts import human
 from fusekit.capturing.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capturing.models import Checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.topk import CACHED_BYTES, GROUP, group_bytes
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
-from fusekit.resources import Need, main_memory, memory_limits, refuse_lacking
+from fusekit.resources import Need, disk, main_memory, memory_limits, refuse_lacking
 
 _BLOCK_COPIES = 3
 """Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""
@@ -33,7 +33,7 @@ _VALUE_BITS = 10
 
 
 def refuse(needs: Sequence[Need]) -> None:
-    """Raise CaptureError with the numbers if something does not fit."""
+    """Raise CaptureError if something does not fit."""
     way_out = (
         "Free some, write elsewhere, load the model smaller (--dtype bfloat16, --quantization) or over several devices "
         "(--device-map auto), or take smaller batches (--batch-tokens); --ignore-estimates starts it all the same"
@@ -48,26 +48,15 @@ def store_bytes(*, rows: int, tokens: int, labels: int, vocabulary: int, top_k: 
     return rows * _ROW_BYTES + tokens * _TOKEN_BYTES + labels * (bits // 8)
 
 
-def disk_needs(checkpoint: Checkpoint, out: Path, *, rows: int, tokens: int, vocabulary: int, top_k: int) -> list[Need]:
-    """Of the store, if every token were a label with ``top_k`` entries, and of the download."""
-    store = store_bytes(rows=rows, tokens=tokens, labels=tokens, vocabulary=vocabulary, top_k=top_k)
+def disk_needs(checkpoint: Checkpoint, out: Path, **sizes: int) -> list[Need]:
+    """Of a store of these sizes, as for :func:`store_bytes`, and of the download."""
+    store = store_bytes(**sizes)
     if out.is_dir():  # what an interrupted run has written already
         store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
-    wanted = [(out, store, f"{rows} captured examples, at most")]
+    wanted = [(out, store, f"{sizes['rows']} captured examples, at most")]
     if checkpoint.snapshot and checkpoint.download_bytes:
         wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))
-    by_device: dict[int, list[tuple[Path, int, str]]] = {}
-    for path, size, what in wanted:
-        by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, what))
-    return [
-        Need(
-            "disk (" + ", ".join(what for _, _, what in items) + ")",
-            sum(size for _, size, _ in items),
-            free_bytes(items[0][0]),
-            f"free on the disk of {items[0][0]}",
-        )
-        for items in by_device.values()
-    ]
+    return disk(wanted)
 
 
 def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: Processes) -> list[Need]:
@@ -93,9 +82,10 @@ def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: P
 
 def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
     """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
-    what, free = f"disk of {checkpoint.choice.model}, dequantised", free_bytes(folder)
-    disk = Need(what, loaded_bytes(checkpoint), free, f"free on the disk of {existing_parent(folder)}")
-    return [*_host_needs(checkpoint), disk]
+    return [
+        *_host_needs(checkpoint),
+        *disk([(folder, loaded_bytes(checkpoint), f"{checkpoint.choice.model}, dequantised")]),
+    ]
 
 
 def _host_needs(checkpoint: Checkpoint) -> list[Need]:

@@ -98,7 +98,6 @@ class _Product:
         return torch.empty(rows * width, dtype=dtype, device=self.weight.device)
 
     def prepared(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states for the model to hand to its head."""
         hidden = hidden.to(self.weight.device)
         return hidden.float() if self._rows is not None else hidden
 
@@ -121,7 +120,6 @@ class _Product:
         return out[None]
 
     def wide(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the model made of the product, in float32."""
         if logits.dtype == torch.float32:
             return logits
         return self._out[: logits.numel()].view(logits.shape).copy_(logits)
@@ -158,12 +156,8 @@ def plain_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 def split_forward(model: Any, ids: torch.Tensor, float32_head: bool = True) -> tuple[SplitForward | None, str]:
     """The split forward of a model if it gives the logits of the plain one on a sample, else None and why not.
 
-    Its head is None if the model computes other logits from blocks of it.
-
-    Args:
-        model: a transformers causal language model.
-        ids: int64 [B, T], a small batch without padding; its last row is tried as if padded.
-        float32_head: as of :class:`SplitForward`.
+    Its head is None if the model computes other logits from blocks of it. ids: int64 [B, T], a small batch without
+    padding; its last row is tried as if padded.
     """
     mask = torch.ones_like(ids)
     mask[-1, ids.shape[1] // 2 :] = 0
@@ -200,10 +194,10 @@ def _agree(plain: torch.Tensor, found: torch.Tensor) -> bool:
 
 
 def padding_error(model: Any, ids: torch.Tensor) -> tuple[float, float]:
-    """By how much the model's opinion of a short example changes when it is padded, and by how much it may, in nats.
+    """By how much the log-probabilities of a short example change when it is padded, and by how much they may, in nats.
 
-    A model that ignores the attention mask, and is not causal, reads the padding. ids: int64 [2, T], without padding.
-    The largest difference of a log-probability among the ten most probable ids of each position.
+    A model that ignores the attention mask, and is not causal, reads the padding. The largest difference among the ten
+    most probable ids of each position. ids: int64 [2, T], without padding.
     """
     length, mask = max(1, ids.shape[1] // 3), torch.ones_like(ids)
     mask[1, length:] = 0

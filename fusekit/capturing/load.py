@@ -60,9 +60,8 @@ def _gguf_tokenizer(folder: Path, header: GgufHeader, name: str, _size: int) -> 
 def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -> Any:
     """The model, its weights on ``device`` or where its ``device_map`` says, ready to be run.
 
-    kind: an auto class of transformers; None for a causal language model.
-
     A GGUF file is dequantised, on the CPU first; ``auto`` is then float32, but of a file without blocks its own dtype.
+    kind: an auto class of transformers; None for a causal language model.
 
     Raises CaptureError: memory, a package that is missing, weights that do not fit the configuration.
     """
@@ -138,14 +137,14 @@ def dequantise(
 ) -> None:
     """Write a GGUF file's weights, dequantised, with its configuration and tokenizer as a plain checkpoint, once.
 
-    The checkpoint is an artifact, published in one step. The caller holds the lock of what ``folder`` is in.
+    It is published in one step. The caller holds the lock of what ``folder`` is in.
 
     Args:
         choice: the GGUF file and the dtype to store (auto: see :func:`load_model`).
         folder: where it goes; one that is there already, of the same file and dtype, stays.
         overwrite: replace one of another file or dtype.
         ignore_estimates: start although disk or memory do not seem to suffice.
-        say: gets a line for the user, where there is something to do.
+        say: told what is done.
 
     Raises:
         CaptureError: it is no GGUF file, does not fit, or cannot be loaded.

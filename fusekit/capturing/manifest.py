@@ -74,15 +74,10 @@ class Quarantined(_Model):
 
 
 class ShardRecord(_Model):
-    """A shard that was committed.
+    """A shard that was committed: for the rows ``start`` to ``stop`` of the data, of which it lacks the quarantined.
 
-    Attributes:
-        file: its name in the store's folder.
-        size: bytes.
-        xxh3: xxh3-128 of the file. footer_xxh3: of its Parquet footer.
-        start, stop: which rows of the data it is for.
-        rows, tokens, labels, bytes: what it holds; bytes of content that the labels cover.
-        quarantined: the rows that it does not hold, in order.
+    size: bytes of the file. xxh3, footer_xxh3: xxh3-128 of it and of its Parquet footer. bytes: of content that its
+    labels cover.
     """
 
     file: str = Field(pattern=r"^shard-[0-9]{5,}\.parquet$")
@@ -97,12 +92,19 @@ class ShardRecord(_Model):
     bytes: Count
     quarantined: list[Quarantined]
 
+    def is_there(self, folder: Path) -> bool:
+        """Whether the file is there, as far as its size tells. Raises StorageError when the disk fails."""
+        path = folder / self.file
+        try:
+            return path.stat().st_size == self.size
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
+
 
 class CommittedShard(_Model):
-    """``shard-00000.json``: a shard's record while the store is not complete.
-
-    plan_xxh3: of the spec and the keys for which it was written (:func:`plan_hash`).
-    """
+    """``shard-00000.json``: a shard's record while the store is not complete, with the hash of its plan."""
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     plan_xxh3: Hash
@@ -112,11 +114,9 @@ class CommittedShard(_Model):
 class Manifest(_Model):
     """``manifest.json``.
 
-    Attributes:
-        complete: whether ``shards`` has them all. Before, shards are recorded here or in a file of their own.
-        bounds: shard i is for the rows ``bounds[i]`` to ``bounds[i + 1]`` of the data.
-        keys_xxh3: xxh3-128 of all rows' keys, 16 bytes each, in order.
-        made: what may differ between equal stores.
+    complete: whether ``shards`` has them all; before, shards are recorded here or in a file of their own. bounds: shard
+    i is for the rows ``bounds[i]`` to ``bounds[i + 1]``. keys_xxh3: see :func:`keys_hash`. made: what may differ
+    between equal stores.
     """
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
@@ -157,21 +157,23 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05}.parquet"
 
 
+def own_record(folder: Path, name: str, plan_xxh3: str) -> ShardRecord | None:
+    """The record that a shard has in a file of its own, if it was written for this plan. Raises StorageError."""
+    committed = read_json((folder / name).with_suffix(".json"), CommittedShard)
+    return committed.shard if committed and committed.plan_xxh3 == plan_xxh3 else None
+
+
 def _json(model: BaseModel) -> bytes:
     return (json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
 def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
     """Commit a model as JSON. Raises StorageError when the disk fails."""
-    data = _json(model)
-    commit_file(path, lambda file: file.write(data), rank=rank)
+    commit_file(path, lambda file: file.write(_json(model)), rank=rank)
 
 
 def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
-    """A model from JSON, None where the file is missing.
-
-    Raises StorageError naming the file and what is wrong in it.
-    """
+    """A model from JSON, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
     try:
         if path.stat().st_size > _LARGEST_MANIFEST:
             raise StorageError(f"{path} is damaged: it has {path.stat().st_size} bytes")
@@ -196,9 +198,9 @@ def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
 
 
 def date_of(store: Path) -> datetime.date | None:
-    """The day that the chat template printed when a capture was begun; None for a new one, or a template without a day.
+    """The day that the chat template printed when a capture was begun, to be printed again; None where there is none.
 
-    Whoever reads rows for that store again prints the same day. Raises StorageError for a damaged manifest.
+    Raises StorageError for a damaged manifest.
     """
     from fusekit.data.templates import kept_date
 

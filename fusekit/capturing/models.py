@@ -19,6 +19,7 @@ from fusekit.hub import DTYPES, is_pickle, read_index, weight_entry
 
 _ADAPTER = "adapter_config.json"
 _HASHED_AT_A_TIME = 16 << 20
+_ITEMSIZES = dict(DTYPES.values())
 TRANSFORMERS = EngineSettings()
 
 
@@ -115,39 +116,30 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
 
-        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Call it after :meth:`fetch`. A folder is
-        read once from end to end, as it will be again to be loaded.
+        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Call it after :meth:`fetch`.
         """
         if self.identity is not None:
             return self.identity
         if self.snapshot:
             return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
-        if self.gguf is not None:
-            try:
+        try:
+            if self.gguf is not None:
                 return f"xxh3 {artifact.file_hash(self.folder / self.gguf.file)}"
-            except OSError as error:
-                raise CaptureError(f"{self.choice.model} cannot be read: {error}") from error
-        digest = xxhash.xxh3_128(json.dumps(_identity(self.config), sort_keys=True).encode())
-        for name in sorted(self.weights):
-            digest.update(f"\0{name}\0".encode())
-            try:
+            # Without what changes when a configuration is only saved again.
+            config = {key: self.config[key] for key in self.config.keys() - {"transformers_version", "_name_or_path"}}
+            digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
+            for name in sorted(self.weights):
+                digest.update(f"\0{name}\0".encode())
                 with (self.folder / name).open("rb") as file:
                     while piece := file.read(_HASHED_AT_A_TIME):
                         digest.update(piece)
-            except OSError as error:
-                raise CaptureError(f"{self.choice.model}: {self.folder / name} cannot be read: {error}") from error
-        return f"xxh3 {digest.hexdigest()}"
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what changes when it is only saved again."""
-    return {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
+            return f"xxh3 {digest.hexdigest()}"
+        except OSError as error:
+            raise CaptureError(f"{self.choice.model} cannot be read: {error}") from error
 
 
 def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool = True) -> Checkpoint:
-    """The model that a choice means, with its configuration and tokenizer on disk, but not yet its weights.
-
-    A GGUF file has all of these in one, and is fetched whole.
+    """The model that a choice means, with configuration and tokenizer on disk, not yet weights; a GGUF file is fetched.
 
     Args:
         choice: the model.
@@ -161,7 +153,11 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
     """
     notices: list[str] = []
     if (parts := gguf.split(choice.model)) is not None:
-        return _dequantised(choice) or _find_gguf(choice, *parts, weights=weights, download=download)
+        plain = choice.dequantised
+        if plain is None or (known := artifact.read(plain)) is None:
+            return _find_gguf(choice, *parts, weights=weights, download=download)
+        config, identity = _read_json(choice, plain / "config.json"), str(known.inputs.get("gguf"))
+        return Checkpoint(choice, plain, config, _weights(choice, plain, None), identity=identity)
     folder, snapshot = hub.locate(choice.model, choice.revision, None, notices)
     names = _names(folder, snapshot)
     if weight_entry(names) is None and gguf.among(names) and (weights or "config.json" not in names):
@@ -175,22 +171,16 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
             f"with a recipe of one model, `{base}+{choice.model}`"
         )
     config = _read_json(choice, folder / "config.json")
-    _refuse_code(choice, folder, config)
+    if "auto_map" in config and not choice.trust_remote_code:
+        from transformers import CONFIG_MAPPING
+
+        if config.get("model_type") not in CONFIG_MAPPING:
+            raise CaptureError(
+                f"{choice.model} wants to run Python code of its own (auto_map in {folder / 'config.json'}): if you "
+                "trust its author, allow it for this model with --trust-remote-code"
+            )
     sizes = _weights(choice, folder, snapshot) if weights else {}
     return Checkpoint(choice, folder, config, sizes, snapshot, notices)
-
-
-_ITEMSIZES = dict(DTYPES.values())
-
-
-def _dequantised(choice: ModelChoice) -> Checkpoint | None:
-    """The plain checkpoint that was made of a GGUF file, None where there is none yet."""
-    folder = choice.dequantised
-    known = artifact.read(folder) if folder is not None else None
-    if folder is None or known is None:
-        return None
-    config = _read_json(choice, folder / "config.json")
-    return Checkpoint(choice, folder, config, _weights(choice, folder, None), identity=str(known.inputs.get("gguf")))
 
 
 def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, download: bool) -> Checkpoint:
@@ -221,7 +211,7 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
 
 @lru_cache(maxsize=16)
 def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: int) -> dict[str, Any]:
-    """What transformers makes of the header of a GGUF file, which takes it seconds: half a minute of a large one."""
+    """What transformers makes of the header of a GGUF file, which takes it seconds to half a minute."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -239,7 +229,7 @@ def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: 
 
 
 def is_repository(name: str) -> bool:
-    """Whether a model is taken for one on the hub: nothing is there, and it does not look like a path."""
+    """Whether a model is one on the hub: nothing is there, and it does not look like a path."""
     place = (gguf.split(name) or (name, ""))[0]
     return bool(place) and place[0] not in "/~." and place.count("/") <= 1 and not Path(place).exists()
 
@@ -261,19 +251,6 @@ def _read_json(choice: ModelChoice, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CaptureError(f"{choice.model}: {path} is not a JSON mapping")
     return content
-
-
-def _refuse_code(choice: ModelChoice, folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a model that transformers can only load by running code that comes with it."""
-    if choice.trust_remote_code or "auto_map" not in config:
-        return
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") not in CONFIG_MAPPING:
-        raise CaptureError(
-            f"{choice.model} wants to run Python code of its own (auto_map in {folder / 'config.json'}): if you trust "
-            "its author, allow it for this model with --trust-remote-code"
-        )
 
 
 def _weights(choice: ModelChoice, folder: Path, snapshot: hub.Snapshot | None) -> dict[str, int]:

@@ -89,6 +89,15 @@ class CaptureSettings(Settings):
         """What is kept of a distribution."""
         return Selection(self.top_k, self.keep_mass, self.temperature)
 
+    def kept(self, vocabulary: int) -> dict[str, Any]:
+        """The fields of a :class:`~fusekit.capturing.manifest.StoreSpec` that say what is kept, of so many ids."""
+        return {
+            "top_k": min(self.top_k, vocabulary),
+            "keep_mass": self.keep_mass if self.keep_mass < 1 else None,
+            "temperature": self.temperature,
+            "max_error": self.max_error,
+        }
+
 
 Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from fusekit.capturing.codec import Codec, Columns
+from fusekit.capturing.codec import SCALARS, Codec, Columns, Group, Shard, check_shard, hash_of, schema
 from fusekit.capturing.manifest import (
     MANIFEST,
-    CommittedShard,
     Manifest,
     Quarantined,
     ShardRecord,
     StoreSpec,
     keys_hash,
+    own_record,
     plan_hash,
     read_json,
     shard_name,
 )
-from fusekit.capturing.shards import Facts, Group, Shard, check_shard, hash_of
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 
@@ -62,10 +63,10 @@ class Summary(NamedTuple):
 
 
 class Store:
-    """A store that is open for reading. Made by :meth:`open`.
+    """A store that is open for reading: ``len(store)``, ``store[i]``, ``store.get(key)``, ``for row in store``.
 
-    ``len(store)``, ``store[i]``, ``store.get(key)``, ``for row in store``. It can be pickled: processes that load data
-    map the files themselves. Row groups are decoded as they are needed and kept while they fit :data:`CACHE_BYTES`.
+    Made by :meth:`open`. It can be pickled: processes that load data map the files themselves. Row groups are decoded
+    as they are needed and kept while they fit :data:`CACHE_BYTES`.
 
     Attributes:
         path: the folder.
@@ -79,9 +80,6 @@ class Store:
         self.path, self.manifest, self.records = path, manifest, records
         self.codec = Codec(self.spec.vocabulary, self.spec.top_k, self.spec.max_error)
         self._starts = np.cumsum([0, *(record.rows for record in records)])
-        self._close()
-
-    def _close(self) -> None:
         # Of both the last used are last.
         self._shards: dict[int, Shard] = {}
         self._groups: dict[tuple[int, int], Group] = {}
@@ -89,9 +87,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = False, incomplete: bool = False) -> Store:
-        """Open a store.
-
-        Sizes and footers of all shards are checked, and the checksum of each row group when it is read.
+        """Open a store. Sizes and footers of shards are checked now, the checksum of each row group when it is read.
 
         Args:
             path: the folder.
@@ -106,8 +102,13 @@ class Store:
         if manifest is None:
             raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
         records = _records(folder, manifest)
-        if not incomplete:
-            _refuse_incomplete(folder, manifest, records)
+        planned = len(manifest.bounds) - 1
+        if manifest.complete and len(records) < planned:
+            raise StorageError(f"{folder / MANIFEST} is damaged: complete, but with {len(records)} of {planned} shards")
+        if not (manifest.complete or incomplete):
+            raise StorageError(
+                f"{folder} is not finished: {len(records)} of {planned} shards are there; run the same command again"
+            )
         try:
             for record in records:
                 check_shard(folder / record.file, record.size, record.footer_xxh3)
@@ -123,11 +124,15 @@ class Store:
 
     def __getitem__(self, row: int) -> CapturedRow:
         """Row number ``row``, as :class:`Codec` decodes it. Raises IndexError, or StorageError for a damaged one."""
-        shard, at = self._place(row)
-        return self._decoded(shard, self._columns(shard, at))
+        columns = self.columns(row)
+        try:
+            return self.codec.decode(columns)
+        except StorageError as error:
+            file = self.records[self._place(row)[0]].file
+            raise StorageError(f"{self.path / file}: row {columns['key']}: {error}") from error
 
     def get(self, key: str) -> CapturedRow:
-        """The row of a key. Raises StorageError for a key that is not there."""
+        """The row of a key. Raises StorageError as :meth:`position`."""
         return self[self.position(key)]
 
     def __contains__(self, key: str) -> bool:
@@ -147,7 +152,17 @@ class Store:
 
     def columns(self, row: int) -> Columns:
         """Row number ``row`` as it is stored (docs/store.md). Raises as indexing does."""
-        return self._columns(*self._place(row))
+        number, at = self._place(row)
+        shard = self._shard(number)
+        which = int(np.searchsorted(shard.starts, at, "right")) - 1
+        group = self._groups.pop((number, which), None)
+        if group is None:
+            group = shard.group(which)
+            self._cached += group.size
+        self._groups[number, which] = group
+        while self._cached > CACHE_BYTES and len(self._groups) > 1:
+            self._cached -= self._groups.pop(next(iter(self._groups))).size
+        return group[at - int(shard.starts[which])]
 
     @property
     def spec(self) -> StoreSpec:
@@ -165,13 +180,15 @@ class Store:
         return [row for record in self.records for row in record.quarantined]
 
     @cached_property
-    def _facts(self) -> list[Facts]:
-        return [self._shard(number).facts() for number in range(len(self.records))]
+    def _facts(self) -> pa.Table:
+        tables = [self._shard(number).facts() for number in range(len(self.records))]
+        return pa.concat_tables([schema(self.codec.exact).empty_table().select(list(SCALARS)), *tables])
 
     @cached_property
     def keys(self) -> list[str]:
         """Of all rows, in order."""
-        return [key for facts in self._facts for key in facts.key]
+        keys: list[str] = self._facts.column("key").to_pylist()
+        return keys
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -180,21 +197,14 @@ class Store:
     @cached_property
     def summary(self) -> Summary:
         """Arrays over all rows."""
-        names = [name for facts in self._facts for name in facts.dataset]
+        names = self._facts.column("dataset").to_pylist()
         datasets = sorted(set(names))
         numbers = {name: number for number, name in enumerate(datasets)}
-
-        def joined(name: str) -> npt.NDArray[Any]:
-            return np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in self._facts)])
-
-        return Summary(
-            tokens=joined("tokens"),
-            labels=joined("labels"),
-            bytes=joined("bytes"),
-            cross_entropy=joined("cross_entropy"),
-            dataset=np.array([numbers[name] for name in names], np.int64),
-            datasets=datasets,
+        tokens, labels, content = (
+            self._facts.column(name).to_numpy().astype(np.int64) for name in ("tokens", "labels", "bytes")
         )
+        nats = self._facts.column("cross_entropy").to_numpy()
+        return Summary(tokens, labels, content, nats, np.array([numbers[name] for name in names], np.int64), datasets)
 
     def verify(self) -> list[Problem]:
         """Read everything and compare it with the manifest; returns what is wrong, by file."""
@@ -212,15 +222,15 @@ class Store:
             except StorageError as error:
                 problems.append(Problem(record.file, _without(error, path)))
                 continue
-            held = {"rows": len(facts.key)} | {
-                name: int(getattr(facts, name).sum()) for name in ("tokens", "labels", "bytes")
+            held = {"rows": len(facts)} | {
+                name: int(facts.column(name).to_numpy().sum()) for name in ("tokens", "labels", "bytes")
             }
             problems += [
                 Problem(record.file, f"it has {count} {name}, the manifest says {getattr(record, name)}")
                 for name, count in held.items()
                 if count != getattr(record, name)
             ]
-            planned = list(facts.key)
+            planned = facts.column("key").to_pylist()
             for row in record.quarantined:
                 planned.insert(row.row - record.start, row.key)
             if len(planned) != record.stop - record.start:
@@ -234,7 +244,7 @@ class Store:
         """What is wrong with a shard whose hash is another, by row group."""
         path = self.path / self.records[number].file
         shard = Shard(path, self.records[number], self.codec.exact)
-        for group, (start, stop) in enumerate(zip(shard.starts, shard.starts[1:], strict=False)):
+        for group, (start, stop) in enumerate(pairwise(shard.starts)):
             try:
                 for columns in shard.group(group):
                     self.codec.decode(columns)
@@ -242,7 +252,6 @@ class Store:
                 yield f"rows {start} to {stop - 1}: {_without(error, path)}"
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Shard and place in it of a row."""
         if row < 0:
             row += len(self)
         if not 0 <= row < len(self):
@@ -260,24 +269,6 @@ class Store:
             del self._shards[next(iter(self._shards))]
         return shard
 
-    def _columns(self, number: int, at: int) -> Columns:
-        shard = self._shard(number)
-        which = int(np.searchsorted(shard.starts, at, "right")) - 1
-        group = self._groups.pop((number, which), None)
-        if group is None:
-            group = shard.group(which)
-            self._cached += group.size
-        self._groups[number, which] = group
-        while self._cached > CACHE_BYTES and len(self._groups) > 1:
-            self._cached -= self._groups.pop(next(iter(self._groups))).size
-        return group[at - int(shard.starts[which])]
-
-    def _decoded(self, shard: int, columns: Columns) -> CapturedRow:
-        try:
-            return self.codec.decode(columns)
-        except StorageError as error:
-            raise StorageError(f"{self.path / self.records[shard].file}: row {columns['key']}: {error}") from error
-
     def __getstate__(self) -> dict[str, Any]:
         # Maps would be pickled as the bytes that they show.
         return self.__dict__ | {"_shards": {}, "_groups": {}, "_cached": 0}
@@ -290,16 +281,12 @@ def _without(error: StorageError, path: Path) -> str:
 def _records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     """The records of shards that were committed, in order."""
     records = {record.file: record for record in manifest.shards}
-    if not manifest.complete:
-        plan = plan_hash(manifest.spec, manifest.keys_xxh3)
-        for number in range(len(manifest.bounds) - 1):
-            name = shard_name(number)
-            committed = read_json((folder / name).with_suffix(".json"), CommittedShard)
-            if committed and committed.plan_xxh3 == plan:
-                records[name] = committed.shard
+    plan = plan_hash(manifest.spec, manifest.keys_xxh3)
     found = []
-    for number, (start, stop) in enumerate(zip(manifest.bounds, manifest.bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(manifest.bounds)):
         record = records.pop(shard_name(number), None)
+        if not manifest.complete:
+            record = own_record(folder, shard_name(number), plan) or record
         if record and (record.start, record.stop) != (start, stop):
             raise StorageError(
                 f"{folder / MANIFEST} is damaged: {record.file} is for rows {record.start} to {record.stop}, "
@@ -309,13 +296,3 @@ def _records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     if records:
         raise StorageError(f"{folder / MANIFEST} is damaged: {next(iter(records))} is no part of its plan")
     return found
-
-
-def _refuse_incomplete(folder: Path, manifest: Manifest, records: list[ShardRecord]) -> None:
-    planned = len(manifest.bounds) - 1
-    if manifest.complete and len(records) < planned:
-        raise StorageError(f"{folder / MANIFEST} is damaged: complete, but with {len(records)} of {planned} shards")
-    if not manifest.complete:
-        raise StorageError(
-            f"{folder} is not finished: {len(records)} of {planned} shards are there; run the same command again"
-        )

@@ -116,7 +116,7 @@ def score_blocks(
 
 
 class _Sums:
-    """Sums of exponentials of logits / temperature above a shift per row, by group of ids, and the labels' logits."""
+    """Sums of exponentials of logits / temperature above a shift per row, by group; and the labels' logits."""
 
     def __init__(self, labels: torch.Tensor, temperature: float) -> None:
         n, device = len(labels), labels.device
@@ -128,7 +128,7 @@ class _Sums:
         self.label = torch.full((n,), -torch.inf, device=device)
 
     def add(self, x: torch.Tensor, highest: torch.Tensor, start: int) -> None:
-        """A block [n, width] of the ids from ``start`` on, and its maxima [n]."""
+        """x: a block [n, width] of the ids from ``start`` on. highest: its maxima [n]."""
         inside = (self.labels >= start) & (self.labels < start + x.shape[1])
         at = inside.nonzero()[:, 0]
         self.label[at] = x[at, self.labels[at] - start]

@@ -1,21 +1,16 @@
-"""Writing a store: shard by shard, by several processes, interrupted at any moment.
+"""Writing a store: shard by shard, by several processes, interrupted at any moment. docs/store.md says how.
 
-A store is a folder:
-
-* ``manifest.json``: what it is made from, and, once ``complete``, a record of every shard with its hash.
-* ``shard-00000.parquet``, ...: the rows (shards.py).
-* ``shard-00000.json``, ...: records of the shards that are whole, until the manifest has them.
-
-Each of these is committed, there whole or not at all. A shard without a record, or whose size or hash is
-not the recorded one, does not count; it is written again, and only it. Processes write different shards, so they need
-no lock between them; the caller holds :func:`fusekit.artifacts.output_lock` against a second run.
+Processes write different shards, so they need no lock between them; the caller holds
+:func:`fusekit.artifacts.output_lock` against a second run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +18,7 @@ import xxhash
 
 import fusekit
 from fusekit.artifacts import commit_file, disk_fault, remove, sweep
-from fusekit.capturing.codec import Codec, Columns
+from fusekit.capturing.codec import Codec, Columns, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.manifest import (
     MANIFEST,
     CommittedShard,
@@ -32,12 +27,12 @@ from fusekit.capturing.manifest import (
     ShardRecord,
     StoreSpec,
     keys_hash,
+    own_record,
     plan_hash,
     read_json,
     shard_name,
     write_json,
 )
-from fusekit.capturing.shards import footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import Store
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
@@ -45,6 +40,7 @@ from fusekit.types import CapturedRow
 OF_STORES = re.compile(r"manifest\.json|shard-\d{5,}\.(parquet|json)|\..*\.\d+\.tmp")
 """Names of the files of a store, and of what an interrupted writer leaves."""
 
+_SHARD = re.compile(r"shard-\d{5,}\.(parquet|json)")
 _MOST_SHOWN = 5
 
 
@@ -60,20 +56,13 @@ class ShardPlan:
 class StoreWriter:
     """Writes the shards of one process of ``world``; resumes where an earlier run stopped.
 
-    >>> writer = StoreWriter(path, spec, keys, rank=rank, world=world)
-    >>> for plan in writer.missing_shards():
-    ...     writer.write_shard(plan, capture(rows[plan.start : plan.stop]))
-    >>> barrier()
-    >>> if rank == 0:
-    ...     writer.finish()
-
     Args:
         path: the folder; made if it is not there.
         spec: what the store is made from.
         keys: of all rows of the data, in order, each once.
         rank, world: this process among how many; shard i is written by process i % world.
-        extend: rows may follow those of a complete store. The shards that are there stay as they are, and ``spec`` may
-            differ from the store's in ``data`` alone. Until :meth:`finish` the store is what it was.
+        extend: rows may follow those of a complete store, and ``spec`` differ from its in ``data``: its shards stay,
+            and until :meth:`finish` it is what it was.
         joins: others may have begun the store and not yet committed a shard: what its manifest names holds.
 
     Raises:
@@ -97,17 +86,27 @@ class StoreWriter:
         self.codec = Codec(spec.vocabulary, spec.top_k, spec.max_error)
         self._keys_hash = keys_hash(self.keys)
         self._plan_hash = plan_hash(spec, self._keys_hash)
-        _refuse_repeated(self.keys)
-        _make(self.path)
+        places: dict[str, int] = {}
+        for at, key in enumerate(self.keys):
+            if places.setdefault(key, at) != at:
+                raise StorageError(f"row {at} has the key {key} of a row before: every row may be there once")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_fault(error, self.path) or StorageError(f"{self.path}: cannot be made: {error}") from error
         manifest = read_json(self.path / MANIFEST, Manifest)
-        if manifest is not None and rank == 0 and not joins and _holds_nothing(self.path, manifest):
+        begun = manifest and (manifest.complete or manifest.shards or any(self.path.glob("shard-*.json")))
+        if not begun and rank == 0 and not joins:
             manifest = None  # of a run that ended before its first shard: nothing was made from what it names
         if manifest is None:
             refuse_foreign(self.path)
         else:
             self._compare(manifest, extend)
         sweep(self.path, rank, world)
-        self._bounds = _bounds(manifest.bounds if manifest else [0], len(self.keys), spec.rows_per_shard)
+        bounds, rows = list(manifest.bounds if manifest else [0]), len(self.keys)
+        bounds += [*range(bounds[-1] + spec.rows_per_shard, rows, spec.rows_per_shard), *[rows] * (rows > bounds[-1])]
+        self._bounds = bounds
+        self._plans = [ShardPlan(at, start, stop) for at, (start, stop) in enumerate(pairwise(bounds))]
         self._records = {record.file: record for record in manifest.shards} if manifest else {}
         self._was_complete = bool(manifest and manifest.complete and manifest.bounds == self._bounds)
         self._done = self._whole_shards()
@@ -118,7 +117,7 @@ class StoreWriter:
 
     def missing_shards(self) -> list[ShardPlan]:
         """What this process has still to write, in order."""
-        return [plan for plan in self._plans() if plan.index % self.world == self.rank and plan.index not in self._done]
+        return [plan for plan in self._plans if plan.index % self.world == self.rank and plan.index not in self._done]
 
     def write_shard(
         self, plan: ShardPlan, rows: Iterable[CapturedRow], quarantined: Mapping[str, str] | None = None
@@ -167,29 +166,26 @@ class StoreWriter:
 
     def quarantined(self) -> dict[str, str]:
         """key -> reason of the rows that the shards written so far, by any process and run, are not to hold."""
-        records = (self._record(plan) for plan in self._plans())
+        records = (self._record(plan) for plan in self._plans)
         return {row.key: row.reason for record in records if record for row in record.quarantined}
 
     def lacking(self) -> list[str]:
         """The files of the shards that no process has written yet."""
         return [
             shard_name(plan.index)
-            for plan in self._plans()
-            if (record := self._record(plan)) is None or _size(self.path / record.file) != record.size
+            for plan in self._plans
+            if not ((record := self._record(plan)) and record.is_there(self.path))
         ]
 
     def finish(self) -> None:
-        """Make the store complete: rank 0, once every process has written its shards.
-
-        Raises StorageError naming shards that are not there.
-        """
+        """Make the store complete: rank 0, once all have written. Raises StorageError naming the shards that lack."""
         if lacking := self.lacking():
             raise StorageError(
-                f"{self.path}: {len(lacking)} of {len(self._bounds) - 1} shards are not written yet: "
+                f"{self.path}: {len(lacking)} of {len(self._plans)} shards are not written yet: "
                 f"{', '.join(lacking[:_MOST_SHOWN])}{', ...' if len(lacking) > _MOST_SHOWN else ''}. "
                 "Run the same command again; it writes only those"
             )
-        records = [record for plan in self._plans() if (record := self._record(plan))]
+        records = [record for plan in self._plans if (record := self._record(plan))]
         if not (self._was_complete and self._records == {record.file: record for record in records}):
             self._records = {record.file: record for record in records}
             self._write_manifest(complete=True)
@@ -198,35 +194,24 @@ class StoreWriter:
         for rank in range(self.world):
             sweep(self.path, rank)
 
-    def _plans(self) -> list[ShardPlan]:
-        return [
-            ShardPlan(i, start, stop)
-            for i, (start, stop) in enumerate(zip(self._bounds, self._bounds[1:], strict=False))
-        ]
-
     def _record(self, plan: ShardPlan) -> ShardRecord | None:
         """A shard's record: its own file's if that is of this plan, else the manifest's."""
         name = shard_name(plan.index)
         found = None
-        try:
-            committed = read_json((self.path / name).with_suffix(".json"), CommittedShard)
-            found = committed.shard if committed and committed.plan_xxh3 == self._plan_hash else None
-        except StorageError:  # damaged: it counts for nothing
-            found = None
+        with suppress(StorageError):  # damaged: it counts for nothing
+            found = own_record(self.path, name, self._plan_hash)
         found = found or self._records.get(name)
-        if found and (found.file, found.start, found.stop) == (name, plan.start, plan.stop):
-            return found
-        return None
+        return found if found and (found.file, found.start, found.stop) == (name, plan.start, plan.stop) else None
 
     def _whole_shards(self) -> set[int]:
         """This process's shards that are as recorded; what stands in the place of others is removed."""
         whole = set()
-        for plan in self._plans():
+        for plan in self._plans:
             if plan.index % self.world != self.rank:
                 continue
             path = self.path / shard_name(plan.index)
             record = self._record(plan)
-            if record and _size(path) == record.size and hash_of(path) == record.xxh3:
+            if record and record.is_there(self.path) and hash_of(path) == record.xxh3:
                 whole.add(plan.index)
                 continue
             self._records.pop(path.name, None)
@@ -265,21 +250,24 @@ class StoreWriter:
 
     def _remove_strays(self) -> None:
         """Shards of a longer plan that was given up."""
-        names = [path for path in self.path.iterdir() if re.fullmatch(r"shard-\d{5,}\.(parquet|json)", path.name)]
-        for path in sorted(names):
-            if _shard_number(path.name) >= len(self._bounds) - 1:
+        for path in sorted(self.path.iterdir()):
+            if _SHARD.fullmatch(path.name) and _shard_number(path.name) >= len(self._plans):
                 remove(path)
 
 
 def remove_store(path: Path | str) -> None:
     """Remove a store, whole or not, and nothing else from its folder; the manifest first, so that no half counts.
 
-    Raises StorageError when the disk refuses, or when the folder is no store but holds files.
+    Raises StorageError for a folder that is no store but holds files.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
-    if not _has_store(folder):
+    try:
+        known = read_json(folder / MANIFEST, Manifest) is not None
+    except StorageError:  # a damaged one
+        known = any(folder.glob("shard-*.parquet"))
+    if not known:
         if (folder / MANIFEST).exists():
             raise StorageError(
                 f"{folder / MANIFEST} does not belong to a store of captures: nothing was removed; choose another "
@@ -292,41 +280,8 @@ def remove_store(path: Path | str) -> None:
             remove(file)
 
 
-def _has_store(folder: Path) -> bool:
-    """Whether the manifest is a store's, or stands, damaged, beside shards."""
-    try:
-        return read_json(folder / MANIFEST, Manifest) is not None
-    except StorageError:
-        return any(folder.glob("shard-*.parquet"))
-
-
-def _holds_nothing(folder: Path, manifest: Manifest) -> bool:
-    return not (manifest.complete or manifest.shards or any(folder.glob("shard-*.json")))
-
-
-def _bounds(known: list[int], rows: int, rows_per_shard: int) -> list[int]:
-    """Where shards start, and the end of the last one: the known ones, then as many rows a shard as asked."""
-    return [*known, *range(known[-1] + rows_per_shard, rows, rows_per_shard), *([rows] if rows > known[-1] else [])]
-
-
 def _shard_number(name: str) -> int:
     return int(name.removeprefix("shard-").partition(".")[0])
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
-
-
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be made: {error}") from error
 
 
 def refuse_foreign(path: Path) -> None:
@@ -334,16 +289,6 @@ def refuse_foreign(path: Path) -> None:
     foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
     if foreign:
         raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
-
-
-def _refuse_repeated(keys: list[str]) -> None:
-    if len(set(keys)) == len(keys):
-        return
-    seen: set[str] = set()
-    for at, key in enumerate(keys):
-        if key in seen:
-            raise StorageError(f"row {at} has the key {key} of a row before: every row may be there once")
-        seen.add(key)
 
 
 def _compare_keys(planned: list[str], given: list[str]) -> None:
@@ -388,8 +333,7 @@ def _spec(stores: list[Store]) -> StoreSpec:
     """The common spec; its data fingerprint is of all of theirs, in order, where they differ."""
     first = stores[0].spec
     for other in stores[1:]:
-        changed = [line for line in first.differences(other.spec) if not line.startswith("data: ")]
-        if changed:
+        if changed := [line for line in first.differences(other.spec) if not line.startswith("data: ")]:
             raise StorageError(
                 f"{stores[0].path} and {other.path} were not made the same way:\n  " + "\n  ".join(changed)
             )
@@ -403,18 +347,14 @@ def _rows(stores: list[Store]) -> tuple[dict[str, tuple[int, int]], dict[str, st
     holders: dict[str, tuple[int, int]] = {}
     for number, store in enumerate(stores):
         for at, key in enumerate(store.keys):
-            if key not in holders:
-                holders[key] = (number, at)
+            other, there = holders.setdefault(key, (number, at))
+            if other == number:
                 continue
-            other, there = holders[key]
-            if not _same(store.columns(at), stores[other].columns(there)):
+            ours, theirs = store.columns(at), stores[other].columns(there)
+            if not all(np.array_equal(ours[name], theirs[name]) for name in ours):
                 raise StorageError(
                     f"row {key} is in {stores[other].path} and in {store.path}, and they differ: the models, their "
                     "precision or their devices were not the same. Capture it once, or leave one of the stores out"
                 )
     reasons = {row.key: row.reason for store in stores for row in store.quarantined if row.key not in holders}
     return holders, reasons
-
-
-def _same(one: Columns, other: Columns) -> bool:
-    return all(np.array_equal(one[name], other[name]) for name in one)

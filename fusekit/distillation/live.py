@@ -16,20 +16,20 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, Dataset
 
 from fusekit.alignment.surfaces import vocabulary_surfaces
-from fusekit.capturing.capture import data_fingerprint, store_spec, vocabulary_size
+from fusekit.capturing.capture import data_fingerprint, refuse_quarantined, store_spec, vocabulary_size
 from fusekit.capturing.engine import Teacher
-from fusekit.capturing.engines.opening import Opening
-from fusekit.capturing.engines.replies import Scorer
+from fusekit.capturing.engines import Opening
 from fusekit.capturing.estimate import head_dtype
 from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.replies import Scorer
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation.batching import BLANK, EpochSampler
-from fusekit.errors import CaptureError, DistillationError
+from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow, Row, TokenizedRow
 
 AT_ONCE = 64
@@ -63,7 +63,7 @@ class LiveTeacher:
         self._scorer: Scorer | None = None
         self._rows = {row.key: row for row in rows}
         self.keys = list(self._rows)
-        self._allowed = max(1, int(max_quarantined * len(self.keys)))
+        self._max_quarantined = max_quarantined
         self._scored: dict[str, CapturedRow] = {}
         self._quarantined: dict[str, str] = {}
         self._lock = threading.Lock()  # a forward replaces parts of the model while it runs
@@ -104,13 +104,7 @@ class LiveTeacher:
                         self._quarantined[rows[index].key] = scored
                     else:
                         found[rows[index].key] = scored
-        if len(self._quarantined) > self._allowed:
-            key, why = next(iter(self._quarantined.items()))
-            raise CaptureError(
-                f"{self.name}: {len(self._quarantined)} examples have no distribution, more than the {self._allowed} "
-                f"of {len(self)} that may; the first is {key}: {why}. Are the model's weights whole, and is its dtype "
-                "one that it was trained for?"
-            )
+        refuse_quarantined(self.name, self._quarantined, len(self), self._max_quarantined)
         return found
 
     def open(self) -> None:
@@ -257,11 +251,8 @@ class Loaded:
             tokenizer=reader.fingerprint,
             data=data_fingerprint(rows),
             vocabulary=vocabulary,
-            top_k=min(settings.top_k, vocabulary),
-            keep_mass=settings.keep_mass if settings.keep_mass < 1 else None,
-            temperature=settings.temperature,
-            max_error=settings.max_error,
             details={**reader.facts, "head_dtype": self._head_dtype(settings)},
+            **settings.kept(vocabulary),
         )
 
     def teacher(self, settings: CaptureSettings, top_k: int, name: str, say: Callable[[str], None]) -> Teacher:
@@ -316,17 +307,14 @@ def live_teacher(
     processes.first_then_all(checkpoint.fetch)
     vocabulary = vocabulary_size(checkpoint, reader)
     spec = store_spec(checkpoint, reader, rows, vocabulary, settings)
-    opening = None
-    if choice.engine.kind != "transformers":
-        how = settings.model_copy(update={"top_k": spec.top_k})
-        opening = Opening(checkpoint, reader, how, vocabulary, say)
-
-    def load() -> Scorer:
-        if opening is not None:
-            return opening.start(rows, processes.device)
-        own = Loaded(load_model(checkpoint, processes.device), reader.tokenizer, checkpoint)
-        return own.teacher(settings, spec.top_k, choice.model, say)
-
+    opening = Opening(checkpoint, reader, settings.model_copy(update={"top_k": spec.top_k}), vocabulary, say)
     say(f"{name} ({choice.model}) is scored while training reads")
-    limit, held = settings.max_quarantined, checkpoint if opening is None else None
-    return LiveTeacher(name, load, reader, rows, spec=spec, max_quarantined=limit, checkpoint=held)
+    return LiveTeacher(
+        name,
+        lambda: opening.start(rows, processes.device),
+        reader,
+        rows,
+        spec=spec,
+        max_quarantined=settings.max_quarantined,
+        checkpoint=checkpoint if choice.engine.kind == "transformers" else None,
+    )

@@ -20,12 +20,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from fusekit import mergekit_private
-from fusekit.artifacts import existing_parent, free_bytes
 from fusekit.errors import FusekitError, MergeError
 from fusekit.hub import TensorHeader
 from fusekit.merging.meaning import check_meaning, check_tokenizers, generation_config, load_configs
 from fusekit.merging.models import Model, OrderedConfiguration, instances
-from fusekit.resources import Need, memory_limits
+from fusekit.resources import Need, disk, memory_limits
 from fusekit.yaml import Problems, nearest
 
 MAX_REPORTED = 8
@@ -359,18 +358,7 @@ def _disk(plan: Plan, models: list[Model], options: MergeOptions, final: Path) -
         if model.merges_adapter and options.lora_merge_cache:
             size = sum(header.nbytes for header in model.headers.values())
             wanted.append((Path(options.lora_merge_cache), size, f"{model.name} with its adapter merged"))
-    by_device: dict[int, list[tuple[Path, int, str]]] = {}
-    for path, size, reason in wanted:
-        by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, reason))
-    return [
-        Need(
-            "disk, for " + ", ".join(reason for _, _, reason in items),
-            sum(size for _, size, _ in items),
-            free_bytes(items[0][0]),
-            f"free on the disk of {items[0][0]}",
-        )
-        for items in by_device.values()
-    ]
+    return disk(wanted)
 
 
 def _memory(plan: Plan, models: list[Model], options: MergeOptions) -> list[Need]:

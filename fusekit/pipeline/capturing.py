@@ -202,10 +202,7 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     section, choice = context.recipe.capture, context.choice(name)
     details = details_of(choice, context.recipe.data.train_on, section)
     facts: Inputs = {
-        "top_k": min(section.top_k, before.get("vocabulary", section.top_k)),
-        "keep_mass": section.keep_mass if section.keep_mass < 1 else None,
-        "temperature": section.temperature,
-        "max_error": section.max_error,
+        **section.kept(before.get("vocabulary", section.top_k)),
         **({} if section.rows_per_shard is None else {"rows_per_shard": section.rows_per_shard}),
         **{f"details.{key}": value for key, value in details.items() if key != "head_dtype" or value is not None},
     }

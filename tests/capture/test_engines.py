@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import signal
-import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,10 +13,9 @@ from click.testing import CliRunner
 
 import fusekit
 from fusekit.capturing.capture import capture
-from fusekit.capturing.engines.check import difference
-from fusekit.capturing.engines.opening import Opening
-from fusekit.capturing.engines.replies import Reply, Vocabulary, captured
+from fusekit.capturing.engines import Opening, difference
 from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.replies import Reply, Vocabulary, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
@@ -28,7 +25,7 @@ from fusekit.types import TokenizedRow
 from tests.capture.conftest import DEMO, demo_rows, write_rows
 from tests.capture.engine_server import EngineServer, load, serve
 from tests.capture.rows import coordinates, key
-from tests.processes import Process, free_port, kill_all
+from tests.processes import Process, free_port, kill_all, wait_until
 
 ALONE = Processes(0, 1, 1, torch.device("cpu"))
 CLOSE = 1e-5
@@ -97,80 +94,69 @@ def test_the_remaining_settings_act_on_an_engine_too(data, tmp_path):
     assert_same(store, run(data, tmp_path / "transformers", how=how))
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_failures_are_repeated(data, expected, tmp_path, kind):
-    with EngineServer(DEMO / "numbers", kind) as server:
+def test_failures_are_repeated(data, expected, tmp_path):
+    with EngineServer(DEMO / "numbers", "sglang") as server:
         server.faults.extend([""] * 5 + ["500", "503", "drop", "cut", "hang", "", "500", "500"])
         store = run(data, tmp_path / "out", server.url, timeout=1)
         assert not server.faults
     assert_same(store, expected)
 
 
-def test_a_killed_server_leaves_whole_shards_and_the_same_command_resumes(data, expected, tmp_path):
+def _capture(data, out, patience, *urls):
+    run(data, out, *urls, patience=patience)
+
+
+@contextmanager
+def capturing_until(shard, data, out, patience, *urls, delay=0.02):
+    """A capture from servers of which the last is a process that is killed once a shard is recorded."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    server = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.02)
-    capturing = Process(_capture, data, tmp_path / "out", url)
+    server = Process(serve, str(DEMO / "numbers"), "vllm", port, delay)
+    capturing = Process(_capture, data, out, patience, *urls, url)
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / "shard-00001.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(server.pid, signal.SIGKILL)
-        done = capturing.wait()
+        wait_until((out / shard).exists)
     finally:
         kill_all([server])
+    server.wait()
+    yield capturing, port
+
+
+def test_a_killed_server_leaves_whole_shards_and_the_same_command_resumes(data, expected, tmp_path):
+    out = tmp_path / "out"
+    with capturing_until("shard-00001.json", data, out, 1) as (capturing, port):
+        done = capturing.wait()
+    url = f"http://127.0.0.1:{port}"
     assert done.exitcode == 1, done.output
     assert "CaptureError" in done.output
     assert url in done.output
-    first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
-    left = Store.open(tmp_path / "out", incomplete=True)
-    assert not left.complete
+    first = (out / "shard-00000.parquet").stat().st_ino
+    assert not Store.open(out, incomplete=True).complete
     with EngineServer(DEMO / "numbers", port=port):
-        assert_same(run(data, tmp_path / "out", url), expected)
-    assert (tmp_path / "out" / "shard-00000.parquet").stat().st_ino == first
-
-
-def _capture(data, out, url):
-    run(data, out, url, patience=1, how=CaptureSettings(top_k=8, rows_per_shard=6, max_error=0))
+        assert_same(run(data, out, url), expected)
+    assert (out / "shard-00000.parquet").stat().st_ino == first
 
 
 def test_a_server_that_comes_back_is_waited_for(data, expected, tmp_path):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    server = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.02)
-    capturing = Process(_capture_patiently, data, tmp_path / "out", url)
-    while not (tmp_path / "out" / "shard-00000.json").exists():
-        time.sleep(0.01)
-    os.kill(server.pid, signal.SIGKILL)
-    server.wait()
-    with EngineServer(DEMO / "numbers", port=port):
+    out = tmp_path / "out"
+    with (
+        capturing_until("shard-00000.json", data, out, 60) as (capturing, port),
+        EngineServer(DEMO / "numbers", port=port),
+    ):
         done = capturing.wait()
     assert done.exitcode == 0, done.output
-    assert_same(Store.open(tmp_path / "out"), expected)
-
-
-def _capture_patiently(data, out, url):
-    run(data, out, url, patience=60)
+    assert_same(Store.open(out), expected)
 
 
 def test_several_servers_share_the_examples_and_one_may_die(data, expected, tmp_path):
-    with EngineServer(DEMO / "numbers") as one:
-        port = free_port()
-        other = Process(serve, str(DEMO / "numbers"), "vllm", port, 0.05)
-        capturing = Process(_capture_patiently_from_two, data, tmp_path / "out", one.url, f"http://127.0.0.1:{port}")
-        while not (tmp_path / "out" / "shard-00000.json").exists():
-            time.sleep(0.01)
-        os.kill(other.pid, signal.SIGKILL)
-        other.wait()
+    out = tmp_path / "out"
+    with (
+        EngineServer(DEMO / "numbers") as one,
+        capturing_until("shard-00000.json", data, out, 60, one.url, delay=0.05) as (capturing, _),
+    ):
         done = capturing.wait()
         assert done.exitcode == 0, done.output
         assert one.scored < len(expected) + 12  # the other had its share before
-    assert_same(Store.open(tmp_path / "out"), expected)
-
-
-def _capture_patiently_from_two(data, out, one, other):
-    run(data, out, one, other, patience=60)
+    assert_same(Store.open(out), expected)
 
 
 def test_another_model_is_refused_at_the_start(data, tmp_path):
@@ -225,7 +211,7 @@ def test_a_probe_takes_the_place_of_transformers(data, expected, tmp_path, monke
     def never(*_args):
         raise AssertionError("transformers loads the model")
 
-    monkeypatch.setattr("fusekit.capturing.engines.opening.load_model", never)
+    monkeypatch.setattr("fusekit.capturing.engines.load_model", never)
     with EngineServer(DEMO / "numbers") as server:
         assert_same(run(data, tmp_path / "out", server.url, probe=str(probe.path)), expected)
         with pytest.raises(CaptureError, match="top_k 8"):

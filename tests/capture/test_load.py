@@ -52,14 +52,6 @@ def test_pickled_weights_are_refused_unless_allowed_and_run_nothing_even_then(mo
     assert not (tmp_path / "exploded").exists()
 
 
-def test_an_index_that_names_pickles_is_refused(model):
-    (model / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CaptureError, match=r"pytorch_model-00001-of-00001\.bin"):
-        find_checkpoint(ModelChoice(str(model)))
-
-
 def test_code_of_a_model_runs_only_when_allowed_for_it(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     own = {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
@@ -101,6 +93,10 @@ def test_a_known_architecture_is_loaded_without_the_code_that_comes_with_it(mode
         (
             lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
             r"b\.safetensors is not there",
+        ),
+        (
+            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.bin"}}'),
+            r"pickled \(.*b\.bin",
         ),
     ],
 )
@@ -213,7 +209,6 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
     sound = Repository(tmp_path / "numbers")
     with Hub({"demo/numbers": sound, "demo/gated": Repository(tmp_path / "numbers", gated=True)}) as hub:
         inherited = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("HF_", "HUGGING"))}
-        common = ["rows.jsonl"]
         rest = ["--max-length", "64", "--quiet"]
         done = subprocess.run(
             [sys.executable, "-c", DRIVER],
@@ -227,11 +222,11 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
             },
             input=json.dumps(
                 [
-                    ({}, ["demo/numbers", *common, "out", *rest]),
-                    ({}, ["demo/gated", *common, "gated", *rest]),
-                    ({}, ["demo/misspelled", *common, "none", *rest]),
-                    ({}, ["demo/numbers", *common, "out2", "--revision", "nope", *rest]),
-                    ({"FORGOTTEN": "model.safetensors"}, ["demo/numbers", *common, "out", *rest]),
+                    ({}, ["demo/numbers", "rows.jsonl", "out", *rest]),
+                    ({}, ["demo/gated", "rows.jsonl", "gated", *rest]),
+                    ({}, ["demo/misspelled", "rows.jsonl", "none", *rest]),
+                    ({}, ["demo/numbers", "rows.jsonl", "out2", "--revision", "nope", *rest]),
+                    ({"FORGOTTEN": "model.safetensors"}, ["demo/numbers", "rows.jsonl", "out", *rest]),
                 ]
             ),
             capture_output=True,

@@ -1,12 +1,16 @@
-"""Processes that know nothing of each other capture one store: by options, under Slurm, killed and started again."""
+"""Processes that know nothing of each other capture one store: by options, under Slurm and Ray, killed and resumed."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fusekit.api import capture_job
@@ -15,65 +19,60 @@ from fusekit.devices import Processes
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.capture.test_capture_interrupted import contents, signal_self_at
-from tests.processes import Process, command, fusekit, kill_all
+from tests.processes import ENVIRONMENT, Process, command, is_stopped, kill_all, wait_until
 
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
 OPTIONS = ("--rows-per-shard", "3", "--max-length", "64", "--dtype", "float32")
 
 
-def arguments(out: Path, model: Path = DEMO / "numbers") -> tuple[str, ...]:
-    return "capture", str(model), "rows.jsonl", str(out), *OPTIONS
+def capturing(out: Path, *options: str, machine: Path, environment=None, before=None) -> Process:
+    """A capture in one of the folders, by its own copy of the model."""
+    arguments = ("capture", str(machine / "numbers"), "rows.jsonl", str(out), *OPTIONS, *options)
+    return Process(command, machine, arguments, environment or {}, before)
 
 
-@pytest.fixture
-def machines(tmp_path):
-    """Two folders with the same examples and models of their own, and the store that one process makes."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_rows(tmp_path / name / "rows.jsonl", 20)
-        shutil.copytree(DEMO / "numbers", tmp_path / name / "numbers")
-    done = fusekit(tmp_path / "one", *arguments(tmp_path / "alone"))
+def captured(out: Path, *options: str, machine: Path) -> None:
+    done = capturing(out, *options, machine=machine).wait()
     assert done.exitcode == 0, done.output
-    return tmp_path / "one", tmp_path / "two"
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """Two folders with the same examples and models of their own, and the store that one process makes."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    for folder in folders:
+        write_rows(folder / "rows.jsonl", 20)
+        shutil.copytree(DEMO / "numbers", folder / "numbers")
+    captured(folders[0] / "alone", machine=folders[0])
+    return folders
 
 
 def shards(store: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(store).items() if name.endswith(".parquet")}
 
 
-def assert_is_that_of_one_process(tmp_path):
-    store, alone = Store.open(tmp_path / "out", verify=True), Store.open(tmp_path / "alone")
+def assert_is_that_of_one_process(out, machines):
+    store, alone = Store.open(out, verify=True), Store.open(machines[0] / "alone")
     assert store.keys == alone.keys
-    assert shards(tmp_path / "out") == shards(tmp_path / "alone")
-    assert sorted(contents(tmp_path / "out")) == sorted(contents(tmp_path / "alone"))
-    assert not list(tmp_path.glob(".out.rank*"))
+    assert shards(out) == shards(alone.path)
+    assert sorted(contents(out)) == sorted(contents(alone.path))
+    assert not list(out.parent.glob(".out.rank*"))
 
 
 def test_a_rank_that_was_killed_is_run_again_alone(machines, tmp_path):
-    out = tmp_path / "out"
-    killed = Process(
-        command,
-        machines[1],
-        (*arguments(out, machines[1] / "numbers"), "--rank", "1", "--world", "2"),
-        {},
-        signal_self_at_fourth_shard,
-    )
-    other = Process(
-        command, machines[0], (*arguments(out, machines[0] / "numbers"), "--rank", "0", "--world", "2"), {}, None
-    )
+    (one, two), out = machines, tmp_path / "out"
+    killed = capturing(out, "--rank", "1", "--world", "2", machine=two, before=signal_self_at_fourth_shard)
+    captured(out, "--rank", "0", "--world", "2", machine=one)
     assert killed.wait().exitcode == -signal.SIGKILL
-    done = other.wait()
-    assert done.exitcode == 0, done.output
     assert not Store.open(out, incomplete=True).complete
-    before = {name: path.stat().st_ino for name in shards(out) if (path := out / name)}
+    before = {name: (out / name).stat().st_ino for name in shards(out)}
     assert len(before) == 5  # four of rank 0, one of rank 1
-    again = fusekit(machines[1], *arguments(out, machines[1] / "numbers"), "--rank", "1", "--world", "2")
-    assert again.exitcode == 0, again.output
-    assert_is_that_of_one_process(tmp_path)
-    assert {name: (out / name).stat().st_ino for name in before} == before
     # Once more, in any rank: nothing is to be done.
-    once_more = fusekit(machines[0], *arguments(out), "--rank", "0", "--world", "2")
-    assert once_more.exitcode == 0, once_more.output
-    assert_is_that_of_one_process(tmp_path)
+    for rank, machine in (("1", two), ("0", one)):
+        captured(out, "--rank", rank, "--world", "2", machine=machine)
+        assert_is_that_of_one_process(out, machines)
+        assert {name: (out / name).stat().st_ino for name in before} == before
 
 
 def signal_self_at_fourth_shard() -> None:
@@ -83,34 +82,28 @@ def signal_self_at_fourth_shard() -> None:
 
 def test_the_tasks_of_srun_complete_a_store(machines, tmp_path):
     out = tmp_path / "out"
-    tasks = [
-        Process(command, machines[0], arguments(out), {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3"}, None)
-        for rank in range(3)
-    ]
+    environments = [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3"} for rank in range(3)]
+    tasks = [capturing(out, machine=machines[0], environment=environment) for environment in environments]
     for task in tasks:
         done = task.wait()
         assert done.exitcode == 0, done.output
-    assert_is_that_of_one_process(tmp_path)
+    assert_is_that_of_one_process(out, machines)
 
 
 def test_a_rank_and_a_plain_run_do_not_write_at_once(machines, tmp_path):
-    out = tmp_path / "out"
-    rank = Process(command, machines[0], (*arguments(out), "--rank", "1", "--world", "2"), {}, stop_at_second_shard)
+    out, machine = tmp_path / "out", machines[0]
+    rank = capturing(out, "--rank", "1", "--world", "2", machine=machine, before=stop_at_second_shard)
     try:
-        deadline = time.monotonic() + 60
-        while Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: is_stopped(rank.pid))
         for options in ((), ("--rank", "1", "--world", "2"), ("--rank", "1", "--world", "3")):
-            refused = fusekit(machines[0], *arguments(out), *options)
+            refused = capturing(out, *options, machine=machine).wait()
             assert refused.exitcode == 1
             assert f"process {rank.pid}" in refused.output
     finally:
         kill_all([rank])
     rank.wait()
-    done = fusekit(machines[0], *arguments(out))  # the rest, in one process
-    assert done.exitcode == 0, done.output
-    assert shards(out) == shards(tmp_path / "alone")
+    captured(out, machine=machine)  # the rest, in one process
+    assert_is_that_of_one_process(out, machines)
 
 
 def stop_at_second_shard() -> None:
@@ -126,27 +119,25 @@ def stop_at_second_shard() -> None:
     ],
 )
 def test_refused(machines, tmp_path, options, named):
-    refused = fusekit(machines[0], *arguments(tmp_path / "out"), *options)
+    refused = capturing(tmp_path / "out", *options, machine=machines[0]).wait()
     assert refused.exitcode == 1
     assert named in refused.output
 
 
 def test_a_rank_with_other_settings_is_refused(machines, tmp_path):
     out = tmp_path / "out"
-    assert fusekit(machines[0], *arguments(out), "--rank", "1", "--world", "2").exitcode == 0
-    refused = fusekit(machines[0], *arguments(out), "--rank", "0", "--world", "2", "--top-k", "5")
+    captured(out, "--rank", "1", "--world", "2", machine=machines[0])
+    refused = capturing(out, "--rank", "0", "--world", "2", "--top-k", "5", machine=machines[0]).wait()
     assert refused.exitcode == 1
     assert "top_k: 10, now 5" in refused.output
 
 
-def test_one_capture_runs_for_several_ranks_with_one_model(tmp_path, monkeypatch):
+def test_one_capture_runs_for_several_ranks_with_one_model(machines, tmp_path, monkeypatch):
     """As a worker of a scheduler does, which is given one share after the other."""
-    write_rows(tmp_path / "rows.jsonl", 20)
-    job = capture_job(
-        DEMO / "numbers", str(tmp_path / "rows.jsonl"), tmp_path / "out", rows_per_shard=3, max_length=64, quiet=True
-    )
+    rows = str(machines[0] / "rows.jsonl")
+    job = capture_job(DEMO / "numbers", rows, tmp_path / "out", rows_per_shard=3, max_length=64, quiet=True)
     assert not job.run(Processes.separate(2, 4)).complete
-    monkeypatch.setattr("fusekit.capturing.capture.load_model", None)
+    monkeypatch.setattr("fusekit.capturing.engines.load_model", None)
     monkeypatch.setattr("fusekit.capturing.models.Checkpoint.fingerprint", None)
     for rank in (0, 3, 1):
         store = job.run(Processes.separate(rank, 4))
@@ -169,3 +160,63 @@ def test_how_processes_were_started(monkeypatch):
     assert (Processes.started(5, 6).rank, Processes.started(5, 6).world) == (5, 6)
     with pytest.raises(CaptureError):
         Processes.started(6, 6)
+
+
+def test_the_script_of_the_slurm_array(tmp_path):
+    """Slurm's part is to start the script with SLURM_ARRAY_TASK_ID set; task 0 is lost at first."""
+    write_rows(tmp_path / "rows.jsonl", 20)
+    (tmp_path / "bin").mkdir()
+    launcher = tmp_path / "bin" / "fusekit"
+    launcher.write_text(f'#!/bin/sh\nexec {sys.executable} -m fusekit.cli "$@" --rows-per-shard 3\n')
+    launcher.chmod(0o755)
+    environment = ENVIRONMENT | {
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+        "WORLD": "2",
+        "SLURM_PROCID": "0",  # as in each task of an array
+        "SLURM_NTASKS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = ["bash", str(EXAMPLES / "slurm_capture.sh"), str(DEMO / "numbers"), "rows.jsonl", "out"]
+    for task, complete in (("1", False), ("0", True)):
+        done = subprocess.run(
+            script,
+            cwd=tmp_path,
+            env=environment | {"SLURM_ARRAY_TASK_ID": task},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert Store.open(tmp_path / "out", incomplete=True).complete is complete
+    assert len(Store.open(tmp_path / "out", verify=True)) == 20
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_ray_with_two_workers_of_which_one_is_killed(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 60)
+    arguments = [str(DEMO / "numbers"), str(tmp_path / "rows.jsonl"), str(tmp_path / "out")]
+    options = ["--workers", "2", "--cpus", "0.5", "--shares", "20", "--rows-per-shard", "3", "--max-length", "64"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "ray_capture.py"), *arguments, *options],
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        killed = None
+        while process.poll() is None and killed is None:
+            time.sleep(0.02)
+            if not (tmp_path / "out" / "shard-00002.json").exists():
+                continue
+            workers = [one for one in psutil.process_iter(["name", "cmdline"]) if "MapBatches(Shares)" in str(one.info)]
+            if workers:
+                workers[0].kill()
+                killed = workers[0].pid
+        status = process.wait(400)
+    said = (tmp_path / "log").read_text()
+    assert killed is not None, said[-3000:]
+    assert status == 0, said[-3000:]
+    assert "60 examples" in said
+    assert len(Store.open(tmp_path / "out", verify=True)) == 60

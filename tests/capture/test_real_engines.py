@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fusekit.capturing.engines.check import difference
+from fusekit.capturing.engines import difference
 from fusekit.capturing.store import Store
 from tests.capture.conftest import DEMO, write_rows
 from tests.processes import free_port

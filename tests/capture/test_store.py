@@ -4,29 +4,23 @@ import dataclasses
 import json
 import pickle
 import re
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusekit.artifacts import output_lock
 from fusekit.capturing import store as reading
 from fusekit.capturing.codec import Codec
-from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import StoreWriter, combine_stores, remove_store
 from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
 from tests.capture.rows import captured, key
 from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
-from tests.processes import ENVIRONMENT
+from tests.processes import CONTEXT
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,7 @@ def test_rows_by_number_and_key(path):
 
 def test_rows_at_random_while_groups_leave_the_memory(tmp_path, monkeypatch):
     """Several row groups per shard, of which one fits the cache and one shard may be open."""
-    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 30)
+    monkeypatch.setattr("fusekit.capturing.codec.GROUP_VALUES", 30)
     monkeypatch.setattr(reading, "CACHE_BYTES", 1)
     monkeypatch.setattr(reading, "_OPEN_SHARDS", 1)
     spec = SPEC.model_copy(update={"rows_per_shard": 8})
@@ -142,10 +136,10 @@ def test_a_store_goes_to_other_processes(path):
     store = Store.open(path)
     first = store[0].actual  # the file is mapped here
     assert len(pickle.dumps(store)) < 20_000
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(_read, [store] * 3, [0, 4, 8]))
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        found = list(pool.map(_read, [store] * 2, [0, 8]))
     assert np.array_equal(found[0], first)
-    assert np.array_equal(found[2], store[8].actual)
+    assert np.array_equal(found[1], store[8].actual)
 
 
 def test_the_same_rows_make_the_same_files_and_a_complete_store_is_left_alone(path, tmp_path):
@@ -155,27 +149,26 @@ def test_the_same_rows_make_the_same_files_and_a_complete_store_is_left_alone(pa
     assert listing(tmp_path / "again") == listing(path)
 
 
-def test_other_inputs_are_refused_with_every_difference(path):
-    spec = SPEC.model_copy(update={"top_k": 5, "tokenizer": "other", "details": {"dtype": "bfloat16"}})
-    before = listing(path)
-    with refused(path, "tokenizer: '', now 'other'", "top_k: 4, now 5", "details.dtype", "'bfloat16'"):
-        StoreWriter(path, spec, KEYS[:ROWS])
-    assert listing(path) == before
-
-
 @pytest.mark.parametrize(
-    ("keys", "named"),
+    ("spec", "keys", "named"),
     [
-        (KEYS[: ROWS - 1], "rows: 10, now 9"),
-        ([*KEYS[:ROWS], key(77)], "rows: 10, now 11"),
-        (KEYS[ROWS - 1 :: -1], "the first 10 rows"),
-        ([*KEYS[:5], KEYS[0]], KEYS[0]),
-        (["x"], "'x'"),
+        (SPEC, KEYS[: ROWS - 1], ["rows: 10, now 9"]),
+        (SPEC, [*KEYS[:ROWS], key(77)], ["rows: 10, now 11"]),
+        (SPEC, KEYS[ROWS - 1 :: -1], ["the first 10 rows"]),
+        (SPEC, [*KEYS[:5], KEYS[0]], [KEYS[0]]),
+        (SPEC, ["x"], ["'x'"]),
+        (
+            SPEC.model_copy(update={"top_k": 5, "tokenizer": "other", "details": {"dtype": "bfloat16"}}),
+            KEYS,
+            ["tokenizer: '', now 'other'", "top_k: 4, now 5", "details.dtype", "'bfloat16'"],
+        ),
     ],
 )
-def test_other_rows_are_refused(path, keys, named):
-    with refused(named):
-        StoreWriter(path, SPEC, keys)
+def test_other_inputs_are_refused_with_every_difference(path, spec, keys, named):
+    before = listing(path)
+    with refused(*named):
+        StoreWriter(path, spec, keys)
+    assert listing(path) == before
 
 
 @pytest.mark.parametrize(
@@ -208,8 +201,11 @@ def test_an_unfinished_store_says_so_and_shows_what_is_there(tmp_path):
     assert store.verify() == []
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_what_is_no_store_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("two years")
+    for act in (lambda: StoreWriter(tmp_path / "thesis.txt", SPEC, KEYS), lambda: Store.open(tmp_path / "thesis.txt")):
+        with refused(tmp_path / "thesis.txt"):
+            act()
     for act in (lambda: StoreWriter(tmp_path, SPEC, KEYS), lambda: remove_store(tmp_path)):
         with refused(tmp_path, "thesis.txt"):
             act()
@@ -230,20 +226,7 @@ def test_removing_a_store_leaves_what_is_not_its(damaged, tmp_path_factory):
     assert theirs.exists()
 
 
-def test_two_runs_on_one_store(tmp_path):
-    with output_lock(tmp_path / "out"):
-        done = subprocess.run(
-            [sys.executable, "-c", "import sys; from pathlib import Path; from fusekit.artifacts import output_lock\n"
-             "with output_lock(Path(sys.argv[1])): pass", str(tmp_path / "out")],
-            capture_output=True, text=True, check=False, env=ENVIRONMENT,
-        )  # fmt: skip
-    assert done.returncode != 0
-    assert "already being written by process" in done.stderr
-    with refused("/proc/out"), output_lock(Path("/proc/out")):
-        pass
-
-
-@pytest.mark.parametrize("how", ["missing", "cut", "longer", "flipped", "empty"])
+@pytest.mark.parametrize("how", ["missing", "cut", "longer", "flipped"])
 def test_a_damaged_shard_is_named_and_only_it_is_written_again(damaged, path, how):
     file = damaged / "shard-00002.parquet"
     data = bytearray(file.read_bytes())
@@ -251,7 +234,7 @@ def test_a_damaged_shard_is_named_and_only_it_is_written_again(damaged, path, ho
         file.unlink()
     else:
         data[-7] ^= 16 if how == "flipped" else 0
-        file.write_bytes({"cut": data[:-1], "longer": data + b"x", "flipped": data, "empty": b""}[how])
+        file.write_bytes({"cut": data[:-1], "longer": data + b"x", "flipped": data}[how])
     with refused("shard-00002.parquet"):
         Store.open(damaged, verify=True)
     assert write(damaged) == [2]
@@ -268,7 +251,7 @@ def test_a_damaged_record_of_an_unfinished_shard_counts_for_nothing(tmp_path, pa
 
 
 def test_a_flipped_bit_is_noticed_before_its_row_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 1)  # a row group for each row
+    monkeypatch.setattr("fusekit.capturing.codec.GROUP_VALUES", 1)  # a row group for each row
     write(tmp_path)
     file = tmp_path / "shard-00000.parquet"
     ends = Store.open(tmp_path)._shard(0)._ends
@@ -299,7 +282,7 @@ def test_any_changed_byte_of_a_shard_is_detected(damaged, path, data):
     (damaged / name).write_bytes(whole)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_manifests_and_shards_raise_fusekit_errors_only(damaged, path, data):
     name = data.draw(st.sampled_from(["manifest.json", "shard-00000.parquet", "shard-00003.parquet"]))
@@ -363,14 +346,6 @@ def test_verify_compares_shards_with_the_manifest(damaged, change, file, named):
         Store.open(damaged, verify=True)
 
 
-def test_a_file_in_place_of_a_folder(tmp_path):
-    (tmp_path / "out").write_text("")
-    with refused(tmp_path / "out"):
-        StoreWriter(tmp_path / "out", SPEC, KEYS)
-    with refused(tmp_path / "out"):
-        Store.open(tmp_path / "out")
-
-
 @pytest.mark.parametrize("keys", [[], KEYS[:2]])
 def test_a_store_of_nothing_or_of_quarantined_rows_alone(tmp_path, keys):
     writer = StoreWriter(tmp_path, SPEC, keys)
@@ -389,19 +364,6 @@ def test_a_row_that_cannot_be_stored_stops_before_anything_is_written(tmp_path):
     with refused(KEYS[1], "nan"):
         writer.write_shard(writer.missing_shards()[0], wrong)
     assert sorted(listing(tmp_path)) == ["manifest.json"]
-
-
-def test_specs_are_checked():
-    with pytest.raises(ValueError, match="keep_mass"):
-        StoreSpec(model="m", vocabulary=10, top_k=1, keep_mass=2.0)
-
-
-def test_stores_need_no_torch():
-    code = (
-        "import sys, fusekit.capturing.writer; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert done.stdout.strip() == "[]"
 
 
 MORE = [key(number) for number in range(20, 25)]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusekit.capturing.engines.replies import Reply, Vocabulary, captured, prompt_of
+from fusekit.capturing.replies import NO_LABELS, Reply, Vocabulary, captured, prompt_of
 from fusekit.capturing.settings import EngineSettings, Selection
 from fusekit.errors import CaptureError
 from fusekit.types import CapturedRow, TokenizedRow
@@ -69,15 +69,9 @@ class _Server:
 class Servers:
     """Servers of one model that score examples, each request by the least busy one.
 
-    Args:
-        settings: where they are, and how long to wait for them.
-        selection: what is kept of each distribution; its temperature is 1.
-        vocabulary: the tokenizer's.
-        tolerance: most nats between two answers of one model.
-        notify: called with a line when a server fails.
+    settings: where they are, and how long to wait for them. tolerance: most nats between two answers of one model.
 
-    Raises:
-        CaptureError: no answer, no known server, servers of different kinds, versions or models.
+    Raises CaptureError: no answer, no known server, servers of different kinds, versions or models.
     """
 
     def __init__(
@@ -102,10 +96,8 @@ class Servers:
     ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
         """As :meth:`fusekit.capturing.engine.Teacher.score_batches`, example by example.
 
-        After the last example every server has to be who it was, so that nothing is kept of one that was replaced.
-
-        Raises CaptureError: a server refuses a request, another model answers, or all fail for longer than
-        ``settings.patience`` seconds.
+        Raises CaptureError: a server refuses a request, another model answers (at the end each is asked, so that
+        nothing is kept of one that was replaced), or all fail for longer than ``settings.patience`` seconds.
         """
         names = datasets or [""] * len(rows)
         waiting = iter(range(len(rows)))
@@ -128,10 +120,7 @@ class Servers:
                 self._verify(server)
 
     def _verify(self, server: _Server) -> None:
-        """Ask a server who it is, and for one example again.
-
-        Raises CaptureError where another model answers, _FailedError where none does.
-        """
+        """Ask a server who it is, and for one example again. Raises CaptureError where another model answers."""
         try:
             self._same(server, self._ask_identity(server.url))
             if self._probe is None:
@@ -158,9 +147,8 @@ class Servers:
             )
 
     def _score(self, row: TokenizedRow) -> Reply:
-        prompt = prompt_of(row)
-        if not prompt:
-            return Reply(np.zeros((0, 1), np.int64), np.zeros((0, 1)), np.zeros(0))
+        if not row.labels.any():
+            return NO_LABELS
         first = 0.0
         while True:
             server = self._least_busy()
@@ -197,7 +185,7 @@ class Servers:
         return REPLIES[self.identity.kind](answer, row)
 
     def _least_busy(self) -> _Server:
-        """The server that has the fewest requests, of those that do not rest; if all rest, once the first is back."""
+        """The server with the fewest requests of those that do not rest; if all rest, once the first is back."""
         now = time.monotonic()
         server = min(self._servers, key=lambda one: (max(one.rests_until - now, 0.0), one.flying))
         with server.lock:
@@ -207,7 +195,6 @@ class Servers:
         return server
 
     def _identity(self, url: str) -> Identity:
-        """What a server says of itself. Raises CaptureError."""
         deadline = time.monotonic() + self.settings.patience
         pause = FIRST_PAUSE
         while True:
@@ -243,7 +230,7 @@ class Servers:
             raise CaptureError(f"{url} answers, but neither as vLLM nor as SGLang does") from error
 
     def _ask(self, url: str, path: str, body: dict[str, Any] | None, where: str) -> Any:
-        """The JSON answer of a server. Raises _FailedError, CaptureError for what no repetition changes."""
+        """A server's JSON answer. Raises _FailedError, and CaptureError for what no repetition changes."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(API_KEY):
             headers["Authorization"] = f"Bearer {key}"

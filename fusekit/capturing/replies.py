@@ -29,17 +29,17 @@ class Scorer(Protocol):
 
 
 class Reply(NamedTuple):
-    """What an engine says about the n labels of an example.
-
-    Attributes:
-        ids: int64 [n, m], in any order, perhaps twice, -1 where there is none.
-        logprobs: float64 [n, m], natural logarithms at temperature 1.
-        actual: float64 [n], of the labels.
+    """What an engine says about n labels: int64 [n, m] ids in any order, perhaps twice, -1 for none; float64 natural
+    logarithms at temperature 1, of those and [n] of the labels.
     """
 
     ids: IntArray
     logprobs: FloatArray
     actual: FloatArray
+
+
+NO_LABELS = Reply(np.zeros((0, 1), np.int64), np.zeros((0, 1)), np.zeros(0))
+"""About an example without labels, which no engine is asked for."""
 
 
 class Vocabulary:
