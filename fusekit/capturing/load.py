@@ -91,10 +91,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -
 
 
 def loading_mistakes(how: Any) -> Iterator[tuple[str, str]]:
-    """Fields that ask for what transformers does not know or this machine does not have, and why.
-
-    how: a ModelChoice, or the ``load`` section of a recipe.
-    """
+    """Fields of a ModelChoice, or of a recipe's ``load``, that transformers or this machine do not know, and why."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], how.attn_implementation
@@ -185,7 +182,7 @@ def dequantise(
 
 
 def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None) -> artifact.Inputs:
-    """What :func:`dequantise` makes a plain checkpoint of. known: one that is there; its file may be gone by now.
+    """What :func:`dequantise` makes a plain checkpoint of. known: one that is there, whose file may be gone by now.
 
     Raises CaptureError where the file cannot be found, and none is known of that name.
     """
@@ -199,7 +196,7 @@ def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None
 
 
 def _weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of the file, dtype and quantization of the weights."""
+    """Of ``from_pretrained``: file, dtype and quantization of the weights."""
     import transformers
 
     choice, header = checkpoint.choice, checkpoint.gguf

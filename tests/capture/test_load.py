@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama
 from tests.merging.hub_server import Hub, Repository
-from tests.processes import ENVIRONMENT
+from tests.merging.test_hub import run as run_at_hub
 
 CPU = torch.device("cpu")
 
@@ -181,76 +179,28 @@ def test_ids_that_are_tokens_and_the_longest_input(model):
     assert longest_input(checkpoint) == 64
 
 
-DRIVER = """
-import contextlib, io, json, os, pathlib, sys, time
-from fusekit.cli import main
-results = []
-for environment, args in json.load(sys.stdin):
-    os.environ.update(environment)
-    for path in pathlib.Path(os.environ["HF_HOME"]).rglob(os.environ.get("FORGOTTEN", "none")):
-        path.resolve().unlink()
-        path.unlink()
-    text, started, status = io.StringIO(), time.monotonic(), 0
-    sys.argv = ["fusekit", "capture", *args]
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code or 0
-    results.append([status, text.getvalue(), time.monotonic() - started])
-json.dump(results, sys.__stdout__)
-"""
-
-
 def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(tmp_path):
-    """One process with the real client against a hub on loopback."""
     write_rows(tmp_path / "rows.jsonl", 4)
     shutil.copytree(DEMO / "numbers", tmp_path / "numbers")
     sound = Repository(tmp_path / "numbers")
+    refused = {
+        ("demo/gated", "gated"): "demo/gated is gated: accept its licence at",
+        ("demo/misspelled", "none"): "demo/misspelled is not a local folder and not a model on",
+        ("demo/numbers", "other", "--revision", "nope"): "has no revision 'nope'",
+    }
+    calls = [("demo/numbers", "out"), *refused]
+    commands = [[model, "rows.jsonl", *rest, "--max-length", "64", "--quiet"] for model, *rest in calls]
     with Hub({"demo/numbers": sound, "demo/gated": Repository(tmp_path / "numbers", gated=True)}) as hub:
-        inherited = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(("HF_", "HUGGING"))}
-        rest = ["--max-length", "64", "--quiet"]
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER],
-            cwd=tmp_path,
-            env={
-                **inherited,
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_ETAG_TIMEOUT": "2",
-                "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / "cache"),
-            },
-            input=json.dumps(
-                [
-                    ({}, ["demo/numbers", "rows.jsonl", "out", *rest]),
-                    ({}, ["demo/gated", "rows.jsonl", "gated", *rest]),
-                    ({}, ["demo/misspelled", "rows.jsonl", "none", *rest]),
-                    ({}, ["demo/numbers", "rows.jsonl", "out2", "--revision", "nope", *rest]),
-                    ({"FORGOTTEN": "model.safetensors"}, ["demo/numbers", "rows.jsonl", "out", *rest]),
-                ]
-            ),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        fine, *others = run_at_hub(tmp_path, commands, "capture", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "cache"))
         commit = sound.commit()
-        fetched = [line for line in hub.bytes_sent_of("model.safetensors") if "/numbers/" in line]
-    fine, gated, misspelled, revision, again = json.loads(done.stdout)
-    assert fine[0] == again[0] == 0, fine[1] + again[1]
-    assert len(fetched) == 1  # nothing is left to capture: the weights that are gone are not missed
+    assert fine.status == 0, fine.output
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["spec"]["model_fingerprint"] == f"commit {commit}"
-    for result, expected in [
-        (gated, "demo/gated is gated: accept its licence at"),
-        (misspelled, "demo/misspelled is not a local folder and not a model on"),
-        (revision, "has no revision 'nope'"),
-    ]:
-        assert result[0] == 1
-        assert expected in result[1]
-        assert "Traceback" not in result[1]
-        assert result[2] < 20
+    for result, expected in zip(others, refused.values(), strict=True):
+        assert result.status == 1
+        assert expected in result.output
+        assert "Traceback" not in result.output
+        assert result.seconds < 20
     assert not (tmp_path / "gated").exists()
 
 

@@ -30,8 +30,8 @@ class Result:
     seconds: float
 
 
-def merge_all(cwd: Path, commands: list[list[str]], environment: dict[str, str], found: Path) -> None:
-    """Run merges one after the other as a process that was started with this environment. For a child."""
+def call_all(cwd: Path, commands: list[list[str]], environment: dict[str, str], found: Path) -> None:
+    """Call ``fusekit ARGS`` one after the other as a process that was started with this environment. For a child."""
     from huggingface_hub import constants
 
     from fusekit import hub
@@ -46,7 +46,7 @@ def merge_all(cwd: Path, commands: list[list[str]], environment: dict[str, str],
     results = []
     for args in commands:
         text, started, status = io.StringIO(), time.monotonic(), 0
-        sys.argv = ["fusekit", "merge", *args]
+        sys.argv = ["fusekit", *args]
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             try:
                 main()
@@ -56,9 +56,10 @@ def merge_all(cwd: Path, commands: list[list[str]], environment: dict[str, str],
     found.write_text(json.dumps(results))
 
 
-def run(cwd: Path, commands: list[list[str]], **environment: str) -> list[Result]:
+def run(cwd: Path, commands: list[list[str]], command: str = "merge", **environment: str) -> list[Result]:
+    """Run ``fusekit COMMAND ARGS`` for each of the commands."""
     found = cwd / "results.json"
-    done = run_function(merge_all, cwd, commands, environment, found, timeout=240)
+    done = run_function(call_all, cwd, [[command, *args] for args in commands], environment, found, timeout=240)
     assert done.exitcode == 0, done.output
     return [Result(*result) for result in json.loads(found.read_text())]
 
