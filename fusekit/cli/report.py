@@ -21,11 +21,11 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
     so far and the card is not changed.
     """
     from fusekit.artifacts import output_lock
-    from fusekit.report.facts import read_facts
-    from fusekit.report.write import write_report
+    from fusekit.report.card import write_report
+    from fusekit.report.facts import Facts
 
     out = out.resolve()
-    read_facts(out)  # refuses any other folder before it is locked
+    Facts(out)  # refuses any other folder before it is locked
     with ExitStack() as held:
         try:
             held.enter_context(output_lock(out))

@@ -310,7 +310,7 @@ def timed(context: Context, name: str) -> Iterator[None]:
 
 def describe(context: Context) -> None:
     """Note down what is known of the pivot and the sources while they are at hand; what was known of one stays."""
-    from fusekit.report.models import ModelFacts, facts_of, read_models, write_models
+    from fusekit.report.facts import ModelFacts, facts_of, read_models, write_models
 
     known: dict[str, ModelFacts] = {}
     with suppress(OSError, ValueError):

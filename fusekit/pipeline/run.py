@@ -54,7 +54,7 @@ class Stage:
 
 def _report(context: Context) -> None:
     """Write ``report.html`` and the card of the merged model; does nothing where they are as they would be."""
-    from fusekit.report.write import write_report
+    from fusekit.report.card import write_report
 
     capturing.describe(context)
     for line in write_report(context.layout.out):

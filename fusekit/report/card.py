@@ -1,22 +1,34 @@
-"""The model card of the merged model, from the same facts as the report."""
+"""The model card of the merged model, from the same facts as the report; and both written where they change."""
 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fusekit.artifacts import Artifact, weights_hash
-from fusekit.evaluation.table import fixed
+from fusekit import artifacts as artifact
+from fusekit.artifacts import Artifact, commit_file, weights_hash
 from fusekit.layout import PIVOT
 from fusekit.report import text
 from fusekit.report.charts import heat_map, short_names
 from fusekit.report.facts import Facts
-from fusekit.report.page import identities, lead, left_out, made, model_rows, recipe_text, results, titled
+from fusekit.report.page import (
+    CARD,
+    TEMPLATES,
+    identities,
+    lead,
+    left_out,
+    made,
+    model_rows,
+    page,
+    recipe_text,
+    results,
+    titled,
+)
 
 _METHODS = {
     "fusechat_sce": ("SCE of FuseChat", "2408.07990"),
@@ -35,57 +47,68 @@ _FOLDERS = re.compile(r"(?<![\w./:~-])(?:~/|/)(?:[^\s/:'\"]+/)*")  # of an absol
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 
 
-def card(facts: Facts, merged: Artifact) -> str:
+def write_report(out: Path, *, with_card: bool = True) -> list[str]:
+    """Write ``report.html`` of a run, finished or not, and the card of its merged model if there is one.
+
+    The same artifacts give the same bytes. The card is a file of the artifact ``merged/`` and is replaced together with
+    its entry in the manifest, so that ``fusekit verify`` passes at any moment. A card that somebody changed is kept.
+
+    Args:
+        out: folder of the run.
+        with_card: False leaves the card alone; True needs the lock of the run.
+
+    Returns:
+        A line for each file that was written or could not be.
+
+    Raises:
+        StorageError: ``out`` is not the output of a run, or the disk failed.
+    """
+    facts, said = Facts(out), []
+    if with_card and facts.merged is not None:
+        folder = facts.layout.merged
+        try:
+            if artifact.replace_file(folder, CARD, _encoded(_card(facts, facts.merged))):
+                said.append(str(folder / CARD))
+        except artifact.ChangedError as error:
+            said.append(f"warning: {error}")
+        facts = Facts(out) if said else facts  # the page shows the artifacts with this card
+    path, data = facts.layout.report, _encoded(page(facts))
+    if path.is_file() and path.read_bytes() == data:
+        return said
+    # Without the lock another process may be writing the page: the temporary file then has a name of its own. One that
+    # a killed process leaves is overwritten by the next that has the lock, or removed by `fusekit clean`.
+    commit_file(path, lambda file: file.write(data), rank=0 if with_card else uuid.uuid4().int)
+    return [*said, str(path)]
+
+
+def _encoded(said: str) -> bytes:
+    return said.encode("utf-8", "backslashreplace")  # JSON files may hold half a surrogate pair
+
+
+def _card(facts: Facts, merged: Artifact) -> str:
     """The card as Markdown with its metadata in front. merged: the manifest of the merged model."""
+    method, paths = str(facts.value("merge.merge_method")), facts.value("data.path")
     versions = ("fusekit", "mergekit", "transformers", "torch")
-    rendered = (
-        _environment()
-        .get_template("card.md.jinja")
-        .render(
-            facts=facts,
-            metadata=_metadata(facts),
-            title=f"{_last(facts.model_name(PIVOT))} fused with {text.listed(facts.sources)}",
-            lead=lead(facts),
-            parents=model_rows(facts),
-            paper=_PAPERS.get(str(facts.value("fusion.mode")), _PAPERS["pairwise"]),
-            method=_METHODS.get(merge := str(facts.value("merge.merge_method")), (merge, None)),
-            tables=[table.markdown(lambda name: _escaped(titled(name)), bold=True) for table in results(facts)],
-            data=_several(facts.value("data.path")),
-            left_out=left_out(facts),
-            versions={name: str(merged.made[name]) for name in versions if name in merged.made},
-            weights=weights_hash(facts.layout.merged),
-            identities=identities(facts),
-            made=[one for one in made(facts) if one.stage in ("data", "capture")],
-            heat=heat_map(facts.coefficients, list(facts.targets)),
-            recipe=recipe_text(_portable(facts.recipe)),
-            merge=recipe_text(_merge_recipe(facts)),
-        )
+    rendered = TEMPLATES.get_template("card.md.jinja").render(
+        facts=facts,
+        metadata=_metadata(facts),
+        title=f"{_last(facts.model_name(PIVOT))} fused with {text.listed(facts.sources)}",
+        lead=lead(facts),
+        parents=model_rows(facts),
+        paper=_PAPERS.get(str(facts.value("fusion.mode")), _PAPERS["pairwise"]),
+        method=_METHODS.get(method, (method, None)),
+        tables=[table.markdown(lambda name: _escaped(titled(name)), bold=True) for table in results(facts)],
+        data=[str(path) for path in (paths if isinstance(paths, list) else [paths])],
+        left_out=left_out(facts),
+        versions={name: str(merged.made[name]) for name in versions if name in merged.made},
+        weights=weights_hash(facts.layout.merged),
+        identities=identities(facts),
+        made=[one for one in made(facts) if one["stage"] in ("data", "capture")],
+        heat=heat_map(facts.coefficients, list(facts.targets)),
+        recipe=recipe_text(_portable(facts.recipe)),
+        merge=recipe_text(_merge_recipe(facts)),
     )
     return f"{rendered.rstrip()}\n"
-
-
-@cache
-def _environment() -> Environment:
-    found = Environment(
-        loader=PackageLoader("fusekit.report"),
-        autoescape=False,  # Markdown: the template escapes with its own filters
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters.update(
-        md=_escaped,
-        code=_code,
-        fenced=_fenced,
-        last=_last,
-        no_folders=lambda said: _FOLDERS.sub("", said),
-        fixed=fixed,
-        percent=text.percent,
-        scaled=text.scaled,
-        listed=text.listed,
-        count=lambda number: f"{number:,.0f}",
-    )
-    return found
 
 
 def _metadata(facts: Facts) -> str:
@@ -95,10 +118,6 @@ def _metadata(facts: Facts) -> str:
     relation: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
     found = {"library_name": "transformers", "pipeline_tag": "text-generation", **relation}
     return yaml.safe_dump(found | {"tags": ["mergekit", "merge", "fusekit"]}, sort_keys=False).strip()
-
-
-def _several(value: Any) -> list[str]:
-    return [str(part) for part in (value if isinstance(value, list) else [value])]
 
 
 def _portable(value: Any) -> Any:
@@ -134,15 +153,23 @@ def _escaped(value: object) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", shown)
 
 
+def _fence(shown: str, least: int) -> str:
+    """More backticks than any run of them in a text."""
+    return "`" * max(least, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
+
+
 def _code(value: object) -> str:
-    """Text from data as code within a line: between more backticks than it holds, without the end of a cell."""
+    """Text from data as code within a line, without the end of a cell."""
     shown = text.name(value).replace("|", "¦")
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
-    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    fence, pad = _fence(shown, 1), " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
 
 
 def _fenced(value: str, language: str) -> str:
-    """Text from data as a block of code: between more backticks than any of its lines holds."""
-    fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", value)), default=0) + 1)
-    return f"{fence}{language}\n{text.block(value).rstrip()}\n{fence}"
+    """Text from data as a block of code."""
+    return f"{_fence(value, 3)}{language}\n{text.block(value).rstrip()}\n{_fence(value, 3)}"
+
+
+TEMPLATES.filters.update(
+    md=_escaped, code=_code, fenced=_fenced, last=_last, no_folders=lambda said: _FOLDERS.sub("", said)
+)

@@ -4,56 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any
 
 from fusekit.artifacts import counted, human
 from fusekit.evaluation.table import fixed
 from fusekit.layout import PIVOT
+from fusekit.merge_methods.provenance import TensorRecord
 from fusekit.report import text
-from fusekit.report.facts import Coefficients, Facts, Tensor
+from fusekit.report.facts import Coefficients, Facts
+
+Drawing = dict[str, Any]
 
 # ---- the recipe as a graph
 
-BOX_WIDTH, BOX_HEIGHT = 206, 74
+_WIDE, _HIGH = 206, 74  # of a box
 _ACROSS, _DOWN, _MARGIN, _HEAD = 66, 18, 8, 26
 _CHARACTERS = 27  # that fit into a line of a box
 
 
-class Box(NamedTuple):
-    """A box at its place. lines: its text, the first one large. colour: a class. missing: does not exist yet."""
+def recipe_graph(facts: Facts, colour: Mapping[str, str]) -> Drawing:
+    """Models, captures, targets and the merged model as columns of boxes with curves between them.
 
-    lines: list[str]
-    colour: str
-    missing: bool
-    x: float = 0
-    y: float = 0
-
-
-class Edge(NamedTuple):
-    """A curve between two boxes. path: of an SVG."""
-
-    path: str
-    colour: str
-    missing: bool
-
-
-class Graph(NamedTuple):
-    """Columns of boxes from left to right, and curves between them. heads: of the columns, with their x."""
-
-    width: int
-    height: int
-    heads: list[tuple[float, str]]
-    boxes: list[Box]
-    edges: list[Edge]
-    box_width: int = BOX_WIDTH
-    box_height: int = BOX_HEIGHT
-
-
-def recipe_graph(facts: Facts, colour: Mapping[str, str]) -> Graph:
-    """Models, captures, targets and the merged model; also what does not exist yet. colour: class by name."""
+    missing: what does not exist yet. heads: of the columns, with their x. path: of an SVG. colour: class by name.
+    """
     names = [PIVOT, *facts.sources]
     joint = facts.value("fusion.mode") == "joint"
     targets = list(facts.targets) or (["joint"] if joint else list(facts.sources))
@@ -64,58 +39,58 @@ def recipe_graph(facts: Facts, colour: Mapping[str, str]) -> Graph:
         teachers = list(record.sources) if record else (facts.sources if target not in facts.sources else [target])
         links += [(f"store {name}", f"target {target}") for name in [PIVOT, *teachers]]
         links.append((f"target {target}", "merged"))
-    columns = [
-        ("models", {f"model {name}": _model_box(facts, name, colour[name]) for name in names}),
-        ("captures", {f"store {name}": _store_box(facts, name, colour[name]) for name in names}),
-        ("targets", {f"target {name}": _target_box(facts, name, colour.get(name, "c1")) for name in targets}),
-    ]
+    columns = {
+        "models": {f"model {name}": _model_box(facts, name, colour[name]) for name in names},
+        "captures": {f"store {name}": _store_box(facts, name, colour[name]) for name in names},
+        "targets": {f"target {name}": _target_box(facts, name, colour.get(name, "c1")) for name in targets},
+    }
     if facts.value("merge") is not None:
-        method, done = str(facts.value("merge.merge_method") or ""), facts.merged is not None
-        merged = _box(["merged model" if done else "not merged yet", f"by {method}"], "cm", not done)
-        columns.append(("result", {"merged": merged}))
-    return _laid_out(columns, links)
-
-
-def _laid_out(columns: Sequence[tuple[str, Mapping[str, Box]]], links: Sequence[tuple[str, str]]) -> Graph:
-    """Place columns of boxes, centred, each with a head, and the links between them by their keys."""
-    rows = max(len(boxes) for _, boxes in columns)
-    placed: dict[str, Box] = {}
+        done = facts.merged is not None
+        lines = ["merged model" if done else "not merged yet", f"by {facts.value('merge.merge_method') or ''}"]
+        columns["result"] = {"merged": _box(lines, "cm", not done)}
+    rows = max(map(len, columns.values()))
     heads = []
-    for number, (head, boxes) in enumerate(columns):
-        x = _MARGIN + number * (BOX_WIDTH + _ACROSS)
-        heads.append((x + BOX_WIDTH / 2, head))
-        free = (rows - len(boxes)) * (BOX_HEIGHT + _DOWN) / 2
-        for at, (key, box) in enumerate(boxes.items()):
-            placed[key] = box._replace(x=x, y=_HEAD + _MARGIN + free + at * (BOX_HEIGHT + _DOWN))
-    width = 2 * _MARGIN + len(columns) * (BOX_WIDTH + _ACROSS) - _ACROSS
-    height = _HEAD + rows * (BOX_HEIGHT + _DOWN) - _DOWN + 2 * _MARGIN
-    edges = [_edge(placed[a], placed[b]) for a, b in links if a in placed and b in placed]
-    return Graph(width, height, heads, list(placed.values()), edges)
+    for number, (head, boxes) in enumerate(columns.items()):
+        x = _MARGIN + number * (_WIDE + _ACROSS)
+        heads.append((x + _WIDE / 2, head))
+        free = (rows - len(boxes)) * (_HIGH + _DOWN) / 2
+        for at, box in enumerate(boxes.values()):
+            box.update(x=x, y=_HEAD + _MARGIN + free + at * (_HIGH + _DOWN))
+    placed = {key: box for boxes in columns.values() for key, box in boxes.items()}
+    return {
+        "width": 2 * _MARGIN + len(columns) * (_WIDE + _ACROSS) - _ACROSS,
+        "height": _HEAD + rows * (_HIGH + _DOWN) - _DOWN + 2 * _MARGIN,
+        "heads": heads,
+        "boxes": list(placed.values()),
+        "edges": [_edge(placed[a], placed[b]) for a, b in links if a in placed and b in placed],
+        "box_width": _WIDE,
+        "box_height": _HIGH,
+    }
 
 
-def _edge(a: Box, b: Box) -> Edge:
-    x1, y1 = a.x + BOX_WIDTH, a.y + BOX_HEIGHT / 2
-    x2, y2 = b.x - 5, b.y + BOX_HEIGHT / 2  # the arrow's head takes the rest
+def _edge(a: Drawing, b: Drawing) -> Drawing:
+    x1, y1 = a["x"] + _WIDE, a["y"] + _HIGH / 2
+    x2, y2 = b["x"] - 5, b["y"] + _HIGH / 2  # the arrow's head takes the rest
     middle = (x1 + x2) / 2
     path = f"M{x1:g} {y1:g}C{middle:g} {y1:g} {middle:g} {y2:g} {x2:g} {y2:g}"
-    return Edge(path, a.colour, a.missing or b.missing)
+    return {"path": path, "colour": a["colour"], "missing": a["missing"] or b["missing"]}
 
 
-def _box(lines: list[str], colour: str, missing: bool = False) -> Box:
-    return Box([text.shorten(text.name(line), _CHARACTERS) for line in lines if line], colour, missing)
+def _box(lines: list[str], colour: str, missing: bool = False) -> Drawing:
+    shown = [text.shorten(text.name(line), _CHARACTERS) for line in lines if line]
+    return {"lines": shown, "colour": colour, "missing": missing}
 
 
-def _model_box(facts: Facts, name: str, colour: str) -> Box:
+def _model_box(facts: Facts, name: str, colour: str) -> Drawing:
     known = facts.models.get(name)
     if known is None:
         return _box([name, facts.model_name(name)], colour)
     size = f"{text.scaled(known.parameters)} parameters" if known.parameters else ""
     tokens = f"{known.tokenizer.tokens:,} tokens, {known.tokenizer.form}" if known.tokenizer else ""
-    kind = (known.architecture or "").removesuffix("ForCausalLM")
-    return _box([name, " · ".join(filter(None, (kind, size))), tokens], colour)
+    return _box([name, " · ".join(filter(None, (known.kind, size))), tokens], colour)
 
 
-def _store_box(facts: Facts, name: str, colour: str) -> Box:
+def _store_box(facts: Facts, name: str, colour: str) -> Drawing:
     store = facts.stores.get(name)
     if store is None:
         return _box(["not captured yet"], colour, missing=True)
@@ -124,7 +99,7 @@ def _store_box(facts: Facts, name: str, colour: str) -> Box:
     return _box([f"top {store.spec.top_k} per token", f"{state}, {size}"], colour)
 
 
-def _target_box(facts: Facts, name: str, colour: str) -> Box:
+def _target_box(facts: Facts, name: str, colour: str) -> Drawing:
     record = facts.targets.get(name)
     if record is None:
         return _box([name, "in training" if name in facts.training else "not trained yet"], colour, missing=True)
@@ -135,63 +110,32 @@ def _target_box(facts: Facts, name: str, colour: str) -> Box:
 
 # ---- loss curves
 
-_WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 26, 14, 44
+_FRAME = {"width": 560, "height": 300, "left": 56, "right": 534, "top": 14, "bottom": 256}
 MOST_POINTS = 240  # of a curve; more cannot be told apart at this width
 
 Points = Sequence[tuple[float, float]]
 
 
-class Tick(NamedTuple):
-    """A mark on an axis: where, in pixels, and its label."""
-
-    at: float
-    label: str
-
-
-class Curve(NamedTuple):
-    """A model's line. colour: its class. path: of an SVG, which ends at ``end``. first, least, last: values."""
-
-    name: str
-    colour: str
-    path: str
-    end: tuple[float, float]
-    first: float
-    least: float
-    last: float
-
-
-class Chart(NamedTuple):
-    """Curves over optimizer steps. x, y: ticks."""
-
-    title: str
-    x: list[Tick]
-    y: list[Tick]
-    curves: list[Curve]
-    width: int = _WIDTH
-    height: int = _HEIGHT
-    left: int = _LEFT
-    right: int = _WIDTH - _RIGHT
-    top: int = _TOP
-    bottom: int = _HEIGHT - _BOTTOM
-
-
-def loss_charts(facts: Facts, colour: Mapping[str, str]) -> list[Chart]:
+def loss_charts(facts: Facts, colour: Mapping[str, str]) -> list[Drawing]:
     """The loss on the text and the loss on the teachers by step, a curve per model."""
-    records = {name: (record, colour.get(name, "c1")) for name, record in facts.targets.items()}
+    records = [(name, colour.get(name, "c1"), record) for name, record in facts.targets.items()]
     if facts.baseline is not None:
-        records["plain fine-tuning"] = (facts.baseline, "cb")
-    on_text = [(name, c, record.points("lm_loss") or record.points("loss")) for name, (record, c) in records.items()]
-    taught = [(name, c, record.points("fusion_loss")) for name, (record, c) in records.items() if record.sources]
-    made = [
+        records.append(("plain fine-tuning", "cb", facts.baseline))
+    on_text = [(name, c, record.points("lm_loss") or record.points("loss")) for name, c, record in records]
+    taught = [(name, c, record.points("fusion_loss")) for name, c, record in records if record.sources]
+    drawn = (
         chart("Loss on the text, nats per token", on_text),
         chart("Loss on the teachers' distributions, nats per token", taught),
-    ]
-    return [found for found in made if found is not None]
+    )
+    return [found for found in drawn if found is not None]
 
 
-def chart(title: str, series: Sequence[tuple[str, str, Points]]) -> Chart | None:
-    """Lay out curves: name, class of their colour, and points. None where no curve has two points."""
+def chart(title: str, series: Sequence[tuple[str, str, Points]]) -> Drawing | None:
+    """Lay out curves over optimizer steps; None where no curve has two points.
+
+    series: name, class of the colour, and points. Returns the frame, ticks of both axes (place and label), and of each
+    curve its path, where it ends, and its first, least and last value.
+    """
     series = [(name, colour, thinned(points)) for name, colour, points in series if len(points) > 1]
     if not series:
         return None
@@ -200,23 +144,22 @@ def chart(title: str, series: Sequence[tuple[str, str, Points]]) -> Chart | None
     y_ticks = ticks(min(y for _, y in every), max(y for _, y in every), 5)
     x_low, x_high = min(x_ticks[0], *(x for x, _ in every)), max(x for x, _ in every)
     y_low, y_high = y_ticks[0], y_ticks[-1]
+    left, right, top, bottom = (_FRAME[side] for side in ("left", "right", "top", "bottom"))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low or 1) * (_WIDTH - _LEFT - _RIGHT) + _LEFT
-        down = _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low or 1) * (_HEIGHT - _TOP - _BOTTOM)
+        across = (x - x_low) / (x_high - x_low or 1) * (right - left) + left
+        down = bottom - (y - y_low) / (y_high - y_low or 1) * (bottom - top)
         return round(across, 1), round(down, 1)
 
     curves = []
     for name, colour, points in series:
         at, values = [place(x, y) for x, y in points], [y for _, y in points]
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in at)
-        curves.append(Curve(name, colour, path, at[-1], values[0], min(values), values[-1]))
-    return Chart(
-        title,
-        [Tick(place(x, y_low)[0], label) for x, label in zip(x_ticks, _labels(x_ticks), strict=True) if x <= x_high],
-        [Tick(place(x_low, y)[1], label) for y, label in zip(y_ticks, _labels(y_ticks), strict=True)],
-        curves,
-    )
+        known = {"first": values[0], "least": min(values), "last": values[-1]}
+        curves.append({"name": name, "colour": colour, "path": path, "end": at[-1], **known})
+    x_labels = [(place(x, y_low)[0], label) for x, label in _labelled(x_ticks) if x <= x_high]
+    y_labels = [(place(x_low, y)[1], label) for y, label in _labelled(y_ticks)]
+    return {"title": title, "x": x_labels, "y": y_labels, "curves": curves, **_FRAME}
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
@@ -230,10 +173,10 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(number * distance, 12) for number in range(first, last + 1)]
 
 
-def _labels(values: Sequence[float]) -> list[str]:
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
     """With as many digits as tell all of them apart."""
     digits = next((n for n in range(10) if all(abs(round(v, n) - v) < 1e-9 for v in values)), 10)
-    return [fixed(value, digits) for value in values]
+    return [(value, fixed(value, digits)) for value in values]
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
@@ -249,61 +192,7 @@ def thinned(points: Points) -> list[tuple[float, float]]:
 
 # ---- merge coefficients
 
-_STRONGEST = 0.85  # opacity of the largest distance from equal shares
 _MODULES = ("attn", "attention", "mlp", "ffn", "feed_forward", "experts")  # as a token meets them; norms come last
-
-
-class Cell(NamedTuple):
-    """Tensors of one layer and module.
-
-    name: the tensor's, with ``*`` for the numbers that differ where there are several. tensors: how many there are.
-    shares: their mean coefficient by model. selected: mean share of their elements that were selected.
-    """
-
-    layer: int | None
-    module: str
-    name: str
-    tensors: int
-    shares: list[float | None]
-    selected: float | None
-
-
-class Summary(NamedTuple):
-    """A model's coefficients over all tensors."""
-
-    model: str
-    mean: float
-    least: float
-    greatest: float
-    erased: float | None
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """All coefficients.
-
-    Attributes:
-        models: names of the merged models, in order.
-        layers, modules: rows and columns of the map; cells: by both. outside: tensors of no layer.
-        equal: the share of each model if all were alike. reach: the largest distance from it.
-        methods, tensors, selected: the merge's methods, number of tensors, and share of selected elements.
-    """
-
-    models: list[str]
-    layers: list[int]
-    modules: list[str]
-    cells: dict[tuple[int, str], Cell]
-    outside: list[Cell]
-    equal: float
-    reach: float
-    methods: list[str]
-    tensors: int
-    selected: float | None
-    summaries: list[Summary]
-
-    def opacity(self, share: float) -> float:
-        """How strongly a share is coloured: by its distance from equal shares."""
-        return _STRONGEST * abs(share - self.equal) / self.reach if self.reach else 0.0
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -313,32 +202,43 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     return {model: name if taken.count(name) == 1 else model for model, name in last.items()}
 
 
-def heat_map(found: Coefficients | None, order: Sequence[str] = ()) -> HeatMap | None:
-    """Arrange coefficients; None where there are none. order: of models, by their short names; others follow."""
+def heat_map(found: Coefficients | None, order: Sequence[str] = ()) -> Drawing | None:
+    """Arrange coefficients; None where there are none.
+
+    Args:
+        found: of every tensor.
+        order: of models, by their short names; others follow.
+
+    Returns:
+        ``layers`` and ``modules``, the rows and columns, with ``cells`` by both; ``outside``: cells of no layer. A cell
+        has the tensors of one layer and module: their name, mean ``shares`` by model, and the mean share of
+        elements that were ``selected``. ``equal``: the share of each model if all were alike; ``reach``: the largest
+        distance from it. ``summaries``: each model's mean, least and greatest share over all tensors.
+    """
     ids = sorted({model for tensor in found.tensors.values() for model in tensor.coefficients}) if found else []
     if found is None or not ids:
         return None
-    names = short_names(ids)
+    names, tensors = short_names(ids), list(found.tensors.values())
     ids.sort(key=lambda model: order.index(names[model]) if names[model] in order else len(order))
-    groups: dict[tuple[int | None, str], list[tuple[str, Tensor]]] = {}
+    groups: dict[tuple[int | None, str], dict[str, TensorRecord]] = {}
     for name, tensor in found.tensors.items():
-        groups.setdefault(_place(name), []).append((name, tensor))
-    cells = [_cell(layer, module, members, ids) for (layer, module), members in groups.items()]
-    inside = {(cell.layer, cell.module): cell for cell in cells if cell.layer is not None}
+        groups.setdefault(_place(name), {})[name] = tensor
+    cells = {place: _cell(*place, members, ids) for place, members in groups.items()}
+    inside = {place: cell for place, cell in cells.items() if place[0] is not None}
     equal = 1 / len(ids)
-    return HeatMap(
-        models=[names[model] for model in ids],
-        layers=sorted({layer for layer, _ in inside}),
-        modules=sorted({module for _, module in inside}, key=_module_order),
-        cells=inside,
-        outside=sorted((cell for cell in cells if cell.layer is None), key=lambda cell: cell.name),
-        equal=equal,
-        reach=max((abs(s - equal) for cell in cells for s in cell.shares if s is not None), default=0.0),
-        methods=sorted({tensor.method for tensor in found.tensors.values()}),
-        tensors=len(found.tensors),
-        selected=_mean([tensor.selected for tensor in found.tensors.values()]),
-        summaries=[_summary(model, names[model], found) for model in ids],
-    )
+    return {
+        "models": [names[model] for model in ids],
+        "layers": sorted({layer for layer, _ in inside if layer is not None}),
+        "modules": sorted({module for _, module in inside}, key=_module_order),
+        "cells": inside,
+        "outside": sorted((c for place, c in cells.items() if place[0] is None), key=lambda cell: str(cell["name"])),
+        "equal": equal,
+        "reach": max((abs(s - equal) for cell in cells.values() for s in cell["shares"] if s is not None), default=0.0),
+        "methods": sorted({tensor.method for tensor in tensors}),
+        "tensors": len(tensors),
+        "selected": _mean([tensor.selected for tensor in tensors]),
+        "summaries": [{"model": names[model], **_summary(model, tensors)} for model in ids],
+    }
 
 
 def _place(name: str) -> tuple[int | None, str]:
@@ -351,16 +251,19 @@ def _place(name: str) -> tuple[int | None, str]:
     return int(parts[at]), ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
 
 
-def _cell(layer: int | None, module: str, members: Sequence[tuple[str, Tensor]], ids: Sequence[str]) -> Cell:
-    shares = [_mean([tensor.coefficients.get(model) for _, tensor in members]) for model in ids]
-    name = members[0][0] if len(members) == 1 else f"{'' if layer is None else f'layer {layer}: '}{module}"
-    return Cell(layer, module, name, len(members), shares, _mean([tensor.selected for _, tensor in members]))
+def _cell(layer: int | None, module: str, members: Mapping[str, TensorRecord], ids: Sequence[str]) -> Drawing:
+    return {
+        "module": module,
+        "name": next(iter(members)) if len(members) == 1 else f"{'' if layer is None else f'layer {layer}: '}{module}",
+        "shares": [_mean([tensor.coefficients.get(model) for tensor in members.values()]) for model in ids],
+        "selected": _mean([tensor.selected for tensor in members.values()]),
+    }
 
 
-def _summary(model: str, name: str, found: Coefficients) -> Summary:
-    values = [tensor.coefficients[model] for tensor in found.tensors.values() if model in tensor.coefficients]
-    erased = [tensor.erased.get(model) for tensor in found.tensors.values() if tensor.erased]
-    return Summary(name, math.fsum(values) / len(values), min(values), max(values), _mean(erased))
+def _summary(model: str, tensors: Sequence[TensorRecord]) -> dict[str, float | None]:
+    values = [tensor.coefficients[model] for tensor in tensors if model in tensor.coefficients]
+    erased = _mean([tensor.erased.get(model) for tensor in tensors if tensor.erased])
+    return {"mean": math.fsum(values) / len(values), "least": min(values), "greatest": max(values), "erased": erased}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

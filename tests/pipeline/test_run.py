@@ -16,7 +16,7 @@ from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
-from fusekit.report.write import write_report
+from fusekit.report.card import write_report
 from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
 
 SUMMARIES = {

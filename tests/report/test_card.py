@@ -4,44 +4,37 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
+from fusekit.cli import cli
 from fusekit.errors import StorageError
-from fusekit.report.facts import read_facts
-from fusekit.report.write import write_report
+from fusekit.report.card import write_report
 from tests.processes import kill_at
 from tests.processes import run as run_process
 from tests.report.test_page import ALLOWED, Page
-from tests.report.worlds import make_run
+from tests.report.worlds import HOSTILE, make_run
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run") / "out")
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
-def parts(card: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text."""
-    _, metadata, text = card.split("---\n", 2)
+def parts(run: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a run's card."""
+    write_report(run)
+    _, metadata, text = (run / "merged" / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(metadata), text
 
 
 def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
-    write_report(run)
-    metadata, text = parts((run / "merged" / "README.md").read_text())
+    counts = json.loads((run / "data" / "counts.json").read_text())
+    counts["first_refusal"] = "/home/me/templates/one.jinja: no system turn; and/or https://x.org/y"
+    (run / "data" / "counts.json").write_text(json.dumps(counts))
+    metadata, text = parts(run)
     assert metadata == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -49,17 +42,25 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
         "base_model_relation": "merge",
         "tags": ["mergekit", "merge", "fusekit"],
     }
-    assert "pivot: [org/pivot](https://huggingface.co/org/pivot)" in text
-    assert f"commit `{'c' * 40}`" in text
-    assert "source `one`: `one` (7.24 B parameters)" in text
+    tensors = json.loads((run / "merged" / "coefficients.json").read_text())["tensors"]
+    values = [tensor["coefficients"]["/home/me/out/targets/one"] for tensor in tensors.values()]
+    for said in (
+        "pivot: [org/pivot](https://huggingface.co/org/pivot)",
+        f"commit `{'c' * 40}`",
+        "source `one`: `one` (7.24 B parameters)",
+        "https://arxiv.org/abs/2408.07990",
+        "| merged model | **1.500** | **1.510** | **1.520** | **1.510** |",
+        "24 of 27 examples used",
+        ": one.jinja: no system turn; and/or https://x.org/y",
+        "hf upload YOU/MODEL . --exclude manifest.json",
+        "apply_chat_template",
+        "Licence",
+        f"xxh3 `{weights_hash(run / 'merged')}`",
+        f"| one | {sum(values) / len(values):.4f} | {min(values):.4f} | {max(values):.4f} | 20.0 % |",
+        "10.0 % of the elements",
+    ):
+        assert said in text
     assert "/home/me" not in text  # paths of this machine stay here
-    assert "https://arxiv.org/abs/2408.07990" in text
-    assert "| merged model | **1.500** | **1.510** | **1.520** | **1.510** |" in text
-    assert "24 of 27 examples used" in text
-    assert "hf upload YOU/MODEL . --exclude manifest.json" in text
-    assert "apply_chat_template" in text
-    assert "Licence" in text
-    assert f"xxh3 `{weights_hash(run / 'merged')}`" in text
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(blocks[0])["merge"]["parameters"] == {"select_topk": 1.0, "variant": "paper"}
     merge = yaml.safe_load(blocks[1])
@@ -67,39 +68,17 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
     assert merge["base_model"] == "org/pivot"
 
 
-def test_reasons_on_the_card_name_no_folder(run: Path) -> None:
-    counts = json.loads((run / "data" / "counts.json").read_text())
-    counts["first_refusal"] = "/home/me/templates/one.jinja: no system turn; and/or https://x.org/y"
-    (run / "data" / "counts.json").write_text(json.dumps(counts))
-    write_report(run)
-    text = (run / "merged" / "README.md").read_text()
-    assert ": one.jinja: no system turn; and/or https://x.org/y" in text
-    assert "/home/me" not in text
-
-
-def test_coefficients_on_the_card_are_means_over_tensors(run: Path) -> None:
-    write_report(run)
-    text = (run / "merged" / "README.md").read_text()
-    tensors = json.loads((run / "merged" / "coefficients.json").read_text())["tensors"]
-    values = [tensor["coefficients"]["/home/me/out/targets/one"] for tensor in tensors.values()]
-    mean = sum(values) / len(values)
-    assert f"| one | {mean:.4f} | {min(values):.4f} | {max(values):.4f} | 20.0 % |" in text
-    assert "10.0 % of the elements" in text
-
-
 NAMES = ("a|b<img src=x onerror=alert(1)>", "`c`|[d](javascript:x)*_~#&amp;")
 """Of model folders; sources are called as their folders are."""
 
 
-def test_markup_in_names_is_text_on_the_card_and_on_the_page(tmp_path: Path) -> None:
+def test_whatever_comes_from_data_is_text_on_the_card_and_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "out", NAMES, hostile=True)
-    write_report(run)
-    metadata, text = parts((run / "merged" / "README.md").read_text())
+    metadata, text = parts(run)
     assert metadata["base_model"] == ["org/pivot"]
     outside = re.sub(r"(`{3,})yaml\n.*?\n\1\n", "", text, flags=re.DOTALL)
     outside = re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", outside)  # code is shown as it is
     assert {tag for tag, _ in Page(outside).elements} <= {"details", "summary"}
-    assert "\u202e" not in text
     assert "](javascript:" not in outside.replace("\\]", "")
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3  # bits per byte, lm-eval, coefficients
@@ -107,25 +86,36 @@ def test_markup_in_names_is_text_on_the_card_and_on_the_page(tmp_path: Path) -> 
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     named = [line for line in tables[0].splitlines() if line.startswith("| source")]
     assert named[0].startswith("| source a\\|b&lt;img src=x onerror=alert(1)&gt; | ")
-    page = Page((run / "report.html").read_text())
+    html = (run / "report.html").read_text()
+    assert "\u202e" not in text + html  # it would turn round what follows
+    page = Page(html)
     assert page.wrong == []
     assert {tag for tag, _ in page.elements} <= ALLOWED
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not any("javascript:" in a["href"] for a in page.all("a"))
     assert all(page.text.count(name) > 10 for name in NAMES)
-    rows = page.text.count("source " + NAMES[0])
-    assert rows >= 2  # a row in the table of each metric
+    assert page.text.count("source " + NAMES[0]) >= 2  # a row in the table of each metric
+    shown = HOSTILE.replace("\u202e", "\\u202e")
+    assert page.text.count(shown) > 25  # recipe, models, skills, data, keys, refusals, quarantine, samples, ...
+    for before in ("org/pivot", "NaN at label 2", "no system turn", "machine", "norm", "to", "a", "rows"):
+        assert before + shown[:20] in page.text, before
 
 
-def test_the_seal_holds_and_a_second_time_changes_nothing(run: Path) -> None:
-    assert write_report(run) == [f"{run}/merged/README.md", f"{run}/report.html"]
-    assert artifact.problems(run / "merged") == []
+def test_the_command_seals_the_card_and_a_second_time_changes_nothing(run: Path) -> None:
+    first = CliRunner().invoke(cli, ["report", str(run)])
+    assert first.output == f"{run}/merged/README.md\n{run}/report.html\nreport: {run}/report.html\n"
+    assert CliRunner().invoke(cli, ["verify", "--quiet", str(run / "merged")]).exit_code == 0
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in run.rglob("*") if path.is_file()}
-    assert write_report(run) == []
+    assert CliRunner().invoke(cli, ["report", str(run)]).output == f"report: {run}/report.html\n"
     assert {path: (path.read_bytes(), path.stat().st_ino) for path in run.rglob("*") if path.is_file()} == before
     manifest = artifact.read(run / "merged")
     assert manifest is not None
     assert manifest.made["host"] == "machine"
     assert "replacing" not in json.loads((run / "merged" / artifact.MANIFEST).read_text())
+    (run / "results.json").unlink()
+    assert str(run / "merged" / "README.md") in write_report(run)
+    assert "## Results" not in (run / "merged" / "README.md").read_text()
+    assert artifact.problems(run / "merged") == []
 
 
 def test_a_card_that_somebody_wrote_is_left_alone(run: Path) -> None:
@@ -144,21 +134,9 @@ def test_a_card_that_somebody_wrote_is_left_alone(run: Path) -> None:
     assert artifact.problems(run / "merged") == []
 
 
-def test_new_results_give_a_new_card(run: Path) -> None:
-    write_report(run)
-    (run / "results.json").unlink()
-    assert str(run / "merged" / "README.md") in write_report(run)
-    assert "## Results" not in (run / "merged" / "README.md").read_text()
-    assert artifact.problems(run / "merged") == []
-
-
-def _replace(folder: Path, data: bytes, number: int, counter: str) -> None:
+def _replace(folder: Path, number: int, counter: str) -> None:
     kill_at(number, counter)
-    artifact.replace_file(folder, "README.md", data)
-
-
-def _in_a_child(folder: Path, data: bytes, number: int, counter: Path) -> int:
-    return run_process(_replace, folder, data, number, str(counter), timeout=60).exitcode
+    artifact.replace_file(folder, "README.md", b"new card")
 
 
 def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> None:
@@ -167,14 +145,17 @@ def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> 
         artifact.publish(folder, "merge", {}, lambda into: (into / "README.md").write_bytes(b"old"))
         return folder
 
+    def exit_code(folder: Path, number: int) -> int:
+        return run_process(_replace, folder, number, str(tmp_path / "counter"), timeout=60).exitcode
+
     whole = fresh("whole")
-    assert _in_a_child(whole, b"new card", 0, tmp_path / "counter") == 0
+    assert exit_code(whole, 0) == 0
     moments = int((tmp_path / "counter").read_text())
     assert moments > 8
     cards = set()
     for number in range(1, moments + 1):
         folder = fresh(str(number))
-        assert _in_a_child(folder, b"new card", number, tmp_path / "counter") == -signal.SIGKILL
+        assert exit_code(folder, number) == -signal.SIGKILL
         cards.add((folder / "README.md").read_bytes())
         assert artifact.problems(folder) == [], number
         artifact.replace_file(folder, "README.md", b"new card")
@@ -194,10 +175,3 @@ def test_what_is_announced_is_not_taken_for_anything_else(tmp_path: Path) -> Non
     assert problem.startswith(f"{folder}/.other.0.tmp: ")
     with pytest.raises(StorageError, match=r"manifest\.json"):
         artifact.replace_file(tmp_path, "README.md", b"x")
-
-
-def test_without_a_merged_model_there_is_no_card(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "out", until="distill")
-    assert write_report(run) == [f"{run}/report.html"]
-    assert not (run / "merged").exists()
-    assert read_facts(run).merged is None

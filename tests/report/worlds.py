@@ -17,7 +17,7 @@ from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.recipe import Recipe
-from fusekit.report.models import ModelFacts, Tokenizer, write_models
+from fusekit.report.facts import ModelFacts, Tokenizer, write_models
 from tests.capture.rows import captured, key
 
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
