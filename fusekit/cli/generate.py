@@ -67,8 +67,8 @@ def generate(
 
     from fusekit.artifacts import output_lock
     from fusekit.capturing.models import ModelChoice
-    from fusekit.generation.answers import AnswerFile
     from fusekit.generation.ensemble import generate as write
+    from fusekit.generation.output import AnswerFile, page
     from fusekit.generation.reader import load_readers
 
     answered = None
@@ -104,7 +104,6 @@ def generate(
         click.echo(json.dumps(record, ensure_ascii=False) if as_json else "")
     if html is not None:
         from fusekit.artifacts import commit_file
-        from fusekit.generation.page import page
 
         text = page([shown(one) for one in asked], answers, names, settings.mode)
         commit_file(html, lambda out: out.write(text.encode()))

@@ -7,18 +7,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 
 if TYPE_CHECKING:
     from fusekit.generation.ensemble import generate
-    from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 
 __all__ = ["Generation", "GenerationError", "GenerationSettings", "Segment", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name != "generate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "ensemble" if name == "generate" else "settings"  # the settings do without torch
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    from fusekit.generation.ensemble import generate  # imports torch, which takes a second
+
+    return generate

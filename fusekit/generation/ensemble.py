@@ -1,11 +1,13 @@
-"""Ensembles that choose token by token, and the function that runs every mode.
+"""Several models write one text: the three modes, and the function that runs them.
 
-Sources: UniTE (mean over the union of the models' top-k) and SAFE (ICLR 2026: average only where the text ends at a
-token boundary of every model and the main one is unsure). Boundaries are exact byte ends.
+UniTE: the mean over the union of the models' top-k. SAFE (ICLR 2026): average only where the text ends at a token
+boundary of every model and the main one is unsure; boundaries are exact byte ends. Cool-Fusion (arXiv 2407.19807, ACL
+2025): all models write and score segments; all take the best.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
-from fusekit.generation.cool_fusion import cool
-from fusekit.generation.reader import Cursor, Next, Reader, load_readers, unfinished
+from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.generation.reader import Cursor, Next, load_readers, unfinished
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment, drain
-from fusekit.types import Message
+from fusekit.types import FloatArray, Message
 
 Prompt = str | Sequence[Message | dict[str, str]]
 Segments = Generator[Segment, None, str]
@@ -57,25 +58,19 @@ def generate(
         >>> [answer] = generate(models, "Capital of Peru?", mode="unite", max_new_tokens=8)
     """
     asked = GenerationSettings.of(settings)
-    conversations = [_conversation(prompt, asked.raw) for prompt in _several(prompts)]
+    alone = isinstance(prompts, str) or (prompts and isinstance(prompts[0], (Message, dict)))
+    several: Sequence[Any] = [prompts] if alone else prompts
+    if not several:
+        raise GenerationError("there is no prompt")
+    conversations = [_conversation(prompt, asked.raw) for prompt in several]
     readers = load_readers(models)
-    write = MODES[asked.mode](readers, asked)
     answers = []
     for number, messages in enumerate(conversations, first):
         cursors = [Cursor(reader, reader.prompt(messages, raw=asked.raw)) for reader in readers]
-        running = write(cursors, np.random.default_rng([asked.seed, number]))
+        running = MODES[asked.mode](cursors, asked, np.random.default_rng([asked.seed, number]))
         segments, finish = drain(running, partial(on_segment, number) if on_segment is not None else None, asked.stop)
         answers.append(Generation("".join(segment.text for segment in segments), segments, finish))
     return answers
-
-
-def _several(prompts: Any) -> list[Any]:
-    """The prompts, of which there may be one: a text, or a conversation."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (Message, dict))):
-        return [prompts]
-    if not prompts:
-        raise GenerationError("there is no prompt")
-    return list(prompts)
 
 
 def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:
@@ -85,7 +80,7 @@ def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:
         messages = tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages)
     except (KeyError, TypeError) as error:
         raise GenerationError(f"a message has a role and a content, unlike those of {prompt!r:.80}") from error
-    if not messages or not any(isinstance(m.content, str) and m.content for m in messages):
+    if not any(isinstance(m.content, str) and m.content for m in messages):
         raise GenerationError("a prompt is empty")
     if raw and len(messages) > 1:
         raise GenerationError(f"raw text is one text, not {len(messages)} messages: leave raw out, or join them")
@@ -95,29 +90,27 @@ def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:
 
 
 class _Pieces:
-    """Tokens become segments once their characters are whole; the probabilities of a character's tokens multiply."""
+    """Tokens become segments once their characters are whole; the probabilities of a character's tokens multiply.
+
+    text: so far. part: the begun character at its end.
+    """
 
     def __init__(self) -> None:
-        self.text = b""
-        self._waiting, self._score, self._scores = b"", 1.0, dict[str, float]()
-
-    @property
-    def part(self) -> bytes:
-        """The begun character at the end of the text."""
-        return self._waiting
+        self.text = self.part = b""
+        self._score, self._scores = 1.0, dict[str, float]()
 
     def add(self, text: bytes, probability: float, scores: dict[str, float], model: str) -> Iterator[Segment]:
         """Append a token's bytes; yields a segment unless they end within a character."""
         self.text += text
-        self._waiting += text
+        self.part += text
         self._score *= probability
         self._scores = {name: self._scores.get(name, 1.0) * score for name, score in scores.items()}
-        if not unfinished(self._waiting):
-            yield Segment(self._waiting.decode(), model, self._score, self._scores)
-            self._waiting, self._score, self._scores = b"", 1.0, {}
+        if not unfinished(self.part):
+            yield Segment(self.part.decode(), model, self._score, self._scores)
+            self.part, self._score, self._scores = b"", 1.0, {}
 
 
-def _pick(probabilities: np.ndarray[Any, np.dtype[np.float64]], temperature: float, random: np.random.Generator) -> int:
+def _pick(probabilities: FloatArray, temperature: float, random: np.random.Generator) -> int:
     """The largest, the first of several; or one drawn. float64 [n], not all zero; they need not sum to 1."""
     if not temperature:
         return int(probabilities.argmax())
@@ -142,9 +135,7 @@ def unite(cursors: Sequence[Cursor], settings: GenerationSettings, random: np.ra
             return "context"
         voters = [cursor for cursor in cursors if not pieces.text or cursor.follow(pieces.text)]
         rows = [_after_lead(cursor, pieces.part) for cursor in voters]
-        union = {
-            text: None for cursor, row in zip(voters, rows, strict=True) for text in _proposed(cursor, row, settings)
-        }
+        union = {text for pair in zip(voters, rows, strict=True) for text in _proposed(*pair, settings.top_k)}
         if not union:
             return "end"  # no vocabulary can finish the begun character
         options = sorted(union, key=lambda text: (text is None, text or b""))
@@ -161,24 +152,21 @@ def unite(cursors: Sequence[Cursor], settings: GenerationSettings, random: np.ra
 
 def _after_lead(cursor: Cursor, part: bytes) -> Next:
     """What a model expects next; where it would write the lead of its template alone, it does so first."""
-    row = cursor.next(part)
-    while (
-        (need := cursor.need)
-        and (best := row.best()[0]) is not None
-        and need.startswith(cursor.reader.surfaces.of[best])
-    ):
-        cursor.push(best)
+    while True:
         row = cursor.next(part)
-    return row
+        best, _ = row.best()
+        if not (need := cursor.need) or best is None or not need.startswith(cursor.reader.surfaces.of[best]):
+            return row
+        cursor.push(best)
 
 
-def _proposed(cursor: Cursor, row: Next, settings: GenerationSettings) -> list[bytes | None]:
+def _proposed(cursor: Cursor, row: Next, top_k: int) -> list[bytes | None]:
     """The bytes of a model's top-k tokens, None for the end of the turn, without what the lead needs."""
-    values, ids = row.tokens.topk(min(settings.top_k, len(row.tokens)))
+    values, ids = row.tokens.topk(min(top_k, len(row.tokens)))
     need, of = len(cursor.need), cursor.reader.surfaces.of
     found: list[bytes | None] = [of[i][need:] for v, i in zip(values.tolist(), ids.tolist(), strict=True) if v > 0]
-    if row.end > (float(values[-1]) if len(found) == settings.top_k else 0.0):
-        found = [None, *found[: settings.top_k - 1]]
+    if row.end > (float(values[-1]) if len(found) == top_k else 0.0):
+        found = [None, *found[: top_k - 1]]
     return [text for text in found if text != b""]
 
 
@@ -192,55 +180,52 @@ def _probability(cursor: Cursor, row: Next, text: bytes | None) -> float:
 # ---------------------------------------------------------------- SAFE
 
 
-class _Other(NamedTuple):
-    cursor: Cursor
-    into_main: VocabularyMap
-
-
-def safe(
-    cursors: Sequence[Cursor], maps: Sequence[VocabularyMap], settings: GenerationSettings, random: np.random.Generator
-) -> Segments:
+def safe(cursors: Sequence[Cursor], settings: GenerationSettings, random: np.random.Generator) -> Segments:
     """The first model writes; where it is unsure at a boundary of every tokenizer, the mean of all of them does.
 
     Boundary: every other tokenizer, given the text and the first model's best token, ends a token where the text ends.
-    maps: from the vocabulary of each other model into that of the first one.
     """
-    main, others = cursors[0], [_Other(c, m) for c, m in zip(cursors[1:], maps, strict=True)]
-    surfaces, name = main.reader.surfaces, main.reader.name
+    main, *others = cursors
+    maps = [other.reader.map_into(main.reader) for other in others]
+    surfaces, names = main.reader.surfaces, [cursor.reader.name for cursor in cursors]
     pieces = _Pieces()
     for _ in range(settings.max_new_tokens):
         if any(len(cursor) >= cursor.reader.limit for cursor in cursors):
             return "context"
         row = main.next(pieces.part)
         best, probability = row.best()
-        draft = surfaces.of[best] if best is not None else b""
-        fused = probability < settings.threshold and not pieces.part and not main.need
-        fused = fused and all(other.cursor.is_boundary(pieces.text, draft) for other in others)
-        rows = [row, *(_in_main(other, row, pieces.text, settings.top_k) for other in others)] if fused else [row]
+        ahead = pieces.text + (surfaces.of[best] if best is not None else b"")
+        rows = [row]
+        if (
+            probability < settings.threshold
+            and not pieces.part
+            and not main.need
+            and all(len(other.lead) + len(pieces.text) in other.boundaries(ahead) for other in others)
+        ):
+            rows += [_in_main(o, m, row, pieces.text, settings.top_k) for o, m in zip(others, maps, strict=True)]
         mean = np.mean([np.append(r.tokens.double().numpy(), r.end) for r in rows], axis=0)
         if not mean.any():
             return "end"  # the vocabulary cannot finish the begun character
         chosen = _pick(mean, settings.temperature, random)
         if chosen == len(row.tokens):
             return "end"
-        values = [float(r.tokens[chosen]) for r in rows]
-        scores = dict(zip([cursor.reader.name for cursor in cursors], values, strict=False))
-        writer = name if chosen == best else max(scores, key=lambda model: scores[model])
+        scores = dict(zip(names, (float(r.tokens[chosen]) for r in rows), strict=False))
+        writer = names[0] if chosen == best else max(scores, key=lambda model: scores[model])
         if written := main.push(chosen):  # nothing of the text, where it is the lead of the template
             yield from pieces.add(written, float(mean[chosen]), scores, writer)
     return "length"
 
 
-def _in_main(other: _Other, main: Next, text: bytes, top_k: int) -> Next:
+def _in_main(other: Cursor, into_main: VocabularyMap, main: Next, text: bytes, top_k: int) -> Next:
     """What another model expects, in the main vocabulary; what its top-k leave out is as the main model has it."""
-    other.cursor.follow(text)
-    row = other.cursor.next()
+    other.follow(text)
+    row = other.next()
     values, ids = row.tokens.double().topk(min(top_k, len(row.tokens)))
     listed = values > 0
     left_out = max(1.0 - row.end - float(values.sum()), 0.0)
     with np.errstate(divide="ignore"):
         logprobs = np.log(values[listed].numpy())[None]
-    mapped = other.into_main.project(ids[listed].numpy()[None], logprobs, np.array([row.end + left_out]))
+    mapped = into_main.project(ids[listed].numpy()[None], logprobs, np.array([row.end + left_out]))
     rest = max(float(mapped.tail[0]) - row.end, 0.0)
     tokens = main.tokens.double() * rest
     known = (mapped.ids[0] >= 0) & (mapped.ids[0] < len(tokens))
@@ -248,19 +233,170 @@ def _in_main(other: _Other, main: Next, text: bytes, top_k: int) -> Next:
     return Next(tokens, row.end + rest * main.end)
 
 
-# ---------------------------------------------------------------- modes
-
-Write = Callable[[Sequence[Cursor], np.random.Generator], Segments]
+# ---------------------------------------------------------------- Cool-Fusion
 
 
-def _safe(readers: Sequence[Reader], settings: GenerationSettings) -> Write:
-    main = readers[0].tokenizer
-    maps = [build_vocabulary_map(main, reader.tokenizer, method="prefix") for reader in readers[1:]]
-    return lambda cursors, random: safe(cursors, maps, settings, random)
+class _Draft(NamedTuple):
+    """A candidate. text: empty for the end of the turn. tokens: that its writer needed. writer: number of the model."""
+
+    text: bytes
+    tokens: int
+    writer: int
 
 
-MODES: dict[str, Callable[[Sequence[Reader], GenerationSettings], Write]] = {
-    "cool": lambda _, settings: lambda cursors, __: cool(cursors, settings),
-    "unite": lambda _, settings: lambda cursors, random: unite(cursors, settings, random),
-    "safe": _safe,
+def mean_perplexity(nats: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+    """The score of a segment: the arithmetic mean over models of exp(mean nats of the model's tokens); lower is better.
+
+    nats: per model, the negative log-likelihood of each of its tokens. Returns also the perplexity of each model.
+    """
+    perplexities = [math.exp(min(sum(values) / len(values), 700.0)) for values in nats]
+    return sum(perplexities) / len(perplexities), perplexities
+
+
+def cool(cursors: Sequence[Cursor], settings: GenerationSettings, _random: np.random.Generator) -> Segments:
+    """The best of the models' segments, greedily.
+
+    With ``rerank`` the models also write an answer alone, and the one of lowest perplexity is yielded, once all are
+    there.
+    """
+    if not settings.rerank:
+        return (yield from _fused(cursors, settings))
+    segments, finish = drain(_fused(cursors, settings))
+    alone = []
+    for cursor in cursors:
+        cursor.rewind(0)
+        alone.append(_answer(cursor, settings.max_new_tokens))
+    for cursor in cursors:
+        cursor.rewind(0)
+
+    def score(text: bytes) -> tuple[float, list[float]]:
+        return mean_perplexity([_nats(cursor, b"", text) for cursor in cursors])
+
+    fused, _ = score("".join(segment.text for segment in segments).encode())
+    scored = [score(text) for text, _ in alone]
+    writer = min(range(len(alone)), key=lambda number: scored[number][0])
+    (best, perplexities), (text, why) = scored[writer], alone[writer]
+    if fused <= best:
+        yield from segments
+        return finish
+    names = [cursor.reader.name for cursor in cursors]
+    if text:
+        yield Segment(text.decode(), names[writer], best, dict(zip(names, perplexities, strict=True)))
+    return why
+
+
+def _fused(cursors: Sequence[Cursor], settings: GenerationSettings) -> Segments:
+    names = [cursor.reader.name for cursor in cursors]
+    text, written = b"", 0
+    while written < settings.max_new_tokens:
+        if any(len(cursor) + settings.max_segment >= cursor.reader.limit for cursor in cursors):
+            return "context"
+        most = min(settings.max_segment, settings.max_new_tokens - written)
+        drafts: dict[bytes, _Draft] = {}
+        own: list[tuple[bytes, list[float]]] = []  # each model's candidate, and its nats for it
+        for number, cursor in enumerate(cursors):
+            start = len(cursor.ids)
+            if settings.segment == "aligned":
+                others = [other for other in cursors if other is not cursor]
+                segment, tokens = _to_common_boundary(cursor, others, text, most)
+            else:
+                segment, tokens = _to_next_word(cursor, most)
+            drafts.setdefault(segment, _Draft(segment, tokens, number))
+            own.append((segment, cursor.nll(start) if segment else [cursor.end_nll()]))
+            cursor.rewind(start)
+        scores = {}
+        for segment in drafts:
+            nats = [
+                known if mine == segment else _nats(cursor, text, segment)
+                for cursor, (mine, known) in zip(cursors, own, strict=True)
+            ]
+            scores[segment] = mean_perplexity(nats)
+        best = min(drafts.values(), key=lambda draft: scores[draft.text][0])  # the first model's, of equal ones
+        if not best.text:
+            return "end"
+        text += best.text
+        written += best.tokens
+        for cursor in cursors:
+            cursor.follow(text)
+        mean, perplexities = scores[best.text]
+        yield Segment(best.text.decode(), names[best.writer], mean, dict(zip(names, perplexities, strict=True)))
+    return "length"
+
+
+def _nats(cursor: Cursor, text: bytes, segment: bytes) -> list[float]:
+    """The nats of a model for its tokens of a segment behind the text, or of the end of the turn where it is empty."""
+    if not segment:
+        return [cursor.end_nll()]
+    before = cursor.ids[:], cursor.ends[:]
+    cursor.follow(text + segment)
+    place = len(cursor.lead) + len(text) if text else 0
+    nats = cursor.nll(next(number for number, end in enumerate(cursor.ends) if end > place))
+    cursor.restore(*before)
+    return nats
+
+
+def _begun(text: bytes) -> bytes:
+    """The begun character at the end of a text."""
+    return text[len(text) - (unfinished(text) or 0) :]
+
+
+def _answer(cursor: Cursor, most: int) -> tuple[bytes, str]:
+    """A model's own greedy answer in whole characters, and why it ended."""
+    text, why = b"", "length"
+    for _ in range(most):
+        best, _ = cursor.next(_begun(text)).best()
+        if best is None:
+            why = "end"
+            break
+        text += cursor.push(best)
+    return text.removesuffix(_begun(text)), why
+
+
+def _to_next_word(cursor: Cursor, most: int) -> tuple[bytes, int]:
+    """A model's tokens up to its next word: white space after something else. Leaves the tokens on the cursor.
+
+    The limit ``most`` is passed where it would cut a character.
+    """
+    start, text, of = len(cursor.ids), b"", cursor.reader.surfaces.of
+    while not (len(cursor.ids) - start >= most and text and not _begun(text)):
+        best, _ = cursor.next(part := _begun(text)).best()
+        if best is None or (text.strip() and not part and of[best][:1].isspace()):
+            break
+        text += cursor.push(best)
+    return _whole(cursor, start, text)
+
+
+def _to_common_boundary(cursor: Cursor, others: Sequence[Cursor], text: bytes, most: int) -> tuple[bytes, int]:
+    """A model's tokens up to the first of their ends that is a token end of every model, one more token looked at.
+
+    The last token is only looked at: what follows a token decides whether another tokenizer ends one there.
+    """
+    start, segment = len(cursor.ids), b""
+    ends: list[int] = []  # bytes of the segment at the end of each token
+    while True:
+        best, _ = cursor.next(part := _begun(segment)).best()
+        if best is None or (len(ends) >= most and segment and not part):
+            return _whole(cursor, start, segment)
+        ahead = segment + cursor.reader.surfaces.of[best][len(cursor.need) :]
+        common = set.intersection(*({e - len(o.lead) for e in o.boundaries(text + ahead)} for o in others))
+        for number, end in enumerate(ends):
+            if end and unfinished(segment[:end]) == 0 and len(text) + end in common:
+                cursor.rewind(start + number + 1)
+                return segment[:end], number + 1
+        segment += cursor.push(best)
+        ends.append(len(segment))
+
+
+def _whole(cursor: Cursor, start: int, text: bytes) -> tuple[bytes, int]:
+    """A draft without the tokens of a character that its writer cannot finish."""
+    while unfinished(text):
+        text = text[: max(len(text) - len(cursor.reader.surfaces.of[cursor.ids[-1]]), 0)]
+        cursor.rewind(len(cursor.ids) - 1)
+    return text, len(cursor.ids) - start
+
+
+MODES: dict[str, Callable[[Sequence[Cursor], GenerationSettings, np.random.Generator], Segments]] = {
+    "cool": cool,
+    "unite": unite,
+    "safe": safe,
 }

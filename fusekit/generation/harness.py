@@ -57,14 +57,13 @@ class EnsembleLM(LM):
         answers = []
         for number, request in enumerate(requests):
             text, asked = request.args
-            until = asked.get("until") or []
-            own = {"stop": [until] if isinstance(until, str) else list(until)}
+            chat, until = text.startswith(_CHAT), asked.get("until") or []
+            how = {**self.settings, "raw": not chat, "stop": [until] if isinstance(until, str) else list(until)}
             if "max_gen_toks" in asked:
-                own["max_new_tokens"] = asked["max_gen_toks"]
+                how["max_new_tokens"] = asked["max_gen_toks"]
             if asked.get("do_sample") and asked.get("temperature"):
-                own["temperature"] = asked["temperature"]
-            prompt = json.loads(text.removeprefix(_CHAT)) if text.startswith(_CHAT) else text
-            how = {**self.settings, **own, "raw": not text.startswith(_CHAT)}
+                how["temperature"] = asked["temperature"]
+            prompt = json.loads(text.removeprefix(_CHAT)) if chat else text
             [answer] = generate(self.readers, [prompt], first=number, **how)
             answers.append(answer.text)
             self.cache_hook.add_partial("generate_until", request.args, answer.text)

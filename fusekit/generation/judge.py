@@ -124,12 +124,9 @@ def rewarded(checkpoint: Checkpoint, device: torch.device, batch_size: int) -> S
 
 def scorer_of(judge: Judge, checkpoint: Checkpoint | None, device: torch.device, batch_size: int) -> Scorer:
     """How a judge scores. checkpoint: of a reward model."""
-    if judge.exact_match:
-        return exact_match
-    if judge.python is not None:
-        return called(judge.python)
-    assert checkpoint is not None
-    return rewarded(checkpoint, device, batch_size)
+    if checkpoint is not None:
+        return rewarded(checkpoint, device, batch_size)
+    return called(judge.python) if judge.python is not None else exact_match
 
 
 def _checked(judge: str, scores: Any, answers: Mapping[str, str]) -> dict[str, float]:

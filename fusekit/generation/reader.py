@@ -18,11 +18,12 @@ import torch
 
 from fusekit.alignment.ends import tokenize
 from fusekit.alignment.surfaces import vocabulary_surfaces
+from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.generation.prompts import Prompt, limits_of, prompt_of
+from fusekit.generation.respond import Prompt, device_of, limits_of, prompt_of
 from fusekit.generation.settings import GenerationError
 from fusekit.types import FRAGMENT, Message, Row
 
@@ -44,12 +45,7 @@ def unfinished(data: bytes) -> int | None:
 
 
 class Reader:
-    """A model with its tokenizer.
-
-    Args:
-        model: a transformers causal language model.
-        tokenizer: its tokenizer.
-        name: how segments and errors call it.
+    """A causal language model of transformers with its tokenizer. name: how segments and errors call it.
 
     Raises:
         GenerationError: the tokenizer drops white space, so that the model cannot write exact text.
@@ -64,41 +60,33 @@ class Reader:
                 f"{name}: its tokenizer drops white space, so the text it writes is not known exactly"
             )
         self._rows = RowTokenizer(tokenizer)
-        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.device = device_of(model)
         self.limit, self.ends = limits_of(model, tokenizer)
-        begins = [(bytes_, id_) for bytes_, id_ in self.surfaces.id_of.items() if unfinished(bytes_) is not None]
-        self._writable = [id_ for _, id_ in begins]
+        self._writable = [id_ for bytes_, id_ in self.surfaces.id_of.items() if unfinished(bytes_) is not None]
         self._continuing = [(s, id_) for s, id_ in self.surfaces.id_of.items() if 0x80 <= s[0] < 0xC0]
         self._masks: dict[tuple[bytes, bytes, int], torch.Tensor] = {}
         self._pieces: dict[bytes, int | None] = {}
+        self._maps: dict[str, VocabularyMap] = {}
         self._dummy_space = self.surfaces.of[int(tokenize("a", tokenizer).ids[0])].startswith(b" ")
         takes = inspect.signature(model.forward).parameters
         self.keeps_logits, self.caches = "logits_to_keep" in takes, "past_key_values" in takes
 
     def prompt(self, messages: Sequence[Message], *, raw: bool) -> Prompt:
-        """The ids of a prompt, up to where the model begins to write.
+        """The ids of a conversation, or of one text to continue (``raw``), up to where the model begins to write.
 
-        Args:
-            messages: of a conversation, or one text.
-            raw: whether it is text to continue.
-
-        Raises:
-            GenerationError: the prompt is as long as the model's context, or the model has no chat template.
+        Raises GenerationError: the prompt is as long as the model's context, or the model has no chat template.
         """
         if raw:
-            ids = self._rows.tokenize(Row((Message(FRAGMENT, messages[0].content),))).ids.tolist()
-            return self._fitting(Prompt(ids))
-        try:
-            self._rows.template  # noqa: B018  says what is missing
-        except DataError as error:
-            raise GenerationError(f"{error}; or continue the prompt as raw text (raw=True, --raw)") from error
-        prompt = prompt_of(self._rows, messages)
-        if not prompt.ends <= self.ends:
-            self.ends |= prompt.ends
-            self._masks.clear()
-        return self._fitting(prompt)
-
-    def _fitting(self, prompt: Prompt) -> Prompt:
+            prompt = Prompt(self._rows.tokenize(Row((Message(FRAGMENT, messages[0].content),))).ids.tolist())
+        else:
+            try:
+                self._rows.template  # noqa: B018  says what is missing
+            except DataError as error:
+                raise GenerationError(f"{error}; or continue the prompt as raw text (raw=True, --raw)") from error
+            prompt = prompt_of(self._rows, messages)
+            if not prompt.ends <= self.ends:
+                self.ends |= prompt.ends
+                self._masks.clear()
         if len(prompt.ids) >= self.limit:
             raise GenerationError(
                 f"the prompt has {len(prompt.ids)} tokens for {self.name}, which reads at most {self.limit}: shorten it"
@@ -146,14 +134,15 @@ class Reader:
             self._pieces[data] = found[0] if found else None
         return self._pieces[data]
 
-    def mask(self, need: bytes, part: bytes, size: int) -> torch.Tensor:
-        """bool [size]: tokens that may follow.
+    def map_into(self, main: Reader) -> VocabularyMap:
+        """The map from this vocabulary into another model's."""
+        key = main.surfaces.fingerprint
+        if key not in self._maps:
+            self._maps[key] = build_vocabulary_map(main.tokenizer, self.tokenizer, method="prefix")
+        return self._maps[key]
 
-        Args:
-            need: what has to be written first, of the prompt's lead.
-            part: the begun character that the text ends with.
-            size: of the model's output.
-        """
+    def mask(self, need: bytes, part: bytes, size: int) -> torch.Tensor:
+        """bool [size]: tokens that may follow a begun character (``part``), or begin with what the lead still needs."""
         key = (need, part, size)
         if key not in self._masks:
             allowed = self._writable
@@ -184,10 +173,8 @@ class Next(NamedTuple):
 class Cursor:
     """One model's place in a text.
 
-    Attributes:
-        lead: bytes between the prompt and the text that only this model's template has. Positions here count them.
-        ids, ends: the tokens behind the prompt, and the byte end of each.
-        forwarded: tokens that went through the model, the prompt among them.
+    lead: bytes between the prompt and the text that only this model's template has; positions here count them. ids,
+    ends: the tokens behind the prompt, and the byte end of each. forwarded: tokens that went through the model.
     """
 
     def __init__(self, reader: Reader, prompt: Prompt) -> None:
@@ -224,7 +211,7 @@ class Cursor:
         ends = [end + start if end >= 0 else end for end in ends]
         if rest:
             ends += (whole + np.cumsum([len(self.reader.surfaces.of[id_]) for id_ in rest])).tolist()
-        if ends and not rest:
+        elif ends:
             ends[-1] = whole
         self._replace(keep, ids + (rest or []), ends)
         return rest is not None
@@ -241,25 +228,13 @@ class Cursor:
         """Drop all but the first ``tokens`` behind the prompt."""
         self._replace(tokens, [], [])
 
-    def state(self) -> tuple[list[int], list[int]]:
-        """For :meth:`restore`."""
-        return self.ids[:], self.ends[:]
-
-    def restore(self, state: tuple[list[int], list[int]]) -> None:
-        """Go back to an earlier text."""
-        keep = next((i for i, (a, b) in enumerate(zip(self.ids, state[0], strict=False)) if a != b), len(state[0]))
-        self._replace(min(keep, len(self.ids)), state[0][keep:], state[1][keep:])
-
-    def is_boundary(self, text: bytes, draft: bytes) -> bool:
-        """Whether the text would still end at a token's end if ``draft`` followed it. Reads nothing."""
-        place = len(self.lead) + len(text)
-        return place in self.boundaries(text + draft) or not place
+    def restore(self, ids: list[int], ends: list[int]) -> None:
+        """Go back to the tokens of an earlier text."""
+        keep = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(ids))
+        self._replace(min(keep, len(self.ids)), ids[keep:], ends[keep:])
 
     def boundaries(self, text: bytes) -> set[int]:
-        """The byte ends of the tokens of a text that begins as the one here, the last few only; a half character apart.
-
-        What is certain of normalised text alone.
-        """
+        """The certain byte ends of the last few tokens of a text that begins as the one here; reads nothing."""
         data = self.lead + text
         data = data[: len(data) - (unfinished(data) or 0)]
         _, start = self._anchor(len(data), data)
@@ -270,11 +245,12 @@ class Cursor:
 
         Tokenizers cut text into words first, so where a word begins they start over.
         """
-        for keep in range(len(self.ids) - _ANCHOR, max(len(self.ids) - _FURTHEST, 0), -1):
+        furthest = max(len(self.ids) - _FURTHEST, 0)
+        for keep in range(len(self.ids) - _ANCHOR, furthest, -1):
             end = self.ends[keep - 1]
             if 0 < end < limit and data[end : end + 1] == b" " and not data[end - 1 : end].isspace():
                 return keep, end
-        for keep in range(max(len(self.ids) - _FURTHEST, 0), 0, -1):
+        for keep in range(furthest, 0, -1):
             end = self.ends[keep - 1]
             if 0 < end < limit and unfinished(data[:end]) == 0:
                 return keep, end
@@ -396,26 +372,26 @@ def load_readers(models: Sequence[Any]) -> list[Reader]:
         raise GenerationError(f"an ensemble takes at least two models; given: {models or 'none'}")
     readers: list[Reader] = []
     for model in models:
-        if isinstance(model, Reader):
-            readers.append(model)
-            continue
-        loaded, tokenizer, name = _load(model)
-        taken = {reader.name for reader in readers}
-        name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(models) + 2))) if n not in taken)
-        readers.append(Reader(loaded, tokenizer, name))
+        if not isinstance(model, Reader):
+            loaded, tokenizer, path = _load(model)
+            taken, name = {reader.name for reader in readers}, Path(path).name
+            name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(models) + 2))) if n not in taken)
+            model = Reader(loaded, tokenizer, name)  # noqa: PLW2901
+        readers.append(model)
     return readers
 
 
 def _load(model: Any) -> tuple[Any, Any, str]:
+    """A model, its tokenizer, and where it is from."""
     if isinstance(model, tuple):
-        return *model, Path(model[0].name_or_path or type(model[0]).__name__).name
+        return *model, model[0].name_or_path or type(model[0]).__name__
     if hasattr(model, "forward"):
         if not model.name_or_path:
             raise GenerationError(f"{type(model).__name__} names no folder of its tokenizer: give (model, tokenizer)")
         checkpoint = find_checkpoint(ModelChoice(model.name_or_path), weights=False)
-        return model, load_tokenizer(checkpoint), Path(model.name_or_path).name
+        return model, load_tokenizer(checkpoint), model.name_or_path
     choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model))
     checkpoint = find_checkpoint(choice)
     checkpoint.fetch(bar=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(checkpoint, device), load_tokenizer(checkpoint), Path(choice.model).name
+    return load_model(checkpoint, device), load_tokenizer(checkpoint), choice.model

@@ -1,26 +1,116 @@
-"""Answers of one model to the questions of a data set, in batches."""
+"""Answers of one model to the questions of a data set, in batches; and how a model reads what it is to continue."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.generation.prompts import limits_of, prompt_of
 from fusekit.generation.settings import RespondSettings
-from fusekit.types import Cut, Message, Row
+from fusekit.types import Cut, Message, Part, Row
+
+_STAND_IN = "x"
+
+
+class Prompt(NamedTuple):
+    """A prompt as one model reads it.
+
+    ids: token ids. lead: white space that its template writes between the prompt and an answer, left for the model to
+    write. ends: token ids that end an answer under its template.
+    """
+
+    ids: list[int]
+    lead: bytes = b""
+    ends: frozenset[int] = frozenset()
+
+
+def prompt_of(reader: RowTokenizer, messages: Sequence[Message]) -> Prompt:
+    """The prompt of a conversation that an assistant is to continue. Raises DataError: no template, or it refuses."""
+    row = reader.tokenize(Row((*messages, Message("assistant", _STAND_IN))))
+    answer = row.message == len(messages)
+    ends = frozenset(int(id_) for id_ in row.ids[answer & (row.part == Part.END)])
+    start = int(np.flatnonzero(answer & row.labels)[0])
+    stop = int(np.flatnonzero(answer & (row.part == Part.CONTENT) & (row.ends > 0))[0]) + 1
+    surfaces = reader.encoder.surfaces.of
+    lead = b"".join(surfaces[id_] for id_ in row.ids[start:stop].tolist()).removesuffix(_STAND_IN.encode())
+    # What is no white space (an empty thought, say) is the model's to write.
+    return Prompt(row.ids[:start].tolist(), b"" if lead.strip() else lead, ends)
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids that the model's configuration of generation stops at."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return [found] if isinstance(found, int) else list(found or [])
+
+
+def limits_of(model: Any, tokenizer: Any) -> tuple[int, set[int]]:
+    """How many tokens a model reads at most, and the ids that end what it writes, under any template."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return int(most or 1 << 40), {*eos_ids(model), *([int(eos)] if eos is not None else [])}
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the input goes: with layers offloaded some parameters are on no device."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def plain_generation(model: Any, ends: Sequence[int] = ()) -> Iterator[None]:
+    """Let a model generate without its own settings, which ``generate`` applies where a call does not override them.
+
+    A repetition penalty changes greedy decoding too, and ``max_new_tokens`` wins over a longer ``max_length``.
+    ends: ids to stop at in addition to the model's own eos.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    stops = sorted({*eos_ids(model), *ends})
+    model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@torch.inference_mode()
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int], **sampling: Any
+) -> list[list[int]]:
+    """The tokens that a model writes behind each prompt of a batch, whatever its own settings of generation say.
+
+    most: tokens. ends: ids at which it stops; what follows one is padding. sampling: as for ``generate``; none: greedy.
+    """
+    width, device = max(map(len, prompts)), device_of(model)
+    # The padding before a prompt is masked, so any token will do.
+    ids = torch.tensor([[ids[0]] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    with plain_generation(model):
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            do_sample=bool(sampling),
+            num_beams=1,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+            **sampling,
+        )
+    found: list[list[int]] = written[:, width:].tolist()
+    return found
 
 
 class Question(NamedTuple):
     """What a model answers.
 
-    Attributes:
-        messages: a conversation up to where the assistant answers.
-        dataset: the source of data that it is from.
-        references: the answers that the data give; a data set may have a question more than once.
+    messages: a conversation up to where the assistant answers. dataset: the source of data that it is from. references:
+    the answers that the data give; a data set may have a question more than once.
     """
 
     messages: tuple[Message, ...]
@@ -42,17 +132,16 @@ class Answer(NamedTuple):
 
 def questions_of(rows: Iterable[Row]) -> list[Question]:
     """The questions of conversations that end with an answer to be learned, each once, in order."""
-    references: dict[tuple[Message, ...], dict[str, None]] = {}
-    datasets: dict[tuple[Message, ...], str] = {}
+    found: dict[tuple[Message, ...], Question] = {}
     for row in rows:
         *asked, last = row.messages
         if asked and last.role == "assistant" and len(asked) not in row.context:
-            references.setdefault(tuple(asked), {})[last.content] = None
-            datasets.setdefault(tuple(asked), row.dataset)
-    return [Question(asked, datasets[asked], tuple(found)) for asked, found in references.items()]
+            known = found.setdefault(tuple(asked), Question(tuple(asked), row.dataset, ()))
+            if last.content not in known.references:
+                found[known.messages] = known._replace(references=(*known.references, last.content))
+    return list(found.values())
 
 
-@torch.inference_mode()
 def respond(model: Any, reader: RowTokenizer, questions: Sequence[Question], settings: RespondSettings) -> list[Answer]:
     """A model's answers, in order.
 
@@ -70,32 +159,16 @@ def respond(model: Any, reader: RowTokenizer, questions: Sequence[Question], set
     """
     prompts = [prompt_of(reader, question.messages) for question in questions]
     limit, ends = limits_of(model, reader.tokenizer)
+    ends = ends.union(*(prompt.ends for prompt in prompts))
     answers = [Answer("", "context")] * len(prompts)
     order = sorted((i for i in range(len(prompts)) if len(prompts[i].ids) < limit), key=lambda i: len(prompts[i].ids))
-    ends |= {id_ for prompt in prompts for id_ in prompt.ends}
-    sampled = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
+    heat = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
     for start in range(0, len(order), settings.batch_size):
         batch = order[start : start + settings.batch_size]
-        longest = len(prompts[batch[-1]].ids)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, longest - len(prompts[i].ids) :] = torch.tensor(prompts[i].ids)
-            mask[row, longest - len(prompts[i].ids) :] = 1
         key = "\n".join(Row(questions[i].messages).key for i in batch)
         torch.manual_seed(xxhash.xxh3_64_intdigest(f"{settings.seed}\n{key}".encode()) >> 1)
-        written = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=min(settings.max_new_tokens, limit - longest),
-            do_sample=settings.temperature > 0,
-            num_beams=1,
-            top_k=0,
-            repetition_penalty=1.0,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
-            **sampled,
-        )[:, longest:].tolist()
+        most = min(settings.max_new_tokens, limit - len(prompts[batch[-1]].ids))
+        written = continued(model, [prompts[i].ids for i in batch], most, ends, **heat)
         for i, tokens in zip(batch, written, strict=True):
             answers[i] = _answer(reader, tokens, ends, prompts[i].lead)
     return answers

@@ -141,13 +141,11 @@ class RespondSettings(Settings):
 
 
 class Segment(NamedTuple):
-    """A piece of an answer.
+    """A piece of an answer, of whole characters.
 
-    Attributes:
-        text: whole characters.
-        model: who wrote it: in ``unite``, and where ``safe`` averages, the model that found it most probable.
-        score: ``cool``: mean perplexity, lower is better; else the probability that it was chosen with.
-        scores: the same of every model that took part: perplexity, or probability.
+    model: who wrote it: in ``unite``, and where ``safe`` averages, the model that found it most probable. score:
+    ``cool``: mean perplexity, lower is better; else the probability that it was chosen with. scores: the same of every
+    model that took part.
     """
 
     text: str
@@ -157,13 +155,10 @@ class Segment(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """An answer.
+    """An answer: the text of its segments together.
 
-    Attributes:
-        text: of the segments together.
-        segments: in order.
-        finish: ``end`` of turn, ``stop`` (a text of ``stop``), ``length`` (``max_new_tokens``), or ``context`` (a model
-            can read no more).
+    finish: ``end`` of turn, ``stop`` (a text of ``stop``), ``length`` (``max_new_tokens``), or ``context`` (a model can
+    read no more).
     """
 
     text: str

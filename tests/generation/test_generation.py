@@ -12,9 +12,9 @@ import torch
 
 from fusekit.capturing.models import ModelChoice
 from fusekit.generation import GenerationError, GenerationSettings, generate
-from fusekit.generation.cool_fusion import mean_perplexity
-from fusekit.generation.ensemble import MODES
-from fusekit.generation.reader import Cursor, Prompt, Reader, load_readers, unfinished
+from fusekit.generation.ensemble import MODES, mean_perplexity
+from fusekit.generation.reader import Cursor, Reader, load_readers, unfinished
+from fusekit.generation.respond import Prompt
 from fusekit.types import Message
 from tests.generation import reference
 
@@ -55,7 +55,7 @@ def test_unite_is_the_reference(readers, names, question):
     assert [segment.score for segment in found.segments] == pytest.approx(scores, rel=1e-4)
 
 
-@pytest.mark.parametrize("names", ["pivot llama neox qwen", "neox llama", "qwen pivot"])
+@pytest.mark.parametrize("names", ["pivot llama neox qwen", "neox llama"])
 @pytest.mark.parametrize("threshold", [0.6, 1.0])
 def test_safe_is_the_reference(readers, names, threshold):
     taken = 0
@@ -108,7 +108,7 @@ def alone(m: reference.Model, most: int) -> str:
 def test_rerank_keeps_the_answer_of_lowest_perplexity(readers):
     """Of the fused answer and those that each model writes alone, by the scores of a reader of the whole."""
     names = "pivot llama neox qwen"
-    for question in QUESTIONS:
+    for question in QUESTIONS[:3]:
         [fused] = generate(chosen(readers, names), question, mode="cool", max_new_tokens=12)
         [found] = generate(chosen(readers, names), question, mode="cool", max_new_tokens=12, rerank=True)
         models = slow(readers, names, question)
@@ -127,21 +127,21 @@ def test_rerank_keeps_the_answer_of_lowest_perplexity(readers):
 @every_mode
 def test_the_same_answers_every_time(readers, mode, more):
     models = chosen(readers, "pivot neox qwen")
-    first = generate(models, QUESTIONS, mode=mode, max_new_tokens=12, **more)
-    assert generate(models, QUESTIONS, mode=mode, max_new_tokens=12, **more) == first
-    assert generate(models, QUESTIONS[2], mode=mode, max_new_tokens=12, **more) == [first[2]]
+    first = generate(models, QUESTIONS[:3], mode=mode, max_new_tokens=8, **more)
+    assert generate(models, QUESTIONS[:3], mode=mode, max_new_tokens=8, **more) == first
+    assert generate(models, QUESTIONS[2], mode=mode, max_new_tokens=8, **more) == [first[2]]
 
 
 @pytest.mark.parametrize("mode", ["unite", "safe"])
 def test_a_seed_decides_what_is_sampled(readers, mode):
-    def sampled(seed, prompts=QUESTIONS, first=0):
+    def sampled(seed, prompts=QUESTIONS[:3], first=0):
         models = chosen(readers, "pivot neox")
         options = {"temperature": 1.5, "seed": seed, "threshold": 1.0, "max_new_tokens": 8}
         return [a.text for a in generate(models, prompts, mode=mode, first=first, **options)]
 
     assert sampled(0) == sampled(0)
     assert sampled(0) != sampled(1)
-    assert sampled(0, QUESTIONS[3:], first=3) == sampled(0)[3:]
+    assert sampled(0, QUESTIONS[1:3], first=1) == sampled(0)[1:]
 
 
 # ---------------------------------------------------------------- characters
@@ -201,7 +201,7 @@ def test_characters_are_never_split(readers, mode, more, text, names):
 @pytest.mark.parametrize("mode", ["unite", "safe"])
 @pytest.mark.parametrize("names", ["pivot neox qwen", "neox pivot"])
 def test_what_is_sampled_at_random_is_text(readers, mode, names):
-    for cut in (5, 80):
+    for cut in (5, 40):
         [found] = generate(
             chosen(readers, names), "é", mode=mode, temperature=50.0, threshold=1.0, top_k=500, max_new_tokens=cut
         )
@@ -224,11 +224,11 @@ def test_no_model_reads_the_text_again_and_again(readers, mode, more):
     """Tokens forwarded: the prompt, the answer, and what is re-read around each segment; and the tokens that a window
     of the text gives are those of all of it.
     """
-    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:700]
-    models, cursors = scripted(chosen(readers, "qwen pivot neox llama"), text)
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:400]
+    _, cursors = scripted(chosen(readers, "qwen neox llama"), text)
     settings = GenerationSettings(mode=mode, max_new_tokens=1000, raw=True, **more)
     written, segments = "", 0
-    for segment in MODES[mode](models, settings)(cursors, np.random.default_rng(0)):
+    for segment in MODES[mode](cursors, settings, np.random.default_rng(0)):
         written, segments = written + segment.text, segments + 1
         for cursor in cursors[mode == "safe" :]:  # the main model of safe keeps what it wrote
             cursor.follow(written.encode())
@@ -237,7 +237,7 @@ def test_no_model_reads_the_text_again_and_again(readers, mode, more):
     assert written == text
     for cursor in cursors:
         answer, prompt = len(cursor.ids), len(cursor) - len(cursor.ids)
-        assert answer > 150
+        assert answer > 100
         again = {"unite": 1, "safe": 1, "cool": 2}[mode]  # of each segment a retokenised end; of cool a draft, a score
         assert prompt + answer - 1 <= cursor.forwarded <= prompt + 2 * answer + again * segments
 
@@ -282,39 +282,44 @@ def test_a_text_that_changes_is_read_as_if_it_were_new(readers, kind):
         cursor.rewind(0)
         cursor.follow(text)
         check()
-    before = cursor.state()
+    before = cursor.ids[:], cursor.ends[:]
     for id_ in cursor.reader.tokens(b" and more")[0]:
         cursor.push(id_)
         check()
-    cursor.restore(before)
+    cursor.restore(*before)
     check()
 
 
 # ---------------------------------------------------------------- errors
 
 
-def test_what_cannot_be_generated_is_refused(readers, tmp_path):
-    both = chosen(readers, "pivot llama")
+USER = {"role": "user", "content": "a"}
 
-    def refused(named, models=both, prompts: Any = "x", **settings):
-        with pytest.raises(GenerationError) as error:
-            generate(models, prompts, **settings)
-        assert all(name in str(error.value) for name in named), error.value
 
-    refused(["two", "pivot"], models=["demo/models/pivot"])
-    refused(["two", "demo"], models="demo/models/pivot")
-    refused(["mode", "vote", "unite"], mode="vote")
-    refused(["threshold", "1.5"], threshold=1.5)
-    refused(["tempo"], tempo=1)
-    refused(["rerank", "safe"], rerank=True)
-    refused(["temperature", "0.7"], mode="cool", temperature=0.7)
-    refused(["empty"], prompts="")
-    refused(["no prompt"], prompts=[])
-    refused(["empty"], prompts=["x", [{"role": "user", "content": ""}]])
-    refused(["assistant"], prompts=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    refused(["2 messages"], prompts=[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], raw=True)
-    refused(["role"], prompts=[{"content": "a"}])
-    refused(["512", "pivot"], prompts="1+" * 400)
+@pytest.mark.parametrize(
+    ("named", "how"),
+    [
+        (["two", "pivot"], {"models": ["demo/models/pivot"]}),
+        (["two", "demo"], {"models": "demo/models/pivot"}),
+        (["mode", "vote", "unite"], {"mode": "vote"}),
+        (["threshold", "1.5"], {"threshold": 1.5}),
+        (["tempo"], {"tempo": 1}),
+        (["rerank", "safe"], {"rerank": True}),
+        (["temperature", "0.7"], {"mode": "cool", "temperature": 0.7}),
+        (["empty"], {"prompts": ""}),
+        (["no prompt"], {"prompts": []}),
+        (["empty"], {"prompts": ["x", [{"role": "user", "content": ""}]]}),
+        (["assistant"], {"prompts": [USER, {"role": "assistant", "content": "b"}]}),
+        (["2 messages"], {"prompts": [{"role": "system", "content": "a"}, USER], "raw": True}),
+        (["role"], {"prompts": [{"content": "a"}]}),
+        (["512", "pivot"], {"prompts": "1+" * 400}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_generated_is_refused(readers, named, how):
+    with pytest.raises(GenerationError) as error:
+        generate(**({"models": chosen(readers, "pivot llama"), "prompts": "x"} | how))
+    assert all(name in str(error.value) for name in named)
 
 
 def test_a_model_without_a_template_continues_raw_text(readers):
@@ -331,9 +336,9 @@ def test_a_model_without_a_template_continues_raw_text(readers):
 
 def test_a_context_that_is_full_ends_the_answer(readers, monkeypatch):
     models = chosen(readers, "qwen pivot")
-    monkeypatch.setattr(models[1], "limit", 60)
+    monkeypatch.setattr(models[1], "limit", 36)
     for mode, more in EVERY_MODE:
-        prompt = "class Reader:\n    def close(self):\n        return"
-        [found] = generate(models, prompt, mode=mode, raw=True, max_new_tokens=200, **more)
+        prompt = "    def close(self):\n        return"
+        [found] = generate(models, prompt, mode=mode, raw=True, max_new_tokens=100, max_segment=8, **more)
         assert found.finish in ("context", "end")
-        assert len(models[1].tokens(found.text.encode())[0]) < 60
+        assert len(models[1].tokens(found.text.encode())[0]) < 36
