@@ -79,22 +79,30 @@ def _manager(folders: tuple[str, ...], with_theirs: bool) -> Any:
 
 
 class Harness:
-    """A model that lm-eval scores.
+    """A model that lm-eval scores; loaded here.
 
     Args:
-        model: a transformers causal language model on its device.
-        tokenizer: a RowTokenizer; lm-eval uses its tokenizer and, if the settings ask for it, its chat template.
+        choice, template, date: as for :func:`fusekit.evaluation.metrics.evaluate_model`. lm-eval uses the tokenizer
+            and, if the settings ask for it, the chat template.
         settings: how tasks are scored.
         say: gets lines for the user.
+
+    Raises DataError, CaptureError: the model does not load.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: LmEval, say: Callable[[str], None] = lambda _line: None
+        self,
+        choice: Any,
+        template: str,
+        settings: LmEval,
+        say: Callable[[str], None],
+        date: datetime.date | None = None,
     ) -> None:
         from lm_eval.models.huggingface import HFLM
 
-        from fusekit.evaluation.metrics import turn_ends
+        from fusekit.evaluation.metrics import load_scored, turn_ends
 
+        model, tokenizer, _ = load_scored(choice, template, date=date)
         self.name, self.settings, self.say = tokenizer.name, settings, say
         self._model, self._ends = model, list[int]()
         reader, arguments = copy.deepcopy(tokenizer.tokenizer), {}  # lm-eval sets a pad token
@@ -120,7 +128,7 @@ class Harness:
         """
         from lm_eval import simple_evaluate
 
-        from fusekit.evaluation.metrics import plain_generation
+        from fusekit.generation.respond import plain_generation
 
         settings = self.settings
         plain = plain_generation(self._model, self._ends)  # the task sets how answers are generated
@@ -192,10 +200,10 @@ def _scores(name: str, found: Mapping[str, Any]) -> TaskScores:
     names = [name] if results.get(name) else [task for task in found["configs"] if results.get(task)]
     if not names:
         raise DataError(f"lm-eval reports no figure for the task {name!r}")
-    return {task: _one(task, results[task], found) for task in names}
+    return {task: _score(task, results[task], found) for task in names}
 
 
-def _one(task: str, values: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, Any]:
+def _score(task: str, values: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {key: value for key, value in values.items() if not _is_error(key)}
     better = found["higher_is_better"].get(task, {})
     config = found["configs"].get(task, {})
@@ -274,7 +282,11 @@ def cached_scores(
         if not kept:
             started, harness = time.monotonic(), harness or load()
             text = json.dumps(harness.score(task), indent=1, ensure_ascii=False) + "\n"
-            artifact.publish(place, "evaluate", inputs, _writing(text), made(started))
+
+            def write(into: Path, text: str = text) -> None:
+                (into / "scores.json").write_text(text, encoding="utf-8")
+
+            artifact.publish(place, "evaluate", inputs, write, made(started))
         scores = json.loads((place / "scores.json").read_text(encoding="utf-8"))
         found = {name: figure(task, name, score) for name, score in scores.items()}
         if not kept:
@@ -283,21 +295,9 @@ def cached_scores(
     return figures
 
 
-def load_harness(
-    choice: Any, template: str, settings: LmEval, say: Callable[[str], None], date: datetime.date | None = None
-) -> Harness:
-    """Load a model for :class:`Harness`. choice, template, date and errors: as for ``evaluate_model``."""
-    from fusekit.evaluation.metrics import load_scored
-
-    model, tokenizer, _ = load_scored(choice, template, date=date)
-    return Harness(model, tokenizer, settings, say)
-
-
-def scores(
-    choice: Any, template: str, settings: LmEval, say: Callable[[str], None] = lambda _line: None
-) -> dict[str, dict[str, Any]]:
-    """Figures (:func:`figure`) of a model by task. Arguments and errors as for :func:`load_harness`."""
-    harness = load_harness(choice, template, settings, say)
+def scores(choice: Any, template: str, settings: LmEval, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Figures (:func:`figure`) of a model by task. Arguments and errors as for :class:`Harness`."""
+    harness = Harness(choice, template, settings, say)
     return {name: figure(task, name, score) for task in settings.tasks for name, score in harness.score(task).items()}
 
 
@@ -313,10 +313,6 @@ def described(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
             plain = {field: value for field, value in shown.items() if field not in ("value", "stderr")}
             tasks.setdefault(name, plain | {"stderr": {}})["stderr"][model] = shown["stderr"]
     return tasks
-
-
-def _writing(text: str) -> Callable[[Path], object]:
-    return lambda into: (into / "scores.json").write_text(text, encoding="utf-8")
 
 
 def _inputs(settings: LmEval, task: LmEvalTask) -> Inputs:

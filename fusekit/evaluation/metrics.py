@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,6 +24,7 @@ from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, DataError
 from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
+from fusekit.generation.respond import continued, device_of, eos_ids, prompt_of
 from fusekit.resources import is_out_of_memory, release
 from fusekit.types import Message, Part, Row, TokenizedRow
 
@@ -71,7 +71,10 @@ def bits_per_byte(
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
     if not text_ends:
-        tokens = [_without_ends(read) if row.is_text else read for row, read in zip(rows, tokens, strict=True)]
+        tokens = [
+            replace(read, labels=read.labels & (read.part != Part.END)) if row.is_text else read
+            for row, read in zip(rows, tokens, strict=True)
+        ]
     valid = valid_ids(tokenizer.tokenizer)
     teacher = Teacher(model, valid, Selection(k=1), batch_tokens=batch_tokens, name=tokenizer.name)
     scored = teacher.score(tokens, [row.dataset for row in rows])
@@ -89,17 +92,10 @@ def bits_per_byte(
     return {name: Score(math.fsum(nats[name]) / math.log(2) / sizes[name], len(nats[name])) for name in sorted(nats)}
 
 
-def _without_ends(tokens: TokenizedRow) -> TokenizedRow:
-    return replace(tokens, labels=tokens.labels & (tokens.part != Part.END))
-
-
 def ends_counted(rows: Sequence[Row]) -> dict[str, bool]:
     """By ``Row.dataset``: whether :func:`bits_per_byte` counts ends (of turns), or not (of plain text)."""
-    return {name: any(row.dataset == name and not row.is_text for row in rows) for name in _datasets(rows)}
-
-
-def _datasets(rows: Sequence[Row]) -> list[str]:
-    return sorted({row.dataset for row in rows})
+    chats = {row.dataset for row in rows if not row.is_text}
+    return {name: name in chats for name in sorted({row.dataset for row in rows})}
 
 
 def exact_match(
@@ -130,9 +126,10 @@ def exact_match(
     questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]
     # A token that is generated reads all weights, on a CPU too: many rows share the reading.
     found = replies(model, asked, questions, batch_tokens or BATCH_TOKENS)
-    right = np.array([_is_right(reply, row, asked) for reply, row in zip(found, rows, strict=True)], bool)
-    names = np.array([row.dataset for row in rows], dtype=object)
-    return {name: Score(float(right[names == name].mean()), int((names == name).sum())) for name in _datasets(rows)}
+    right: dict[str, list[bool]] = {}
+    for reply, row in zip(found, rows, strict=True):
+        right.setdefault(row.dataset, []).append(_is_right(reply, row, asked))
+    return {name: Score(sum(of) / len(of), len(of)) for name, of in sorted(right.items())}
 
 
 class Question(NamedTuple):
@@ -201,99 +198,48 @@ def replies(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question], 
     """
     written = [""] * len(questions)
     waiting = plan_batches([len(q.prompt) + q.longest for q in questions], batch_tokens)[::-1]
-    with plain_generation(model):
-        while waiting:
-            batch = waiting.pop()
-            found = _try(model, tokenizer, [questions[i] for i in batch])
-            if found is None:
-                half = (len(batch) + 1) // 2
-                waiting += [batch[half:], batch[:half]]
-                continue
-            for index, text in zip(batch, found, strict=True):
+    while waiting:
+        batch, failure = waiting.pop(), ""
+        try:
+            for index, text in zip(batch, _replies(model, tokenizer, [questions[i] for i in batch]), strict=True):
                 written[index] = text
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = " ".join(str(error).split())
+        if failure:
+            release(device_of(model))
+            if len(batch) == 1:
+                question = questions[batch[0]]
+                raise CaptureError(
+                    f"{tokenizer.name}: a prompt of {len(question.prompt)} tokens and a reply of {question.longest} do "
+                    f"not fit into memory even alone ({failure}): load the model in less memory (dtype bfloat16, "
+                    "quantization) or over several devices (device_map auto)"
+                )
+            half = (len(batch) + 1) // 2
+            waiting += [batch[half:], batch[:half]]
     return written
 
 
-def eos_ids(model: Any) -> list[int]:
-    """The ids that the model's configuration of generation stops at."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    return [found] if isinstance(found, int) else list(found or [])
+def _replies(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question]) -> list[str]:
+    ends = {id_ for question in questions for id_ in question.ends}.union(eos_ids(model))
+    most = max(question.longest for question in questions)
+    found = continued(model, [question.prompt for question in questions], most, ends)
+    # A batch is generated up to its longest reply: cut what a shorter one would not have written alone.
+    return [_text(tokenizer, reply[: q.longest], ends) for reply, q in zip(found, questions, strict=True)]
+
+
+def _text(tokenizer: RowTokenizer, reply: list[int], ends: Collection[int]) -> str:
+    stop = next((at for at, id_ in enumerate(reply) if id_ in ends), len(reply))
+    return tokenizer.encoder.surfaces.decode(reply[:stop])
 
 
 def turn_ends(tokenizer: RowTokenizer) -> list[int]:
     """The ids that end an assistant's turn under a tokenizer's template; none where text ends it."""
     try:
-        row = tokenizer.tokenize(Row((Message("user", "a"), Message("assistant", "b"))))
+        return sorted(prompt_of(tokenizer, (Message("user", "a"),)).ends)
     except DataError:
         return []
-    return [int(id_) for id_ in np.unique(row.ids[(row.part == Part.END) & (row.message == 1)])]
-
-
-@contextmanager
-def plain_generation(model: Any, ends: Sequence[int] = ()) -> Iterator[None]:
-    """Let a model generate without its own settings, which ``generate`` applies where a call does not override them.
-
-    A repetition penalty changes greedy decoding too, and ``max_new_tokens`` wins over a longer ``max_length``.
-    ends: ids to stop at in addition to the model's own eos.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    stops = sorted({*eos_ids(model), *ends})
-    model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else None)
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _try(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question]) -> list[str] | None:
-    """Replies of a batch, None where memory ran out. Raises CaptureError for a single question."""
-    try:
-        return _generate(model, tokenizer, questions)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = " ".join(str(error).split())
-    release(_device(model))
-    if len(questions) == 1:
-        raise CaptureError(
-            f"{tokenizer.name}: a prompt of {len(questions[0].prompt)} tokens and a reply of {questions[0].longest} do "
-            f"not fit into memory even alone ({failure}): load the model in less memory (dtype bfloat16, quantization) "
-            "or over several devices (device_map auto)"
-        )
-    return None
-
-
-@torch.inference_mode()
-def _generate(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question]) -> list[str]:
-    width = max(len(question.prompt) for question in questions)
-    ends = sorted({id_ for question in questions for id_ in question.ends} | set(eos_ids(model)))
-    device = _device(model)
-    # The padding before a prompt is masked, so any token will do.
-    ids = torch.tensor([[q.prompt[0]] * (width - len(q.prompt)) + q.prompt for q in questions], device=device)
-    mask = torch.tensor([[0] * (width - len(q.prompt)) + [1] * len(q.prompt) for q in questions], device=device)
-    stop: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {"pad_token_id": 0}
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max(question.longest for question in questions),
-        **stop,
-    )[:, width:].tolist()
-    # A batch is generated up to its longest reply: cut what a shorter one would not have written alone.
-    return [_text(tokenizer, reply[: q.longest], ends) for reply, q in zip(written, questions, strict=True)]
-
-
-def _device(model: Any) -> torch.device:
-    """Where the input goes: with layers offloaded some parameters are on no device."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def _text(tokenizer: RowTokenizer, reply: list[int], ends: Sequence[int]) -> str:
-    stop = next((at for at, id_ in enumerate(reply) if id_ in ends), len(reply))
-    return tokenizer.encoder.surfaces.decode(reply[:stop])
 
 
 METRICS: Mapping[str, Callable[..., dict[str, Score]]] = {"bits_per_byte": bits_per_byte, "exact_match": exact_match}
@@ -391,7 +337,7 @@ def evaluate_model(
     batch_tokens: int | None = None,
     date: datetime.date | None = None,
 ) -> dict[str, dict[str, Score]]:
-    """Load a model and score it.
+    """Load a model and score it on held-out examples.
 
     Args:
         choice: the model.
@@ -405,10 +351,8 @@ def evaluate_model(
         metric -> source of data -> score.
 
     Raises:
-        DataError, CaptureError: the model does not load, an example cannot be used; unknown metric.
+        DataError, CaptureError: the model does not load, an example cannot be used, or there is none.
     """
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise DataError(f"unknown metric {unknown[0]!r}: there are {', '.join(METRICS)}")
     if not rows:
         raise DataError("there is no held-out example to evaluate on")
     model, reads, longest = load_scored(choice, template, rows, date)
@@ -418,11 +362,9 @@ def evaluate_model(
 def load_scored(
     choice: ModelChoice, template: str = "own", rows: Sequence[Row] = (), date: datetime.date | None = None
 ) -> tuple[Any, RowTokenizer, int | None]:
-    """Load a model to score it; ``rows`` that are too long for it are refused before its weights are read.
+    """A model on its device, how it reads examples, and the length of its context, None where it does not say.
 
-    Arguments and errors as for :func:`evaluate_model`.
-
-    Returns the model on its device, how it reads examples, and the length of its context (None: it does not say).
+    ``rows`` that are too long for it are refused before its weights are read; else as for :func:`evaluate_model`.
     """
     checkpoint = find_checkpoint(choice)
     reads = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(template), date=date)

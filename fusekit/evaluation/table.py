@@ -148,35 +148,28 @@ def table(document: Mapping[str, Any]) -> str:
 def _table(
     name: str, models: Mapping[str, Mapping[str, Mapping[str, float | None]]], tasks: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    metric, scores = (
-        METRICS.get(name, Metric(name, name)),
-        {m: found[name] for m, found in models.items() if name in found},
-    )
+    metric, scores = METRICS.get(name, Metric(name, name)), {m: of[name] for m, of in models.items() if name in of}
     skills = sorted({skill for found in scores.values() for skill in found})
-    known = {skill: tasks[skill] for skill in skills if name == LM_EVAL and skill in tasks}
-    lower = [metric.lower or (s in known and known[s].get("higher_is_better") is False) for s in skills]
+    known = [tasks.get(skill, {}) if name == LM_EVAL else {} for skill in skills]
+    lower = [metric.lower or task.get("higher_is_better") is False for task in known]
     mixed = any(lower) and not all(lower)
-    columns = [_head(skill, known.get(skill), mixed and less) for skill, less in zip(skills, lower, strict=True)]
-    with_mean = len(skills) > 1 and name != LM_EVAL  # tasks of lm-eval measure different things
-    if with_mean:
+    columns = []
+    for skill, task, less in zip(skills, known, lower, strict=True):
+        said = [str(task.get("metric") or ""), "lower is better" if mixed and less else ""]
+        columns.append(f"{skill} ({', '.join(filter(None, said))})" if any(said) else skill)
+    values = {model: [_finite(found.get(skill)) for skill in skills] for model, found in scores.items()}
+    if len(skills) > 1 and name != LM_EVAL:  # tasks of lm-eval measure different things
         columns.append(MEAN)
         lower.append(metric.lower)
-    values = {model: _values([found.get(skill) for skill in skills], with_mean) for model, found in scores.items()}
+        for line in values.values():
+            each = [value for value in line if value is not None]
+            line.append(math.fsum(each) / len(each) if len(each) == len(line) else None)
     lines = {model: _cells(metric, values, model, lower) for model in scores}
     return Table(name, metric.title, metric.unit, None if mixed else any(lower), columns, lines)
 
 
-def _head(skill: str, task: Mapping[str, Any] | None, lower: bool) -> str:
-    """``wikitext (word_perplexity,none, lower is better)``."""
-    said = [str(task.get("metric") or "") if task else "", "lower is better" if lower else ""]
-    return f"{skill} ({', '.join(filter(None, said))})" if any(said) else skill
-
-
-def _values(found: Sequence[float | None], with_mean: bool) -> list[float | None]:
-    values = [value if value is not None and math.isfinite(value) else None for value in found]
-    known = [value for value in values if value is not None]
-    mean = [math.fsum(known) / len(known) if len(known) == len(values) else None] if with_mean else []
-    return values + mean
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _cells(metric: Metric, values: Mapping[str, list[float | None]], model: str, lower: Sequence[bool]) -> list[Cell]:

@@ -171,7 +171,7 @@ def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identi
 
     def load() -> lm_eval.Harness:
         _require_whole(name, model[0])
-        return lm_eval.load_harness(*model, settings, say, context.date)
+        return lm_eval.Harness(*model, settings, say, context.date)
 
     folder = context.layout.evaluation(f"{lm_eval.FOLDER}/{name}")
     return lm_eval.cached_scores(settings, folder, identity, load=load, made=context.made, say=say)

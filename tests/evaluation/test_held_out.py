@@ -64,14 +64,6 @@ def test_a_limit_is_of_each_file_of_a_folder(skills: Path) -> None:
         held_out_rows(str(skills))
 
 
-def test_the_command_scores_every_file_of_a_folder(skills: Path) -> None:
-    result = CliRunner().invoke(
-        cli, ["evaluate", PIVOT, "--data", str(skills), "--metrics", "bits_per_byte", "--limit", "1"]
-    )
-    assert result.exit_code == 0, result.output
-    assert "| add | facts | mean |" in result.output
-
-
 def test_files_are_told_apart_by_their_hash_and_the_rest_by_its_rows(skills: Path) -> None:
     file, folder, rows = str(skills / "add.jsonl"), str(skills), held_out_rows(str(skills), limit=2)
     assert held_out_hash(file, "of the file", 2, rows) == "of the file"
@@ -99,9 +91,10 @@ def test_scores_on_rows_of_the_hub_are_made_anew_when_they_change(finished, hub)
     assert all(after[f"{name}/scores.json"] != before[f"{name}/scores.json"] for name in ("pivot", "merged"))
 
 
-def test_the_command_takes_split_configuration_and_revision(hub) -> None:
+def test_the_command_takes_folders_split_configuration_and_revision(hub, skills: Path) -> None:
     hub["validation"] = [record("1+1=", "2")]
-    options = ["--split", "validation", "--name", "sums", "--revision", "v1", "--metrics", "bits_per_byte"]
+    options = ["--split", "validation", "--name", "sums", "--revision", "v1", "--limit", "1", "--data", str(skills)]
     result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--data", "org/set", *options])
     assert result.exit_code == 0, result.output
+    assert "| add | facts | org/set | mean |" in result.output
     assert hub["asked"] == [{"split": "validation", "revision": "v1", "name": "sums", "streaming": False}]

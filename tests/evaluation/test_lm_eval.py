@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+from fusekit.capturing.models import ModelChoice
 from fusekit.cli import cli
 from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation import lm_eval
@@ -70,26 +71,27 @@ def test_a_list_of_names_is_enough_and_mistakes_are_named():
             LmEval.model_validate(wrong)
 
 
-def test_a_misspelled_option_is_told_with_its_line(tmp_path):
-    path = recipe(tmp_path, lm_eval={"tasks": ["hellaswag"], "include_paths": "x"})
-    result = CliRunner().invoke(cli, ["validate", str(path)])
-    assert "unknown key 'include_paths'; did you mean 'include_path'?" in str(result.exception)
-    assert "line" in str(result.exception)
-
-
-def test_a_misspelled_option_of_a_task_in_a_list_alone_is_told_with_its_line(tmp_path):
-    path = recipe(tmp_path, lm_eval=["hellaswag", {"task": "gsm8k", "num_few_shot": 8}])
-    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "num_few_shot" in text)
+@pytest.mark.parametrize(
+    ("section", "wrong", "near"),
+    [
+        ({"tasks": ["hellaswag"], "include_paths": "x"}, "include_paths", "include_path"),
+        (["hellaswag", {"task": "gsm8k", "num_few_shot": 8}], "num_few_shot", "num_fewshot"),
+        ([{"task": "gsm8k", "tusk": 8}], "tusk", "task"),  # a key of the task's own, not of the section
+    ],
+)
+def test_a_misspelled_option_is_told_with_its_line(tmp_path, section, wrong, near):
+    path = recipe(tmp_path, lm_eval=section)
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if wrong in text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert str(caught.value) == f"{path}, line {line}: unknown key 'num_few_shot'; did you mean 'num_fewshot'?"
-    path = recipe(tmp_path, lm_eval=[{"task": "gsm8k", "tusk": 8}])  # a key of the task's own, not of the section
-    with pytest.raises(RecipeError, match=r"unknown key 'tusk'; did you mean 'task'\?"):
-        load_recipe(path)
+    assert str(caught.value) == f"{path}, line {line}: unknown key {wrong!r}; did you mean {near!r}?"
 
 
-def test_a_task_without_a_name_is_refused(tmp_path):
-    assert CliRunner().invoke(cli, ["evaluate", PIVOT, "--lm-eval", ""]).exit_code == 2
+def test_a_task_without_a_name_and_nothing_to_evaluate_on_are_refused(tmp_path):
+    for options in (["--lm-eval", ""], []):
+        result = CliRunner().invoke(cli, ["evaluate", PIVOT, *options])
+        assert result.exit_code == 2
+        assert all(option in result.output for option in ("--data", "--lm-eval"))
     result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--lm-eval", "hellaswag,"])
     assert isinstance(result.exception, RecipeError)
     assert "--lm-eval" in str(result.exception)
@@ -111,13 +113,6 @@ def test_without_lm_eval_the_command_that_installs_it_is_named_at_once(tmp_path,
     assert not (out / "data").exists()
     # Stages before it run without it, on another machine perhaps: this one stops at what it lacks itself.
     assert "`data`" in str(CliRunner().invoke(cli, ["run", str(path), str(out), "--only", "align"]).exception)
-
-
-def test_nothing_to_evaluate_on_is_refused():
-    result = CliRunner().invoke(cli, ["evaluate", PIVOT])
-    assert result.exit_code == 2
-    assert "--data" in result.output
-    assert "--lm-eval" in result.output
 
 
 SCORE = {
@@ -142,26 +137,30 @@ def test_the_figure_is_the_first_metric_or_the_one_asked_for(asked, metric, valu
         lm_eval.figure(LmEvalTask(task="t", metric="bleu"), "t", SCORE)
 
 
-def test_unknown_tasks_and_folders_are_refused_before_anything_is_loaded(tmp_path):
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """The folder of the two tasks, where lm-eval is installed."""
     pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return write_tasks(tmp_path / "tasks")
+
+
+def test_unknown_tasks_and_folders_are_refused_before_anything_is_loaded(tasks):
     with pytest.raises(RecipeError, match=r"there is no folder .*nowhere"):
-        lm_eval.check(LmEval(tasks=["sums"], include_path=str(tmp_path / "nowhere")))
-    folder = str(write_tasks(tmp_path / "tasks"))
-    lm_eval.check(LmEval(tasks=["sums", "sums_written"], include_path=folder))
+        lm_eval.check(LmEval(tasks=["sums"], include_path=str(tasks / "nowhere")))
+    lm_eval.check(LmEval(tasks=["sums", "sums_written"], include_path=str(tasks)))
     with pytest.raises(RecipeError) as error:
-        lm_eval.check(LmEval(tasks=["sums", "helaswag", "sums_writen"], include_path=folder))
+        lm_eval.check(LmEval(tasks=["sums", "helaswag", "sums_writen"], include_path=str(tasks)))
     assert "no task 'helaswag'; did you mean 'hellaswag'" in str(error.value)
     assert "no task 'sums_writen'; did you mean 'sums_written'" in str(error.value)
 
 
 @pytest.mark.slow
-def test_real_tasks_from_the_command_line(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder, out = write_tasks(tmp_path / "tasks"), tmp_path / "scores.json"
+def test_real_tasks_from_the_command_line(tasks, tmp_path):
+    out = tmp_path / "scores.json"
 
     def scored(**options: object) -> str:
-        asked = json.dumps({"tasks": "sums,sums_written", "include_path": str(folder)} | options)
+        asked = json.dumps({"tasks": "sums,sums_written", "include_path": str(tasks)} | options)
         result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--lm-eval", asked, "--json", str(out)])
         assert result.exit_code == 0, result.exception
         return result.output
@@ -169,9 +168,8 @@ def test_real_tasks_from_the_command_line(tmp_path, monkeypatch):
     shown, document = scored(chat_template=True), json.loads(out.read_text())
     # The labels are 0, 1 and 2: the last sum is 133, and its label says 134.
     assert document["models"][PIVOT]["lm_eval"] == {"sums": pytest.approx(2 / 3), "sums_written": pytest.approx(2 / 3)}
-    assert document["lm_eval"]["sums"]["metric"] == "acc"
-    assert document["lm_eval"]["sums"]["documents"] == 3
-    assert document["lm_eval"]["sums"]["version"] == 2.0
+    known = document["lm_eval"]["sums"]
+    assert (known["metric"], known["documents"], known["version"]) == ("acc", 3, 2.0)
     assert "| sums (acc) | sums_written (exact_match) |" in shown
     # Without the template the model is asked in a form that it does not know.
     scored()
@@ -179,21 +177,17 @@ def test_real_tasks_from_the_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_scores_are_kept_per_model_and_task(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from fusekit.capturing.models import ModelChoice
+def test_scores_are_kept_per_model_and_task(tasks, tmp_path):
+    loads, said = [], []
 
-    folder, loads, said = write_tasks(tmp_path / "tasks"), [], []
-
-    def figures(*tasks: object, **options: object):
+    def figures(*asked: object, **options: object):
         settings = LmEval.model_validate(
-            {"tasks": list(tasks), "include_path": str(folder), "chat_template": True} | options
+            {"tasks": list(asked), "include_path": str(tasks), "chat_template": True} | options
         )
 
         def load() -> lm_eval.Harness:
             loads.append(settings)
-            return lm_eval.load_harness(ModelChoice(PIVOT, dtype="float32"), "own", settings, said.append)
+            return lm_eval.Harness(ModelChoice(PIVOT, dtype="float32"), "own", settings, said.append)
 
         return lm_eval.cached_scores(
             settings, tmp_path / "evaluation", {"model": "numbers"}, load=load, made=lambda _: {}, say=said.append
@@ -207,25 +201,20 @@ def test_scores_are_kept_per_model_and_task(tmp_path, monkeypatch):
     assert set(figures("sums", "sums_written")) == {"sums", "sums_written"}  # the new one alone is scored
     assert len(loads) == 2
     assert [line.split()[0] for line in said] == ["sums", "sums_written"]
-    (folder / "sums.jsonl").write_text((folder / "sums.jsonl").read_text().replace('"label": 2', '"label": 3'))
+    (tasks / "sums.jsonl").write_text((tasks / "sums.jsonl").read_text().replace('"label": 2', '"label": 3'))
     assert figures("sums")["sums"]["value"] == 1.0  # the task's data changed
     assert len(loads) == 3
 
 
 @pytest.mark.slow
-def test_what_lm_eval_refuses_names_task_model_and_way_out(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from fusekit.capturing.models import ModelChoice
-
-    folder = write_tasks(tmp_path / "tasks")
-    task = yaml.safe_load((folder / "sums_written.yaml").read_text())
+def test_what_lm_eval_refuses_names_task_model_and_way_out(tasks):
+    task = yaml.safe_load((tasks / "sums_written.yaml").read_text())
     task["generation_kwargs"]["max_gen_toks"] = 4096  # the model has 512 positions
-    (folder / "sums_written.yaml").write_text(yaml.safe_dump(task))
-    settings = LmEval(tasks=["sums_written", "sums"], include_path=str(folder))
-    harness = lm_eval.load_harness(ModelChoice(PIVOT), "own", settings, print)
+    (tasks / "sums_written.yaml").write_text(yaml.safe_dump(task))
+    settings = LmEval(tasks=["sums_written", "sums"], include_path=str(tasks))
+    harness = lm_eval.Harness(ModelChoice(PIVOT), "own", settings, print)
     with pytest.raises(DataError, match=r"(?s)cannot score .*numbers .*: the task 'sums_written'.*4096.*512"):
         harness.score(settings.tasks[0])
-    (folder / "sums.jsonl").unlink()
+    (tasks / "sums.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot score .*numbers .*: the task 'sums': .*sums\.jsonl"):
         harness.score(settings.tasks[1])

@@ -1,7 +1,8 @@
-"""Scores of models against the plain way to compute them."""
+"""Scores of models against the plain way to compute them; replies in batches against replies one by one."""
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import math
@@ -17,46 +18,43 @@ from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice
 from fusekit.cli import cli
 from fusekit.data.prepare import pack_text
+from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import DataError
+from fusekit.errors import CaptureError, DataError
 from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
 from fusekit.evaluation import table as results
-from fusekit.evaluation.metrics import ends_counted, evaluate_model
+from fusekit.evaluation.metrics import Question, _text, ends_counted, evaluate_model, replies, turn_ends
 from fusekit.evaluation.table import table
+from fusekit.generation.respond import eos_ids
 from fusekit.types import Cut, Message, Row
 from tests import reference
 
-DEMO = Path(__file__).parents[2] / "demo" / "models"
+DEMO = Path(__file__).parents[2] / "demo"
+NUMBERS, PIVOT = (str(DEMO / "models" / name) for name in ("numbers", "pivot"))
+
+
+def load(folder: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO / folder, dtype=torch.float32)
+    return model, RowTokenizer(AutoTokenizer.from_pretrained(DEMO / folder))
 
 
 @pytest.fixture(scope="module")
 def pivot():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return load("models/numbers")
 
-    folder = DEMO / "numbers"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, RowTokenizer(AutoTokenizer.from_pretrained(folder))
+
+@pytest.fixture(scope="module", params=["models/numbers", "sources/neox"])
+def loaded(request):
+    return load(request.param)
 
 
 def row(question: str, answer: str, dataset: str = "add") -> Row:
     return Row((Message("user", question), Message("assistant", answer)), dataset)
 
 
-def test_bits_per_byte_equals_a_plain_forward(pivot):
-    model, tokenizer = pivot
-    rows = [row("57+68=", "125"), row("Capital of Peru?", "Lima", "facts"), row("11+12=", "23")]
-    scores = bits_per_byte(model, tokenizer, rows)
-    expected = {"add": [0.0, 0, 0], "facts": [0.0, 0, 0]}
-    for one in rows:
-        tokens = tokenizer.tokenize(one)
-        logprobs = model(torch.tensor(tokens.ids)[None]).logits[0].detach().double().log_softmax(-1)
-        for at in tokens.label_positions.tolist():
-            expected[one.dataset][0] -= float(logprobs[at - 1, tokens.ids[at]])
-        expected[one.dataset][1] += len(one.messages[1].content.encode())
-        expected[one.dataset][2] += 1
-    for name, (nats, size, count) in expected.items():
-        assert scores[name].rows == count
-        assert scores[name].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+# ---- bits per byte
 
 
 def slow_bits_per_byte(model, tokenizer, conversations: list[list[tuple[str, str]]]) -> float:
@@ -89,11 +87,11 @@ CONVERSATIONS = [
 @torch.inference_mode()
 def test_bits_per_byte_of_several_turns_and_an_empty_answer(pivot):
     model, tokenizer = pivot
-    rows = [Row(tuple(Message(*message) for message in one), "mixed") for one in CONVERSATIONS]
-    expected = slow_bits_per_byte(model, tokenizer.tokenizer, CONVERSATIONS)
+    rows = [Row(tuple(Message(*message) for message in one), "xxy"[i]) for i, one in enumerate(CONVERSATIONS)]
+    expected = [slow_bits_per_byte(model, tokenizer.tokenizer, some) for some in (CONVERSATIONS[:2], CONVERSATIONS[2:])]
     for batch_tokens in (16384, 10):
-        found = bits_per_byte(model, tokenizer, rows, batch_tokens=batch_tokens)["mixed"]
-        assert found == (pytest.approx(expected, rel=1e-5), 3)
+        found = bits_per_byte(model, tokenizer, rows, batch_tokens=batch_tokens)
+        assert found == {"x": (pytest.approx(expected[0], rel=1e-5), 2), "y": (pytest.approx(expected[1], rel=1e-5), 1)}
 
 
 @torch.inference_mode()
@@ -114,14 +112,10 @@ TEXTS = ["Lima is the capital of Peru. 57+68=125, 11+12=23", "Reverse: abc", "so
 
 @pytest.mark.parametrize("folder", ["models/numbers", "sources/qwen", "sources/neox"])
 def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_for(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = DEMO.parent / folder
-    own = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = RowTokenizer(own)
-    content = reference.text_bits_per_byte(model, own, TEXTS, ends=False)
-    with_ends = reference.text_bits_per_byte(model, own, TEXTS, ends=True)
+    model, tokenizer = load(folder)
+    content, with_ends = (
+        reference.text_bits_per_byte(model, tokenizer.tokenizer, TEXTS, ends=ends) for ends in (False, True)
+    )
     whole = [Row((Message("text", text),), "t") for text in TEXTS]
     pieces = [Row((Message("fragment", text),), "t") for text in TEXTS]
     longer = [Row((Message("text", text + " and so on"),), "t", Cut(0, len(text))) for text in TEXTS]
@@ -169,10 +163,13 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
     # A reply that would leave the context is stopped at its end.
     tokens = len(tokenizer.tokenize(row("57+68=", "125")))
     assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"].value == 1.0
-    folder = shutil.copytree(DEMO / "numbers", tmp_path / "model")
+    folder = shutil.copytree(NUMBERS, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(DataError, match="512"):
         evaluate_model(ModelChoice(str(folder)), [long])
+
+
+# ---- exact match
 
 
 def test_exact_match_equals_row_by_row_generation(pivot):
@@ -196,16 +193,129 @@ def test_exact_match_equals_row_by_row_generation(pivot):
     assert exact_match(model, tokenizer, shorter)["add"].value == 0.0
 
 
-def test_scores_are_by_source_of_data(pivot):
-    model, tokenizer = pivot
-    rows = [row("57+68=", "125"), row("11+12=", "24", "wrong"), row("25+25=", "50")]
-    assert exact_match(model, tokenizer, rows) == {"add": (1.0, 2), "wrong": (0.0, 1)}
-
-
 def test_rows_without_an_answer_are_refused(pivot):
     model, tokenizer = pivot
     with pytest.raises(DataError, match="'user'"):
         exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
+
+
+# ---- replies
+
+QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9="]
+
+
+def asked(reads: RowTokenizer, *longest: int) -> list[Question]:
+    """The questions, with the most tokens of each reply."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    how = {"add_generation_prompt": True, "return_dict": True}
+    prompts = [reads.tokenizer.apply_chat_template(chat, **how)["input_ids"] for chat in chats]
+    return [Question(ids, longest[i % len(longest)], turn_ends(reads)) for i, ids in enumerate(prompts)]
+
+
+def slow_reply(model, reads: RowTokenizer, question: Question) -> str:
+    """One token after the other, each the most probable, without any cache."""
+    ids, ends = list(question.prompt), {*question.ends, *eos_ids(model)}
+    for _ in range(question.longest):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    kept = [id_ for id_ in ids[len(question.prompt) :] if id_ not in ends]
+    return reads.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@torch.inference_mode()
+def test_batches_give_what_a_loop_over_tokens_gives(loaded):
+    questions = asked(loaded[1], 4, 5, 6, 7, 8, 9)
+    expected = [slow_reply(*loaded, question) for question in questions]
+    assert len(set(expected)) > 3
+    for batch_tokens in (100_000, 60, 1):  # all at once, a few, one by one
+        found = replies(*loaded, questions, batch_tokens)
+        # A reply has the space of its first token, which SentencePiece's decoder takes away at the start of a text.
+        assert [reply.lstrip(" ") for reply in found] == [reply.lstrip(" ") for reply in expected]
+
+
+def test_a_models_settings_of_generation_change_nothing(loaded):
+    model, questions = loaded[0], asked(loaded[1], 8)
+    plain = replies(*loaded, questions, 16384)
+    own = copy.deepcopy(model.generation_config)
+    try:
+        model.generation_config.update(
+            do_sample=True, temperature=5.0, top_k=0, repetition_penalty=4.0, no_repeat_ngram_size=1, min_new_tokens=7
+        )
+        model.generation_config.update(max_new_tokens=1, num_beams=3, num_return_sequences=2)
+        spoilt = copy.deepcopy(model.generation_config)
+        assert replies(*loaded, questions, 16384) == plain
+        assert model.generation_config.to_dict() == spoilt.to_dict()  # and is left as it was
+        model.generation_config.eos_token_id = None  # the template's own end of turn is enough
+        assert replies(*loaded, questions, 16384) == plain
+    finally:
+        model.generation_config = own
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_question_that_does_not_is_named(pivot, monkeypatch):
+    model, questions = pivot[0], asked(pivot[1], 6)
+    plain, run, sizes = replies(*pivot, questions, 16384), model.generate, []
+
+    def full(fits: int):
+        def generate(**options):
+            sizes.append(len(options["input_ids"]))
+            if sizes[-1] > fits:
+                torch.empty(1 << 60)  # what an allocator says of more than there is
+            return run(**options)
+
+        return generate
+
+    own = model.generation_config
+    monkeypatch.setattr(model, "generate", full(3))
+    assert replies(*pivot, questions, 16384) == plain
+    assert max(sizes) == len(questions)
+    monkeypatch.setattr(model, "generate", full(0))
+    with pytest.raises(CaptureError, match="into memory"):
+        replies(*pivot, questions[:1], 16384)
+    assert model.generation_config is own  # also after an error
+
+
+def test_a_template_that_ends_turns_with_text(pivot, tmp_path):
+    """The model writes the end out and goes on: what comes after it is no part of the answer."""
+    model, own = pivot
+    file = tmp_path / "plain.jinja"
+    file.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    reads = RowTokenizer(own.tokenizer, ChatTemplate.from_file(file))
+    assert (turn_ends(reads), reads.turn_end_text) == ([], "\n")
+
+    class Writes(torch.nn.Module):
+        """Answers with fixed tokens, as a model of that template would."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.generation_config, self.weight = model.generation_config, torch.nn.Parameter(torch.zeros(1))
+            self.ids = own.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        def generate(self, input_ids, max_new_tokens, **_):
+            tail = torch.tensor([self.ids[:max_new_tokens]]).expand(len(input_ids), -1)
+            return torch.cat([input_ids, tail], dim=1)
+
+    for said, right in (("Lima\nuser: b", 1.0), ("Limas\nuser", 0.0), ("Lima or so\n", 0.0)):
+        assert exact_match(Writes(said), reads, [row("Capital of Peru?", "Lima")])["add"].value == right
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_replies_are_decoded_through_the_surfaces(special):
+    """A byte-level decoder takes an added letter for one of its own, which stands for another byte."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "sources" / "qwen")
+    tokenizer.add_tokens(["õ", "ł"], special_tokens=special)
+    reads = RowTokenizer(tokenizer)
+    ids = tokenizer("põhi", add_special_tokens=False)["input_ids"]
+    assert "\ufffd" in tokenizer.decode(ids)
+    end = tokenizer.eos_token_id
+    assert _text(reads, [*ids, end, *ids], [end]) == ("phi" if special else "põhi")
+    assert _text(reads, [*ids[:1], 10**6], [end]) == "p"  # an id that only pads the model's matrix
+    assert _text(reads, tokenizer("a , b 🤖")["input_ids"], [end]) == "a , b 🤖"
+
+
+# ---- the commands
 
 
 def test_command(tmp_path):
@@ -217,22 +327,22 @@ def test_command(tmp_path):
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     out = tmp_path / "scores.json"
     both = ["--metrics", "bits_per_byte", "--metrics", "exact_match", "--json", str(out)]
-    models = [str(DEMO / "numbers"), str(DEMO / "pivot")]
+    models = [NUMBERS, PIVOT]
     result = CliRunner().invoke(cli, ["evaluate", *models, "--data", str(data), *both])
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["ends_counted"] == {"add": True, "wrong": True}
     scores = json.loads(out.read_text())["models"]
-    assert scores[str(DEMO / "numbers")]["exact_match"] == {"add": 1.0, "wrong": 0.0}
-    assert scores[str(DEMO / "numbers")]["bits_per_byte"]["add"] < scores[str(DEMO / "pivot")]["bits_per_byte"]["add"]
+    assert scores[NUMBERS]["exact_match"] == {"add": 1.0, "wrong": 0.0}
+    assert scores[NUMBERS]["bits_per_byte"]["add"] < scores[PIVOT]["bits_per_byte"]["add"]
     assert "| add | wrong | mean |" in result.output
-    assert f"| {DEMO / 'numbers'} | 100.0 | 0.0 | 50.0 |" in result.output
+    assert f"| {NUMBERS} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
 
 
 def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path):
     def said(*options: str) -> str:
-        result = CliRunner().invoke(cli, ["evaluate", str(DEMO / "numbers"), "--data", "none.jsonl", *options])
+        result = CliRunner().invoke(cli, ["evaluate", NUMBERS, "--data", "none.jsonl", *options])
         assert result.exit_code != 0
         return f"{result.output}{result.exception}"
 
@@ -247,7 +357,7 @@ def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
     data = tmp_path / "sums.jsonl"
     turns = [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "125"}]
     data.write_text(json.dumps({"messages": turns}))
-    model = str(DEMO / "numbers")
+    model = NUMBERS
     found = evaluate(Path(model), data, metrics=["exact_match", "bits_per_byte"], load={"dtype": "float32"})
     assert found[model]["exact_match"] == {"sums": 1.0}
     alone = evaluate_model(ModelChoice(model, dtype="float32"), [row("57+68=", "125", "sums")])
@@ -259,7 +369,7 @@ def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
 
 
 def test_the_examples_in_docstrings_run(tmp_path, monkeypatch):
-    (tmp_path / "demo").symlink_to(DEMO.parent)
+    (tmp_path / "demo").symlink_to(DEMO)
     monkeypatch.chdir(tmp_path)
     for module in (metrics, results):
         assert doctest.testmod(module).failed == 0
