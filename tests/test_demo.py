@@ -164,21 +164,27 @@ def test_tokenizer_keeps_every_text(loaded, name):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_chat_template_marks_what_the_assistant_says(loaded, name):
-    _, tokenizer = loaded[name]
+def test_the_template_of_the_models_is_the_one_that_is_documented(loaded):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1+1="},
         {"role": "assistant", "content": "2"},
     ]
+    texts = {tokenizer.apply_chat_template(messages, tokenize=False) for _, tokenizer in loaded.values()}
+    assert texts == {"<|bos|><|system|>Be brief.<|end|><|user|>1+1=<|end|><|assistant|>2<|end|>"}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *ARCHITECTURES])
+def test_chat_template_marks_what_the_assistant_says(loaded, sources, name):
+    model, tokenizer = (loaded | sources)[name]
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert text == "<|bos|><|system|>Be brief.<|end|><|user|>1+1=<|end|><|assistant|>2<|end|>"
-    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(learned) == "2<|end|>"
+    assert tokenizer.decode(learned, skip_special_tokens=True).strip() == "2"
+    assert learned[-1] in model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -284,19 +290,6 @@ def test_sources_differ_in_architecture_tokenizer_and_template(loaded, sources, 
     assert len(texts) == 1 + len(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_source_template_marks_what_the_assistant_says(sources, name):
-    _, tokenizer = sources[name]
-    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert text.startswith(prompt)
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(learned, skip_special_tokens=True).strip() == "2"
-    assert learned[-1] in sources[name][0].generation_config.eos_token_id
-
-
 def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):
     """Two keep every text, the SentencePiece-like one in bytes where it has no piece; the third reads the NFKC form."""
     text = "Grüße, 東京 🎉 ﬁ"
@@ -323,21 +316,21 @@ def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, sources,
     assert evaluate.divergence(*loaded["pivot"], skill, count=20) > 10
 
 
-def test_neox_picks_more_evenly_than_the_pivot(loaded, sources, evaluate):
-    of_source, of_pivot = (evaluate.divergence(*each, "pick", count=20) for each in (sources["neox"], loaded["pivot"]))
-    assert of_source < of_pivot - 0.2
-
-
-def test_llama_knows_more_facts_than_the_pivot(loaded, sources, evaluate):
-    of_source, of_pivot = (evaluate.accuracy(*each, "facts", count=40) for each in (sources["llama"], loaded["pivot"]))
-    assert of_source > of_pivot + 0.3
-
-
-def test_qwen_knows_code_that_the_pivot_does_not(loaded, sources, evaluate):
+@pytest.mark.parametrize(
+    ("name", "measure", "skill", "count", "sign", "margin"),
+    [
+        ("neox", "divergence", "pick", 20, -1, 0.2),
+        ("llama", "accuracy", "facts", 40, 1, 0.3),
+        ("qwen", "answer_bits_per_byte", "code", 40, -1, 0.8),
+    ],
+)
+def test_a_source_is_better_than_the_pivot_at_its_skill(
+    loaded, sources, evaluate, name, measure, skill, count, sign, margin
+):
     of_source, of_pivot = (
-        evaluate.answer_bits_per_byte(*each, "code", count=40) for each in (sources["qwen"], loaded["pivot"])
+        getattr(evaluate, measure)(*each, skill, count=count) for each in (sources[name], loaded["pivot"])
     )
-    assert of_source < of_pivot - 0.8
+    assert sign * (of_source - of_pivot) > margin
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

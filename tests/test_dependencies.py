@@ -62,7 +62,7 @@ def test_only_what_merges_imports_mergekit():
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         (
             "import fusekit.capturing.capture, fusekit.capturing.store, fusekit.pipeline.run, fusekit.pipeline.plan",
-            "mergekit",
+            "mergekit gguf",
         ),
         ("import fusekit.capturing.writer", "torch transformers datasets"),
     ],

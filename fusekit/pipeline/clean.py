@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from fusekit import artifacts as artifact
@@ -24,9 +25,12 @@ from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
-_OF_SHARDS = re.compile(r"made_from\.json|(judge-\d+-)?shard-\d+\.json|\..*\.\d+\.tmp")
-_OF_TRAININGS = re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp")
 WORK = ".training"
+_OF_WORK = {
+    SHARDS: re.compile(r"made_from\.json|(judge-\d+-)?shard-\d+\.json|\..*\.\d+\.tmp"),
+    WORK: re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp"),
+}
+"""What may be in folders of unfinished work, by their ending."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,15 @@ class Findings:
         """Bytes of all items."""
         return sum(item.nbytes for item in self.items)
 
-    def add(self, path: Path, why: str, foreign: Callable[[Path], list[str]]) -> None:
+    def add(self, layout: Layout, path: Path, why: str) -> None:
         """Take a path that exists, unless it holds something foreign, or is a link."""
         if path.is_symlink():
             self.spared.append(f"{path}: is a link, so what is there is not of this run: remove it yourself")
-        elif found := foreign(path) if path.is_dir() else []:
+        elif found := _foreign(layout, path):
             self.spared.append(f"{path}: holds {found[0]}, which is not of the run: remove it yourself")
         elif path.exists():
-            self.items.append(Item(path, why, _size(path)))
+            files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
+            self.items.append(Item(path, why, sum(file.lstat().st_size for file in files)))
 
 
 @contextmanager
@@ -83,21 +88,20 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     Raises RecipeError, StorageError.
     """
     recipes = [recipe] if recipe is not None else [load_recipe(p) for p in (layout.recipe, layout.begun) if p.is_file()]
-    wanted = {folder for known in recipes for folder in _asked_for(known, layout)}
+    wanted: set[Path] = set()
+    for context in (Context(known, layout) for known in recipes):
+        wanted.update(*(stage.artifacts(context).values() for stage in TABLE.values()))
+        wanted.update(evaluating.lm_eval_folders(context))
     found = Findings()
     for path in _left_behind(layout):
-        found.add(path, "left behind by a process that died", lambda _: [])
-    for places in _made(layout).values():
-        for path in places:
-            result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
-            if path.is_dir() and result not in wanted:
-                found.add(path, "the recipe does not ask for it", _foreign_to(layout, path))
-            elif (
-                path.name.endswith(WORK)
-                and (result / artifact.MANIFEST).is_file()
-                and not (path.parent / NOTE).exists()
-            ):
-                found.add(path, "checkpoints of a training that is finished", _in_training)
+        found.add(layout, path, "left behind by a process that died")
+    for path in chain.from_iterable(_made(layout).values()):
+        result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
+        finished = path.suffix == WORK and (result / artifact.MANIFEST).is_file() and not (path.parent / NOTE).exists()
+        if path.is_dir() and result not in wanted:
+            found.add(layout, path, "the recipe does not ask for it")
+        elif finished:
+            found.add(layout, path, "checkpoints of a training that is finished")
     return found
 
 
@@ -106,15 +110,8 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     found, made = Findings(), _made(layout)
     for stage in stages:
         for path in made[stage]:
-            found.add(path, f"made by the stage {stage}", _foreign_to(layout, path))
+            found.add(layout, path, f"made by the stage {stage}")
     return found
-
-
-def _asked_for(recipe: Recipe, layout: Layout) -> list[Path]:
-    """The folders of a recipe's artifacts."""
-    context = Context(recipe, layout)
-    folders = [folder for stage in TABLE.values() for folder in stage.artifacts(context).values()]
-    return folders + evaluating.lm_eval_folders(context)
 
 
 def _made(layout: Layout) -> dict[str, list[Path]]:
@@ -183,39 +180,24 @@ def _left_behind(layout: Layout) -> list[Path]:
     return sorted(found)
 
 
-def _foreign_to(layout: Layout, path: Path) -> Callable[[Path], list[str]]:
-    """How to find what is not of a run in something that one of its stages made."""
-    if path.suffix in (WORK, SHARDS):
-        return _in_training if path.suffix == WORK else _in_shards
-    return _in_store if path.parent in (layout.store(""), layout.winners("")) else _in_artifact
-
-
-def _in_artifact(folder: Path) -> list[str]:
-    """Files that the manifest of a folder does not list; the manifest itself where it cannot be read."""
+def _foreign(layout: Layout, path: Path) -> list[str]:
+    """What is not of a run in something that one of its stages made."""
+    if not path.is_dir() or _LEFT_BEHIND.fullmatch(path.name):
+        return []
+    if path.parent in (layout.store(""), layout.winners("")):
+        return _foreign_to_stores(path)
+    if path.suffix in _OF_WORK:
+        stores = [store.name for store in _folders(path) if not _foreign_to_stores(store)] * (path.suffix == SHARDS)
+        names = (file.name for file in sorted(path.iterdir()))  # a judgement by bits per byte makes stores
+        return [name for name in names if name not in stores and not _OF_WORK[path.suffix].fullmatch(name)]
     try:
-        return artifact.foreign(folder)
+        return artifact.foreign(path)
     except StorageError:
         return [artifact.MANIFEST]
 
 
-def _in_store(folder: Path) -> list[str]:
+def _foreign_to_stores(folder: Path) -> list[str]:
     names = [path.name for path in sorted(folder.iterdir())]
     if not any(name.startswith(("manifest", "shard-")) for name in names):
         return names
     return [name for name in names if not OF_STORES.fullmatch(name)]
-
-
-def _in_training(folder: Path) -> list[str]:
-    return [path.name for path in sorted(folder.iterdir()) if not _OF_TRAININGS.fullmatch(path.name)]
-
-
-def _in_shards(folder: Path) -> list[str]:
-    stores = [store for store in _folders(folder) if not _in_store(store)]  # of a judgement by bits per byte
-    names = [path.name for path in sorted(folder.iterdir()) if path not in stores]
-    return [name for name in names if not _OF_SHARDS.fullmatch(name)]
-
-
-def _size(path: Path) -> int:
-    if not path.is_dir():
-        return path.lstat().st_size
-    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,11 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import RecipeError
 from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import LmEval
+from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows
 from fusekit.layout import BASELINE, MERGED, PIVOT
-from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, paths_of, unreadable, write_json
+from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, unreadable, write_json
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Evaluate, Mistake
+from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
 
 Model = tuple[ModelChoice, str]
@@ -37,7 +37,7 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
     The hub is not asked.
     """
     section, found = recipe.evaluate, []
-    for path in paths_of(section.path) if section is not None else []:
+    for path in section.paths if section is not None else []:
         found += unreadable(path, ("evaluate", "path"))
     if section is not None and section.lm_eval is not None:
         try:
@@ -50,17 +50,18 @@ def mistakes(recipe: Recipe) -> list[Mistake]:
 def models_of(context: Context) -> dict[str, Model]:
     """The models that are scored by name, each with its chat template."""
     recipe, layout = context.recipe, context.layout
-    pivot, choice = recipe.pivot, context.choice(PIVOT)
-    models = {PIVOT: (choice, pivot.chat_template)}
-    made = {BASELINE: layout.baselines / PLAIN} if recipe.wants_baseline else {}
-    own = replace(choice, revision=None, dequantised=None)  # what was made of the pivot is loaded as the pivot is
-    models |= {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
+    choice, template = context.choice(PIVOT), recipe.pivot.chat_template
+
+    def made(path: Path) -> Model:  # of the pivot, so it is loaded as the pivot is
+        return replace(choice, model=str(path), revision=None, dequantised=None), template
+
+    models = {PIVOT: (choice, template)}
+    models |= {BASELINE: made(layout.baselines / PLAIN)} if recipe.wants_baseline else {}
     for source in recipe.sources:
-        template = "own" if source.chat_template == PIVOT else source.chat_template
-        models[f"sources/{source.label}"] = (context.choice(source.label), template)
-    made = {f"targets/{path.name}": path for path in context.targets}
-    made |= {MERGED: layout.merged} if recipe.merge is not None else {}
-    return models | {name: (replace(own, model=str(path)), pivot.chat_template) for name, path in made.items()}
+        of_source = "own" if source.chat_template == PIVOT else source.chat_template
+        models[f"sources/{source.label}"] = (context.choice(source.label), of_source)
+    models |= {f"targets/{path.name}": made(path) for path in context.targets}
+    return models | ({MERGED: made(layout.merged)} if recipe.merge is not None else {})
 
 
 def artifacts(context: Context) -> dict[str, Path]:
@@ -83,23 +84,24 @@ def status(context: Context, name: str) -> Status:
     return Status(folder, MISSING if artifact.read(folder) is None else DONE)
 
 
-def make(context: Context, models: Mapping[str, Model] | None = None) -> None:
-    """Score every model on the held-out rows and write ``results.json``; scores of the same inputs are kept.
-
-    models: some of :func:`models_of`; without it, all of them.
-    """
+def make(context: Context, only: Collection[str] | None = None) -> None:
+    """Score every model, or some, on the held-out examples and write ``results.json``; scores of equal inputs stay."""
     from fusekit.evaluation.metrics import ends_counted
 
     section = context.recipe.evaluate
     if section is None:
         return
-    rows, held_out = _held_out(section)
+    how = section.model_dump(include={"limit", "split", "revision", "name"})
+    read = {path: held_out_rows(path, **how) for path in section.paths}
+    hashes = {path: held_out_hash(path, hash_of(path), section.limit, rows) for path, rows in read.items()}
+    rows, asked = list(chain.from_iterable(read.values())), section.model_dump(include={"metrics", "limit"})
     results: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    for name, model in (models if models is not None else models_of(context)).items():
+    for name, model in models_of(context).items():
+        if only is not None and name not in only:
+            continue
         identity = _identity(context, name, model)
-        inputs = identity | {"metrics": list(section.metrics), "held_out": held_out, "limit": section.limit}
-        results[name] = _scores(context, name, model, inputs, rows)
+        results[name] = _scores(context, name, model, identity | asked | {"held_out": hashes}, rows)
         if section.lm_eval is not None:
             figures[name] = _lm_eval(context, section.lm_eval, name, model, identity)
             results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
@@ -110,16 +112,6 @@ def make(context: Context, models: Mapping[str, Model] | None = None) -> None:
         document["lm_eval"] = lm_eval.described(figures)
     data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
     commit_file(context.layout.results, lambda file: file.write(data))
-
-
-def _held_out(section: Evaluate) -> tuple[list[Row], Inputs]:
-    """The rows, and by path what tells whether they are still the same."""
-    from fusekit.evaluation.settings import held_out_hash, held_out_rows
-
-    how = section.model_dump(include={"limit", "split", "revision", "name"})
-    read = {path: held_out_rows(path, **how) for path in paths_of(section.path)}
-    hashes = {path: held_out_hash(path, hash_of(path), section.limit, rows) for path, rows in read.items()}
-    return list(chain.from_iterable(read.values())), hashes
 
 
 def _identity(context: Context, name: str, model: Model) -> Inputs:
@@ -146,14 +138,8 @@ def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: lis
         artifact.refuse_foreign(folder)  # now, not once the scores are there
         started = time.monotonic()
         _require_whole(name, choice)
-        found = evaluate_model(
-            choice,
-            rows,
-            metrics=section.metrics,
-            template=template,
-            batch_tokens=section.batch_tokens,
-            date=context.date,
-        )
+        how: Any = section.model_dump(include={"metrics", "batch_tokens"})
+        found = evaluate_model(choice, rows, template=template, date=context.date, **how)
         plain = {metric: {key: score.value for key, score in by_key.items()} for metric, by_key in found.items()}
         made = context.made(started)
         artifact.publish(folder, "evaluate", inputs, lambda into: write_json(into / "scores.json", plain), made)

@@ -104,22 +104,26 @@ def make(context: Context) -> None:
     from fusekit.merging import Settings
     from fusekit.merging import merge as run_merge
 
-    final, section = layout.merged, dict(recipe.merge)
-    folders = _folders(context, targets)
-    names, paths = list(folders), [str(folder) for folder in folders.values()]
+    final, section, folders = layout.merged, dict(recipe.merge), _folders(context, targets)
+    names = list(folders)
+
+    def text(head: str, models: Sequence[str]) -> str:
+        return f"# {head}\n" + yaml.safe_dump(_models(section, models) | section, sort_keys=False, allow_unicode=True)
+
     with output_lock(final):
         recover(final)  # of a process that died between moving a former model aside and putting the new one in place
-    repeatable = (
-        f"# The merge of this run. It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT\n"
-        + _dumped(_models(section, paths) | section)
-    )
-    if status(context).is_done():
-        _write_recipe(layout.merge_recipe, repeatable)  # it may be gone, or name the places that the targets had before
+    done = status(context).is_done()
+    if not done:
+        artifact.refuse_foreign(final)
+        for path in targets:
+            artifact.require_whole(path)
+    by_itself = f"It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT"
+    data = text(f"The merge of this run. {by_itself}", [str(folder) for folder in folders.values()]).encode()
+    # Where the merge is done it may be gone, or name the places that the targets had before.
+    if not layout.merge_recipe.is_file() or layout.merge_recipe.read_bytes() != data:
+        commit_file(layout.merge_recipe, lambda file: file.write(data))
+    if done:
         return
-    artifact.refuse_foreign(final)
-    for path in targets:
-        artifact.require_whole(path)
-    _write_recipe(layout.merge_recipe, repeatable)
     started, made_from = time.monotonic(), inputs(context)
 
     def finish(folder: Path) -> None:
@@ -136,9 +140,8 @@ def make(context: Context) -> None:
     )
     options = MergeOptions(**{"quiet": True, "random_seed": recipe.seed, **context.merge_options})
     # What is published names models, not folders of this machine.
-    named = f"# The merge of this run, its models by name\n{_dumped(_models(section, names) | section)}"
-    merged = run_merge(loads(named, str(layout.merge_recipe)), final, options, settings)
-    context.say(f"merge: {merged}")
+    named = loads(text("The merge of this run, its models by name", names), str(layout.merge_recipe))
+    context.say(f"merge: {run_merge(named, final, options, settings)}")
 
 
 def mistakes(recipe: Recipe) -> list[Mistake]:
@@ -175,14 +178,7 @@ def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
 
 
 def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
-    """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them.
-
-    Args:
-        checkpoint: the pivot.
-        section: ``merge`` of the recipe.
-        targets: how many there will be.
-        final: where the merged model will be.
-    """
+    """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them."""
     from mergekit.options import MergeOptions
 
     from fusekit.merging.plan import Plan as MergePlan
@@ -216,17 +212,6 @@ def _headers(checkpoint: Checkpoint) -> Headers:
         found[f"tensor {len(found)}"] = TensorHeader(dtype, (rows, shape.hidden), "(not here)", size)
         left -= rows * shape.hidden
     return found
-
-
-def _dumped(recipe: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-
-
-def _write_recipe(path: Path, text: str) -> None:
-    """Leave a file that says the same alone."""
-    data = text.encode()
-    if not path.is_file() or path.read_bytes() != data:
-        commit_file(path, lambda file: file.write(data))
 
 
 def _models(section: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:

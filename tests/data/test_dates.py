@@ -142,10 +142,9 @@ def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     layout = Layout(out)
     assert {Store.open(layout.store(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
     context = Context(recipe, layout, said.append)
-    models = {PIVOT: evaluating.models_of(context)[PIVOT]}
-    evaluating.make(context, models)
+    evaluating.make(context, {PIVOT})
     scores = layout.results.read_bytes()
     manifest = yaml.safe_load((layout.evaluation(PIVOT) / "manifest.json").read_text())
     assert manifest["inputs"]["reads"] == context.reader(PIVOT).fingerprint
-    evaluating.make(context, models)
+    evaluating.make(context, {PIVOT})
     assert layout.results.read_bytes() == scores

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fusekit.pipeline.run import run
-from fusekit.recipe.loading import load_recipe
-from tests.pipeline.worlds import write_recipe
+from tests.pipeline.worlds import go, write_recipe
 
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folder and output of a finished run of one source. Not to be changed."""
     folder = tmp_path_factory.mktemp("run")
-    run(load_recipe(write_recipe(folder, ["llama"])), folder / "out", say=lambda _: None)
+    go(write_recipe(folder, ["llama"]), folder / "out")
     return folder, folder / "out"
 
 
@@ -27,3 +25,12 @@ def finished(first: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(out, tmp_path / "out")
     shutil.copyfile(folder / "recipe.yml", tmp_path / "recipe.yml")
     return tmp_path / "recipe.yml", tmp_path / "out"
+
+
+@pytest.fixture
+def captured(finished: tuple[Path, Path]) -> tuple[Path, Path]:
+    """A copy of it that has got as far as its captures."""
+    recipe, out = finished
+    for name in ("alignment", "targets", "baselines", "merged", "evaluation"):
+        shutil.rmtree(out / name)
+    return recipe, out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,10 @@ import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
+from fusekit.artifacts import output_lock
 from fusekit.cli import cli
 from fusekit.errors import StorageError
-from fusekit.pipeline.run import run
-from fusekit.recipe.loading import load_recipe
-from tests.pipeline.worlds import stamps, with_sources
+from tests.pipeline.worlds import go, stamps, with_sources
 
 
 def clean(out: Path, *options: str) -> str:
@@ -28,17 +28,12 @@ def removed(before: dict[str, int], out: Path) -> set[str]:
     return {name.rsplit("/", 1)[0] for name in before if not (out / name).exists()}
 
 
-def test_a_finished_run_has_nothing_to_remove(finished):
-    _, out = finished
-    before = stamps(out)
-    assert clean(out, "--yes") == "nothing to remove\n"
-    assert stamps(out) == before
-
-
-def test_what_a_removed_source_left_goes(finished):
+def test_what_a_removed_source_left_goes_and_a_finished_run_has_nothing_to_remove(finished):
     path, out = finished
     two = with_sources(path, ["neox"])
     before = stamps(out)
+    assert clean(out, "--yes") == "nothing to remove\n"
+    assert stamps(out) == before
     shown = clean(out, "--recipe", str(two))
     assert stamps(out) == before
     assert f"{out}/captures/llama  " in shown
@@ -79,6 +74,7 @@ def test_what_processes_that_died_left_goes_and_nothing_else(finished):
     (out / "targets" / "llama.training" / "made_from.json").write_text("{}")
     (out / "targets" / ".llama.staging-0123abcd").mkdir()
     (out / ".merged.previous-0123abcd").mkdir()
+    (out / ".merged.staging-0123abcd").symlink_to(out / "thesis")
     (out / "data" / ".rows.jsonl.0.tmp").write_text("half")
     # None of these is of the run, whatever it is called.
     (out / ".notes.staging-0123abcd").mkdir()
@@ -91,14 +87,15 @@ def test_what_processes_that_died_left_goes_and_nothing_else(finished):
     said = clean(out, "--yes")
     assert "removed 4 things" in said
     assert f"spared: {out}/targets/mine: holds model.safetensors, which is not of the run" in said
-    assert f"spared: {out}/captures/link: is a link" in said
+    for link in ("captures/link", ".merged.staging-0123abcd"):
+        assert f"spared: {out}/{link}: is a link" in said
+        assert (out / link).is_symlink()
     assert not (out / "targets" / "llama.training").exists()
     assert not (out / "targets" / ".llama.staging-0123abcd").exists()
     assert not (out / ".merged.previous-0123abcd").exists()
     assert not (out / "data" / ".rows.jsonl.0.tmp").exists()
     assert (out / ".notes.staging-0123abcd").is_dir()
     assert (out / "thesis" / ".x.0.tmp").read_text() == "mine"
-    assert (out / "captures" / "link").is_symlink()
     after = stamps(out)
     assert {name for name in before if before[name] != after.get(name)} == {
         "targets/llama.training/made_from.json",
@@ -109,21 +106,12 @@ def test_what_processes_that_died_left_goes_and_nothing_else(finished):
 def test_what_a_run_that_is_not_finished_has_made_stays(finished):
     path, out = finished
     two = with_sources(path, ["llama", "neox"])
-    run(load_recipe(two), out, until="data", say=lambda _: None)  # stopped there, or later
+    go(two, out, until="data")  # stopped there, or later
     shutil.copytree(out / "captures" / "llama", out / "captures" / "neox")
     assert clean(out, "--yes") == "nothing to remove\n"
     assert f"{out}/captures/neox  " in clean(out, "--recipe", str(path))
-    run(load_recipe(path), out, start="merge", say=lambda _: None)  # all of it is of the first again
+    go(path, out, start="merge")  # all of it is of the first again
     assert f"{out}/captures/neox  " in clean(out)
-
-
-def test_a_link_that_looks_like_something_left_behind_is_spared(finished, tmp_path):
-    _, out = finished
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    (out / ".merged.staging-0123abcd").symlink_to(tmp_path / "mine")
-    assert f"spared: {out}/.merged.staging-0123abcd: is a link" in clean(out, "--yes")
-    assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
 def test_checkpoints_of_a_training_that_goes_on_stay(finished):
@@ -145,7 +133,7 @@ def test_a_stage_is_removed_to_be_made_anew(finished):
     assert not (out / "merged").exists()
     assert not (out / "results.json").exists()
     assert "merge.yml  " in said
-    run(load_recipe(path), out, start="merge", until="merge", say=lambda _: None)
+    go(path, out, start="merge", until="merge")
     assert (out / "merged" / "model.safetensors").is_file()
 
 
@@ -161,10 +149,15 @@ def test_options_that_clash_are_refused(options, said, first):
     assert said in result.output
 
 
-def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
-    (tmp_path / ".merged.staging-0123abcd").mkdir()
+def test_a_folder_that_is_no_run_or_in_use_is_not_touched(tmp_path, first):
+    left = tmp_path / ".merged.staging-0123abcd"
+    left.mkdir()
     error = CliRunner().invoke(cli, ["clean", str(tmp_path), "--yes"]).exception
     assert isinstance(error, StorageError)
     assert f"{tmp_path} is not the output of a run: it has no recipe.resolved.yml; nothing was touched" in str(error)
-    assert [path.name for path in tmp_path.iterdir()] == [".merged.staging-0123abcd"]
-    shutil.rmtree(tmp_path / ".merged.staging-0123abcd")
+    assert left.is_dir()
+    _, out = first
+    with output_lock(out.resolve()):
+        error = CliRunner().invoke(cli, ["clean", str(out), "--yes"]).exception
+    assert isinstance(error, StorageError)
+    assert f"{out}: already being written by process {os.getpid()} on " in str(error)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,13 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
-from fusekit.errors import MergeError, RecipeError, StorageError
+from fusekit.errors import MergeError, RecipeError
 from fusekit.pipeline import clean as cleaning
 from fusekit.pipeline.context import DONE, MISSING, STALE
 from fusekit.pipeline.plan import make_plan
-from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from tests.gguf_files import write_gguf
-from tests.pipeline.worlds import DEMO, stamps, write_recipe
-
-
-def quiet(_line: str) -> None:
-    """Says nothing."""
+from tests.pipeline.worlds import DEMO, go, refused, stamps, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +35,9 @@ def world(tmp_path_factory) -> Path:
     recipe = yaml.safe_load(path.read_text())
     recipe["pivot"] = {"model": str(folder / "pivot.Q8_0.gguf")}
     recipe["sources"] = [{"model": str(folder / "models"), "gguf_file": "llama.F16.gguf", "load": {"dtype": "float32"}}]
+    recipe["distill"]["num_train_epochs"] = 1
     path.write_text(yaml.safe_dump(recipe))
-    run(load_recipe(path), folder / "out", say=quiet)
+    go(path, folder / "out")
     return folder
 
 
@@ -78,44 +72,28 @@ def test_report_and_card_name_the_files(world):
     assert "pivot.Q8_0.gguf" in (out / "report.html").read_text()
 
 
-def test_a_rerun_does_nothing_even_where_the_pivots_file_is_gone(world, tmp_path):
-    copy = tmp_path / "world"
-    shutil.copytree(world, copy)
-    text = (copy / "recipe.yml").read_text().replace(str(world / "rows"), str(copy / "rows"))
-    (copy / "recipe.yml").write_text(text)
-    recipe, out = load_recipe(world / "recipe.yml"), copy / "out"
-    before = {name: stamp for name, stamp in stamps(out).items() if not name.startswith("logs")}
-    said: list[str] = []
-    run(recipe, out, say=said.append)
-    assert not any("dequantising" in line for line in said)
-    changed = {name for name, stamp in stamps(out).items() if before.get(name, stamp) != stamp}
-    assert not {name for name in changed if name.split("/")[0] in ("pivot", "targets", "captures", "data")}
-
-
-def test_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):
-    out, file = tmp_path / "out", tmp_path / "pivot.gguf"
+def test_a_rerun_does_nothing_and_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):
+    recipe, out, file = world / "recipe.yml", tmp_path / "out", tmp_path / "pivot.gguf"
     shutil.copytree(world / "out", out)
     shutil.copyfile(world / "pivot.Q8_0.gguf", file)
-    recipe = load_recipe(world / "recipe.yml", [f"pivot.model={file}"])
-    plan = make_plan(recipe, "r", out)
-    assert [step.state for step in plan.steps if step.stage == "pivot"] == [DONE]  # the same file elsewhere
+    before = stamps(out)
+    assert not any("dequantising" in line for line in go(recipe, out, f"pivot.model={file}", until="align"))
+    changed = {name for name, stamp in stamps(out).items() if before.get(name) != stamp}
+    assert not {name for name in changed if name.split("/")[0] in ("pivot", "targets", "captures", "data")}
+
+    def pivot(place: Path) -> tuple[str, int | None]:
+        plan = make_plan(load_recipe(recipe, [f"pivot.model={file}"]), "r", place)
+        [step] = [step for step in plan.steps if step.stage == "pivot"]
+        return step.state, step.disk
+
+    assert pivot(out) == (DONE, None)  # the same file elsewhere
     write_gguf(DEMO / "models" / "pivot", file, "F16")
-    with pytest.raises(StorageError, match=r"out/pivot: its inputs changed:\n  gguf: 'xxh3"):
-        run(recipe, out, say=quiet)
-    plan = make_plan(recipe, "r", out)
-    assert [step.state for step in plan.steps if step.stage == "pivot"] == [STALE]
-    new = make_plan(recipe, "r", tmp_path / "new")
-    (step,) = [step for step in new.steps if step.stage == "pivot"]
-    assert (step.state, step.disk) == (MISSING, find_checkpoint(ModelChoice(str(file))).weight_bytes)
-    assert not new.refused
-
-
-def test_clean_keeps_the_pivot_of_a_gguf_recipe_alone(world, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(world / "out", out)
+    refused(recipe, out, r"out/pivot: its inputs changed:\n  gguf: 'xxh3", f"pivot.model={file}")
+    assert pivot(out)[0] == STALE
+    assert pivot(tmp_path / "new") == (MISSING, find_checkpoint(ModelChoice(str(file))).weight_bytes)
     with cleaning.claimed(out) as layout:
         assert layout.pivot not in [item.path for item in cleaning.unneeded(layout).items]
-        plain = load_recipe(world / "recipe.yml", [f"pivot.model={DEMO / 'models' / 'pivot'}"])
+        plain = load_recipe(recipe, [f"pivot.model={DEMO / 'models' / 'pivot'}"])
         assert layout.pivot in [item.path for item in cleaning.unneeded(layout, plain).items]
     verified = CliRunner().invoke(commands, ["verify", str(out)])
     assert verified.exit_code == 0, verified.output
@@ -172,8 +150,3 @@ def test_a_merge_refuses_gguf_files_with_the_way_out(world, tmp_path):
         )
         with pytest.raises(MergeError, match=r"(?s)GGUF file.*dequantise\('.*\.gguf', 'FOLDER'\)"):
             merge(recipe, tmp_path / "out", MergeOptions(quiet=True), Settings())
-
-
-def test_commands_that_read_no_gguf_need_no_gguf():
-    script = "import sys; sys.modules['gguf'] = None; import fusekit.pipeline.plan, fusekit.cli.merge"
-    subprocess.run([sys.executable, "-c", script], check=True)

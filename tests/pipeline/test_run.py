@@ -14,10 +14,25 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.errors import StorageError
-from fusekit.pipeline.run import run
+from fusekit.layout import Layout
+from fusekit.pipeline import capturing, evaluating
+from fusekit.pipeline.context import Context
+from fusekit.pipeline.plan import make_plan
+from fusekit.pipeline.run import logged
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
-from tests.pipeline.worlds import ROWS, stamps, weights, with_sources, write_recipe
+from tests.helpers import edit_tensors
+from tests.pipeline.worlds import (
+    DEMO,
+    ROWS,
+    go,
+    refused,
+    stamps,
+    weights,
+    with_inputs,
+    with_sources,
+    write_recipe,
+)
 
 SUMMARIES = {
     "recipe.resolved.yml",
@@ -53,48 +68,45 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     recipe = yaml.safe_load((out / "recipe.resolved.yml").read_text())
     assert recipe["capture"]["top_k"] == 8
     assert recipe["distill"]["loss"] == load_recipe(out / "recipe.resolved.yml").distill.loss
+    lines = (out / "logs" / "run.log").read_text().splitlines()
+    assert all(line[:4].isdecimal() and line[10] == "T" for line in lines)
+    assert any("distill llama: step 16 of 16: loss " in line for line in lines)
+    assert lines[-1].endswith(" done")
 
 
 @pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tuple[Path, Path]) -> None:
     path, out = finished
-    before, hashes = stamps(out), weights(out)
-    run(load_recipe(path), out, say=lambda _: None)
+    before, hashes, earlier = stamps(out), weights(out), "The scores of merged are left out: they were measured on an"
+    go(path, out)
     after = stamps(out)
-    redone = {name for name in before if before[name] != after.get(name)}
-    assert redone <= SUMMARIES
+    assert {name for name in before if before[name] != after.get(name)} <= SUMMARIES
 
     two = with_sources(path, ["llama", "neox"])
-    run(load_recipe(two), out, until="merge", say=lambda _: None)
+    go(two, out, until="merge")
     write_report(out)  # before the new model is scored
-    assert (
-        "The scores of merged are left out: they were measured on an earlier model" in (out / "report.html").read_text()
-    )
+    assert earlier in (out / "report.html").read_text()
     assert "| merged model |" not in (out / "merged" / "README.md").read_text()
-    run(load_recipe(two), out, say=lambda _: None)
-    assert (
-        "The scores of merged are left out: they were measured on an earlier model"
-        not in (out / "report.html").read_text()
-    )
+    go(two, out)
+    assert earlier not in (out / "report.html").read_text()
     assert "| merged model |" in (out / "merged" / "README.md").read_text()
     later = stamps(out)
     anew = ("merge", "evaluation/merged", "recipe", "results", "report", "models.json", "logs")
-    kept = [name for name in before if not name.startswith(anew)]
-    assert [name for name in kept if before[name] != later[name]] == []
+    assert [name for name in before if not name.startswith(anew) and before[name] != later[name]] == []
     assert (out / "targets" / "neox" / "config.json").is_file()
     assert yaml.safe_load((out / "merge.yml").read_text())["models"][1]["model"] == str(out / "targets" / "neox")
     assert hashes["merged"] != weights(out)["merged"]
     assert "targets/neox" in json.loads((out / "results.json").read_text())["models"]
 
     # In another order nothing is made again.
-    run(load_recipe(with_sources(path, ["neox", "llama"])), out, say=lambda _: None)
+    go(with_sources(path, ["neox", "llama"]), out)
     reordered = stamps(out)
     card = {"merged/README.md", "merged/manifest.json"}  # which lists the sources in the recipe's order
     assert {name for name in later if later[name] != reordered.get(name)} <= SUMMARIES | card
     assert list(json.loads((out / "results.json").read_text())["models"])[2:4] == ["sources/neox", "sources/llama"]
 
     # Without the first source only the merge is made again; what it left stays until it is cleaned away.
-    run(load_recipe(with_sources(path, ["neox"])), out, say=lambda _: None)
+    go(with_sources(path, ["neox"]), out)
     less = stamps(out)
     kept = [name for name in later if not name.startswith(("merge", "evaluation/merged")) and name not in SUMMARIES]
     assert [name for name in kept if later[name] != less.get(name)] == []
@@ -102,40 +114,68 @@ def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tu
     assert "targets/llama" not in json.loads((out / "results.json").read_text())["models"]
 
 
-@pytest.mark.slow
-def test_changed_inputs_are_refused_with_the_difference(finished: tuple[Path, Path]) -> None:
+def change_a_weight(pivot: Path) -> None:
+    edit_tensors(pivot, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+
+
+def change_the_template(pivot: Path) -> None:
+    (pivot / "chat_template.jinja").write_text((pivot / "chat_template.jinja").read_text() + "\n")
+
+
+def change_the_tokenizer(pivot: Path) -> None:
+    tokenizer = json.loads((pivot / "tokenizer.json").read_text())
+    del tokenizer["model"]["merges"][-1]
+    (pivot / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "override", "message"),
+    [
+        (change_a_weight, [], "model_fingerprint: 'xxh3 "),
+        (change_the_tokenizer, [], "tokenizer: '"),
+        (change_the_template, [], "tokenizer: '"),
+        (None, ["data.max_length=32"], "max_length: 64, now 32"),
+        (None, ["capture.top_k=4"], "top_k: 8, now 4"),
+        (None, ["alignment.vocabulary=em"], "vocabulary: 'prefix', now 'em'"),
+        (None, ["distill.learning_rate=0.01"], "learning_rate: 0.0003, now 0.01"),
+        (None, ["merge.parameters.weight=0.5"], "merge.parameters.weight: 1.0, now 0.5"),
+    ],
+    ids=["model", "tokenizer", "template", "data", "capture", "alignment", "training", "merge"],
+)
+def test_what_changed_between_runs_is_refused_with_the_difference(change, override, message, finished, tmp_path):
+    recipe, out = finished
+    shutil.copytree(DEMO / "models" / "pivot", tmp_path / "pivot")
+    if change is not None:
+        change(tmp_path / "pivot")
+    refused(recipe, out, message, f"pivot.model={tmp_path / 'pivot'}", *override)
+    # A recipe that was refused is not said to be that of the run; the log has how it ended.
+    resolved = yaml.safe_load((out / "recipe.resolved.yml").read_text())
+    assert (resolved["data"]["max_length"], resolved["capture"]["top_k"]) == (64, 8)
+    assert any("stopped by " in line for line in (out / "logs" / "run.log").read_text().splitlines())
+
+
+def test_changed_rows_are_refused(finished):
     recipe, out = finished
     rows = out.parent / "rows.jsonl"
     shutil.copyfile(yaml.safe_load(recipe.read_text())["data"]["path"], rows)
-    before = stamps(out)
-    with pytest.raises(StorageError, match=r"max_length: 64, now 32"):
-        run(load_recipe(recipe, ["data.max_length=32"]), out, say=lambda _: None)
-    with pytest.raises(StorageError, match=r"top_k: 8, now 4"):
-        run(load_recipe(recipe, ["capture.top_k=4"]), out, say=lambda _: None)
-    with pytest.raises(Exception, match=r"learning_rate: 0.0003, now 0.01"):
-        run(load_recipe(recipe, ["distill.learning_rate=0.01"]), out, say=lambda _: None)
     with rows.open("a") as file:
         file.write(json.dumps(ROWS[0] | {"dataset": "more"}) + "\n")
-    with pytest.raises(StorageError, match=r"files\..*rows\.jsonl: not given, now '[0-9a-f]{32}'"):
-        run(load_recipe(recipe, [f"data.path={rows}"]), out, say=lambda _: None)
-    after = stamps(out)
-    assert {name for name in before if before[name] != after[name]} <= SUMMARIES
+    refused(recipe, out, r"files\..*rows\.jsonl: not given, now '[0-9a-f]{32}'", f"data.path={rows}")
 
 
-def test_what_is_missing_or_foreign_is_said(tmp_path: Path) -> None:
+def test_what_is_missing_or_foreign_is_said(tmp_path):
     recipe = write_recipe(tmp_path, ["llama"])
-    result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "out"), "--only", "merge"])
-    assert isinstance(result.exception, StorageError)
-    assert "the stage `data` comes first" in str(result.exception)
+    with pytest.raises(StorageError, match="the stage `data` comes first"):
+        go(recipe, tmp_path / "out", only="merge")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    result = CliRunner().invoke(cli, ["run", str(recipe), str(tmp_path / "mine")])
-    assert "is not the output of a run, but holds 'thesis.tex'" in str(result.exception)
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+    for name in ("report.html", "thesis.tex"):  # also one that is called like a file of a run
+        (tmp_path / "mine" / name).write_text("x")
+        refused(recipe, tmp_path / "mine", "is not the output of a run, but holds 'report.html'")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["report.html", "thesis.tex"]
 
 
 @pytest.mark.parametrize("out", ["/dev/null", "x" * 300, "recipe.yml"])
-def test_an_output_that_cannot_be_a_folder_is_named(out: str, tmp_path: Path, monkeypatch) -> None:
+def test_an_output_that_cannot_be_a_folder_is_named(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, ["llama"])
     for command in ("run", "plan"):
@@ -143,3 +183,107 @@ def test_an_output_that_cannot_be_a_folder_is_named(out: str, tmp_path: Path, mo
         assert done.exit_code != 0
         assert done.exception is None or isinstance(done.exception, (StorageError, SystemExit))
         assert out[:20] in " ".join(f"{done.output} {done.exception}".split())
+
+
+# An output that is damaged, was moved, or is of another recipe
+
+
+def test_scores_that_are_damaged_are_made_anew(finished):
+    path, out = finished
+    before = (out / "results.json").read_bytes()
+    (out / "evaluation" / "pivot" / "scores.json").write_text("[]")
+    (out / "evaluation" / "merged" / "scores.json").unlink()
+    said = go(path, out, only="evaluate")
+    assert [line.split(":")[0] for line in said] == ["evaluate pivot", "evaluate merged"]
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("found", ["[]", "5", "{", "[" * 100_000])
+def test_times_that_are_damaged_are_begun_anew(found, tmp_path):
+    context = Context(None, Layout(tmp_path))
+    context.layout.logs.mkdir()
+    context.layout.times.write_text(found)
+    with capturing.timed(context, "pivot"):
+        pass
+    assert json.loads(context.layout.times.read_text()).keys() == {"pivot"}
+
+
+def test_an_output_that_was_moved_has_a_merge_recipe_of_its_own_places(finished):
+    path, out = finished
+    assert f"{out}/targets/llama" not in (out / "merge.yml").read_text()  # it is a copy of another run
+    go(path, out, only="merge")
+    assert f"model: {out}/targets/llama\n" in (out / "merge.yml").read_text()
+    before = stamps(out)["merge.yml"]
+    go(path, out, only="merge")
+    assert stamps(out)["merge.yml"] == before
+
+
+def test_a_merged_model_of_other_targets_is_made_anew_one_of_other_settings_refused(finished):
+    path, out = finished
+    manifest = out / "merged" / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    with_inputs(out / "merged", {"targets": {"llama": "0" * 32}})
+    go(path, out, only="merge")
+    assert json.loads(manifest.read_text())["inputs"] == whole["inputs"]
+    refused(path, out, r"merge\.dtype: 'float32', now 'bfloat16'", "merge.dtype=bfloat16", only="merge")
+    manifest.unlink()
+    refused(path, out, r"merged has no manifest\.json, but holds README\.md \(and \d more\): move", only="merge")
+
+
+def test_a_baseline_that_is_missing_or_of_other_settings_is_refused_before_anything_is_trained(finished):
+    path, out = finished
+    said = r"baselines/sft: its inputs changed:\n  training.num_train_epochs: 4.0"
+    refused(path, out, said, "fusion.mode=joint", "distill.num_train_epochs=1", only="distill")
+    assert [folder.name for folder in (out / "targets").iterdir() if folder.is_dir()] == ["llama"]
+    shutil.rmtree(out / "baselines")
+    refused(path, out, "baselines/sft is missing: the stage `distill` comes first", only="evaluate")
+
+
+def test_held_out_rows_that_are_not_there_are_missed_at_the_start(finished, tmp_path):
+    refused(finished[0], tmp_path / "new", r"nowhere\.jsonl does not exist", "evaluate.path=nowhere.jsonl")
+    assert not (tmp_path / "new" / "data").exists()
+    plan = make_plan(load_recipe(finished[0], ["evaluate.path=nowhere.jsonl"]), "recipe.yml", finished[1])
+    assert plan.refused == ["evaluate: nowhere.jsonl does not exist"]
+
+
+def test_the_report_is_of_the_recipe_that_made_what_is_there(finished):
+    path, out = finished
+    said = r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n"
+    refused(path, out, said, "distill.num_train_epochs=9", only="report")
+    go(path, out, only="report")
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_what_stopped_a_run(tmp_path):
+    def stopped() -> None:
+        with logged(tmp_path / "logs"):
+            shutil.rmtree(tmp_path / "logs")
+            (tmp_path / "logs").write_text("no folder any more")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+
+
+def test_rows_are_cut_for_the_tokenizer_that_a_name_stands_for_now(first):
+    folder, out = first
+    other = load_recipe(folder / "recipe.yml", [f"sources.0.model={DEMO / 'sources' / 'neox'}", "sources.0.name=llama"])
+    context = Context(other, Layout(out))
+    assert capturing.rows_of(context, "pivot") is context.rows
+    assert capturing.rows_of(context, "llama") is not context.rows
+
+
+def test_scores_are_made_anew_when_the_template_changes(finished, tmp_path, capsys):
+    path, out = finished
+    shutil.copytree(DEMO / "models" / "pivot", tmp_path / "pivot")
+    said: list[str] = []
+    context = Context(load_recipe(path, [f"pivot.model={tmp_path / 'pivot'}"]), Layout(out), said.append)
+    evaluating.make(context, {"pivot", "sources/llama"})
+    assert said == []
+    template = tmp_path / "pivot" / "chat_template.jinja"
+    template.write_text(template.read_text() + "\n")
+    evaluating.make(context, {"pivot", "sources/llama"})
+    assert [line.split(":")[0] for line in said] == ["evaluate pivot"]
+    assert json.loads(context.layout.results.read_text())["models"].keys() == {"pivot", "sources/llama"}
+    shutil.rmtree(out / "captures")
+    go(path, out, only="capture")
+    assert "capturing" not in capsys.readouterr().err  # quiet

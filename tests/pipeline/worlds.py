@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from fusekit import artifacts as artifact
+from fusekit.errors import FusekitError
+from fusekit.pipeline.run import run
+from fusekit.recipe.loading import load_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 ROWS = [
@@ -76,3 +80,26 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def go(recipe: Path, out: Path, *overrides: str, **how: Any) -> list[str]:
+    """Run a recipe; returns what it said."""
+    said: list[str] = []
+    run(load_recipe(recipe, overrides), out, say=said.append, quiet=True, **how)
+    return said
+
+
+def refused(recipe: Path, out: Path, message: str, *overrides: str, **how: Any) -> None:
+    """A run raises an error of fusekit with this message, and touches nothing but its log."""
+    before = stamps(out)
+    with pytest.raises(FusekitError, match=message):
+        go(recipe, out, *overrides, **how)
+    assert {name: at for name, at in stamps(out).items() if not name.startswith("logs/")} == {
+        name: at for name, at in before.items() if not name.startswith("logs/")
+    }
+
+
+def with_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """The artifact as if it had been made from these, too."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"inputs": manifest["inputs"] | inputs}))
