@@ -136,7 +136,7 @@ class FusionConfig(OneDevice):
             )
         own = [name for name in FusionConfig.__annotations__ if name in TrainingSettings.model_fields]
         checked = (*own, "dataloader_num_workers", "train_sampling_strategy")
-        training = {name: getattr(self, name) for name in checked if getattr(self, name) is not None}
+        training = {name: value for name in checked if (value := getattr(self, name)) not in (None, "random")}
         sections = {"training": training, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
         self.settings = DistillSettings.of(self.preset, sections)
         if self.settings.training.schedule is not None:
