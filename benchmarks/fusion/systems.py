@@ -30,7 +30,6 @@ SYSTEMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fine-tuning": ("demo.yml", ("distill.lm_weight=1",)),
     "FuseLLM": ("demo.yml", of_preset("fusellm", tokens="dtw")),
     "FuseChat": ("demo-pairwise.yml", (*of_preset("fusechat"), *_FUSEAI)),
-    "FuseChat, merged whole": ("demo-pairwise.yml", of_preset("fusechat")),
     "ProFuser": ("profuser-demo.yml", ()),
     "fusekit": ("demo.yml", ()),
     "fusekit, half on-policy": ("demo.yml", _ON_POLICY),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusekit.alignment.alignment import TokenAlignment
 from fusekit.types import IntArray, TokenizedText
+
+if TYPE_CHECKING:  # it imports rapidfuzz
+    from fusekit.alignment.alignment import TokenAlignment
 
 
 class Case(IntEnum):
