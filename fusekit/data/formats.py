@@ -19,6 +19,7 @@ ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "developer": "system",
 }
 """What data sets call the three roles."""
 
@@ -29,10 +30,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # Without which a conversation is another one; fusekit does not render them.
 LOST = ("tools", "functions", "tool_calls", "function_call", "history", "train_detail")
 
-PAIRS = (("prompt", "response"), ("question", "answer"), ("prompt", "completion"), ("instruction", "response"))
+PAIRS = (
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("prompt", "completion"),
+    ("instruction", "response"),
+)
+SYSTEM = ("system", "system_prompt")
 ACCEPTED = (
     "messages (a list of {role, content}), conversations (a list of {from, value}), instruction/input/output, "
-    "prompt/response, question/answer, text, or fragment (text that is cut off)"
+    "instruction/context/response, prompt/response, question/answer, text, or fragment (text that is cut off)"
 )
 
 Turn = tuple[Message, bool]
@@ -83,12 +91,13 @@ def parse_record(record: object, form: Form, where: str, dataset: str, counts: D
             turns = [(message, old and new) for (message, old), new in zip(turns, marks, strict=True)]
     if form.used[0] not in (TEXT, FRAGMENT):
         _refuse_lost(record, where, but=form.used)
-        used.add("system")
-        system = _text(record, "system", where, optional=True)
-        if system and (not turns or turns[0][0].role != "system"):
-            turns = [(Message("system", system), True), *turns]
-        elif system and turns[0][0].content != system:
-            raise DataError(f"{where}: 'system' and the system message of the conversation differ: keep one")
+        used.update(SYSTEM)
+        for key in SYSTEM:
+            system = _text(record, key, where, optional=True)
+            if system and (not turns or turns[0][0].role != "system"):
+                turns = [(Message("system", system), True), *turns]
+            elif system and turns[0][0].content != system:
+                raise DataError(f"{where}: {key!r} and the system message of the conversation differ: keep one")
     unused = {str(key) for key in record.keys() - used if not _is_empty(record[key])}
     for name in sorted({*unused, *_unused_of_turns(record, form)}):
         counts.unused[name] = counts.unused.get(name, 0) + 1
@@ -136,8 +145,6 @@ def _chat(key: str) -> Form:
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
-    instruction, given = _text(record, "instruction", where), _text(record, "input", where, optional=True)
-    question = f"{instruction}\n\n{given}" if given else instruction
     turns: list[Turn] = []
     for number, pair in enumerate([] if _is_empty(record.get("history")) else _list(record, "history", where)):
         here = f"{where}, turn {number} of 'history'"
@@ -145,7 +152,13 @@ def _alpaca(record: Mapping[str, Any], where: str) -> list[Turn]:
             raise DataError(f"{here} is {_kind(pair)}, not [question, answer]")
         asked = dict(zip(("question", "answer"), pair, strict=True))
         turns += _asked(_text(asked, "question", here), _text(asked, "answer", here))
-    return [*turns, *_asked(question, _text(record, "output", where))]
+    return [*turns, *_asked(_with_input(record, "instruction", "input", where), _text(record, "output", where))]
+
+
+def _with_input(record: Mapping[str, Any], asked: str, given: str, where: str) -> str:
+    """The question, and after an empty line the text that it is about (``input`` of Alpaca, ``context`` of Dolly)."""
+    question, about = _text(record, asked, where), _text(record, given, where, optional=True)
+    return f"{question}\n\n{about}" if about else question
 
 
 def _asked(question: str, answer: str) -> list[Turn]:
@@ -159,9 +172,9 @@ def _pair(asked: str, answered: str) -> Form:
                 *((message, False) for message, _ in _turns(record[asked], f"{where}, {asked}")),
                 *_turns(record[answered], f"{where}, {answered}"),
             ]
-        return _asked(_text(record, asked, where), _text(record, answered, where))
+        return _asked(_with_input(record, asked, "context", where), _text(record, answered, where))
 
-    return Form(parse, (asked, answered))
+    return Form(parse, (asked, answered, "context"))
 
 
 def _plain(record: Mapping[str, Any], where: str) -> list[Turn]:

@@ -82,6 +82,8 @@ def test_what_cannot_be_honoured_is_refused(fields, named):
         ({"messages": [U | {"role": None}]}, "message 0 has no 'role'"),
         ({"instruction": "q", "output": "a", "history": [["a"]]}, "'history'"),
         ({"instruction": "q", "output": "a", "history": [["a", 1]]}, "'answer'"),
+        ({"instruction": "q", "response": "a", "context": ["c"]}, "'context'"),
+        ({"messages": [U, A], "system": "S", "system_prompt": "T"}, "'system_prompt'"),
     ],
 )
 def test_examples_that_would_be_read_as_others_are_refused(record, named):
@@ -99,6 +101,10 @@ def test_examples_that_would_be_read_as_others_are_refused(record, named):
         ({"prompt": "q", "response": "a", "system": "S"}, (SYSTEM, *CHAT)),
         ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, (("user", "x"), ("assistant", "y"), *CHAT)),
         ({"messages": [U, A], "tools": [], "history": None, "system": ""}, CHAT),
+        ({"messages": [{"role": "developer", "content": "S"}, U, A]}, (SYSTEM, *CHAT)),
+        ({"system_prompt": "S", "question": "q", "response": "a"}, (SYSTEM, *CHAT)),
+        ({"instruction": "q", "context": "c", "response": "a"}, (("user", "q\n\nc"), CHAT[1])),
+        ({"instruction": "q", "context": "", "response": "a"}, CHAT),
         ({"messages": [U, A], "tools": "[]"}, CHAT),
         ({"messages": [U, A | {"tool_calls": [], "reasoning_content": None}]}, CHAT),
         *(
