@@ -79,8 +79,10 @@ def with_article(noun: str) -> str:
 
 def system_errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
+    seen: set[int] = set()  # `raise error from error` makes a circle
     current: BaseException | None = error
-    while current is not None:
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
         if isinstance(current, OSError) and current.errno:
             return current.errno
         if match := _OS_ERROR.search(str(current)):

@@ -90,6 +90,8 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
 
     Raises ModelError, with a way out: no such folder, a file, a revision of a folder, and whatever :func:`find` does.
     """
+    if "\0" in name:
+        raise ModelError(f"{name!r} is not the name of a model")
     try:
         local = Path(name).expanduser()
         if name and local.is_dir():

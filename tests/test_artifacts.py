@@ -176,3 +176,9 @@ def test_sizes_as_people_read_them(tmp_path):
 def test_an_error_that_names_its_file_wins(tmp_path):
     error = OSError(28, "No space left on device", str(tmp_path / "shard"))
     assert str(tmp_path / "shard") in str(disk_fault(error, tmp_path))
+
+
+def test_an_error_that_is_its_own_cause_is_no_endless_chain(tmp_path):
+    error = ValueError("of no disk")
+    error.__cause__ = error  # as `raise error from error` leaves it
+    assert disk_fault(error, tmp_path) is None

@@ -199,15 +199,15 @@ def replies(model: Any, tokenizer: RowTokenizer, questions: Sequence[Question], 
     written = [""] * len(questions)
     waiting = plan_batches([len(q.prompt) + q.longest for q in questions], batch_tokens)[::-1]
     while waiting:
-        batch, failure = waiting.pop(), ""
+        batch, failure = waiting.pop(), None
         try:
             for index, text in zip(batch, _replies(model, tokenizer, [questions[i] for i in batch]), strict=True):
                 written[index] = text
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = " ".join(str(error).split())
-        if failure:
+            failure = " ".join(str(error).split()) or type(error).__name__  # a MemoryError may say nothing
+        if failure is not None:
             release(device_of(model))
             if len(batch) == 1:
                 question = questions[batch[0]]

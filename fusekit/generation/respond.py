@@ -132,14 +132,13 @@ class Answer(NamedTuple):
 
 def questions_of(rows: Iterable[Row]) -> list[Question]:
     """The questions of conversations that end with an answer to be learned, each once, in order."""
-    found: dict[tuple[Message, ...], Question] = {}
+    found: dict[tuple[Message, ...], tuple[str, dict[str, None]]] = {}  # one may have very many answers
     for row in rows:
         *asked, last = row.messages
         if asked and last.role == "assistant" and len(asked) not in row.context:
-            known = found.setdefault(tuple(asked), Question(tuple(asked), row.dataset, ()))
-            if last.content not in known.references:
-                found[known.messages] = known._replace(references=(*known.references, last.content))
-    return list(found.values())
+            _, references = found.setdefault(tuple(asked), (row.dataset, {}))
+            references[last.content] = None
+    return [Question(asked, dataset, tuple(references)) for asked, (dataset, references) in found.items()]
 
 
 def respond(model: Any, reader: RowTokenizer, questions: Sequence[Question], settings: RespondSettings) -> list[Answer]:

@@ -235,11 +235,11 @@ def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: Me
     if weights and weight_entry(files) is None and (there := gguf.among(files)):
         example = f"{reference.model.path.rstrip('/')}/{there[0]}"
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
-    config = _read_config(model)
+    config, tokenizer_config = _read_config(model), _read_json(model, "tokenizer_config.json") or {}
     if not runs_code:
         # mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
         # without code would run its own as well, so that one needs permission too.
-        asks = any("auto_map" in content for content in (config, _read_json(model, "tokenizer_config.json") or {}))
+        asks = "auto_map" in {**config, **tokenizer_config}
         if asks and (settings.allow_remote_code or config.get("model_type") not in CONFIG_MAPPING):
             raise MergeError(
                 f"{name} wants to run Python code of its own: if you trust its author, give "

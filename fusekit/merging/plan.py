@@ -322,7 +322,7 @@ def _dropped_tensors(by_pin: dict[Any, Model], tensors: list[PlannedTensor], lis
             for name, header in model.headers.items()
             if (pinned, id(header)) not in read and name not in listed and not name.endswith("inv_freq")
         ]
-        if dropped:
+        if dropped and model.weights:  # its tokenizer may be all that is wanted
             more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
             warnings.append(f"{model.name}: {dropped[0]}{more} will not be in the result: mergekit does not merge it")
     return warnings

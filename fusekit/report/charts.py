@@ -11,9 +11,8 @@ from typing import Any
 from fusekit.artifacts import counted, human
 from fusekit.evaluation.table import fixed
 from fusekit.layout import PIVOT
-from fusekit.merge_methods.provenance import TensorRecord
 from fusekit.report import text
-from fusekit.report.facts import Coefficients, Facts
+from fusekit.report.facts import Coefficients, Facts, Tensor
 
 Drawing = dict[str, Any]
 
@@ -220,7 +219,7 @@ def heat_map(found: Coefficients | None, order: Sequence[str] = ()) -> Drawing |
         return None
     names, tensors = short_names(ids), list(found.tensors.values())
     ids.sort(key=lambda model: order.index(names[model]) if names[model] in order else len(order))
-    groups: dict[tuple[int | None, str], dict[str, TensorRecord]] = {}
+    groups: dict[tuple[int | None, str], dict[str, Tensor]] = {}
     for name, tensor in found.tensors.items():
         groups.setdefault(_place(name), {})[name] = tensor
     cells = {place: _cell(*place, members, ids) for place, members in groups.items()}
@@ -251,7 +250,7 @@ def _place(name: str) -> tuple[int | None, str]:
     return int(parts[at]), ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
 
 
-def _cell(layer: int | None, module: str, members: Mapping[str, TensorRecord], ids: Sequence[str]) -> Drawing:
+def _cell(layer: int | None, module: str, members: Mapping[str, Tensor], ids: Sequence[str]) -> Drawing:
     return {
         "module": module,
         "name": next(iter(members)) if len(members) == 1 else f"{'' if layer is None else f'layer {layer}: '}{module}",
@@ -260,7 +259,7 @@ def _cell(layer: int | None, module: str, members: Mapping[str, TensorRecord], i
     }
 
 
-def _summary(model: str, tensors: Sequence[TensorRecord]) -> dict[str, float | None]:
+def _summary(model: str, tensors: Sequence[Tensor]) -> dict[str, float | None]:
     values = [tensor.coefficients[model] for tensor in tensors if model in tensor.coefficients]
     erased = _mean([tensor.erased.get(model) for tensor in tensors if tensor.erased])
     return {"mean": math.fsum(values) / len(values), "least": min(values), "greatest": max(values), "erased": erased}

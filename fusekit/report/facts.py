@@ -17,7 +17,6 @@ from fusekit.capturing.store import Store
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
-from fusekit.merge_methods.provenance import TensorRecord
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import last_part
 from fusekit.report import text
@@ -181,10 +180,19 @@ class Training(_Record):
         return next((float(value) for line in reversed(self.log) if _finite(value := line.get(name))), None)
 
 
+class Tensor(_Record):
+    """How one tensor was merged (:class:`fusekit.merge_methods.provenance.TensorRecord`)."""
+
+    method: str
+    coefficients: dict[str, float]
+    selected: float | None = None
+    erased: dict[str, float] | None = None
+
+
 class Coefficients(_Record):
     """``merged/coefficients.json``."""
 
-    tensors: dict[str, TensorRecord]
+    tensors: dict[str, Tensor]
 
 
 class Results(_Record):
@@ -357,8 +365,10 @@ class Facts:
         folders += sorted(path.parent for path in layout.evaluation("x").parent.rglob(artifact.MANIFEST))
         found = {}
         for folder in folders:
+            if folder.name.startswith("."):
+                continue
             known = self._tried(folder / artifact.MANIFEST, lambda file: artifact.read(file.parent))
-            if known is not None and not folder.name.startswith("."):
+            if known is not None:
                 found[folder.relative_to(layout.out).as_posix()] = known
         return found
 

@@ -272,6 +272,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_question_that_does_not_is_nam
     monkeypatch.setattr(model, "generate", full(0))
     with pytest.raises(CaptureError, match="into memory"):
         replies(*pivot, questions[:1], 16384)
+
+    def silent(**_):
+        raise MemoryError
+
+    monkeypatch.setattr(model, "generate", silent)
+    with pytest.raises(CaptureError, match="even alone \\(MemoryError\\)"):
+        replies(*pivot, questions[:1], 16384)
     assert model.generation_config is own  # also after an error
 
 
