@@ -143,6 +143,7 @@ def test_help_and_completion_do_not_import_the_commands():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert all(f"  {name} " in done.stdout for name in COMMANDS), done.stderr
     assert done.stdout.split()[-2:] == ["plain,validate", "plain,verify"], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_stages_and_stores_are_verified_alike(tmp_path):
