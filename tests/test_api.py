@@ -135,6 +135,7 @@ def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
     ("fields", "said"),
     [
         ({"loss": "kll"}, ("kll", "kl")),
+        ({"loss": "random"}, ("random", "loss")),
         ({"lm_weight": 2.0}, ("lm_weight", "2.0")),
         ({"alignment": {"tial": "drop"}}, ("tial", "tail")),
         ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),

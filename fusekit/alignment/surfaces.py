@@ -511,4 +511,5 @@ def _signs(tokenizer: Any) -> tuple[Any, ...]:
         return (hash(tokenizer), len(tokenizer))
     parts = [getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")]
     states = [part.__getstate__() if part is not None else None for part in parts]
-    return (backend.get_vocab_size(with_added_tokens=True), *states, getattr(tokenizer, "chat_template", None))
+    template = str(getattr(tokenizer, "chat_template", None))  # several templates are a dict
+    return (hash(tokenizer), backend.get_vocab_size(with_added_tokens=True), *states, template)

@@ -369,19 +369,21 @@ def _capture_shards(
                 refuse_quarantined(writer.path, writer.quarantined(), len(rows), max_quarantined)
 
 
-def refuse_quarantined(what: object, quarantined: Mapping[str, str], total: int, share: float) -> None:
+def refuse_quarantined(
+    what: object, quarantined: Mapping[str, str], total: int, share: float, *, stored: bool = True
+) -> None:
     """Raises CaptureError when more than this share of ``total`` examples, and more than one, have no distribution.
 
-    quarantined: why, by key.
+    quarantined: why, by key. stored: whether a store keeps the others.
     """
     allowed = max(1, int(share * total))
     if len(quarantined) > allowed:
         key, why = next(iter(quarantined.items()))
         raise CaptureError(
             f"{what}: {counted(len(quarantined), 'example')} without a distribution, more than the "
-            f"{allowed} of {total} that may (--max-quarantined {share:g}); the first is {key}: {why}. Are the "
-            "model's weights whole, and is its dtype one that it was trained for? If so many may be missing, raise the "
-            "limit: what is captured stays"
+            f"{allowed} of {total} that may{f' (--max-quarantined {share:g})' if stored else ''}; the first is {key}: "
+            f"{why}. Are the model's weights whole, and is its dtype one that it was trained for?"
+            + (" If so many may be missing, raise the limit: what is captured stays" if stored else "")
         )
 
 

@@ -136,7 +136,9 @@ class FusionConfig(OneDevice):
             )
         own = [name for name in FusionConfig.__annotations__ if name in TrainingSettings.model_fields]
         checked = (*own, "dataloader_num_workers", "train_sampling_strategy")
-        training = {name: value for name in checked if (value := getattr(self, name)) not in (None, "random")}
+        training = {name: value for name in checked if (value := getattr(self, name)) is not None}
+        if self.train_sampling_strategy == "random":  # the default, which a schedule would be refused for
+            del training["train_sampling_strategy"]
         sections = {"training": training, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
         self.settings = DistillSettings.of(self.preset, sections)
         if self.settings.training.schedule is not None:

@@ -104,7 +104,7 @@ class LiveTeacher:
                         self._quarantined[rows[index].key] = scored
                     else:
                         found[rows[index].key] = scored
-        refuse_quarantined(self.name, self._quarantined, len(self), self._max_quarantined)
+        refuse_quarantined(self.name, self._quarantined, len(self), self._max_quarantined, stored=False)
         return found
 
     def open(self) -> None:

@@ -167,6 +167,8 @@ def test_the_end_of_turn_is_read_from_the_chat_template():
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
     assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages }}"}
+    assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_rows_sum_to_at_most_one_and_pads_get_nothing():

@@ -159,8 +159,9 @@ def test_examples_without_a_distribution_are_left_out_and_too_many_are_refused()
     assert having[0] == rows[0].key
     assert rows[0].key not in found
     assert len(having) > 1
-    with pytest.raises(CaptureError, match="neox"):
+    with pytest.raises(CaptureError, match="neox") as error:
         found.score(found.keys)
+    assert "--max-quarantined" not in str(error.value)  # of a capture
 
 
 @pytest.mark.slow
