@@ -157,6 +157,11 @@ def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
         pass
 
 
+def test_a_lock_that_cannot_be_made_names_its_place():
+    with pytest.raises(StorageError, match="/proc/"), output_lock(Path("/proc/out")):
+        pass
+
+
 def test_a_holder_file_that_cannot_be_read_does_not_hide_the_error(tmp_path):
     first, second = output_lock(tmp_path / "out"), output_lock(tmp_path / "out")
     with first:

@@ -122,6 +122,7 @@ class Checkpoint:
             return self.identity
         if self.snapshot:
             return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
+        path = self.folder
         try:
             if self.gguf is not None:
                 return f"xxh3 {artifact.file_hash(self.folder / self.gguf.file)}"
@@ -130,12 +131,13 @@ class Checkpoint:
             digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
             for name in sorted(self.weights):
                 digest.update(f"\0{name}\0".encode())
-                with (self.folder / name).open("rb") as file:
+                path = self.folder / name
+                with path.open("rb") as file:
                     while piece := file.read(_HASHED_AT_A_TIME):
                         digest.update(piece)
             return f"xxh3 {digest.hexdigest()}"
         except OSError as error:
-            raise CaptureError(f"{self.choice.model} cannot be read: {error}") from error
+            raise CaptureError(f"{self.choice.model}: {path} cannot be read: {error}") from error
 
 
 def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool = True) -> Checkpoint:

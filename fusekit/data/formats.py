@@ -84,6 +84,8 @@ def parse_record(record: object, form: Form, where: str, dataset: str, counts: D
             raise DataError(f"{where}: not an example as a run writes it: {type(error).__name__}: {error}") from error
     turns = form.parse(record, where)
     used = {"dataset", *form.used}
+    if isinstance(record.get(form.used[0]), list):
+        used.discard("context")  # which is read with a question that is text alone
     for key in MARKS:
         marks = _marks(record, key, turns, where)
         if marks is not None:

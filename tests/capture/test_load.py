@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,3 +212,13 @@ def test_a_model_that_is_not_cached_fails_at_once_offline(monkeypatch, tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CaptureError, match=r"HF_HUB_OFFLINE is set: unset it, or fetch the model .*hf download"):
         find_checkpoint(ModelChoice("somebody/something"))
+
+
+def test_weights_that_cannot_be_read_are_named(model, monkeypatch):
+    def fails(*_args):
+        raise OSError(5, "Input/output error")  # as of a broken disk, with no name of a file
+
+    checkpoint = find_checkpoint(ModelChoice(str(model)))
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(CaptureError, match=r"model\.safetensors cannot be read: .*Input/output error"):
+        checkpoint.fingerprint()

@@ -128,6 +128,8 @@ def test_fields_that_are_not_used_are_counted():
     assert "id (2)" in counts.lines[1]
     list(rows_of([{"instruction": "q", "output": "a", "context": "c", "text": "t"}], counts := DataCounts()))
     assert counts.unused == {"context": 1, "text": 1}
+    list(rows_of([{"prompt": [U], "completion": [A], "context": "c"}], counts := DataCounts()))
+    assert counts.unused == {"context": 1}
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
