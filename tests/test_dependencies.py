@@ -65,6 +65,7 @@ def test_only_what_merges_imports_mergekit():
             "mergekit gguf",
         ),
         ("import fusekit.capturing.writer", "torch transformers datasets"),
+        ("import fusekit.report.card", "mergekit"),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):
