@@ -103,7 +103,7 @@ class Store:
             raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
         records = _records(folder, manifest)
         planned = len(manifest.bounds) - 1
-        if manifest.complete and len(records) < planned:
+        if manifest.complete and not incomplete and len(records) < planned:
             raise StorageError(f"{folder / MANIFEST} is damaged: complete, but with {len(records)} of {planned} shards")
         if not (manifest.complete or incomplete):
             raise StorageError(

@@ -327,6 +327,13 @@ def test_wrong_manifests_are_explained(damaged, change, named):
         Store.open(damaged)
 
 
+def test_a_manifest_that_lacks_a_shard_can_be_looked_at_and_is_mended(damaged, path):
+    edited(damaged, lambda manifest: manifest["shards"].pop())
+    assert len(Store.open(damaged, incomplete=True).records) == 3
+    assert write(damaged) == [3]
+    assert listing(damaged) == listing(path)
+
+
 @pytest.mark.parametrize(
     ("change", "file", "named"),
     [
