@@ -158,6 +158,7 @@ BEFORE_READING = {
         {"base_model": "https://huggingface.co/org/name/tree/main"},
         ["web address", "org/name"],
     ),
+    "a name that is none": ([], {"base_model": "a\0b"}, [r"'a\x00b' is not the name of a model"]),
     "a home folder": ([], {"base_model": "~/base"}, ["~/base", "write the path out"]),
     "an activation": (
         [configured("base", hidden_activation="gelu_pytorch_tanh"), configured("target1", hidden_activation="gelu")],
