@@ -30,13 +30,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # Without which a conversation is another one; fusekit does not render them.
 LOST = ("tools", "functions", "tool_calls", "function_call", "history", "train_detail")
 
-PAIRS = (
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("prompt", "completion"),
-    ("instruction", "response"),
-)
+PAIRS = (("prompt", "response"), ("question", "answer"), ("prompt", "completion"), ("instruction", "response"))
 SYSTEM = ("system", "system_prompt")
 ACCEPTED = (
     "messages (a list of {role, content}), conversations (a list of {from, value}), instruction/input/output, "
@@ -296,6 +290,11 @@ _FORMS = [
     (_has(("conversations",), without=("messages",)), _chat("conversations")),
     (_has(("instruction", "output"), without=_CHAT), Form(_alpaca, ("instruction", "input", "output", "history"))),
     *((_has(pair, without=(*_CHAT, "output")), _pair(*pair)) for pair in PAIRS),
+    # Beside a key of those pairs, it is another field.
+    (
+        _has(("question", "response"), without=(*_CHAT, "output", "answer", "prompt", "instruction")),
+        _pair("question", "response"),
+    ),
     (_has((TEXT,), without=(FRAGMENT, *_ANSWERS)), Form(_plain, (TEXT,))),
     (_has((FRAGMENT,), without=(TEXT, *_ANSWERS)), Form(_plain, (FRAGMENT,))),
 ]

@@ -103,6 +103,8 @@ def test_examples_that_would_be_read_as_others_are_refused(record, named):
         ({"messages": [U, A], "tools": [], "history": None, "system": ""}, CHAT),
         ({"messages": [{"role": "developer", "content": "S"}, U, A]}, (SYSTEM, *CHAT)),
         ({"system_prompt": "S", "question": "q", "response": "a"}, (SYSTEM, *CHAT)),
+        ({"question": "q", "answer": "a", "response": "of another model"}, CHAT),
+        ({"prompt": "q", "response": "a", "question": "in other words"}, CHAT),
         ({"instruction": "q", "context": "c", "response": "a"}, (("user", "q\n\nc"), CHAT[1])),
         ({"instruction": "q", "context": "", "response": "a"}, CHAT),
         ({"messages": [U, A], "tools": "[]"}, CHAT),
