@@ -184,7 +184,7 @@ def test_teachers_that_cannot_teach_these_examples_are_refused(teacher: Store, t
     with pytest.raises(DistillationError, match="teachers"):
         FusionTrainer(PIVOT, config(tmp_path), made, {"neox": teacher})
     with pytest.raises(DistillationError, match="neox has none of"):
-        FusionTrainer(PIVOT, config(tmp_path), [{"prompt": "1", "response": "2"}], {"neox": teacher})
+        FusionTrainer(PIVOT, config(tmp_path / "other"), [{"prompt": "1", "response": "2"}], {"neox": teacher})
 
 
 def test_a_template_that_prints_the_day_keeps_the_day_of_the_capture(tmp_path: Path) -> None:

@@ -287,6 +287,7 @@ def test_a_document_needs_an_eos():
         RowTokenizer(tokenizer).tokenize(Row((Message("text", "a"),)))
 
 
+@functools.cache
 def adds_bos(name, bos="<s>", **roles):
     """A tokenizer that puts bos before every text, as Gemma's and Llama's do."""
     tokenizer = extended(name, [], **roles)
@@ -296,6 +297,11 @@ def adds_bos(name, bos="<s>", **roles):
     )
     assert tokenizer("a")["input_ids"][0] == id_
     return tokenizer
+
+
+@functools.cache
+def without_bos():
+    return extended("mistral", [])
 
 
 # The template's bos begins every turn, as that of a small model whose bos is <|im_start|>.
@@ -323,7 +329,7 @@ def test_bos_stands_once_in_front_whatever_the_template(template, train_on):
     tokenizer = adds_bos("mistral")
     bos = tokenizer.bos_token_id
     reader = RowTokenizer(tokenizer, template, train_on)
-    bare = RowTokenizer(extended("mistral", []), template, train_on)
+    bare = RowTokenizer(without_bos(), template, train_on)
     tokens, without = reader.tokenize(row(TURNS[1:])), bare.tokenize(row(TURNS[1:]))
     assert tokens.ids[0] == bos
     assert (tokens.ids == bos).sum() == 1

@@ -56,7 +56,7 @@ def test_problems_of_tensors_and_of_the_machine(recipe, workshop, monkeypatch):
     edit_tensors(workshop / "target1", lambda tensors: tensors.pop(Q_PROJ))
     assert [Q_PROJ in line for line in check(recipe).problems] == [True]
     shutil.copytree(workshop / "target2", workshop / "target1", dirs_exist_ok=True)
-    monkeypatch.setattr("fusekit.merging.plan.free_bytes", lambda _: 100)
+    monkeypatch.setattr("fusekit.resources.free_bytes", lambda _: 100)
     assert ["100 bytes free" in line for line in check(recipe).problems] == [True]
     assert check(recipe, settings=Settings(ignore_estimates=True)).can_run
 
