@@ -24,7 +24,7 @@ TEXT = "text"
 """Role of a document of plain text: no template, ended by the end-of-text token."""
 
 FRAGMENT = "fragment"
-"""Role of a piece of a document that goes on in the next row: as ``TEXT``, without the end."""
+"""Role of a piece of a document that continues in the next example: as ``TEXT``, without the end."""
 
 
 class Message(NamedTuple):

@@ -354,7 +354,7 @@ def _is_dead(llm: Any) -> bool:
 
 
 def _watch(reference: weakref.ref[Any]) -> None:
-    """Wake ``LLM.generate`` when the engine's process was killed: vLLM notes it, but goes on waiting for an answer."""
+    """Wake ``LLM.generate`` when the engine's process was killed: vLLM notes it, but keeps waiting for an answer."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     while (llm := reference()) is not None and hasattr(_client(llm), "outputs_queue"):

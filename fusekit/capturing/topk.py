@@ -215,7 +215,7 @@ def _scores(best: _Best, sums: _Sums, k: int) -> Scores:
         logits.flatten(1), torch.arange(logits[0].numel() if n else 0, device=logits.device).expand(n, -1), k
     )
     ids = (groups[:, :, None] * GROUP + offsets).flatten(1).gather(1, places)
-    # The listed ids' own groups are summed anew without them: what is left keeps its precision.
+    # The listed ids' own groups are summed again without them: what is left keeps its precision.
     others = torch.cat(sums.groups, 1).scatter_(1, groups, 0.0).sum(1, dtype=torch.float64)
     near = sums.above(logits.flatten(1)).exp_().scatter_(1, places, 0.0).sum(1)
     rest = others + near

@@ -91,7 +91,7 @@ def distill(pivot: str, out: Path, **options: Any) -> None:
         if not options["quiet"]:
             click.echo(line, err=True)
 
-    kept = "checkpoints and finished targets are kept. The same command with --resume continues."
+    kept = "checkpoints and finished models are kept. The same command with --resume continues."
     with interruptible(lambda: say(f"fusekit: stopped; {kept}")):
         made = run(inputs, settings, out, say=say, **how)
     if Processes.current().is_first:

@@ -1,4 +1,4 @@
-"""Distil: from a pivot and stores of captured rows to published checkpoints."""
+"""Distil: from a pivot and stores of captured examples to published checkpoints."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def distill(
     others: tuple[int, int] = (0, 0),
     say: Say = lambda _: None,
 ) -> list[Path]:
-    """Train every target and publish each as a plain checkpoint in a folder of ``out``.
+    """Train every distilled model and publish each as a plain checkpoint in a folder of ``out``.
 
     Each is published in one step when it is whole; until then its checkpoints are in ``NAME.training`` beside it.
     Under ``torchrun`` or ``accelerate launch`` every process calls this.
@@ -74,7 +74,7 @@ def distill(
         say: told what a user should know, in the first process.
 
     Returns:
-        The folders of the targets.
+        The folders of the distilled models.
 
     Raises:
         DistillationError: inputs that do not fit, or that are not those of the run to resume (says what differs);
@@ -129,7 +129,7 @@ def _refuse_occupied(target: Target) -> None:
 
 
 class _Work:
-    """One target, what it is made from, and who is told."""
+    """One distilled model, what it is made from, and who is told."""
 
     def __init__(self, target: Target, opened: Opened, say: Say) -> None:
         self.target, self.opened = target, opened
@@ -156,7 +156,7 @@ class _Work:
         )
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
-        """Train and publish; a target that is published already stays. label: of the bar, None for none."""
+        """Train and publish; a model that is published already stays. label: of the bar, None for none."""
         target, facts, training = self.target, self.facts, self.opened.settings.training
         started, first = time.monotonic(), Processes.current().first_then_all
         if resume and first(lambda: _is_done(target, facts)):
@@ -259,7 +259,7 @@ class _Work:
 
 
 def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the target is published already, and not one that is being replaced. Raises if its inputs changed."""
+    """Whether the model is published already, and not one that is being replaced. Raises if its inputs changed."""
     known = None if overwriting.is_former(target.folder) else artifact.read(target.folder)
     if known is not None:
         _refuse_changes(target.folder, known.inputs, facts)
@@ -295,7 +295,7 @@ def _begin(target: Target, facts: Mapping[str, Any]) -> None:
     commit_file(target.work / FACTS, lambda file: file.write(data))
 
 
-# What a target is made from.
+# What a distilled model is made from.
 
 Facts = dict[str, Any]
 
@@ -308,7 +308,7 @@ _FREE_FIELDS = (
     "run_name",
     "disable_tqdm",
     "dataloader_num_workers",
-    "dataloader_p",  # pinning, prefetching, persistent workers; not drop_last, which leaves rows out
+    "dataloader_p",  # pinning, prefetching, persistent workers; not drop_last, which leaves examples out
     "log_level",
     "ddp_",
     "push_",
@@ -325,9 +325,9 @@ def facts_of_run(
     projections: Mapping[str, Projection] | None = None,
     writers: Mapping[str, str] | None = None,
 ) -> Facts:
-    """Everything that decides the weights of a target, and nothing else.
+    """Everything that decides the weights of a distilled model, and nothing else.
 
-    What a target does not use is not among them: of plain fine-tuning how sources are fused, of ``dtw`` what only
+    What it does not use is not among them: of plain fine-tuning how sources are fused, of ``dtw`` what only
     ``span`` reads. How sources are aligned is stated for each of them, in ``projections``. pivot: fingerprint of its
     weights. rows: to train on, in order. writers: of a schedule, who wrote the answers, by key, in order.
     """

@@ -33,7 +33,7 @@ from fusekit.yaml import Document, nearest
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a run. Its artifacts have names: of models, pairs or targets.
+    """One step of a run. Its artifacts have names: of models, pairs or distilled models.
 
     Attributes:
         artifacts: the folders of its artifacts by name, in order.

@@ -178,7 +178,9 @@ def test_without_the_package_the_extra_is_named(files, monkeypatch):
 
 @pytest.mark.parametrize("said", [Path("docs/how-to/gguf.md").read_text(), merging._NO_GGUF])
 def test_what_is_advised_can_be_imported(said):
-    exec(re.search(r"from [\w.]+ import dequantise", said)[0])
+    found: dict[str, object] = {}
+    exec(re.search(r"from [\w.]+ import dequantise", said)[0], found)
+    assert found["dequantise"] is dequantise
 
 
 def test_a_file_is_dequantised_once(files, tmp_path):
