@@ -66,3 +66,10 @@ class Layout:
     def evaluation(self, model: str) -> Path:
         """Scores of one model."""
         return self.out / "evaluation" / model
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that need not exist, in order, without hidden ones."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -126,17 +126,19 @@ def main_memory(what: str, needed: int, processes: int = 1, mapped: int = 0) -> 
     return Need(what, (taken + needed) * processes, tightest.available + taken * processes, tightest.source)
 
 
+def disk_need(what: str, needed: int, place: Path) -> Need:
+    """A need of so many bytes on the disk of ``place``, which need not exist yet."""
+    return Need(what, needed, free_bytes(place), f"free on the disk of {place}")
+
+
 def disk(wanted: Iterable[tuple[Path, int, str]]) -> list[Need]:
     """A need for each disk. wanted: where, how many bytes, and what they are for."""
     by_device: dict[int, list[tuple[Path, int, str]]] = {}
     for path, size, what in wanted:
         by_device.setdefault(existing_parent(path).stat().st_dev, []).append((path, size, what))
     return [
-        Need(
-            "disk, for " + ", ".join(what for _, _, what in items),
-            sum(size for _, size, _ in items),
-            free_bytes(items[0][0]),
-            f"free on the disk of {items[0][0]}",
+        disk_need(
+            "disk, for " + ", ".join(what for _, _, what in items), sum(size for _, size, _ in items), items[0][0]
         )
         for items in by_device.values()
     ]

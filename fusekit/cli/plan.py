@@ -16,7 +16,8 @@ from fusekit.cli.common import drop_noise, print_json
 from fusekit.cli.recipe import check_merge, overrides, recipe_argument
 
 if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Plan, Step
+    from fusekit.pipeline.plan import Plan
+    from fusekit.pipeline.stage import Step
     from fusekit.resources import Need
 
 WIDTH = 100

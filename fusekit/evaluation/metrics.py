@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,8 @@ from fusekit.capturing.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, DataError
-from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
+from fusekit.evaluation import lm_eval
+from fusekit.evaluation.settings import EvaluateSettings, LmEval, held_out_rows
 from fusekit.generation.respond import continued, device_of, eos_ids, prompt_of
 from fusekit.resources import is_out_of_memory, release
 from fusekit.types import Message, Part, Row, TokenizedRow
@@ -298,34 +299,55 @@ def evaluate_all(
     choices: Sequence[ModelChoice], settings: EvaluateSettings, template: str, notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Score several models; what ``results.json`` says. Arguments and errors as for :func:`evaluate`."""
-    from fusekit.evaluation import lm_eval
-
     if not settings.paths and settings.lm_eval is None:
         raise DataError("there is nothing to score models on: give held-out examples, or tasks of lm-eval")
     if settings.lm_eval is not None:
         lm_eval.check(settings.lm_eval, "lm_eval")
     how: dict[str, Any] = settings.model_dump(include={"limit", "split", "revision", "name"})
     rows = list(chain.from_iterable(held_out_rows(path, **how) for path in settings.paths))
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    figures = {}
-    for choice in choices:
-        results[choice.model] = {}
-        if settings.paths:
-            metrics = list(dict.fromkeys(settings.metrics))
-            scores = evaluate_model(
-                choice, rows, metrics=metrics, template=template, batch_tokens=settings.batch_tokens
-            )
-            results[choice.model] = {
-                metric: {name: score.value for name, score in found.items()} for metric, found in scores.items()
-            }
+    models = {choice.model: choice for choice in choices}
+    asked: dict[str, Any] = settings.model_dump(include={"metrics", "batch_tokens"})
+    return results_of(
+        models,
+        settings,
+        rows,
+        lambda name: values_of(evaluate_model(models[name], rows, template=template, **asked)),
+        lambda name, tasks: lm_eval.scores(models[name], template, tasks, notify),
+    )
+
+
+def results_of(
+    models: Iterable[str],
+    settings: EvaluateSettings,
+    rows: Sequence[Row],
+    scores: Callable[[str], dict[str, Any]],
+    figures: Callable[[str, LmEval], dict[str, Any]],
+) -> dict[str, Any]:
+    """What ``results.json`` says of some models.
+
+    Args:
+        models: their names.
+        settings: what is measured.
+        rows: the held-out examples.
+        scores: of a model on them, by metric and skill.
+        figures: of a model on tasks of lm-eval, by task (:func:`fusekit.evaluation.lm_eval.figure`).
+    """
+    results: dict[str, dict[str, Any]] = {}
+    shown: dict[str, dict[str, Any]] = {}
+    for name in models:
+        results[name] = scores(name) if settings.paths else {}
         if settings.lm_eval is not None:
-            figures[choice.model] = lm_eval.scores(choice, template, settings.lm_eval, notify)
-            values = {task: shown["value"] for task, shown in figures[choice.model].items()}
-            results[choice.model]["lm_eval"] = values
+            shown[name] = figures(name, settings.lm_eval)
+            results[name]["lm_eval"] = {task: known["value"] for task, known in shown[name].items()}
     document: dict[str, Any] = {"models": results}
     if settings.paths and "bits_per_byte" in settings.metrics:
         document["ends_counted"] = ends_counted(rows)
-    return document | ({"lm_eval": lm_eval.described(figures)} if figures else {})
+    return document | ({"lm_eval": lm_eval.described(shown)} if shown else {})
+
+
+def values_of(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, float]]:
+    """The values of scores, by metric and skill."""
+    return {metric: {skill: score.value for skill, score in found.items()} for metric, found in scores.items()}
 
 
 def evaluate_model(
@@ -356,7 +378,10 @@ def evaluate_model(
     if not rows:
         raise DataError("there is no held-out example to evaluate on")
     model, reads, longest = load_scored(choice, template, rows, date)
-    return {name: METRICS[name](model, reads, rows, batch_tokens=batch_tokens, longest=longest) for name in metrics}
+    return {
+        name: METRICS[name](model, reads, rows, batch_tokens=batch_tokens, longest=longest)
+        for name in dict.fromkeys(metrics)
+    }
 
 
 def load_scored(

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file
+from fusekit.artifacts import Inputs, commit_file, counted
 from fusekit.capturing.manifest import Manifest, keys_hash, read_json
 from fusekit.capturing.models import find_checkpoint, is_repository
 from fusekit.capturing.settings import CaptureSettings
@@ -26,24 +26,22 @@ from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, S
 from fusekit.gguf import SUFFIX
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import (
-    BEGUN,
-    DONE,
-    STALE,
     Context,
-    Status,
     choice_of,
-    compared,
     hash_of,
-    paths_of,
-    read_rows_file,
     unreadable,
     write_json,
     write_rows,
 )
+from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
+from fusekit.resources import Need, disk_need
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
+
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Planner
 
 ALIGNED_TEXTS = 2000
 """Texts of which the quality of a pair is counted, at most."""
@@ -51,118 +49,109 @@ SHOWN_TEXTS, SHOWN_OF_EACH, SHOWN_GROUPS = 8, 2, 60
 """In the report of an alignment, at most: texts, texts of each data set, groups of each text."""
 WORTH_EXAMPLES = 256
 """Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
+PAGE_BYTES, MAP_BYTES = 110_000, 16
+"""Bytes of an alignment's figures, page and samples; of its vocabulary map, per token of the source."""
+ROW_BYTES, TOKEN_BYTES = 128, 4
+"""Bytes of a row as JSON beside its contents; of a token of text, about."""
 
 
-def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
-    """Local models, templates and data that are missing or cannot be used, and ways of loading that are not there.
+class DequantisedPivot(Stage):
+    """The plain checkpoint of a pivot that is a GGUF file, which every stage reads."""
 
-    layout: of the run, whose captures and rows are kept although what they were made from may be gone.
-    """
-    from fusekit.capturing.load import loading_mistakes
+    name = PIVOT
+    places = ("pivot",)
 
-    def kept(folder: str) -> bool:
-        return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        return {"dequantised": context.layout.pivot} if context.recipe.pivot.path.endswith(SUFFIX) else {}
 
-    found: list[Mistake] = []
-    for index, model in enumerate((recipe.pivot, *recipe.sources), -1):
-        at: KeyPath = ("pivot",) if index < 0 else ("sources", index)
-        name = PIVOT if index < 0 else recipe.sources[index].label
-        found += [Mistake(says, (*at, "load", key)) for key, says in loading_mistakes(model.load)]
-        if model.chat_template != PIVOT or index < 0:
-            try:
-                ChatTemplate.chosen(model.chat_template)
-            except DataError as error:
-                found.append(Mistake(str(error), (*at, "chat_template")))
-        if is_repository(model.path) or kept(f"captures/{name}"):
-            continue
-        try:
-            find_checkpoint(choice_of(model), weights=not model.path.endswith(SUFFIX), download=False)
-        except FusekitError as error:
-            found.append(Mistake(str(error), (*at, "model")))
-    if not kept("data"):
-        for path in paths_of(recipe.data.path):
-            found += unreadable(path, ("data", "path"), on_bad_row=recipe.data.on_bad_row)
-    return found
+    def inputs(self, context: Context, _name: str, _before: Inputs) -> Inputs:
+        """Raises CaptureError where the GGUF file cannot be found, and was called otherwise before."""
+        from fusekit.capturing.load import dequantised_from
 
+        return dequantised_from(context.choice(PIVOT), artifact.read(context.layout.pivot))
 
-def not_looked_at(recipe: Recipe) -> list[str]:
-    """What of a recipe is on the hub, where :func:`mistakes` does not look."""
-    models = [model.path for model in (recipe.pivot, *recipe.sources) if is_repository(model.path)]
-    data = [*paths_of(recipe.data.path), *(paths_of(recipe.evaluate.path) if recipe.evaluate is not None else [])]
-    return list(dict.fromkeys([*models, *filter(is_on_hub, data)]))
+    def make(self, context: Context) -> None:
+        """Dequantise the file, once; read through what is there."""
+        from fusekit.capturing.load import dequantise
+
+        for name, folder in self.artifacts(context).items():
+            self.status(context, name).is_done()
+            dequantise(context.choice(PIVOT), folder, ignore_estimates=context.ignore_estimates, say=context.say)
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        from fusekit.capturing.estimate import dequantise_needs
+
+        checkpoint = planner.models.get(PIVOT)
+        if not step.work or checkpoint is None:
+            return []
+        memory, disk = dequantise_needs(checkpoint, planner.place)
+        step.memory, step.disk, step.disk_at_most = memory.needed, disk.needed, disk.needed
+        return [memory, disk]
 
 
-# The pivot, if it is a GGUF file: every stage reads a plain checkpoint of it.
+class Data(Stage):
+    """The rows that all models read, filtered and cut alike."""
 
+    name = "data"
+    places = ("data",)
 
-def pivot_artifacts(context: Context) -> dict[str, Path]:
-    """The plain checkpoint, where there is one to be made."""
-    return {"dequantised": context.layout.pivot} if context.recipe.pivot.path.endswith(SUFFIX) else {}
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        return {"rows": context.layout.data}
 
+    def inputs(self, context: Context, _name: str, before: Inputs) -> Inputs:
+        """A file that is not here, but was read before, is taken to be the same."""
+        section, known = context.recipe.data, before.get("files") or {}
+        files = {path: hash_of(path) or known.get(path) for path in section.paths}
+        # A size is for plans alone; with on_bad_row: error all examples were usable, as in runs before it was a choice.
+        unnamed = {"size"} if section.on_bad_row == "skip" else {"size", "on_bad_row"}
+        return section.model_dump(mode="json", exclude=unnamed) | {"files": files}
 
-def pivot_status(context: Context, _name: str) -> Status:
-    """Raises CaptureError where the GGUF file cannot be found, and was called otherwise before."""
-    from fusekit.capturing.load import dequantised_from
+    def make(self, context: Context) -> None:
+        super().make(context)
+        assert context.rows  # read, since they may be damaged
 
-    folder, choice = context.layout.pivot, context.choice(PIVOT)
-    return compared(folder, lambda _: dequantised_from(choice, artifact.read(folder)))
+    def make_one(self, context: Context, name: str) -> None:
+        section, started, counts = context.recipe.data, time.monotonic(), DataCounts(context.recipe.data.on_bad_row)
+        readers = [context.reader(name) for name in context.names]
+        how = section.model_dump(include={"split", "revision", "streaming", "name", "limit"})
+        rows = read_rows(section.paths, counts=counts, **how)
+        if section.pack:
+            rows = iter(pack_text(rows, readers, section.max_length))
+        prepared = prepare(rows, readers, section.max_length, section.overlong, counts)
+        if not prepared.rows:
+            raise RecipeError(f"data: there are no examples in {', '.join(section.paths)}")
 
+        def write(into: Path) -> None:
+            write_rows(into, prepared.rows)
+            write_json(into / "counts.json", prepared.counts.as_dict())
 
-def make_pivot(context: Context) -> None:
-    """Dequantise the file, once."""
-    from fusekit.capturing.load import dequantise
+        made = context.made(started) | {
+            "for": {name: reader.fingerprint for name, reader in zip(context.names, readers, strict=True)},
+            "date": context.date.isoformat(),
+        }
+        artifact.publish(context.layout.data, "data", self.inputs(context, name, {}), write, made)
+        for line in counts.lines:
+            context.say(f"data: {line}")
 
-    for name, folder in pivot_artifacts(context).items():
-        pivot_status(context, name).is_done()
-        choice = context.choice(PIVOT)
-        dequantise(choice, folder, ignore_estimates=context.ignore_estimates, say=context.say)
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        """Count examples and tokens; the run's own examples, where they are there."""
+        from fusekit.pipeline.plan_data import count_rows
 
-
-# data: the rows that all models read, cut alike.
-
-
-def data_inputs(context: Context, before: Inputs) -> Inputs:
-    """What the rows are made from. A file that is not here, but was read before, is taken to be the same."""
-    section, known = context.recipe.data, before.get("files") or {}
-    files = {path: hash_of(path) or known.get(path) for path in paths_of(section.path)}
-    # A size is for plans alone; with on_bad_row: error all examples were usable, as in runs before there was a choice.
-    unnamed = {"size"} if section.on_bad_row == "skip" else {"size", "on_bad_row"}
-    return section.model_dump(mode="json", exclude=unnamed) | {"files": files}
-
-
-def data_status(context: Context, _name: str = "rows") -> Status:
-    """Of the prepared rows."""
-    return compared(context.layout.data, partial(data_inputs, context))
-
-
-def make_data(context: Context) -> None:
-    """Read, filter and cut the rows, alike for all models of the recipe."""
-    if data_status(context).is_done():
-        read_rows_file(context.layout.data)
-        return
-    section, started, counts = context.recipe.data, time.monotonic(), DataCounts(context.recipe.data.on_bad_row)
-    paths, readers = paths_of(section.path), [context.reader(name) for name in context.names]
-    how = section.model_dump(include={"split", "revision", "streaming", "name"})
-    rows: Iterator[Row] = islice(
-        chain.from_iterable(read_rows(path, counts=counts, **how) for path in paths), section.limit
-    )
-    if section.pack:
-        rows = iter(pack_text(rows, readers, section.max_length))
-    prepared = prepare(rows, readers, section.max_length, section.overlong, counts)
-    if not prepared.rows:
-        raise RecipeError(f"data: there are no examples in {', '.join(paths)}")
-
-    def write(into: Path) -> None:
-        write_rows(into, prepared.rows)
-        write_json(into / "counts.json", prepared.counts.as_dict())
-
-    made = context.made(started) | {
-        "for": {name: reader.fingerprint for name, reader in zip(context.names, readers, strict=True)},
-        "date": context.date.isoformat(),
-    }
-    artifact.publish(context.layout.data, "data", data_inputs(context, {}), write, made)
-    for line in counts.lines:
-        context.say(f"data: {line}")
+        prepared: list[Row] | None = None
+        if step.state == DONE:
+            prepared = planner.tried(step, lambda: planner.context.rows)
+            step.notes += [counted(len(prepared), "example")] if prepared is not None else []
+        planner.rows = found = count_rows(planner.recipe.data, planner.tokenizers, prepared)
+        planner.plan.refused += found.problems
+        step.rows, step.tokens = found.rows, found.of(found.tokens, PIVOT)
+        known = step.rows is not None or found.problems
+        (planner.plan.basis if known else planner.plan.unknown).extend(found.said)
+        content = found.content_bytes
+        if content is None and step.tokens is not None:
+            content = TOKEN_BYTES * step.tokens
+        if content is not None and step.rows is not None:
+            step.disk = step.disk_at_most = content + ROW_BYTES * step.rows
+        return []
 
 
 def rows_of(context: Context, name: str) -> list[Row]:
@@ -176,9 +165,6 @@ def rows_of(context: Context, name: str) -> list[Row]:
     if prepared.counts.dropped:
         context.say(f"data for {name}: {prepared.counts}")
     return prepared.rows
-
-
-# capture: a store of each model.
 
 
 def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thorough: bool) -> Inputs:
@@ -224,10 +210,109 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
     return facts
 
 
-def capture_artifacts(context: Context) -> dict[str, Path]:
+class Capture(Stage):
     """A store of every model, but for sources that are scored while training reads."""
-    live = {source.label for source in context.recipe.sources if source.on_the_fly}
-    return {name: context.layout.store(name) for name in context.names if name not in live}
+
+    name = "capture"
+    places = ("captures/",)
+    needs = ("data",)
+    shared = True
+
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        live = {source.label for source in context.recipe.sources if source.on_the_fly}
+        return {name: context.layout.store(name) for name in context.names if name not in live}
+
+    def check_place(self, context: Context, name: str) -> None:
+        check_store_place(context.layout.store(name))
+
+    def status(self, context: Context, name: str) -> Status:
+        return store_status(context, name, context.layout.store(name), rows_of(context, name))
+
+    def make(self, context: Context) -> None:
+        """Capture what each model says about the examples, or what is missing of it; note down the models' facts."""
+
+        def say(name: str, line: str) -> None:
+            context.say(f"capture {name}: {line}")
+
+        for name, folder in self.artifacts(context).items():
+            for line in context.checkpoint(name).notices:
+                say(name, line)
+            rows, settings = rows_of(context, name), context.recipe.capture
+            with timed(context, name):
+                store = captured(context, name, rows, folder, settings, notify=partial(say, name))
+            say(name, f"{counted(len(store), 'example')} in {store.path}")
+        context.processes.first_then_all(partial(describe, context))
+
+    def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
+        """Local models, templates and data that are missing or cannot be used, and ways of loading that are not there.
+
+        layout: of the run, whose captures and rows are kept although what they were made from may be gone.
+        """
+        from fusekit.capturing.load import loading_mistakes
+
+        def kept(folder: str) -> bool:
+            return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
+
+        found: list[Mistake] = []
+        for index, model in enumerate((recipe.pivot, *recipe.sources), -1):
+            at: KeyPath = ("pivot",) if index < 0 else ("sources", index)
+            name = PIVOT if index < 0 else recipe.sources[index].label
+            found += [Mistake(says, (*at, "load", key)) for key, says in loading_mistakes(model.load)]
+            if model.chat_template != PIVOT or index < 0:
+                try:
+                    ChatTemplate.chosen(model.chat_template)
+                except DataError as error:
+                    found.append(Mistake(str(error), (*at, "chat_template")))
+            if is_repository(model.path) or kept(f"captures/{name}"):
+                continue
+            try:
+                find_checkpoint(choice_of(model), weights=not model.path.endswith(SUFFIX), download=False)
+            except FusekitError as error:
+                found.append(Mistake(str(error), (*at, "model")))
+        if not kept("data"):
+            for path in recipe.data.paths:
+                found += unreadable(path, ("data", "path"), on_bad_row=recipe.data.on_bad_row)
+        return found
+
+    def can_compare(self, planner: Planner, name: str) -> bool:
+        return planner.done("data") and name in planner.tokenizers
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        from fusekit.capturing import estimate
+
+        if not step.work:
+            return []
+        name, found, settings = step.name, planner.rows, planner.recipe.capture
+        tokens, labels, checkpoint = (
+            found.of(found.tokens, name),
+            found.of(found.labels, name),
+            planner.models.get(name),
+        )
+        share = step.rows / found.rows if step.rows is not None and found.rows else 1.0
+        step.rows = step.rows if step.rows is not None else found.rows
+        step.tokens = round(tokens * share) if tokens is not None else None
+        if checkpoint is None:
+            planner.plan.unknown.append(f"capture {name}: how large {planner.context.model(name).path} is")
+            return []
+        needs = []
+        if tokens is not None and labels is not None and found.rows is not None:
+            sizes = {"rows": found.rows, "vocabulary": planner.vocabulary(name), "top_k": settings.top_k}
+            # What the stage asks for takes every token for a label; what is expected does not.
+            step.disk_at_most = round(share * estimate.store_bytes(tokens=tokens, labels=tokens, **sizes))
+            step.disk = round(share * estimate.store_bytes(tokens=tokens, labels=labels, **sizes))
+            what = f"disk ({counted(found.rows, 'captured example')} of {name}, at most)"
+            needs.append(disk_need(what, step.disk_at_most, planner.place))
+            step.pflop = 2 * planner.active(name) * share * tokens / 1e15
+        memory = estimate.memory_needs(checkpoint, settings, planner.processes)
+        step.memory = max((need.needed for need in memory), default=None)
+        return needs + memory
+
+
+def not_looked_at(recipe: Recipe) -> list[str]:
+    """What of a recipe is on the hub, where :meth:`Capture.mistakes` does not look."""
+    models = [model.path for model in (recipe.pivot, *recipe.sources) if is_repository(model.path)]
+    data = [*recipe.data.paths, *(recipe.evaluate.paths if recipe.evaluate is not None else [])]
+    return list(dict.fromkeys([*models, *filter(is_on_hub, data)]))
 
 
 def check_store_place(folder: Path) -> None:
@@ -238,11 +323,6 @@ def check_store_place(folder: Path) -> None:
         refuse_foreign(folder)
 
 
-def capture_status(context: Context, name: str) -> Status:
-    """Of a model's store. The prepared rows have to be there. Raises StorageError for a damaged store."""
-    return store_status(context, name, context.layout.store(name), rows_of(context, name))
-
-
 def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
     """Of a store of a model over some rows. Raises StorageError for a damaged one."""
     from fusekit.capturing.capture import data_fingerprint
@@ -251,33 +331,17 @@ def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> 
     if manifest is None:
         return Status(folder)
     before = artifact.flat(manifest.spec.model_dump())
-    expected = store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
-    changed = artifact.differences({key: before.get(key, "not given") for key in expected}, expected)
-    if not changed and keys_hash([row.key for row in rows]) != manifest.keys_xxh3:
-        changed = ["rows: others, or in another order"]
-    if changed:
-        return Status(folder, STALE, tuple(changed))
+    now = before | store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
+    status = compared(folder, before, lambda _: now)
+    if status.state == STALE:
+        return status
+    if keys_hash([row.key for row in rows]) != manifest.keys_xxh3:
+        return Status(folder, STALE, ("rows: others, or in another order",))
     done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
     if manifest.complete:
-        return Status(folder, DONE)
-    note = f"{done} of {artifact.counted(len(rows), 'example')} captured"
+        return status
+    note = f"{done} of {counted(len(rows), 'example')} captured"
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
-
-
-def make_captures(context: Context) -> None:
-    """Capture what each model says about the examples, or what is missing of it, and note down the models' facts."""
-    for name in capture_artifacts(context):
-        for line in context.checkpoint(name).notices:
-            context.say(f"capture {name}: {line}")
-        with timed(context, name):
-            say, folder = partial(_say_of, context, name), context.layout.store(name)
-            store = captured(context, name, rows_of(context, name), folder, context.recipe.capture, notify=say)
-        context.say(f"capture {name}: {artifact.counted(len(store), 'example')} in {store.path}")
-    context.processes.first_then_all(partial(describe, context))
-
-
-def _say_of(context: Context, name: str, line: str) -> None:
-    context.say(f"capture {name}: {line}")
 
 
 def captured(
@@ -324,84 +388,84 @@ def describe(context: Context) -> None:
     write_models(context.layout.models, {name: known[name] for name in context.names if name in known})
 
 
-# align: vocabulary map and quality of each pair.
-
-
 def alignment_of(context: Context, source: str) -> AlignmentSettings:
     """How a source's rows come into the pivot's vocabulary."""
     return context.recipe.alignment_of(next(known for known in context.recipe.sources if known.label == source))
 
 
-def align_artifacts(context: Context) -> dict[str, Path]:
-    """An alignment per source."""
-    return {source.label: context.layout.alignment(source.label) for source in context.recipe.sources}
+class Align(Stage):
+    """Vocabulary map and quality of each source with the pivot."""
 
+    name = "align"
+    places = ("alignment/",)
+    needs = ("data",)
 
-def align_inputs(context: Context, source: str) -> Inputs:
-    """What the vocabulary map and the quality of a pair are made from."""
-    from fusekit.capturing.capture import vocabulary_size
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        return {source.label: context.layout.alignment(source.label) for source in context.recipe.sources}
 
-    theirs = context.reader(source)
-    return {
-        "pivot": context.reader(PIVOT).fingerprint,
-        "source": theirs.fingerprint,
-        "vocabulary": alignment_of(context, source).vocabulary,
-        "ids": vocabulary_size(context.checkpoint(source), theirs),
-        "data": artifact.joined_hash(f"{row.key} {row.cut}" for row in context.rows),
-    }
+    def inputs(self, context: Context, source: str, _before: Inputs) -> Inputs:
+        from fusekit.capturing.capture import vocabulary_size
 
+        theirs = context.reader(source)
+        return {
+            "pivot": context.reader(PIVOT).fingerprint,
+            "source": theirs.fingerprint,
+            "vocabulary": alignment_of(context, source).vocabulary,
+            "ids": vocabulary_size(context.checkpoint(source), theirs),
+            "data": artifact.joined_hash(f"{row.key} {row.cut}" for row in context.rows),
+        }
 
-def align_status(context: Context, source: str) -> Status:
-    """Of a pair. The prepared rows have to be there."""
-    return compared(context.layout.alignment(source), lambda _: align_inputs(context, source))
+    def make(self, context: Context) -> None:
+        """Align each source with the pivot, and measure what it is worth as a teacher where both are captured."""
+        for source in self.artifacts(context):
+            if not self.status(context, source).is_done():
+                self.make_one(context, source)
+            _measure_worth(context, source)
 
+    def make_one(self, context: Context, source: str) -> None:
+        """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
+        from fusekit.alignment import align, vocabulary_surfaces
+        from fusekit.alignment.quality import AlignmentQuality, sample_of, write_samples
+        from fusekit.distillation.vocabulary_maps import write_map
 
-def make_alignments(context: Context) -> None:
-    """Align each source with the pivot, and measure what it is worth as a teacher where both are captured."""
-    for source in align_artifacts(context):
-        if not align_status(context, source).is_done():
-            _align(context, source)
-        _measure_worth(context, source)
+        started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
+        made = _vocabulary_map(context, source)
+        quality = AlignmentQuality(context.recipe.pivot.path, context.model(source).path)
+        shown: dict[str, list[Any]] = {}  # by data set, so that each has its examples
+        more: list[Any] = []
+        texts = (
+            (message.content, row.dataset)
+            for row in context.rows
+            for message in row.messages
+            if message.content and (row.is_text or message.role == "assistant")
+        )
+        for text, dataset in islice(texts, ALIGNED_TEXTS):
+            found = align(text, pivot, theirs)
+            quality.add(found, dataset)
+            if len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS:
+                shown[dataset].append(found)
+            elif len(more) < SHOWN_TEXTS:
+                more.append(found)
 
+        def write(into: Path) -> None:
+            if made is not None:
+                write_map(into, made)
+            (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
+            surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(theirs)
+            samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
+            drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
+            write_samples(into / "samples.json", drawn)
 
-def _align(context: Context, source: str) -> None:
-    """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
-    from fusekit.alignment import align, vocabulary_surfaces
-    from fusekit.alignment.quality import AlignmentQuality, sample_of, write_samples
-    from fusekit.distillation.vocabulary_maps import write_map
+        inputs = self.inputs(context, source, {})
+        artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
+        share = quality.total.to_dict()
+        context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
 
-    started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
-    made = _vocabulary_map(context, source)
-    quality = AlignmentQuality(context.recipe.pivot.path, context.model(source).path)
-    shown: dict[str, list[Any]] = {}  # by data set, so that each has its examples
-    more: list[Any] = []
-    texts = (
-        (message.content, row.dataset)
-        for row in context.rows
-        for message in row.messages
-        if message.content and (row.is_text or message.role == "assistant")
-    )
-    for text, dataset in islice(texts, ALIGNED_TEXTS):
-        found = align(text, pivot, theirs)
-        quality.add(found, dataset)
-        if len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS:
-            shown[dataset].append(found)
-        elif len(more) < SHOWN_TEXTS:
-            more.append(found)
-
-    def write(into: Path) -> None:
-        if made is not None:
-            write_map(into, made)
-        (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
-        surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(theirs)
-        samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
-        drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
-        write_samples(into / "samples.json", drawn)
-
-    inputs = align_inputs(context, source)
-    artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
-    share = quality.total.to_dict()
-    context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        if step.work:
+            step.disk = step.disk_at_most = PAGE_BYTES + MAP_BYTES * planner.vocabulary(step.name)
+            step.rows = min(planner.rows.rows, ALIGNED_TEXTS) if planner.rows.rows is not None else None
+        return []
 
 
 def _vocabulary_map(context: Context, source: str) -> Any:

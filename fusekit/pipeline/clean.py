@@ -16,9 +16,7 @@ from fusekit.artifacts import disk_fault, output_lock
 from fusekit.capturing.writer import OF_STORES
 from fusekit.distillation.outputs import NOTE
 from fusekit.errors import StorageError
-from fusekit.evaluation import lm_eval
-from fusekit.layout import NAMES, PIVOT, SHARDS, Layout
-from fusekit.pipeline import evaluating
+from fusekit.layout import NAMES, SHARDS, Layout, folders_in
 from fusekit.pipeline.context import Context
 from fusekit.pipeline.run import TABLE
 from fusekit.recipe import Recipe
@@ -75,7 +73,7 @@ def claimed(out: Path | str) -> Iterator[Layout]:
         )
     with ExitStack() as held:
         guarded = [path for path in (layout.targets, layout.baselines) if path.is_dir()]
-        for path in (layout.out, *guarded, *_folders(layout.store("")), *_folders(layout.winners(""))):
+        for path in (layout.out, *guarded, *folders_in(layout.store("")), *folders_in(layout.winners(""))):
             held.enter_context(output_lock(path))
         yield layout
 
@@ -90,12 +88,11 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
     recipes = [recipe] if recipe is not None else [load_recipe(p) for p in (layout.recipe, layout.begun) if p.is_file()]
     wanted: set[Path] = set()
     for context in (Context(known, layout) for known in recipes):
-        wanted.update(*(stage.artifacts(context).values() for stage in TABLE.values()))
-        wanted.update(evaluating.lm_eval_folders(context))
+        wanted.update(*(stage.wanted(context) for stage in TABLE.values()))
     found = Findings()
     for path in _left_behind(layout):
         found.add(layout, path, "left behind by a process that died")
-    for path in chain.from_iterable(_made(layout).values()):
+    for path in chain.from_iterable(stage.made(layout) for stage in TABLE.values()):
         result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
         finished = path.suffix == WORK and (result / artifact.MANIFEST).is_file() and not (path.parent / NOTE).exists()
         if path.is_dir() and result not in wanted:
@@ -107,27 +104,11 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
 
 def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
     """Everything that these stages made, to make it again, whatever recipe made it."""
-    found, made = Findings(), _made(layout)
+    found = Findings()
     for stage in stages:
-        for path in made[stage]:
+        for path in TABLE[stage].made(layout):
             found.add(layout, path, f"made by the stage {stage}")
     return found
-
-
-def _made(layout: Layout) -> dict[str, list[Path]]:
-    """What stages may have made, whatever recipe asked for it, by stage."""
-    return {
-        PIVOT: [layout.pivot],
-        "data": [layout.data],
-        "respond": _folders(layout.responses("")),
-        "judge": [layout.judged, layout.shards(layout.judged), *_folders(layout.winners(""))],
-        "capture": _folders(layout.store("")),
-        "align": _folders(layout.alignment("")),
-        "distill": [*_folders(layout.targets), *_folders(layout.baselines)],
-        "merge": [layout.merged, layout.merge_recipe],
-        "evaluate": [*_scored(layout), layout.results],
-        "report": [layout.report, layout.models],
-    }
 
 
 def remove(items: Iterable[Item]) -> None:
@@ -147,21 +128,6 @@ def remove(items: Iterable[Item]) -> None:
                 item.path.unlink(missing_ok=True)
         except OSError as error:
             raise disk_fault(error, item.path) or StorageError(f"{item.path} cannot be removed: {error}") from error
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Folders in a folder, without hidden ones."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _scored(layout: Layout) -> list[Path]:
-    """Folders of scores, those of tasks of lm-eval too."""
-    folder = layout.evaluation("")
-    places = [path.parent for path in sorted(folder.rglob(artifact.MANIFEST))]
-    places = [place for place in places if place not in (folder, folder / lm_eval.FOLDER)]  # not of a run there
-    return [place for place in places if not any(part.startswith(".") for part in place.relative_to(folder).parts)]
 
 
 def _left_behind(layout: Layout) -> list[Path]:
@@ -187,7 +153,7 @@ def _foreign(layout: Layout, path: Path) -> list[str]:
     if path.parent in (layout.store(""), layout.winners("")):
         return _foreign_to_stores(path)
     if path.suffix in _OF_WORK:
-        stores = [store.name for store in _folders(path) if not _foreign_to_stores(store)] * (path.suffix == SHARDS)
+        stores = [store.name for store in folders_in(path) if not _foreign_to_stores(store)] * (path.suffix == SHARDS)
         names = (file.name for file in sorted(path.iterdir()))  # a judgement by bits per byte makes stores
         return [name for name in names if name not in stores and not _OF_WORK[path.suffix].fullmatch(name)]
     try:

@@ -32,52 +32,6 @@ ROWS = "rows.jsonl"
 NOWHERE = Layout(Path("/nonexistent"))
 """The output of a recipe that is not run."""
 
-MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
-"""States of an artifact: not there; a part of it is there; there and up to date; there, but its inputs changed."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """State of one artifact of a run.
-
-    Attributes:
-        folder: of the artifact.
-        state: MISSING, BEGUN, DONE or STALE.
-        changed: of a stale one, a line per input that differs, with both values.
-        note: for people: what is there of one that is to be made.
-        left: of a capture that was begun, how many examples are still to do.
-    """
-
-    folder: Path
-    state: str = MISSING
-    changed: tuple[str, ...] = ()
-    note: str = ""
-    left: int | None = None
-
-    def is_done(self, way_out: str = "to make it again, or choose another output") -> bool:
-        """Whether it is up to date. Raises StorageError naming every input that changed, and the way out."""
-        if self.state == STALE:
-            raise StorageError(
-                f"cannot use {self.folder}: its inputs changed:\n  "
-                + "\n  ".join(self.changed)
-                + f"\nGo back to the former values, or remove {self.folder} {way_out}"
-            )
-        return self.state == DONE
-
-
-def compared(folder: Path, inputs: Callable[[Inputs], Inputs]) -> Status:
-    """The status of an artifact with a manifest, by its inputs.
-
-    inputs: given those of the artifact that is there, what it would be made from now.
-
-    Raises StorageError for a damaged manifest.
-    """
-    known = artifact.read(folder)
-    if known is None:
-        return Status(folder)
-    changed = artifact.differences(known.inputs, inputs(known.inputs))
-    return Status(folder, STALE if changed else DONE, tuple(changed))
-
 
 def choice_of(model: Pivot) -> ModelChoice:
     """How a model of a recipe is loaded."""
@@ -204,11 +158,6 @@ def read_rows_file(folder: Path) -> list[Row]:
 def write_json(path: Path, value: Any) -> None:
     """Write a value to a file of an artifact that is being made."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def paths_of(path: str | list[str]) -> list[str]:
-    """The paths of a recipe's ``path``, which may be one."""
-    return [path] if isinstance(path, str) else path
 
 
 def unreadable(path: str, *places: KeyPath, on_bad_row: str = "error") -> list[Mistake]:

@@ -1,16 +1,16 @@
-"""The stage ``distill``: a target per source, or one for all, and plain fine-tuning to compare them with."""
+"""The stage ``distill``: a model per source, or one of all, and plain fine-tuning to compare them with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.models import find_checkpoint, is_repository
+from fusekit.capturing.models import Checkpoint, find_checkpoint, is_repository
 from fusekit.capturing.store import Store
 from fusekit.distillation import checkpoints
 from fusekit.distillation import outputs as overwriting
@@ -18,18 +18,20 @@ from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.gguf import SUFFIX
-from fusekit.layout import BASELINE, PIVOT
+from fusekit.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
-from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, choice_of
+from fusekit.pipeline.context import Context, choice_of
 from fusekit.pipeline.responding import winners_of
+from fusekit.pipeline.stage import BEGUN, DONE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
+from fusekit.resources import Need
 
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Planner
 
-def artifacts(context: Context) -> dict[str, Path]:
-    """The targets by name, and ``baseline`` where the recipe compares them with plain fine-tuning."""
-    found = {folder.name: folder for folder in context.targets}
-    return found | ({BASELINE: context.layout.baselines / PLAIN} if context.recipe.wants_baseline else {})
+SMALL_FILES = 2 << 20
+"""Bytes of a checkpoint besides its weights, where they are not at hand to be added up."""
 
 
 def settings_of(context: Context, name: str) -> DistillSettings:
@@ -44,161 +46,207 @@ def plain(settings: DistillSettings) -> DistillSettings:
     return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
 
 
-def check_place(context: Context, name: str) -> None:
-    """Refuse a folder that holds what no run made, unless it is a target being replaced. Raises StorageError."""
-    folder = artifacts(context)[name]
-    if not overwriting.is_former(folder):
-        artifact.refuse_occupied(folder)
-
-
-def status(context: Context, name: str) -> Status:
-    """Of a target or the baseline, as far as what is at hand can tell: captures may be on another machine.
-
-    The prepared examples have to be there.
-    """
-    folder = artifacts(context)[name]
-    if overwriting.is_former(folder):
-        return Status(folder)
-    target, known = Target(folder.name, folder, ()), artifact.read(folder)
-    before = known.inputs if known is not None else facts_begun(target)
-    if before is None:
-        return Status(folder)
-    if changed := _differences(context, folder.name, settings_of(context, name), before):
-        return Status(folder, STALE, tuple(changed))
-    if known is not None:
-        return Status(folder, DONE)
-    for step, path in checkpoints.checkpoints(target.work):
-        if not checkpoints.problems_of(path, hashes=False):
-            note = f"resumes at step {step}; its figures are those of the whole training"
-            return Status(folder, BEGUN, note=note)
-    return Status(folder)
-
-
-def make(context: Context) -> None:
-    """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
-    from fusekit.distillation.inputs import Inputs as TrainingInputs
-    from fusekit.distillation.inputs import Responses, Source
-    from fusekit.distillation.run import distill
-
-    def check() -> None:
-        for name, folder in artifacts(context).items():
-            if (folder / artifact.MANIFEST).is_file():
-                status(context, name).is_done()
-
-    context.processes.first_then_all(check)
-    recipe, layout = context.recipe, context.layout
-    sources = {}
-    for source in recipe.sources:
-        how, label = recipe.alignment_of(source), source.label
-        # Of the artifact, so that what is trained with is what the stage `align` shows.
-        folder = layout.alignment(label) if how.map_method is not None else None
-        made = Source(layout.store(label), context.choice(label), how, context.reader(label), folder)
-        if source.on_the_fly:
-            made = replace(made, store=None, live=recipe.capture, rows=rows_of(context, label))
-        sources[label] = made
-    responses = None
-    if recipe.respond is not None:
-        rows, writers = winners_of(context)
-        responses = Responses(rows, writers, {name: layout.winners(name) for name in (PIVOT, *writers.values())})
-    pivot, reader = context.choice(PIVOT), context.reader(PIVOT)
-    inputs = TrainingInputs(
-        pivot, context.rows, layout.store(PIVOT), sources, reader, responses, recipe.data.max_length
-    )
-
-    def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
-        distill(
-            inputs,
-            settings,
-            out,
-            resume=True,
-            ignore_estimates=context.ignore_estimates,
-            quiet=context.quiet,
-            others=others,
-            say=lambda line: context.say(f"distill {line}"),
-        )
-
-    train(inputs, recipe.settings, layout.targets, (0, int(recipe.wants_baseline)))
-    if recipe.wants_baseline:
-        alone = replace(inputs, sources={})
-        train(alone, settings_of(context, BASELINE), layout.baselines, (len(context.targets), 0))
-
-
-def mistakes(recipe: Recipe) -> list[Mistake]:
-    """Settings that no training on this machine can have.
-
-    The rows of a step have to be divided among the processes that are there now.
-    """
-    from fusekit.distillation.arguments import problems
-
-    values, captured = recipe.distill, recipe.capture.temperature
-    section, pivot = recipe.data, None
-    if not is_repository(recipe.pivot.path) and not recipe.pivot.path.endswith(SUFFIX):
-        with suppress(FusekitError):  # which is a mistake of the pivot
-            pivot = find_checkpoint(choice_of(recipe.pivot), weights=False)
-    # A resolved recipe has the default, too, which says nothing of the model.
-    asked = section.max_length if section.max_length != Data.model_fields["max_length"].default else None
-    found = [Mistake(says, path) for path, says in problems(values, pivot, asked)]
-    live = [number for number, source in enumerate(recipe.sources) if source.on_the_fly]
-    if live and values.dataloader_num_workers:
-        says = (
-            f"dataloader_num_workers is {values.dataloader_num_workers}, but {recipe.sources[live[0]].label} is scored "
-            "on the fly, which loader processes cannot do: set it to 0, or capture the source"
-        )
-        found.append(Mistake(says, ("distill", "dataloader_num_workers"), ("sources", live[0], "on_the_fly")))
-    if captured != values.temperature:
-        says = (
-            f"capture.temperature is {captured}, but distill.temperature is {values.temperature}: the loss needs rows "
-            "of its own temperature, so set both to one value"
-        )
-        found.append(Mistake(says, ("distill", "temperature"), ("capture", "temperature")))
-    return found
-
-
 def teachers_of(context: Context, target: str) -> list[str]:
     """The sources of a target; none of the baseline."""
     return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
 
 
-def _differences(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> list[str]:
-    """One line per fact of a target, ``before``, that is otherwise in the recipe, its rows and the captures here."""
-    expected = _inputs(context, target, settings, before)
-    own = tuple(f"stores.{model}." for model in (PIVOT, *teachers_of(context, target)))
-    # What the recipe no longer asks for: settings, and teachers, by what models they are.
-    dropped = {
-        name: value
-        for name, value in before.items()
-        if name not in expected and value != {}  # an empty section
-        if name.startswith(("training.", "fusion."))
-        or (name.startswith("stores.") and name.endswith(".model") and not name.startswith(own))
-    }
-    return artifact.differences({name: before.get(name, "not given") for name in expected} | dropped, expected)
+class Distill(Stage):
+    """A distilled model per source, or one of all, and plain fine-tuning to compare them with."""
+
+    name = "distill"
+    places = ("targets/", "baselines/")
+    needs = ("data", "judge", "capture", "align")
+    shared = True
+
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        """The distilled models by name, and ``baseline`` where the recipe compares them with plain fine-tuning."""
+        found = {folder.name: folder for folder in context.targets}
+        return found | ({BASELINE: context.layout.baselines / PLAIN} if context.recipe.wants_baseline else {})
+
+    def check_place(self, context: Context, name: str) -> None:
+        """Unless it is a model that is being replaced."""
+        if not overwriting.is_former(self.artifacts(context)[name]):
+            super().check_place(context, name)
+
+    def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
+        """What the recipe, its rows and the captures that are here determine; the rest is as it was before."""
+        from fusekit.distillation.dataset import join
+        from fusekit.distillation.run import facts_of_alignment, facts_of_run
+
+        target, settings = self.artifacts(context)[name].name, settings_of(context, name)
+        models = (PIVOT, *teachers_of(context, target))
+        here = [model for model in models if (context.layout.store(model) / artifact.MANIFEST).is_file()]
+        opened = {model: Store.open(context.layout.store(model), incomplete=True) for model in here}
+        stores = {model: store for model, store in opened.items() if store.complete}
+        pivot, rows = context.fingerprint(PIVOT), join(context.rows, {}).rows
+        writers = winners_of(context)[1] if settings.training.schedule is not None else None
+        facts = {
+            key: value
+            for key, value in facts_of_run(target, settings, pivot, rows, stores, writers=writers).items()
+            if value != {}  # an empty section
+        }
+        for model in models:  # the captures may be of another recipe, or elsewhere
+            of_store = f"stores.{model}."
+            captured = {key.removeprefix(of_store): value for key, value in before.items() if key.startswith(of_store)}
+            said = store_facts(context, model, captured, thorough=False)
+            if any(source.label == model and source.on_the_fly for source in context.recipe.sources):
+                said = {key: value for key, value in said.items() if key != "rows_per_shard"} | {"max_error": 0.0}
+            facts |= {f"{of_store}{key}": value for key, value in said.items()}
+        for teacher in [] if settings.plain else models[1:]:
+            how = facts_of_alignment(alignment_of(context, teacher))
+            facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
+        # What the recipe no longer asks for: settings, and teachers, by what models they are.
+        own = tuple(f"stores.{model}." for model in models)
+        kept = {
+            key: value
+            for key, value in before.items()
+            if value == {}  # an empty section
+            or not key.startswith(("training.", "fusion.", "stores."))
+            or (key.startswith("stores.") and (key.startswith(own) or not key.endswith(".model")))
+        }
+        return kept | facts
+
+    def status(self, context: Context, name: str) -> Status:
+        """As far as what is at hand can tell: captures may be on another machine. The prepared examples are needed."""
+        folder = self.artifacts(context)[name]
+        if overwriting.is_former(folder):
+            return Status(folder)
+        target, known = Target(folder.name, folder, ()), made_from(folder)
+        before = known if known is not None else facts_begun(target)
+        status = compared(folder, before, partial(self.inputs, context, name))
+        if known is not None or status.state != DONE:
+            return status
+        for step, path in checkpoints.checkpoints(target.work):
+            if not checkpoints.problems_of(path, hashes=False):
+                note = f"resumes at step {step}; its figures are those of the whole training"
+                return Status(folder, BEGUN, note=note)
+        return Status(folder)
+
+    def make(self, context: Context) -> None:
+        """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
+        from fusekit.distillation.inputs import Inputs as TrainingInputs
+        from fusekit.distillation.inputs import Responses, Source
+        from fusekit.distillation.run import distill
+
+        def check() -> None:
+            for name, folder in self.artifacts(context).items():
+                if (folder / artifact.MANIFEST).is_file():
+                    self.status(context, name).is_done()
+
+        context.processes.first_then_all(check)
+        recipe, layout = context.recipe, context.layout
+        sources = {}
+        for source in recipe.sources:
+            how, label = recipe.alignment_of(source), source.label
+            # Of the artifact, so that what is trained with is what the stage `align` shows.
+            folder = layout.alignment(label) if how.map_method is not None else None
+            made = Source(layout.store(label), context.choice(label), how, context.reader(label), folder)
+            if source.on_the_fly:
+                made = replace(made, store=None, live=recipe.capture, rows=rows_of(context, label))
+            sources[label] = made
+        responses = None
+        if recipe.respond is not None:
+            rows, writers = winners_of(context)
+            responses = Responses(rows, writers, {name: layout.winners(name) for name in (PIVOT, *writers.values())})
+        pivot, reader = context.choice(PIVOT), context.reader(PIVOT)
+        inputs = TrainingInputs(
+            pivot, context.rows, layout.store(PIVOT), sources, reader, responses, recipe.data.max_length
+        )
+
+        def train(inputs: TrainingInputs, settings: DistillSettings, out: Path, others: tuple[int, int]) -> None:
+            distill(
+                inputs,
+                settings,
+                out,
+                resume=True,
+                ignore_estimates=context.ignore_estimates,
+                quiet=context.quiet,
+                others=others,
+                say=lambda line: context.say(f"distill {line}"),
+            )
+
+        train(inputs, recipe.settings, layout.targets, (0, int(recipe.wants_baseline)))
+        if recipe.wants_baseline:
+            alone = replace(inputs, sources={})
+            train(alone, settings_of(context, BASELINE), layout.baselines, (len(context.targets), 0))
+
+    def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
+        """Settings that no training on this machine can have.
+
+        The rows of a step have to be divided among the processes that are there now.
+        """
+        from fusekit.distillation.arguments import problems
+
+        values, captured = recipe.distill, recipe.capture.temperature
+        section, pivot = recipe.data, None
+        if not is_repository(recipe.pivot.path) and not recipe.pivot.path.endswith(SUFFIX):
+            with suppress(FusekitError):  # which is a mistake of the pivot
+                pivot = find_checkpoint(choice_of(recipe.pivot), weights=False)
+        # A resolved recipe has the default, too, which says nothing of the model.
+        asked = section.max_length if section.max_length != Data.model_fields["max_length"].default else None
+        found = [Mistake(says, path) for path, says in problems(values, pivot, asked)]
+        live = [number for number, source in enumerate(recipe.sources) if source.on_the_fly]
+        if live and values.dataloader_num_workers:
+            says = (
+                f"dataloader_num_workers is {values.dataloader_num_workers}, but {recipe.sources[live[0]].label} is "
+                "scored on the fly, which loader processes cannot do: set it to 0, or capture the source"
+            )
+            found.append(Mistake(says, ("distill", "dataloader_num_workers"), ("sources", live[0], "on_the_fly")))
+        if captured != values.temperature:
+            says = (
+                f"capture.temperature is {captured}, but distill.temperature is {values.temperature}: the loss needs "
+                "rows of its own temperature, so set both to one value"
+            )
+            found.append(Mistake(says, ("distill", "temperature"), ("capture", "temperature")))
+        return found
+
+    def plan(self, planner: Planner) -> None:
+        from fusekit.distillation.estimate import disk_needs
+
+        steps = [planner.step(self, name) for name in self.artifacts(planner.context)]
+        needs = [found for step in steps if (found := self.estimate(planner, step))]
+        if needs:  # one is trained after the other
+            disk = disk_needs(planner.models[PIVOT], planner.recipe.distill, planner.place, results=1, download=False)
+            planner.plan.needs += max(needs, key=lambda of: of[0].needed) + disk
+
+    def can_compare(self, planner: Planner, _name: str) -> bool:
+        """Captures may be elsewhere."""
+        return planner.done("data")
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        from fusekit.distillation.estimate import memory_needs
+
+        pivot, found = planner.models.get(PIVOT), planner.rows
+        if not step.work or pivot is None:
+            return []
+        settings = settings_of(planner.context, step.name)
+        values = settings.training
+        step.rows, step.tokens = found.rows, found.of(found.tokens, PIVOT)
+        step.disk = step.disk_at_most = pivot.weight_bytes + _small_files(pivot)
+        if step.tokens is not None:
+            # Forward 2 and backward 4 per parameter and token; 2 more to compute activations again; an adapter leaves
+            # out the gradients of the weights.
+            times = (4 if values.lora is not None else 6) + (2 if values.activation_checkpointing else 0)
+            step.pflop = times * planner.active(PIVOT) * values.passes * step.tokens / 1e15
+        loaded = [  # teachers in this machine's memory, as far as they are known
+            planner.models[source.label]
+            for source in planner.recipe.sources
+            if not settings.plain
+            and source.label in teachers_of(planner.context, step.name)
+            and (source.on_the_fly or values.on_policy)
+            and source.engine.kind == "transformers"
+            and source.label in planner.models
+        ]
+        longest = found.longest or planner.recipe.data.max_length
+        needs = memory_needs(pivot, values, longest, planner.processes, loaded)
+        step.memory = needs[0].needed
+        return needs
 
 
-def _inputs(context: Context, target: str, settings: DistillSettings, before: Mapping[str, Any]) -> Inputs:
-    """What the recipe, its rows and the captures that are here determine; ``before`` tells the models' former names."""
-    from fusekit.distillation.dataset import join
-    from fusekit.distillation.run import facts_of_alignment, facts_of_run
-
-    teachers = teachers_of(context, target) if not settings.plain else []
-    models = (PIVOT, *teachers_of(context, target))
-    here = [model for model in models if (context.layout.store(model) / artifact.MANIFEST).is_file()]
-    opened = {model: Store.open(context.layout.store(model), incomplete=True) for model in here}
-    stores = {model: store for model, store in opened.items() if store.complete}
-    pivot, rows = context.fingerprint(PIVOT), join(context.rows, {}).rows
-    writers = winners_of(context)[1] if settings.training.schedule is not None else None
-    facts = {
-        key: value
-        for key, value in facts_of_run(target, settings, pivot, rows, stores, writers=writers).items()
-        if value != {}  # an empty section
-    }
-    for model in models:  # the captures may be of another recipe, or elsewhere
-        of_store = f"stores.{model}."
-        captured = {key.removeprefix(of_store): value for key, value in before.items() if key.startswith(of_store)}
-        said = store_facts(context, model, captured, thorough=False)
-        if any(source.label == model and source.on_the_fly for source in context.recipe.sources):
-            said = {key: value for key, value in said.items() if key != "rows_per_shard"} | {"max_error": 0.0}
-        facts |= {f"{of_store}{key}": value for key, value in said.items()}
-    for teacher in teachers:
-        how = facts_of_alignment(alignment_of(context, teacher))
-        facts |= {f"projections.{teacher}.{key}": value for key, value in how.items()}
-    return facts
+def _small_files(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's files besides its weights: tokenizer, configuration."""
+    if not checkpoint.folder.is_dir():
+        return SMALL_FILES
+    files = (path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    return sum(path.stat().st_size for path in files if path.is_file())

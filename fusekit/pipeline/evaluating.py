@@ -9,42 +9,34 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, weights_hash
+from fusekit.artifacts import Inputs, commit_file, counted, weights_hash
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.data.reading import is_on_hub
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.outputs import PLAIN
-from fusekit.errors import RecipeError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows
-from fusekit.layout import BASELINE, MERGED, PIVOT
-from fusekit.pipeline.context import DONE, MISSING, Context, Status, hash_of, unreadable, write_json
+from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
+from fusekit.pipeline.context import Context, hash_of, unreadable, write_json
+from fusekit.pipeline.stage import DONE, MISSING, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
+from fusekit.resources import Need
 from fusekit.types import Row
 
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Planner
+
+SCORE_BYTES = 1000
+"""Bytes of the scores of one model."""
 Model = tuple[ModelChoice, str]
 """A model, and the chat template that it is scored under."""
-
-
-def mistakes(recipe: Recipe) -> list[Mistake]:
-    """Held-out files that are missing or empty, as far as the first row of each tells, and impossible tasks of lm-eval.
-
-    The hub is not asked.
-    """
-    section, found = recipe.evaluate, []
-    for path in section.paths if section is not None else []:
-        found += unreadable(path, ("evaluate", "path"))
-    if section is not None and section.lm_eval is not None:
-        try:
-            lm_eval.check(section.lm_eval)
-        except RecipeError as error:
-            found += [Mistake(line, ("evaluate", "lm_eval")) for line in str(error).splitlines()]
-    return found
 
 
 def models_of(context: Context) -> dict[str, Model]:
@@ -64,54 +56,116 @@ def models_of(context: Context) -> dict[str, Model]:
     return models | ({MERGED: made(layout.merged)} if recipe.merge is not None else {})
 
 
-def artifacts(context: Context) -> dict[str, Path]:
-    """The scores of every model, where the recipe evaluates."""
-    names = models_of(context) if context.recipe.evaluate is not None else ()
-    return {name: context.layout.evaluation(name) for name in names}
+class Evaluate(Stage):
+    """Scores of every model on held-out examples and on tasks of lm-eval, where the recipe evaluates."""
 
+    name = "evaluate"
+    needs = ("data", "distill", "merge")
 
-def lm_eval_folders(context: Context) -> list[Path]:
-    """The folders of every model's scores on the tasks of lm-eval."""
-    section = context.recipe.evaluate
-    tasks = section.lm_eval.tasks if section is not None and section.lm_eval is not None else []
-    place = context.layout.evaluation(lm_eval.FOLDER)
-    return [place / name / lm_eval.folder_of(task.task) for name in models_of(context) for task in tasks]
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        names = models_of(context) if context.recipe.evaluate is not None else ()
+        return {name: context.layout.evaluation(name) for name in names}
 
+    def wanted(self, context: Context) -> list[Path]:
+        section, place = context.recipe.evaluate, context.layout.evaluation(lm_eval.FOLDER)
+        tasks = section.lm_eval.tasks if section is not None and section.lm_eval is not None else []
+        return super().wanted(context) + [
+            place / name / lm_eval.folder_of(task.task) for name in models_of(context) for task in tasks
+        ]
 
-def status(context: Context, name: str) -> Status:
-    """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
-    folder = context.layout.evaluation(name)
-    return Status(folder, MISSING if artifact.read(folder) is None else DONE)
+    def made(self, layout: Layout) -> list[Path]:
+        folder = layout.evaluation("")
+        places = [path.parent for path in sorted(folder.rglob(artifact.MANIFEST))]
+        places = [place for place in places if place not in (folder, folder / lm_eval.FOLDER)]  # not of a run there
+        hidden = [place for place in places if any(part.startswith(".") for part in place.relative_to(folder).parts)]
+        return [*(place for place in places if place not in hidden), layout.results]
 
+    def status(self, context: Context, name: str) -> Status:
+        """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
+        folder = context.layout.evaluation(name)
+        return Status(folder, MISSING if artifact.read(folder) is None else DONE)
 
-def make(context: Context, only: Collection[str] | None = None) -> None:
-    """Score every model, or some, on the held-out examples and write ``results.json``; scores of equal inputs stay."""
-    from fusekit.evaluation.metrics import ends_counted
+    def make(self, context: Context, only: Collection[str] | None = None) -> None:
+        """Score every model, or some, and write ``results.json``; scores of equal inputs stay."""
+        from fusekit.evaluation.metrics import results_of
 
-    section = context.recipe.evaluate
-    if section is None:
-        return
-    how = section.model_dump(include={"limit", "split", "revision", "name"})
-    read = {path: held_out_rows(path, **how) for path in section.paths}
-    hashes = {path: held_out_hash(path, hash_of(path), section.limit, rows) for path, rows in read.items()}
-    rows, asked = list(chain.from_iterable(read.values())), section.model_dump(include={"metrics", "limit"})
-    results: dict[str, Any] = {}
-    figures: dict[str, Any] = {}
-    for name, model in models_of(context).items():
-        if only is not None and name not in only:
-            continue
-        identity = _identity(context, name, model)
-        results[name] = _scores(context, name, model, identity | asked | {"held_out": hashes}, rows)
-        if section.lm_eval is not None:
-            figures[name] = _lm_eval(context, section.lm_eval, name, model, identity)
-            results[name]["lm_eval"] = {task: shown["value"] for task, shown in figures[name].items()}
-    document: dict[str, Any] = {"models": results}
-    if "bits_per_byte" in section.metrics:
-        document["ends_counted"] = ends_counted(rows)
-    if section.lm_eval is not None:
-        document["lm_eval"] = lm_eval.described(figures)
-    data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-    commit_file(context.layout.results, lambda file: file.write(data))
+        section = context.recipe.evaluate
+        if section is None:
+            return
+        how = section.model_dump(include={"limit", "split", "revision", "name"})
+        read = {path: held_out_rows(path, **how) for path in section.paths}
+        hashes = {path: held_out_hash(path, hash_of(path), section.limit, rows) for path, rows in read.items()}
+        rows, asked = list(chain.from_iterable(read.values())), section.model_dump(include={"metrics", "limit"})
+        models = {name: model for name, model in models_of(context).items() if only is None or name in only}
+        identities = {name: _identity(context, name, model) for name, model in models.items()}
+
+        def scores(name: str) -> dict[str, Any]:
+            inputs = identities[name] | asked | {"held_out": hashes}
+            return _scores(context, name, models[name], inputs, rows)
+
+        def figures(name: str, settings: LmEval) -> dict[str, Any]:
+            return _lm_eval(context, settings, name, models[name], identities[name])
+
+        document = results_of(models, section, rows, scores, figures)
+        data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+        commit_file(context.layout.results, lambda file: file.write(data))
+
+    def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
+        """Held-out files that are missing or empty, as far as the first row of each tells, and impossible tasks.
+
+        The hub is not asked.
+        """
+        section, found = recipe.evaluate, []
+        for path in section.paths if section is not None else []:
+            found += unreadable(path, ("evaluate", "path"))
+        if section is not None and section.lm_eval is not None:
+            try:
+                lm_eval.check(section.lm_eval)
+            except RecipeError as error:
+                found += [Mistake(line, ("evaluate", "lm_eval")) for line in str(error).splitlines()]
+        return found
+
+    def plan(self, planner: Planner) -> None:
+        """One step for all models."""
+        if planner.recipe.evaluate is None:
+            return
+        context, names = planner.context, list(self.artifacts(planner.context))
+        step = Step(self.name, counted(len(names), "model"))
+        planner.plan.steps.append(step)
+
+        def look() -> int:
+            for name in names:
+                self.check_place(context, name)
+            return sum(self.status(context, name).state == DONE for name in names)
+
+        if done := planner.there and planner.tried(step, look):
+            step.notes.append(f"{done} have scores, which are kept unless the model or the examples changed")
+        self.estimate(planner, step)
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        section, reader, names = (
+            planner.recipe.evaluate,
+            planner.tokenizers.get(PIVOT),
+            list(models_of(planner.context)),
+        )
+        assert section is not None
+        try:
+            here = [path for path in section.paths if not is_on_hub(path)]
+            rows = list(chain.from_iterable(held_out_rows(path, limit=section.limit) for path in here))
+            some = rows[:: max(1, len(rows) // 200)]
+            if reader is not None and some:
+                step.tokens = sum(len(reader.tokenize(row)) for row in some) * len(rows) // len(some)
+        except FusekitError as error:
+            planner.plan.refused.append(f"evaluate: {error}")
+            return []
+        if not rows:
+            planner.plan.unknown.append("evaluate: how many examples are held out")
+            return []
+        step.rows, step.disk = len(rows), SCORE_BYTES * len(names)
+        each = [name.removeprefix("sources/") if name.startswith("sources/") else PIVOT for name in names]
+        if step.tokens is not None and all(name in planner.models for name in each):
+            step.pflop = sum(2 * planner.active(name) for name in each) * step.tokens / 1e15
+        return []
 
 
 def _identity(context: Context, name: str, model: Model) -> Inputs:
@@ -130,7 +184,7 @@ def _identity(context: Context, name: str, model: Model) -> Inputs:
 
 def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: list[Row]) -> dict[str, Any]:
     """A model's scores by metric and data set."""
-    from fusekit.evaluation.metrics import evaluate_model
+    from fusekit.evaluation.metrics import evaluate_model, values_of
 
     section, folder, (choice, template) = context.recipe.evaluate, context.layout.evaluation(name), model
     assert section is not None
@@ -139,11 +193,10 @@ def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: lis
         started = time.monotonic()
         _require_whole(name, choice)
         how: Any = section.model_dump(include={"metrics", "batch_tokens"})
-        found = evaluate_model(choice, rows, template=template, date=context.date, **how)
-        plain = {metric: {key: score.value for key, score in by_key.items()} for metric, by_key in found.items()}
+        found = values_of(evaluate_model(choice, rows, template=template, date=context.date, **how))
         made = context.made(started)
-        artifact.publish(folder, "evaluate", inputs, lambda into: write_json(into / "scores.json", plain), made)
-        means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in plain.items())
+        artifact.publish(folder, "evaluate", inputs, lambda into: write_json(into / "scores.json", found), made)
+        means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in found.items())
         context.say(f"evaluate {name}: {', '.join(means)}")
     scores: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return scores

@@ -1,11 +1,11 @@
-"""The stage ``merge``: the targets into one model, by mergekit."""
+"""The stage ``merge``: the distilled models into one, by mergekit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,12 +15,16 @@ from fusekit.capturing import estimate as capture
 from fusekit.capturing.models import Checkpoint
 from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
-from fusekit.layout import PIVOT
-from fusekit.pipeline.context import DONE, STALE, Context, Status
+from fusekit.layout import PIVOT, Layout
+from fusekit.pipeline.context import Context
+from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need
 from fusekit.yaml import loads
+
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Planner
 
 DRAWING = ("dare_", "della")
 """Beginnings of the names of mergekit's methods that draw random numbers."""
@@ -34,142 +38,160 @@ CHANGE_THE_RESULT = (
 """Options of mergekit that change what it writes."""
 
 
-def artifacts(context: Context) -> dict[str, Path]:
-    """The merged model, by the merge method, where the recipe merges."""
-    section = context.recipe.merge
-    return {} if section is None else {str(section.get("merge_method")): context.layout.merged}
+class Merge(Stage):
+    """The distilled models as one, by mergekit."""
 
+    name = "merge"
+    places = ("merged", "merge.yml")
+    needs = ("data", "distill")
 
-def inputs(context: Context) -> Inputs:
-    """What the merged model is made from. Raises StorageError for a target without a manifest.
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        """The merged model, by the merge method, where the recipe merges."""
+        section = context.recipe.merge
+        return {} if section is None else {str(section.get("merge_method")): context.layout.merged}
 
-    The seed counts only for methods that draw, and options of mergekit only where they change what is written.
-    """
-    section = context.recipe.merge or {}
-    options = {name: value for name, value in context.merge_options.items() if name in CHANGE_THE_RESULT}
-    seed = context.merge_options.get("random_seed", context.recipe.seed)
-    return {
-        "merge": dict(section),
-        "pivot": context.fingerprint(PIVOT),
-        "targets": {path.name: weights_hash(path) for path in context.targets},
-        **({"seed": seed} if str(section.get("merge_method")).startswith(DRAWING) else {}),
-        **({"options": options} if options else {}),
-    }
+    def inputs(self, context: Context, _name: str, _before: Inputs) -> Inputs:
+        """Raises StorageError for a distilled model without a manifest.
 
+        The seed counts only for methods that draw, and options of mergekit only where they change what is written.
+        """
+        section = context.recipe.merge or {}
+        options = {name: value for name, value in context.merge_options.items() if name in CHANGE_THE_RESULT}
+        seed = context.merge_options.get("random_seed", context.recipe.seed)
+        return {
+            "merge": dict(section),
+            "pivot": context.fingerprint(PIVOT),
+            "targets": {path.name: weights_hash(path) for path in context.targets},
+            **({"seed": seed} if str(section.get("merge_method")).startswith(DRAWING) else {}),
+            **({"options": options} if options else {}),
+        }
 
-def check_place(context: Context, _name: str = "") -> None:
-    """Refuse a merged model that is to be replaced, but holds files that are not of the run. Raises StorageError."""
-    final, known = context.layout.merged, artifact.read(context.layout.merged)
-    if known is None:
-        artifact.refuse_foreign(final)
-        if content := sorted(final.iterdir()) if final.is_dir() else []:
-            raise StorageError(
-                f"{final} holds {content[0].name}, a folder that no run made: move it away, or choose another output; "
-                "nothing was touched"
+    def check_place(self, context: Context, _name: str) -> None:
+        """Refuse a merged model that is to be replaced, but holds files that are not of the run."""
+        final, known = context.layout.merged, artifact.read(context.layout.merged)
+        if known is None:
+            artifact.refuse_foreign(final)
+            if content := sorted(final.iterdir()) if final.is_dir() else []:
+                raise StorageError(
+                    f"{final} holds {content[0].name}, a folder that no run made: move it away, or choose another "
+                    "output; nothing was touched"
+                )
+            return
+        merged = dict(known.inputs.get("targets") or {})
+        there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
+        # A model that is to be trained again may come out as the one that was merged: the merge asks once it is there.
+        if merged.keys() != {path.name for path in context.targets} or any(
+            merged[name] != there[name] for name in there
+        ):
+            artifact.refuse_foreign(final)
+
+    def status(self, context: Context, name: str) -> Status:
+        """One of other models is out of date, and to be replaced; one of the same, but merged otherwise, is stale."""
+        status, before = super().status(context, name), made_from(context.layout.merged)
+        if status.state != STALE or before is None:
+            return status
+        if before.get("targets") == self.inputs(context, name, {})["targets"]:
+            return status
+        return Status(status.folder, note="a merge of other models is there; it is replaced in one step")
+
+    def make(self, context: Context) -> None:
+        """Merge the distilled models into one, and leave the recipe that does it behind.
+
+        Each of them is read through first: one whose bytes are not those that were committed is refused.
+        """
+        recipe, layout, targets = context.recipe, context.layout, context.targets
+        if recipe.merge is None:
+            return
+        [name] = self.artifacts(context)
+        from mergekit.options import MergeOptions
+
+        from fusekit.merging import Settings
+        from fusekit.merging import merge as run_merge
+
+        final, section, folders = layout.merged, dict(recipe.merge), _folders(context, targets)
+        names = list(folders)
+
+        def text(head: str, models: Sequence[str]) -> str:
+            return f"# {head}\n" + yaml.safe_dump(
+                _models(section, models) | section, sort_keys=False, allow_unicode=True
             )
-        return
-    merged = dict(known.inputs.get("targets") or {})
-    there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
-    # A target that is to be trained again may come out as the one that was merged: the merge asks once it is there.
-    if merged.keys() != {path.name for path in context.targets} or any(merged[name] != there[name] for name in there):
-        artifact.refuse_foreign(final)
 
+        with output_lock(final):
+            recover(
+                final
+            )  # of a process that died between moving a former model aside and putting the new one in place
+        done = self.status(context, name).is_done()
+        if not done:
+            artifact.refuse_foreign(final)
+            for path in targets:
+                artifact.require_whole(path)
+        by_itself = f"It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT"
+        data = text(f"The merge of this run. {by_itself}", [str(folder) for folder in folders.values()]).encode()
+        # Where the merge is done it may be gone, or name the places that they had before.
+        if not layout.merge_recipe.is_file() or layout.merge_recipe.read_bytes() != data:
+            commit_file(layout.merge_recipe, lambda file: file.write(data))
+        if done:
+            return
+        started, made_of = time.monotonic(), self.inputs(context, name, {})
 
-def status(context: Context, _name: str = "") -> Status:
-    """Of the merged model. The targets have to be there.
+        def finish(folder: Path) -> None:
+            artifact.seal(folder, "merge", made_of, context.made(started))
 
-    One of other targets is out of date, and to be replaced; one of the same targets, but merged otherwise, is stale.
-    """
-    known, now = artifact.read(context.layout.merged), inputs(context)
-    if known is None:
-        return Status(context.layout.merged)
-    changed = artifact.differences(known.inputs, now)
-    if not changed:
-        return Status(context.layout.merged, DONE)
-    if known.inputs.get("targets") == now["targets"]:
-        return Status(context.layout.merged, STALE, tuple(changed))
-    return Status(context.layout.merged, note="a merge of other targets is there; it is replaced in one step")
-
-
-def make(context: Context) -> None:
-    """Merge the targets into one model, and leave the recipe that does it behind.
-
-    Every target is read through first: one whose bytes are not those that were committed is refused.
-    """
-    recipe, layout, targets = context.recipe, context.layout, context.targets
-    if recipe.merge is None:
-        return
-    from mergekit.options import MergeOptions
-
-    from fusekit.merging import Settings
-    from fusekit.merging import merge as run_merge
-
-    final, section, folders = layout.merged, dict(recipe.merge), _folders(context, targets)
-    names = list(folders)
-
-    def text(head: str, models: Sequence[str]) -> str:
-        return f"# {head}\n" + yaml.safe_dump(_models(section, models) | section, sort_keys=False, allow_unicode=True)
-
-    with output_lock(final):
-        recover(final)  # of a process that died between moving a former model aside and putting the new one in place
-    done = status(context).is_done()
-    if not done:
-        artifact.refuse_foreign(final)
-        for path in targets:
-            artifact.require_whole(path)
-    by_itself = f"It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT"
-    data = text(f"The merge of this run. {by_itself}", [str(folder) for folder in folders.values()]).encode()
-    # Where the merge is done it may be gone, or name the places that the targets had before.
-    if not layout.merge_recipe.is_file() or layout.merge_recipe.read_bytes() != data:
-        commit_file(layout.merge_recipe, lambda file: file.write(data))
-    if done:
-        return
-    started, made_from = time.monotonic(), inputs(context)
-
-    def finish(folder: Path) -> None:
-        artifact.seal(folder, "merge", made_from, context.made(started))
-
-    settings = Settings(
-        overwrite=artifact.read(final) is not None,
-        ignore_estimates=context.ignore_estimates,
-        allow_pickle=frozenset(names[len(targets) :] if recipe.pivot.allow_pickle else ()),
-        allow_remote_code=frozenset(names if recipe.pivot.trust_remote_code else ()),
-        folders=folders,
-        say=lambda line: context.say(f"merge: {line}"),
-        before_publishing=finish,
-    )
-    options = MergeOptions(**{"quiet": True, "random_seed": recipe.seed, **context.merge_options})
-    # What is published names models, not folders of this machine.
-    named = loads(text("The merge of this run, its models by name", names), str(layout.merge_recipe))
-    context.say(f"merge: {run_merge(named, final, options, settings)}")
-
-
-def mistakes(recipe: Recipe) -> list[Mistake]:
-    """What mergekit would refuse of a section ``merge``, or ignore a part of, once the targets are trained."""
-    if recipe.merge is None:
-        return []
-    from fusekit.merging.lint import check
-    from fusekit.yaml import Document, Problems
-
-    names = [f"targets/{name}" for name in recipe.targets] + [recipe.pivot.path] * _takes_base(recipe.merge)
-    data = _models(recipe.merge, names) | dict(recipe.merge)
-    problems = Problems(Document(data, "", "merge", {}))
-    check(data, problems)
-    found = [Mistake(says, ("merge", *path)) for _, says, path in problems.found]
-    parameters = recipe.merge.get("parameters")
-    share = parameters.get("select_topk") if isinstance(parameters, dict) else None
-    of_sce = recipe.merge.get("merge_method") == "fusechat_sce"
-    if not found and of_sce and len(recipe.targets) == 1 and isinstance(share, (int, float)) and share < 1:
-        says = (
-            f"select_topk is {float(share)}, but there is one target ({recipe.targets[0]}), and SCE has no variance to "
-            "rank with a single target: set select_topk to 1, or leave the merge out with `merge: null`"
+        settings = Settings(
+            overwrite=artifact.read(final) is not None,
+            ignore_estimates=context.ignore_estimates,
+            allow_pickle=frozenset(names[len(targets) :] if recipe.pivot.allow_pickle else ()),
+            allow_remote_code=frozenset(names if recipe.pivot.trust_remote_code else ()),
+            folders=folders,
+            say=lambda line: context.say(f"merge: {line}"),
+            before_publishing=finish,
         )
-        found.append(Mistake(says, ("merge", "parameters", "select_topk")))
-    return found
+        options = MergeOptions(**{"quiet": True, "random_seed": recipe.seed, **context.merge_options})
+        # What is published names models, not folders of this machine.
+        named = loads(text("The merge of this run, its models by name", names), str(layout.merge_recipe))
+        context.say(f"merge: {run_merge(named, final, options, settings)}")
+
+    def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
+        """What mergekit would refuse of a section ``merge``, or ignore a part of, once the models are trained."""
+        if recipe.merge is None:
+            return []
+        from fusekit.merging.lint import check
+        from fusekit.yaml import Document, Problems
+
+        names = [f"targets/{name}" for name in recipe.targets] + [recipe.pivot.path] * _takes_base(recipe.merge)
+        data = _models(recipe.merge, names) | dict(recipe.merge)
+        problems = Problems(Document(data, "", "merge", {}))
+        check(data, problems)
+        found = [Mistake(says, ("merge", *path)) for _, says, path in problems.found]
+        parameters = recipe.merge.get("parameters")
+        share = parameters.get("select_topk") if isinstance(parameters, dict) else None
+        of_sce = recipe.merge.get("merge_method") == "fusechat_sce"
+        if not found and of_sce and len(recipe.targets) == 1 and isinstance(share, (int, float)) and share < 1:
+            says = (
+                f"select_topk is {float(share)}, but there is one distilled model ({recipe.targets[0]}), and SCE has "
+                "no variance to rank with a single one: set select_topk to 1, or leave the merge out with `merge: null`"
+            )
+            found.append(Mistake(says, ("merge", "parameters", "select_topk")))
+        return found
+
+    def can_compare(self, planner: Planner, _name: str) -> bool:
+        """Plain fine-tuning is not merged."""
+        steps = [step for step in planner.plan.steps if step.stage == "distill"]
+        return all(step.state == DONE for step in steps if step.name in planner.recipe.targets)
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        """From the pivot's tensors as stand-ins for those of models that are to be trained yet."""
+        checkpoint, section = planner.models.get(PIVOT), planner.recipe.merge
+        if not step.work or checkpoint is None or section is None:
+            return []
+        needs = expected_needs(checkpoint, section, len(planner.recipe.targets), planner.place / "merged")
+        step.disk = step.disk_at_most = needs[0].needed
+        step.memory = needs[1].needed
+        return needs
 
 
 def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
-    """The models of the merge by name: the targets, then the base if the method has one."""
+    """The models of the merge by name: the distilled models, then the base if the method has one."""
     folders = {f"targets/{path.name}": path for path in targets}
     if _takes_base(context.recipe.merge or {}):
         checkpoint = context.checkpoint(PIVOT)

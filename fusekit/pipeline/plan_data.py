@@ -15,7 +15,6 @@ from fusekit.data.reading import Record, files_of, is_on_hub, read_rows, rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.layout import PIVOT
-from fusekit.pipeline.context import paths_of
 from fusekit.recipe.sections import Data
 from fusekit.types import Row
 
@@ -63,7 +62,7 @@ def count_rows(section: Data, readers: dict[str, RowTokenizer], prepared: list[R
     try:
         if prepared is not None:
             return _counted(prepared, len(prepared), readers, section, ready=True)
-        paths = paths_of(section.path)
+        paths = section.paths
         if remote := [path for path in paths if is_on_hub(path)]:
             return _as_said(section, remote[0])
         rows, total, said = _read(paths, section)

@@ -9,24 +9,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, sweep
+from fusekit.artifacts import Inputs, commit_file, counted, sweep
 from fusekit.capturing.models import ModelChoice, find_checkpoint, is_repository
 from fusekit.data.prepare import prepare
 from fusekit.devices import progress
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
-from fusekit.layout import PIVOT, Layout
+from fusekit.layout import PIVOT, SHARDS, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
-from fusekit.pipeline.context import BEGUN, DONE, STALE, Context, Status, read_rows_file, write_json, write_rows
+from fusekit.pipeline.context import Context, read_rows_file, write_json, write_rows
+from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import refuse_lacking
+from fusekit.resources import Need, refuse_lacking
 from fusekit.types import Row
+
+if TYPE_CHECKING:
+    from fusekit.pipeline.plan import Planner
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
 _BEGUN = "made_from.json"
@@ -91,57 +95,22 @@ def _json(path: Path) -> Any:
         raise StorageError(f"{path} cannot be read: {error}; remove {path.parent} to start over") from error
 
 
-def _compared(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
+def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
     """The status of an artifact that is made in shards. inputs: given the former ones, those that are known now."""
-    known, work = artifact.read(folder), Layout.shards(folder)
-    before = known.inputs if known is not None else _json(work / _BEGUN)
-    if before is None:
-        return Status(folder)
-    expected = inputs(before)
-    if changed := artifact.differences({name: before.get(name, "not given") for name in expected}, expected):
-        return Status(folder if known is not None else work, STALE, tuple(changed))
-    if known is not None:
-        return Status(folder, DONE)
+    known, work = made_from(folder), Layout.shards(folder)
+    begun = _json(work / _BEGUN) if known is None else None
+    before = known if begun is None else begun
+    status = compared(folder if begun is None else work, before, lambda before: before | inputs(before))
+    if begun is None or status.state == STALE:
+        return status
     total = len(_questions(context)) * makers
     done = min(_section(context).prompts_per_shard * len(list(work.glob("*shard-*.json"))), total)
-    return Status(folder, BEGUN, note=f"{done} of {artifact.counted(total, 'question')} done", left=total - done)
+    return Status(folder, BEGUN, note=f"{done} of {counted(total, 'question')} done", left=total - done)
 
 
 def _section(context: Context) -> RespondSettings:
     assert context.recipe.respond is not None
     return context.recipe.respond
-
-
-def mistakes(recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
-    """Judges that cannot be found.
-
-    layout: of the run, whose votes are kept although a judge may be gone.
-    """
-    from fusekit.generation.judge import called
-
-    if recipe.respond is None or (layout is not None and (layout.judged / artifact.MANIFEST).is_file()):
-        return []
-    found = []
-    for index, judge in enumerate(recipe.respond.judges):
-        at = ("respond", "judges", index)
-        try:
-            if judge.reward_model is not None and not is_repository(judge.reward_model):
-                find_checkpoint(_choice(judge), download=False)
-            elif judge.python is not None:
-                called(judge.python)
-        except FusekitError as error:
-            found.append(Mistake(str(error), at))
-    return found
-
-
-# respond: the answers of every model.
-
-
-def respond_artifacts(context: Context) -> dict[str, Path]:
-    """The answers of every model, where the recipe asks for some."""
-    if context.recipe.respond is None:
-        return {}
-    return {name: context.layout.responses(name) for name in context.names}
 
 
 def _questions(context: Context) -> list[Any]:
@@ -155,121 +124,165 @@ def _questions(context: Context) -> list[Any]:
     return found
 
 
-def _response_inputs(context: Context, name: str, before: Mapping[str, Any]) -> Inputs:
-    section, facts = _section(context), store_facts(context, name, before, thorough=True)
-    sampled = section.model_dump(exclude={"judges"} | ({"top_p", "seed"} if not section.temperature else set()))
-    return {
-        **{key: value for key, value in facts.items() if key in _OF_MODEL},
-        **sampled,
-        "questions": artifact.joined_hash(Row(question.messages).key for question in _questions(context)),
-    }
+class Respond(Stage):
+    """The answers of every model to the questions of the data, where the recipe asks for some."""
+
+    name = "respond"
+    places = ("responses/",)
+    needs = ("data",)
+
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        if context.recipe.respond is None:
+            return {}
+        return {name: context.layout.responses(name) for name in context.names}
+
+    def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
+        section, facts = _section(context), store_facts(context, name, before, thorough=True)
+        sampled = section.model_dump(exclude={"judges"} | ({"top_p", "seed"} if not section.temperature else set()))
+        return {
+            **{key: value for key, value in facts.items() if key in _OF_MODEL},
+            **sampled,
+            "questions": artifact.joined_hash(Row(question.messages).key for question in _questions(context)),
+        }
+
+    def status(self, context: Context, name: str) -> Status:
+        return _status(context, context.layout.responses(name), partial(self.inputs, context, name))
+
+    def make_one(self, context: Context, name: str) -> None:
+        """Let a model answer the questions, or what is missing of them."""
+        from fusekit.capturing.estimate import memory_needs
+        from fusekit.capturing.load import load_model
+        from fusekit.generation.respond import respond
+
+        section, folder, started = _section(context), context.layout.responses(name), time.monotonic()
+        questions, inputs, checkpoint = _questions(context), self.inputs(context, name, {}), context.checkpoint(name)
+
+        @cache
+        def model() -> Any:
+            if not context.ignore_estimates:
+                needs = memory_needs(checkpoint, context.recipe.capture, context.processes)
+                way_out = "Free some, or load the model smaller (load.dtype); --ignore-estimates starts it all the same"
+                refuse_lacking(needs, f"{name} does not fit to write answers:", way_out, CaptureError)
+            checkpoint.fetch(bar=not context.quiet)
+            return load_model(checkpoint, context.processes.device)
+
+        def answer(some: Sequence[Any]) -> list[Any]:
+            return [list(answer) for answer in respond(model(), context.reader(name), some, section)]
+
+        answers = _in_shards(context, Layout.shards(folder), inputs, questions, answer, label=f"{name} answers")
+
+        def write(into: Path) -> None:
+            with (into / ANSWERS).open("w", encoding="utf-8", newline="\n") as file:
+                for question, (text, finish) in zip(questions, answers, strict=True):
+                    record = {"question": Row(question.messages).key, "text": text, "finish": finish}
+                    file.write(json.dumps(record) + "\n")
+
+        artifact.publish(folder, "respond", inputs, write, context.made(started))
+        shutil.rmtree(Layout.shards(folder))
+        finishes = Counter(finish for _, finish in answers)
+        said = ", ".join(f"{number} {finish}" for finish, number in finishes.most_common())
+        context.say(f"respond {name}: {counted(len(answers), 'answer')} ({said})")
+
+    def can_compare(self, planner: Planner, name: str) -> bool:
+        return planner.done("data") and name in planner.models
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        """How long the answers will be is not known."""
+        step.rows = step.rows if step.rows is not None else planner.rows.rows
+        return []
 
 
-def respond_status(context: Context, name: str) -> Status:
-    """Of a model's answers. The prepared rows have to be there."""
-    return _compared(context, context.layout.responses(name), partial(_response_inputs, context, name))
-
-
-def make_responses(context: Context) -> None:
-    """Let every model answer the questions, or what is missing of them."""
-    for name in respond_artifacts(context):
-        if not respond_status(context, name).is_done():
-            _respond(context, name)
-
-
-def _respond(context: Context, name: str) -> None:
-    from fusekit.capturing.estimate import memory_needs
-    from fusekit.capturing.load import load_model
-    from fusekit.generation.respond import respond
-
-    section, folder, started = _section(context), context.layout.responses(name), time.monotonic()
-    questions, inputs, checkpoint = _questions(context), _response_inputs(context, name, {}), context.checkpoint(name)
-
-    @cache
-    def model() -> Any:
-        if not context.ignore_estimates:
-            needs = memory_needs(checkpoint, context.recipe.capture, context.processes)
-            way_out = "Free some, or load the model smaller (load.dtype); --ignore-estimates starts it all the same"
-            refuse_lacking(needs, f"{name} does not fit to write answers:", way_out, CaptureError)
-        checkpoint.fetch(bar=not context.quiet)
-        return load_model(checkpoint, context.processes.device)
-
-    def answer(some: Sequence[Any]) -> list[Any]:
-        return [list(answer) for answer in respond(model(), context.reader(name), some, section)]
-
-    answers = _in_shards(context, Layout.shards(folder), inputs, questions, answer, label=f"{name} answers")
-
-    def write(into: Path) -> None:
-        with (into / ANSWERS).open("w", encoding="utf-8", newline="\n") as file:
-            for question, (text, finish) in zip(questions, answers, strict=True):
-                record = {"question": Row(question.messages).key, "text": text, "finish": finish}
-                file.write(json.dumps(record) + "\n")
-
-    artifact.publish(folder, "respond", inputs, write, context.made(started))
-    shutil.rmtree(Layout.shards(folder))
-    finishes = Counter(finish for _, finish in answers)
-    said = ", ".join(f"{number} {finish}" for finish, number in finishes.most_common())
-    context.say(f"respond {name}: {artifact.counted(len(answers), 'answer')} ({said})")
-
-
-# judge: who wrote the best answers, and what the writers say about them.
-
-
-def judge_artifacts(context: Context) -> dict[str, Path]:
+class Judging(Stage):
     """The votes, and a store of every model over the winners' answers: of the pivot over all, else over its own."""
-    if context.recipe.respond is None:
-        return {}
-    winners = {f"answers of {name}": context.layout.winners(name) for name in context.names}
-    return {"votes": context.layout.judged} | winners
 
+    name = "judge"
+    places = ("judged", f"judged{SHARDS}", "winners/")
+    needs = ("data", "respond")
+    shared = True
 
-def check_judged_place(context: Context, name: str) -> None:
-    """Refuse a folder that holds what no run made. Raises StorageError."""
-    folder = judge_artifacts(context)[name]
-    artifact.refuse_occupied(folder) if name == "votes" else check_store_place(folder)
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        if context.recipe.respond is None:
+            return {}
+        winners = {f"answers of {name}": context.layout.winners(name) for name in context.names}
+        return {"votes": context.layout.judged} | winners
 
+    def check_place(self, context: Context, name: str) -> None:
+        folder = self.artifacts(context)[name]
+        artifact.refuse_occupied(folder) if name == "votes" else check_store_place(folder)
 
-def _judge_inputs(context: Context, before: Mapping[str, Any]) -> Inputs:
-    section = _section(context)
-    facts: Inputs = {}
-    for judge in section.judges:
-        facts |= {f"judges.{judge.label}.{key}": value for key, value in judge.model_dump(exclude={"name"}).items()}
-        if judge.reward_model is not None:
-            key = f"judges.{judge.label}.fingerprint"
+    def inputs(self, context: Context, _name: str, before: Inputs) -> Inputs:
+        """Of the votes."""
+        section = _section(context)
+        facts: Inputs = {}
+        for judge in section.judges:
+            facts |= {f"judges.{judge.label}.{key}": value for key, value in judge.model_dump(exclude={"name"}).items()}
+            if judge.reward_model is not None:
+                key = f"judges.{judge.label}.fingerprint"
+                try:
+                    facts[key] = find_checkpoint(_choice(judge)).fingerprint()
+                except CaptureError:
+                    if key not in before:
+                        raise
+                    facts[key] = before[key]  # it has served, and may be gone
+        facts |= {"order": [judge.label for judge in section.judges]}
+        facts |= section.model_dump(include={"batch_size", "prompts_per_shard"})
+        facts |= {f"data.{key}": getattr(context.recipe.data, key) for key in ("max_length", "overlong", "train_on")}
+        for name, folder in Respond().artifacts(context).items():
+            known = artifact.read(folder)
+            if known is None:
+                raise StorageError(f"{folder} is missing: the stage `respond` comes first")
+            facts[f"answers.{name}"] = known.files[ANSWERS].xxh3
+            facts[f"readers.{name}"] = context.reader(name).fingerprint
+        return facts
+
+    def status(self, context: Context, name: str) -> Status:
+        """Of the votes, or of a model's store over the winners' answers; those need the votes."""
+        judges = len(_section(context).judges)
+        votes = _status(context, context.layout.judged, partial(self.inputs, context, name), judges)
+        if name == "votes":
+            return votes
+        model, store = name.removeprefix("answers of "), self.artifacts(context)[name]
+        if votes.state != DONE:
+            return Status(store)
+        rows = _rows_of(context, model)
+        return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it has won no question")
+
+    def make(self, context: Context) -> None:
+        """Judge the answers, and capture what the winners say about their own."""
+        if context.recipe.respond is None:
+            return
+        in_first = context.processes.first_then_all
+        if not in_first(lambda: self.status(context, "votes").is_done()):
+            _judge(context, in_first(lambda: self.inputs(context, "votes", {})))
+        for name in context.names:
+            if rows := _rows_of(context, name):
+                captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
+
+    def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
+        """Judges that cannot be found.
+
+        layout: of the run, whose votes are kept although a judge may be gone.
+        """
+        from fusekit.generation.judge import called
+
+        if recipe.respond is None or (layout is not None and (layout.judged / artifact.MANIFEST).is_file()):
+            return []
+        found = []
+        for index, judge in enumerate(recipe.respond.judges):
+            at = ("respond", "judges", index)
             try:
-                facts[key] = find_checkpoint(_choice(judge)).fingerprint()
-            except CaptureError:
-                if key not in before:
-                    raise
-                facts[key] = before[key]  # it has served, and may be gone
-    facts |= {"order": [judge.label for judge in section.judges]}
-    facts |= section.model_dump(include={"batch_size", "prompts_per_shard"})
-    facts |= {f"data.{key}": getattr(context.recipe.data, key) for key in ("max_length", "overlong", "train_on")}
-    for name, folder in respond_artifacts(context).items():
-        known = artifact.read(folder)
-        if known is None:
-            raise StorageError(f"{folder} is missing: the stage `respond` comes first")
-        facts[f"answers.{name}"] = known.files[ANSWERS].xxh3
-        facts[f"readers.{name}"] = context.reader(name).fingerprint
-    return facts
+                if judge.reward_model is not None and not is_repository(judge.reward_model):
+                    find_checkpoint(_choice(judge), download=False)
+                elif judge.python is not None:
+                    called(judge.python)
+            except FusekitError as error:
+                found.append(Mistake(str(error), at))
+        return found
 
 
 def _choice(judge: Judge) -> ModelChoice:
     how = judge.model_dump(include={"dtype", "revision", "trust_remote_code", "allow_pickle"})
     return ModelChoice(str(judge.reward_model), **how)
-
-
-def judge_status(context: Context, name: str) -> Status:
-    """Of the votes, or of a model's store over the winners' answers; those need the votes."""
-    judges = len(_section(context).judges)
-    votes = _compared(context, context.layout.judged, partial(_judge_inputs, context), judges)
-    if name == "votes":
-        return votes
-    model, store = name.removeprefix("answers of "), judge_artifacts(context)[name]
-    if votes.state != DONE:
-        return Status(store)
-    rows = _rows_of(context, model)
-    return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it has won no question")
 
 
 def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:
@@ -289,22 +302,11 @@ def _rows_of(context: Context, name: str) -> list[Row]:
     return [row for row in rows if name in (PIVOT, writers[row.key])]
 
 
-def make_judged(context: Context) -> None:
-    """Judge the answers, and capture what the winners say about their own."""
-    if context.recipe.respond is None:
-        return
-    if not context.processes.first_then_all(lambda: judge_status(context, "votes").is_done()):
-        _judge(context)
-    for name in context.names:
-        if rows := _rows_of(context, name):
-            captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
-
-
-def _judge(context: Context) -> None:
+def _judge(context: Context, inputs: Inputs) -> None:
     started, in_first = time.monotonic(), context.processes.first_then_all
     questions, data = _questions(context), context.recipe.data
     written: list[dict[str, Row]] = [{} for _ in questions]
-    for name, place in respond_artifacts(context).items():
+    for name, place in Respond().artifacts(context).items():
         artifact.require_whole(place)
         for number, line in enumerate((place / ANSWERS).read_text(encoding="utf-8").splitlines()):
             answer = json.loads(line)
@@ -314,17 +316,18 @@ def _judge(context: Context) -> None:
     prepared = prepare((row for of in written for row in of.values()), readers, data.max_length, data.overlong)
     rows = {row.key: row for row in prepared.rows}
     written = [{name: rows[row.key] for name, row in of.items() if row.key in rows} for of in written]
+    asked = list(zip(questions, written, strict=True))
     scores: dict[str, list[dict[str, float]]] = {}
     for judge in _section(context).judges:
         if judge.bits_per_byte:
             scores[judge.label] = _bits(context, list(rows.values()), written)
         else:
-            scores[judge.label] = in_first(partial(_scores, context, judge, questions, written))
-    in_first(lambda: _publish(context, questions, written, scores, started))
+            scores[judge.label] = in_first(partial(_scores, context, judge, inputs, asked))
+    in_first(lambda: _publish(context, inputs, asked, scores, started))
 
 
 def _scores(
-    context: Context, judge: Judge, questions: Sequence[Any], written: Sequence[Mapping[str, Row]]
+    context: Context, judge: Judge, inputs: Inputs, asked: Sequence[tuple[Any, Mapping[str, Row]]]
 ) -> list[dict[str, float]]:
     """The scores of a judge, who is loaded only where something is missing of them."""
     from fusekit.generation.judge import scorer_of
@@ -342,11 +345,9 @@ def _scores(
         scores: list[Any] = scorer()([question for question, _ in some], [of for _, of in some])
         return scores
 
-    texts = [{name: row.messages[-1].content for name, row in of.items()} for of in written]
     folder, prefix = Layout.shards(context.layout.judged), f"judge-{section.judges.index(judge)}-"
-    items = list(zip(questions, texts, strict=True))
-    inputs, label = _judge_inputs(context, {}), f"judge {judge.label}"
-    return _in_shards(context, folder, inputs, items, score, label=label, prefix=prefix)
+    items = [(question, {name: row.messages[-1].content for name, row in of.items()}) for question, of in asked]
+    return _in_shards(context, folder, inputs, items, score, label=f"judge {judge.label}", prefix=prefix)
 
 
 def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, Row]]) -> list[dict[str, float]]:
@@ -368,8 +369,8 @@ def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, 
 
 def _publish(
     context: Context,
-    questions: Sequence[Any],
-    written: Sequence[Mapping[str, Row]],
+    inputs: Inputs,
+    asked: Sequence[tuple[Any, Mapping[str, Row]]],
     scores: Mapping[str, Sequence[Mapping[str, float]]],
     started: float,
 ) -> None:
@@ -380,7 +381,7 @@ def _publish(
     won: Counter[str] = Counter()
     best: dict[str, Row] = {}
     records = []
-    for number, (question, of) in enumerate(zip(questions, written, strict=True)):
+    for number, (question, of) in enumerate(asked):
         given = {judge: known[number] for judge, known in scores.items()}
         winner = winner_of(list(given.values()))
         for judge, known in given.items():
@@ -392,9 +393,7 @@ def _publish(
         record = {"question": Row(question.messages).key, "dataset": question.dataset, "scores": given}
         records.append(record | {"winner": winner, "row": row.key if row is not None else None})
     if not best:
-        raise RecipeError(
-            f"judge: no answer to any of {len(questions)} questions got a vote, so nothing can be learned"
-        )
+        raise RecipeError(f"judge: no answer to any of {len(asked)} questions got a vote, so nothing can be learned")
 
     def write(into: Path) -> None:
         write_rows(into, best.values())
@@ -403,6 +402,6 @@ def _publish(
         counts = {judge: {name: known[name] for name in names[:-1]} for judge, known in votes.items()}
         write_json(into / COUNTS, {"votes": counts, "won": {name: won[name] for name in names}})
 
-    artifact.publish(folder, "judge", _judge_inputs(context, {}), write, context.made(started))
+    artifact.publish(folder, "judge", inputs, write, context.made(started))
     shutil.rmtree(Layout.shards(folder), ignore_errors=True)
     context.say(f"judge: {', '.join(f'{name} {number}' for name, number in won.most_common())}")

@@ -24,85 +24,52 @@ from fusekit.devices import Processes
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
-from fusekit.pipeline.context import BEGUN, MISSING, Context, Status
+from fusekit.pipeline.context import Context
+from fusekit.pipeline.stage import BEGUN, MISSING, Stage
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.yaml import Document, nearest
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run. Its artifacts have names: of models, pairs or distilled models.
+class Report(Stage):
+    """``report.html`` and the card of the merged model: reads what is there of all others, and says what is not."""
 
-    Attributes:
-        artifacts: the folders of its artifacts by name, in order.
-        status: of one artifact, by name; those of ``needs`` have to be there.
-        make: makes what is missing.
-        needs: the stages whose artifacts it reads.
-        check_place: refuses a folder that an artifact is to come to, but that holds what no run made.
-        shared: whether every process takes part in ``make``, not the first alone.
-    """
+    name = "report"
+    places = ("report.html", "models.json")
 
-    artifacts: Callable[[Context], dict[str, Path]]
-    status: Callable[[Context, str], Status]
-    make: Callable[[Context], None]
-    needs: tuple[str, ...] = ()
-    check_place: Callable[[Context, str], None] | None = None
-    shared: bool = False
+    def artifacts(self, _context: Context) -> dict[str, Path]:
+        return {}
+
+    def make(self, context: Context) -> None:
+        """Does nothing where they are as they would be."""
+        from fusekit.report.card import write_report
+
+        capturing.describe(context)
+        for line in write_report(context.layout.out):
+            context.say(f"report: {line}")
 
 
-def _report(context: Context) -> None:
-    """Write ``report.html`` and the card of the merged model; does nothing where they are as they would be."""
-    from fusekit.report.card import write_report
-
-    capturing.describe(context)
-    for line in write_report(context.layout.out):
-        context.say(f"report: {line}")
-
-
-TABLE: dict[str, Stage] = {
-    PIVOT: Stage(capturing.pivot_artifacts, capturing.pivot_status, capturing.make_pivot),
-    "data": Stage(lambda context: {"rows": context.layout.data}, capturing.data_status, capturing.make_data),
-    "respond": Stage(
-        responding.respond_artifacts, responding.respond_status, responding.make_responses, needs=("data",)
-    ),
-    "judge": Stage(
-        responding.judge_artifacts,
-        responding.judge_status,
-        responding.make_judged,
-        needs=("data", "respond"),
-        check_place=responding.check_judged_place,
-        shared=True,
-    ),
-    "capture": Stage(
-        capturing.capture_artifacts,
-        capturing.capture_status,
-        capturing.make_captures,
-        needs=("data",),
-        check_place=lambda context, name: capturing.check_store_place(context.layout.store(name)),
-        shared=True,
-    ),
-    "align": Stage(capturing.align_artifacts, capturing.align_status, capturing.make_alignments, needs=("data",)),
-    "distill": Stage(
-        distilling.artifacts,
-        distilling.status,
-        distilling.make,
-        needs=("data", "judge", "capture", "align"),
-        check_place=distilling.check_place,
-        shared=True,
-    ),
-    "merge": Stage(
-        merging.artifacts, merging.status, merging.make, needs=("data", "distill"), check_place=merging.check_place
-    ),
-    "evaluate": Stage(evaluating.artifacts, evaluating.status, evaluating.make, needs=("data", "distill", "merge")),
-    # Reads what is there of all others, and says what is not.
-    "report": Stage(lambda _: {}, lambda context, _: Status(context.layout.report), _report),
-}
+_STAGES: tuple[Stage, ...] = (
+    capturing.DequantisedPivot(),
+    capturing.Data(),
+    responding.Respond(),
+    responding.Judging(),
+    capturing.Capture(),
+    capturing.Align(),
+    distilling.Distill(),
+    merging.Merge(),
+    evaluating.Evaluate(),
+    Report(),
+)
+TABLE: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
 """The stages by name, in order: those of :data:`STAGES`, and before them the plain checkpoint of a GGUF pivot."""
 
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
+
+_LOOK_FOR_FILES = {"capture", "judge"}
+"""Stages whose mistakes are models, templates and data that are not there."""
 
 
 def chosen_stages(only: str | Collection[str] | None, start: str | None, until: str | None) -> list[str]:
@@ -132,26 +99,8 @@ def mistakes(
         layout: of the run, None where it has no folder yet.
         files: whether models, templates and data are looked for.
     """
-    checks: dict[str, Callable[[Recipe], list[Mistake]]] = {
-        "capture": partial(capturing.mistakes, layout=layout) if files else lambda _: [],
-        "judge": partial(responding.mistakes, layout=layout) if files else lambda _: [],
-        "distill": distilling.mistakes,
-        "merge": merging.mistakes,
-        "evaluate": evaluating.mistakes,
-    }
-    return [mistake for stage, check in checks.items() if stage in stages for mistake in check(recipe)]
-
-
-def check_place(context: Context, stage: str, name: str) -> None:
-    """Refuse the folder of an artifact, if it holds what no run made: it would be lost.
-
-    Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
-    """
-    spec = TABLE[stage]
-    if spec.check_place is not None:
-        spec.check_place(context, name)
-    else:
-        artifact.refuse_occupied(spec.artifacts(context)[name])
+    chosen = [stage for name, stage in TABLE.items() if name in stages and (files or name not in _LOOK_FOR_FILES)]
+    return [mistake for stage in chosen for mistake in stage.mistakes(recipe, layout)]
 
 
 def _require(context: Context, stage: str, *, baseline: bool) -> None:
@@ -294,7 +243,7 @@ def _claim(context: Context, chosen: list[str]) -> None:
         raise StorageError(foreign)
     for stage in (PIVOT, *chosen):
         for name in TABLE[stage].artifacts(context):
-            check_place(context, stage, name)
+            TABLE[stage].check_place(context, name)
     if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
         _save(layout, recipe)
     elif layout.recipe.read_bytes() != _text(recipe):

@@ -174,6 +174,11 @@ class Data(DataSettings):
 
     size: DataSize | None = Field(default=None, description="For `fusekit plan` where the data are not at hand.")
 
+    @property
+    def paths(self) -> list[str]:
+        """``path`` as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
 
 class Evaluate(EvaluateSettings):
     """Held-out examples."""

@@ -19,7 +19,7 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.reading import rows_of
 from fusekit.distillation.live import LiveTeacher, live_teacher
 from fusekit.errors import CaptureError, DistillationError
-from fusekit.pipeline.distilling import mistakes
+from fusekit.pipeline.distilling import Distill
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import TopK
@@ -184,4 +184,4 @@ def test_a_recipe_may_score_a_source_on_the_fly(tmp_path: Path) -> None:
         run(load_recipe(path, ["sources.0.on_the_fly=true"]), tmp_path / "false", start="distill", until="distill")
     assert "stores.llama" in str(error.value)
     workers = load_recipe(path, ["sources.0.on_the_fly=true", "distill.dataloader_num_workers=1"])
-    assert any("llama" in mistake.says for mistake in mistakes(workers))
+    assert any("llama" in mistake.says for mistake in Distill().mistakes(workers))

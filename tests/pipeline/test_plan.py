@@ -16,8 +16,9 @@ from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError
 from fusekit.pipeline import plan_data
-from fusekit.pipeline.context import BEGUN, DONE, MISSING, STALE
-from fusekit.pipeline.plan import PAGE_BYTES, Plan, make_plan
+from fusekit.pipeline.capturing import PAGE_BYTES
+from fusekit.pipeline.plan import Plan, make_plan
+from fusekit.pipeline.stage import BEGUN, DONE, MISSING, STALE
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import load_recipe
 from tests.merging.hub_server import Hub, Repository

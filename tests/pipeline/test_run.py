@@ -15,8 +15,9 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.layout import Layout
-from fusekit.pipeline import capturing, evaluating
+from fusekit.pipeline import capturing
 from fusekit.pipeline.context import Context
+from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.plan import make_plan
 from fusekit.pipeline.run import logged
 from fusekit.recipe.loading import load_recipe
@@ -277,11 +278,11 @@ def test_scores_are_made_anew_when_the_template_changes(finished, tmp_path, caps
     shutil.copytree(DEMO / "models" / "pivot", tmp_path / "pivot")
     said: list[str] = []
     context = Context(load_recipe(path, [f"pivot.model={tmp_path / 'pivot'}"]), Layout(out), said.append)
-    evaluating.make(context, {"pivot", "sources/llama"})
+    Evaluate().make(context, {"pivot", "sources/llama"})
     assert said == []
     template = tmp_path / "pivot" / "chat_template.jinja"
     template.write_text(template.read_text() + "\n")
-    evaluating.make(context, {"pivot", "sources/llama"})
+    Evaluate().make(context, {"pivot", "sources/llama"})
     assert [line.split(":")[0] for line in said] == ["evaluate pivot"]
     assert json.loads(context.layout.results.read_text())["models"].keys() == {"pivot", "sources/llama"}
     shutil.rmtree(out / "captures")
