@@ -15,13 +15,16 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.capturing.store import Store
 from fusekit.data.counts import DataCounts
-from fusekit.data.prepare import prepare
+from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.settings import DataSettings
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.yaml import nearest
+
+CUTS = ("max_length", "overlong", "train_on", "on_bad_row", "pack")
+"""Fields of DataSettings that say what becomes of examples, wherever they are from."""
 
 
 def capture_job(
@@ -31,12 +34,17 @@ def capture_job(
     *,
     engine: str | Sequence[str] = "transformers",
     chat_template: str = "own",
-    overwrite: bool = False,
-    quiet: bool = False,
+    others: Sequence[str] = (),
+    counts: DataCounts | None = None,
     say: Callable[[str], None] = lambda _line: None,
+    overwrite: bool = False,
+    ignore_estimates: bool = False,
+    quiet: bool = False,
     **settings: Any,
 ) -> Capture:
     """What :func:`capture` does, before it is done; the arguments are the same.
+
+    counts: what the reader of ``dataset`` counts; the rest is counted there too.
 
     A process that is given one share after the other runs them with one model:
 
@@ -47,12 +55,11 @@ def capture_job(
     >>> [job.run(Processes.separate(rank, 2)).complete for rank in (1, 0)]
     [False, True]
     """
-    cuts = ("max_length", "overlong", "train_on", "on_bad_row")
-    known = (*cuts, *CaptureSettings.model_fields)
+    known = (*CUTS, *CaptureSettings.model_fields)
     if unknown := [name for name in settings if name not in known]:
         raise DataError(f"capture has no setting {unknown[0]!r}{nearest(unknown[0], known)}")
     try:
-        data = DataSettings(path=".", **{name: settings.pop(name) for name in cuts if name in settings})
+        data = DataSettings(path=".", **{name: settings.pop(name) for name in CUTS if name in settings})
         how = CaptureSettings(**settings)
         urls = [engine] if isinstance(engine, str) else list(engine)
         where = EngineSettings(**({"url": urls} if "://" in urls[0] else {"name": urls[0]}))
@@ -61,23 +68,32 @@ def capture_job(
         raise DataError("; ".join(wrong)) from error
     choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model), engine=where)
     checkpoint = find_checkpoint(choice)
+    beside = [find_checkpoint(ModelChoice(name), weights=False) for name in others]
+    for line in [line for found in (checkpoint, *beside) for line in found.notices]:
+        say(line)
     date = None if overwrite else date_of(Path(out))
-    template = ChatTemplate.chosen(chat_template)
-    tokenizer = RowTokenizer(load_tokenizer(checkpoint), template, data.train_on, date=date)
-    counts = DataCounts(data.on_bad_row)
-    prepared = prepare(rows_of(dataset, counts), [tokenizer], data.max_length, data.overlong, counts)
+    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(chat_template), data.train_on, date=date)
+    readers = [own, *(RowTokenizer(load_tokenizer(one), None, data.train_on, date=own.date) for one in beside)]
+    counts = DataCounts(data.on_bad_row) if counts is None else counts
+    rows = rows_of(dataset, counts)
+    if data.pack:
+        rows = pack_text(rows, readers, data.max_length)
+    prepared = prepare(rows, readers, data.max_length, data.overlong, counts)
     if not prepared.rows:
         raise DataError(f"no example is left: {prepared.counts}")
     for line in counts.lines:
         say(line)
+    # The rows' cuts are compared when the capture is resumed; these say why they differ.
+    details = {"max_length": data.max_length, "overlong": data.overlong}
     return Capture(
         checkpoint,
-        tokenizer,
+        own,
         prepared.rows,
         out,
         how,
-        details={"max_length": data.max_length, "overlong": data.overlong},
+        details=details,
         overwrite=overwrite,
+        ignore_estimates=ignore_estimates,
         quiet=quiet,
         notify=say,
     )
@@ -100,11 +116,13 @@ def capture(model: str | Path | ModelChoice, dataset: Any, out: str | Path, **op
         out: folder of the store.
         engine: what runs a model that is given by name: ``transformers``, ``vllm``, or the URLs of servers of it.
         chat_template: ``own``, the name of a shipped template, or a jinja file.
-        overwrite: start over where there is a store.
-        quiet: show no progress.
+        others: other models of the run: examples are cut where all of them read the same bytes.
         say: called with lines for the user.
+        overwrite: start over where there is a store.
+        ignore_estimates: start although disk or memory do not seem to suffice.
+        quiet: show no progress.
         settings: fields of :class:`~fusekit.capturing.settings.CaptureSettings` (top_k, temperature, ...), and
-            ``max_length``, ``overlong``, ``train_on`` and ``on_bad_row`` of
+            ``max_length``, ``overlong``, ``train_on``, ``on_bad_row`` and ``pack`` of
             :class:`~fusekit.data.settings.DataSettings`.
 
     Returns:

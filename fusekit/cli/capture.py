@@ -13,14 +13,12 @@ from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
 from fusekit.cli.options import JSON, given, options_of
 from fusekit.data.settings import DataSettings
-from fusekit.errors import CaptureError, DataError
+from fusekit.errors import CaptureError
 from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
-    from fusekit.capturing.models import Checkpoint
     from fusekit.capturing.store import Store
-    from fusekit.data.prepare import Prepared
-    from fusekit.data.tokenize import RowTokenizer
+    from fusekit.data.counts import DataCounts
 
 _QUANTIZATIONS = {
     "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
@@ -93,70 +91,33 @@ def capture(**options: Any) -> None:
             click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To resume:\n  {again}", err=True)
 
     with interruptible(stopped):
-        store, prepared = _run(options, processes, lambda line: None if silent else click.echo(line, err=True))
+        store, counts = _run(options, processes, lambda line: None if silent else click.echo(line, err=True))
     if silent:
         return
     if options["as_json"]:
-        print_json(figures(store) | {"data": prepared.counts.as_dict()})
+        print_json(figures(store) | {"data": counts.as_dict()})
     else:
         click.echo("\n".join(summary_lines(store)))
 
 
-def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, Prepared]:
-    from fusekit.capturing.capture import capture as run
+def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, DataCounts]:
+    from fusekit.api import CUTS, capture_job
+    from fusekit.capturing.models import ModelChoice
     from fusekit.data.counts import DataCounts
-    from fusekit.data.prepare import pack_text, prepare
     from fusekit.data.reading import read_rows
 
     of_data = {**options, "name": options["data_name"], "revision": options["data_revision"]}
     data = DataSettings(path=list(options["data"]), **given(of_data, DataSettings))
-    checkpoint, tokenizers = _models(options, data.train_on, say)
-    counts = DataCounts(data.on_bad_row)
-    how = data.model_dump(include={"split", "revision", "name", "streaming", "limit"})
-    rows = read_rows(data.path, counts=counts, **how)
-    rows = pack_text(rows, tokenizers, data.max_length) if data.pack else rows
-    prepared = prepare(rows, tokenizers, data.max_length, data.overlong, counts)
-    if not prepared.rows:
-        raise DataError(f"{', '.join(options['data'])}: there are no rows")
-    say("\n".join(counts.lines))
-    store = run(
-        checkpoint,
-        tokenizers[0],
-        prepared.rows,
-        options["out"],
-        CaptureSettings(**given(options, CaptureSettings)),
-        # The rows' cuts are compared too; these say why they differ.
-        details={"max_length": data.max_length, "overlong": data.overlong},
-        overwrite=options["overwrite"],
-        ignore_estimates=options["ignore_estimates"],
-        quiet=options["quiet"],
-        notify=say,
-        processes=processes,
-    )
-    return store, prepared
-
-
-def _models(
-    options: dict[str, Any], train_on: str, say: Callable[[str], None]
-) -> tuple[Checkpoint, list[RowTokenizer]]:
-    """The model, and how it and the others of the run read rows."""
-    from fusekit.capturing.load import load_tokenizer
-    from fusekit.capturing.manifest import date_of
-    from fusekit.capturing.models import ModelChoice, find_checkpoint
-    from fusekit.data.templates import ChatTemplate
-    from fusekit.data.tokenize import RowTokenizer
-
-    names = ("model", "revision", "trust_remote_code", "allow_pickle")
     try:
         engine = EngineSettings(**given(options, EngineSettings, "engine_"))
     except ValidationError as error:
         raise CaptureError("; ".join(f"engine: {found['msg']}" for found in error.errors())) from error
+    names = ("model", "revision", "trust_remote_code", "allow_pickle")
     choice = ModelChoice(**{name: options[name] for name in names}, engine=engine, **given(options, Load))
-    checkpoint = find_checkpoint(choice)
-    others = [find_checkpoint(ModelChoice(name), weights=False) for name in options["others"]]
-    for line in [line for found in (checkpoint, *others) for line in found.notices]:
-        say(line)
-    date = None if options["overwrite"] else date_of(options["out"])
-    own = RowTokenizer(load_tokenizer(checkpoint), ChatTemplate.chosen(options["chat_template"]), train_on, date=date)
-    others_read = [RowTokenizer(load_tokenizer(found), None, train_on, date=own.date) for found in others]
-    return checkpoint, [own, *others_read]
+    counts = DataCounts(data.on_bad_row)
+    how = data.model_dump(include={"split", "revision", "name", "streaming", "limit"})
+    rows = read_rows(data.path, counts=counts, **how)
+    asked = {name: options[name] for name in ("chat_template", "others", "overwrite", "ignore_estimates", "quiet")}
+    settings = data.model_dump(include=set(CUTS)) | given(options, CaptureSettings)
+    job = capture_job(choice, rows, options["out"], counts=counts, say=say, **asked, **settings)
+    return job.run(processes), counts
