@@ -27,7 +27,7 @@ import filelock
 import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
-from fusekit.errors import StorageError
+from fusekit.errors import FusekitError, StorageError
 
 # Rust libraries (safetensors, tokenizers) report the system's error as text.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -511,6 +511,20 @@ def differences(before: Inputs, now: Inputs) -> list[str]:
         for name in ours | theirs
         if ours.get(name, missing) != theirs.get(name, missing)
     ]
+
+
+def refuse_changes(
+    folder: Path, changed: Iterable[str], way_out: str | None = None, kind: type[FusekitError] = StorageError
+) -> None:
+    """Raise an error of this kind, with the way out, where what a folder was made from has changed.
+
+    changed: a line per input, as of :func:`differences`.
+    """
+    if lines := "\n  ".join(changed):
+        raise kind(
+            f"cannot use {folder}: its inputs changed:\n  {lines}\nGo back to the former values, or "
+            + (way_out or f"remove {folder} to make it again, or choose another output")
+        )
 
 
 def flat(inputs: Mapping[str, Any], prefix: str = "") -> Inputs:

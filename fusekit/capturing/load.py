@@ -20,7 +20,7 @@ from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.devices import missing_device
 from fusekit.environment import circumstances
-from fusekit.errors import CaptureError, StorageError
+from fusekit.errors import CaptureError
 from fusekit.gguf import GgufHeader, split
 from fusekit.resources import is_out_of_memory, refuse_lacking
 from fusekit.types import IntArray
@@ -154,15 +154,11 @@ def dequantise(
     known = artifact.read(folder)
     if known is not None:
         changed = artifact.differences(known.inputs, dequantised_from(choice, known))
+        if not overwrite:
+            artifact.refuse_changes(folder, changed)
         if not changed:
             artifact.require_whole(folder)
             return
-        if not overwrite:
-            raise StorageError(
-                f"{folder} cannot be resumed: its inputs changed:\n  "
-                + "\n  ".join(changed)
-                + f"\nGo back to what it was, remove {folder} to make it again, or choose another output"
-            )
     checkpoint = find_checkpoint(choice)
     for line in [*checkpoint.notices, f"dequantising {choice.model} into {folder}, which is done once"]:
         say(line)

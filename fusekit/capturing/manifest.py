@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusekit.artifacts import commit_file, differences, disk_fault
+from fusekit.artifacts import Inputs, commit_file, differences, disk_fault
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError
 
@@ -38,7 +38,7 @@ class StoreSpec(_Model):
         model: name or path of the model, as the user wrote it.
         model_fingerprint: what identifies its weights (revision, hash).
         tokenizer: fingerprint of tokenizer, chat template and of which tokens are labels.
-        data: fingerprint of the data; the only field that may change when rows are added.
+        data: fingerprint of the data.
         vocabulary: ids are below it.
         top_k: most entries per label.
         keep_mass: entries were kept until they hold this probability; None for always ``top_k``.
@@ -126,6 +126,18 @@ class Manifest(_Model):
     keys_xxh3: Hash
     shards: list[ShardRecord]
     made: dict[str, Setting] = Field(default_factory=dict)
+
+    def changes(self, made_from: Inputs, keys: Sequence[str]) -> list[str]:
+        """A line for each difference from what the store would be made from now: ``top_k: 10, now 50``.
+
+        made_from: fields of a spec. keys: of the rows. Raises StorageError for what is not a key.
+        """
+        changed = differences(self.spec.model_dump(), made_from)
+        if not changed and len(keys) != self.bounds[-1]:
+            return [f"rows: {self.bounds[-1]}, now {len(keys)}"]
+        if not changed and keys_hash(keys) != self.keys_xxh3:
+            return ["rows: others, or in another order"]
+        return changed
 
 
 AnyModel = TypeVar("AnyModel", bound=_Model)

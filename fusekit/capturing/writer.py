@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 import fusekit
-from fusekit.artifacts import commit_file, disk_fault, remove, sweep
+from fusekit.artifacts import commit_file, disk_fault, refuse_changes, remove, sweep
 from fusekit.capturing.codec import Codec, Columns, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.manifest import (
     MANIFEST,
@@ -61,8 +61,6 @@ class StoreWriter:
         spec: what the store is made from.
         keys: of all rows of the data, in order, each once.
         rank, world: this process among how many; shard i is written by process i % world.
-        extend: rows may follow those of a complete store, and ``spec`` differ from its in ``data``: its shards stay,
-            and until :meth:`finish` it is what it was.
         joins: others may have begun the store and not yet committed a shard: what its manifest names holds.
 
     Raises:
@@ -78,7 +76,6 @@ class StoreWriter:
         rank: int = 0,
         world: int = 1,
         *,
-        extend: bool = False,
         joins: bool = False,
     ) -> None:
         self.path, self.spec, self.keys = Path(path), spec, list(keys)
@@ -101,14 +98,14 @@ class StoreWriter:
         if manifest is None:
             refuse_foreign(self.path)
         else:
-            self._compare(manifest, extend)
+            changed = manifest.changes(spec.model_dump(), self.keys)
+            refuse_changes(self.path, changed, f"remove {self.path} to start over, or choose another folder")
         sweep(self.path, rank, world)
-        bounds, rows = list(manifest.bounds if manifest else [0]), len(self.keys)
-        bounds += [*range(bounds[-1] + spec.rows_per_shard, rows, spec.rows_per_shard), *[rows] * (rows > bounds[-1])]
-        self._bounds = bounds
-        self._plans = [ShardPlan(at, start, stop) for at, (start, stop) in enumerate(pairwise(bounds))]
+        rows = len(self.keys)
+        self._bounds = manifest.bounds if manifest else [*range(0, rows, spec.rows_per_shard), rows]
+        self._plans = [ShardPlan(at, start, stop) for at, (start, stop) in enumerate(pairwise(self._bounds))]
         self._records = {record.file: record for record in manifest.shards} if manifest else {}
-        self._was_complete = bool(manifest and manifest.complete and manifest.bounds == self._bounds)
+        self._was_complete = bool(manifest and manifest.complete)
         self._done = self._whole_shards()
         if manifest is None or (manifest.complete and len(self._records) < len(manifest.shards)):
             self._write_manifest(complete=False)
@@ -218,23 +215,6 @@ class StoreWriter:
             remove(path.with_suffix(".json"))
             remove(path)
         return whole
-
-    def _compare(self, manifest: Manifest, extend: bool) -> None:
-        changed = manifest.spec.differences(self.spec)
-        rows = manifest.bounds[-1]
-        longer = extend and manifest.complete and len(self.keys) > rows
-        if longer:
-            changed = [line for line in changed if not line.startswith("data: ")]
-        if not changed and len(self.keys) != rows and not longer:
-            changed = [f"rows: {rows}, now {len(self.keys)}"]
-        if not changed and keys_hash(self.keys[:rows]) != manifest.keys_xxh3:
-            changed = [f"the first {rows} rows: others, or in another order"]
-        if changed:
-            raise StorageError(
-                f"{self.path} cannot be resumed: its inputs changed:\n  "
-                + "\n  ".join(changed)
-                + f"\nUse another folder, or remove {self.path} to start over"
-            )
 
     def _write_manifest(self, complete: bool) -> None:
         shards = [self._records[name] for name in sorted(self._records, key=_shard_number)]

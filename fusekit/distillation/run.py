@@ -269,11 +269,7 @@ def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """folder: what was made from ``before``; without it the target is made again, whatever command it is made by."""
     changed = artifact.differences(dict(before), dict(now))
-    if changed:
-        raise DistillationError(
-            f"{folder} cannot be resumed: its inputs changed ({'; '.join(changed)}). Go back to what "
-            f"they were, or remove {folder} to start over"
-        )
+    artifact.refuse_changes(folder, changed, f"remove {folder} to start over", DistillationError)
 
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, counted
-from fusekit.capturing.manifest import Manifest, keys_hash, read_json
+from fusekit.capturing.manifest import Manifest, read_json
 from fusekit.capturing.models import find_checkpoint, is_repository
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
@@ -33,7 +33,7 @@ from fusekit.pipeline.context import (
     write_json,
     write_rows,
 )
-from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared
+from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need, disk_need
@@ -332,14 +332,11 @@ def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> 
         return Status(folder)
     before = artifact.flat(manifest.spec.model_dump())
     now = before | store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
-    status = compared(folder, before, lambda _: now)
-    if status.state == STALE:
-        return status
-    if keys_hash([row.key for row in rows]) != manifest.keys_xxh3:
-        return Status(folder, STALE, ("rows: others, or in another order",))
+    if changed := manifest.changes(now, [row.key for row in rows]):
+        return Status(folder, STALE, tuple(changed))
     done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
     if manifest.complete:
-        return status
+        return Status(folder, DONE)
     note = f"{done} of {counted(len(rows), 'example')} captured"
     return Status(folder, BEGUN, note=note, left=len(rows) - done) if done else Status(folder)
 

@@ -114,7 +114,7 @@ def _require(context: Context, stage: str, *, baseline: bool) -> None:
             raise StorageError(f"{folder} is {what}: the stage `{stage}` comes first")
         if status.state == BEGUN:
             raise StorageError(f"{folder} is not finished ({status.note}): the stage `{stage}` completes it")
-        status.is_done(f"and begin with the stage `{stage}`")
+        status.is_done(f"remove {status.folder} and begin with the stage `{stage}`")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.errors import StorageError
 from fusekit.layout import Layout, folders_in
 from fusekit.pipeline.context import Context
 from fusekit.recipe import Recipe
@@ -42,14 +41,9 @@ class Status:
     note: str = ""
     left: int | None = None
 
-    def is_done(self, way_out: str = "to make it again, or choose another output") -> bool:
+    def is_done(self, way_out: str | None = None) -> bool:
         """Whether it is up to date. Raises StorageError naming every input that changed, and the way out."""
-        if self.state == STALE:
-            raise StorageError(
-                f"cannot use {self.folder}: its inputs changed:\n  "
-                + "\n  ".join(self.changed)
-                + f"\nGo back to the former values, or remove {self.folder} {way_out}"
-            )
+        artifact.refuse_changes(self.folder, self.changed, way_out)
         return self.state == DONE
 
 

@@ -154,7 +154,7 @@ def test_the_same_rows_make_the_same_files_and_a_complete_store_is_left_alone(pa
     [
         (SPEC, KEYS[: ROWS - 1], ["rows: 10, now 9"]),
         (SPEC, [*KEYS[:ROWS], key(77)], ["rows: 10, now 11"]),
-        (SPEC, KEYS[ROWS - 1 :: -1], ["the first 10 rows"]),
+        (SPEC, KEYS[ROWS - 1 :: -1], ["rows: others"]),
         (SPEC, [*KEYS[:5], KEYS[0]], [KEYS[0]]),
         (SPEC, ["x"], ["'x'"]),
         (
@@ -383,54 +383,11 @@ def more_rows(chosen):
     return [captured(np.random.default_rng(n), 60, 4, 12, number=n, dataset="new") for n in new] + old
 
 
-def fill(path, keys, spec=SPEC, make=more_rows, extend=False, shards=None):
-    writer = StoreWriter(path, spec, keys, extend=extend)
-    for plan in writer.missing_shards()[:shards]:
+def fill(path, keys, spec=SPEC, make=more_rows):
+    writer = StoreWriter(path, spec, keys)
+    for plan in writer.missing_shards():
         writer.write_shard(plan, make(keys[plan.start : plan.stop]))
-    if shards is None:
-        writer.finish()
-
-
-def test_rows_added_later(tmp_path):
-    write(tmp_path)
-    old = listing(tmp_path)
-    spec, keys = SPEC.model_copy(update={"data": "data and more"}), [*KEYS, *MORE]
-    fill(tmp_path, keys, spec, extend=True, shards=1)
-    assert len(Store.open(tmp_path, verify=True)) == 9, "until it is finished the store is what it was"
-    assert listing(tmp_path)["manifest.json"] == old["manifest.json"]
-    fill(tmp_path, keys, spec, extend=True)
-    store = Store.open(tmp_path, verify=True)
-    assert store.keys == [k for k in keys if k != KEYS[4]]
-    assert store.spec == spec
-    new = listing(tmp_path)
-    assert all(new[name] == data for name, data in old.items() if name.startswith("shard"))
-    assert sorted(new) == ["manifest.json", *(f"shard-0000{number}.parquet" for number in range(6))]
-    (tmp_path / "shard-00003.parquet").unlink()
-    missing = StoreWriter(tmp_path, spec, keys).missing_shards()
-    assert [(plan.index, plan.start, plan.stop) for plan in missing] == [(3, 9, 10)]
-
-
-def test_an_addition_that_was_given_up(tmp_path):
-    write(tmp_path)
-    old = listing(tmp_path)
-    fill(tmp_path, [*KEYS, *MORE], extend=True, shards=1)
-    assert write(tmp_path) == []
-    assert listing(tmp_path) == old
-
-
-@pytest.mark.parametrize(
-    ("spec", "keys", "finish", "named"),
-    [
-        (SPEC.model_copy(update={"top_k": 3}), [*KEYS, *MORE], True, "top_k: 4, now 3"),
-        (SPEC, [*MORE, *KEYS], True, "the first 10 rows"),
-        (SPEC, KEYS[:5], True, "rows: 10, now 5"),
-        (SPEC, [*KEYS, *MORE], False, "rows: 10, now 15"),  # only complete stores are extended
-    ],
-)
-def test_additions_that_do_not_fit(tmp_path, spec, keys, finish, named):
-    write(tmp_path, finish=finish)
-    with refused(named):
-        StoreWriter(tmp_path, spec, keys, extend=True)
+    writer.finish()
 
 
 def test_stores_of_several_machines(tmp_path):
