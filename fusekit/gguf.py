@@ -71,15 +71,6 @@ def among(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.endswith(SUFFIX))
 
 
-def only_gguf(model: str, names: Iterable[str]) -> str:
-    """What an error says of a folder or repository that has its weights as GGUF alone, and which file to name."""
-    there = among(names)
-    return (
-        f"has no weights but GGUF files ({', '.join(there)}): name one, as {model.rstrip('/')}/{there[0]}, or in a "
-        f"recipe by `gguf_file: {there[0]}`"
-    )
-
-
 def read_header(folder: Path, file: str, label: str) -> GgufHeader:
     """Read the header of a GGUF file; its weights are not touched. label: how errors call the model.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import huggingface_hub
 from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
+from fusekit import gguf
 from fusekit.artifacts import disk_fault
 from fusekit.errors import ModelError
 
@@ -85,8 +87,106 @@ class Snapshot:
             raise explain(error, self.repository, None) from error
 
 
-def locate(name: str, revision: str | None, cache: Path | None, notices: list[str]) -> tuple[Path, Snapshot | None]:
-    """The folder of a model by its path or its name on the hub, and the commit there.
+@dataclass(frozen=True)
+class Files:
+    """The files of a model, in a folder or at a commit of the hub; nothing large is read or fetched.
+
+    label: how errors call the model. folder: on disk; for a model on the hub, where its files are or will be.
+    """
+
+    label: str
+    folder: Path
+    snapshot: Snapshot | None = None
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Of all files, also those that are not fetched yet."""
+        return set(self.snapshot.sizes) if self.snapshot else {path.name for path in self.folder.iterdir()}
+
+    @property
+    def only_gguf(self) -> list[str]:
+        """The GGUF files of a model that has no weights but these, in order."""
+        return gguf.among(self.names) if weight_entry(self.names) is None else []
+
+    def fetch_small(self, *, code: bool) -> None:
+        """Fetch configuration and tokenizer, unless they are here. code: Python code too. Raises ModelError."""
+        if self.snapshot:
+            self.snapshot.fetch([*SMALL_FILES, *(["*.py"] if code else [])])
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The mapping in a file, None where there is no such file. Raises ModelError naming a file that has none."""
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{self.label}: {path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{self.label}: {path} is not a JSON mapping")
+        return content
+
+    def config(self) -> dict[str, Any]:
+        """Content of config.json. Raises ModelError where there is none, for an adapter with the way to merge it."""
+        config = self.json("config.json")
+        if config is not None:
+            return config
+        if (adapter := self.json("adapter_config.json")) is not None:
+            base = adapter.get("base_model_name_or_path") or "MODEL"
+            raise ModelError(
+                f"{self.label} is an adapter of {base}, not a model: `fusekit merge` merges it into its base, by a "
+                f"recipe that names it behind it, `model: {base}+{self.label}`"
+            )
+        raise ModelError(f"{self.label} has no config.json in {self.folder}: is it a model in Hugging Face's format?")
+
+    def refuse_code(self, config: Mapping[str, Any], leave: str, *, always: bool = False) -> None:
+        """Raise ModelError for a model that transformers cannot load without the Python code that comes with it.
+
+        leave: the option that allows the code. always: also refuse code that transformers could do without.
+        """
+        if "auto_map" not in {**config, **(self.json("tokenizer_config.json") or {})}:
+            return
+        from transformers import CONFIG_MAPPING
+
+        if always or config.get("model_type") not in CONFIG_MAPPING:
+            raise ModelError(
+                f"{self.label} wants to run Python code of its own (auto_map in {self.folder}): if you trust its "
+                f"author, allow it for this model with {leave}"
+            )
+
+    def weights(self, *, pickles: bool, leave: str) -> dict[str, int]:
+        """Bytes by name of the files that hold the weights.
+
+        Raises ModelError: there are none, one is missing or a malformed index, or they are pickled without ``pickles``.
+        leave: the option that allows them.
+        """
+        entry = weight_entry(self.names)
+        absent = "not there"
+        if self.snapshot and not self.snapshot.online:
+            absent = "not in the cache, and the hub cannot be reached"
+        if entry is None and absent != "not there":
+            raise ModelError(f"{self.label}: its weights are {absent}")
+        if entry is None:
+            raise ModelError(f"{self.label} has no weights: no model.safetensors or its index in {self.folder}")
+        files = [entry]
+        if entry.endswith(".index.json"):
+            files = sorted(set(read_index(self.folder / entry, self.label).values()))
+        pickled = [name for name in (entry, *files) if name.startswith("pytorch_model.bin") or name.endswith(".bin")]
+        if pickled and not pickles:
+            raise ModelError(
+                f"{self.label}: its weights are pickled ({self.folder / pickled[0]}), which can run any code when they "
+                f"are read: convert them to safetensors, or, if you trust their author, allow it with {leave}"
+            )
+        for name in files:
+            if name not in self.names:
+                raise ModelError(f"{self.label}: the weight file {self.folder / name} is {absent}: is it downloaded?")
+        if self.snapshot:
+            return {name: self.snapshot.sizes[name] for name in files}
+        return {name: (self.folder / name).stat().st_size for name in files}
+
+
+def locate(name: str, revision: str | None, cache: Path | None, notices: list[str]) -> Files:
+    """The files of a model by its path or its name on the hub.
 
     Raises ModelError, with a way out: no such folder, a file, a revision of a folder, and whatever :func:`find` does.
     """
@@ -97,7 +197,7 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
         if name and local.is_dir():
             if revision:
                 raise ModelError(f"{name} is a local folder: the revision {revision!r} has no meaning there")
-            return local.resolve(), None
+            return Files(name, local.resolve())
         if name and local.exists():
             raise ModelError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
     except (OSError, RuntimeError) as error:  # of a name that is too long, of a home that does not exist
@@ -105,11 +205,21 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
     if "://" in name:
         way_out = "/".join(name.split("://", 1)[1].split("/")[1:3]) or "owner/name"
         raise ModelError(f"{name} is a web address: give the model's name on the hub, {way_out}")
-    if not name or name[0] in "/~." or name.count("/") > 1:
+    if _is_path(name):
         where = local if name.startswith("~") else f"looked from {Path.cwd()}"
         raise ModelError(f"there is no folder {name or repr(name)} ({where})")
     snapshot = find(name, revision, cache, notices)
-    return snapshot.folder, snapshot
+    return Files(name, snapshot.folder, snapshot)
+
+
+def is_repository(name: str) -> bool:
+    """Whether a model is one on the hub: nothing is there, and it does not look like a path."""
+    place = (gguf.split(name) or (name, ""))[0]
+    return not _is_path(place) and not Path(place).exists()
+
+
+def _is_path(name: str) -> bool:
+    return not name or name[0] in "/~." or name.count("/") > 1
 
 
 def find(repository: str, revision: str | None, cache: Path | None, notices: list[str]) -> Snapshot:
@@ -249,11 +359,6 @@ def weight_entry(names: Iterable[str]) -> str | None:
             if name in present:
                 return name
     return None
-
-
-def is_pickle(entry: str) -> bool:
-    """Whether the entry file of a checkpoint stands for torch pickles."""
-    return entry.startswith("pytorch_model.bin")
 
 
 def read_headers(path: Path, label: str) -> Headers:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from fusekit import artifacts as artifact
 from fusekit import gguf, hub
 from fusekit.capturing.settings import EngineSettings, plain_name
 from fusekit.errors import CaptureError
-from fusekit.hub import DTYPES, is_pickle, read_index, weight_entry
+from fusekit.hub import DTYPES
 
-_ADAPTER = "adapter_config.json"
 _HASHED_AT_A_TIME = 16 << 20
 _ITEMSIZES = dict(DTYPES.values())
 TRANSFORMERS = EngineSettings()
@@ -153,36 +151,29 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
         CaptureError: missing, gated, unreachable or incomplete; pickled weights or code of its own without leave. Says
             what to do.
     """
-    notices: list[str] = []
+
+    def sizes(files: hub.Files) -> dict[str, int]:
+        return files.weights(pickles=choice.allow_pickle, leave="--allow-pickle")
+
     if (parts := gguf.split(choice.model)) is not None:
         plain = choice.dequantised
         if plain is None or (known := artifact.read(plain)) is None:
             return _find_gguf(choice, *parts, weights=weights, download=download)
-        config, identity = _read_json(choice, plain / "config.json"), str(known.inputs.get("gguf"))
-        return Checkpoint(choice, plain, config, _weights(choice, plain, None), identity=identity)
-    folder, snapshot = hub.locate(choice.model, choice.revision, None, notices)
-    names = _names(folder, snapshot)
-    if weight_entry(names) is None and gguf.among(names) and (weights or "config.json" not in names):
-        raise CaptureError(f"{choice.model} {gguf.only_gguf(choice.model, names)}")
-    if snapshot:
-        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if choice.trust_remote_code else [])])
-    if _ADAPTER in names and "config.json" not in names:
-        base = _read_json(choice, folder / _ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
+        files, identity = hub.Files(choice.model, plain), str(known.inputs.get("gguf"))
+        return Checkpoint(choice, plain, files.config(), sizes(files), identity=identity)
+    notices: list[str] = []
+    files = hub.locate(choice.model, choice.revision, None, notices)
+    if files.only_gguf and (weights or "config.json" not in files.names):
+        there = files.only_gguf
         raise CaptureError(
-            f"{choice.model} is an adapter of {base}, not a model: merge it into its base first, by `fusekit merge` "
-            f"with a recipe of one model, `{base}+{choice.model}`"
+            f"{choice.model} has no weights but GGUF files ({', '.join(there)}): name one, as "
+            f"{choice.model.rstrip('/')}/{there[0]}, or in a recipe by `gguf_file: {there[0]}`"
         )
-    config = _read_json(choice, folder / "config.json")
-    if "auto_map" in config and not choice.trust_remote_code:
-        from transformers import CONFIG_MAPPING
-
-        if config.get("model_type") not in CONFIG_MAPPING:
-            raise CaptureError(
-                f"{choice.model} wants to run Python code of its own (auto_map in {folder / 'config.json'}): if you "
-                "trust its author, allow it for this model with --trust-remote-code"
-            )
-    sizes = _weights(choice, folder, snapshot) if weights else {}
-    return Checkpoint(choice, folder, config, sizes, snapshot, notices)
+    files.fetch_small(code=choice.trust_remote_code)
+    config = files.config()
+    if not choice.trust_remote_code:
+        files.refuse_code(config, "--trust-remote-code")
+    return Checkpoint(choice, files.folder, config, sizes(files) if weights else {}, files.snapshot, notices)
 
 
 def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, download: bool) -> Checkpoint:
@@ -192,9 +183,10 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
             f"{choice.quantization.get('quant_method')!r} does not apply; leave it out, or take the original model"
         )
     notices: list[str] = []
-    folder, snapshot = hub.locate(place, choice.revision, None, notices)
-    if file not in _names(folder, snapshot):
-        there = ", ".join(gguf.among(_names(folder, snapshot))) or "none"
+    files = hub.locate(place, choice.revision, None, notices)
+    folder, snapshot = files.folder, files.snapshot
+    if file not in files.names:
+        there = ", ".join(gguf.among(files.names)) or "none"
         raise CaptureError(f"{choice.model}: there is no file {file} in {place}; GGUF files there: {there}")
     if snapshot and snapshot.missing([file]):
         if not download:
@@ -207,8 +199,7 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
     size = (folder / file).stat().st_size
     notices += [f"{choice.model}: transformers does not read {line}" for line in header.left_out]
     config = dict(_gguf_config(folder, file, choice.model, header.architecture, size)) if weights else {}
-    found = Checkpoint(choice, folder, config, {file: size}, snapshot, notices, header)
-    return replace(found, config=config | {"dtype": header.dtype})
+    return Checkpoint(choice, folder, config | {"dtype": header.dtype}, {file: size}, snapshot, notices, header)
 
 
 @lru_cache(maxsize=16)
@@ -228,52 +219,3 @@ def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: 
     if "architectures" not in config and config.get("model_type") in NAMES:
         config["architectures"] = [NAMES[config["model_type"]]]
     return config
-
-
-def is_repository(name: str) -> bool:
-    """Whether a model is one on the hub: nothing is there, and it does not look like a path."""
-    place = (gguf.split(name) or (name, ""))[0]
-    return bool(place) and place[0] not in "/~." and place.count("/") <= 1 and not Path(place).exists()
-
-
-def _names(folder: Path, snapshot: hub.Snapshot | None) -> set[str]:
-    """The files of a model, wherever they are yet."""
-    return set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
-
-
-def _read_json(choice: ModelChoice, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CaptureError(
-            f"{choice.model} has no {path.name} in {path.parent}: is it a model in Hugging Face's format?"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CaptureError(f"{choice.model}: {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CaptureError(f"{choice.model}: {path} is not a JSON mapping")
-    return content
-
-
-def _weights(choice: ModelChoice, folder: Path, snapshot: hub.Snapshot | None) -> dict[str, int]:
-    """Bytes by name of the files that hold the weights."""
-    names = _names(folder, snapshot)
-    entry = weight_entry(names)
-    if entry is None:
-        where = "in the cache, and the hub cannot be reached" if snapshot and not snapshot.online else f"in {folder}"
-        raise CaptureError(f"{choice.model} has no weights: no model.safetensors or its index {where}")
-    files = [entry]
-    if entry.endswith(".index.json"):
-        files = sorted(set(read_index(folder / entry, choice.model).values()))
-    pickles = [name for name in (entry, *files) if is_pickle(name) or name.endswith(".bin")]
-    if pickles and not choice.allow_pickle:
-        raise CaptureError(
-            f"{choice.model}: its weights are pickled ({folder / pickles[0]}), which can run any code when they are "
-            "read: convert them to safetensors, or, if you trust their author, allow it for this model with "
-            "--allow-pickle"
-        )
-    lacking = [name for name in files if name not in names]
-    if lacking:
-        raise CaptureError(f"{choice.model}: the weight file {folder / lacking[0]} is not there: is it downloaded?")
-    size: Callable[[str], int] = snapshot.sizes.__getitem__ if snapshot else lambda n: (folder / n).stat().st_size
-    return {name: size(name) for name in files}

@@ -6,10 +6,8 @@ whose path is that folder and which prints as that name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,19 +18,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING
 
 from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
-from fusekit.hub import (
-    Headers,
-    TensorHeader,
-    checkpoint_headers,
-    is_pickle,
-    read_headers,
-    read_index,
-    weight_entry,
-)
+from fusekit.hub import Headers, TensorHeader, checkpoint_headers, read_headers, read_index, weight_entry
 from fusekit.merge_methods.mergekit_methods import SCALES
 from fusekit.merging.loading import Adapter, plain_adapter
 from fusekit.yaml import KeyPath, Problems, nearest
@@ -225,40 +214,33 @@ def resolve(
 
 def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: MergeOptions, *, weights: bool) -> Model:
     name = str(reference)
-    folder, snapshot = _locate(reference.model, settings, options)
+    files = replace(_locate(reference.model, settings, options), label=name)
     runs_code = bool(options.trust_remote_code) or name in settings.allow_remote_code
-    if snapshot:
-        snapshot.fetch([*hub.SMALL_FILES, *(["*.py"] if runs_code else [])])
+    files.fetch_small(code=runs_code)
     adapter = _adapter(reference, settings, options) if reference.lora else None
-    model = Model(name, place, reference, folder, weights, snapshot, adapter)
-    files = list(snapshot.sizes) if snapshot else [path.name for path in folder.iterdir()]
-    if weights and weight_entry(files) is None and (there := gguf.among(files)):
-        example = f"{reference.model.path.rstrip('/')}/{there[0]}"
+    model = Model(name, place, reference, files.folder, weights, files.snapshot, adapter)
+    if weights and files.only_gguf:
+        example = f"{reference.model.path.rstrip('/')}/{files.only_gguf[0]}"
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
-    config, tokenizer_config = _read_config(model), _read_json(model, "tokenizer_config.json") or {}
+    config = files.config()
     if not runs_code:
         # mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
         # without code would run its own as well, so that one needs permission too.
-        asks = "auto_map" in {**config, **tokenizer_config}
-        if asks and (settings.allow_remote_code or config.get("model_type") not in CONFIG_MAPPING):
-            raise MergeError(
-                f"{name} wants to run Python code of its own: if you trust its author, give "
-                f"`--allow-remote-code '{name}'`"
-            )
+        files.refuse_code(config, f"`--allow-remote-code '{name}'`", always=bool(settings.allow_remote_code))
     if weights:
-        _read_weights(model, files, config, settings.allow_pickle)
+        _read_weights(model, files, config, pickles=name in settings.allow_pickle)
         if adapter and options.lora_merge_dtype is None:
             model.lora = plain_adapter(adapter, model.headers)
     return model
 
 
-def _locate(path: Any, settings: Settings, options: MergeOptions) -> tuple[Path, hub.Snapshot | None]:
-    """The folder of a model path of the recipe, local or on the hub (mergekit: local if it exists, else the hub)."""
+def _locate(path: Any, settings: Settings, options: MergeOptions) -> hub.Files:
+    """The files of a model path of the recipe, local or on the hub (mergekit: local if it exists, else the hub)."""
     name = path.path
     if (known := settings.folders.get(str(path))) is not None:
         if not known.is_dir():
             raise MergeError(f"{name} is said to be in {known}, and there is no such folder")
-        return known.resolve(), None
+        return hub.Files(name, known.resolve())
     if gguf.split(name) is not None:
         raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
     if name.startswith("~"):
@@ -272,71 +254,39 @@ def _locate(path: Any, settings: Settings, options: MergeOptions) -> tuple[Path,
 
 
 def _adapter(reference: Any, settings: Settings, options: MergeOptions) -> Path:
-    folder, snapshot = _locate(reference.lora, settings, options)
-    files = set(snapshot.sizes) if snapshot else {path.name for path in folder.iterdir()}
-    if "adapter_model.safetensors" not in files and str(reference) not in settings.allow_pickle:
+    files = _locate(reference.lora, settings, options)
+    if "adapter_model.safetensors" not in files.names and str(reference) not in settings.allow_pickle:
         raise MergeError(
             f"{reference.lora} has no adapter_model.safetensors; a pickled adapter is read only with "
             f"`--allow-pickle '{reference}'`"
         )
-    if snapshot:
-        snapshot.fetch([*hub.SMALL_FILES, "adapter_model.safetensors", "adapter_model.bin"])
-    return folder
+    if files.snapshot:
+        files.snapshot.fetch([*hub.SMALL_FILES, "adapter_model.safetensors", "adapter_model.bin"])
+    return files.folder
 
 
-def _read_config(model: Model) -> dict[str, Any]:
-    config = _read_json(model, "config.json")
-    if config is not None:
-        return config
-    if (model.folder / "adapter_config.json").is_file():
-        base = "MODEL"
-        with suppress(MergeError):
-            base = str((_read_json(model, "adapter_config.json") or {}).get("base_model_name_or_path") or base)
-        raise MergeError(
-            f"{model.name} is an adapter, not a model: name it behind its model, `model: {base}+{model.name}`"
-        )
-    raise MergeError(f"{model.name} has no config.json in {model.folder}: is it a model in Hugging Face's format?")
-
-
-def _read_json(model: Model, name: str) -> dict[str, Any] | None:
-    """The mapping in a file of a model, None where there is no such file."""
-    path = model.folder / name
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{model.name}: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise MergeError(f"{model.name}: {path} is not a JSON mapping")
-    return content
-
-
-def _read_weights(model: Model, files: list[str], config: dict[str, Any], pickles: frozenset[str]) -> None:
+def _read_weights(model: Model, files: hub.Files, config: dict[str, Any], *, pickles: bool) -> None:
     """Read the headers of a model's weights; refuse pickles without leave, two sets of weights, and quantised ones."""
-    entry = weight_entry(files)
-    if entry is None and model.snapshot and not model.snapshot.online:
-        raise MergeError(f"{model.name}: its weights are not in the cache, and the hub cannot be reached")
-    if entry is None:
-        raise MergeError(f"{model.name} has no weights: no model.safetensors or its index in {model.folder}")
-    if is_pickle(entry) and model.name not in pickles:
-        raise MergeError(
-            f"{model.name} has only pickled weights ({entry}), which can run any code when they are read: convert "
-            f"it to safetensors, or, if you trust its author, give `--allow-pickle '{model.name}'`"
-        )
+    entry = weight_entry(files.names) or ""
+    single = entry.removesuffix(".index.json")
+    # An index of one file is what MLX writes beside it.
+    listed = read_index(model.folder / entry, model.name) if single != entry and single in files.names else None
+    if listed is None or set(listed.values()) == {single}:  # else the files of an earlier save may be gone
+        files.weights(pickles=pickles, leave=f"`--allow-pickle '{model.name}'`")
 
     def headers_of(shard: str) -> Headers:
-        return _shard_headers(model, shard, pickles)
+        path = model.folder / shard
+        if shard.endswith(".bin"):
+            return _pickle_headers(model, path)
+        if model.snapshot and not path.is_file():
+            return model.snapshot.headers(shard)
+        return read_headers(path, model.name)
 
-    single = entry.removesuffix(".index.json")
-    if single != entry and single in files:
-        # An index of one file is what MLX writes beside it.
-        listed = read_index(model.folder / entry, model.name)
-        if set(listed.values()) != {single} or listed.keys() != headers_of(single).keys():
-            raise MergeError(
-                f"{model.name} has both {single} and {entry}, which describe different weights: remove the one that is "
-                f"left over from an earlier save (in {model.folder})"
-            )
+    if listed is not None and (set(listed.values()) != {single} or listed.keys() != headers_of(single).keys()):
+        raise MergeError(
+            f"{model.name} has both {single} and {entry}, which describe different weights: remove the one that is "
+            f"left over from an earlier save (in {model.folder})"
+        )
     model.headers = checkpoint_headers(entry, model.folder, model.name, headers_of)
     for name, header in model.headers.items():
         codes = header.dtype.startswith(_CODES) and not name.endswith(_MASKS)
@@ -352,22 +302,6 @@ def _read_weights(model: Model, files: list[str], config: dict[str, Any], pickle
             )
     if model.snapshot:
         model.download = model.snapshot.missing(sorted({header.file for header in model.headers.values()}))
-
-
-def _shard_headers(model: Model, shard: str, pickles: frozenset[str]) -> Headers:
-    path = model.folder / shard
-    if shard.endswith(".bin"):
-        if model.name not in pickles:
-            raise MergeError(f"{model.name}: its index names the pickle {shard}; allow it with `--allow-pickle`")
-        return _pickle_headers(model, path)
-    if path.is_file():
-        return read_headers(path, model.name)
-    if model.snapshot is None or not model.snapshot.online:
-        where = "in the cache, and the hub cannot be reached" if model.snapshot else "there"
-        raise MergeError(f"{model.name}: the weight file {path} is not {where}: is the download complete?")
-    if shard not in model.snapshot.sizes:
-        raise MergeError(f"{model.name}: its index names {shard}, which the repository does not have")
-    return model.snapshot.headers(shard)
 
 
 def _pickle_headers(model: Model, path: Path) -> Headers:

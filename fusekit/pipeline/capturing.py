@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, counted
 from fusekit.capturing.manifest import Manifest, read_json
-from fusekit.capturing.models import find_checkpoint, is_repository
+from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.counts import DataCounts
@@ -24,6 +24,7 @@ from fusekit.data.templates import ChatTemplate
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX
+from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import (
     Context,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.models import Checkpoint, find_checkpoint, is_repository
+from fusekit.capturing.models import Checkpoint, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.distillation import checkpoints
 from fusekit.distillation import outputs as overwriting
@@ -18,6 +18,7 @@ from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
 from fusekit.gguf import SUFFIX
+from fusekit.hub import is_repository
 from fusekit.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
 from fusekit.pipeline.context import Context, choice_of

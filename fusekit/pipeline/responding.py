@@ -15,11 +15,12 @@ import numpy as np
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, commit_file, counted, sweep
-from fusekit.capturing.models import ModelChoice, find_checkpoint, is_repository
+from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.devices import progress
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
+from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, SHARDS, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
 from fusekit.pipeline.context import Context, read_rows_file, write_json, write_rows

@@ -5,15 +5,18 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import Processes
 from fusekit.types import Row
 
 DEMO = Path(__file__).parents[2] / "demo" / "models"
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
 
 
 def write_rows(path: Path, count: int) -> Path:

@@ -17,16 +17,14 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
-from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
 from tests import reference
-from tests.capture.conftest import DEMO, demo_rows
+from tests.capture.conftest import ALONE, DEMO, demo_rows
+from tests.capture.store_processes import listing
 from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_tensors
 
 import torch  # isort: skip
-
-ALONE = Processes(0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +45,6 @@ def run(data, out, how=None, checkpoint=None, **options):
     return capture(
         checkpoint or demo(), tokenizer, rows, out, how or settings(), quiet=True, processes=ALONE, **options
     )
-
-
-def files(store_path):
-    """Content of every file of a store."""
-    return {path.name: path.read_bytes() for path in sorted(store_path.iterdir())}
 
 
 @pytest.mark.parametrize(("name", "mass", "temperature"), [("pivot", 1.0, 1.0), ("numbers", 0.9, 2.0)])
@@ -93,33 +86,19 @@ def compare(found, model, selection, codec):
 
 def test_the_same_command_again_loads_no_model_and_changes_no_byte(data, tmp_path, monkeypatch):
     run(data, tmp_path / "out")
-    before = files(tmp_path / "out")
+    before = listing(tmp_path / "out")
 
     monkeypatch.setattr("fusekit.capturing.engines.load_model", None)
     monkeypatch.setattr("fusekit.capturing.models.Checkpoint.fetch", None)  # weights that are gone are not missed
     assert len(run(data, tmp_path / "out")) == len(data[0])
-    assert files(tmp_path / "out") == before
-
-
-def test_only_a_damaged_shard_is_captured_again(data, tmp_path):
-    run(data, tmp_path / "out")
-    before = files(tmp_path / "out")
-    inodes = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
-    shard = tmp_path / "out" / "shard-00001.parquet"
-    content = bytearray(shard.read_bytes())
-    content[-40] ^= 4
-    shard.write_bytes(content)
-    run(data, tmp_path / "out")
-    assert files(tmp_path / "out") == before
-    kept = [name for name, inode in inodes.items() if (tmp_path / "out" / name).stat().st_ino == inode]
-    assert {"shard-00000.parquet", "shard-00002.parquet"} <= set(kept)
+    assert listing(tmp_path / "out") == before
 
 
 def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tmp_path):
     rows, tokenizer = data
     out = tmp_path / "out"
     run(data, out)
-    before = files(out)
+    before = listing(out)
     fewer = (rows[:-1], tokenizer)
     everything = (rows, type(tokenizer)(tokenizer.tokenizer, train_on="all"))
     model = tmp_path / "model"
@@ -136,7 +115,7 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
     ]:
         with pytest.raises(StorageError, match=expected):
             change()
-        assert files(out) == before
+        assert listing(out) == before
     assert run(data, out, settings(9), overwrite=True).spec.top_k == 9
 
 
@@ -150,11 +129,11 @@ def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, mo
     monkeypatch.setattr(batches, "CPU_FLOPS", 2 * parameters(demo()) * 10 * tokens / batches.SHARD_SECONDS)
     assert run(data, tmp_path / "out", automatic).spec.rows_per_shard == 8  # 10 rows, as a power of two
     assert bounds()[:3] == [0, 8, 16]
-    before = files(tmp_path / "out")
+    before = listing(tmp_path / "out")
     (tmp_path / "out" / "shard-00001.parquet").unlink()
     monkeypatch.setattr(batches, "CPU_FLOPS", 1e30)  # as on another kind of device
     run(data, tmp_path / "out", automatic)
-    assert files(tmp_path / "out") == before
+    assert listing(tmp_path / "out") == before
     with pytest.raises(StorageError, match="rows_per_shard: 8, now 4"):
         run(data, tmp_path / "out", settings(rows_per_shard=4))
     assert run(data, tmp_path / "out", automatic, overwrite=True).spec.rows_per_shard == 1024
@@ -163,10 +142,10 @@ def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, mo
 def test_a_model_that_was_moved_is_the_same_model(data, tmp_path):
     out = tmp_path / "out"
     run(data, out)
-    before = files(out)
+    before = listing(out)
     shutil.copytree(DEMO / "numbers", tmp_path / "moved")
     run(data, out, checkpoint=find_checkpoint(ModelChoice(str(tmp_path / "moved"), dtype="float32")))
-    assert files(out) == before
+    assert listing(out) == before
 
 
 def test_a_second_run_on_one_store_names_the_first(data, tmp_path):
@@ -250,13 +229,13 @@ def test_what_does_not_fit_is_refused_unless_all_is_there(data, tmp_path, monkey
     refused()
     assert not (out / "manifest.json").exists()
     run(data, out)
-    before = files(out)
+    before = listing(out)
     assert len(run(data, out, huge)) == 20
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(bytes(path.stat().st_size))):
         damage(out / "shard-00001.parquet")
         refused()
         run(data, out)
-    assert files(out) == before
+    assert listing(out) == before
 
 
 def invoke(*args, status=0):

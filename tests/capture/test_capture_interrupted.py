@@ -26,13 +26,10 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows
+from tests.capture.store_processes import listing
 from tests.processes import ENVIRONMENT, Process, command, free_port, fusekit, kill_at, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(store.iterdir())}
 
 
 class Bench:
@@ -91,11 +88,11 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
         return bench.finish([bench.fork(out, rank, world, port, events[rank], counters[rank]) for rank in range(world)])
 
     assert start(expected_path, [0] * world) == [0] * world
-    expected = contents(expected_path)
+    expected = listing(expected_path)
     # Equal to what one process makes, whatever the number of processes.
     alone = folder / "alone" / "out"
     assert bench.finish([bench.fork(alone, 0, 1, 0, -1, counters[0])]) == [0]
-    assert contents(alone) == expected
+    assert listing(alone) == expected
     kills = finished = 0
     for rank in range(world):
         total = int(counters[rank].read_text())
@@ -105,7 +102,7 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
             codes = start(out, [event if r == rank else -1 for r in range(world)])
             assert codes[rank] == -signal.SIGKILL, (rank, event, codes)
             kills += 1
-            there = contents(out) if out.exists() else {}
+            there = listing(out) if out.exists() else {}
             finished += there.keys() == expected.keys()
             # What is there under its final name is whole, before the next run touches anything.
             assert all(
@@ -114,7 +111,7 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
             recorded = [name for name in there if name.endswith(".parquet") and name[:-7] + "json" in there]
             kept = {name: (out / name).stat().st_ino for name in recorded}
             assert start(out, [-1] * world) == [0] * world, (rank, event)
-            assert contents(out) == expected, (rank, event)
+            assert listing(out) == expected, (rank, event)
             # A committed shard is not written again.
             assert {name: (out / name).stat().st_ino for name in kept} == kept, (rank, event)
             leftovers = [p.name for p in out.parent.iterdir() if p.name not in ("out", ".out.fusekit.lock")]
@@ -163,7 +160,7 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
     assert "1 shards are whole in out" in stopped.output
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.parquet"]
+    assert sorted(listing(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.parquet"]
     first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *arguments]

@@ -19,15 +19,13 @@ from fusekit.capturing.replies import Reply, Vocabulary, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
-from fusekit.devices import Processes
 from fusekit.errors import CaptureError, StorageError
 from fusekit.types import TokenizedRow
-from tests.capture.conftest import DEMO, demo_rows, write_rows
+from tests.capture.conftest import ALONE, DEMO, demo_rows, write_rows
 from tests.capture.engine_server import EngineServer, load, serve
 from tests.capture.rows import coordinates, key
 from tests.processes import Process, free_port, kill_all, wait_until
 
-ALONE = Processes(0, 1, 1, torch.device("cpu"))
 CLOSE = 1e-5
 """Nats between two float32 forwards of one model in batches of different shapes."""
 

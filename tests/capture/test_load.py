@@ -205,15 +205,6 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
     assert not (tmp_path / "gated").exists()
 
 
-def test_a_model_that_is_not_cached_fails_at_once_offline(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CaptureError, match=r"HF_HUB_OFFLINE is set: unset it, or fetch the model .*hf download"):
-        find_checkpoint(ModelChoice("somebody/something"))
-
-
 def test_weights_that_cannot_be_read_are_named(model, monkeypatch):
     def fails(*_args):
         raise OSError(5, "Input/output error")  # as of a broken disk, with no name of a file

@@ -18,7 +18,8 @@ from fusekit.capturing.store import Store
 from fusekit.devices import Processes
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
-from tests.capture.test_capture_interrupted import contents, signal_self_at
+from tests.capture.store_processes import listing
+from tests.capture.test_capture_interrupted import signal_self_at
 from tests.processes import ENVIRONMENT, Process, command, is_stopped, kill_all, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +50,14 @@ def machines(tmp_path_factory):
 
 
 def shards(store: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(store).items() if name.endswith(".parquet")}
+    return {name: data for name, data in listing(store).items() if name.endswith(".parquet")}
 
 
 def assert_is_that_of_one_process(out, machines):
     store, alone = Store.open(out, verify=True), Store.open(machines[0] / "alone")
     assert store.keys == alone.keys
     assert shards(out) == shards(alone.path)
-    assert sorted(contents(out)) == sorted(contents(alone.path))
+    assert sorted(listing(out)) == sorted(listing(alone.path))
     assert not list(out.parent.glob(".out.rank*"))
 
 

@@ -167,7 +167,7 @@ def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(wor
         ("gated", ["org/gated is gated", "accept its licence at http", "hf auth login", "no token is set", "line 6"]),
         ("missing", ["org/nothing is not a local folder and not a model", "check the spelling", "HF_TOKEN"]),
         ("revision", ["org/one has no revision 'no-such-branch'"]),
-        ("pickled", ["org/pickled has only pickled weights", "--allow-pickle 'org/pickled'"]),
+        ("pickled", ["org/pickled: its weights are pickled", "--allow-pickle 'org/pickled'"]),
         ("nonsense", ["no model is neither a local folder nor a hub id"]),
         ("slow", ["org/slow is not in the cache", "does not answer", "check the network"]),
     ],

@@ -114,7 +114,7 @@ class Exploit:
 def test_pickled_weights_are_refused_and_allowed_by_name(recipe, workshop):
     merge(recipe, "expected", settings=QUIET)
     pickle_weights(workshop / "target1")
-    refused(recipe, "only pickled weights", "--allow-pickle 'target1'")
+    refused(recipe, "its weights are pickled", "--allow-pickle 'target1'")
     refused(recipe, "--allow-pickle 'target1'", settings=allowing("allow_pickle", "target2"))
     merge(recipe, "out", settings=allowing("allow_pickle", "target1"))
     same_tensors(result(workshop / "out"), result(workshop / "expected"))
@@ -129,7 +129,7 @@ def test_an_index_cannot_smuggle_a_pickle_in(recipe, workshop):
     (workshop / "target1/model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "evil.bin"}}
     (workshop / "target1/model.safetensors.index.json").write_text(json.dumps(index))
-    refused(recipe, "target1", "its index names the pickle evil.bin")
+    refused(recipe, "target1", "evil.bin")
 
 
 def with_code(folder: Path, model_type: str) -> None:
