@@ -17,7 +17,7 @@ from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
 from fusekit import gguf
-from fusekit.artifacts import disk_fault
+from fusekit.disk import disk_fault
 from fusekit.errors import ModelError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

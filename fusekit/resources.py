@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from fusekit.artifacts import existing_parent, free_bytes, human
+from fusekit.disk import existing_parent, free_bytes, human
 from fusekit.errors import FusekitError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusekit import artifacts
-from fusekit.artifacts import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
+from fusekit import disk
+from fusekit.disk import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
 from fusekit.errors import StorageError
 from tests.processes import run
 
@@ -27,7 +27,7 @@ def read(folder):
 def kernel(request, monkeypatch):
     """The kernel as it is, and one without RENAME_EXCHANGE."""
     if request.param == "two renames":
-        monkeypatch.setattr(artifacts, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -69,7 +69,7 @@ def test_the_exchange_is_one_step(tmp_path):
     watcher = subprocess.Popen([sys.executable, "-c", watch, str(final)])
     try:
         for _ in range(2000):
-            assert artifacts._exchange(other, final)
+            assert disk._exchange(other, final)
         assert watcher.poll() is None
     finally:
         watcher.kill()
@@ -85,7 +85,7 @@ def die_between_the_renames(final: Path) -> None:
             if len(seen) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    artifacts._exchange = lambda one, other: False
+    disk._exchange = lambda one, other: False
     sys.addaudithook(hook)
     with staging(final) as stage:
         put(stage.path, "new")

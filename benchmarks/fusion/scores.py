@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.fusion.rows import demo
-from fusekit.artifacts import commit_file
 from fusekit.capturing.models import ModelChoice
 from fusekit.data.reading import read_rows
+from fusekit.disk import commit_file
 from fusekit.evaluation.metrics import evaluate_model
 
 Scores = dict[str, dict[str, float]]

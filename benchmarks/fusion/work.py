@@ -15,7 +15,7 @@ import yaml
 from benchmarks.fusion import scores
 from benchmarks.fusion.arms import ARMS, FEWER, MERGES, merges_of, recipe_of
 from benchmarks.fusion.rows import write_all
-from fusekit.artifacts import commit_file
+from fusekit.disk import commit_file
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.errors import FusekitError

@@ -21,7 +21,7 @@ from fusekit.alignment.alignment import TokenAlignment, align
 from fusekit.alignment.papers import COUNTING, mined
 from fusekit.alignment.projection import checked_rows, merge_entries
 from fusekit.alignment.surfaces import ROLES, TEXT_KINDS, Form, Surfaces, vocabulary_surfaces
-from fusekit.artifacts import commit_file
+from fusekit.disk import commit_file
 from fusekit.errors import AlignmentError, StorageError
 from fusekit.types import FloatArray, IntArray, TopK
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from fusekit.artifacts import counted, differences, output_lock, remove
+from fusekit.artifacts import differences
 from fusekit.capturing.codec import Columns
 from fusekit.capturing.engine import rows_per_shard
 from fusekit.capturing.engines import Opening, spread
@@ -27,6 +27,7 @@ from fusekit.capturing.store import Store
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, progress
+from fusekit.disk import counted, output_lock, remove
 from fusekit.errors import CaptureError
 from fusekit.resources import worth_saying
 from fusekit.types import Row, TokenizedRow

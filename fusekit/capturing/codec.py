@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fusekit.alignment.projection import MASS_TOLERANCE
-from fusekit.artifacts import disk_fault, file_hash
+from fusekit.artifacts import file_hash
 from fusekit.capturing.manifest import ShardRecord, key_bytes
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
+from fusekit.disk import disk_fault
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, TokenizedRow, TopK
 

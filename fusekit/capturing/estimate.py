@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusekit.artifacts import human
 from fusekit.capturing.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capturing.models import Checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.topk import CACHED_BYTES, GROUP, group_bytes
 from fusekit.devices import Processes
+from fusekit.disk import human
 from fusekit.errors import CaptureError
 from fusekit.resources import Need, disk, main_memory, memory_limits, refuse_lacking
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import counted
 from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.devices import missing_device
+from fusekit.disk import counted
 from fusekit.environment import circumstances
 from fusekit.errors import CaptureError
 from fusekit.gguf import GgufHeader, split

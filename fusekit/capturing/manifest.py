@@ -11,8 +11,9 @@ from typing import Annotated, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusekit.artifacts import Inputs, commit_file, differences, disk_fault
+from fusekit.artifacts import Inputs, differences
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
+from fusekit.disk import commit_file, disk_fault
 from fusekit.errors import StorageError
 
 MANIFEST = "manifest.json"

@@ -1,7 +1,7 @@
 """Writing a store: shard by shard, by several processes, interrupted at any moment. docs/store.md says how.
 
 Processes write different shards, so they need no lock between them; the caller holds
-:func:`fusekit.artifacts.output_lock` against a second run.
+:func:`fusekit.disk.output_lock` against a second run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 import fusekit
-from fusekit.artifacts import commit_file, disk_fault, refuse_changes, remove, sweep
+from fusekit.artifacts import refuse_changes
 from fusekit.capturing.codec import Codec, Columns, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.manifest import (
     MANIFEST,
@@ -34,6 +34,7 @@ from fusekit.capturing.manifest import (
     write_json,
 )
 from fusekit.capturing.store import Store
+from fusekit.disk import commit_file, disk_fault, remove, sweep
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 

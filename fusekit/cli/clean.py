@@ -32,7 +32,7 @@ def clean(
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
     it is what these stages made, so that the next run makes it again. Nothing that is not of the run is touched.
     """
-    from fusekit.artifacts import counted, human
+    from fusekit.disk import counted, human
     from fusekit.pipeline import clean as cleaning
     from fusekit.pipeline.run import write_log
     from fusekit.recipe.loading import load_recipe

@@ -48,8 +48,8 @@ def evaluate(models: tuple[str, ...], *, chat_template: str, json_file: Path | N
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise RecipeError(f"--{'.'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from error
-    from fusekit.artifacts import commit_file
     from fusekit.capturing.models import ModelChoice
+    from fusekit.disk import commit_file
     from fusekit.evaluation.metrics import evaluate_all
     from fusekit.evaluation.table import table
 

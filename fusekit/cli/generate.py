@@ -65,8 +65,8 @@ def generate(
     if not asked[0]:
         raise GenerationError("the prompt is empty")
 
-    from fusekit.artifacts import output_lock
     from fusekit.capturing.models import ModelChoice
+    from fusekit.disk import output_lock
     from fusekit.generation.ensemble import generate as write
     from fusekit.generation.output import AnswerFile, page
     from fusekit.generation.reader import load_readers
@@ -103,7 +103,7 @@ def generate(
         record = {"prompt": one, **answers[-1]._asdict(), "segments": segments}
         click.echo(json.dumps(record, ensure_ascii=False) if as_json else "")
     if html is not None:
-        from fusekit.artifacts import commit_file
+        from fusekit.disk import commit_file
 
         text = page([shown(one) for one in asked], answers, names, settings.mode)
         commit_file(html, lambda out: out.write(text.encode()))

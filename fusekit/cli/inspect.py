@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from fusekit.artifacts import counted, human
 from fusekit.capturing.settings import plain_name
 from fusekit.cli.common import print_json
 from fusekit.cli.options import given, options_of
+from fusekit.disk import counted, human
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError
 from fusekit.gguf import split

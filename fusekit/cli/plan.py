@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from fusekit import yaml as safe_yaml
-from fusekit.artifacts import human
 from fusekit.cli.common import drop_noise, print_json
 from fusekit.cli.recipe import check_merge, overrides, recipe_argument
+from fusekit.disk import human
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Plan

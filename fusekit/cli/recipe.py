@@ -37,7 +37,7 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
     check_merge(document, None, overrides, as_json=as_json)
     import yaml
 
-    from fusekit.artifacts import counted
+    from fusekit.disk import counted
     from fusekit.pipeline.capturing import not_looked_at
     from fusekit.pipeline.run import mistakes
 

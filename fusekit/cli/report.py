@@ -20,7 +20,7 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
     OUT may be unfinished: the report says what is missing. While a run is writing OUT, the report shows what is there
     so far and the card is not changed.
     """
-    from fusekit.artifacts import output_lock
+    from fusekit.disk import output_lock
     from fusekit.report.card import write_report
     from fusekit.report.facts import Facts
 

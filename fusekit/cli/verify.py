@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import counted
 from fusekit.cli.common import print_json
+from fusekit.disk import counted
 from fusekit.errors import FusekitError
 
 MANIFEST = "manifest.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fusekit.artifacts import with_article
 from fusekit.data.counts import DataCounts
+from fusekit.disk import with_article
 from fusekit.errors import DataError
 from fusekit.types import FRAGMENT, TEXT, Message, Row
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import xxhash
 
-from fusekit.artifacts import commit_file, disk_fault, file_hash, sync_tree
+from fusekit.artifacts import file_hash
+from fusekit.disk import commit_file, disk_fault, sync_tree
 from fusekit.errors import StorageError
 
 LISTING = "fusekit.json"

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from fusekit.artifacts import counted
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
+from fusekit.disk import counted
 from fusekit.distillation.batching import IGNORED, Example
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from fusekit.artifacts import existing_parent, free_bytes, human
 from fusekit.capturing.engine import batch_tokens_on
 from fusekit.capturing.estimate import itemsize, loaded_bytes, parameters, shape_of, stored_dtype, working_bytes
 from fusekit.capturing.models import Checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.devices import Processes
+from fusekit.disk import existing_parent, free_bytes, human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.resources import Need, main_memory, refuse_lacking

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusekit.alignment.ends import tokenize
 from fusekit.alignment.rows import NEED_PIVOT
-from fusekit.artifacts import is_stage, with_article
+from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import Tokenizes, capture_rows
 from fusekit.capturing.estimate import memory_needs, refuse
 from fusekit.capturing.load import load_tokenizer
@@ -26,6 +26,7 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
+from fusekit.disk import with_article
 from fusekit.distillation.arguments import FusionConfig
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import xxhash
 
-from fusekit.artifacts import MANIFEST, commit_file, remove
+from fusekit.artifacts import MANIFEST
 from fusekit.capturing.estimate import stored_dtype
 from fusekit.capturing.load import load_model
 from fusekit.capturing.models import Checkpoint
+from fusekit.disk import commit_file, remove
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError

@@ -16,11 +16,11 @@ from transformers import set_seed
 
 import fusekit
 from fusekit import artifacts as artifact
-from fusekit.artifacts import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.capturing.load import dequantise
 from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
+from fusekit.disk import commit_file, disk_fault, output_lock, recover, staging
 from fusekit.distillation import checkpoints, estimate
 from fusekit.distillation import outputs as models
 from fusekit.distillation import outputs as overwriting

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fusekit.artifacts import differences, disk_fault, plain
+from fusekit.artifacts import differences, plain
+from fusekit.disk import disk_fault
 from fusekit.errors import StorageError
 from fusekit.generation.settings import Generation, GenerationError
 

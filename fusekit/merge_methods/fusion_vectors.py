@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusekit.artifacts import with_article
 from fusekit.devices import side_by_side
+from fusekit.disk import with_article
 from fusekit.errors import MergeError
 
 BLOCK = 4096

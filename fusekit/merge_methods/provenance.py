@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fusekit import __version__
-from fusekit.artifacts import commit_file, counted
+from fusekit.disk import commit_file, counted
 from fusekit.errors import StorageError
 
 ENVIRONMENT_VARIABLE = "FUSEKIT_PROVENANCE"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusekit.artifacts import counted
+from fusekit.disk import counted
 from fusekit.errors import MergeError
 from fusekit.merge_methods.fusion_vectors import (
     FusionVectors,

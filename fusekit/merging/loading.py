@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fusekit import mergekit_private
-from fusekit.artifacts import disk_fault
+from fusekit.disk import disk_fault
 from fusekit.errors import MergeError
 from fusekit.hub import Headers, checkpoint_headers, read_headers, weight_entry
 from fusekit.merge_methods.fusion_vectors import is_finite

@@ -20,8 +20,8 @@ from mergekit.options import MergeOptions
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import mergekit_private
 from fusekit import yaml as safe_yaml
-from fusekit.artifacts import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.devices import progress
+from fusekit.disk import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
 from fusekit.hub import HubUnreachableError, is_repository
 from fusekit.merge_methods.provenance import MergeRecord, record_coefficients, write_json

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, counted
+from fusekit.artifacts import Inputs
 from fusekit.capturing.manifest import Manifest, read_json
 from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
@@ -21,6 +21,7 @@ from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
+from fusekit.disk import commit_file, counted
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import disk_fault, output_lock
 from fusekit.capturing.writer import OF_STORES
+from fusekit.disk import disk_fault, output_lock
 from fusekit.distillation.outputs import NOTE
 from fusekit.errors import StorageError
 from fusekit.layout import NAMES, SHARDS, Layout, folders_in

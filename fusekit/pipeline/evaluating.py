@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, counted, weights_hash
+from fusekit.artifacts import Inputs, weights_hash
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import is_on_hub
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.disk import commit_file, counted
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation import lm_eval

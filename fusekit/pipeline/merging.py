@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, output_lock, recover, weights_hash
+from fusekit.artifacts import Inputs, weights_hash
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.models import Checkpoint
+from fusekit.disk import commit_file, output_lock, recover
 from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
 from fusekit.layout import PIVOT, Layout

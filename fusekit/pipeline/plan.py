@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import counted, existing_parent, free_bytes, human
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.capture import vocabulary_size
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
+from fusekit.disk import counted, existing_parent, free_bytes, human
 from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError, StorageError
 from fusekit.hub import HubUnreachableError

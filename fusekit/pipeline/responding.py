@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Inputs, commit_file, counted, sweep
+from fusekit.artifacts import Inputs
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.devices import progress
+from fusekit.disk import commit_file, counted, sweep
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.hub import is_repository

@@ -19,8 +19,8 @@ import yaml
 
 import fusekit
 from fusekit import artifacts as artifact
-from fusekit.artifacts import commit_file, disk_fault, output_lock, remove
 from fusekit.devices import Processes
+from fusekit.disk import commit_file, disk_fault, output_lock, remove
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding

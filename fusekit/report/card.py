@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import Artifact, commit_file, weights_hash
+from fusekit.artifacts import Artifact, weights_hash
+from fusekit.disk import commit_file
 from fusekit.layout import PIVOT
 from fusekit.report import text
 from fusekit.report.charts import heat_map, short_names

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
-from fusekit.artifacts import counted, human
+from fusekit.disk import counted, human
 from fusekit.evaluation.table import fixed
 from fusekit.layout import PIVOT
 from fusekit.report import text

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from fusekit import artifacts as artifact
 from fusekit import yaml as safe_yaml
 from fusekit.alignment.quality import Sample, read_samples
-from fusekit.artifacts import Artifact, commit_file, weights_hash
+from fusekit.artifacts import Artifact, weights_hash
 from fusekit.capturing.store import Store
+from fusekit.disk import commit_file
 from fusekit.distillation.outputs import targets_of
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout

@@ -15,8 +15,9 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from fusekit.alignment.quality import LOST, MEANING, Sample
-from fusekit.artifacts import Artifact, counted, human, joined_hash
+from fusekit.artifacts import Artifact, joined_hash
 from fusekit.data.counts import DROPPED, REASONS
+from fusekit.disk import counted, human
 from fusekit.distillation.counts import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT

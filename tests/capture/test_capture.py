@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.artifacts import output_lock
 from fusekit.capturing import engine as batches
 from fusekit.capturing.capture import capture
 from fusekit.capturing.estimate import parameters
@@ -17,6 +16,7 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
+from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError
 from tests import reference
 from tests.capture.conftest import ALONE, DEMO, demo_rows

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit.artifacts import output_lock
 from fusekit.cli.generate import generate
 from fusekit.data.reading import read_rows
+from fusekit.disk import output_lock
 from fusekit.errors import FusekitError, StorageError
 from fusekit.generation import Generation, Segment
 from fusekit.generation.output import page

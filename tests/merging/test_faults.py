@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from fusekit.artifacts import disk_fault
+from fusekit.disk import disk_fault
 from fusekit.errors import StorageError
 from fusekit.merging import Settings, merge
 from tests.merging.conftest import MERGE, QUIET, UNESTIMATED, listing, traces
@@ -172,21 +172,21 @@ def test_ctrl_c_and_sigterm_clean_up_and_say_what_to_do(recipe, workshop, number
 def test_ctrl_c_after_the_publication_does_not_deny_it(recipe, workshop, monkeypatch, overwrite):
     from click.testing import CliRunner
 
-    from fusekit import artifacts
+    from fusekit import disk
     from fusekit.cli.merge import merge as command
 
     arguments = ["recipe.yml", "out", "--quiet"]
     if overwrite:
         assert CliRunner().invoke(command, arguments).exit_code == 0
         arguments.append("--overwrite")
-    sync = artifacts._sync
+    sync = disk._sync
 
     def interrupted(folder):
         sync(folder)
         if folder == workshop.resolve():  # the last thing before the former model is deleted
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts, "_sync", interrupted)
+    monkeypatch.setattr(disk, "_sync", interrupted)
     done = CliRunner().invoke(command, arguments)
     assert done.exit_code == 130
     assert "the merged model is published to out, whole" in done.output

@@ -11,8 +11,8 @@ import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import output_lock
 from fusekit.cli import cli
+from fusekit.disk import output_lock
 from fusekit.errors import StorageError
 from tests.pipeline.worlds import go, stamps, with_sources
 

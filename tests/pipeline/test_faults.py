@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import output_lock
+from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.layout import Layout
 from tests.capture.conftest import write_rows

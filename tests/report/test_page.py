@@ -16,8 +16,9 @@ import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import output_lock, weights_hash
+from fusekit.artifacts import weights_hash
 from fusekit.cli import cli
+from fusekit.disk import output_lock
 from fusekit.errors import StorageError
 from fusekit.report.card import write_report
 from fusekit.report.facts import Facts
