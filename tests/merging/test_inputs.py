@@ -74,132 +74,118 @@ def one_bad(value, dtype):
     return tensor
 
 
+def case(*changes, says, **keys):
+    """Changes of the models, what the error says, and keys of the recipe."""
+    return changes, keys, says
+
+
 NAN, INF = math.nan, math.inf
 WHILE_READING = {
-    "NaN of float32": (
-        [with_tensor("target2", Q_PROJ, one_bad(NAN, torch.float32))],
-        {},
-        ["target2", Q_PROJ, "nan at [3, 5]", "model.safetensors"],
+    "NaN of float32": case(
+        with_tensor("target2", Q_PROJ, one_bad(NAN, torch.float32)),
+        says=["target2", Q_PROJ, "nan at [3, 5]", "model.safetensors"],
     ),
-    "inf of bfloat16": (
-        [with_tensor("target2", Q_PROJ, one_bad(INF, torch.bfloat16))],
-        {},
-        ["target2", Q_PROJ, "inf at [3, 5]"],
+    "inf of bfloat16": case(
+        with_tensor("target2", Q_PROJ, one_bad(INF, torch.bfloat16)), says=["target2", Q_PROJ, "inf at [3, 5]"]
     ),
-    "-inf of float16": (
-        [with_tensor("base", Q_PROJ, one_bad(-INF, torch.float16))],
-        {},
-        ["base", Q_PROJ, "-inf at [3, 5]"],
+    "-inf of float16": case(
+        with_tensor("base", Q_PROJ, one_bad(-INF, torch.float16)), says=["base", Q_PROJ, "-inf at [3, 5]"]
     ),
-    "NaN that the merge makes": (  # finite in float16, but their sum is not
-        [with_tensor(who, Q_PROJ, filled(60000.0)) for who in ("target1", "target2")],
-        {"dtype": "float16", "parameters": {"weight": 1.0}},
-        ["the result", Q_PROJ, "inf", "dtype: float32"],
+    # Finite in float16, but their sum is not.
+    "NaN that the merge makes": case(
+        *[with_tensor(who, Q_PROJ, filled(60000.0)) for who in ("target1", "target2")],
+        says=["the result", Q_PROJ, "inf", "dtype: float32"],
+        dtype="float16",
+        parameters={"weight": 1.0},
     ),
 }
 BEFORE_READING = {
-    "a missing tensor": ([with_tensor("target1", Q_PROJ, None)], {}, ["target1", Q_PROJ, "lacks the tensor", "line 4"]),
-    "another shape": (
-        [with_tensor("target2", Q_PROJ, torch.zeros(16, 20))],
-        {},
-        ["target2", "base", Q_PROJ, "[16, 16]", "[16, 20]", "not a fine-tune"],
+    "a missing tensor": case(
+        with_tensor("target1", Q_PROJ, None), says=["target1", Q_PROJ, "lacks the tensor", "line 4"]
     ),
-    "another vocabulary": (
-        [made("target2", vocab_size=70)],
-        {},
-        ["target2", "[64, 16]", "[70, 16]", "tokenizer: {source: base}"],
+    "another shape": case(
+        with_tensor("target2", Q_PROJ, torch.zeros(16, 20)),
+        says=["target2", "base", Q_PROJ, "[16, 16]", "[16, 20]", "not a fine-tune"],
     ),
-    "a base of other shapes": (
-        [made("wrong", intermediate_size=32)],
-        {"base_model": "wrong"},
-        ["wrong", "target1", "[32, 16]", "[24, 16]", "more of the same"],
+    "another vocabulary": case(
+        made("target2", vocab_size=70), says=["target2", "[64, 16]", "[70, 16]", "tokenizer: {source: base}"]
     ),
-    "a base of another meaning": (
-        [made("wrong", num_attention_heads=8, num_key_value_heads=4, head_dim=2)],
-        {"base_model": "wrong"},
-        ["num_attention_heads 4", "wrong has 8", "num_key_value_heads"],
+    "a base of other shapes": case(
+        made("wrong", intermediate_size=32),
+        says=["wrong", "target1", "[32, 16]", "[24, 16]", "more of the same"],
+        base_model="wrong",
     ),
-    "another architecture": (
-        [configured("target1", architectures=["Qwen2ForCausalLM"], model_type="qwen2")],
-        {},
-        ["target1 is a Qwen2ForCausalLM", "base is a LlamaForCausalLM"],
+    "a base of another meaning": case(
+        made("wrong", num_attention_heads=8, num_key_value_heads=4, head_dim=2),
+        says=["num_attention_heads 4", "wrong has 8", "num_key_value_heads"],
+        base_model="wrong",
     ),
-    "an output head that would be lost": (
-        [made("tied", tie=True)],
-        {"base_model": "tied"},
-        ["target1", "tie_word_embeddings", "would be lost"],
+    "another architecture": case(
+        configured("target1", architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+        says=["target1 is a Qwen2ForCausalLM", "base is a LlamaForCausalLM"],
     ),
-    "another spelling of the base": (
-        [],
-        {"base_model": "./base", "models": [{"model": "base"}, {"model": "target1"}]},
-        ["'./base'", "'base' (line 4)", "same model"],
+    "an output head that would be lost": case(
+        made("tied", tie=True), says=["target1", "tie_word_embeddings", "would be lost"], base_model="tied"
     ),
-    "a link to the base": (
-        [lambda shop: (shop / "link").symlink_to("base")],
-        {"base_model": "link", "models": [{"model": "base"}, {"model": "target1"}]},
-        ["'link'", "'base' (line 4)", "same model"],
+    "another spelling of the base": case(
+        says=["'./base'", "'base' (line 4)", "same model"],
+        base_model="./base",
+        models=[{"model": "base"}, {"model": "target1"}],
     ),
-    "layers that do not exist": ([], sliced(9), ["layer_range [0, 9]", "has 2 layers"]),
-    "layers without end": ([], sliced(10**12), ["has 2 layers"]),
-    "another depth": ([made("target1", num_hidden_layers=3)], {}, ["target1 has 3 layers", "base has 2"]),
-    "another depth of the base": ([made("base", num_hidden_layers=3)], {}, ["target1 has 2 layers", "base has 3"]),
-    "all models at once": (
-        [gone],
-        {"models": [{"model": "./target1"}, {"model": "target2"}]},
-        ["2 problems", "there is no folder ./target1", "target2 has no weights"],
+    "a link to the base": case(
+        lambda shop: (shop / "link").symlink_to("base"),
+        says=["'link'", "'base' (line 4)", "same model"],
+        base_model="link",
+        models=[{"model": "base"}, {"model": "target1"}],
     ),
-    "an empty file": ([truncated(0)], {}, ["target1", "model.safetensors", "interrupted"]),
-    "a part of a header": ([truncated(500)], {}, ["target1", "model.safetensors", "interrupted"]),
-    "all but a byte": ([truncated(-1)], {}, ["target1", "model.safetensors", "interrupted"]),
-    "a hollow file": ([hollow], {}, ["target1", "damaged"]),
-    "an adapter alone": ([adapter_alone], {"models": [{"model": "tuned"}]}, ["tuned is an adapter", "org/pivot+tuned"]),
-    "the page of a model": (
-        [],
-        {"base_model": "https://huggingface.co/org/name/tree/main"},
-        ["web address", "org/name"],
+    "layers that do not exist": case(says=["layer_range [0, 9]", "has 2 layers"], **sliced(9)),
+    "layers without end": case(says=["has 2 layers"], **sliced(10**12)),
+    "another depth": case(made("target1", num_hidden_layers=3), says=["target1 has 3 layers", "base has 2"]),
+    "another depth of the base": case(made("base", num_hidden_layers=3), says=["target1 has 2 layers", "base has 3"]),
+    "all models at once": case(
+        gone,
+        says=["2 problems", "there is no folder ./target1", "target2 has no weights"],
+        models=[{"model": "./target1"}, {"model": "target2"}],
     ),
-    "a name that is none": ([], {"base_model": "a\0b"}, [r"'a\x00b' is not the name of a model"]),
-    "a home folder": ([], {"base_model": "~/base"}, ["~/base", "write the path out"]),
-    "an activation": (
-        [configured("base", hidden_activation="gelu_pytorch_tanh"), configured("target1", hidden_activation="gelu")],
-        {},
-        ["hidden_activation gelu,", "gelu_pytorch_tanh"],
+    "an empty file": case(truncated(0), says=["target1", "model.safetensors", "interrupted"]),
+    "a part of a header": case(truncated(500), says=["target1", "model.safetensors", "interrupted"]),
+    "all but a byte": case(truncated(-1), says=["target1", "model.safetensors", "interrupted"]),
+    "a hollow file": case(hollow, says=["target1", "damaged"]),
+    "an adapter alone": case(
+        adapter_alone, says=["tuned is an adapter", "org/pivot+tuned"], models=[{"model": "tuned"}]
     ),
-    "a broken tokenizer": ([written("base/tokenizer.json", "{")], {}, ["base", "tokenizer.json"]),
-    "no real tokenizer": (
-        [written("base/tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}')],
-        {},
-        ["base", "tokenizer.json"],
+    "the page of a model": case(
+        says=["web address", "org/name"], base_model="https://huggingface.co/org/name/tree/main"
     ),
-    "a broken tokenizer of a union": (
-        [written("target2/tokenizer.json", "{}")],
-        {"tokenizer": {"source": "union"}},
-        ["target2", "tokenizer.json"],
+    "a name that is none": case(says=[r"'a\x00b' is not the name of a model"], base_model="a\0b"),
+    "a home folder": case(says=["~/base", "write the path out"], base_model="~/base"),
+    "an activation": case(
+        configured("base", hidden_activation="gelu_pytorch_tanh"),
+        configured("target1", hidden_activation="gelu"),
+        says=["hidden_activation gelu,", "gelu_pytorch_tanh"],
     ),
-    "a broken generation config": (
-        [written("base/generation_config.json", "{")],
-        {},
-        ["base", "generation_config.json"],
+    "a broken tokenizer": case(written("base/tokenizer.json", "{"), says=["base", "tokenizer.json"]),
+    "no real tokenizer": case(
+        written("base/tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}'), says=["base", "tokenizer.json"]
     ),
-    "a vocabulary that does not fit": (
-        [configured("base", vocab_size=900)],
-        {},
-        ["base", "config.json", "embed_tokens.weight", "[64, 16]", "[900, 16]"],
+    "a broken tokenizer of a union": case(
+        written("target2/tokenizer.json", "{}"), says=["target2", "tokenizer.json"], tokenizer={"source": "union"}
     ),
-    "a width that does not fit": (
-        [configured("base", intermediate_size=48)],
-        {},
-        ["base", "config.json", "mlp.", "24", "48"],
+    "a broken generation config": case(
+        written("base/generation_config.json", "{"), says=["base", "generation_config.json"]
     ),
-    "a quantization config": (
-        [configured("base", quantization_config={"quant_method": "fp8"})],
-        {},
-        ["base", "quantization_config", "fp8"],
+    "a vocabulary that does not fit": case(
+        configured("base", vocab_size=900), says=["base", "config.json", "embed_tokens.weight", "[64, 16]", "[900, 16]"]
     ),
-    "a nested quantization config": (
-        [configured("target2", text_config={"quantization_config": {"quant_method": "fp8"}})],
-        {},
-        ["target2", "quantization_config", "fp8"],
+    "a width that does not fit": case(
+        configured("base", intermediate_size=48), says=["base", "config.json", "mlp.", "24", "48"]
+    ),
+    "a quantization config": case(
+        configured("base", quantization_config={"quant_method": "fp8"}), says=["base", "quantization_config", "fp8"]
+    ),
+    "a nested quantization config": case(
+        configured("target2", text_config={"quantization_config": {"quant_method": "fp8"}}),
+        says=["target2", "quantization_config", "fp8"],
     ),
 }
 
