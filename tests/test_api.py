@@ -24,6 +24,7 @@ import fusekit
 from fusekit import FusekitError, FusionConfig, FusionTrainer, Store, artifacts, capture
 from fusekit.capturing.models import ModelChoice
 from fusekit.data.reading import rows_of
+from fusekit.distillation import preference
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.live import Loaded
 from fusekit.distillation.run import distill
@@ -252,10 +253,14 @@ def test_importing_is_light_and_every_name_is_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["capture", "FusionConfig", "FusionTrainer"])
-def test_the_examples_of_the_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "found",
+    [fusekit.capture, fusekit.FusionConfig, fusekit.FusionTrainer, preference.answers, preference.PreferenceTrainer],
+    ids=lambda found: found.__name__,
+)
+def test_the_examples_of_the_docstrings_run(found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = getattr(fusekit, name)
+    name = found.__name__
     globs = {**vars(import_module(found.__module__)), "folder": str(tmp_path / "store")}
     text = (found.__doc__ or "").replace('FusionConfig("out"', f'FusionConfig("{tmp_path}"')
     test = doctest.DocTestParser().get_doctest(text, globs, name, None, None)

@@ -325,7 +325,7 @@ def fusion_dataset(
             refuse(memory_needs(made.checkpoint, how, Processes.current()))
         made.open()
     _refuse_temperatures(sources, settings)
-    own = _capture_student(student, reader, rows, args, how) if _needs_pivot(settings) else None
+    own = capture_student(student, reader, rows, args, how) if _needs_pivot(settings) else None
     ours = Reading.of(PIVOT, student.tokenizer, own, {row.key: row for row in rows})
     data = FusionDataset(
         rows,
@@ -384,7 +384,7 @@ def _needs_pivot(settings: DistillSettings) -> bool:
     return not settings.plain and (compares or takes_tail)
 
 
-def _capture_student(
+def capture_student(
     student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: FusionConfig, how: CaptureSettings
 ) -> Store:
     """What the student says about the rows before training."""
