@@ -28,6 +28,9 @@ MOST_NATS = 1000.0
 RATIO_LIMIT = 1.05
 """The chain rule allows no more than 1; a few per cent are the price of a top k."""
 
+FEWEST_LABELS = 30
+"""Of fewer labels a case is not warned of: their mean tells little."""
+
 
 @dataclass
 class TeacherWorth:
@@ -128,9 +131,11 @@ class TeacherWorth:
         for case in filter(self.is_worse, Case):
             teacher, pivot = self.per_label(case)
             n = int(self.labels[case])
+            if n < FEWEST_LABELS:
+                continue
             found.append(
                 f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
-                f"against {pivot:.3f} nats per label, over {n:,} label{'s' if n != 1 else ''}"
+                f"against {pivot:.3f} nats per label, over {n:,} labels"
             )
         return found
 

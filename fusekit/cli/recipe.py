@@ -26,12 +26,12 @@ overrides = click.option(
 @recipe_argument
 @overrides
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, not_looked_at.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, not_looked_at, read.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
     """Check a recipe: every mistake at once, with its line and the nearest known name. - is standard input.
 
-    Local models, templates and data are looked for as well; what is on the hub is not. Of a mergekit recipe it prints
-    what `fusekit merge --check` does.
+    Local models, templates and data are looked for as well, and the first 10,000 examples are read; what is on the hub
+    is not looked at. Of a mergekit recipe it prints what `fusekit merge --check` does.
     """
     document = safe_yaml.load(recipe)
     check_merge(document, None, overrides, as_json=as_json)
@@ -39,6 +39,7 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
 
     from fusekit.disk import counted
     from fusekit.pipeline.capturing import not_looked_at
+    from fusekit.pipeline.context import look
     from fusekit.pipeline.run import mistakes
 
     drop_noise()
@@ -51,11 +52,17 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
         print_json({"valid": False, "problems": more or [first]})
         sys.exit(1)
     unseen, names = not_looked_at(loaded), [source.label for source in loaded.sources]
+    sections = {"data": loaded.data, "evaluate": loaded.evaluate}
+    read = {name: look(section) for name, section in sections.items() if section is not None}
+    looked = {name: found for name, found in read.items() if found is not None}
     if as_json:
-        print_json({"valid": True, "problems": [], "not_looked_at": unseen})
+        counts = {name: found._asdict() for name, found in looked.items()}
+        print_json({"valid": True, "problems": [], "not_looked_at": unseen, "read": counts})
         return
+    for name, found in looked.items():
+        click.echo(f"{name}: {found}", err=True)
     if unseen:
-        click.echo(f"not looked at, since it is on the hub: {', '.join(unseen)}", err=True)
+        click.echo(f"not here, so taken for names on the hub, which is not asked: {', '.join(unseen)}", err=True)
     if resolved:
         click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
     else:

@@ -145,6 +145,29 @@ def is_on_hub(path: str) -> bool:
     return not (local.exists() or local.suffix.lower() in READERS or path.startswith((".", "/", "~")))
 
 
+def no_data_set(name: str) -> str | None:
+    """Why a name is not taken for a data set on the hub, which is not asked: it is no id, or one without an owner.
+
+    The hub knows some data sets without their owners, too; such a one is taken if it is in the cache.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return f"{name!r} is neither a file or folder nor the id of a data set (owner/name)"
+    if "/" in name:
+        return None
+    import datasets
+
+    if (Path(datasets.config.HF_DATASETS_CACHE) / name).is_dir():
+        return None
+    return (
+        f"there is no file or folder {name!r} here: write a file with its ending ({', '.join(READERS)}), and a data "
+        f"set on the hub with its owner (OWNER/{name})"
+    )
+
+
 def _other_folder(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """What a folder is that holds JSON files of something else; None where it may hold rows."""
     if (folder / "recipe.resolved.yml").is_file():

@@ -272,8 +272,7 @@ class Capture(Stage):
             except FusekitError as error:
                 found.append(Mistake(str(error), (*at, "model")))
         if not kept("data"):
-            for path in recipe.data.paths:
-                found += unreadable(path, ("data", "path"), on_bad_row=recipe.data.on_bad_row)
+            found += unreadable(recipe.data, ("data", "path"))
         return found
 
     def can_compare(self, planner: Planner, name: str) -> bool:

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.counts import DataCounts
-from fusekit.data.reading import is_on_hub, read_rows
+from fusekit.data.reading import files_of, is_on_hub, no_data_set, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
@@ -24,13 +25,15 @@ from fusekit.environment import circumstances
 from fusekit.errors import DataError, FusekitError, StorageError
 from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake, Pivot
+from fusekit.recipe.sections import UNREAD, Data, Evaluate, Mistake, Pivot
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
 
 ROWS = "rows.jsonl"
 NOWHERE = Layout(Path("/nonexistent"))
 """The output of a recipe that is not run."""
+LOOKED_AT = 10_000
+"""Examples of local data that are read to check a recipe."""
 
 
 def choice_of(model: Pivot) -> ModelChoice:
@@ -160,16 +163,60 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def unreadable(path: str, *places: KeyPath, on_bad_row: str = "error") -> list[Mistake]:
-    """Whether local data are missing or hold no examples, as far as the first one tells; the hub is not asked."""
-    if is_on_hub(path):
-        return []
+class Looked(NamedTuple):
+    """How far local data were read. all: whether ``examples`` are all that are used. skipped: unusable ones."""
+
+    examples: int
+    all: bool
+    skipped: int
+
+    def __str__(self) -> str:
+        much = f"all {self.examples:,} examples that are used" if self.all else f"the first {self.examples:,} examples"
+        also = f", {self.skipped:,} more are skipped" if self.skipped else ""
+        return f"{much} can be read{also}" + ("" if self.all else "; the others were not read")
+
+
+def look(section: Data | Evaluate) -> Looked | None:
+    """Read the first :data:`LOOKED_AT` examples of a section's local data; None where it has none.
+
+    Raises FusekitError for one that cannot be read.
+    """
+    local = [path for path in section.paths if not is_on_hub(path)]
+    if not local:
+        return None
+    counts = DataCounts(section.on_bad_row if isinstance(section, Data) else "error")
+    if isinstance(section, Data):
+        rows = read_rows(local, limit=section.limit, counts=counts)
+    else:
+        files = [file for path in local for file in files_of(path)]
+        rows = chain.from_iterable(read_rows(file, limit=section.limit, counts=counts) for file in files)
+    examples = sum(1 for _ in islice(rows, LOOKED_AT))
+    return Looked(examples, next(rows, None) is None, counts.reasons.get("unusable", 0))
+
+
+def unreadable(section: Data | Evaluate, place: KeyPath) -> list[Mistake]:
+    """What is wrong with a section's data: missing, without examples, or with one that cannot be read.
+
+    Local data are read as far as :func:`look` does; of those on the hub, which is not asked, the names are looked at.
+    """
+    found, on_bad_row = [], section.on_bad_row if isinstance(section, Data) else "error"
+    for path in section.paths:
+        try:
+            if is_on_hub(path):
+                says = None if path.startswith(UNREAD) else no_data_set(path)
+            else:
+                first = next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None)
+                says = f"there are no examples in {path}" if first is None else None
+        except FusekitError as error:
+            says = str(error)
+        if says is not None:
+            found.append(Mistake(says, place))
     try:
-        if next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None) is None:
-            return [Mistake(f"there are no examples in {path}", *places)]
+        if not found:
+            look(section)
     except FusekitError as error:
-        return [Mistake(str(error), *places)]
-    return []
+        found.append(Mistake(str(error), place))
+    return found
 
 
 def hash_of(path: str) -> str | None:

@@ -112,14 +112,15 @@ class Evaluate(Stage):
         commit_file(context.layout.results, lambda file: file.write(data))
 
     def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
-        """Held-out files that are missing or empty, as far as the first row of each tells, and impossible tasks.
+        """Held-out examples that are missing or cannot be read, as far as they are read, and impossible tasks.
 
         The hub is not asked.
         """
-        section, found = recipe.evaluate, []
-        for path in section.paths if section is not None else []:
-            found += unreadable(path, ("evaluate", "path"))
-        if section is not None and section.lm_eval is not None:
+        section = recipe.evaluate
+        if section is None:
+            return []
+        found = unreadable(section, ("evaluate", "path"))
+        if section.lm_eval is not None:
             try:
                 lm_eval.check(section.lm_eval)
             except RecipeError as error:

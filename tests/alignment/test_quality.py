@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fusekit.alignment import align, plan_rows, vocabulary_surfaces
 from fusekit.alignment.cases import HAS_ROW, Case
 from fusekit.alignment.quality import (
+    FEWEST_LABELS,
     MOST_NATS,
     RATIO_LIMIT,
     AlignmentQuality,
@@ -95,9 +96,8 @@ def test_worth_by_hand() -> None:
     assert worth.per_label(Case.LONGER) == (None, None)
     assert worth.ratio == (1 + 2 + 5 + 2) / 8  # a label without a row counts as the pivot has it
     assert [case for case in Case if worth.is_worse(case)] == [Case.CLOSES]
-    by_ratio, by_case = worth.warnings
+    (by_ratio,) = worth.warnings
     assert "1.25" in by_ratio
-    assert all(word in by_case for word in ("closes", "3.500", "3.000", "2 labels"))
     found = json.loads(json.dumps(worth.to_dict(), allow_nan=False))
     assert found["cases"]["closes"] == {"labels": 2, "teacher": 3.5, "pivot": 3.0, "worse": True}
     assert found["cases"].keys() == {"same", "closes", "unlinked"}
@@ -141,9 +141,16 @@ def test_a_ratio_above_the_limit_is_warned_of(source: float, teacher: float, war
 
 
 def test_the_pivot_may_be_as_bad_as_its_teacher_but_not_better() -> None:
-    assert not worth_of([Case.SAME], [2.0], [2.0], 2.0).warnings
-    (warning,) = worth_of([Case.SAME], [2.0], [1.999], 2.0).warnings
-    assert "same" in warning
+    n = FEWEST_LABELS
+    assert not worth_of([Case.SAME] * n, [2.0] * n, [2.0] * n, 2.0 * n).warnings
+    (warning,) = worth_of([Case.SAME] * n, [2.0] * n, [1.999] * n, 2.0 * n).warnings
+    assert all(word in warning for word in ("same", "2.000", "1.999", f"{n} labels"))
+
+
+def test_a_case_of_few_labels_is_not_warned_of() -> None:
+    n = FEWEST_LABELS - 1
+    worth = worth_of([Case.SAME] * n, [2.0] * n, [1.0] * n, 2.0 * n)
+    assert (worth.warnings, worth.is_worse(Case.SAME)) == ([], True)
 
 
 def test_without_the_pivot_its_column_is_empty() -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.alignment.cases import Case
-from fusekit.alignment.quality import RATIO_LIMIT
+from fusekit.alignment.quality import FEWEST_LABELS, RATIO_LIMIT
 from fusekit.cli import cli
 from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.worth import measure
@@ -139,7 +139,7 @@ NOT_HERE = pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no f
     ids=["demo", "real"],
 )
 def test_a_pair_of_models_obeys_the_chain_rule(pair: list[Path], records: list[str], tmp_path: Path) -> None:
-    """And no case has a teacher that is worse than the pivot without a warning of ``fusekit inspect alignment``."""
+    """And ``fusekit inspect alignment`` warns of every case of many labels whose teacher is worse than the pivot."""
     data, stores = tmp_path / "rows.jsonl", [tmp_path / "pivot", tmp_path / "source"]
     data.write_text("\n".join(records))
     for model, store in zip(pair, stores, strict=True):
@@ -154,4 +154,5 @@ def test_a_pair_of_models_obeys_the_chain_rule(pair: list[Path], records: list[s
     for name, case in found["cases"].items():
         worse = case["teacher"] is not None and case["teacher"] > case["pivot"]
         assert case["worse"] == worse
-        assert any(f"case {name} " in line for line in found["warnings"]) == worse, name
+        warned = worse and case["labels"] >= FEWEST_LABELS
+        assert any(f"case {name} " in line for line in found["warnings"]) == warned, name

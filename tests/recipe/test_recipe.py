@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -22,6 +23,7 @@ from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.layout import Layout
+from fusekit.pipeline import context
 from fusekit.pipeline.run import mistakes
 from fusekit.recipe import Recipe
 from fusekit.recipe import shipped as shipped_recipes
@@ -174,6 +176,44 @@ def test_what_is_found_by_the_schema_and_by_the_stages_is_one_round(write, tmp_p
     assert not (tmp_path / "out").exists()
     found = json.loads(CliRunner().invoke(cli, ["validate", str(path), "--json"]).stdout)
     assert (found["valid"], len(found["problems"])) == (False, len(expected))
+
+
+def test_examples_are_read_far_and_it_is_said_how_far(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "LOOKED_AT", 1000)
+    texts = [json.dumps({"text": f"text {number}"}) for number in range(1, 1201)]
+    lines = [*texts[:700], '{"text": ', *texts[701:]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held-out").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "held-out" / f"{name}.jsonl").write_text("\n".join(texts[:3]))
+    path = write(SMALL + "evaluate: {path: held-out}\n")
+
+    def found(*overrides: str) -> dict[str, Any]:
+        options = [word for override in overrides for word in ("--set", override)]
+        result = CliRunner().invoke(cli, ["validate", str(path), "--json", *options])
+        return json.loads(result.stdout)
+
+    assert "rows.jsonl, line 701" in found()["problems"][0]
+    assert found("data.on_bad_row=skip")["read"] == {
+        "data": {"examples": 1000, "all": False, "skipped": 1},
+        "evaluate": {"examples": 6, "all": True, "skipped": 0},
+    }
+    assert found("data.limit=700", "evaluate.limit=2")["read"] == {  # the broken one is not used
+        "data": {"examples": 700, "all": True, "skipped": 0},
+        "evaluate": {"examples": 4, "all": True, "skipped": 0},  # of each file
+    }
+    said = CliRunner().invoke(cli, ["validate", str(path), "--set", "data.on_bad_row=skip"]).stderr
+    assert "data: the first 1,000" in said
+
+
+@pytest.mark.parametrize("key", ["data.path", "evaluate.path"])
+@pytest.mark.parametrize("name", ["nope", "a/b/c"])
+def test_what_is_neither_here_nor_an_id_is_missing_data(write, key, name):
+    path = write(SMALL + "evaluate: {path: rows.jsonl}\n")
+    (mistake,) = mistakes(load_recipe(path, [f"{key}={name}"]))
+    assert repr(name) in mistake.says
+    assert mistake.paths == (tuple(key.split(".")),)
+    assert mistakes(load_recipe(path, [f"{key}=owner/name"])) == []
 
 
 def test_a_model_that_is_missing_is_no_mistake_once_it_has_served(write, tmp_path):
