@@ -114,7 +114,7 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
             checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields
         )
     from fusekit.capturing import estimate
-    from fusekit.capturing.capture import capture
+    from fusekit.capturing.capture import Capture
     from fusekit.capturing.settings import CaptureSettings
 
     size = fields["batch_tokens"]
@@ -122,7 +122,7 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
     before = _peak()
     settings = CaptureSettings(batch_tokens=size)
     said = estimate.memory_needs(checkpoint, settings, alone)[0].needed
-    capture(checkpoint, reader, rows, work, settings, processes=alone)
+    Capture(checkpoint, reader, rows, work, settings).run(alone)
     return {"before": before, "peak": _peak(), "estimate": said}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fusekit.capturing.capture import capture
+from fusekit.capturing.capture import Capture
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
@@ -41,7 +41,7 @@ def shared_rows(limit: int | None = None) -> list[Row]:
 def captured(name: str, rows: list[Row], out: Path) -> Store:
     """What one model says about the rows; run it where that model fits."""
     checkpoint = find_checkpoint(ModelChoice(str(MODELS[name]), dtype="float32"))
-    return capture(checkpoint, reader(name), rows, out)
+    return Capture(checkpoint, reader(name), rows, out).run()
 
 
 def train(rows: list[Row], stores: dict[str, Path], out: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import xxhash
 
@@ -44,25 +44,10 @@ class Tokenizes(Protocol):
     def tokenize(self, row: Row) -> TokenizedRow: ...
 
 
-def capture(
-    checkpoint: Checkpoint,
-    tokenizer: RowTokenizer,
-    rows: Sequence[Row],
-    out: Path | str,
-    settings: CaptureSettings | None = None,
-    *,
-    processes: Processes | None = None,
-    **options: Any,
-) -> Store:
-    """Capture what a model says about rows, or what is missing of it: :class:`Capture` made and run once.
-
-    Every process of a run calls it with the same arguments.
-    """
-    return Capture(checkpoint, tokenizer, rows, out, settings, **options).run(processes)
-
-
 class Capture:
-    """A model and rows that are captured into a store. It keeps the model when it runs for several ranks in turn.
+    """A model and rows that are captured into a store, or what is missing of it. Every process of a run makes the same.
+
+    It keeps the model when it runs for several ranks in turn.
 
     Args:
         checkpoint: the model, found but not loaded.
@@ -240,7 +225,7 @@ def capture_rows(
         out: folder of the store.
         spec: what the store is made from; called in process 0.
         max_quarantined: share of all rows for which the model may give no distribution; one row always may.
-        overwrite, quiet, processes: as of :func:`capture`.
+        overwrite, quiet, processes: as of :class:`Capture`.
 
     Raises:
         CaptureError: see :meth:`Teacher.score`; too many rows without a distribution.

@@ -346,10 +346,10 @@ def captured(
     context: Context, name: str, rows: Sequence[Row], out: Path, settings: CaptureSettings, **options: Any
 ) -> Store:
     """What a model of the run says about some examples, captured where it is missing."""
-    from fusekit.capturing.capture import capture
+    from fusekit.capturing.capture import Capture
 
     options |= {"ignore_estimates": context.ignore_estimates, "quiet": context.quiet}
-    return capture(context.checkpoint(name), context.reader(name), rows, out, settings, **options)
+    return Capture(context.checkpoint(name), context.reader(name), rows, out, settings, **options).run()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit.capturing import engine as batches
-from fusekit.capturing.capture import capture
+from fusekit.capturing.capture import Capture
 from fusekit.capturing.estimate import parameters
 from fusekit.capturing.load import load_model
 from fusekit.capturing.manifest import Manifest, read_json
@@ -42,9 +42,7 @@ def settings(k=8, **changes):
 
 def run(data, out, how=None, checkpoint=None, **options):
     rows, tokenizer = data
-    return capture(
-        checkpoint or demo(), tokenizer, rows, out, how or settings(), quiet=True, processes=ALONE, **options
-    )
+    return Capture(checkpoint or demo(), tokenizer, rows, out, how or settings(), quiet=True, **options).run(ALONE)
 
 
 @pytest.mark.parametrize(("name", "mass", "temperature"), [("pivot", 1.0, 1.0), ("numbers", 0.9, 2.0)])

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import fusekit
-from fusekit.capturing.capture import capture
+from fusekit.capturing.capture import Capture
 from fusekit.capturing.engines import Opening, difference
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.replies import Reply, Vocabulary, captured
@@ -46,7 +46,7 @@ def run(data, out, *urls, how=None, **engine):
     settings = EngineSettings(url=list(urls), **({"patience": 5, "timeout": 10} if urls else {}) | engine)
     checkpoint = find_checkpoint(ModelChoice(str(DEMO / "numbers"), dtype="float32", engine=settings))
     how = how or CaptureSettings(top_k=8, rows_per_shard=6, max_error=0)
-    return capture(checkpoint, tokenizer, rows, out, how, quiet=True, processes=ALONE)
+    return Capture(checkpoint, tokenizer, rows, out, how, quiet=True).run(ALONE)
 
 
 def assert_same(store, expected):
@@ -197,7 +197,7 @@ def test_options_of_transformers_are_refused(data, tmp_path):
     rows, tokenizer = data
     choice = ModelChoice(str(DEMO / "numbers"), device_map="auto", engine=EngineSettings(url=["http://localhost:1"]))
     with pytest.raises(CaptureError, match="device_map is 'auto'"):
-        capture(find_checkpoint(choice), tokenizer, rows, tmp_path / "out", processes=ALONE)
+        Capture(find_checkpoint(choice), tokenizer, rows, tmp_path / "out")
     with pytest.raises(ValueError, match=r"vllm.*http://localhost:1"):
         EngineSettings(name="vllm", url=["http://localhost:1"])
 

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusekit import FusionTrainer, Store, capture
-from fusekit.capturing.capture import capture as capture_model
+from fusekit.capturing.capture import Capture
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.templates import ChatTemplate
@@ -158,7 +157,7 @@ def test_a_model_that_changed_since_its_store_is_no_teacher(tmp_path: Path) -> N
 def test_a_teacher_reads_answers_under_the_template_of_its_store(tmp_path: Path) -> None:
     rows = prepare(rows_of(RECORDS), [RowTokenizer(load_tokenizer(find_checkpoint(NEOX)))], 2048).rows
     reader = RowTokenizer(load_tokenizer(find_checkpoint(NEOX)), ChatTemplate.chosen("chatml"))
-    store = capture_model(find_checkpoint(NEOX), reader, rows, tmp_path / "store", CaptureSettings(), quiet=True)
+    store = Capture(find_checkpoint(NEOX), reader, rows, tmp_path / "store", quiet=True).run()
     with pytest.raises(DistillationError) as error:
         trainer(tmp_path / "out", {"neox": store})
     assert "chatml" in str(error.value)
