@@ -350,7 +350,7 @@ def _capture_shards(
                     rate = seen / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
-            writer.write_columns(plan, [encoded[index].result() for index in sorted(encoded)], quarantined)
+            writer.write_shard(plan, [encoded[index].result() for index in sorted(encoded)], quarantined)
             if quarantined:
                 refuse_quarantined(writer.path, writer.quarantined(), len(rows), max_quarantined)
 

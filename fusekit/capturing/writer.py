@@ -118,31 +118,27 @@ class StoreWriter:
         return [plan for plan in self._plans if plan.index % self.world == self.rank and plan.index not in self._done]
 
     def write_shard(
-        self, plan: ShardPlan, rows: Iterable[CapturedRow], quarantined: Mapping[str, str] | None = None
+        self, plan: ShardPlan, rows: Iterable[CapturedRow | Columns], quarantined: Mapping[str, str] | None = None
     ) -> None:
         """Commit a shard and its record.
 
         Args:
             plan: one of :meth:`missing_shards`.
-            rows: of ``keys[plan.start:plan.stop]``, in order, without the quarantined ones.
+            rows: of ``keys[plan.start:plan.stop]``, in order, without the quarantined ones; or their columns, as this
+                store's codec encodes them.
             quarantined: key -> reason of rows that the store is not to hold.
 
         Raises:
             StorageError: rows missing, repeated, out of order or unfit to be stored (names the key); the disk failed.
         """
-        self.write_columns(plan, [self.codec.encode(row) for row in rows], quarantined)
-
-    def write_columns(
-        self, plan: ShardPlan, rows: Sequence[Columns], quarantined: Mapping[str, str] | None = None
-    ) -> None:
-        """:meth:`write_shard` of rows that this store's codec has encoded already."""
+        encoded = [row if isinstance(row, dict) else self.codec.encode(row) for row in rows]
         planned = self.keys[plan.start : plan.stop]
         quarantined = quarantined or {}
-        _compare_keys([key for key in planned if key not in quarantined], [row["key"] for row in rows])
+        _compare_keys([key for key in planned if key not in quarantined], [row["key"] for row in encoded])
         if unknown := sorted(quarantined.keys() - set(planned)):
             raise StorageError(f"quarantined row {unknown[0]} is not among the rows of shard {plan.index}")
         path = self.path / shard_name(plan.index)
-        data = shard_bytes(rows, self.codec.exact)
+        data = shard_bytes(encoded, self.codec.exact)
         commit_file(path, lambda file: file.write(data), rank=self.rank)
         record = ShardRecord(
             file=path.name,
@@ -151,8 +147,8 @@ class StoreWriter:
             footer_xxh3=footer_hash(data),
             start=plan.start,
             stop=plan.stop,
-            rows=len(rows),
-            **{name: sum(row[name] for row in rows) for name in ("tokens", "labels", "bytes")},
+            rows=len(encoded),
+            **{name: sum(row[name] for row in encoded) for name in ("tokens", "labels", "bytes")},
             quarantined=[
                 Quarantined(row=plan.start + at, key=key, reason=quarantined[key])
                 for at, key in enumerate(planned)
@@ -305,7 +301,7 @@ def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
         held = [holders[key] for key in keys[plan.start : plan.stop] if key in holders]
         rows = [stores[number].columns(at) for number, at in held]
         absent = {key: reasons[key] for key in keys[plan.start : plan.stop] if key not in holders}
-        writer.write_columns(plan, rows, absent)
+        writer.write_shard(plan, rows, absent)
     writer.finish()
     return Store.open(out)
 
