@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fusekit.capturing.codec import SCALARS, Codec, Columns, Group, Shard, check_shard, hash_of, schema
+from fusekit.capturing.codec import Codec, Columns
 from fusekit.capturing.manifest import (
     MANIFEST,
     Manifest,
@@ -25,6 +25,7 @@ from fusekit.capturing.manifest import (
     read_json,
     shard_name,
 )
+from fusekit.capturing.shards import SCALARS, Group, Shard, check_shard, hash_of, schema
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 

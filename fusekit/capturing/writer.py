@@ -18,7 +18,7 @@ import xxhash
 
 import fusekit
 from fusekit.artifacts import refuse_changes
-from fusekit.capturing.codec import Codec, Columns, footer_hash, hash_of, shard_bytes
+from fusekit.capturing.codec import Codec, Columns
 from fusekit.capturing.manifest import (
     MANIFEST,
     CommittedShard,
@@ -33,6 +33,7 @@ from fusekit.capturing.manifest import (
     shard_name,
     write_json,
 )
+from fusekit.capturing.shards import footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import Store
 from fusekit.disk import commit_file, disk_fault, remove, sweep
 from fusekit.errors import StorageError

@@ -70,7 +70,7 @@ def test_rows_by_number_and_key(path):
 
 def test_rows_at_random_while_groups_leave_the_memory(tmp_path, monkeypatch):
     """Several row groups per shard, of which one fits the cache and one shard may be open."""
-    monkeypatch.setattr("fusekit.capturing.codec.GROUP_VALUES", 30)
+    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 30)
     monkeypatch.setattr(reading, "CACHE_BYTES", 1)
     monkeypatch.setattr(reading, "_OPEN_SHARDS", 1)
     spec = SPEC.model_copy(update={"rows_per_shard": 8})
@@ -251,7 +251,7 @@ def test_a_damaged_record_of_an_unfinished_shard_counts_for_nothing(tmp_path, pa
 
 
 def test_a_flipped_bit_is_noticed_before_its_row_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusekit.capturing.codec.GROUP_VALUES", 1)  # a row group for each row
+    monkeypatch.setattr("fusekit.capturing.shards.GROUP_VALUES", 1)  # a row group for each row
     write(tmp_path)
     file = tmp_path / "shard-00000.parquet"
     ends = Store.open(tmp_path)._shard(0)._ends
