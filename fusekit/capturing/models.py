@@ -106,6 +106,13 @@ class Checkpoint:
             return self.gguf.parameters * _ITEMSIZES[self.gguf.dtype]
         return sum(self.weights.values())
 
+    def headers(self) -> hub.Headers | None:
+        """Headers of its tensors, None where it has no safetensors files or not all are here. Raises CaptureError."""
+        files = [self.folder / name for name in sorted(self.weights) if name.endswith(".safetensors")]
+        if not files or not all(path.is_file() for path in files):
+            return None
+        return {name: header for path in files for name, header in hub.read_headers(path, self.choice.model).items()}
+
     def fetch(self, *, bar: bool = False) -> None:
         """Download the weights unless they are here. Raises CaptureError with a hint, StorageError for a full disk."""
         if self.snapshot and self.download_bytes:

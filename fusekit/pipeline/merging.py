@@ -15,7 +15,7 @@ from fusekit.capturing import estimate as capture
 from fusekit.capturing.models import Checkpoint
 from fusekit.disk import commit_file, output_lock, recover
 from fusekit.errors import StorageError
-from fusekit.hub import DTYPES, Headers, TensorHeader, read_headers
+from fusekit.hub import DTYPES, Headers, TensorHeader
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import Context
 from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step, made_from
@@ -221,12 +221,9 @@ def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: 
 
 def _headers(checkpoint: Checkpoint) -> Headers:
     """Headers of the checkpoint's tensors, or such as make up its size where its files are not here."""
-    files = [checkpoint.folder / name for name in checkpoint.weights if name.endswith(".safetensors")]
+    if (known := checkpoint.headers()) is not None:
+        return known
     found: Headers = {}
-    if files and all(path.is_file() for path in files):
-        for path in files:
-            found |= read_headers(path, checkpoint.choice.model)
-        return found
     shape, dtype = capture.shape_of(checkpoint.config), capture.stored_dtype(checkpoint)
     size = dict(DTYPES.values()).get(dtype, 4)
     left = checkpoint.weight_bytes // size

@@ -466,23 +466,19 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any) -> ModelFacts:
         layers=number("num_hidden_layers", "n_layer"),
         width=number("hidden_size", "n_embd"),
         vocabulary=number("vocab_size"),
-        parameters=gguf.parameters if gguf else _elements(checkpoint.folder, checkpoint.weights),
+        parameters=gguf.parameters if gguf else _elements(checkpoint),
         dtype=f"GGUF {gguf.format}" if gguf else str(dtype) if dtype else None,
         tokenizer=_described(tokenizer),
     )
 
 
-def _elements(folder: Path, files: Mapping[str, int]) -> int | None:
-    """Elements of all tensors of safetensors files; None where one of them is not on disk, or cannot be read."""
-    from fusekit.hub import read_headers
-
-    names = sorted(name for name in files if name.endswith(".safetensors"))
-    if not names or not all((folder / name).is_file() for name in names):
-        return None
+def _elements(checkpoint: Checkpoint) -> int | None:
+    """Elements of all tensors; None where its safetensors files are not on disk, or cannot be read."""
     try:
-        return sum(tensor.elements for name in names for tensor in read_headers(folder / name, name).values())
+        headers = checkpoint.headers()
     except FusekitError:
         return None
+    return None if headers is None else sum(tensor.elements for tensor in headers.values())
 
 
 def _described(tokenizer: Any) -> Tokenizer | None:
