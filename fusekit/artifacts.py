@@ -5,15 +5,19 @@ The manifest, written last, lists an artifact's files with size and hash, and th
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
+from fusekit import __version__
 from fusekit.disk import commit_file, disk_fault, recover, staging, sweep
 from fusekit.errors import FusekitError, StorageError
 
@@ -116,6 +120,19 @@ def replace_file(folder: Path, name: str, data: bytes) -> bool:
     if changed:
         commit(new, {})
     return changed
+
+
+def circumstances() -> dict[str, str]:
+    """Where and with what an artifact is made: versions of what decides the last bits, and the host's name."""
+    versions = {name: found for name in ("torch", "transformers", "mergekit") if (found := installed(name))}
+    return {"fusekit": __version__, **versions, "python": platform.python_version(), "host": platform.node()}
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def is_stage(folder: Path) -> bool:

@@ -19,7 +19,6 @@ from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.devices import missing_device
 from fusekit.disk import counted
-from fusekit.environment import circumstances
 from fusekit.errors import CaptureError
 from fusekit.gguf import GgufHeader, split
 from fusekit.resources import is_out_of_memory, refuse_lacking
@@ -166,7 +165,7 @@ def dequantise(
         way_out = "Free some, write elsewhere, or choose the dtype bfloat16; --ignore-estimates starts it all the same"
         refuse_lacking(dequantise_needs(checkpoint, folder), "this model does not fit:", way_out, CaptureError)
     inputs = dequantised_from(choice)
-    made: artifact.Inputs = {**circumstances(), "model": choice.model}
+    made: artifact.Inputs = {**artifact.circumstances(), "model": choice.model}
     started = time.monotonic()
 
     def write(into: Path) -> None:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import click
 
+from fusekit import __version__
+from fusekit.artifacts import installed
 from fusekit.cli.common import print_json
+
+PACKAGES = ("mergekit", "transformers", "torch", "safetensors", "tokenizers", "numpy", "huggingface_hub")
+METHODS = ("fusechat_sce", "varm", "widen")
 
 
 @click.command()
@@ -14,17 +27,15 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 if stock mergekit does not see fusekit's methods, or if another project called fusekit is installed.
     """
-    from fusekit.environment import autoload, devices, other_fusekit, versions
-
-    works, explanation = autoload()
-    clash = other_fusekit()
+    works, explanation = _autoload()
+    clash = _other_fusekit()
     if as_json:
-        found = {"versions": versions(), "devices": devices(), "sees_fusekit": works, "other_fusekit": clash}
+        found = {"versions": _versions(), "devices": _devices(), "sees_fusekit": works, "other_fusekit": clash}
         print_json(found)
     else:
         for title, lines in (
-            ("Versions", [f"{name:<16} {version}" for name, version in versions().items()]),
-            ("Devices", devices()),
+            ("Versions", [f"{name:<16} {version}" for name, version in _versions().items()]),
+            ("Devices", _devices()),
             ("Stock mergekit (mergekit-yaml, mergekit-multi, mergekit-pytorch)", explanation),
             ("Another fusekit", clash),
         ):
@@ -32,3 +43,86 @@ def doctor(as_json: bool) -> None:
                 click.echo("\n".join([title, *(f"  {line}" for line in lines), ""]))
     if clash or not works:
         click.get_current_context().exit(1)
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of fusekit and what it stands on, by name; "not installed" where something is missing."""
+    there = {name: installed(name) or "not installed" for name in PACKAGES}
+    return {"python": f"{platform.python_version()} ({sys.executable})", "fusekit": __version__, **there}
+
+
+def _devices() -> list[str]:
+    """CPU, memory and accelerators, a line each."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    lines = [
+        f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; "
+        f"memory: {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"CUDA {index}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    return lines if torch.cuda.is_available() else [*lines, "CUDA: none"]
+
+
+def _other_fusekit() -> list[str]:
+    """Lines about another project's distribution called `fusekit` that is installed here; empty if there is none."""
+    try:
+        found = importlib.metadata.distribution("fusekit")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    if any(file.name == "_fusekit_autoload.py" for file in found.files or ()):
+        return []  # a checkout of this project from before it was called mergekit-fusekit
+    return [
+        f"The distribution fusekit {found.version} is installed. It is another project, whose files and this one's",
+        "(mergekit-fusekit) overwrite each other. To mend it:",
+        "pip uninstall fusekit mergekit-fusekit && pip install mergekit-fusekit",
+    ]
+
+
+def _autoload() -> tuple[bool, list[str]]:
+    """Whether a stock mergekit command started now would know fusekit's methods, and the explanation, for people."""
+    folders = (Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
+    hook = next((folder / "fusekit.pth" for folder in folders if (folder / "fusekit.pth").is_file()), None)
+    seen, complaint = _ask()
+    if seen == set(METHODS):
+        return True, [
+            f"sees fusekit: merge_method {', '.join(METHODS)} are known.",
+            f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
+            "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
+        ]
+    if "No module named 'mergekit'" in complaint:
+        reason = ["mergekit is not installed for this Python: pip install 'mergekit>=0.1.5,<0.2'"]
+    elif os.environ.get("FUSEKIT_AUTOLOAD") == "0":
+        reason = ["the environment variable FUSEKIT_AUTOLOAD=0 turns it off: unset it"]
+    elif hook is None:
+        reason = [
+            "fusekit.pth is in no site-packages folder of this Python: fusekit is used from a folder, a zip file or a",
+            "`pip install --target`, where Python reads no .pth files. Install it into the environment of mergekit.",
+        ]
+    else:
+        reason = [f"{hook} is in place, but mergekit did not get the methods:", complaint or "no message was printed"]
+    return False, [
+        "does not see fusekit's merge methods, because",
+        *reason,
+        "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
+        "or `import fusekit.merge_methods` in your own Python code.",
+    ]
+
+
+def _ask() -> tuple[set[str], str]:
+    """The methods that a fresh interpreter's mergekit knows, and the line it printed if something was wrong."""
+    program = (
+        "import mergekit.merge_methods as m; names = {x.spec.name for x in m.registered_methods()}; "
+        f"print(*sorted(names & {set(METHODS)!r}))"
+    )
+    # Neither PYTHONPATH nor the current folder may show it a fusekit that mergekit-yaml would not see.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=empty
+        )
+    complaints = [line for line in done.stderr.splitlines() if "fusekit" in line or "Error" in line]
+    return set(done.stdout.split()), complaints[-1] if complaints else ""

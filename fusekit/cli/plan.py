@@ -37,8 +37,7 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     run: a model that is missing or gated, inputs that changed, too little disk or memory here. Of a mergekit recipe it
     prints what `fusekit merge --check` does.
     """
-    from fusekit.pipeline.plan import make_plan
-    from fusekit.pipeline.run import mistakes
+    from fusekit.pipeline.run import make_plan, mistakes
     from fusekit.recipe.loading import load_recipe
 
     document = safe_yaml.load(recipe)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
@@ -35,15 +35,13 @@ from fusekit.pipeline.context import (
     write_json,
     write_rows,
 )
+from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need, disk_need
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
-
-if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Planner
 
 ALIGNED_TEXTS = 2000
 """Texts of which the quality of a pair is counted, at most."""

@@ -21,7 +21,6 @@ from fusekit.data.reading import files_of, is_on_hub, no_data_set, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
-from fusekit.environment import circumstances
 from fusekit.errors import DataError, FusekitError, StorageError
 from fusekit.layout import PIVOT, Layout
 from fusekit.recipe import Recipe
@@ -131,7 +130,7 @@ class Context:
 
     def made(self, started: float) -> Inputs:
         """What may differ between equal artifacts. started: by ``time.monotonic``."""
-        return {**circumstances(), "seconds": round(time.monotonic() - started, 3)}
+        return {**artifact.circumstances(), "seconds": round(time.monotonic() - started, 3)}
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
@@ -22,14 +21,12 @@ from fusekit.hub import is_repository
 from fusekit.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
 from fusekit.pipeline.context import Context, choice_of
+from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.responding import winners_of
 from fusekit.pipeline.stage import BEGUN, DONE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
 from fusekit.resources import Need
-
-if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Planner
 
 SMALL_FILES = 2 << 20
 """Bytes of a checkpoint besides its weights, where they are not at hand to be added up."""

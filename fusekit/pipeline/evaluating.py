@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, weights_hash
@@ -25,14 +25,12 @@ from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.pipeline.context import Context, hash_of, unreadable, write_json
+from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need
 from fusekit.types import Row
-
-if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Planner
 
 SCORE_BYTES = 1000
 """Bytes of the scores of one model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -18,14 +18,12 @@ from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.context import Context
+from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need
 from fusekit.yaml import loads
-
-if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Planner
 
 DRAWING = ("dare_", "della")
 """Beginnings of the names of mergekit's methods that draw random numbers."""

@@ -1,4 +1,4 @@
-"""``fusekit plan``: what a run would do, and the tokens, disk, memory and operations it takes. Nothing is written."""
+"""What a run would do, and the tokens, disk, memory and operations it takes; the stages add their steps."""
 
 from __future__ import annotations
 
@@ -20,19 +20,15 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.disk import counted, existing_parent, free_bytes, human
 from fusekit.distillation import estimate as training
-from fusekit.errors import FusekitError, StorageError
+from fusekit.errors import FusekitError
 from fusekit.hub import HubUnreachableError
 from fusekit.layout import PIVOT
 from fusekit.pipeline.context import NOWHERE, Context, choice_of
 from fusekit.pipeline.plan_data import Counts
-from fusekit.pipeline.run import TABLE, foreign_to_runs, layout_of
 from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step
-from fusekit.recipe import Recipe
 from fusekit.recipe.sections import ModelSize, Pivot
 from fusekit.resources import Need, disk_need, memory_limits
 
-HASHED_BYTES = 40 << 30
-"""Weights in folders are read through to be compared with what an artifact was made from, up to this size."""
 _CHANGES_SHOWN = 4
 
 
@@ -81,34 +77,6 @@ class Plan:
         totals = {figure: {"value": value, "complete": complete} for figure, (value, complete) in figures.items()}
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
         return asdict(self) | {"can_run": self.can_run, "totals": totals, "needs": needs}
-
-
-def make_plan(recipe: Recipe, name: str, out: Path | None = None) -> Plan:
-    """Say what ``fusekit run`` would do. Writes nothing.
-
-    Args:
-        recipe: what is to be run.
-        name: what the plan calls it.
-        out: the output to compare with, which need not exist.
-
-    Raises FusekitError for settings that no run could have.
-    """
-    plan, layout = Plan(name, str(out) if out is not None else None), NOWHERE
-    if out is not None:
-        try:
-            layout = layout_of(out)
-            if layout.out.is_dir() and (why := foreign_to_runs(layout)):
-                plan.refused.append(why)
-        except StorageError as error:
-            plan.refused.append(str(error))
-        except OSError as error:
-            plan.refused.append(f"{out} cannot be read: {error.strerror or error}")
-    planner = Planner(Context(recipe, layout, most_hashed=HASHED_BYTES), plan)
-    planner.find_models()
-    for stage in TABLE.values():
-        stage.plan(planner)
-    planner.sum_up()
-    return plan
 
 
 class Planner:

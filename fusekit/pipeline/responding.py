@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,14 +25,12 @@ from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, SHARDS, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
 from fusekit.pipeline.context import Context, read_rows_file, write_json, write_rows
+from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.resources import Need, refuse_lacking
 from fusekit.types import Row
-
-if TYPE_CHECKING:
-    from fusekit.pipeline.plan import Planner
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
 _BEGUN = "made_from.json"

@@ -1,4 +1,4 @@
-"""``fusekit run``: the stages of a recipe in order, each only where something is missing."""
+"""``fusekit run`` and ``plan``: the stages of a recipe in order, each only where something is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fusekit.disk import commit_file, disk_fault, output_lock, remove
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
-from fusekit.pipeline.context import Context
+from fusekit.pipeline.context import NOWHERE, Context
+from fusekit.pipeline.plan import Plan, Planner
 from fusekit.pipeline.stage import BEGUN, MISSING, Stage
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
@@ -64,6 +65,9 @@ _STAGES: tuple[Stage, ...] = (
 )
 TABLE: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
 """The stages by name, in order: those of :data:`STAGES`, and before them the plain checkpoint of a GGUF pivot."""
+
+HASHED_BYTES = 40 << 30
+"""Weights in folders are read through to be compared with what an artifact was made from, up to this size."""
 
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
@@ -221,6 +225,34 @@ def run(
     targets = context.targets if {"distill", "merge", "evaluate"} & set(chosen) else []
     merged = layout.merged if targets and recipe.merge is not None and layout.merged.is_dir() else None
     return Run(layout.out, targets, merged, results, time.monotonic() - started)
+
+
+def make_plan(recipe: Recipe, name: str, out: Path | None = None) -> Plan:
+    """Say what ``fusekit run`` would do. Writes nothing.
+
+    Args:
+        recipe: what is to be run.
+        name: what the plan calls it.
+        out: the output to compare with, which need not exist.
+
+    Raises FusekitError for settings that no run could have.
+    """
+    plan, layout = Plan(name, str(out) if out is not None else None), NOWHERE
+    if out is not None:
+        try:
+            layout = layout_of(out)
+            if layout.out.is_dir() and (why := foreign_to_runs(layout)):
+                plan.refused.append(why)
+        except StorageError as error:
+            plan.refused.append(str(error))
+        except OSError as error:
+            plan.refused.append(f"{out} cannot be read: {error.strerror or error}")
+    planner = Planner(Context(recipe, layout, most_hashed=HASHED_BYTES), plan)
+    planner.find_models()
+    for stage in TABLE.values():
+        stage.plan(planner)
+    planner.sum_up()
+    return plan
 
 
 def layout_of(out: Path | str) -> Layout:

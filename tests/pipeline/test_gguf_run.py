@@ -17,7 +17,7 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
 from fusekit.errors import MergeError, RecipeError
 from fusekit.pipeline import clean as cleaning
-from fusekit.pipeline.plan import make_plan
+from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import DONE, MISSING, STALE
 from fusekit.recipe.loading import load_recipe
 from tests.gguf_files import write_gguf

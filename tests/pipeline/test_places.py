@@ -11,8 +11,7 @@ import pytest
 
 from fusekit import artifacts as artifact
 from fusekit.errors import FusekitError
-from fusekit.pipeline.plan import make_plan
-from fusekit.pipeline.run import run
+from fusekit.pipeline.run import make_plan, run
 from fusekit.pipeline.stage import STALE
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import go, refused, with_inputs, with_sources

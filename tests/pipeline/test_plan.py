@@ -17,7 +17,8 @@ from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError
 from fusekit.pipeline import plan_data
 from fusekit.pipeline.capturing import PAGE_BYTES
-from fusekit.pipeline.plan import Plan, make_plan
+from fusekit.pipeline.plan import Plan
+from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import BEGUN, DONE, MISSING, STALE
 from fusekit.recipe import shipped as shipped_recipes
 from fusekit.recipe.loading import load_recipe

@@ -18,7 +18,7 @@ from fusekit.capturing.store import Store
 from fusekit.errors import CaptureError, RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.clean import made_by, unneeded
-from fusekit.pipeline.plan import make_plan
+from fusekit.pipeline.run import make_plan
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.artifacts import differences
 from tests.pipeline.test_faults import RUN, child, killed_again_and_again, write_world

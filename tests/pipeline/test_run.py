@@ -18,8 +18,7 @@ from fusekit.layout import Layout
 from fusekit.pipeline import capturing
 from fusekit.pipeline.context import Context
 from fusekit.pipeline.evaluating import Evaluate
-from fusekit.pipeline.plan import make_plan
-from fusekit.pipeline.run import logged
+from fusekit.pipeline.run import logged, make_plan
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
 from tests.helpers import edit_tensors

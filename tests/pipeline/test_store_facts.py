@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from fusekit.pipeline.plan import make_plan
+from fusekit.pipeline.run import make_plan
 from fusekit.recipe.loading import load_recipe
 from tests.helpers import edit_tensors
 from tests.pipeline.worlds import DEMO, go, refused, with_inputs
