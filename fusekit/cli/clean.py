@@ -28,7 +28,7 @@ def clean(
 ) -> None:
     """Show what the run in OUT no longer needs, and how much it takes; with --yes, remove it.
 
-    That is what the recipe does not name any more (stores, alignments, targets and scores of a source that was taken
+    That is what the recipe does not name any more (stores, alignments, models and scores of a source that was taken
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
     it is what these stages made, so that the next run makes it again. Nothing that is not of the run is touched.
     """

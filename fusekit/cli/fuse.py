@@ -19,11 +19,11 @@ from fusekit.merging.run import check_options
 from fusekit.recipe import Recipe, load_recipe
 
 REFUSED = {
-    "lora_merge_cache": "the targets of a fusion are whole models, so no adapter is merged into one: leave it out",
-    "lora_merge_dtype": "the targets of a fusion are whole models, so no adapter is merged into one: leave it out",
-    "lazy_unpickle": "targets are safetensors, which are read lazily anyway: leave it out",
-    "unsafe_truncate_embeddings": "all targets have the pivot's vocabulary, so there is nothing to cut: leave it out",
-    "allow_crimes": "all targets have the pivot's architecture, so there is nothing to allow: leave it out",
+    "lora_merge_cache": "the distilled models of a fusion are whole, so no adapter is merged into one: leave it out",
+    "lora_merge_dtype": "the distilled models of a fusion are whole, so no adapter is merged into one: leave it out",
+    "lazy_unpickle": "distilled models are safetensors, which are read lazily anyway: leave it out",
+    "unsafe_truncate_embeddings": "all distilled models have the pivot's vocabulary: leave it out",
+    "allow_crimes": "all distilled models have the pivot's architecture, so there is nothing to allow: leave it out",
 }
 """Why an option of mergekit has no meaning for a run, by its name."""
 

@@ -6,12 +6,10 @@ import copy
 import datetime
 import difflib
 import importlib.metadata
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.errors import DataError, RecipeError
-from fusekit.evaluation.settings import LmEval, LmEvalTask
+from fusekit.evaluation.settings import LmEval, LmEvalTask, kept_scores
 
 FOLDER = "lm_eval"
 """Where its scores are kept, next to those of held-out examples."""
@@ -275,21 +273,16 @@ def cached_scores(
         say: gets a line per task that was scored.
     """
     figures: dict[str, dict[str, Any]] = {}
-    harness = None
+    harness = cache(load)
+
+    def score(task: LmEvalTask) -> TaskScores:
+        return harness().score(task)
+
     for task in settings.tasks:
         place, inputs = folder / folder_of(task.task), identity | _inputs(settings, task)
-        kept = artifact.is_kept(place, inputs)
-        if not kept:
-            started, harness = time.monotonic(), harness or load()
-            text = json.dumps(harness.score(task), indent=1, ensure_ascii=False) + "\n"
-
-            def write(into: Path, text: str = text) -> None:
-                (into / "scores.json").write_text(text, encoding="utf-8")
-
-            artifact.publish(place, "evaluate", inputs, write, made(started))
-        scores = json.loads((place / "scores.json").read_text(encoding="utf-8"))
-        found = {name: figure(task, name, score) for name, score in scores.items()}
-        if not kept:
+        scores, is_new = kept_scores(place, inputs, partial(score, task), made)
+        found = {name: figure(task, name, known) for name, known in scores.items()}
+        if is_new:
             say(", ".join(f"{name} {shown['metric']} {shown['value']:.4f}" for name, shown in found.items()))
         figures |= found
     return figures

@@ -5,7 +5,9 @@ Recipes are loaded with it, so it imports neither torch nor lm-eval.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +136,27 @@ def held_out_rows(
 
     how: dict[str, Any] = {"split": split, "revision": revision, "name": name, "limit": limit}
     return [row for file in files_of(path) for row in read_rows(file, **how)]
+
+
+def kept_scores(
+    folder: Path, inputs: artifact.Inputs, score: Callable[[], Any], made: Callable[[float], artifact.Inputs]
+) -> tuple[Any, bool]:
+    """The scores in a folder where they are whole and of these inputs, else those of ``score``, which are put there.
+
+    made: the circumstances to record, given when the scoring was begun (``time.monotonic``). Returns also whether the
+    scores are new. Raises StorageError for files that are not of the folder's manifest.
+    """
+    is_new = not artifact.is_kept(folder, inputs)
+    if is_new:
+        artifact.refuse_foreign(folder)  # now, not once the scores are there
+        started = time.monotonic()
+        text = json.dumps(score(), indent=1, ensure_ascii=False) + "\n"
+
+        def write(into: Path) -> None:
+            (into / "scores.json").write_text(text, encoding="utf-8")
+
+        artifact.publish(folder, "evaluate", inputs, write, made(started))
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8")), is_new
 
 
 def held_out_hash(path: str, files: str | None, limit: int | None, rows: list[Row]) -> str:

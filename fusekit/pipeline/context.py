@@ -84,7 +84,7 @@ class Context:
 
     @property
     def targets(self) -> list[Path]:
-        """Where the targets of the recipe are, or will be."""
+        """Where the distilled models of the recipe are, or will be."""
         return [self.layout.targets / name for name in self.recipe.targets]
 
     @property

@@ -45,7 +45,7 @@ def plain(settings: DistillSettings) -> DistillSettings:
 
 
 def teachers_of(context: Context, target: str) -> list[str]:
-    """The sources of a target; none of the baseline."""
+    """The sources of a distilled model; none of the baseline."""
     return [source.label for source in context.recipe.sources if target in (source.label, JOINT)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import chain
@@ -22,9 +21,9 @@ from fusekit.disk import commit_file, counted
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows
+from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows, kept_scores
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
-from fusekit.pipeline.context import Context, hash_of, unreadable, write_json
+from fusekit.pipeline.context import Context, hash_of, unreadable
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Stage, Status, Step
 from fusekit.recipe import Recipe
@@ -188,17 +187,17 @@ def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: lis
 
     section, folder, (choice, template) = context.recipe.evaluate, context.layout.evaluation(name), model
     assert section is not None
-    if not artifact.is_kept(folder, inputs):
-        artifact.refuse_foreign(folder)  # now, not once the scores are there
-        started = time.monotonic()
+
+    def score() -> dict[str, dict[str, float]]:
         _require_whole(name, choice)
         how: Any = section.model_dump(include={"metrics", "batch_tokens"})
-        found = values_of(evaluate_model(choice, rows, template=template, date=context.date, **how))
-        made = context.made(started)
-        artifact.publish(folder, "evaluate", inputs, lambda into: write_json(into / "scores.json", found), made)
+        return values_of(evaluate_model(choice, rows, template=template, date=context.date, **how))
+
+    found, is_new = kept_scores(folder, inputs, score, context.made)
+    if is_new:
         means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in found.items())
         context.say(f"evaluate {name}: {', '.join(means)}")
-    scores: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores: dict[str, Any] = found
     return scores
 
 

@@ -127,7 +127,7 @@ class Run:
 
     Attributes:
         out: the folder.
-        targets: of the distillation.
+        targets: the distilled models.
         merged: the merged model, None where the recipe or the stages have none.
         results: scores by model, None without.
         seconds: how long it took.

@@ -26,7 +26,7 @@ from fusekit.yaml import Document, KeyPath, Place, Settings, together
 
 _Count = Annotated[int, Field(gt=0)]
 _LONGEST_NAME = 100
-_OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and targets
+_OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and models
 _WORK = (".training", ".work")  # endings of folders of unfinished work
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
@@ -152,7 +152,7 @@ class Source(Pivot):
     on_the_fly: bool = Field(
         default=False,
         description="Score this source while training reads, without a store: for more examples than a disk holds. It "
-        "stays loaded while its target is trained, and is scored again in every epoch.",
+        "stays loaded while its model is distilled, and is scored again in every epoch.",
     )
     alignment: SourceAlignment = Field(
         default=SourceAlignment(), description="What differs for this source from the section `alignment`."
@@ -366,7 +366,7 @@ class Recipe(Settings):
 
     @property
     def wants_baseline(self) -> bool:
-        """Whether plain fine-tuning is trained beside the targets, to compare them with, unless it is the target."""
+        """Whether plain fine-tuning is trained beside the distilled models, unless it is the one that is asked for."""
         return self.evaluate is not None and self.evaluate.baseline and not self.settings.plain
 
     def alignment_of(self, source: Source) -> AlignmentSettings:

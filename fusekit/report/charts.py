@@ -24,7 +24,7 @@ _CHARACTERS = 27  # that fit into a line of a box
 
 
 def recipe_graph(facts: Facts, colour: Mapping[str, str]) -> Drawing:
-    """Models, captures, targets and the merged model as columns of boxes with curves between them.
+    """Models, captures, distilled models and the merged one as columns of boxes with curves between them.
 
     missing: what does not exist yet. heads: of the columns, with their x. path: of an SVG. colour: class by name.
     """
@@ -41,7 +41,7 @@ def recipe_graph(facts: Facts, colour: Mapping[str, str]) -> Drawing:
     columns = {
         "models": {f"model {name}": _model_box(facts, name, colour[name]) for name in names},
         "captures": {f"store {name}": _store_box(facts, name, colour[name]) for name in names},
-        "targets": {f"target {name}": _target_box(facts, name, colour.get(name, "c1")) for name in targets},
+        "distilled models": {f"target {name}": _target_box(facts, name, colour.get(name, "c1")) for name in targets},
     }
     if facts.value("merge") is not None:
         done = facts.merged is not None

@@ -157,7 +157,7 @@ class Worth(_Record):
 
 
 class Training(_Record):
-    """``training.json`` of a target (:mod:`fusekit.distillation.run`)."""
+    """``training.json`` of a distilled model (:mod:`fusekit.distillation.run`)."""
 
     target: str
     sources: list[str] = []
@@ -216,9 +216,9 @@ class Facts:
             and how long the captures took.
         counts, judged: what became of the examples, and the votes on the models' own answers.
         qualities, samples, worths: alignments by source.
-        targets, baseline: training records of the recipe's targets, by name, and of plain fine-tuning.
-        training: names of targets whose training has begun but is not finished.
-        merged, merge_recipe, coefficients: manifest, mergekit's recipe, and what was taken of which target; None where
+        targets, baseline: training records of the recipe's distilled models, by name, and of plain fine-tuning.
+        training: names of distilled models whose training has begun but is not finished.
+        merged, merge_recipe, coefficients: manifest, mergekit's recipe, and what was taken of which model; None where
             the merged model is not the recipe's.
         results: scores of the models that are there now.
         artifacts: manifests by place in the folder.
@@ -282,13 +282,13 @@ class Facts:
 
     @property
     def trained(self) -> dict[str, Training]:
-        """Training records of targets and baseline, by their place in the folder."""
+        """Training records of distilled models and baseline, by their place in the folder."""
         found = {f"targets/{name}": record for name, record in self.targets.items()}
         return found | ({BASELINE_PLACE: self.baseline} if self.baseline is not None else {})
 
     @property
     def merged_from(self) -> dict[str, str]:
-        """The targets that the merged model was made from, and the hashes of their weights."""
+        """The distilled models that the merged one was made from, and the hashes of their weights."""
         return _merged_from(self.merged) if self.merged is not None else {}
 
     def _merged(self) -> Artifact | None:
@@ -297,15 +297,15 @@ class Facts:
         if merged is None:
             return None
         used, targets = _merged_from(merged), self._wanted
-        # A target that is gone counts as unchanged.
+        # A model that is gone counts as unchanged.
         changed = [name for name in targets if self._weights(f"targets/{name}") not in (None, used.get(name))]
         if self.recipe.get("merge") is None:
             why = "the recipe has no merge"
         elif set(used) != set(targets):
-            made_from, wanted = text.listed(sorted(used)) or "unknown targets", text.listed(sorted(targets))
-            why = f"it was merged from {made_from}, but the recipe's targets are {wanted}"
+            made_from, wanted = text.listed(sorted(used)) or "unknown models", text.listed(sorted(targets))
+            why = f"it was merged from {made_from}, but the recipe's distilled models are {wanted}"
         elif changed:
-            why = f"targets changed after the merge ({text.listed(changed)})"
+            why = f"distilled models changed after the merge ({text.listed(changed)})"
         else:
             return merged
         self.left_out.append(f"The merged model in merged/ is left out, and its card is not changed: {why}.")
@@ -357,7 +357,7 @@ class Facts:
             return None
 
     def _manifests(self) -> dict[str, Artifact]:
-        """Manifests in the order of the stages; of alignments and targets those that the recipe has."""
+        """Manifests in the order of the stages; of alignments and distilled models those of the recipe."""
         layout = self.layout
         folders = [layout.data, *(layout.responses(name) for name in [PIVOT, *self.sources]), layout.judged]
         folders += [layout.alignment(name) for name in sorted(self.sources)]
@@ -414,7 +414,7 @@ def model_path(entry: Mapping[str, Any]) -> str:
 
 
 def _target_names(recipe: Mapping[str, Any], layout: Layout) -> list[str]:
-    """The targets that a recipe asks for; all that exist where this version cannot read the recipe."""
+    """The distilled models that a recipe asks for; all that exist where this version cannot read the recipe."""
     try:
         known = Recipe.model_validate(recipe)
         names = [source.label for source in known.sources]

@@ -33,16 +33,17 @@ CARD = "README.md"
 COLOURS = 8
 _KEYS = 3  # of examples, in a table
 _QUARANTINED = 10  # examples named per model
+_KINDS = {"sources": "source", "targets": "distilled"}
 _TITLES = {PIVOT: "pivot", BASELINE: "plain fine-tuning", MERGED: "merged model"}
 # Invisible characters that turn the direction of whatever follows them, also on this page.
 _TURNS = dict.fromkeys(map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), "⋯")
 
 
 def titled(model: str) -> str:
-    """What the report calls a model of ``results.json``: ``source llama``, ``target llama``."""
+    """What the report calls a model of ``results.json``: ``source llama``, ``distilled llama``."""
     kind, _, name = model.partition("/")
-    if name and kind in ("sources", "targets"):
-        return f"{kind.removesuffix('s')} {name}"
+    if name and kind in _KINDS:
+        return f"{_KINDS[kind]} {name}"
     return _TITLES.get(model, model)
 
 
@@ -116,7 +117,7 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 def _colours(facts: Facts) -> dict[str, str]:
-    """Class of colour by name; a source, the target that it teaches and its part of the merge have the same."""
+    """Class of colour by name; a source, the model that it teaches and its part of the merge have the same."""
     names = [*facts.sources, *(name for name in facts.targets if name not in facts.sources)]
     found = {name: f"c{number % COLOURS + 1}" for number, name in enumerate(names)}
     return found | {PIVOT: "cp", BASELINE: "cb", MERGED: "cm"}
@@ -132,13 +133,13 @@ def lead(facts: Facts) -> str:
     joint, one = facts.value("fusion.mode") == "joint", len(facts.sources) == 1
     on = f"{facts.counts.kept:,} examples" if facts.counts else "the same examples"
     if joint or one:
-        learned = f"A copy of the pivot, the target, learned what {'it' if one else 'they'} predicted"
+        learned = f"A copy of the pivot, the distilled model, learned what {'it' if one else 'they'} predicted"
     else:
-        learned = "Each taught its own copy of the pivot, its target, what it predicted"
+        learned = "Each taught its own copy of the pivot, its distilled model, what it predicted"
     merged = (
         ""
         if joint or len(facts.merged_from) < 2
-        else (f"The {len(facts.merged_from)} targets were then merged into one model. ")
+        else (f"The {len(facts.merged_from)} distilled models were then merged into one. ")
     )
     return (
         f"One model, the pivot, learned from {counted(len(facts.sources), 'other')}: {text.listed(facts.sources)}. "
@@ -157,10 +158,10 @@ def _missing_stages(facts: Facts) -> list[str]:
         "The data is not prepared yet.": not facts.counts,
         f"Not captured completely yet: {text.listed(lacking)}.": lacking,
         f"Not aligned yet: {text.listed(unaligned)}.": unaligned,
-        "No target is trained yet.": not facts.targets,
+        "No model is distilled yet.": not facts.targets,
         f"Training has begun and is not finished: {text.listed(facts.training)}.": facts.training,
-        "The recipe has no merge: the targets are the result.": not merges,
-        "The targets are not merged yet.": merges and facts.merged is None,
+        "The recipe has no merge: the distilled models are the result.": not merges,
+        "The distilled models are not merged yet.": merges and facts.merged is None,
         "The recipe has no evaluation.": not evaluates,
         "Nothing is evaluated yet.": evaluates and facts.results is None,
     }
@@ -180,7 +181,7 @@ def model_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def teachers(record: Training) -> list[dict[str, Any]]:
-    """Who taught a target, as training counted it: by source of data where there are several, and in total at last.
+    """Who taught a distilled model, as training counted: by source of data where there are several, last in total.
 
     rows: examples that training read, over all epochs. shares: taught by each candidate.
     """
@@ -199,7 +200,7 @@ def teachers(record: Training) -> list[dict[str, Any]]:
 
 
 def training_rows(facts: Facts) -> list[dict[str, Any]]:
-    """The targets, and plain fine-tuning, with the last values of their logs. linked, taught: shares of labels."""
+    """The distilled models and plain fine-tuning, with the last values of their logs. linked, taught: shares."""
     rows = []
     for place, record in facts.trained.items():
         counts, known = record.counts, facts.artifacts.get(place)

@@ -14,8 +14,8 @@ from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context
+from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
@@ -142,9 +142,9 @@ def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     layout = Layout(out)
     assert {Store.open(layout.store(name)).spec.details["date"] for name in (PIVOT, "llama")} == {"2026-01-31"}
     context = Context(recipe, layout, said.append)
-    evaluating.make(context, {PIVOT})
+    Evaluate().make(context, {PIVOT})
     scores = layout.results.read_bytes()
     manifest = yaml.safe_load((layout.evaluation(PIVOT) / "manifest.json").read_text())
     assert manifest["inputs"]["reads"] == context.reader(PIVOT).fingerprint
-    evaluating.make(context, {PIVOT})
+    Evaluate().make(context, {PIVOT})
     assert layout.results.read_bytes() == scores

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fusekit import artifacts as artifact
+
 APART = {"logs", "report.html"}
 """At the top of an output: what a run said and when, and a page with the times of its stages."""
 _LOCK = re.compile(r"\..*\.fusekit\.(lock|holder)")
@@ -50,9 +52,7 @@ def _compared(a: Path, b: Path, name: str) -> list[str]:
     if one == other:
         return []
     if isinstance(one, dict) and isinstance(other, dict):
-        flat = [dict(_flat("", value)) for value in (one, other)]
-        keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key) != flat[1].get(key)]
-        return [f"{key}: {flat[0].get(key)!r} and {flat[1].get(key)!r}" for key in keys[:5]]
+        return artifact.differences(one, other)[:5]
     return ["its content differs"]
 
 
@@ -71,11 +71,3 @@ def _content(out: Path, name: str) -> Any:
         if isinstance(files, dict):
             value["files"] = {file: hashes if Path(file).suffix in _SAFE else "text" for file, hashes in files.items()}
     return value
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return [(prefix, value)]
-    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else str(key), inner)]

@@ -96,7 +96,7 @@ def output(folder: Path, weights: bytes = b"weights", seconds: float = 1.0, **in
     ("change", "said"),
     [
         (lambda out: (out / "targets/one/model.safetensors").write_bytes(b"Weights"), "one/model.safetensors: its con"),
-        (lambda out: (out / "targets/one/where.json").write_text('{"out": "x"}'), "where.json: out: 'OUT' and 'x'"),
+        (lambda out: (out / "targets/one/where.json").write_text('{"out": "x"}'), "where.json: out: 'OUT', now 'x'"),
         (lambda out: (out / "targets/one/where.json").unlink(), "targets/one/where.json: only in "),
         (lambda out: (out / "targets/.two.staging-1").mkdir(), "targets/.two.staging-1/: only in "),
         (lambda out: (out / "targets/.x.0.tmp").touch(), "targets/.x.0.tmp: only in "),
@@ -110,7 +110,7 @@ def test_the_comparison_of_outputs_notices_what_it_is_there_for(tmp_path, change
     (line,) = differences(a, b)
     assert said in line
     other = differences(a, output(tmp_path / "c", b"others", learning_rate=2))
-    assert any(line.startswith("targets/one/manifest.json: inputs.learning_rate: None and 2") for line in other)
+    assert any(line.startswith("targets/one/manifest.json: inputs.learning_rate: not given, now 2") for line in other)
 
 
 # Killed

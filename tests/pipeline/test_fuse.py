@@ -57,11 +57,11 @@ def test_its_options_reach_the_merge(finished):
     [
         (
             ["--lora-merge-cache", "x"],
-            "--lora-merge-cache with a fusion recipe: the targets of a fusion are whole models",
+            "--lora-merge-cache with a fusion recipe: the distilled models of a fusion are whole",
         ),
-        (["--allow-crimes"], "--allow-crimes with a fusion recipe: all targets have the pivot's architecture"),
-        (["--lazy-unpickle"], "--lazy-unpickle with a fusion recipe: targets are safetensors"),
-        (["--unsafe-truncate-embeddings"], "all targets have the pivot's vocabulary"),
+        (["--allow-crimes"], "--allow-crimes with a fusion recipe: all distilled models have the pivot's architecture"),
+        (["--lazy-unpickle"], "--lazy-unpickle with a fusion recipe: distilled models are safetensors"),
+        (["--unsafe-truncate-embeddings"], "all distilled models have the pivot's vocabulary"),
         (["--no-safe-serialization"], "fusekit publishes safetensors only"),
     ],
 )

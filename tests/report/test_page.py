@@ -137,13 +137,13 @@ def test_a_run_that_is_half_done_has_a_report_that_says_so(tmp_path: Path, until
     says = {
         "capture": "Not captured completely yet: pivot, one and two.",
         "align": "Not aligned yet: one and two.",
-        "distill": "No target is trained yet.",
-        "merge": "The targets are not merged yet.",
+        "distill": "No model is distilled yet.",
+        "merge": "The distilled models are not merged yet.",
         "evaluate": "Nothing is evaluated yet.",
     }
     for stage, line in says.items():
         assert (line in found) == (STAGES.index(stage) > done), stage
-    assert ("The 2 targets were then merged" in found) == (until == "merge")
+    assert ("The 2 distilled models were then merged" in found) == (until == "merge")
     assert (write_report(run) == [f"{run}/report.html"]) == (until != "merge")  # else there is a card, too
 
 
@@ -152,7 +152,7 @@ def test_a_run_without_merge_and_evaluation_is_not_called_unfinished(tmp_path: P
     edit(run, merge=None, evaluate=None)
     (run / "targets" / "three.training").mkdir()
     found = shown(run)
-    assert "The recipe has no merge: the targets are the result." in found
+    assert "The recipe has no merge: the distilled models are the result." in found
     assert "The recipe has no evaluation." in found
     assert "not merged yet" not in found
     assert "Training has begun and is not finished: three." in found
@@ -225,8 +225,8 @@ def test_scores_of_the_merged_model_before_are_not_those_of_the_new_one(run: Pat
     merge_anew(run, "one", "two", "three")
     text, card = written(run)
     assert "The scores of merged are left out" in text
-    assert "The 3 targets were then merged" in text
-    assert "The 3 targets were then merged" in card
+    assert "The 3 distilled models were then merged" in text
+    assert "The 3 distilled models were then merged" in card
     assert "1.510" not in text + card
     assert "1.760" in text
     edit(run, evaluate=None)
@@ -253,8 +253,8 @@ def test_a_merged_model_of_another_recipe_is_absent_and_its_card_stays(run: Path
     edit(run, merge={"merge_method": "linear"})
     text, card = written(run)
     assert card == before
-    assert "one and two, but the recipe's targets are one, three and two" in text
-    assert "The targets are not merged yet." in text
+    assert "one and two, but the recipe's distilled models are one, three and two" in text
+    assert "The distilled models are not merged yet." in text
 
 
 def test_a_target_that_was_trained_anew_is_not_the_one_that_was_merged(run: Path) -> None:
@@ -277,7 +277,7 @@ def test_targets_that_the_recipe_does_not_have_do_not_count(tmp_path: Path) -> N
     text, card = written(run)
     assert list(Facts(run).targets) == ["one", "two"]
     for found in (text, card):
-        assert "The 2 targets were then merged" in found
+        assert "The 2 distilled models were then merged" in found
         assert "three" not in found.replace("targets/three", "").replace("sources/three", "")
         assert "staging" not in found
     assert "The scores of sources/three and targets/three are left out" in text
