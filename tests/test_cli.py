@@ -44,6 +44,7 @@ def test_a_fusion_recipe_opens_with_what_one_needs_to_know_follows_the_schema_an
     wrong = jsonschema.Draft202012Validator(shipped_recipes.document()).iter_errors(yaml.safe_load(text))
     assert [error.message for error in wrong] == []
     assert load_recipe(RECIPES[name]).sources
+    assert shipped_recipes.title(RECIPES[name]) == text.splitlines()[1].removeprefix("# ")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in FUSIONS])

@@ -19,13 +19,10 @@ from fusekit.pipeline import plan_data
 from fusekit.pipeline.capturing import PAGE_BYTES
 from fusekit.pipeline.plan import Plan
 from fusekit.pipeline.run import make_plan
-from fusekit.pipeline.stage import BEGUN, DONE, MISSING, STALE
-from fusekit.recipe import shipped as shipped_recipes
+from fusekit.pipeline.stage import BEGUN, DONE, MISSING
 from fusekit.recipe.loading import load_recipe
 from tests.merging.hub_server import Hub, Repository
 from tests.pipeline.worlds import DEMO, go, with_sources, write_recipe
-
-FUSION_RECIPES = [path for path in shipped_recipes.recipes().values() if "\npivot:" in path.read_text(encoding="utf-8")]
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -122,23 +119,6 @@ def test_more_entries_than_there_are_ids_are_all_ids_in_a_plan_too(tmp_path):
     assert found["capture pivot"] == found["capture llama"] == DONE
 
 
-@pytest.mark.parametrize(
-    ("override", "refused", "difference"),
-    [
-        ("capture.top_k=4", {"capture pivot", "capture llama"}, "top_k: 8, now 4"),
-        ("data.max_length=32", {"data rows"}, "max_length: 64, now 32"),
-        ("alignment.vocabulary=em", {"align llama"}, "vocabulary: 'prefix', now 'em'"),
-    ],
-)
-def test_changed_inputs_are_named_with_the_difference(first, override, refused, difference):
-    folder, out = first
-    plan = planned(folder / "recipe.yml", out, override)
-    stale = {name for name, state in states(plan).items() if state == STALE}
-    assert {name for name in stale if not name.startswith("distill")} == refused
-    assert any(difference in line for line in plan.refused)
-    assert not plan.can_run
-
-
 def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     recipe, out, changes = write_recipe(tmp_path, ["llama"]), tmp_path / "out", ["capture.rows_per_shard=8"]
     all_missing = StoreWriter.missing_shards
@@ -228,14 +208,6 @@ def test_of_models_on_the_hub_only_the_small_files_are_asked_for(tmp_path, monke
     assert any(
         need["what"].startswith("disk for the whole run") and "1 model," in need["what"] for need in plan["needs"]
     )
-
-
-@pytest.mark.parametrize("path", FUSION_RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_fusion_recipe_is_valid_and_says_what_it_is(path):
-    assert load_recipe(path).sources
-    title = shipped_recipes.title(path)
-    assert title
-    assert "schema" not in title
 
 
 def test_large_files_are_counted_to_the_line_and_sampled_everywhere(tmp_path, monkeypatch):

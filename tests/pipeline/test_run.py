@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fusekit.pipeline import capturing
 from fusekit.pipeline.context import Context
 from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.run import logged, make_plan
+from fusekit.pipeline.stage import STALE
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
 from tests.helpers import edit_tensors
@@ -114,53 +116,58 @@ def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tu
     assert "targets/llama" not in json.loads((out / "results.json").read_text())["models"]
 
 
-def change_a_weight(pivot: Path) -> None:
-    edit_tensors(pivot, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+def change_a_weight(world: Path) -> None:
+    edit_tensors(world / "pivot", lambda tensors: tensors["model.norm.weight"].mul_(1.5))
 
 
-def change_the_template(pivot: Path) -> None:
-    (pivot / "chat_template.jinja").write_text((pivot / "chat_template.jinja").read_text() + "\n")
+def change_the_template(world: Path) -> None:
+    template = world / "pivot" / "chat_template.jinja"
+    template.write_text(template.read_text() + "\n")
 
 
-def change_the_tokenizer(pivot: Path) -> None:
-    tokenizer = json.loads((pivot / "tokenizer.json").read_text())
+def change_the_tokenizer(world: Path) -> None:
+    tokenizer = json.loads((world / "pivot" / "tokenizer.json").read_text())
     del tokenizer["model"]["merges"][-1]
-    (pivot / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (world / "pivot" / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def add_a_row(world: Path) -> None:
+    with (world / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(ROWS[0] | {"dataset": "more"}) + "\n")
 
 
 @pytest.mark.parametrize(
-    ("change", "override", "message"),
+    ("change", "override", "step", "message"),
     [
-        (change_a_weight, [], "model_fingerprint: 'xxh3 "),
-        (change_the_tokenizer, [], "tokenizer: '"),
-        (change_the_template, [], "tokenizer: '"),
-        (None, ["data.max_length=32"], "max_length: 64, now 32"),
-        (None, ["capture.top_k=4"], "top_k: 8, now 4"),
-        (None, ["alignment.vocabulary=em"], "vocabulary: 'prefix', now 'em'"),
-        (None, ["distill.learning_rate=0.01"], "learning_rate: 0.0003, now 0.01"),
-        (None, ["merge.parameters.weight=0.5"], "merge.parameters.weight: 1.0, now 0.5"),
+        (change_a_weight, "pivot.model={}/pivot", "capture pivot", "model_fingerprint: 'xxh3 "),
+        (change_the_tokenizer, "pivot.model={}/pivot", "capture pivot", "tokenizer: '"),
+        (change_the_template, "pivot.model={}/pivot", "capture pivot", "tokenizer: '"),
+        (add_a_row, "data.path={}/rows.jsonl", "data rows", r"files\..*rows\.jsonl: not given, now '[0-9a-f]{32}'"),
+        (None, "data.max_length=32", "data rows", "max_length: 64, now 32"),
+        (None, "capture.top_k=4", "capture llama", "top_k: 8, now 4"),
+        (None, "alignment.vocabulary=em", "align llama", "vocabulary: 'prefix', now 'em'"),
+        (None, "distill.learning_rate=0.01", "distill llama", "learning_rate: 0.0003, now 0.01"),
+        (None, "merge.parameters.weight=0.5", "merge linear", "merge.parameters.weight: 1.0, now 0.5"),
     ],
-    ids=["model", "tokenizer", "template", "data", "capture", "alignment", "training", "merge"],
 )
-def test_what_changed_between_runs_is_refused_with_the_difference(change, override, message, finished, tmp_path):
+def test_what_changed_is_refused_with_the_difference_by_a_run_and_its_plan(
+    change, override, step, message, finished, tmp_path
+):
     recipe, out = finished
-    shutil.copytree(DEMO / "models" / "pivot", tmp_path / "pivot")
     if change is not None:
-        change(tmp_path / "pivot")
-    refused(recipe, out, message, f"pivot.model={tmp_path / 'pivot'}", *override)
+        shutil.copytree(DEMO / "models" / "pivot", tmp_path / "pivot")
+        shutil.copyfile(yaml.safe_load(recipe.read_text())["data"]["path"], tmp_path / "rows.jsonl")
+        change(tmp_path)
+    override = override.replace("{}", str(tmp_path))
+    refused(recipe, out, message, override)
     # A recipe that was refused is not said to be that of the run; the log has how it ended.
     resolved = yaml.safe_load((out / "recipe.resolved.yml").read_text())
     assert (resolved["data"]["max_length"], resolved["capture"]["top_k"]) == (64, 8)
     assert any("stopped by " in line for line in (out / "logs" / "run.log").read_text().splitlines())
-
-
-def test_changed_rows_are_refused(finished):
-    recipe, out = finished
-    rows = out.parent / "rows.jsonl"
-    shutil.copyfile(yaml.safe_load(recipe.read_text())["data"]["path"], rows)
-    with rows.open("a") as file:
-        file.write(json.dumps(ROWS[0] | {"dataset": "more"}) + "\n")
-    refused(recipe, out, r"files\..*rows\.jsonl: not given, now '[0-9a-f]{32}'", f"data.path={rows}")
+    plan = make_plan(load_recipe(recipe, [override]), "recipe.yml", out)
+    assert step in {f"{step.stage} {step.name}" for step in plan.steps if step.state == STALE}
+    assert any(re.search(message, line) for line in plan.refused)
+    assert not plan.can_run
 
 
 def test_what_is_missing_or_foreign_is_said(tmp_path):

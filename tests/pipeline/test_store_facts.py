@@ -61,19 +61,18 @@ def test_another_source_is_refused_by_whatever_stage_begins(stage, finished, oth
 
 
 @pytest.mark.parametrize("stage", ["distill", "merge"])
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_other_settings_are_refused(stage, finished):
+    for override, said in (
+        ("capture.top_k=4", r"stores\.pivot\.top_k: 8, now 4" if stage == "merge" else r"pivot.*\n  top_k: 8, now 4"),
         ("capture.rows_per_shard=7", "rows_per_shard: 1024, now 7"),
         ("capture.max_error=0.1", "max_error: 0.2, now 0.1"),
         ("sources.0.load={dtype: bfloat16}", "details.dtype: 'float32', now 'bfloat16'"),
         ("sources.0.load={dtype: float32, quantization: {load_in_4bit: true}}", "details.quantization: None, now '{"),
         ("sources.0.chat_template=chatml", "tokenizer: '"),
-    ],
-)
-def test_other_settings_are_refused(stage, override, said, finished):
-    path, out = finished
-    refused(path, out, said, override, start=stage)
+        ("alignment.vocabulary=ms", "vocabulary: 'prefix', now 'ms'"),
+        ("distill.learning_rate=0.01", r"targets/llama: its inputs changed:\n  training.learning_rate: 0.0003"),
+    ):
+        refused(*finished, said, override, start=stage)
 
 
 def test_weights_that_changed_in_place_are_refused_before_they_are_trained_with(finished, other):
