@@ -11,6 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.manifest import Manifest, read_json
@@ -282,11 +284,8 @@ class Capture(Stage):
         if not step.work:
             return []
         name, found, settings = step.name, planner.rows, planner.recipe.capture
-        tokens, labels, checkpoint = (
-            found.of(found.tokens, name),
-            found.of(found.labels, name),
-            planner.models.get(name),
-        )
+        tokens, labels = found.of(found.tokens, name), found.of(found.labels, name)
+        checkpoint = planner.models.get(name)
         share = step.rows / found.rows if step.rows is not None and found.rows else 1.0
         step.rows = step.rows if step.rows is not None else found.rows
         step.tokens = round(tokens * share) if tokens is not None else None
@@ -370,11 +369,11 @@ def timed(context: Context, name: str) -> Iterator[None]:
 
 def describe(context: Context) -> None:
     """Note down what is known of the pivot and the sources while they are at hand; what was known of one stays."""
-    from fusekit.report.facts import ModelFacts, facts_of, read_models, write_models
+    from fusekit.report.facts import ModelFacts, facts_of, write_models
 
     known: dict[str, ModelFacts] = {}
     with suppress(OSError, ValueError):
-        known = read_models(context.layout.models)
+        known = TypeAdapter(dict[str, ModelFacts]).validate_json(context.layout.models.read_bytes())
     for name in context.names:
         before = known.get(name)
         with suppress(FusekitError):  # it has served, and may be gone

@@ -505,11 +505,3 @@ def write_models(path: Path, facts: Mapping[str, ModelFacts]) -> None:
     data = (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()
     if not path.is_file() or path.read_bytes() != data:
         commit_file(path, lambda file: file.write(data))
-
-
-def read_models(path: Path) -> dict[str, ModelFacts]:
-    """Models by name, none where there is no file. Raises ValueError, OSError: the file is damaged."""
-    try:
-        return TypeAdapter(dict[str, ModelFacts]).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return {}

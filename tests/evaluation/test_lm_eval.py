@@ -17,6 +17,7 @@ from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, LmEvalTask
 from fusekit.recipe.loading import load_recipe
+from tests.pipeline.worlds import write_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"
 PIVOT = str(DEMO / "models" / "numbers")
@@ -47,19 +48,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 def recipe(folder: Path, **evaluate: object) -> Path:
-    rows = folder / "rows.jsonl"
-    messages = [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "125"}]
-    rows.write_text(json.dumps({"dataset": "add", "messages": messages}) + "\n")
-    path = folder / "recipe.yml"
-    document = {
-        "pivot": {"model": PIVOT},
-        "sources": [{"model": str(DEMO / "sources" / "llama")}],
-        "merge": {"parameters": {"select_topk": 1.0}},  # of one target there is nothing to select by
-        "data": {"path": str(rows)},
-        "evaluate": {"path": str(rows)} | evaluate,
-    }
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_recipe(folder, ["llama"], evaluate=evaluate)
 
 
 def test_a_list_of_names_is_enough_and_mistakes_are_named():

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.disk import output_lock
@@ -21,7 +20,7 @@ from fusekit.errors import CaptureError, DistillationError, StorageError
 from fusekit.layout import Layout
 from tests.capture.conftest import write_rows
 from tests.pipeline.artifacts import differences
-from tests.pipeline.worlds import DEMO, go
+from tests.pipeline.worlds import go, write_recipe
 from tests.processes import Finished, Process, command
 
 RUN = ("run", "recipe.yml", "out")
@@ -30,20 +29,17 @@ RUN = ("run", "recipe.yml", "out")
 def write_world(folder: Path) -> Path:
     """A recipe with one source, eight rows in two shards, and two steps."""
     folder.mkdir(parents=True, exist_ok=True)
+    training = {"num_train_epochs": 1, "batch_size": 4, "per_device_train_batch_size": 4}
+    write_recipe(
+        folder,
+        ["llama"],
+        data={"path": "rows.jsonl"},
+        capture={"top_k": 4, "rows_per_shard": 4},
+        distill=training | {"save_steps": 1, "save_strategy": "steps"},
+        evaluate={"path": "held_out.jsonl"},
+    )
     write_rows(folder / "rows.jsonl", 8)
     write_rows(folder / "held_out.jsonl", 2)
-    load = {"dtype": "float32"}
-    training = {"lm_weight": 0.5, "num_train_epochs": 1, "learning_rate": 3e-4, "save_steps": 1}
-    recipe: dict[str, Any] = {
-        "pivot": {"model": str(DEMO / "models" / "pivot"), "load": load},
-        "sources": [{"model": str(DEMO / "sources" / "llama"), "load": load}],
-        "data": {"path": "rows.jsonl", "max_length": 64},
-        "capture": {"top_k": 4, "rows_per_shard": 4},
-        "distill": training | {"batch_size": 4, "per_device_train_batch_size": 4, "save_strategy": "steps"},
-        "merge": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
-        "evaluate": {"path": "held_out.jsonl", "metrics": ["bits_per_byte"]},
-    }
-    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
