@@ -79,11 +79,15 @@ def publish(
 def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
     """Write the manifest of a folder that is complete but for it."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): _file(path) for path in paths}
-    artifact = Artifact(stage=stage, inputs=plain(inputs), files=files, made=made or {})
+    artifact = Artifact(stage=stage, inputs=plain(inputs), files=files_of(folder), made=made or {})
     (folder / MANIFEST).write_bytes(_json(artifact))
     return artifact
+
+
+def files_of(folder: Path) -> dict[str, File]:
+    """Every file in a folder, by its path within it, in order. Raises OSError."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _file(path) for path in paths}
 
 
 def replace_file(folder: Path, name: str, data: bytes) -> bool:
@@ -178,16 +182,26 @@ def problems(folder: Path) -> list[str]:
 
 
 def _differing(folder: Path, artifact: Artifact) -> list[str]:
+    return differing(folder, artifact.files, artifact.replacing)
+
+
+def differing(
+    folder: Path, files: Mapping[str, File], replacing: Mapping[str, File] | None = None, *, hashes: bool = True
+) -> list[str]:
+    """One line for each file that is missing, or neither as listed nor as in ``replacing``.
+
+    hashes: read every file through; otherwise only its size is looked at. Raises OSError.
+    """
     found = []
-    for name, file in artifact.files.items():
+    for name, file in files.items():
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: missing")
-        elif name in artifact.replacing and _file(path) == artifact.replacing[name]:
+        elif replacing and name in replacing and _file(path) == replacing[name]:
             continue
         elif path.stat().st_size != file.size:
             found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
-        elif file_hash(path) != file.xxh3:
+        elif hashes and file_hash(path) != file.xxh3:
             found.append(f"{path}: its content is not what was written")
     return found
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import xxhash
 
-from fusekit.artifacts import file_hash
+from fusekit.artifacts import File, differing, files_of
 from fusekit.disk import commit_file, disk_fault, sync_tree
 from fusekit.errors import StorageError
 
 LISTING = "fusekit.json"
-_DAMAGED = "has been damaged: its hash is not the one that was written"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -36,11 +35,7 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """
     try:
         sync_tree(checkpoint)
-        files = {
-            path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "xxh3": file_hash(path)}
-            for path in sorted(checkpoint.rglob("*"))
-            if path.is_file() and path.name != LISTING
-        }
+        files = {name: file.model_dump() for name, file in files_of(checkpoint).items() if name != LISTING}
     except OSError as error:
         raise disk_fault(error, checkpoint) or StorageError(f"{checkpoint}: cannot be made durable: {error}") from error
     content = {"facts": facts, "files": files}
@@ -59,22 +54,12 @@ def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:
     hashes: read every file through; otherwise only its size is looked at. Raises StorageError: the disk failed.
     """
     try:
-        files = _listing(checkpoint)["files"]
+        files = {name: File(**said) for name, said in _listing(checkpoint)["files"].items()}
+        return differing(checkpoint, files, hashes=hashes)
     except StorageError as error:
         return [str(error)]
-    problems = []
-    for name, said in files.items():
-        path = checkpoint / name
-        try:
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif path.stat().st_size != said["size"]:
-                problems.append(f"{name} has {path.stat().st_size} bytes, not {said['size']}")
-            elif hashes and file_hash(path) != said["xxh3"]:
-                problems.append(f"{name} {_DAMAGED}")
-        except OSError as error:
-            raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
-    return problems
+    except OSError as error:
+        raise disk_fault(error, checkpoint) or StorageError(f"{checkpoint}: cannot be read: {error}") from error
 
 
 def _listing(checkpoint: Path) -> dict[str, Any]:
@@ -86,7 +71,7 @@ def _listing(checkpoint: Path) -> dict[str, Any]:
         raise StorageError(f"{LISTING} cannot be read: {error}") from error
     digest = found.pop("xxh3", None) if isinstance(found, dict) else None
     if digest is None or digest != _digest(found):
-        raise StorageError(f"{LISTING} {_DAMAGED}")
+        raise StorageError(f"{LISTING} has been damaged: its hash is not the one that was written")
     return dict(found)
 
 

@@ -250,10 +250,11 @@ def test_a_run_goes_on_from_its_last_good_checkpoint(
     damaged: bool, interrupted: Path, world: Path, trained: Train
 ) -> None:
     said: list[str] = []
+    lost = interrupted / "source1.training" / "checkpoint-2" / "optimizer.pt"
     if damaged:
-        (interrupted / "source1.training" / "checkpoint-2" / "optimizer.pt").unlink()
+        lost.unlink()
     (folder,) = distill(inputs(world), settings(training=TWICE), interrupted, resume=True, say=said.append)
-    assert ("source1: warning: checkpoint-2 is not used: optimizer.pt is missing" in said) == damaged
+    assert any("checkpoint-2 is not used" in line and str(lost) in line for line in said) == damaged
     assert f"source1: resumes from checkpoint-{1 if damaged else 2}" in said
     assert equal(folder, trained(**TWICE))
     # Not the weights alone: the log, the counts, and the manifest but for its times.
