@@ -138,16 +138,21 @@ def project_rows(
     rest = np.where(total > 0, rest * scale, 1.0)
     merged = merge_entries(targets, mass * scale[:, None], rest, collisions)
     if tail == "back_off" and ours is not None:
-        more = ours.entries(at)
-        known = ~np.isnan(ours.actual[at])[:, None]
-        ids = np.where(known, np.concatenate([alignment.pivot_ids[at + 1][:, None], more.ids], axis=1), -1)
-        shares = np.where(known, np.concatenate([more.actual[:, None], more.mass], axis=1), 0.0)
-        given = (unlisted * scale)[:, None] * shares
-        both = np.concatenate([np.exp(merged.logprobs), given], axis=1)
-        # Rows are stored with an error, so the pivot's may sum to a little more than 1.
-        rest = np.maximum(merged.tail - given.sum(axis=1), 0.0)
-        merged = merge_entries(np.concatenate([merged.ids, ids], axis=1), both, rest)
+        merged = _backed_off(merged, unlisted * scale, ours, at, alignment.pivot_ids[at + 1])
     return _placed(alignment, steps.cases.copy(), steps.base, merged, one_hot)
+
+
+def _backed_off(rows: TopK, unlisted: FloatArray, ours: _Said, at: IntArray, labels: IntArray) -> TopK:
+    """Rows at positions ``at``, their ``unlisted`` mass distributed like the pivot's own row, where that is known."""
+    more = ours.entries(at)
+    known = ~np.isnan(ours.actual[at])[:, None]
+    ids = np.where(known, np.concatenate([labels[:, None], more.ids], axis=1), -1)
+    shares = np.where(known, np.concatenate([more.actual[:, None], more.mass], axis=1), 0.0)
+    given = unlisted[:, None] * shares
+    both = np.concatenate([np.exp(rows.logprobs), given], axis=1)
+    # Rows are stored with an error, so the pivot's may sum to a little more than 1.
+    rest = np.maximum(rows.tail - given.sum(axis=1), 0.0)
+    return merge_entries(np.concatenate([rows.ids, ids], axis=1), both, rest)
 
 
 @dataclass(frozen=True, eq=False)

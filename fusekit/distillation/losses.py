@@ -113,17 +113,7 @@ def fusion_loss(
     Raises:
         DistillationError: anything that does not fit together, naming it.
     """
-    if loss not in (known := {**DISTANCES, **CHUNK_LOSSES}):  # a user may have registered more than LOSSES
-        raise DistillationError(f"there is no loss {loss!r}: it is one of {', '.join(known)}")
-    if truncation not in TRUNCATIONS:
-        raise DistillationError(f"there is no truncation {truncation!r}: it is one of {', '.join(TRUNCATIONS)}")
-    if (loss, truncation) == ("reverse_kl", "renormalize"):
-        raise DistillationError(
-            "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
-            "truncation tail"
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise DistillationError(f"temperature is {temperature}, it must be a number above 0")
+    _refuse_settings(loss, truncation, temperature)
     flat, where = _flattened(logits, labels, positions), positions
     if targets is not None:
         targets.check(len(labels), _ids_below(loss, targets, flat), temperature, without_ids=loss == "gold")
@@ -159,6 +149,20 @@ def fusion_loss(
         more, fusion = chunk_loss(loss, flat, at, labels, of_chunks, fusion_weight)
         total = total + more
     return FusionLoss(total, lm, fusion, len(labels), 0 if targets is None else int(targets.taught.sum()))
+
+
+def _refuse_settings(loss: str, truncation: str, temperature: float) -> None:
+    if loss not in (known := {**DISTANCES, **CHUNK_LOSSES}):  # a user may have registered more than LOSSES
+        raise DistillationError(f"there is no loss {loss!r}: it is one of {', '.join(known)}")
+    if truncation not in TRUNCATIONS:
+        raise DistillationError(f"there is no truncation {truncation!r}: it is one of {', '.join(TRUNCATIONS)}")
+    if (loss, truncation) == ("reverse_kl", "renormalize"):
+        raise DistillationError(
+            "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "
+            "truncation tail"
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise DistillationError(f"temperature is {temperature}, it must be a number above 0")
 
 
 def _flattened(logits: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
