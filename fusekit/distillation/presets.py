@@ -14,6 +14,9 @@ Preset = dict[str, dict[str, Any]]
 # one-hot on the label. Tokens are aligned exactly; `tokens: dtw` is the papers' own.
 _PAPERS_ALIGNMENT: dict[str, Any] = {"conditioning": False, "tail": "keep", "one_hot": True, "collisions": "max"}
 
+# Rows in the source's own vocabulary, which the pivot's opinion cannot stand beside, nor be judged with.
+_OWN_VOCABULARY: dict[str, Any] = {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"}
+
 PRESETS: dict[str, Preset] = {
     # Chosen on validation text of a real pair of models: benchmarks/real.
     "fusekit": {"training": {"lm_weight": 0.0, "lm_weighting": "relative", "loss": "kl"}},
@@ -56,17 +59,9 @@ PRESETS: dict[str, Preset] = {
         "training": {"lm_weight": 0.0, "lm_weighting": "relative", "loss": "grouped_kl"},
     },
     # X-Token's projection of the student into the source's vocabulary (arXiv 2605.21699).
-    "p_kl": {
-        "alignment": {"vocabulary": "pieces"},
-        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
-        "training": {"loss": "p_kl"},
-    },
+    "p_kl": {"alignment": {"vocabulary": "pieces"}, "fusion": _OWN_VOCABULARY, "training": {"loss": "p_kl"}},
     # Approximate likelihood matching (arXiv 2503.20083).
-    "alm": {
-        "alignment": {"vocabulary": "chunks"},
-        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
-        "training": {"loss": "alm"},
-    },
+    "alm": {"alignment": {"vocabulary": "chunks"}, "fusion": _OWN_VOCABULARY, "training": {"loss": "alm"}},
     # arXiv 2408.04998; the weights of the stages are published, the other values are not. Beta is (1 - lm_weight) /
     # lm_weight.
     "profuser": {
@@ -87,16 +82,8 @@ PRESETS: dict[str, Preset] = {
     "sft": {"fusion": {"mode": "joint"}, "training": {"lm_weight": 1.0}},
     # Universal logit distillation (arXiv 2402.12030): sorted probabilities, at the positions where both have read the
     # same text, cut off after the top k.
-    "uld": {
-        "alignment": {"vocabulary": "none"},
-        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
-        "training": {"loss": "uld_topk"},
-    },
+    "uld": {"alignment": {"vocabulary": "none"}, "fusion": _OWN_VOCABULARY, "training": {"loss": "uld_topk"}},
     # As uld, but entries whose string is a token of the pivot are compared with that token; after the hybrid loss of
     # TRL's GOLD trainer.
-    "gold": {
-        "alignment": {"vocabulary": "matched"},
-        "fusion": {"mode": "pairwise", "include_pivot": False, "metric": "bits_per_byte"},
-        "training": {"loss": "gold"},
-    },
+    "gold": {"alignment": {"vocabulary": "matched"}, "fusion": _OWN_VOCABULARY, "training": {"loss": "gold"}},
 }
