@@ -128,22 +128,6 @@ def alm(x: Tensor, labels: Tensor, targets: Any, chunks: list[list[int]]) -> lis
     return found
 
 
-def chunk_loss(
-    logits: Tensor, labels: Tensor, targets: Any, loss: str, temperature: float = 1.0, fusion_weight: Any = 1.0
-) -> tuple[Tensor, Tensor]:
-    """(the plain sum over chunks, the gradient of the weighted one), float64. fusion_weight: a number or [n]."""
-    x = logits.detach().double().requires_grad_()
-    weight = torch.as_tensor(fusion_weight, dtype=torch.float64).expand(len(labels))
-    chunks, scaled = chunks_of(labels, targets), x / temperature
-    values = p_kl(scaled, targets, chunks) if loss == "p_kl" else alm(scaled, labels, targets, chunks)
-    values = [value * temperature**2 for value in values]
-    weighted = sum(
-        (v * weight[rows].mean() for v, rows in zip(values, chunks, strict=True)), (x * 0).nan_to_num().sum()
-    )
-    (gradient,) = torch.autograd.grad(weighted, x)
-    return sum(values, torch.zeros(())).detach().double(), gradient
-
-
 def fusion_loss(
     logits: Tensor,
     labels: Tensor,
@@ -151,25 +135,35 @@ def fusion_loss(
     loss: str = "ce",
     truncation: str = "tail",
     temperature: float = 1.0,
-    lm_weight: float = 1.0,
-    fusion_weight: float = 1.0,
+    lm_weight: Any = 1.0,
+    fusion_weight: Any = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, lm, fusion, gradient of the total), float64. logits: [n, V], one row per label."""
+    """(total, lm, fusion, gradient of the total), float64. logits: [n, V], one row per label. weights: numbers, or [n].
+
+    A chunk counts once, with the mean weight of its labels.
+    """
     x = logits.detach().double().requires_grad_()
-    lm = fusion = (x * 0.0).nan_to_num(0.0).sum()
-    for row in range(len(labels)):
-        if int(labels[row]) == -100:
-            continue
-        lm = lm - x[row].log_softmax(0)[int(labels[row])]
-        if targets is not None and bool(targets.taught[row]):
-            if loss == "gold":
-                value = gold(x[row] / temperature, targets, row, truncation)
-            else:
-                value = distance(*outcomes(x[row] / temperature, targets, row, loss, truncation), loss)
-            fusion = fusion + value * temperature**2
-    total = lm_weight * lm + fusion_weight * fusion
+    scaled, learned = x / temperature, [row for row, label in enumerate(labels.tolist()) if label != -100]
+    weights = [
+        torch.as_tensor(weight, dtype=torch.float64).expand(len(labels)) for weight in (lm_weight, fusion_weight)
+    ]
+    nll = [-x[row].log_softmax(0)[int(labels[row])] for row in learned]
+    parts = [[row] for row in learned if targets is not None and bool(targets.taught[row])]
+    if targets is None:
+        values = []
+    elif loss in ("p_kl", "alm"):
+        parts = chunks_of(labels, targets)
+        values = p_kl(scaled, targets, parts) if loss == "p_kl" else alm(scaled, labels, targets, parts)
+    elif loss == "gold":
+        values = [gold(scaled[row], targets, row, truncation) for (row,) in parts]
+    else:
+        values = [distance(*outcomes(scaled[row], targets, row, loss, truncation), loss) for (row,) in parts]
+    values = [value * temperature**2 for value in values]
+    nothing = (x * 0.0).nan_to_num(0.0).sum()
+    total = sum((weights[0][row] * value for row, value in zip(learned, nll, strict=True)), nothing)
+    total = sum((weights[1][rows].mean() * value for rows, value in zip(parts, values, strict=True)), total)
     (gradient,) = torch.autograd.grad(total, x)
-    return total.detach(), lm.detach(), fusion.detach(), gradient
+    return total.detach(), sum(nll, nothing).detach(), sum(values, nothing).detach(), gradient
 
 
 def avg_ce_weights(cross_entropies: list[float]) -> list[float]:

@@ -156,11 +156,11 @@ def in_chunks(targets: SparseTargets, loss: str, numbers: tuple[int, ...] = (5, 
     return replace(targets.select(first), chunks=torch.tensor(numbers))
 
 
-def made(case: str, loss: str) -> Case:
-    """A case with targets that a loss takes."""
+def made(case: str, loss: str, every: int = 2) -> Case:
+    """A case with targets that a loss takes. every: of ``gold``, see :func:`without_ids`."""
     x, y, targets = CASES[case]()
     if loss == "gold":
-        targets = without_ids(targets)
+        targets = without_ids(targets, every)
     elif loss == "grouped_kl":
         targets = in_groups(targets)
     elif loss in ("p_kl", "alm"):

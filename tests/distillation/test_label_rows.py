@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
 
 from fusekit.alignment import Predictions, project_rows, vocabulary_surfaces
-from fusekit.alignment.alignment import align_tokens
+from fusekit.alignment.alignment import TokenAlignment, align_tokens
 from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
 from fusekit.alignment.projection import NO_ID
@@ -32,44 +34,48 @@ def entry(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
     return pairs, float(rows.tail[at])
 
 
+def places(row: Row, pivot: TokenizedRow, source: CapturedRow) -> Iterator[tuple[int, int, int, TokenAlignment]]:
+    """Labels whose message both have read: number, place of what predicts it, where the source's message starts."""
+    for j, position in enumerate(pivot.label_positions.tolist()):
+        message = int(pivot.message[position])
+        (ours, before), (theirs, start) = pivot.content(message), source.tokens.content(message)
+        at = position - 1 - before
+        if 0 <= at < len(ours) - 1 and len(theirs) > 1:
+            yield j, at, start, align_tokens(row.messages[message].content, ours, theirs)
+
+
+def numbers(tokens: TokenizedRow) -> dict[int, int]:
+    """The number of the label at a position."""
+    return {int(p): j for j, p in enumerate(tokens.label_positions)}
+
+
 def by_loop(row: Row, pivot: TokenizedRow, source: CapturedRow, conditioning: bool) -> list[object]:
     """Label by label: the message's tokens aligned, the one row picked out; None where there is none."""
-    asked = {int(p): j for j, p in enumerate(source.tokens.label_positions)}
-    found: list[object] = []
-    for position in pivot.label_positions.tolist():
-        message = int(pivot.message[position])
-        (ours, start), (theirs, theirs_start) = pivot.content(message), source.tokens.content(message)
-        m = len(theirs)
-        at = position - 1 - start
-        if at < 0 or m < 2 or at + 1 >= len(ours):
-            found.append(None)
-            continue
+    asked, found = numbers(source.tokens), dict.fromkeys(range(len(pivot.label_positions)))
+    for label, at, start, alignment in places(row, pivot, source):
+        m = len(alignment.source)
         ids, logprobs = np.full((m, 4), -1), np.full((m, 4), -np.inf)
         tail, actual = np.ones(m), np.zeros(m)
-        for j in range(m):
-            number = asked.get(theirs_start + j + 1) if j + 1 < m else None
+        for j in range(m - 1):
+            number = asked.get(start + j + 1)
             if number is not None:
                 w = source.rows.ids.shape[1]
                 ids[j, :w], logprobs[j, :w] = source.rows.ids[number], source.rows.logprobs[number]
                 tail[j], actual[j] = source.rows.tail[number], source.actual[number]
-        alignment = align_tokens(row.messages[message].content, ours, theirs)
         aligned = project_rows(alignment, MAP, (ids, logprobs, tail), actual, conditioning=conditioning)
-        found.append(entry(aligned.rows, at) if aligned.taught[at] else None)
-    return found
+        found[label] = entry(aligned.rows, at) if aligned.taught[at] else None
+    return list(found.values())
 
 
 def plain(given: LabelRows) -> list[object]:
     return [entry(given.rows, j) if taught else None for j, taught in enumerate(given.taught.tolist())]
 
 
-def close(a: list[object], b: list[object]) -> None:
-    assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        assert (left is None) == (right is None)
-        if left is not None:
-            assert [i for i, _ in left[0]] == [i for i, _ in right[0]]
-            np.testing.assert_allclose([p for _, p in left[0]], [p for _, p in right[0]], atol=1e-9)
-            assert left[1] == pytest.approx(right[1], abs=1e-9)
+def same(a: list[object], b: list[object]) -> bool:
+    """Whether rows have the same ids in the same order, and probabilities that are close."""
+    ours, theirs = ([[] if row is None else [*chain(*row[0]), row[1]] for row in rows] for rows in (a, b))
+    alike = [*map(len, ours)] == [*map(len, theirs)]
+    return alike and np.allclose([*chain(*ours)], [*chain(*theirs)], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("conditioning", [True, False])
@@ -79,7 +85,7 @@ def test_rows_are_those_of_a_plain_loop(conditioning: bool) -> None:
         source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
         given = label_rows(row, pivot, source, Projection(MAP, conditioning=conditioning))
         assert len(given.taught) == len(pivot.label_positions)
-        close(plain(given), by_loop(row, pivot, source, conditioning))
+        assert same(plain(given), by_loop(row, pivot, source, conditioning))
 
 
 def test_the_same_tokenizer_teaches_every_label() -> None:
@@ -123,8 +129,8 @@ def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
     begins = pivot.ends[pivot.label_positions - 1]
     crossing = (ends > start) & (begins < stop)
     assert (given.taught == (whole.taught & ~crossing)).all()
-    close([p for p, t in zip(plain(given), given.taught, strict=True) if t],
-          [p for p, t in zip(plain(whole), given.taught, strict=True) if t])  # fmt: skip
+    some, every = ([p for p, t in zip(plain(of), given.taught, strict=True) if t] for of in (given, whole))
+    assert same(some, every)
 
 
 def test_only_the_common_beginning_is_taught() -> None:
@@ -138,18 +144,20 @@ def test_only_the_common_beginning_is_taught() -> None:
     assert (given.cases[ends > 20] == Case.UNLINKED).any()
 
 
-def test_papers_put_a_one_hot_where_there_is_no_row() -> None:
-    row = worlds.conversations(3)[1]
-    pivot, source = worlds.read(row, PIVOT), worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
-    bare = label_rows(row, pivot, source, Projection(MAP, conditioning=False))
-    given = label_rows(row, pivot, source, Projection(MAP, conditioning=False, one_hot=True))
+@pytest.mark.parametrize("tokens", ["span", "dtw"])
+def test_papers_put_a_one_hot_where_there_is_no_row(tokens: str) -> None:
+    into = MAP if tokens == "span" else worlds.vocabulary_map("em")
+    how = Projection(into, tokens=tokens, conditioning=False, one_hot=True)
+    pivot, source = worlds.read(LEARN, PIVOT), worlds.guessing(worlds.read(LEARN, SOURCE), len(SOURCE))
+    given = label_rows(LEARN, pivot, source, how)
+    filled = np.flatnonzero(given.cases == Case.ONE_HOT)
     assert given.taught.all()
-    assert not bare.taught.all()
-    filled = np.flatnonzero(~bare.taught)
-    labels = pivot.ids[pivot.label_positions]
-    assert (given.rows.ids[filled, 0] == labels[filled]).all()
+    assert 0 < len(filled) < len(given.taught)
+    assert (given.rows.ids[filled, 0] == pivot.ids[pivot.label_positions][filled]).all()
     assert (given.rows.tail[filled] == 0).all()
-    assert (given.cases[filled] == Case.ONE_HOT).all()
+    if tokens == "span":
+        bare = label_rows(LEARN, pivot, source, replace(how, one_hot=False))
+        assert filled.tolist() == np.flatnonzero(~bare.taught).tolist()
 
 
 def test_warping_takes_the_rows_of_equal_tokens() -> None:
@@ -165,18 +173,6 @@ def test_warping_takes_the_rows_of_equal_tokens() -> None:
             ordinary = {i: p for i, p in entry(given.rows, j)[0] if i >= len(worlds.SPECIALS)}
             expected = {i: p for i, p in entry(source.rows, j)[0] if i >= len(worlds.SPECIALS)}
             assert ordinary == pytest.approx(expected)
-
-
-def test_warping_puts_a_one_hot_where_tokens_differ() -> None:
-    row = LEARN
-    em = worlds.vocabulary_map("em")
-    pivot = worlds.read(row, PIVOT)
-    given = label_rows(row, pivot, worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)), Projection(em, tokens="dtw"))
-    bare = given.cases == Case.ONE_HOT
-    assert bare.any()
-    assert not bare.all()
-    assert (given.rows.ids[bare, 0] == pivot.ids[pivot.label_positions][bare]).all()
-    assert given.taught.all()
 
 
 def test_rows_without_a_map_are_the_sources_own() -> None:
@@ -289,25 +285,23 @@ def test_a_group_is_what_both_tokenizers_begin_alike(sides):
 def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
     """Entry by entry at every link: the mass of a group is that of the source tokens that begin with it."""
     how = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail="keep", conditioning=False)
-    carried, rows_seen = how.vocabulary_map.entries[0][:, 0], 0
+    carried, rows_seen, expected_rows = how.vocabulary_map.entries[0][:, 0], 0, 0
     for row in worlds.conversations(8):
         tokens = worlds.read(row, sides[0])
         said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
         given = label_rows(row, tokens, said, how)
-        asked = {int(p): j for j, p in enumerate(said.tokens.label_positions)}
-        for j, position in enumerate(tokens.label_positions.tolist()):
+        asked = numbers(said.tokens)
+        expected_rows += int(given.taught.sum())
+        for j, place, start, alignment in places(row, tokens, said):
             if not given.taught[j]:
                 continue
-            message = int(tokens.message[position])
-            (ours, start), (theirs, other) = tokens.content(message), said.tokens.content(message)
-            alignment = align_tokens(row.messages[message].content, ours, theirs)
-            at = int(alignment.source_at[position - 1 - start]) + other + 1
+            at = int(alignment.source_at[place]) + start + 1
             number = asked[at]
             actual, expected, listed = int(said.tokens.ids[at]), {}, 0.0
             pairs = dict(zip(said.rows.ids[number].tolist(), np.exp(said.rows.logprobs[number]).tolist(), strict=True))
             pairs.setdefault(actual, math.exp(said.actual[number]))
             for u, p in pairs.items():
-                v = int(tokens.ids[position]) if u == actual else int(carried[u])
+                v = int(tokens.ids[tokens.label_positions[j]]) if u == actual else int(carried[u])
                 if v >= 0 and how.groups[v] >= 0:
                     expected[int(how.groups[v])] = expected.get(int(how.groups[v]), 0.0) + p
                     listed += p
@@ -315,7 +309,7 @@ def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
             assert {i: p for i, p in entries if i >= 0} == pytest.approx(expected, abs=1e-9)
             assert given.rows.tail[j] == pytest.approx(1 - listed, abs=1e-9)
             rows_seen += 1
-    assert rows_seen > 30
+    assert rows_seen == expected_rows > 30
 
 
 @SIDES
@@ -359,8 +353,7 @@ def test_rows_of_stretches_are_those_of_a_plain_loop(sides):
         tokens = worlds.read(row, sides[0])
         said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
         means, nats = (label_rows(row, tokens, said, how) for how in (pieces, chunks))
-        number = {int(p): j for j, p in enumerate(tokens.label_positions)}
-        asked = {int(p): j for j, p in enumerate(said.tokens.label_positions)}
+        number, asked = numbers(tokens), numbers(said.tokens)
         seen: set[int] = set()
         for message in np.unique(tokens.message[tokens.labels]).tolist():
             (ours, start), (theirs, other) = tokens.content(message), said.tokens.content(message)

@@ -23,10 +23,10 @@ from tests.distillation.targets import (
     labels,
     logits,
     made,
+    members,
     ordinary,
     peaked_student,
     top,
-    without_ids,
 )
 
 CHUNKED = ("p_kl", "alm")
@@ -54,53 +54,43 @@ def run(x: Tensor, y: Tensor, targets: SparseTargets | None, **settings) -> tupl
     return loss, leaf.grad
 
 
-def compare(result: tuple[FusionLoss, Tensor], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    value, relative, absolute = TOLERANCES[dtype]
-    loss, gradient = result
-    assert gradient.dtype == dtype
-    for got, true in zip((loss.total, loss.lm, loss.fusion), expected, strict=False):
-        torch.testing.assert_close(got.double(), true, rtol=value, atol=value)
-    torch.testing.assert_close(gradient.double(), expected[3], rtol=relative, atol=absolute)
+def wrong(x: Tensor, y: Tensor, targets: SparseTargets, chunk: int | None = None, **settings) -> list[str]:
+    """What of a loss and its gradient is not as in the dense form."""
+    expected = reference.fusion_loss(x, y, targets, **settings)
+    loss, gradient = run(x, y, targets, chunk=chunk, **settings)
+    value, relative, absolute = TOLERANCES[x.dtype]
+    if settings["loss"] in CHUNKED:  # float32 rounds likelihoods, whose difference from 1 is a hundredth of the nats
+        slack = 1e-12 if x.dtype == torch.float64 else 2e-4 if settings["loss"] == "alm" else 1e-5
+        value, relative, absolute = (max(slack, bound) for bound in (value, relative, absolute))
+    assert gradient.dtype == x.dtype
+    assert loss.labels == int((y != -100).sum())
+    found = []
+    for name, got, true in zip(("total", "lm", "fusion", "gradient"), (*loss[:3], gradient), expected, strict=True):
+        bounds = (relative, absolute) if name == "gradient" else (value, value)
+        if not torch.allclose(got.double(), true, *bounds):
+            found.append(f"{name}: off by {float((got.double() - true).abs().max().detach())}")
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
+@pytest.mark.parametrize(("loss", "truncation"), [*COMBINATIONS, *((loss, "tail") for loss in CHUNKED)])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_values_and_gradients_are_the_dense_ones(case, loss, truncation, dtype):
-    x, y, targets = made(case, loss)
-    x = x.to(dtype)
-    settings = {"loss": loss, "truncation": truncation, "lm_weight": 0.9, "fusion_weight": 0.1}
-    expected = reference.fusion_loss(x, y, targets, **settings)
-    for chunk in (None, 2 * V):
-        compare(run(x, y, targets, **settings, chunk=chunk), expected, dtype)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 3.7])
-@pytest.mark.parametrize(("loss", "truncation"), COMBINATIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_temperature(loss, truncation, temperature, dtype):
-    x, y, targets = made("ordinary", loss)
-    x, targets = x.to(dtype), replace(targets, temperature=temperature)
-    settings = {"loss": loss, "truncation": truncation, "temperature": temperature, "fusion_weight": 0.25}
-    compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case != "nothing listed"])
-@pytest.mark.parametrize("loss", CHUNKED)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_losses_of_chunks_are_the_dense_ones(monkeypatch, case, loss, dtype):
-    x, y, targets = made(case, loss)
-    x, weight = x.to(dtype), torch.linspace(0.1, 0.7, N, dtype=torch.float64)
-    # Float32 rounds likelihoods, whose difference from 1 is a hundredth of the nats here.
-    slack = 1e-12 if dtype == torch.float64 else 2e-4 if loss == "alm" else 1e-5
-    _, relative, absolute = TOLERANCES[dtype]
-    for temperature, block in ((1.0, 2**24), (1.0, 1), (1.0, 3 * V), (2.0, 3 * V)):
-        monkeypatch.setattr("fusekit.distillation.distances.BLOCK", block)
-        how = {"loss": loss, "temperature": temperature, "fusion_weight": weight}
-        value, gradient = reference.chunk_loss(x, y, targets, **how)
-        got, grad = run(x, y, replace(targets, temperature=temperature), lm_weight=0.0, **how)
-        torch.testing.assert_close(got.fusion, value, rtol=slack, atol=slack)
-        torch.testing.assert_close(grad.double(), gradient, rtol=max(relative, slack), atol=max(absolute, slack))
+def test_values_and_gradients_are_the_dense_ones(monkeypatch, case, loss, truncation, dtype):
+    """With a weight for each label, at other temperatures, and however many rows are done at once."""
+    weight = torch.linspace(0.1, 0.7, N, dtype=torch.float64)
+    settings = {"loss": loss, "truncation": truncation, "lm_weight": 1 - weight, "fusion_weight": weight}
+    if loss in CHUNKED and dtype.itemsize == 2:  # each term's gradient is rounded
+        settings["lm_weight"] = 0.0
+    if loss in CHUNKED and case == "nothing listed":
+        return  # such a stretch of text is not taught
+    for every in (1, 2, 3, 100) if loss == "gold" else (2,):
+        x, y, targets = made(case, loss, every)
+        for chunk in (None, 2 * V):
+            monkeypatch.setattr("fusekit.distillation.distances.BLOCK", chunk or 1)
+            assert wrong(x.to(dtype), y, targets, chunk, **settings) == []
+    for temperature in (0.5, 3.7) if case == "ordinary" else ():
+        other = replace(targets, temperature=temperature)
+        assert wrong(x.to(dtype), y, other, temperature=temperature, **settings) == []
 
 
 def test_the_references_differ_from_each_other():
@@ -111,37 +101,29 @@ def test_the_references_differ_from_each_other():
 class TestTeacherIsStudent:
     """docs/losses.md: no gradient with `tail`; with `renormalize` only where the whole vocabulary is listed."""
 
-    @staticmethod
-    def gradient(loss: str, truncation: str, k: int, dtype: torch.dtype = torch.float64) -> float:
-        x = (logits(1) / 4).to(dtype)
-        settings = {"loss": loss, "truncation": truncation, "lm_weight": 0.0}
-        return float(run(x, labels(2), top(x, k), **settings)[1].abs().max())
-
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     @pytest.mark.parametrize("k", [1, 5, V - 1, V])
-    @pytest.mark.parametrize("loss", ["ce", "kl", "reverse_kl", "js"])
+    @pytest.mark.parametrize("loss", ["ce", "kl", "reverse_kl", "js", "grouped_kl"])
     def test_tail_gives_none(self, loss, k, dtype):
-        assert self.gradient(loss, "tail", k, dtype) < (1e-14 if dtype == torch.float64 else 3e-7)
+        x = logits(1) / 4
+        teacher = top(x, k)
+        if loss == "grouped_kl":
+            p, own = x.softmax(1), members(4)
+            mass = torch.stack([p[:, own.tokens[own.starts[u] : own.starts[u + 1]]].sum(1) for u in range(U)], 1)
+            best = mass.topk(min(k, U), dim=1)
+            taught = torch.ones(N, dtype=torch.bool)
+            teacher = SparseTargets(best.indices, best.values.log(), 1 - best.values.sum(1), taught, members=own)
+        found, gradient = run(x.to(dtype), labels(2), teacher, loss=loss, lm_weight=0.0)
+        assert float(gradient.abs().max()) < (1e-14 if dtype == torch.float64 else 3e-7)
+        assert loss == "ce" or abs(float(found.fusion)) < (1e-12 if dtype == torch.float64 else 1e-5)
 
     @pytest.mark.parametrize("loss", ["ce", "kl", "js"])
     def test_renormalize_gives_none_only_for_the_whole_vocabulary(self, loss):
-        assert self.gradient(loss, "renormalize", V) < 1e-14
-        assert self.gradient(loss, "renormalize", 5) > 1e-2
-
-    @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "js", "uld_topk"])
-    def test_distances_are_zero(self, loss):
         x = logits(1) / 4
-        assert abs(float(fusion_loss(x, labels(2), top(x, 5), loss=loss).fusion)) < 1e-12
-
-    def test_grouped(self):
-        x, y, targets = made("ordinary", "grouped_kl")
-        p, groups = x.softmax(1), targets.members
-        mass = torch.stack([p[:, groups.tokens[groups.starts[u] : groups.starts[u + 1]]].sum(1) for u in range(U)], 1)
-        best = mass.topk(5, dim=1)
-        same = replace(targets, ids=best.indices, logprobs=best.values.log(), tail=1 - best.values.sum(1))
-        loss, gradient = run(x, y, same, loss="grouped_kl", lm_weight=0.0)
-        assert abs(float(loss.fusion)) < 1e-12
-        assert float(gradient.abs().max()) < 1e-14
+        settings = {"loss": loss, "truncation": "renormalize", "lm_weight": 0.0}
+        whole, five = (float(run(x, labels(2), top(x, k), **settings)[1].abs().max()) for k in (V, 5))
+        assert whole < 1e-14
+        assert five > 1e-2
 
 
 class TestTheSameSums:
@@ -196,34 +178,6 @@ class TestTheSameSums:
         torch.testing.assert_close(loss_.total, expected.total)
         torch.testing.assert_close(leaf.grad.view(16, V)[positions], gradient)
         assert int(leaf.grad.view(16, V).abs().sum(1).count_nonzero()) == N
-
-    def test_ignored_labels_need_no_selection(self):
-        x, y, targets = CASES["ignored"]()
-        kept = y != -100
-        loss, gradient = run(x, y, targets)
-        expected, rows = run(x[kept], y[kept], targets.select(kept))
-        torch.testing.assert_close(tuple(loss), tuple(expected))
-        assert loss.labels == 4
-        torch.testing.assert_close(gradient[kept], rows)
-        assert not gradient[~kept].any()
-
-    def test_weights_per_label(self):
-        x, y, targets = ordinary()
-        lam = torch.linspace(0, 1, N, dtype=torch.float64)
-        _, gradient = run(x, y, targets, lm_weight=lam, fusion_weight=1 - lam)
-        for row in range(N):
-            one, weight = slice(row, row + 1), float(lam[row])
-            _, alone = run(x[one], y[one], targets.select(one), lm_weight=weight, fusion_weight=1 - weight)
-            torch.testing.assert_close(gradient[one], alone)
-
-    @pytest.mark.parametrize("loss", CHUNKED)
-    def test_the_likelihood_is_added_to_losses_of_chunks(self, loss):
-        x, y, targets = made("ordinary", loss)
-        both, alone = run(x, y, targets, loss=loss, lm_weight=0.3), run(x, y, None, lm_weight=0.3)
-        only = run(x, y, targets, loss=loss, lm_weight=0.0)
-        torch.testing.assert_close(both[1], alone[1] + only[1])
-        torch.testing.assert_close(both[0].total, alone[0].total + only[0].total)
-        assert (both[0].labels, both[0].taught) == (N, N)
 
 
 class TestBackward:
@@ -384,8 +338,7 @@ def test_under_autocast():
 def test_uld_takes_any_vocabulary():
     x, y = logits(1, size=5), labels(2, size=5)
     teacher = top(logits(3, 0.5), 8)  # more entries than the student has ids
-    foreign = replace(teacher, ids=teacher.ids + 10**6)
-    compare(run(x, y, foreign, loss="uld_topk"), reference.fusion_loss(x, y, foreign, "uld_topk"), torch.float64)
+    assert wrong(x, y, replace(teacher, ids=teacher.ids + 10**6), loss="uld_topk") == []
 
 
 def test_uld_on_whole_rows_is_the_published_loss():
@@ -408,16 +361,6 @@ class TestGold:
         assert kl == pytest.approx(1.9533, abs=5e-5)
         assert float(fusion_loss(x, torch.tensor([3]), targets, loss="gold").fusion) == pytest.approx(kl + 0.77)
 
-    @pytest.mark.parametrize("every", [1, 3, 100])
-    @pytest.mark.parametrize("truncation", ["tail", "renormalize"])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-    def test_values_and_gradients_are_the_dense_ones(self, every, truncation, dtype):
-        for make in CASES.values():
-            x, y, targets = make()
-            targets, x = without_ids(targets, every), x.to(dtype)
-            settings = {"loss": "gold", "truncation": truncation, "lm_weight": 0.9, "fusion_weight": 0.1}
-            compare(run(x, y, targets, **settings), reference.fusion_loss(x, y, targets, **settings), dtype)
-
     @pytest.mark.parametrize("chunk", [None, 5])
     @pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
     @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -428,7 +371,7 @@ class TestGold:
         ids[:, 3] = y
         x[(torch.arange(size) == size - 1) & (y != size - 1)[:, None]] = -math.inf
         targets = replace(teacher, ids=ids)
-        compare(run(x, y, targets, loss="gold", chunk=chunk), reference.fusion_loss(x, y, targets, "gold"), dtype)
+        assert wrong(x, y, targets, chunk, loss="gold") == []
 
     def test_all_matched_is_the_kl_divergence_and_none_sorts(self):
         x, y, targets = ordinary()
