@@ -64,7 +64,12 @@ class OneDevice(TrainingArguments):
     """Arguments of a process that trains on one device: several are one process each.
 
     DataParallel, which transformers takes where a process sees several GPUs, would scatter the targets.
+
+    Attributes:
+        training: the loss, and what becomes of non-finite ones.
     """
+
+    training: TrainingSettings
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():  # bfloat16 has to be told that it is the CPU's
@@ -135,8 +140,14 @@ class FusionConfig(OneDevice):
                 "teacher for pairwise fusion"
             )
         own = [name for name in FusionConfig.__annotations__ if name in TrainingSettings.model_fields]
-        checked = (*own, "dataloader_num_workers", "train_sampling_strategy")
+        # What of transformers' own decides whether these values fit together, and into memory.
+        theirs = ("dataloader_num_workers", "train_sampling_strategy", "per_device_train_batch_size", "bf16")
+        checked = (*own, *theirs, "optim", "fsdp", "deepspeed")
         training = {name: value for name in checked if (value := getattr(self, name)) is not None}
+        training["activation_checkpointing"] = bool(
+            getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing
+        )
+        training["optim"] = getattr(self.optim, "value", self.optim)
         if self.train_sampling_strategy == "random":  # the default, which a schedule would be refused for
             del training["train_sampling_strategy"]
         sections = {"training": training, "alignment": self.alignment or {}, "fusion": self.fusion or {}}
@@ -145,8 +156,9 @@ class FusionConfig(OneDevice):
             raise DistillationError(
                 f"preset {self.preset} trains on the answers of all models, which a trainer does not make: use a recipe"
             )
+        self.training = self.settings.training
         for name in own:
-            setattr(self, name, getattr(self.settings.training, name))
+            setattr(self, name, getattr(self.training, name))
         self.top_k = (CaptureSettings() if self.top_k is None else CaptureSettings(top_k=self.top_k)).top_k
         self.max_length = self.max_length or DataSettings.model_fields["max_length"].default
 
@@ -166,9 +178,11 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
     if "activation_checkpointing" not in _KNOWN:  # its older name, an alias that warns where both are known
         fields["gradient_checkpointing"] = settings.activation_checkpointing
     try:
-        return OneDevice(**fields, **(_DEFAULTS | settings.trainer))
+        args = OneDevice(**fields, **(_DEFAULTS | settings.trainer))
     except (ValueError, TypeError, ImportError) as error:
         raise DistillationError(f"transformers refuses the training arguments: {_shorter(error)}") from error
+    args.training = settings
+    return args
 
 
 def processes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -59,15 +59,19 @@ def shares(counts: Mapping[str, float]) -> dict[str, float]:
 LOSSES = ("loss", "lm_loss", "fusion_loss", "labels")
 
 
-class RunningSums:
-    """What this process has seen since the last line of the log: the losses over its labels, and the named counts."""
+class Tally:
+    """What a run counts: its losses since the last line of the log, and its named counts from the beginning.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self.clear()
+    Each process adds what it sees. :meth:`line` and :meth:`so_far` are over all of them, so every process calls them.
+    """
 
-    def clear(self) -> None:
-        """Start over."""
+    def __init__(self, names: Sequence[str], over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.names, self._over_processes = tuple(names), over_processes
+        self.start({})
+
+    def start(self, counts: Mapping[str, float]) -> None:
+        """Start a run, or resume one that had these counts."""
+        self._before = dict(counts)
         self._losses: list[torch.Tensor] = []
         self._counts = np.zeros(len(self.names))
 
@@ -82,7 +86,24 @@ class RunningSums:
         if counts is not None and self.names:
             self._counts = self._counts + counts
 
-    def vector(self) -> torch.Tensor:
-        """float64 [len(LOSSES) + len(names)]: the sums of losses, the labels, and the counts."""
+    def _since(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The losses and the counts since the last line."""
         losses = torch.stack(self._losses).cpu().double().sum(0) if self._losses else torch.zeros(len(LOSSES)).double()
-        return torch.cat([losses, torch.from_numpy(self._counts)])
+        values = self._over_processes(torch.cat([losses, torch.from_numpy(self._counts)])).tolist()
+        n = len(LOSSES)
+        return dict(zip(LOSSES, values[:n], strict=True)), dict(zip(self.names, values[n:], strict=True))
+
+    def line(self) -> dict[str, float]:
+        """What a line of the log says, which ends here: nats per label, and shares of what the labels had."""
+        losses, counts = self._since()
+        self.start(self._added(counts))
+        labels = losses.pop("labels")
+        means = {name: value / labels for name, value in losses.items()} if labels else {}
+        return means | (shares(counts) if counts else {})
+
+    def so_far(self) -> dict[str, float]:
+        """The counts of the run, those since the last line too."""
+        return self._added(self._since()[1])
+
+    def _added(self, counts: Mapping[str, float]) -> dict[str, float]:
+        return {name: self._before.get(name, 0.0) + value for name, value in counts.items()}

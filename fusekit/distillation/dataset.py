@@ -18,7 +18,7 @@ from fusekit.distillation.batching import IGNORED, Example
 from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce
 from fusekit.distillation.live import LiveTeacher
-from fusekit.distillation.projections import LabelRows, Projection, label_rows
+from fusekit.distillation.projections import LabelRows, Projection, label_rows, needs_pivot
 from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
@@ -35,6 +35,11 @@ SHOWN = 5  # keys in a message
 
 Captures = Store | LiveTeacher | Mapping[str, CapturedRow]
 """What a model said about examples, by their keys."""
+
+
+def characters(row: Row) -> int:
+    """Of all messages: near enough to the tokens of an example to tell which is the longest."""
+    return sum(len(message.content) for message in row.messages)
 
 
 class Joined(NamedTuple):
@@ -104,7 +109,7 @@ class FusionDataset(Dataset[Example]):
         pivot: what the pivot said about them, before training; None where neither its opinion is wanted nor the ids
             that it was asked about, which then come from ``tokenizer``.
         sources: name to what each said.
-        projections: name to how its rows come into the pivot's vocabulary.
+        projections: name to how its rows come into the pivot's vocabulary; there may be more than sources.
         tokenizer: reads examples that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
         rewards: candidate to key to a reward model's number, for ``reward_softmax``.
@@ -135,13 +140,14 @@ class FusionDataset(Dataset[Example]):
         writers: Mapping[str, str] | None = None,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
-        self.sources, self.projections = dict(sources or {}), dict(projections or {})
+        self.sources, how = dict(sources or {}), projections or {}
         self.fusion = fusion or FusionSettings()
         self.rewards, self.writers = dict(rewards or {}), dict(writers or {})
         if PIVOT in self.sources:
             raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
-        if lacking := sorted(self.sources.keys() - self.projections.keys()):
+        if lacking := sorted(self.sources.keys() - how.keys()):
             raise DistillationError(f"there is no projection into the pivot's vocabulary for {', '.join(lacking)}")
+        self.projections = {name: how[name] for name in self.sources}
         if pivot is None and tokenizer is None:
             raise DistillationError("the rows need the pivot's tokens: give its store, or its tokenizer")
         if pivot is None and self.sources and self.fusion.include_pivot:
@@ -150,7 +156,7 @@ class FusionDataset(Dataset[Example]):
                 "to false"
             )
         for name in self.sources:
-            if pivot is None and self.projections[name].needs_pivot:
+            if pivot is None and needs_pivot(self.projections[name]):
                 raise DistillationError(
                     f"alignment.tail is {self.projections[name].tail} for {name}, which needs what the pivot said, but "
                     "there is no store of it: capture the pivot, or use listed_share"
@@ -184,7 +190,12 @@ class FusionDataset(Dataset[Example]):
     @cached_property
     def lengths(self) -> IntArray:
         """Characters of each example, int64 [N]: near enough to its tokens to put those of one length together."""
-        return np.array([sum(len(message.content) for message in row.messages) for row in self.rows], np.int64)
+        return np.array([characters(row) for row in self.rows], np.int64)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the example with the most characters has."""
+        return len(self.read(int(self.lengths.argmax()))[2])
 
     def __getitem__(self, index: int) -> Example:
         """Example number ``index``.

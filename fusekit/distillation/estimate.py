@@ -95,10 +95,13 @@ def memory_needs(
     row_tokens: int,
     processes: Processes,
     teachers: Sequence[Checkpoint] = (),
+    *,
+    loaded: bool = False,
 ) -> list[Need]:
     """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
 
-    row_tokens: of the longest row. teachers: that stay loaded beside the model.
+    row_tokens: of the longest row. teachers: that stay loaded beside the model. loaded: whether the model's weights are
+    in main memory already.
     """
     held, kind = states(checkpoint, settings), processes.device.type
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
@@ -114,12 +117,14 @@ def memory_needs(
         f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens"
         f"{f'; {human(beside)} for teachers that are scored on the fly' if beside else ''})"
     )
+    weights = parameters(checkpoint) * _width(checkpoint, settings)
     if kind == "cuda":
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
-        host = parameters(checkpoint) * _width(checkpoint, settings)
-        loading = main_memory(f"memory to load {checkpoint.choice.model} before training", host, processes.local)
-        return [Need(what, needed, free, f"free on {processes.device}"), loading]
-    return [main_memory(what, int(needed * (1 + _HEAP)), processes.local)] if kind == "cpu" else []
+        loading = f"memory to load {checkpoint.choice.model} before training"
+        host = [] if loaded else [main_memory(loading, weights, processes.local)]
+        return [Need(what, needed, free, f"free on {processes.device}"), *host]
+    besides = int(needed * (1 + _HEAP)) - (weights if loaded else 0)
+    return [main_memory(what, besides, processes.local)] if kind == "cpu" else []
 
 
 def kept_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:

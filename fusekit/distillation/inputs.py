@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusekit.alignment.ends import tokenize
-from fusekit.alignment.rows import NEED_PIVOT
 from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import Tokenizes, capture_rows
-from fusekit.capturing.estimate import memory_needs, refuse
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.manifest import MANIFEST, date_of
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
@@ -27,11 +25,11 @@ from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.disk import with_article
-from fusekit.distillation.arguments import FusionConfig
-from fusekit.distillation.dataset import PIVOT, FusionDataset
+from fusekit.distillation.arguments import FusionConfig, OneDevice
+from fusekit.distillation.dataset import PIVOT, FusionDataset, characters
 from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
-from fusekit.distillation.projections import Projection
+from fusekit.distillation.projections import Projection, needs_pivot
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings
 from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map
 from fusekit.errors import DistillationError
@@ -122,37 +120,34 @@ class Opened:
     stores: dict[str, Store | LiveTeacher]
     projections: dict[str, Projection]
 
-    def dataset(self, sources: Sequence[str]) -> FusionDataset:
-        """The examples of a target that these sources teach."""
-        return FusionDataset(
-            self.inputs.rows,
-            pivot=self.pivot_store,
-            sources={name: self.stores[name] for name in sources},
-            projections={name: self.projections[name] for name in sources},
+    def examples(self, sources: Sequence[str]) -> tuple[FusionDataset, FusionDataset | None]:
+        """Those of a target that these sources teach, and of a schedule the answers, each taught by its writer.
+
+        Raises DistillationError: a schedule without answers, or with a source that is scored on the fly.
+        """
+        given, training = self.inputs.responses, self.settings.training
+        of = partial(
+            FusionDataset,
+            projections=self.projections,
             tokenizer=self.inputs.row_tokenizer,
             fusion=self.settings.fusion,
-            relative=self.settings.training.lm_weighting == "relative",
+            relative=training.lm_weighting == "relative",
         )
-
-    def answers(self, sources: Sequence[str]) -> FusionDataset:
-        """The answers that these sources and the pivot wrote, each taught by its writer. Raises DistillationError."""
-        given = self.inputs.responses
+        stores = {name: self.stores[name] for name in sources}
+        data = of(self.inputs.rows, pivot=self.pivot_store, sources=stores)
+        if training.schedule is None:
+            return data, None
         if given is None:
             raise DistillationError(
                 "a schedule trains on models' own answers, but there are none: `fusekit run` makes them from the "
                 "recipe's section `respond`"
             )
+        if live := [name for name, store in stores.items() if isinstance(store, LiveTeacher)]:
+            raise DistillationError(
+                f"a schedule reads stores, but {live[0]} is scored on the fly: capture it, or drop the schedule"
+            )
         opened = {name: Store.open(given.stores[name]) for name in (PIVOT, *sources) if name in given.stores}
-        own = opened.pop(PIVOT, None)
-        return FusionDataset(
-            given.rows,
-            pivot=own,
-            sources=opened,
-            projections={name: self.projections[name] for name in opened},
-            tokenizer=self.inputs.row_tokenizer,
-            fusion=self.settings.fusion,
-            writers=given.writers,
-        )
+        return data, of(given.rows, pivot=opened.pop(PIVOT, None), sources=opened, writers=given.writers)
 
 
 def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str], say: Say = lambda _: None) -> Opened:
@@ -294,14 +289,22 @@ def projection_of(
 
 
 def fusion_dataset(
-    student: Loaded, dataset: Any, teachers: Any, args: FusionConfig, say: Say = lambda _: None
+    student: Loaded,
+    dataset: Any,
+    teachers: Any,
+    args: FusionConfig,
+    *,
+    fits: Callable[[int, Sequence[LiveTeacher]], None],
+    say: Say = lambda _: None,
 ) -> FusionDataset:
     """Examples for a student to train on, with the targets that its teachers give: see :class:`~fusekit.FusionTrainer`.
+
+    fits: refuses what takes too much memory, told the tokens of the longest example and the teachers that are loaded.
 
     Raises DataError: no example that can be read; DistillationError: a teacher of a wrong kind, or one without the
     examples; CaptureError, StorageError: a capture fails.
     """
-    settings, given = args.settings, _named(teachers)
+    settings, given, own = args.settings, _named(teachers), None
     _refuse_rewards(settings)
     refuse_names(given)
     stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
@@ -310,8 +313,6 @@ def fusion_dataset(
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
     rows = _prepared(dataset, reader, args, say)
     refuse_nobody(settings, given)
-    if not given:
-        return FusionDataset(rows, tokenizer=reader, fusion=settings.fusion)
     how = CaptureSettings(top_k=args.top_k or 10, temperature=settings.training.temperature)
     sources: dict[str, Store | LiveTeacher] = {}
     for name, teacher in stores.items():
@@ -320,12 +321,15 @@ def fusion_dataset(
         if isinstance(teacher, Store):
             sources[name] = teacher
             continue
-        sources[name] = made = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
-        if made.checkpoint is not None:
-            refuse(memory_needs(made.checkpoint, how, Processes.current()))
-        made.open()
+        sources[name] = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+    live = [source for source in sources.values() if isinstance(source, LiveTeacher)]
+    fits(len(reader.tokenize(max(rows, key=characters))), live)
+    for source in live:
+        source.open()
     _refuse_temperatures(sources, settings)
-    own = capture_student(student, reader, rows, args, how) if _needs_pivot(settings) else None
+    relative = settings.training.lm_weighting == "relative"
+    if not settings.plain and (relative or settings.fusion.include_pivot or needs_pivot(settings.alignment)):
+        own = capture_student(student, reader, rows, args, how)
     ours = Reading.of(PIVOT, student.tokenizer, own, {row.key: row for row in rows})
     data = FusionDataset(
         rows,
@@ -334,9 +338,9 @@ def fusion_dataset(
         projections=_projections(settings, rows, ours, sources, {}),
         tokenizer=reader,
         fusion=settings.fusion,
-        relative=settings.training.lm_weighting == "relative",
+        relative=relative,
     )
-    for line in data.joined.report:
+    for line in data.joined.report if given else ():
         say(line)
     return data
 
@@ -372,22 +376,10 @@ def _is_store(teacher: Any) -> bool:
     return isinstance(teacher, (str, Path)) and (Path(teacher) / MANIFEST).is_file() and not is_stage(Path(teacher))
 
 
-def _own_folder(args: FusionConfig) -> Path:
-    return Path(args.output_dir) / CAPTURES / PIVOT
-
-
-def _needs_pivot(settings: DistillSettings) -> bool:
-    """Whether they compare with what the student says before training, or take a part of it."""
-    how = settings.alignment
-    takes_tail = not how.as_they_are and how.tokens == "span" and how.tail in NEED_PIVOT
-    compares = settings.fusion.include_pivot or settings.training.lm_weighting == "relative"
-    return not settings.plain and (compares or takes_tail)
-
-
 def capture_student(
-    student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: FusionConfig, how: CaptureSettings
+    student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: OneDevice, how: CaptureSettings
 ) -> Store:
-    """What the student says about the rows before training."""
+    """What the student says about the rows before training, in ``captures/`` of the output folder."""
     spec, training = student.spec(reader, rows, how), student.model.training
     student.model.to(args.device)
 
@@ -398,3 +390,7 @@ def capture_student(
         return capture_rows(rows, reader, load, _own_folder(args), lambda: spec, quiet=args.disable_tqdm)
     finally:
         student.model.train(training)
+
+
+def _own_folder(args: OneDevice) -> Path:
+    return Path(args.output_dir) / CAPTURES / PIVOT

@@ -18,7 +18,9 @@ from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.batching import BLANK, Example
 from fusekit.distillation.dataset import FusionDataset
+from fusekit.distillation.inputs import Source
 from fusekit.distillation.live import LiveTeacher, live_teacher
+from fusekit.distillation.projections import needs_pivot
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
@@ -38,7 +40,7 @@ class OnPolicy:
         tokenizer: the trained model's, which reads conversations under its own template unless ``data`` reads them.
         settings: ``on_policy``, ``max_new_tokens`` and ``seed``.
         max_length: most tokens of a question with its answer, for any of the models; longer ones are cut.
-        models: of teachers that are stores, where more is known than the stores say: the model, and how it reads.
+        sources: of teachers that are stores, where more is known than the stores say: the model, and how it reads.
         say: told what a user should know.
 
     Raises:
@@ -53,7 +55,7 @@ class OnPolicy:
         settings: TrainingSettings,
         max_length: int,
         *,
-        models: Mapping[str, tuple[ModelChoice, RowTokenizer | None]] | None = None,
+        sources: Mapping[str, Source] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.data, self.settings, self.max_length = data, settings, max_length
@@ -68,22 +70,22 @@ class OnPolicy:
             if isinstance(source, LiveTeacher):
                 self.teachers[name] = source
             elif isinstance(source, Store):
-                spec, dtype = source.spec, source.spec.details.get("dtype")
-                by_store = ModelChoice(spec.model, dtype=dtype if isinstance(dtype, str) else "auto")
-                choice, theirs = (models or {}).get(name, (by_store, None))
-                self.teachers[name] = self._loaded(name, spec, choice, theirs, say)
+                self.teachers[name] = self._loaded(name, source.spec, (sources or {}).get(name), say)
         if not self.teachers:
             raise DistillationError(f"on_policy is {settings.on_policy:g}, but there is no teacher: set it to 0")
         self._projections = {
-            name: replace(how, tail="listed_share") if how.needs_pivot else how
+            name: replace(how, tail="listed_share") if needs_pivot(how) else how
             for name, how in data.projections.items()
         }
         self._fusion = data.fusion.model_copy(update={"include_pivot": False})
 
-    def _loaded(
-        self, name: str, spec: StoreSpec, choice: ModelChoice, reader: RowTokenizer | None, say: Callable[[str], None]
-    ) -> LiveTeacher:
+    def _loaded(self, name: str, spec: StoreSpec, source: Source | None, say: Callable[[str], None]) -> LiveTeacher:
+        dtype = spec.details.get("dtype")
+        choice = ModelChoice(spec.model, dtype=dtype if isinstance(dtype, str) else "auto")
+        if source is not None:
+            choice = source.tokenizer_choice(spec.model)
         how = CaptureSettings(top_k=spec.top_k, keep_mass=spec.keep_mass or 1.0, temperature=spec.temperature)
+        reader = source.reader if source is not None else None
         made = live_teacher(name, choice, self.data.rows, how, max_length=self.max_length, reader=reader, say=say)
         if spec.model_fingerprint not in ("", made.spec.model_fingerprint):
             raise DistillationError(
@@ -136,7 +138,7 @@ class OnPolicy:
         data = FusionDataset(
             rows,
             sources=said,
-            projections={name: self._projections[name] for name in said},
+            projections=self._projections,
             tokenizer=self.reader,
             fusion=self._fusion,
             relative=False,

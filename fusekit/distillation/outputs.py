@@ -170,8 +170,3 @@ def write_result(
         return
     model.config.dtype = dtype
     model.save_pretrained(folder, state_dict={n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write ``training.json``."""
-    (folder / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

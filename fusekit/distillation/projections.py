@@ -13,6 +13,7 @@ from fusekit.alignment.cases import Case, plan_rows
 from fusekit.alignment.projection import NO_ID, checked_rows, merge_entries
 from fusekit.alignment.rows import NEED_PIVOT, AlignedRows, Predictions, project_rows, project_rows_by_rule
 from fusekit.alignment.vocabulary_map import VocabularyMap, pivot_groups, source_pieces
+from fusekit.distillation.settings import AlignmentSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import DistillationError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Row, TokenizedRow, TokenizedText, TopK
@@ -52,14 +53,16 @@ class Projection:
             raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
 
     @property
-    def into_pivot(self) -> bool:
-        """Whether rows are carried into the pivot's vocabulary, or groups of it, rather than taken as they are."""
-        return self.vocabulary_map is not None and self.tokens in ("span", "dtw", "grouped")
+    def vocabulary(self) -> str:
+        """The map by its name in a recipe."""
+        if self.vocabulary_map is None:
+            return "none"
+        return self.vocabulary_map.method if self.tokens in ("span", "dtw") else self.tokens
 
     @property
-    def needs_pivot(self) -> bool:
-        """Whether the pivot's own predictions take part."""
-        return self.into_pivot and self.tokens != "dtw" and self.tail in NEED_PIVOT
+    def as_they_are(self) -> bool:
+        """Whether rows stay the source's own, so that they have no probability of the pivot's labels."""
+        return self.vocabulary_map is None or self.tokens not in ("span", "dtw", "grouped")
 
     @property
     def of_chunks(self) -> bool:
@@ -104,7 +107,7 @@ class Projection:
 
     def nll(self, rows: TopK, labels: IntArray) -> FloatArray | None:
         """Nats per label of the pivot, or per group of it; None for rows that are taken as they are."""
-        if not self.into_pivot:
+        if self.as_they_are:
             return None
         return label_nll(rows, labels if self.groups is None else self.groups[labels])
 
@@ -112,7 +115,7 @@ class Projection:
         """What a source said after each of its tokens, at the pivot's positions. pivot: what the pivot itself said."""
         into = self.vocabulary_map
         if into is None:
-            return _as_they_are(alignment, TopK(*said.rows))
+            return _at_links(alignment, TopK(*said.rows))
         if self.tokens == "dtw":
             rule = _RULE_OF_MAP.get(into.method, "em")
             warping = warp_tokens(alignment, into)
@@ -135,6 +138,11 @@ class Projection:
             spelled=self.tokens == "span",
         )
         return replace(found, rows=self.grouped(found.rows))
+
+
+def needs_pivot(how: Projection | AlignmentSettings) -> bool:
+    """Whether the pivot's own predictions take part in carrying a source's rows."""
+    return not how.as_they_are and how.tokens != "dtw" and how.tail in NEED_PIVOT
 
 
 def label_nll(rows: TopK, labels: IntArray) -> FloatArray:
@@ -269,7 +277,7 @@ def _certain(alignment: TokenAlignment, aligned: AlignedRows, missing: BoolArray
     return certain
 
 
-def _as_they_are(alignment: TokenAlignment, rows: TopK) -> AlignedRows:
+def _at_links(alignment: TokenAlignment, rows: TopK) -> AlignedRows:
     at = alignment.source_at
     linked = (at >= 0) & (at < len(alignment.source) - 1)
     taken = rows.select(np.maximum(at, 0))
@@ -282,7 +290,7 @@ def _matched(alignment: TokenAlignment, rows: TopK, into: VocabularyMap) -> Alig
     # Apart while the probabilities of source tokens with equal strings are added.
     targets = np.where(targets >= 0, targets, known + rows.ids)
     merged = merge_entries(np.where(rows.ids >= 0, targets, -1), np.exp(rows.logprobs), rows.tail)
-    return _as_they_are(alignment, merged._replace(ids=np.where(merged.ids >= known, NO_ID, merged.ids)))
+    return _at_links(alignment, merged._replace(ids=np.where(merged.ids >= known, NO_ID, merged.ids)))
 
 
 def _by_chunks(alignment: TokenAlignment, rows: TopK, actual: FloatArray, how: Projection) -> AlignedRows:

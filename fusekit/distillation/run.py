@@ -21,16 +21,14 @@ from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
 from fusekit.disk import commit_file, disk_fault, output_lock, recover, staging
-from fusekit.distillation import checkpoints, estimate
-from fusekit.distillation import outputs as models
-from fusekit.distillation import outputs as overwriting
+from fusekit.distillation import checkpoints, estimate, outputs
 from fusekit.distillation.arguments import problems, training_arguments
 from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.on_policy import OnPolicy
-from fusekit.distillation.outputs import FACTS, Target, facts_begun, targets_of
+from fusekit.distillation.outputs import Target
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.trainer import FusionTrainer
@@ -84,7 +82,7 @@ def distill(
     if resume and overwrite:
         raise DistillationError("resume continues what is there, overwrite replaces it: ask for one of them")
     out, processes = Path(out).resolve(), Processes.current()
-    targets = targets_of(settings, list(inputs.sources), out)
+    targets = outputs.targets_of(settings, list(inputs.sources), out)
     tell: Say = lambda line: say(line) if processes.is_first else None  # noqa: E731
     with ExitStack() as stack:
         if found := problems(settings.training, find_checkpoint(inputs.pivot)):
@@ -97,9 +95,14 @@ def distill(
         opened = open_inputs(inputs, settings, sorted({name for target in targets for name in target.sources}), tell)
         for number, target in enumerate(targets, others[0] + 1):
             label = f"distill {number} of {sum(others) + len(targets)}"
-            _Work(target, opened, tell).make(resume, ignore_estimates, None if quiet else label)
+            work = _Work(target, opened, tell)
+            if resume and processes.first_then_all(work.is_done):
+                work.say(f"done already, {target.folder}")
+                continue
+            work.make(resume, ignore_estimates, None if quiet else label)
+            del work
             gc.collect()  # what trained holds cycles, and memory that the next one needs
-        processes.first_then_all(lambda: overwriting.finish(out))
+        processes.first_then_all(lambda: outputs.finish(out))
     return [target.folder for target in targets]
 
 
@@ -120,11 +123,11 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         if overwrite:
             shutil.rmtree(target.work, ignore_errors=True)
     if overwrite:
-        overwriting.begin(out, [target.folder for target in targets])
+        outputs.begin(out, [target.folder for target in targets])
 
 
 def _refuse_occupied(target: Target) -> None:
-    if not overwriting.is_former(target.folder):
+    if not outputs.is_former(target.folder):
         artifact.refuse_occupied(target.folder)
 
 
@@ -134,63 +137,64 @@ class _Work:
     def __init__(self, target: Target, opened: Opened, say: Say) -> None:
         self.target, self.opened = target, opened
         self.say: Say = lambda line: say(f"{target.name}: {line}")
-        self.data = data = opened.dataset(target.sources)
-        self.live = [source for source in data.sources.values() if isinstance(source, LiveTeacher)]
-        self.examples: FusionDataset | Scheduled = data
-        training = opened.settings.training
-        writers: Mapping[str, str] | None = None
-        if training.schedule is not None:
-            if self.live:
-                raise DistillationError(
-                    f"a schedule reads stores, but {self.live[0].name} is scored on the fly: capture it, or drop the "
-                    "schedule"
-                )
-            answers = opened.answers(target.sources)
-            self.examples = Scheduled(data, answers, training.schedule, training.seed, training.batch_size)
-            writers = answers.writers
+        self.data, self.answers = opened.examples(target.sources)
         stores: dict[str, Store | LiveTeacher] = {PIVOT: opened.pivot_store} if opened.pivot_store is not None else {}
-        stores |= {name: opened.stores[name] for name in target.sources}
-        pivot, how = opened.fingerprint, data.projections
         self.facts = facts_of_run(
-            target.name, opened.settings, pivot, data.rows, stores, projections=how, writers=writers
+            target.name,
+            opened.settings,
+            opened.fingerprint,
+            self.data.rows,
+            stores | {name: opened.stores[name] for name in target.sources},
+            projections=self.data.projections,
+            writers=self.answers.writers if self.answers is not None else None,
         )
 
+    def is_done(self) -> bool:
+        """Whether the model is published already, and not one that is being replaced. Raises if its inputs changed."""
+        folder = self.target.folder
+        known = None if outputs.is_former(folder) else artifact.read(folder)
+        if known is not None:
+            _refuse_changes(folder, known.inputs, self.facts)
+        return known is not None
+
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
-        """Train and publish; a model that is published already stays. label: of the bar, None for none."""
+        """Train and publish. label: of the bar, None for none."""
         target, facts, training = self.target, self.facts, self.opened.settings.training
         started, first = time.monotonic(), Processes.current().first_then_all
-        if resume and first(lambda: _is_done(target, facts)):
-            self.say(f"done already, {target.folder}")
-            return
         start = first(lambda: _start(target, facts, self.say)) if resume else None
         for line in self.data.joined.report:
             self.say(line)
-        on_policy = self.on_policy() if training.on_policy else None
-        live = self.live if on_policy is None else list(on_policy.teachers.values())
+        inputs, tokenizer, on_policy = self.opened.inputs, self.opened.tokenizer, None
+        if training.on_policy:
+            on_policy = OnPolicy(
+                self.data, tokenizer, training, inputs.max_length, sources=inputs.sources, say=self.say
+            )
+        live = on_policy.teachers if on_policy is not None else self.data.sources
+        teachers = [teacher for teacher in live.values() if isinstance(teacher, LiveTeacher)]
         if not ignore_estimates:
-            first(lambda: self.refuse_what_does_not_fit(start, live))
-        for teacher in live:
+            first(lambda: self.refuse_what_does_not_fit(start, teachers))
+        for teacher in teachers:
             teacher.open()
         set_seed(training.seed)  # an adapter begins with random values
-        model = models.load_pivot(self.opened.checkpoint, training)
+        model = outputs.load_pivot(self.opened.checkpoint, training)
         if start is None:
             first(lambda: _begin(target, facts))
         else:
             self.say(f"resumes from {start.name}")
+        examples: FusionDataset | Scheduled = self.data
+        if self.answers is not None and training.schedule is not None:
+            examples = Scheduled(self.data, self.answers, training.schedule, training.seed, training.batch_size)
         args = training_arguments(training, target.work)
         args.disable_tqdm |= label is None
         trainer = FusionTrainer(
             model,
             args,
-            self.examples,
-            settings=training,
+            examples,
             facts={"made_from": facts},
             say=self.say,
             label=label or "",
             on_policy=on_policy,
         )
-        if start is not None:
-            trainer.resume_counts(checkpoints.facts_of(start))
         try:
             trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
         except Exception as error:
@@ -198,31 +202,21 @@ class _Work:
         state = None
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part of the tensors
             state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        counts, seconds = trainer.counts_so_far(), time.monotonic() - started
+        counts, seconds = trainer.tally.so_far(), time.monotonic() - started
         first(lambda: self.publish(trainer, state, counts, round(seconds, 3)))
-        for teacher in live:
+        for teacher in teachers:
             teacher.close()
         self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
-    def refuse_what_does_not_fit(self, start: Path | None, live: Sequence[LiveTeacher]) -> None:
+    def refuse_what_does_not_fit(self, start: Path | None, teachers: Sequence[LiveTeacher]) -> None:
         """start: a checkpoint, whose like is on the disk already."""
         checkpoint, training, out = self.opened.checkpoint, self.opened.settings.training, self.target.folder
-        beside = [teacher.checkpoint for teacher in live if teacher.checkpoint]
-        parts = self.examples.parts if isinstance(self.examples, Scheduled) else (self.data,)
-        longest = max(len(part.read(int(part.lengths.argmax()))[2]) for part in parts if len(part))
+        beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint]
+        longest = max(part.longest for part in (self.data, self.answers) if part is not None and len(part))
         needs = estimate.memory_needs(checkpoint, training, longest, Processes.current(), beside)
         if start is None:
             needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
         estimate.refuse(needs)
-
-    def on_policy(self) -> OnPolicy:
-        """What makes the examples of on-policy steps."""
-        inputs, training, tokenizer = self.opened.inputs, self.opened.settings.training, self.opened.tokenizer
-        named = {
-            name: (inputs.sources[name].tokenizer_choice(store.spec.model), inputs.sources[name].reader)
-            for name, store in self.opened.stores.items()
-        }
-        return OnPolicy(self.data, tokenizer, training, inputs.max_length, models=named, say=self.say)
 
     def publish(
         self, trainer: FusionTrainer, state: dict[str, Any] | None, counts: dict[str, float], seconds: float
@@ -248,22 +242,15 @@ class _Work:
         _refuse_occupied(target)  # what came there while this was training
         with staging(target.folder) as stage:
             try:
-                models.write_result(model, state, opened.checkpoint, opened.settings.training, stage.path)
+                outputs.write_result(model, state, opened.checkpoint, opened.settings.training, stage.path)
                 opened.tokenizer.save_pretrained(stage.path)
-                models.write_record(stage.path, record)
+                text = json.dumps(record, indent=1, default=str) + "\n"
+                (stage.path / outputs.RECORD).write_text(text, encoding="utf-8")
                 artifact.seal(stage.path, STAGE, self.facts, {"fusekit": fusekit.__version__, "seconds": seconds})
             except Exception as error:
                 raise disk_fault(error, stage.path) or error from None
             stage.publish()
         shutil.rmtree(target.work, ignore_errors=True)
-
-
-def _is_done(target: Target, facts: Mapping[str, Any]) -> bool:
-    """Whether the model is published already, and not one that is being replaced. Raises if its inputs changed."""
-    known = None if overwriting.is_former(target.folder) else artifact.read(target.folder)
-    if known is not None:
-        _refuse_changes(target.folder, known.inputs, facts)
-    return known is not None
 
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -274,7 +261,7 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     """The checkpoint to resume from, None for the beginning. Raises DistillationError when the inputs changed."""
-    before = facts_begun(target)
+    before = outputs.facts_begun(target)
     if before is None:
         return None
     _refuse_changes(target.work, before, facts)
@@ -288,7 +275,7 @@ def _begin(target: Target, facts: Mapping[str, Any]) -> None:
     """Say what the checkpoints to come are made from."""
     target.work.mkdir(parents=True, exist_ok=True)
     data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
-    commit_file(target.work / FACTS, lambda file: file.write(data))
+    commit_file(target.work / outputs.FACTS, lambda file: file.write(data))
 
 
 # What a distilled model is made from.
@@ -346,29 +333,18 @@ def facts_of_run(
             }
             for name, store in stores.items()
         },
-        "projections": {name: _facts_of_projection(how) for name, how in (projections or {}).items()},
+        "projections": {name: facts_of_alignment(how) for name, how in (projections or {}).items()},
     }
     return artifact.flat(nested)
 
 
-def facts_of_alignment(how: AlignmentSettings) -> Facts:
-    """What of the facts of a source's projection follows from its settings alone; no map has to be made for it."""
-    return {"vocabulary": how.vocabulary} if how.as_they_are else _facts_of_span(how.tokens, how.vocabulary, how)
-
-
-def _facts_of_projection(how: Projection) -> Facts:
-    if how.vocabulary_map is None:
-        return {"vocabulary": "none"}
-    facts: Facts = {"vocabulary": how.tokens}
-    if how.tokens in ("span", "dtw"):
-        facts = _facts_of_span(how.tokens, how.vocabulary_map.method, how)
-    elif how.into_pivot:
-        facts = _facts_of_span("span", how.tokens, how)
-    return facts | {"xxh3": map_hash(how.vocabulary_map)}
-
-
-def _facts_of_span(tokens: str, vocabulary: str, how: AlignmentSettings | Projection) -> Facts:
-    facts: Facts = {"tokens": tokens, "vocabulary": vocabulary, "collisions": how.collisions}
-    if tokens == "span":
-        facts |= {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
-    return facts
+def facts_of_alignment(how: AlignmentSettings | Projection) -> Facts:
+    """What of how a source is aligned decides its rows; of settings what no map has to be made for."""
+    facts: Facts = {"vocabulary": how.vocabulary}
+    if not how.as_they_are:
+        tokens = "dtw" if how.tokens == "dtw" else "span"
+        facts = {"tokens": tokens, **facts, "collisions": how.collisions}
+        if tokens == "span":
+            facts |= {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
+    made = how.vocabulary_map if isinstance(how, Projection) else None
+    return facts if made is None else facts | {"xxh3": map_hash(made)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from fusekit.capturing import estimate as capture_estimate
+from fusekit.capturing.settings import CaptureSettings
 from fusekit.devices import Processes, progress
-from fusekit.distillation import checkpoints
+from fusekit.distillation import checkpoints, estimate
 from fusekit.distillation.arguments import FusionConfig, OneDevice, with_adapter
 from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
-from fusekit.distillation.counts import LOSSES, RunningSums, shares
+from fusekit.distillation.counts import Tally
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import fusion_dataset, text_dataset
@@ -43,6 +46,21 @@ def label_weights(training: TrainingSettings, progress: float, batch: Mapping[st
     return np.repeat(np.array(by_row, np.float64), batch["sizes"])
 
 
+def _refuse_what_does_not_fit(
+    student: Loaded, args: FusionConfig, adapter: Any, longest: int, teachers: Sequence[LiveTeacher], *, ignored: bool
+) -> None:
+    """longest: tokens of the longest example. teachers: that are loaded beside the student. ignored: refuse nothing."""
+    own, processes = student.checkpoint, Processes.current()
+    beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint and not ignored]
+    if own is None or own.choice.quantization or own.choice.device_map:
+        for teacher in beside:
+            capture_estimate.refuse(capture_estimate.memory_needs(teacher, CaptureSettings(), processes))
+    elif not ignored:
+        lora = adapter if adapter is None or isinstance(adapter, Mapping) else adapter.to_dict()
+        how = args.training.model_copy(update={"dtype": own.choice.dtype, "lora": lora})
+        estimate.refuse(estimate.memory_needs(own, how, longest, processes, beside, loaded=True))
+
+
 class FusionTrainer(TrainerWithGradients):
     """Trains a model on examples and on what its teachers say about them: transformers' Trainer with the fusion loss.
 
@@ -61,8 +79,8 @@ class FusionTrainer(TrainerWithGradients):
 
     Args:
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
-        args: a :class:`~fusekit.FusionConfig`, or a :class:`~fusekit.distillation.arguments.OneDevice` beside
-            ``settings``.
+        args: a :class:`~fusekit.FusionConfig`, or what
+            :func:`~fusekit.distillation.arguments.training_arguments` makes of settings.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
             instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
         teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to score on the fly (its
@@ -71,7 +89,8 @@ class FusionTrainer(TrainerWithGradients):
         processing_class: the tokenizer; by default that of ``model``.
         peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
         callbacks: as in transformers.
-        settings: the loss and what becomes of non-finite ones, where ``args`` does not say it.
+        ignore_estimates: start although memory does not seem to suffice. The training of a model that is given by name
+            is estimated, with the teachers that are loaded beside it; of one that is given loaded the teachers alone.
         facts: written into every checkpoint, and compared by whoever resumes from it.
         say: told what a user should know.
         label: of the progress bar.
@@ -79,7 +98,8 @@ class FusionTrainer(TrainerWithGradients):
 
     Raises:
         DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
-            examples; too many skipped steps in a row, with the weights as they were before the first.
+            examples; a training that does not fit into memory; too many skipped steps in a row, with the weights as
+            they were before the first.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers: the loss is normalised over the optimizer step already
@@ -95,31 +115,33 @@ class FusionTrainer(TrainerWithGradients):
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
-        settings: TrainingSettings | None = None,
+        ignore_estimates: bool = False,
         facts: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda _: None,
         label: str = "training",
         on_policy: OnPolicy | None = None,
     ) -> None:
-        if isinstance(args, FusionConfig):
-            own = args.settings.training
-            student = Loaded.of(model, processing_class, dtype=own.dtype)
-            if isinstance(train_dataset, FusionDataset) and teachers is not None:
-                raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
-            if not isinstance(train_dataset, FusionDataset):
-                train_dataset = fusion_dataset(student, train_dataset, teachers, args, say)
-            if eval_dataset is not None:
-                eval_dataset = text_dataset(student, eval_dataset, args)
-            settings = settings or own
-            if own.on_policy:
-                on_policy = OnPolicy(train_dataset, student.tokenizer, own, args.max_length or 2048, say=say)
-            model, processing_class = student.model, student.tokenizer
-            if peft_config is not None:
-                model = with_adapter(model, peft_config)
-        if settings is None or not isinstance(args, OneDevice):
+        if not isinstance(args, OneDevice):
             raise DistillationError(
                 f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
             )
+        own = self.settings = args.training
+        if isinstance(args, FusionConfig):
+            student = Loaded.of(model, processing_class, dtype=own.dtype)
+            if isinstance(train_dataset, FusionDataset) and teachers is not None:
+                raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
+            fits = partial(_refuse_what_does_not_fit, student, args, peft_config, ignored=ignore_estimates)
+            if not isinstance(train_dataset, FusionDataset):
+                train_dataset = fusion_dataset(student, train_dataset, teachers, args, fits=fits, say=say)
+            if eval_dataset is not None:
+                eval_dataset = text_dataset(student, eval_dataset, args)
+            if own.on_policy:
+                on_policy = OnPolicy(train_dataset, student.tokenizer, own, args.max_length or 2048, say=say)
+                if more := [t for t in on_policy.teachers.values() if t not in train_dataset.sources.values()]:
+                    fits(train_dataset.longest, more)
+            model, processing_class = student.model, student.tokenizer
+            if peft_config is not None:
+                model = with_adapter(model, peft_config)
         sources = getattr(train_dataset, "sources", {}).values()
         self.live, self.on_policy = [source for source in sources if isinstance(source, LiveTeacher)], on_policy
         if self.live and args.dataloader_num_workers:
@@ -147,13 +169,11 @@ class FusionTrainer(TrainerWithGradients):
         self.model_accepts_loss_kwargs = True
         if on_policy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise DistillationError("on_policy needs the whole model in each process: leave fsdp and deepspeed out")
-        self.settings = settings
         self.facts = dict(facts or {})
         self.say = say
         self.skipped_in_row = 0
         self.skipped = 0
-        self.counts: dict[str, float] = {}
-        self.sums = RunningSums(getattr(train_dataset, "count_names", ()))
+        self.tally = Tally(getattr(train_dataset, "count_names", ()), self._over_processes)
         self._members = getattr(train_dataset, "members", None)
         self.sampler: EpochSampler | None = None
         self.ahead: Ahead | None = None
@@ -190,7 +210,10 @@ class FusionTrainer(TrainerWithGradients):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self,
+        epoch_iterator: Iterator[Any],
+        num_batches: int,
+        device: torch.device,  # noqa: ARG002
     ) -> tuple[list[Any], int]:
         """The micro-batches of an optimizer step, and how many labels it has over all processes.
 
@@ -207,9 +230,7 @@ class FusionTrainer(TrainerWithGradients):
         parts = [
             np.bincount(batch.get("part", np.zeros(len(batch["label_ids"]), int)), minlength=2) for batch in batches
         ]
-        counts = torch.from_numpy(sum(parts, np.zeros(2, np.int64)))
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.to(device), "sum").cpu()
+        counts = self._over_processes(torch.from_numpy(sum(parts, np.zeros(2, np.int64))))
         labels = int(counts.sum())
         for batch in batches:
             if "weight" in batch:
@@ -262,7 +283,7 @@ class FusionTrainer(TrainerWithGradients):
             fusion_weight=on_device((1 - lm_weight) * weight),
         )
         if items is not None:
-            self.sums.add([loss.total / share, loss.lm, loss.fusion], len(labels), inputs.get("counts"))
+            self.tally.add([loss.total / share, loss.lm, loss.fusion], len(labels), inputs.get("counts"))
         value = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, math.nan)
         return (value, outputs) if return_outputs else value
 
@@ -319,39 +340,45 @@ class FusionTrainer(TrainerWithGradients):
         labels since the line before; labels of skipped steps do not count.
         """
         if "loss" in logs:
-            losses, counts = self._summed()
-            self.sums.clear()
-            if losses["labels"]:
-                logs.update({name: value / losses["labels"] for name, value in losses.items() if name != "labels"})
-            logs.update(shares(counts) if counts else {})
+            logs.update(self.tally.line())
             if self.skipped:
                 logs["skipped_steps"] = float(self.skipped)
-            self.counts = {name: self.counts.get(name, 0.0) + value for name, value in counts.items()}
         super().log(logs, start_time)
 
-    def _summed(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The losses and the counts since the last line, over all processes. Every process calls it."""
-        vector = self.sums.vector()
-        if self.accelerator.num_processes > 1:
-            vector = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
-        values = vector.tolist()
-        n = len(LOSSES)
-        return dict(zip(LOSSES, values[:n], strict=True)), dict(zip(self.sums.names, values[n:], strict=True))
+    def _over_processes(self, vector: torch.Tensor) -> torch.Tensor:
+        """The sum of what each process has, on the host. Every process calls it."""
+        if self.accelerator.num_processes == 1:
+            return vector
+        total: torch.Tensor = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
+        return total
 
     # Checkpoints
 
-    def resume_counts(self, facts: Mapping[str, Any]) -> None:
-        """Continue the counts of the run that wrote a checkpoint with these facts."""
-        self.counts, self.skipped = dict(facts.get("counts", {})), int(facts.get("skipped", 0))
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As of transformers, whose arguments it takes; a run that is resumed also continues its counts.
 
-    def counts_so_far(self) -> dict[str, float]:
-        """The run's counts, those since the last line of the log too, over all processes. Every process calls it."""
-        return {name: self.counts.get(name, 0.0) + value for name, value in self._summed()[1].items()}
+        resume_from_checkpoint: its path, or True for the latest in the output folder whose files are as they were
+        written. Raises DistillationError where there is none.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(self.args.output_dir)
+            good = Processes.current().first_then_all(lambda: checkpoints.last_good(folder, self.say))
+            if good is None:
+                raise DistillationError(
+                    f"{folder} has no whole checkpoint to resume from: leave resume_from_checkpoint out to start over"
+                )
+            resume_from_checkpoint = str(good)
+        facts: Mapping[str, Any] = {}
+        if resume_from_checkpoint and (Path(resume_from_checkpoint) / checkpoints.LISTING).is_file():
+            facts = checkpoints.facts_of(Path(resume_from_checkpoint))
+        self.tally.start(facts.get("counts", {}))
+        self.skipped, self.skipped_in_row = int(facts.get("skipped", 0)), 0
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def seal_checkpoint(self, step: int) -> None:
         """List the files of a checkpoint; only then may older ones go. Every process calls it."""
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        facts = {**self.facts, "step": step, "counts": self.counts_so_far(), "skipped": self.skipped}
+        facts = {**self.facts, "step": step, "counts": self.tally.so_far(), "skipped": self.skipped}
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.seal(folder, facts)

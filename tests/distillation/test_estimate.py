@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from fusekit import FusionConfig, FusionTrainer
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.engine import CHUNK_BYTES
 from fusekit.capturing.load import load_tokenizer
@@ -113,3 +114,22 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_loaded
     with pytest.raises(DistillationError, match=says):
         distill(inputs, DistillSettings.of("sft", huge), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_trainer_estimates_its_own_training_with_its_teachers(tmp_path):
+    rows = [{"prompt": f"{n}+1=", "response": str(n + 1)} for n in range(4)]
+    huge = FusionConfig(str(tmp_path), per_device_train_batch_size=10**9)
+    how = {"teachers": {"numbers": "demo/models/numbers"}}
+    with pytest.raises(DistillationError, match=r"does not fit:\n.*10{9} rows of \d+ tokens; .* for teachers"):
+        FusionTrainer(PIVOT.choice.model, huge, rows, **how)
+    assert not list(tmp_path.iterdir())  # before anything is captured
+    FusionTrainer(PIVOT.choice.model, huge, rows, **how, ignore_estimates=True)
+
+
+def test_weights_that_are_loaded_already_are_not_counted_again():
+    here = Processes(0, 1, 1, torch.device("cpu"))
+    (before,), (after,) = (
+        estimate.memory_needs(PIVOT, TrainingSettings(), 64, here, loaded=loaded) for loaded in (False, True)
+    )
+    weights = estimate.states(PIVOT, TrainingSettings()).weights
+    assert before.needed - after.needed == pytest.approx(weights, rel=0.2)

@@ -30,12 +30,7 @@ from tests.processes import Process
 Weights = dict[str, torch.Tensor]
 
 
-def close(a: Weights, b: Weights, atol: float = 2e-6) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+CLOSE = 2e-6  # of weights after steps that add up the same numbers in another order
 
 
 def gradients_by_loop(model: Any, examples: list[dict[str, Any]], lm_weight: float) -> Weights:
@@ -82,22 +77,23 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_is_the_same_however_it_is_split(
     batch: int, accumulation: int, reference: Weights, tmp_path: Path
 ) -> None:
-    close(runs.one_step(tmp_path, batch, accumulation, Subset(runs.data(), range(8))), reference)
+    found = runs.one_step(tmp_path, batch, accumulation, Subset(runs.data(), range(8)))
+    assert runs.different(found, reference, CLOSE) == []
 
 
 @pytest.mark.slow
 def test_a_step_of_two_processes_is_that_of_one(reference: Weights, together: Path, tmp_path: Path) -> None:
     odd = runs.one_step(tmp_path, 7, 1, Subset(runs.data(), range(7)))
     for rank in "01":
-        close(torch.load(together / f"even-{rank}.pt"), reference)
-        close(torch.load(together / f"odd-{rank}.pt"), odd)
+        assert runs.different(torch.load(together / f"even-{rank}.pt"), reference, CLOSE) == []
+        assert runs.different(torch.load(together / f"odd-{rank}.pt"), odd, CLOSE) == []
 
 
 @pytest.mark.slow
 def test_a_sharded_model_has_the_gradients_and_the_step_of_a_whole_one(reference: Weights, together: Path) -> None:
     expected = gradients_by_loop(random_model("llama"), [runs.data()[i] for i in range(8)], 0.7)
-    close(torch.load(together / "sharded.pt"), expected)
-    close(torch.load(together / "stepped.pt"), reference)
+    assert runs.different(torch.load(together / "sharded.pt"), expected, CLOSE) == []
+    assert runs.different(torch.load(together / "stepped.pt"), reference, CLOSE) == []
 
 
 def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
@@ -132,8 +128,22 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     resumed = runs.long_run(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
     assert resumed.state.global_step == 6
-    a, b = runs.weights(whole.model), runs.weights(resumed.model)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert runs.different(whole.model.state_dict(), resumed.model.state_dict()) == []
+
+
+def test_a_run_that_resumes_goes_on_counting_who_taught_and_passes_over_what_is_damaged(tmp_path: Path) -> None:
+    whole = runs.long_run(tmp_path)
+    whole.train()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    said: list[str] = []
+    again = runs.long_run(tmp_path, say=said.append)
+    again.train(resume_from_checkpoint=True)
+    assert any("checkpoint-6 is not used" in line for line in said)
+    assert again.state.global_step == 6
+    assert again.tally.so_far() == pytest.approx(whole.tally.so_far())
+    assert whole.tally.so_far()["rows"] == 24
+    with pytest.raises(DistillationError, match="nothing"):
+        runs.long_run(tmp_path / "nothing").train(resume_from_checkpoint=True)
 
 
 BURSTING = 500  # a token that no row has
@@ -175,7 +185,7 @@ def test_a_loss_that_is_no_number_skips_its_step(tmp_path: Path) -> None:
     assert made.state.log_history[-2]["skipped_steps"] == 1.0
     good = runs.trainer(tmp_path / "b", bursting_model(), Subset(Spoilt(set()), [0, 1, 2, 3, 8, 9, 10, 11]), **plain)
     good.train()
-    close(runs.weights(made.model), runs.weights(good.model), atol=0)
+    assert runs.different(runs.weights(made.model), runs.weights(good.model)) == []
     assert all(torch.isfinite(tensor).all() for tensor in runs.weights(made.model).values())
 
 
