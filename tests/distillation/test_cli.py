@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM
 
 from fusekit.cli import cli
 from fusekit.distillation.checkpoints import last_good
 from tests.distillation import worlds
-from tests.distillation.test_run import save_model
+from tests.distillation.runs import different
+from tests.distillation.test_run import save_model, tensors
 from tests.processes import Process, command, ranks, wait_until
 
 TEMPLATE = (
@@ -56,10 +55,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def arguments(world: Path, out: Path, *more: object) -> list[object]:
     stores = ["--pivot-store", world / "pivot-store", "--source-store", f"other={world / 'source-store'}"]
     return ["distill", world / "pivot", out, "--data", world / "rows.jsonl", *stores, *TINY, *QUIET, *more]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
 def test_the_command_trains_and_says_where(world: Path, tmp_path: Path) -> None:
@@ -137,8 +132,7 @@ def test_two_processes_publish_one_target(world: Path, tmp_path: Path) -> None:
     assert [process.exitcode for process in finished] == [0, 0], said
     assert invoke(*arguments(world, tmp_path / "one", *plain)).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["other"]
-    a, b = tensors(tmp_path / "one" / "other"), tensors(tmp_path / "two" / "other")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=1e-5)
+    a, b = (tensors(tmp_path / name / "other") for name in ("one", "two"))
+    assert different(a, b, 2e-6) == []
     records = [json.loads((tmp_path / name / "other" / "training.json").read_text()) for name in ("one", "two")]
     assert records[0]["counts"] == pytest.approx(records[1]["counts"])

@@ -27,6 +27,7 @@ from fusekit.errors import CaptureError, DistillationError, FusekitError, Storag
 from fusekit.types import CapturedRow
 from tests.capture.random_models import random_model
 from tests.distillation import worlds
+from tests.distillation.runs import different
 from tests.pipeline.artifacts import differences
 
 ROWS = worlds.conversations(8)
@@ -115,8 +116,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def equal(a: Path, b: Path) -> bool:
-    ours, theirs = tensors(a), tensors(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return different(tensors(a), tensors(b)) == []
 
 
 def record_of(folder: Path) -> dict[str, Any]:
