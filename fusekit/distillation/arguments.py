@@ -126,8 +126,8 @@ class FusionConfig(OneDevice):
     max_skipped_steps: int | None = _declared(TrainingSettings, "max_skipped_steps")
     alignment: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section alignment."})
     fusion: dict[str, Any] | None = field(default=None, metadata={"help": "Settings of the section fusion."})
-    top_k: int | None = _declared(CaptureSettings, "top_k")
-    max_length: int | None = _declared(DataSettings, "max_length")
+    top_k: int = _declared(CaptureSettings, "top_k")
+    max_length: int = _declared(DataSettings, "max_length")
 
     def __post_init__(self) -> None:
         super().__post_init__()

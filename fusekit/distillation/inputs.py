@@ -313,7 +313,7 @@ def fusion_dataset(
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
     rows = _prepared(dataset, reader, args, say)
     refuse_nobody(settings, given)
-    how = CaptureSettings(top_k=args.top_k or 10, temperature=settings.training.temperature)
+    how = CaptureSettings(top_k=args.top_k, temperature=settings.training.temperature)
     sources: dict[str, Store | LiveTeacher] = {}
     for name, teacher in stores.items():
         if teacher is student.model:
@@ -321,7 +321,7 @@ def fusion_dataset(
         if isinstance(teacher, Store):
             sources[name] = teacher
             continue
-        sources[name] = live_teacher(name, teacher, rows, how, max_length=args.max_length or 2048, say=say)
+        sources[name] = live_teacher(name, teacher, rows, how, max_length=args.max_length, say=say)
     live = [source for source in sources.values() if isinstance(source, LiveTeacher)]
     fits(len(reader.tokenize(max(rows, key=characters))), live)
     for source in live:
@@ -353,7 +353,7 @@ def text_dataset(student: Loaded, dataset: Any, args: FusionConfig) -> FusionDat
 
 def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig, say: Say = lambda _: None) -> list[Row]:
     counts = DataCounts()
-    prepared = prepare(rows_of(dataset, counts), [reader], args.max_length or 2048, counts=counts)
+    prepared = prepare(rows_of(dataset, counts), [reader], args.max_length, counts=counts)
     if not prepared.rows:
         raise DistillationError(f"no example is left: {counts}")
     if counts.dropped or counts.unused:

@@ -136,7 +136,7 @@ class FusionTrainer(TrainerWithGradients):
             if eval_dataset is not None:
                 eval_dataset = text_dataset(student, eval_dataset, args)
             if own.on_policy:
-                on_policy = OnPolicy(train_dataset, student.tokenizer, own, args.max_length or 2048, say=say)
+                on_policy = OnPolicy(train_dataset, student.tokenizer, own, args.max_length, say=say)
                 if more := [t for t in on_policy.teachers.values() if t not in train_dataset.sources.values()]:
                     fits(train_dataset.longest, more)
             model, processing_class = student.model, student.tokenizer
