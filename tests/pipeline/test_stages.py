@@ -23,11 +23,11 @@ from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
 from fusekit.errors import RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
-from fusekit.layout import STAGES, Layout
+from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.context import Context, choice_of
 from fusekit.pipeline.distilling import plain
-from fusekit.pipeline.run import chosen_stages
+from fusekit.pipeline.run import TABLE, chosen_stages
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import DEMO, flip, go, refused, stamps, write_recipe
 
@@ -59,6 +59,17 @@ def test_stages_are_chosen_in_their_order(asked, expected):
 def test_requests_that_clash_are_refused(asked, said):
     with pytest.raises(RecipeError, match=said):
         chosen_stages(*asked)
+
+
+def test_every_stage_is_in_the_table_and_says_all_that_it_makes(first):
+    folder, out = first
+    assert list(TABLE) == [PIVOT, *STAGES]
+    context = Context(load_recipe(folder / "recipe.yml"), Layout(out))
+    for stage in TABLE.values():
+        assert set(stage.artifacts(context).values()) <= set(stage.made(context.layout)), stage.name
+    made = {path for stage in TABLE.values() for path in stage.made(context.layout)}
+    whole = {path.parent for path in out.rglob("manifest.json")}
+    assert whole <= made
 
 
 def test_what_a_later_stage_needs_is_checked_not_made(finished):
