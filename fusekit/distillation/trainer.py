@@ -121,18 +121,21 @@ class FusionTrainer(TrainerWithGradients):
         label: str = "training",
         on_policy: OnPolicy | None = None,
     ) -> None:
-        if not isinstance(args, OneDevice):
+        own = getattr(args, "training", None)
+        if not isinstance(own, TrainingSettings):
             raise DistillationError(
                 f"args is {type(args).__name__}: give a FusionConfig, FusionConfig(output_dir, ...)"
             )
-        own = self.settings = args.training
+        self.settings = own
         if isinstance(args, FusionConfig):
             student = Loaded.of(model, processing_class, dtype=own.dtype)
-            if isinstance(train_dataset, FusionDataset) and teachers is not None:
-                raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
             fits = partial(_refuse_what_does_not_fit, student, args, peft_config, ignored=ignore_estimates)
             if not isinstance(train_dataset, FusionDataset):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, fits=fits, say=say)
+            elif teachers is not None:
+                raise DistillationError("train_dataset is a FusionDataset, which has its teachers: leave teachers out")
+            else:
+                fits(train_dataset.longest, ())
             if eval_dataset is not None:
                 eval_dataset = text_dataset(student, eval_dataset, args)
             if own.on_policy:
