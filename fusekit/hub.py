@@ -142,9 +142,10 @@ class Files:
     def refuse_code(self, config: Mapping[str, Any], leave: str, *, always: bool = False) -> None:
         """Raise ModelError for a model that transformers cannot load without the Python code that comes with it.
 
-        leave: the option that allows the code. always: also refuse code that transformers could do without.
+        config: what may name such code. leave: the option that allows it. always: also refuse code that transformers
+        could do without.
         """
-        if "auto_map" not in {**config, **(self.json("tokenizer_config.json") or {})}:
+        if "auto_map" not in config:
             return
         from transformers import CONFIG_MAPPING
 

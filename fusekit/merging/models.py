@@ -223,10 +223,11 @@ def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: Me
         example = f"{reference.model.path.rstrip('/')}/{files.only_gguf[0]}"
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
     config = files.config()
+    with_tokenizer = {**(files.json("tokenizer_config.json") or {}), **config}
     if not runs_code:
         # mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
         # without code would run its own as well, so that one needs permission too.
-        files.refuse_code(config, f"`--allow-remote-code '{name}'`", always=bool(settings.allow_remote_code))
+        files.refuse_code(with_tokenizer, f"`--allow-remote-code '{name}'`", always=bool(settings.allow_remote_code))
     if weights:
         _read_weights(model, files, config, pickles=name in settings.allow_pickle)
         if adapter and options.lora_merge_dtype is None:
