@@ -48,6 +48,23 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
+def refuse_file(folder: Path, output: Path | str) -> None:
+    """Raise StorageError naming ``output`` where a folder cannot be, since it or one above it is a file or a device."""
+    for place in (folder, *folder.parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise disk_fault(error, place) or StorageError(
+                f"{output} cannot be an output: {reason}; choose another one"
+            ) from error
+        if not place.is_dir():
+            raise StorageError(f"{output}: {place} is a file or a device, not a folder: choose another output")
+        return
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write on the file system of ``path``, which need not exist yet."""
     return shutil.disk_usage(existing_parent(path)).free
@@ -122,6 +139,7 @@ def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
     }
     lock = filelock.FileLock(lock_file, timeout=patience)
     try:
+        refuse_file(output.parent, output)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -129,7 +147,9 @@ def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
             temporary.replace(holder)
         except filelock.Timeout:
             if not lock_file.exists():  # some file systems refuse in a way that filelock takes for a wait
-                raise StorageError(f"{output}: cannot be locked: no file can be made in {output.parent}") from None
+                raise StorageError(
+                    f"{output}: cannot be locked: no file can be made in {output.parent}; choose another output"
+                ) from None
             raise StorageError(
                 f"{output}: already being written by {_described(holder)}. Wait for it or choose another folder."
             ) from None

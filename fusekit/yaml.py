@@ -30,6 +30,7 @@ _STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 
 KeyPath = tuple[str | int, ...]
+TRUTH = ": put the word in quotes, since YAML reads no, off, yes and on as truth values"
 SHOWN_NAMES = 40
 """Known names that an error lists where none is near; of more it gives none."""
 
@@ -44,7 +45,7 @@ class Settings(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = str(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
-            raise ValueError(f"{str(value).lower()} is a truth value, which this setting does not take")
+            raise ValueError(f"{str(value).lower()} is a truth value, which this setting does not take{TRUTH}")
         return value
 
 

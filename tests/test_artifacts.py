@@ -158,7 +158,10 @@ def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_names_its_place():
-    with pytest.raises(StorageError, match="/proc/"), output_lock(Path("/proc/out")):
+    for out in ("/proc/out", "/dev/null/out"):
+        with pytest.raises(StorageError, match=f"{out}.*choose another"), output_lock(Path(out)):
+            pass
+    with pytest.raises(StorageError, match="/dev/null is"), output_lock(Path("/dev/null/deep/out")):
         pass
 
 

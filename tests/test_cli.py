@@ -160,6 +160,16 @@ def test_stages_and_stores_are_verified_alike(tmp_path):
     assert f"{tmp_path}/data/rows.jsonl: its content is not what was written" in said.output
 
 
+def test_names_that_are_no_utf8_are_printed(tmp_path):
+    recipe = tmp_path / os.fsdecode(b"\xff.yml")
+    recipe.write_text("pivot: org/a\nsources: [org/b]\ndata: none.jsonl\n")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "fusekit.cli", "validate", recipe, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1, done.stderr
+    assert str(recipe) in json.loads(done.stdout)["problems"][0]
+
+
 class Settings(BaseModel):
     count: Annotated[int, Field(gt=0)] | None = Field(default=None, description="How many.")
     share: float = Field(default=0.5, ge=0, le=1, description="Which part.")

@@ -310,11 +310,11 @@ def _rank_locks(path: Path) -> list[Path]:
 
 
 def _refuse_ranks(path: Path) -> None:
-    """Raises StorageError when separate ranks write a store."""
+    """Remove the locks of ranks that are gone. Raises StorageError when separate ranks write a store."""
     for lock in _rank_locks(path):
         name = lock.name.removeprefix(".").removesuffix(".fusekit.lock")
         with output_lock(path.with_name(name)):
-            pass
+            remove(lock)
 
 
 def _capture_shards(

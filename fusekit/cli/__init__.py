@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
@@ -64,6 +65,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `fusekit` script: a FusekitError becomes one message on stderr and exit status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         cli()
     except FusekitError as error:

@@ -13,6 +13,7 @@ from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
 from fusekit.cli.options import JSON, given, options_of
 from fusekit.data.settings import DataSettings
+from fusekit.disk import refuse_file
 from fusekit.errors import CaptureError
 from fusekit.recipe.sections import Load
 
@@ -81,6 +82,7 @@ def capture(**options: Any) -> None:
     from fusekit.devices import Processes
 
     drop_noise()
+    refuse_file(options["out"].resolve(), options["out"])
     processes = Processes.started(options["rank"], options["world"])
     silent, out = options["quiet"] or not processes.is_first, options["out"]
 

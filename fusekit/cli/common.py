@@ -61,8 +61,13 @@ def command_again(*left_out: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """The result of a command for programs."""
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    """The result of a command for programs; escaped where the output cannot take it (names that are no UTF-8)."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1)
+    click.echo(text)
 
 
 def show(found: Any, *, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import yaml
 from fusekit.cli.common import interruptible
 from fusekit.cli.options import given, options_of
 from fusekit.data.settings import DataSettings
+from fusekit.disk import refuse_file
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
@@ -80,6 +81,7 @@ def distill(pivot: str, out: Path, **options: Any) -> None:
         raise click.UsageError("give --data, the examples that the stores were captured from")
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
+    refuse_file(out.resolve(), out)
     from fusekit.devices import Processes
     from fusekit.distillation.run import distill as run
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fusekit.resources import Need
 
 WIDTH = 100
-_HEAD = ("what", "state", "rows", "tokens", "disk", "memory", "operations")
+_HEAD = ("what", "state", "examples", "tokens", "disk", "memory", "operations")
 _ALIGN = "<<>>>>>"
 
 
@@ -64,7 +64,7 @@ def table(plan: Plan) -> str:
         cells = [f"{_cut(cell, width):{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
         lines.append("  ".join(cells).rstrip())
     lines.append("")
-    lines += _section("on this machine", [_machine(plan)])
+    lines += _section("machine", [_machine(plan)])
     lines += _section("notes", [f"{step.stage} {step.name}: {note}" for step in plan.steps for note in step.notes])
     lines += _section("needed and free", _shown([need for need in plan.needs if need.fits]))
     lines += _section("figures", plan.basis)

@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     """Read every artifact under PATHS and compare it with what was committed: stores, and the stages of a run.
 
+    The result of `fusekit merge` alone has nothing to compare it with.
+
     Each problem is printed with its file. The exit status is 1 if there is a problem, or nothing to verify.
     """
     found: dict[str, list[str]] = {}
@@ -41,7 +43,11 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     elif problems:
         click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}", err=True)
     elif not found:
-        click.echo(f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}", err=True)
+        click.echo(
+            f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}, which stores and the stages of a "
+            "run have: nothing to compare with. What `fusekit merge` writes is checked before it is published",
+            err=True,
+        )
     if problems or not found:
         click.get_current_context().exit(1)
 

@@ -23,7 +23,7 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.yaml import KeyPath, nearest
+from fusekit.yaml import TRUTH, KeyPath, nearest
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
@@ -57,6 +57,7 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": CHECKPOINTS_KEPT,
     "report_to": "none",
 }
+_TAKE_FALSE = {"fsdp", "trackio_static_space_id"}  # though their types say text alone
 _KNOWN = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 
 
@@ -222,12 +223,25 @@ def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
             near = nearest(name, {*_KNOWN, *TrainingSettings.model_fields})
             wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{near}"
         elif not _is_of(value, kinds[name]):
-            wrong[name] = f"{name} is {value!r}, not {getattr(kinds[name], '__name__', kinds[name])}"
+            kind = getattr(kinds[name], "__name__", kinds[name])
+            wrong[name] = f"{name} is {value!r}, not {kind}{_point_missing(value)}"
+        elif isinstance(value, bool) and name not in _TAKE_FALSE and not _takes_truth(kinds[name]):
+            wrong[name] = f"{name} is {value}{TRUTH}"
         elif isinstance(value, float) and not math.isfinite(value):
             wrong[name] = f"{name} is {value!r}: give a finite number"
         elif name == "data_seed" and not 0 <= (value or 0) < 1 << 32:
             wrong[name] = f"data_seed is {value}: give a number from 0 to {(1 << 32) - 1}"
     return wrong
+
+
+def _takes_truth(kind: Any) -> bool:
+    return bool in (get_args(kind) or (kind,))
+
+
+def _point_missing(value: object) -> str:
+    """The way out where YAML read a number as text, and nothing otherwise."""
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+    return ": YAML reads 1e-8 as text, write 1.0e-8" if number else ""
 
 
 def _is_of(value: object, kind: Any) -> bool:

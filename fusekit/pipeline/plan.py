@@ -217,7 +217,7 @@ class Planner:
         written = sum(step.disk or 0 for step in to_do)
         trains = pivot is not None and any(step.stage == "distill" for step in to_do)
         work = training.kept_bytes(pivot, self.recipe.distill) if pivot is not None and trains else 0
-        what = f"disk for the whole run ({human(written)} that stay, {human(work)} of checkpoints for a while"
+        what = f"disk for the whole run ({human(written)} that stay, {human(work)} for checkpoints while it trains"
         cache, needed = existing_parent(Path(constants.HF_HUB_CACHE)), written + work
         sizes = {
             self.context.model(name).path: size

@@ -20,7 +20,7 @@ import yaml
 import fusekit
 from fusekit import artifacts as artifact
 from fusekit.devices import Processes
-from fusekit.disk import commit_file, disk_fault, output_lock, remove
+from fusekit.disk import commit_file, disk_fault, output_lock, refuse_file, remove
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
@@ -259,8 +259,7 @@ def layout_of(out: Path | str) -> Layout:
     """The layout of an output that need not exist. Raises StorageError for a path that cannot be a folder."""
     try:
         path = Path(out).resolve()
-        if path.exists() and not path.is_dir():
-            raise StorageError(f"{out} is a file or a device, not a folder: choose another output")
+        refuse_file(path, out)
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{out} cannot be an output: {reason}; choose another one") from error

@@ -106,6 +106,7 @@ def test_a_rank_and_a_plain_run_do_not_write_at_once(machines, tmp_path):
     captured(out, machine=machine)  # the rest, in one process
     Store.open(out, verify=True)
     assert shards(out) == shards(machines[0] / "alone")
+    assert list(tmp_path.glob(".out.rank*")) == []  # the lock of the rank that was killed
 
 
 def stop_at_second_shard() -> None:

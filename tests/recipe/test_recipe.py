@@ -216,6 +216,18 @@ def test_what_is_neither_here_nor_an_id_is_missing_data(write, key, name):
     assert mistakes(load_recipe(path, [f"{key}=owner/name"])) == []
 
 
+def test_words_that_yaml_reads_as_truth_values_are_to_be_quoted(write):
+    path = write(SMALL)
+    overrides = ["distill.save_strategy=no", "distill.hub_strategy=on", "distill.adam_epsilon=1e-8", "data.name=no"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, overrides, mistakes)
+    said = dict(zip(("data", "epsilon", "hub", "save"), sorted(str(error.value).splitlines()[1:]), strict=True))
+    assert all("quotes" in said[key] for key in ("data", "hub", "save"))
+    assert "1.0e-8" in said["epsilon"]
+    quoted = ["distill.save_strategy='no'", "distill.adam_epsilon=1.0e-8", "distill.fsdp=no"]
+    assert mistakes(load_recipe(path, quoted)) == []
+
+
 def test_a_model_that_is_missing_is_no_mistake_once_it_has_served(write, tmp_path):
     recipe, out = load_recipe(write(SMALL), ["sources.0.model=./gone", "data.path=gone.jsonl"]), tmp_path / "out"
     assert len(mistakes(recipe)) == 2
