@@ -6,7 +6,6 @@ import datetime
 import doctest
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import CaptureError, DataError, DistillationError
 from tests.merging.hub_server import Hub, Repository
+from tests.processes import program
 
 ROOT = Path(__file__).parents[1]
 PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
@@ -94,26 +94,21 @@ def test_teachers_may_be_models_and_the_student_a_loaded_one(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_student_and_a_teacher_come_from_the_hub(tmp_path: Path) -> None:
     """The real client against a hub on loopback, with nothing in its cache."""
-    code = (
-        "import json, sys; from fusekit import FusionConfig, FusionTrainer; from fusekit.capturing.store import Store\n"
-        "args = FusionConfig('out', max_steps=1, save_strategy='no', disable_tqdm=True)\n"
-        "rows = json.load(sys.stdin)\n"
-        "trainer = FusionTrainer('demo/pivot', args, rows, teachers={'numbers': 'demo/numbers'}); trainer.train()\n"
-        "print(trainer.state.global_step, Store.open('out/captures/pivot').spec.model_fingerprint)"
-    )
     pivot, numbers = (Repository(ROOT / "demo/models" / name) for name in ("pivot", "numbers"))
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     with Hub({"demo/pivot": pivot, "demo/numbers": numbers}) as hub:
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        environment = {**inherited, **own, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            **{"input": json.dumps(RECORDS[:4]), "env": environment, "cwd": tmp_path, "capture_output": True},
-            text=True,
-            check=False,
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+        code = (
+            f"from tests.merging.hub_server import client; client({environment})\n"
+            "from fusekit import FusionConfig, FusionTrainer; from fusekit.capturing.store import Store\n"
+            "args = FusionConfig('out', max_steps=1, save_strategy='no', disable_tqdm=True)\n"
+            f"rows, teachers = {RECORDS[:4]}, {{'numbers': 'demo/numbers'}}\n"
+            "trainer = FusionTrainer('demo/pivot', args, rows, teachers=teachers); trainer.train()\n"
+            "print(trainer.state.global_step, Store.open('out/captures/pivot').spec.model_fingerprint)"
         )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].split() == ["1", "commit", pivot.commit()]
+        done = program(tmp_path, code)
+    assert done.exitcode == 0, done.output[-2000:]
+    assert done.output.splitlines()[-1].split() == ["1", "commit", pivot.commit()]
+    assert (tmp_path / "cache" / "hub" / "models--demo--numbers").is_dir()
 
 
 def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:

@@ -114,10 +114,15 @@ def test_wheel_runs_stock_mergekit_yaml(environment, tmp_path):
     off = environment.run(*arguments[:-1], str(tmp_path / "off"), FUSEKIT_AUTOLOAD="0")
     assert off.returncode != 0
     assert "Unimplemented merge method fusechat_sce" in off.stderr  # mergekit's own words
+    unwritable = provenance / "x.json"  # in a file
     without = environment.run(
-        "-m", "fusekit.mergekit_yaml", *arguments[2:-1], str(tmp_path / "m"), FUSEKIT_AUTOLOAD="0"
+        *("-m", "fusekit.mergekit_yaml", *arguments[2:-1], str(tmp_path / "m")),
+        **{"FUSEKIT_AUTOLOAD": "0", "FUSEKIT_PROVENANCE": str(unwritable)},
     )
     assert without.returncode == 0, without.stderr
+    (line,) = [line for line in without.stderr.splitlines() if "fusekit" in line]
+    assert line.startswith(f"fusekit: the coefficients could not be written to {unwritable}")
+    assert "Traceback" not in without.stderr
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 

@@ -61,11 +61,11 @@ def test_only_what_merges_imports_mergekit():
         ),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),
         (
-            "import fusekit.capturing.capture, fusekit.capturing.store, fusekit.pipeline.run, fusekit.pipeline.plan",
+            "import fusekit.capturing.capture, fusekit.capturing.store, fusekit.pipeline.run, fusekit.pipeline.plan, "
+            "fusekit.report.card",
             "mergekit gguf",
         ),
         ("import fusekit.capturing.writer", "torch transformers datasets"),
-        ("import fusekit.report.card", "mergekit"),
     ],
 )
 def test_imports_leave_out_what_they_do_not_need(code, heavy):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import start
+from tests.processes import program, start
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,11 +29,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run(folder: Path, code: str) -> None:
+    done = program(folder, code, {"TQDM_DISABLE": "1"})
+    assert done.exitcode == 0, done.output[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -48,14 +43,20 @@ def test_an_example_is_short(language, word):
 
 def test_the_merge_recipe_runs_under_stock_mergekit(checkout):
     (checkout / "merge.yml").write_text(block("yaml", "merge_method"))
-    run(checkout, sys.executable, "-m", "fusekit.mergekit_yaml", "merge.yml", "out")
+    run(checkout, "import sys; from fusekit.mergekit_yaml import main; sys.argv = ['x', 'merge.yml', 'out']; main()")
     assert (checkout / "out" / "model.safetensors").is_file()
 
 
 def test_the_trainer_trains(checkout):
-    code = block("python", "FusionTrainer").replace("learning_rate=1e-3", "learning_rate=1e-3, max_steps=3")
+    """For three steps, on some of the rows that it names."""
+    rows = "demo/rows/train.jsonl"
+    (checkout / "some.jsonl").write_text("".join((checkout / rows).read_text().splitlines(keepends=True)[:64]))
+    code = block("python", "FusionTrainer")
+    for words, fewer in ((rows, "some.jsonl"), ("learning_rate=1e-3", "learning_rate=1e-3, max_steps=3")):
+        assert words in code
+        code = code.replace(words, fewer)
     shutil.rmtree(checkout / "out", ignore_errors=True)
-    run(checkout, sys.executable, "-c", code + "\ntrainer.save_model('out/saved')\n")
+    run(checkout, code + "\ntrainer.save_model('out/saved')\n")
     assert (checkout / "out" / "saved" / "model.safetensors").is_file()
     assert (checkout / "out" / "neox" / "manifest.json").is_file()
 

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,7 @@ from fusekit.merging import models as merging
 from tests.capture.conftest import DEMO
 from tests.gguf_files import write_gguf
 from tests.merging.hub_server import Hub, Repository
-from tests.processes import ENVIRONMENT
+from tests.processes import program
 
 CPU = torch.device("cpu")
 PIVOT = DEMO / "pivot"
@@ -240,7 +238,7 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
     for kind in ("F16", "Q8_0"):
         shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
     repository = Repository(folder)
-    script = (
+    code = (
         "from fusekit.capturing.models import ModelChoice as C, find_checkpoint as find\n"
         "from fusekit.capturing.load import load_model, load_tokenizer\n"
         "from fusekit.errors import FusekitError\n"
@@ -254,19 +252,12 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
         "print(load_model(found, torch.device('cpu')).num_parameters(), len(load_tokenizer(found)))\n"
     )
     with Hub({"who/m-GGUF": repository}) as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={
-                **{key: value for key, value in ENVIRONMENT.items() if not key.startswith("HF_")},
-                **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"},
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        code = f"from tests.merging.hub_server import client; client({environment})\n{code}"
+        done = program(tmp_path, code)
         fetched = hub.bytes_sent_of(".gguf")
-    lines = done.stdout.splitlines()
-    assert len(lines) == 5, done.stdout + done.stderr
+    lines = done.output.splitlines()
+    assert len(lines) == 5, done.output
     assert "m.F16.gguf, m.Q8_0.gguf" in lines[0]
     assert "no file x.gguf in who/m-GGUF" in lines[1]
     assert lines[2].startswith("HubUnreachableError who/m-GGUF/m.Q8_0.gguf")

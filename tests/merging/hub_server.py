@@ -7,9 +7,12 @@ requests for safetensors headers use, with the hub's own headers and error codes
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +60,19 @@ class Hub:
     def bytes_sent_of(self, name: str) -> list[str]:
         """The requests for the content of a file."""
         return [request for request in self.requests if request.startswith("GET") and name in request]
+
+
+def client(environment: Mapping[str, str]) -> None:
+    """Make this process one that was started with these variables of the hub's client, and no others. For a child."""
+    from huggingface_hub import constants
+
+    from fusekit import hub
+
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ.update({"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment})
+    importlib.reload(constants)
+    hub.TIMEOUT = float(constants.HF_HUB_ETAG_TIMEOUT)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,6 @@
 """Fault 25, and hub ids: the real client against a hub on loopback, offline and online."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -19,7 +18,7 @@ from fusekit.merging import merge
 from tests.helpers import family, tiny_llama
 from tests.merging.conftest import QUIET, same_tensors
 from tests.merging.conftest import result as result_of
-from tests.merging.hub_server import Hub, Repository
+from tests.merging.hub_server import Hub, Repository, client
 from tests.processes import run as run_function
 
 
@@ -32,16 +31,9 @@ class Result:
 
 def call_all(cwd: Path, commands: list[list[str]], environment: dict[str, str], found: Path) -> None:
     """Call ``fusekit ARGS`` one after the other as a process that was started with this environment. For a child."""
-    from huggingface_hub import constants
-
-    from fusekit import hub
     from fusekit.cli import main
 
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
-        del os.environ[name]
-    os.environ.update({"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment})
-    importlib.reload(constants)
-    hub.TIMEOUT = float(constants.HF_HUB_ETAG_TIMEOUT)
+    client(environment)
     os.chdir(cwd)
     results = []
     for args in commands:
