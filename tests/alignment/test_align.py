@@ -30,7 +30,7 @@ def true_ends(name: str, text: str) -> tuple[int | None, ...]:
     return tuple(reference.original_ends(load(name), text))
 
 
-def check(text: str, pivot: str, source: str) -> None:
+def assert_links(text: str, pivot: str, source: str) -> None:
     alignment = align(text, load(pivot), load(source))
     for name, tokens in ((pivot, alignment.pivot), (source, alignment.source)):
         assert tokens.ids.tolist() == load(name)(text, add_special_tokens=False)["input_ids"]
@@ -52,7 +52,7 @@ def check(text: str, pivot: str, source: str) -> None:
 @pytest.mark.parametrize(("pivot", "source"), PAIRS)
 def test_edge_cases_link_exactly_where_the_same_text_is_consumed(pivot, source):
     for text in EDGE_CASES.values():
-        check(text, pivot, source)
+        assert_links(text, pivot, source)
 
 
 @pytest.mark.parametrize(("pivot", "source"), [("mistral", "qwen"), ("anthropic", "mistral"), ("llama3", "anthropic")])
@@ -61,7 +61,7 @@ def test_edge_cases_link_exactly_where_the_same_text_is_consumed(pivot, source):
 def test_random_unicode(pivot, source, text):
     # Python's and the tokenizers' tables of Unicode are of different versions; unassigned characters may differ.
     if not any(unicodedata.category(c) in ("Cn", "Co") for c in text):
-        check(text, pivot, source)
+        assert_links(text, pivot, source)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -69,7 +69,7 @@ def test_random_unicode(pivot, source, text):
 def test_joined_edge_cases(parts):
     text = "".join(parts)
     for pivot, source in (("qwen", "mistral"), ("tekken", "anthropic"), ("deepseek", "cl100k")):
-        check(text, pivot, source)
+        assert_links(text, pivot, source)
 
 
 @pytest.mark.parametrize("method", ["span", "dtw"])

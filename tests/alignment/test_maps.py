@@ -16,7 +16,7 @@ from fusekit.alignment import VocabularyMap, build_vocabulary_map, count_mapping
 from fusekit.alignment.papers import nearest
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
-from tests.alignment.tokenizers import EDGE_CASES, byte_fallback, load, qwen, target, unigram, vocabulary_map
+from tests.alignment.tokenizers import EDGE_CASES, byte_fallback, fast, load, sharing, target, unigram, vocabulary_map
 
 
 def plain_vocabulary(name: str) -> dict[bytes, list[int]]:
@@ -160,8 +160,7 @@ def test_special_tokens_map_by_role():
 
 
 def test_the_end_of_turn_is_read_from_the_chat_template():
-    tokenizer = qwen()
-    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer = fast(sharing(load("qwen").backend_tokenizer), "qwen", eos_token="<|endoftext|>")
     assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -6,7 +6,7 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.types import Part, Row, TokenizedRow
 
 
-def check(
+def assert_spans(
     row: Row, tokens: TokenizedRow, model: RowTokenizer, end: str | None, *, trims: bool = False, swallows: bool = False
 ) -> None:
     """Hold a row's tokens against its contents. end: the end of an answer, as the model writes it; None for none.

@@ -1,5 +1,7 @@
 """Which rows a run uses and where it ends them, alike for every model; blocks of plain text."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,8 +14,15 @@ from fusekit.types import Message, Part, Row
 from tests.alignment.tokenizers import EDGE_CASES, load
 from tests.capture.models import model
 
-READERS = [model(name) for name in ("openchat-3.5", "qwen", "gemma", "demo")]
-PLAIN = [RowTokenizer(load(name)) for name in ("mistral", "qwen", "llama3")]
+
+@functools.cache
+def readers():
+    return [model(name) for name in ("openchat-3.5", "qwen", "gemma", "demo")]
+
+
+@functools.cache
+def plain():
+    return [RowTokenizer(load(name)) for name in ("mistral", "qwen", "llama3")]
 
 
 def row(*contents):
@@ -23,7 +32,7 @@ def row(*contents):
 def test_counts_by_reason_with_the_first_keys():
     long = row("q", "word " * 200)
     rows = [row("a", "b"), row("", " \n"), row("a", "b"), long, row("only a question"), row(), row("c", "d")]
-    prepared = prepare(rows, READERS, 100, overlong="drop")
+    prepared = prepare(rows, readers(), 100, overlong="drop")
     assert [r.key for r in prepared.rows] == [rows[0].key, rows[6].key]
     counts = prepared.counts
     assert counts.reasons == {"empty": 2, "duplicate": 1, "overlong": 1, "no_label": 1}
@@ -35,14 +44,14 @@ def test_counts_by_reason_with_the_first_keys():
 
 def test_no_row_left_is_an_error_with_the_counts():
     with pytest.raises(DataError, match=r"no example is left: 0 of 1 examples kept \(1 no_label\)"):
-        prepare([row("a")], READERS, 100)
+        prepare([row("a")], readers(), 100)
     with pytest.raises(DataError, match=r"1 refused.*cannot render example"):
-        prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], READERS, 100)
+        prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], readers(), 100)
     with pytest.raises(DataError, match="overlong is 'skip'"):
-        prepare([], READERS, 100, overlong="skip")
+        prepare([], readers(), 100, overlong="skip")
     with pytest.raises(DataError, match="max_length is 1 for 4 models"):
-        prepare([], READERS, 1)
-    assert prepare([], READERS, 100).rows == []
+        prepare([], readers(), 1)
+    assert prepare([], readers(), 100).rows == []
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,12 +64,12 @@ def test_no_row_left_is_an_error_with_the_counts():
 def test_cut_rows_have_the_same_bytes_for_every_model(contents, max_length):
     source = row(*contents)
     try:
-        (cut,) = prepare([source], READERS, max_length).rows
+        (cut,) = prepare([source], readers(), max_length).rows
     except DataError as error:
         if not any(reason in str(error) for reason in ("no_label", "refused", "empty")):
             raise
         return
-    tokens = [reader.tokenize(cut) for reader in READERS]
+    tokens = [reader.tokenize(cut) for reader in readers()]
     assert all(len(t) <= max_length and t.labels.any() for t in tokens)
     if cut.cut is None:
         return
@@ -75,11 +84,11 @@ def test_cut_rows_have_the_same_bytes_for_every_model(contents, max_length):
 
 def test_the_cut_is_as_late_as_the_first_model_allows():
     source = row("q", "The quick brown fox jumps over the lazy dog. " * 20)
-    (cut,) = prepare([source], READERS, 64).rows
-    lengths = [len(reader.tokenize(cut)) for reader in READERS]
+    (cut,) = prepare([source], readers(), 64).rows
+    lengths = [len(reader.tokenize(cut)) for reader in readers()]
     assert max(lengths) == 64
     assert cut.key == source.key
-    (again,) = prepare([cut], READERS, 64).rows
+    (again,) = prepare([cut], readers(), 64).rows
     assert again.cut == cut.cut
 
 
@@ -113,9 +122,9 @@ def documents_of(blocks):
 @pytest.mark.parametrize("size", [16, 33, 200, 2048])
 def test_blocks_hold_every_document_and_fit_every_model(size):
     texts = [*EDGE_CASES.values(), "The quick brown fox. " * 150, *EDGE_CASES.values()]
-    blocks = list(pack_text(map(document, texts), PLAIN, size))
+    blocks = list(pack_text(map(document, texts), plain(), size))
     assert documents_of(blocks) == texts
-    lengths = [max(len(reader.tokenize(block)) for reader in PLAIN) for block in blocks]
+    lengths = [max(len(reader.tokenize(block)) for reader in plain()) for block in blocks]
     assert max(lengths) <= size
     assert sum(lengths) >= 0.6 * size * (len(lengths) - 1)
 
@@ -124,31 +133,31 @@ def test_blocks_hold_every_document_and_fit_every_model(size):
 @given(texts=st.lists(st.text(min_size=1, max_size=80), min_size=1, max_size=4), size=st.integers(24, 60))
 def test_random_documents(texts, size):
     try:
-        blocks = list(pack_text(map(document, texts), [PLAIN[0], PLAIN[2]], size))
+        blocks = list(pack_text(map(document, texts), plain()[::2], size))
     except DataError as error:
         if "too small" not in str(error):  # a long cluster of one character
             raise
         return
     assert documents_of(blocks) == texts
-    assert all(len(reader.tokenize(block)) <= size for block in blocks for reader in (PLAIN[0], PLAIN[2]))
+    assert all(len(reader.tokenize(block)) <= size for block in blocks for reader in plain()[::2])
 
 
 def test_the_data_set_of_a_block():
-    blocks = list(pack_text([document("a", "x"), document("b", "x")], PLAIN, 50))
+    blocks = list(pack_text([document("a", "x"), document("b", "x")], plain(), 50))
     assert [block.dataset for block in blocks] == ["x"]
-    assert [block.dataset for block in pack_text([document("a", "x"), document("b", "y")], PLAIN, 50)] == [""]
+    assert [block.dataset for block in pack_text([document("a", "x"), document("b", "y")], plain(), 50)] == [""]
 
 
 @pytest.mark.parametrize("size", [12, 60, 500])
 def test_text_that_is_cut_off_gets_no_end_and_nothing_follows_it(size):
     texts = [("fragment", "a text that goes on in a "), ("text", "a whole one"), ("fragment", "cut again " * 20)]
     rows = [Row((Message(*text),), "d") for text in texts]
-    blocks = list(pack_text(rows, PLAIN, size))
+    blocks = list(pack_text(rows, plain(), size))
     found = [message for block in blocks for message in block.messages]
     assert "".join(content for _, content in found) == "".join(content for _, content in texts)
     assert [role for role, _ in found].count("text") == 1
     assert all(role == "text" for block in blocks for role, _ in block.messages[:-1])
-    for reader in PLAIN:
+    for reader in plain():
         ends = sum(int((reader.tokenize(block).part == Part.END).sum()) for block in blocks)
         assert ends == 1
         assert max(len(reader.tokenize(block)) for block in blocks) <= size
@@ -156,9 +165,9 @@ def test_text_that_is_cut_off_gets_no_end_and_nothing_follows_it(size):
 
 def test_what_cannot_be_packed_is_refused():
     with pytest.raises(DataError, match="is a conversation"):
-        list(pack_text([Row((Message("user", "a"),))], PLAIN, 50))
+        list(pack_text([Row((Message("user", "a"),))], plain(), 50))
     with pytest.raises(DataError, match="block_tokens 3 is too small"):
-        list(pack_text([document("🤖👨‍👩‍👧‍👦" * 3)], PLAIN, 3))
+        list(pack_text([document("🤖👨‍👩‍👧‍👦" * 3)], plain(), 3))
     with pytest.raises(DataError, match="block_tokens is 1 for 3 models"):
-        list(pack_text([], PLAIN, 1))
-    assert list(pack_text([document("")], PLAIN, 50)) == []
+        list(pack_text([], plain(), 1))
+    assert list(pack_text([document("")], plain(), 50)) == []

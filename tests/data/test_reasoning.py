@@ -1,5 +1,7 @@
 """Answers that begin with reasoning, under templates in the manner of the families that treat it apart."""
 
+import functools
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken
@@ -10,7 +12,7 @@ from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.types import Cut, Message, Part, Row
 from tests.capture.models import extended, tokenizer_for
-from tests.data.spans import check
+from tests.data.spans import assert_spans
 
 TURN = "<|im_start|>{role}\n"
 PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -61,9 +63,16 @@ TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
 MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
 
 
-TOKENIZER = extended("qwen", [])
-TOKENIZER.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])
-READERS = {name: RowTokenizer(TOKENIZER, ChatTemplate(name, source)) for name, source in TEMPLATES.items()}
+@functools.cache
+def tokenizer():
+    found = extended("qwen", [])
+    found.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ("<think>", "</think>")])
+    return found
+
+
+@functools.cache
+def reader_of(name):
+    return RowTokenizer(tokenizer(), ChatTemplate(name, TEMPLATES[name]))
 
 
 def row(turns, cut=None):
@@ -96,7 +105,7 @@ def rendered(reader, turns):
 )
 @pytest.mark.parametrize("turns", [ONE, TWO])
 def test_all_from_the_generation_prompt_to_the_end_is_learnt(name, expected, turns):
-    reader = READERS[name]
+    reader = reader_of(name)
     tokens = reader.tokenize(row(turns))
     assert tokens.ids.tolist() == rendered(reader, turns)
     assert learned(tokens, reader, len(turns) - 1) == expected + "<|im_end|>"
@@ -110,7 +119,7 @@ def test_all_from_the_generation_prompt_to_the_end_is_learnt(name, expected, tur
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rows_are_kept_and_what_is_dropped_is_counted(name):
     rows = [row(ONE), row(TWO), row([("user", "q"), ("assistant", "plain")])]
-    counts = prepare(rows, [READERS[name]], 500).counts
+    counts = prepare(rows, [reader_of(name)], 500).counts
     assert counts.kept == 3
     assert counts.reasons == {"shortened": 1}
     assert counts.keys == {"shortened": [row(TWO).key]}
@@ -119,7 +128,7 @@ def test_rows_are_kept_and_what_is_dropped_is_counted(name):
 @pytest.mark.parametrize("pair", [(a, b) for a in TEMPLATES for b in TEMPLATES if a < b])
 @pytest.mark.parametrize("content", [THOUGHT, "<think>so 4</think>Four.", " <think>\n\nso 4 </think> \nFour.\n"])
 def test_links_have_consumed_the_same_bytes_up_to_white_space(pair, content):
-    a, b = (READERS[name].tokenize(row([("user", "2+2?"), ("assistant", content)])) for name in pair)
+    a, b = (reader_of(name).tokenize(row([("user", "2+2?"), ("assistant", content)])) for name in pair)
     (p, at_p), (s, at_s) = a.content(1), b.content(1)
     linked = align_tokens(content, p, s).source_at
     data = content.encode()
@@ -128,7 +137,7 @@ def test_links_have_consumed_the_same_bytes_up_to_white_space(pair, content):
             assert max(p.lows[i], s.lows[j]) <= min(p.ends[i], s.ends[j])
             assert data[min(p.ends[i], s.ends[j]) : max(p.ends[i], s.ends[j])].strip() == b""
     words = {"so", " ", "4", "Four", "."}
-    reader = READERS[pair[0]]
+    reader = reader_of(pair[0])
     for i in np.flatnonzero(a.part == Part.CONTENT).tolist():
         if spelled(a, reader, [i]).strip() in words and a.message[i] == 1:
             spaces = spelled(
@@ -140,9 +149,9 @@ def test_links_have_consumed_the_same_bytes_up_to_white_space(pair, content):
 
 
 def test_ends_count_the_bytes_of_the_content():
-    tokens = READERS["no line feeds"].tokenize(row([("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]))
+    tokens = reader_of("no line feeds").tokenize(row([("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]))
     text, at = tokens.content(1)
-    assert [spelled(tokens, READERS["no line feeds"], [at + i]) for i in range(len(text))] == [
+    assert [spelled(tokens, reader_of("no line feeds"), [at + i]) for i in range(len(text))] == [
         "\n", "<think>", "ab", "</think>", "\n", "cd", "<|im_end|>"
     ]  # fmt: skip
     assert text.ends.tolist() == [0, 8, 11, 21, 21, 23, 24]
@@ -152,7 +161,7 @@ def test_ends_count_the_bytes_of_the_content():
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("mention", MENTIONS)
 def test_an_answer_that_mentions_a_tag_is_text(name, mention):
-    reader = READERS[name]
+    reader = reader_of(name)
     think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     for turns in ([("user", "q"), ("assistant", mention)], [("user", "q"), ("assistant", mention), *ONE]):
         tokens = reader.tokenize(row(turns))
@@ -165,7 +174,7 @@ def test_an_answer_that_mentions_a_tag_is_text(name, mention):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_contents_of_reasoning_never_become_control_tokens(name):
-    reader = READERS[name]
+    reader = reader_of(name)
     forged = "<think>\n<|im_end|> x </think> <|im_start|>\n</think>\n\n<think><|im_end|></think>y"
     tokens = reader.tokenize(row([("user", "q"), ("assistant", forged)]))
     plain = reader.tokenize(row(ONE))
@@ -176,7 +185,7 @@ def test_contents_of_reasoning_never_become_control_tokens(name):
 
 def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
     loud = TEMPLATES["empty one"].replace("said +", "said | upper +")
-    reader = RowTokenizer(TOKENIZER, ChatTemplate("loud", loud))
+    reader = RowTokenizer(tokenizer(), ChatTemplate("loud", loud))
     turns = [("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]
     tokens = reader.tokenize(row(turns))
     assert learned(tokens, reader, 1).endswith("CD<|im_end|>")
@@ -186,7 +195,7 @@ def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rows_are_cut_within_reasoning(name):
-    content, reader = THOUGHT.encode(), READERS[name]
+    content, reader = THOUGHT.encode(), reader_of(name)
     whole = reader.tokenize(row(ONE))
     for size in range(1, len(content) + 1):
         tokens = reader.tokenize(row(ONE, Cut(1, size)))
@@ -197,10 +206,10 @@ def test_rows_are_cut_within_reasoning(name):
 
 
 def test_plain_answers_and_plain_templates_are_as_before():
-    reader = READERS["empty one"]
+    reader = reader_of("empty one")
     turns = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
     tokens = reader.tokenize(row(turns))
     assert learned(tokens, reader, 1) == "a<|im_end|>"
     assert learned(tokens, reader, 3) == "<think>\n\n</think>\n\nb<|im_end|>"
     chatml = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
-    check(row(TWO), chatml.tokenize(row(TWO)), chatml, "<|im_end|>")
+    assert_spans(row(TWO), chatml.tokenize(row(TWO)), chatml, "<|im_end|>")

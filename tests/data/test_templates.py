@@ -12,7 +12,7 @@ from fusekit.errors import DataError
 from fusekit.types import Message, Part, Row
 from tests.alignment.tokenizers import EDGE_CASES
 from tests.capture.models import model, tokenizer_for
-from tests.data.spans import check
+from tests.data.spans import assert_spans
 
 TRIMS = {"gemma", "llama-3", "llama-3.1"}
 SWALLOWS = {"phi-3"}
@@ -43,9 +43,11 @@ def row(turns):
     return Row(tuple(Message(*turn) for turn in turns))
 
 
-def check_shipped(name, turns):
+def assert_shipped_spans(name, turns):
     tokens = model(name).tokenize(row(turns))
-    check(row(turns), tokens, model(name), SHIPPED[name].end_of_turn, trims=name in TRIMS, swallows=name in SWALLOWS)
+    assert_spans(
+        row(turns), tokens, model(name), SHIPPED[name].end_of_turn, trims=name in TRIMS, swallows=name in SWALLOWS
+    )
     return tokens
 
 
@@ -67,12 +69,12 @@ def test_rendered_as_documented(name):
 
 @pytest.mark.parametrize("name", template_names())
 def test_spans_of_system_prompt_turns_and_empty_contents(name):
-    check_shipped(name, QA[:2])
-    check_shipped(name, QA)
-    check_shipped(name, [("system", "You are terse."), *QA])
-    check_shipped(name, [*QA, ("user", "unanswered")])
-    check_shipped(name, [("user", ""), ("assistant", "")])
-    check_shipped(name, [("system", ""), ("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")])
+    assert_shipped_spans(name, QA[:2])
+    assert_shipped_spans(name, QA)
+    assert_shipped_spans(name, [("system", "You are terse."), *QA])
+    assert_shipped_spans(name, [*QA, ("user", "unanswered")])
+    assert_shipped_spans(name, [("user", ""), ("assistant", "")])
+    assert_shipped_spans(name, [("system", ""), ("user", "a"), ("assistant", ""), ("user", ""), ("assistant", "b")])
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -82,10 +84,10 @@ def test_contents_never_become_control_tokens(name):
     plain = model(name).tokenize(row(QA))
     expected = [i for i in plain.ids.tolist() if i in model(name).encoder.strings]
     forged = [(role, f"{EXPECTED[name]} {' '.join(control)}{''.join(control)} x{content}") for role, content in QA]
-    tokens = check_shipped(name, forged)
+    tokens = assert_shipped_spans(name, forged)
     assert [i for i in tokens.ids.tolist() if i in model(name).encoder.strings] == expected
-    check_shipped(name, [(role, control[-1]) for role, _ in QA])
-    check_shipped(name, [("user", "a<|im_"), ("assistant", "start|>" + control[-1][:-1])])
+    assert_shipped_spans(name, [(role, control[-1]) for role, _ in QA])
+    assert_shipped_spans(name, [("user", "a<|im_"), ("assistant", "start|>" + control[-1][:-1])])
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -95,7 +97,7 @@ def test_spans_of_edge_cases(name):
         text = unicodedata.normalize("NFC", case) if normalizes else case
         if "▁" in text and not normalizes and not name.startswith("llama"):
             continue  # it is a space to SentencePiece, which spelled surfaces cannot tell
-        check_shipped(name, [("user", text), ("assistant", text), ("user", "x"), ("assistant", f"y{text}z")])
+        assert_shipped_spans(name, [("user", text), ("assistant", text), ("user", "x"), ("assistant", f"y{text}z")])
 
 
 @settings(max_examples=30, deadline=None)
@@ -108,7 +110,7 @@ def test_spans_of_edge_cases(name):
 )
 @pytest.mark.parametrize("name", ["openchat-3.5", "llama-3", "gemma", "mistral", "vicuna"])
 def test_spans_of_random_contents(name, contents):
-    check_shipped(name, [("user", contents[0]), ("assistant", contents[1])])
+    assert_shipped_spans(name, [("user", contents[0]), ("assistant", contents[1])])
 
 
 def test_the_token_sequences_on_the_fusechat_model_page():

@@ -18,7 +18,7 @@ from fusekit.errors import DataError, FusekitError
 from fusekit.types import Cut, Message, Part, Row
 from tests.alignment.tokenizers import byte_fallback, load
 from tests.capture.models import extended, model, tokenizer_for
-from tests.data.spans import check
+from tests.data.spans import assert_spans
 
 TURNS = [
     ("system", "Be brief."),
@@ -87,7 +87,7 @@ def whole(data: bytes, start: int, stop: int) -> str:
     return data[start:stop].decode()
 
 
-def links_of(turns, pivot, source):
+def assert_links(turns, pivot, source):
     """Check every link of two models over a row: both have spelled the same content."""
     a, b = pivot.tokenize(row(turns)), source.tokenize(row(turns))
     for number, (_, content) in enumerate(turns):
@@ -106,13 +106,12 @@ def links_of(turns, pivot, source):
             assert whole(data, *sorted((p.ends[i], s.ends[j]))).strip() == ""
         if len(p) and len(s) and data.strip():
             assert (linked >= 0).any()
-    return a, b
 
 
 @pytest.mark.parametrize("source", NAMES[1:])
 def test_links_between_two_models(source):
-    links_of(TURNS, model("openchat-3.5"), model(source))
-    links_of(
+    assert_links(TURNS, model("openchat-3.5"), model(source))
+    assert_links(
         [("user", ""), ("assistant", ""), ("user", " \n"), ("assistant", "  a\n")], model("openchat-3.5"), model(source)
     )
 
@@ -124,7 +123,7 @@ def test_links_between_two_models(source):
 @pytest.mark.parametrize("pair", [("openchat-3.5", "qwen"), ("llama-3", "gemma"), ("qwen", "phi-3")])
 def test_links_over_random_contents(pair, contents):
     try:
-        links_of([("user", contents[0]), ("assistant", contents[1])], model(pair[0]), model(pair[1]))
+        assert_links([("user", contents[0]), ("assistant", contents[1])], model(pair[0]), model(pair[1]))
     except FusekitError as error:
         if not any(word in str(error) for word in ("normaliser", "cannot be kept", "surrogate")):
             raise
@@ -144,9 +143,9 @@ def test_control_strings_of_a_foreign_template_become_the_models_own(template, r
     foreign = RowTokenizer(tokenizer, ChatTemplate.named(template))
     tokens = foreign.tokenize(row(TURNS[1:]))
     trims = template in ("gemma", "llama-3")
-    check(row(TURNS[1:]), tokens, foreign, end, trims=trims)
+    assert_spans(row(TURNS[1:]), tokens, foreign, end, trims=trims)
     assert foreign.ends_turns
-    links_of(TURNS[1:], model(template), foreign)
+    assert_links(TURNS[1:], model(template), foreign)
 
 
 def test_a_foreign_template_from_a_file_takes_the_control_strings_of_its_tokenizer(tmp_path):
@@ -191,7 +190,7 @@ def test_a_template_that_drops_earlier_reasoning_keeps_its_links():
     text, _ = tokens.content(1)
     assert text.ends.tolist() == [19, 24, 31, 32]
     assert text.lows.tolist() == [0, 24, 31, 32]
-    links_of(turns, reader, model("openchat-3.5"))
+    assert_links(turns, reader, model("openchat-3.5"))
     assert prepare([row(turns)], [reader], 500).counts.reasons == {"shortened": 1}
 
 
@@ -343,7 +342,7 @@ def test_bos_stands_once_in_front_whatever_the_template(template, train_on):
     assert tokens.label_bytes == without.label_bytes
     cut = reader.tokenize(row(TURNS[1:], Cut(1, 2)))
     assert cut.ids[0] == bos
-    links_of(TURNS[1:], model("openchat-3.5"), reader)
+    assert_links(TURNS[1:], model("openchat-3.5"), reader)
 
 
 def test_the_bos_of_a_template_that_has_none_for_the_model_is_not_made_up():
@@ -386,4 +385,4 @@ def test_bytes_that_are_added_tokens_are_text_in_contents(special):
         text, _ = reader.tokenize(row(turns)).content(1)
         assert text.ends[-len(ends) :].tolist() == ends
         assert prepare([row(turns)], [reader], 500).counts.reasons == {}
-        links_of(turns, reader, model("qwen"))
+        assert_links(turns, reader, model("qwen"))

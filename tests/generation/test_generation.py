@@ -224,7 +224,7 @@ def test_no_model_reads_the_text_again_and_again(readers, mode, more):
     """Tokens forwarded: the prompt, the answer, and what is re-read around each segment; and the tokens that a window
     of the text gives are those of all of it.
     """
-    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:400]
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:240]
     _, cursors = scripted(chosen(readers, "qwen neox llama"), text)
     settings = GenerationSettings(mode=mode, max_new_tokens=1000, raw=True, **more)
     written, segments = "", 0
@@ -270,7 +270,7 @@ def test_a_text_that_changes_is_read_as_if_it_were_new(readers, kind):
     model, pivot = tiny(kind), readers["pivot"]
     cursor = Cursor(Reader(model, pivot.tokenizer, "tiny"), Prompt(pivot.tokens(b"a prompt of some tokens")[0], b""))
 
-    def check():
+    def assert_as_if_new():
         with torch.inference_mode():
             rows = model(torch.tensor([cursor._prompt + cursor.ids])).logits[0].log_softmax(-1)
         torch.testing.assert_close(cursor._read(len(cursor), len(cursor))[0], rows[-1], atol=1e-5, rtol=1e-4)
@@ -281,13 +281,13 @@ def test_a_text_that_changes_is_read_as_if_it_were_new(readers, kind):
     for text in (b"the first words of it", b"the first words of iteration 12", b"the", b"the second, much longer text"):
         cursor.rewind(0)
         cursor.follow(text)
-        check()
+        assert_as_if_new()
     before = cursor.ids[:], cursor.ends[:]
     for id_ in cursor.reader.tokens(b" and more")[0]:
         cursor.push(id_)
-        check()
+        assert_as_if_new()
     cursor.restore(*before)
-    check()
+    assert_as_if_new()
 
 
 # ---------------------------------------------------------------- errors
