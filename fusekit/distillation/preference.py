@@ -143,6 +143,7 @@ class PreferenceTrainer(Trainer):
     >>> store = capture("demo/models/numbers", answers(pairs), folder + "/numbers", top_k=1, quiet=True)
     >>> config = PreferenceConfig(folder, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
     >>> PreferenceTrainer("demo/models/pivot", config, pairs, {"numbers": store}).train().global_step
+    {'train_runtime': ...}
     2
 
     The reference is the model itself before training, fused with the sources (:func:`fused_reference`); with no source
