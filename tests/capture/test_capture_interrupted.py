@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from datetime import timedelta
@@ -26,7 +27,7 @@ from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows
 from tests.capture.store_processes import listing
-from tests.processes import Process, command, free_port, fusekit, kill_at, ranks, run
+from tests.processes import ENVIRONMENT, Process, command, free_port, fusekit, kill_at, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -170,27 +171,32 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     assert Store.open(tmp_path / "out", verify=True).complete
 
 
-def _launched(folder: Path, arguments: list[str]) -> None:
-    """``torchrun --standalone --nproc-per-node 2 -m fusekit.cli capture ARGUMENTS``."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    rendezvous = {"run_id": "one", "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
-    config = LaunchConfig(1, 1, 2, start_method="fork", max_restarts=0, **rendezvous)
-    elastic_launch(config, _captured)(folder, arguments)
-
-
-def _captured(folder: Path, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        command(folder, ("capture", *arguments), {}, None)
-
-
 def test_two_processes_of_a_launcher_make_the_store_of_one(tmp_path, monkeypatch):
-    """The launcher of torchrun, its processes forked."""
+    """torchrun itself; and one refusal, which only the first process prints."""
     write_rows(tmp_path / "rows.jsonl", 20)
     arguments = [str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64"]
-    done = run(_launched, tmp_path, arguments, timeout=240)
-    assert done.exitcode == 0, done.output
-    assert done.output.count("complete") == 1
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fusekit.cli",
+    ]
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "capture", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("complete") == 1
     store = Store.open(tmp_path / "out", verify=True)
     assert len(store) == 20
     monkeypatch.chdir(tmp_path)
