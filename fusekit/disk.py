@@ -50,6 +50,8 @@ def existing_parent(path: Path) -> Path:
 
 def refuse_file(folder: Path, output: Path | str) -> None:
     """Raise StorageError naming ``output`` where a folder cannot be, since it or one above it is a file or a device."""
+    # Where links lead; Path.resolve raises RuntimeError for those that lead in a circle.
+    folder = Path(os.path.realpath(folder))
     for place in (folder, *folder.parents):
         try:
             place.lstat()

@@ -132,10 +132,10 @@ class Files:
         if config is not None:
             return config
         if (adapter := self.json("adapter_config.json")) is not None:
-            base = adapter.get("base_model_name_or_path") or "MODEL"
+            base = adapter.get("base_model_name_or_path")
             raise ModelError(
-                f"{self.label} is an adapter of {base}, not a model: `fusekit merge` merges it into its base, by a "
-                f"recipe that names it behind it, `model: {base}+{self.label}`"
+                f"{self.label} is an adapter{f' of {base}' if base else ''}, not a model: `fusekit merge` merges it "
+                f"into its base, which the recipe names before it, `model: {base or 'MODEL'}+{self.label}`"
             )
         raise ModelError(f"{self.label} has no config.json in {self.folder}: is it a model in Hugging Face's format?")
 
@@ -149,7 +149,7 @@ class Files:
             return
         from transformers import CONFIG_MAPPING
 
-        if always or config.get("model_type") not in CONFIG_MAPPING:
+        if always or str(config.get("model_type")) not in CONFIG_MAPPING:
             raise ModelError(
                 f"{self.label} wants to run Python code of its own (auto_map in {self.folder}): if you trust its "
                 f"author, allow it for this model with {leave}"
@@ -178,12 +178,15 @@ class Files:
                 f"{self.label}: its weights are pickled ({self.folder / pickled[0]}), which can run any code when they "
                 f"are read: convert them to safetensors, or, if you trust their author, allow it with {leave}"
             )
-        for name in files:
-            if name not in self.names:
-                raise ModelError(f"{self.label}: the weight file {self.folder / name} is {absent}: is it downloaded?")
         if self.snapshot:
-            return {name: self.snapshot.sizes[name] for name in files}
-        return {name: (self.folder / name).stat().st_size for name in files}
+            sizes = self.snapshot.sizes
+        else:  # a link to a file that is gone is a name, and no file
+            paths = (self.folder / name for name in files)
+            sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
+        for name in files:
+            if name not in sizes:
+                raise ModelError(f"{self.label}: the weight file {self.folder / name} is {absent}: is it downloaded?")
+        return {name: sizes[name] for name in files}
 
 
 def locate(name: str, revision: str | None, cache: Path | None, notices: list[str]) -> Files:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusekit import disk
-from fusekit.disk import disk_fault, existing_parent, free_bytes, human, output_lock, recover, staging
+from fusekit.disk import disk_fault, existing_parent, free_bytes, human, output_lock, recover, refuse_file, staging
 from fusekit.errors import StorageError
 from tests.processes import run
 
@@ -163,6 +163,13 @@ def test_a_lock_that_cannot_be_made_names_its_place():
             pass
     with pytest.raises(StorageError, match="/dev/null is"), output_lock(Path("/dev/null/deep/out")):
         pass
+
+
+@pytest.mark.parametrize("name", ["circle", "circle/out"])
+def test_links_in_a_circle_are_no_output(tmp_path, name):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(StorageError, match="choose another"):
+        refuse_file(tmp_path / name, name)
 
 
 def test_a_holder_file_that_cannot_be_read_does_not_hide_the_error(tmp_path):

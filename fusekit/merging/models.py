@@ -223,7 +223,8 @@ def _resolve_one(reference: Any, place: KeyPath, settings: Settings, options: Me
         example = f"{reference.model.path.rstrip('/')}/{files.only_gguf[0]}"
         raise MergeError(f"{name} has no weights but GGUF files, {_NO_GGUF.format(example)}")
     config = files.config()
-    with_tokenizer = {**(files.json("tokenizer_config.json") or {}), **config}
+    # The tokenizer's configuration may name code as well, but says nothing of the model's type.
+    with_tokenizer = {**(files.json("tokenizer_config.json") or {}), "model_type": None, **config}
     if not runs_code:
         # mergekit's switch is one for all models: once it is on for one that may, a model that transformers could load
         # without code would run its own as well, so that one needs permission too.

@@ -58,6 +58,12 @@ def gone(shop):
     (shop / "target2/model.safetensors").unlink()
 
 
+def leads_nowhere(shop):
+    """As in a cache of the hub whose files were removed."""
+    (shop / "target1/model.safetensors").unlink()
+    (shop / "target1/model.safetensors").symlink_to("../blobs/gone")
+
+
 def adapter_alone(shop):
     (shop / "tuned").mkdir()
     (shop / "tuned/adapter_config.json").write_text('{"base_model_name_or_path": "org/pivot", "peft_type": "LORA"}')
@@ -151,6 +157,7 @@ BEFORE_READING = {
     "a part of a header": case(truncated(500), says=["target1", "model.safetensors", "interrupted"]),
     "all but a byte": case(truncated(-1), says=["target1", "model.safetensors", "interrupted"]),
     "a hollow file": case(hollow, says=["target1", "damaged"]),
+    "a link to weights that are gone": case(leads_nowhere, says=["target1/model.safetensors is not there"]),
     "an adapter alone": case(
         adapter_alone, says=["tuned is an adapter", "org/pivot+tuned"], models=[{"model": "tuned"}]
     ),

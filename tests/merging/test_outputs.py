@@ -129,7 +129,7 @@ def test_an_index_cannot_smuggle_a_pickle_in(recipe, workshop):
     (workshop / "target1/model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "evil.bin"}}
     (workshop / "target1/model.safetensors.index.json").write_text(json.dumps(index))
-    refused(recipe, "target1", "evil.bin")
+    refused(recipe, "target1: its weights are pickled", "evil.bin")
 
 
 def with_code(folder: Path, model_type: str) -> None:
@@ -146,6 +146,9 @@ def with_code(folder: Path, model_type: str) -> None:
 def test_remote_code_is_refused_and_named(recipe, workshop):
     with_code(workshop / "target1", "unheard_of")
     refused(recipe, "target1 wants to run Python code", "--allow-remote-code 'target1'")
+    configured("target1", model_type=None)(workshop)
+    (workshop / "target1/tokenizer_config.json").write_text('{"model_type": "llama"}')
+    refused(recipe, "target1 wants to run Python code")
 
 
 def test_leave_for_one_model_is_no_leave_for_another(recipe, workshop):
