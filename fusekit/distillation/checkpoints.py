@@ -44,8 +44,11 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint was made under. Raises StorageError when its list cannot be read."""
-    return dict(_listing(checkpoint)["facts"])
+    """What a checkpoint was made under. Raises StorageError, with its name, when its list cannot be read."""
+    try:
+        return dict(_listing(checkpoint)["facts"])
+    except StorageError as error:
+        raise StorageError(f"{checkpoint}: {error}") from error
 
 
 def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:

@@ -54,7 +54,7 @@ def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
     if settings.lora is not None:
         shape, frozen, own = shape_of(checkpoint.config), trained, 4  # peft trains adapters in float32
         layer = _LINEARS_OF_HIDDEN * 2 * shape.hidden + _LINEARS_OF_WIDE * (shape.hidden + shape.wide)
-        trained = int(settings.lora.get("r", 8)) * shape.layers * layer
+        trained = int(settings.lora.get("r") or 8) * shape.layers * layer
     optimizer = str(settings.trainer.get("optim", "adamw"))
     moments = next((size for name, size in _OPTIMIZERS.items() if name in optimizer), 2.0 * own)
     copies = 2 * (trained + frozen) if settings.bf16 and width > 2 else 0
@@ -96,12 +96,12 @@ def memory_needs(
     processes: Processes,
     teachers: Sequence[Checkpoint] = (),
     *,
-    loaded: bool = False,
+    loaded: str | None = None,
 ) -> list[Need]:
     """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
 
-    row_tokens: of the longest row. teachers: that stay loaded beside the model. loaded: whether the model's weights are
-    in main memory already.
+    row_tokens: of the longest row. teachers: that stay loaded beside the model. loaded: kind of the device that has the
+    model's weights already, "cpu" or "cuda".
     """
     held, kind = states(checkpoint, settings), processes.device.type
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
@@ -122,8 +122,8 @@ def memory_needs(
         free = torch.cuda.mem_get_info(processes.device.index or 0)[0]
         loading = f"memory to load {checkpoint.choice.model} before training"
         host = [] if loaded else [main_memory(loading, weights, processes.local)]
-        return [Need(what, needed, free, f"free on {processes.device}"), *host]
-    besides = int(needed * (1 + _HEAP)) - (weights if loaded else 0)
+        return [Need(what, needed - (weights if loaded == kind else 0), free, f"free on {processes.device}"), *host]
+    besides = int(needed * (1 + _HEAP)) - (weights if loaded == kind else 0)
     return [main_memory(what, besides, processes.local)] if kind == "cpu" else []
 
 

@@ -309,7 +309,7 @@ def fusion_dataset(
     refuse_names(given)
     stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
     # A template that prints the day prints that of the captures that are there.
-    there = [_own_folder(args), *(store.path for store in stores.values() if isinstance(store, Store))]
+    there = [own_folder(args), *(store.path for store in stores.values() if isinstance(store, Store))]
     reader = RowTokenizer(student.tokenizer, date=next(filter(None, map(date_of, there)), None))
     rows = _prepared(dataset, reader, args, say)
     refuse_nobody(settings, given)
@@ -387,10 +387,11 @@ def capture_student(
         return student.teacher(how, spec.top_k, "the model", lambda _: None)
 
     try:
-        return capture_rows(rows, reader, load, _own_folder(args), lambda: spec, quiet=args.disable_tqdm)
+        return capture_rows(rows, reader, load, own_folder(args), lambda: spec, quiet=args.disable_tqdm)
     finally:
         student.model.train(training)
 
 
-def _own_folder(args: OneDevice) -> Path:
+def own_folder(args: OneDevice) -> Path:
+    """Where :func:`capture_student` puts it."""
     return Path(args.output_dir) / CAPTURES / PIVOT

@@ -6,7 +6,7 @@ aligned: stores of the answers, of any ``top_k``, are all that is needed of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
+from fusekit.capturing.manifest import date_of
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.data.counts import DataCounts
@@ -25,10 +26,10 @@ from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.arguments import OneDevice, with_adapter
 from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits
-from fusekit.distillation.inputs import capture_student
+from fusekit.distillation.inputs import capture_student, own_folder
 from fusekit.distillation.live import Loaded
 from fusekit.errors import DataError, DistillationError
-from fusekit.types import FloatArray
+from fusekit.types import FloatArray, Part, Row, TokenizedRow
 
 ANSWERS = ("chosen", "rejected")
 
@@ -49,6 +50,8 @@ def answers(pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     examples = []
     for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, Mapping):
+            raise DataError(f"pair {number} is {_shown(pair)}: give a record with prompt, chosen and rejected")
         found: list[Any] = [pair.get(name) for name in ANSWERS]
         chosen, rejected = found
         if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)) or chosen == rejected:
@@ -157,11 +160,11 @@ class PreferenceTrainer(Trainer):
         sources: by name, a store of ``answers(train_dataset)``, or the path of one.
         processing_class: the tokenizer; by default that of ``model``.
         peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
-        kwargs: as in transformers (callbacks, optimizers).
+        kwargs: as in transformers (callbacks, optimizers); there is no evaluation.
 
     Raises:
-        DataError: a pair that cannot be read. DistillationError: a pair is too long, a store lacks an answer, or
-            ``args`` is something else.
+        DataError: a pair that cannot be read. DistillationError: a pair is too long, a store lacks an answer or has
+            another part of it, or an argument is something else.
         CaptureError, StorageError: the model's own capture fails, or a store is damaged.
     """
 
@@ -178,11 +181,16 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         if not isinstance(args, PreferenceConfig):
             raise DistillationError(f"args is {type(args).__name__}: give a PreferenceConfig")
+        if not isinstance(sources, Mapping | None):
+            raise DistillationError(f"sources is {type(sources).__name__}: give stores by name, {{name: store}}")
+        if kwargs.get("eval_dataset") is not None:
+            raise DistillationError("eval_dataset cannot be given: a PreferenceTrainer does not evaluate")
         stores = {
             name: store if isinstance(store, Store) else Store.open(store) for name, store in (sources or {}).items()
         }
         student = Loaded.of(model, processing_class, dtype=args.dtype)
-        reader = RowTokenizer(student.tokenizer)
+        # A template that prints the day prints that of the capture that is there.
+        reader = RowTokenizer(student.tokenizer, date=date_of(own_folder(args)))
         rows = list(rows_of(answers(train_dataset), DataCounts()))
         if not rows:
             raise DistillationError("train_dataset has no pairs")
@@ -190,6 +198,8 @@ class PreferenceTrainer(Trainer):
         own = capture_student(student, reader, prepared.rows, args, CaptureSettings(top_k=1))
         keys = [row.key for row in rows]
         pivot, *others = (_per_token(name, store, keys) for name, store in {"the model": own, **stores}.items())
+        for name, store in stores.items():
+            _refuse_other_parts(name, store, own, rows)
         known = np.array(others).reshape(len(others), len(rows))
         chosen, rejected = (
             fused_reference(pivot[at::2], known[:, at::2], preferred=not at, clip=args.clip) for at in (0, 1)
@@ -198,7 +208,6 @@ class PreferenceTrainer(Trainer):
         for row in rows:
             tokens = reader.tokenize(row)
             examples.append({"input_ids": tokens.ids, "labels": np.where(tokens.labels, tokens.ids, IGNORED)})
-        self._heads = LabelLogits(student.model)
         super().__init__(
             model=student.model if peft_config is None else with_adapter(student.model, peft_config),
             args=args,
@@ -207,6 +216,7 @@ class PreferenceTrainer(Trainer):
             data_collator=_Pairs(getattr(student.tokenizer, "pad_token_id", None) or 0),
             **kwargs,
         )
+        self._heads = LabelLogits(self.model)  # with its adapter, which may be on the output embedding
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, and transformers' over micro-batches
         self._ahead: list[torch.Tensor] = []
 
@@ -262,6 +272,34 @@ def _per_token(name: str, store: Store, keys: list[str]) -> FloatArray:
     at = [store.position(key) for key in keys]
     found: FloatArray = -store.summary.cross_entropy[at] / store.summary.labels[at]
     return found
+
+
+def _refuse_other_parts(name: str, store: Store, own: Store, rows: Sequence[Row]) -> None:
+    """Raise DistillationError where a source was captured on other messages than the model, or on cut answers.
+
+    A template that drops how an answer begins is no reason: the source judges what it has read.
+    """
+    other = []
+    for row in rows:
+        theirs, ours = store.position(row.key), own.position(row.key)
+        if store.summary.bytes[theirs] == own.summary.bytes[ours]:
+            continue
+        said, read = store[theirs].tokens, own[ours].tokens
+        if {*said.message[said.labels]} != {*read.message[read.labels]} or _is_cut(row, said):
+            other.append(row.key)
+    if other:
+        raise DistillationError(
+            f"{name} has another part of {len(other)} of {len(rows)} answers ({other[0]}): it was captured with a "
+            "smaller max_length, which cuts them, or with train_on all; capture it from answers(pairs), with the same "
+            "max_length"
+        )
+
+
+def _is_cut(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether the tokens of the last message end before its text does."""
+    last = len(row.messages) - 1
+    ends = tokens.ends[(tokens.message == last) & (tokens.part == Part.CONTENT)]
+    return bool(len(ends)) and int(ends.max()) < len(row.messages[last].content.rstrip().encode())
 
 
 _LACKS = (

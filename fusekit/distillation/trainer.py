@@ -52,13 +52,15 @@ def _refuse_what_does_not_fit(
     """longest: tokens of the longest example. teachers: that are loaded beside the student. ignored: refuse nothing."""
     own, processes = student.checkpoint, Processes.current()
     beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint and not ignored]
-    if own is None or own.choice.quantization or own.choice.device_map:
+    if own is None or own.choice.quantization or own.config.get("quantization_config") or own.choice.device_map:
         for teacher in beside:
             capture_estimate.refuse(capture_estimate.memory_needs(teacher, CaptureSettings(), processes))
     elif not ignored:
-        lora = adapter if adapter is None or isinstance(adapter, Mapping) else adapter.to_dict()
+        lora = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
+        if not isinstance(lora, Mapping | None):  # refused where the adapter is made
+            lora = {}
         how = args.training.model_copy(update={"dtype": own.choice.dtype, "lora": lora})
-        estimate.refuse(estimate.memory_needs(own, how, longest, processes, beside, loaded=True))
+        estimate.refuse(estimate.memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
 
 
 class FusionTrainer(TrainerWithGradients):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation import estimate
 from fusekit.distillation.inputs import Inputs
+from fusekit.distillation.live import Loaded
 from fusekit.distillation.outputs import load_pivot
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
+from fusekit.distillation.trainer import _refuse_what_does_not_fit
 from fusekit.errors import DistillationError
 from fusekit.resources import memory_limits, taken_bytes
 
@@ -129,7 +132,28 @@ def test_a_trainer_estimates_its_own_training_with_its_teachers(tmp_path):
 def test_weights_that_are_loaded_already_are_not_counted_again():
     here = Processes(0, 1, 1, torch.device("cpu"))
     (before,), (after,) = (
-        estimate.memory_needs(PIVOT, TrainingSettings(), 64, here, loaded=loaded) for loaded in (False, True)
+        estimate.memory_needs(PIVOT, TrainingSettings(), 64, here, loaded=loaded) for loaded in (None, "cpu")
     )
     weights = estimate.states(PIVOT, TrainingSettings()).weights
     assert before.needed - after.needed == pytest.approx(weights, rel=0.2)
+
+
+def test_weights_that_are_on_a_gpu_already_are_not_counted_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
+    gpu, settings = Processes(0, 1, 1, torch.device("cuda", 0)), TrainingSettings()
+    found = {at: estimate.memory_needs(PIVOT, settings, 64, gpu, loaded=at) for at in (None, "cpu", "cuda")}
+    assert {at: len(needs) for at, needs in found.items()} == {None: 2, "cpu": 1, "cuda": 1}
+    assert found[None][0] == found["cpu"][0]
+    assert found["cpu"][0].needed - found["cuda"][0].needed == estimate.states(PIVOT, settings).weights
+
+
+def test_a_checkpoint_of_quantised_weights_is_not_estimated(tmp_path):
+    """Its files say neither how many weights it has nor what each takes while it trains."""
+    own = dataclasses.replace(PIVOT, config={**PIVOT.config, "quantization_config": {"quant_method": "bitsandbytes"}})
+    model = SimpleNamespace(device=torch.device("cpu"))
+    huge = FusionConfig(str(tmp_path), per_device_train_batch_size=10**9)
+    with pytest.raises(DistillationError, match="does not fit"):
+        _refuse_what_does_not_fit(Loaded(model, None, PIVOT), huge, None, 64, (), ignored=False)
+    _refuse_what_does_not_fit(Loaded(model, None, own), huge, None, 64, (), ignored=False)
+    bad = "lora"  # refused where the adapter is made
+    _refuse_what_does_not_fit(Loaded(model, None, PIVOT), FusionConfig(str(tmp_path)), bad, 64, (), ignored=False)

@@ -58,9 +58,10 @@ def test_all_forms_of_a_pair_are_read_alike() -> None:
         ({"chosen": messages("a", "b"), "rejected": messages("a", "b", "c")}, "[]"),
         ({"chosen": messages("x", "b"), "rejected": messages("y", "c")}, "[]"),
         ({"prompt": "a", "chosen": 3, "rejected": 4}, "3"),
+        ("pairs.jsonl", "pairs.jsonl"),
     ],
 )
-def test_a_pair_that_is_none_is_refused_by_its_number(pair: dict[str, Any], named: str) -> None:
+def test_a_pair_that_is_none_is_refused_by_its_number(pair: Any, named: str) -> None:
     with pytest.raises(DataError) as error:
         answers([PAIRS[0], pair])
     assert "pair 2" in str(error.value)
@@ -148,6 +149,31 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
     for fields in ({"beta": 0.0}, {"beta": math.inf}):
         with pytest.raises(DistillationError, match=str(fields["beta"])):
             PreferenceConfig(str(tmp_path), **fields)
+
+
+@pytest.mark.parametrize("how", [{"max_length": 20}, {"train_on": "all"}])
+def test_a_store_of_another_part_of_the_answers_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
+    pairs = [*PAIRS, {"prompt": "Say:", "chosen": "a b " * 20, "rejected": "z " * 20}]
+    other = capture(NEOX, answers(pairs), tmp_path / "other", top_k=1, quiet=True, **how)
+    with pytest.raises(DistillationError, match=r"neox has another part of \d+ of 34"):
+        trainer(tmp_path / "out", {"neox": other}, pairs)
+    whole = capture(NEOX, answers(pairs), tmp_path / "whole", top_k=1, quiet=True)
+    assert len(trainer(tmp_path / "out", {"neox": whole}, pairs).train_dataset) == 17
+
+
+def test_an_argument_that_cannot_be_used_is_refused_at_once(store: Store, tmp_path: Path) -> None:
+    config = PreferenceConfig(str(tmp_path))
+    with pytest.raises(DistillationError, match="Store"):
+        PreferenceTrainer(PIVOT, config, PAIRS, store)  # type: ignore[arg-type]
+    with pytest.raises(DistillationError, match="eval_dataset"):
+        PreferenceTrainer(PIVOT, config, PAIRS, eval_dataset=PAIRS)
+
+
+def test_an_adapter_of_the_output_embedding_is_trained(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dtype": "float32"}
+    config = PreferenceConfig(str(tmp_path), max_steps=1, **how)
+    made = PreferenceTrainer(PIVOT, config, PAIRS, peft_config={"r": 2, "target_modules": ["lm_head"]})
+    assert made.train().training_loss == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_an_adapter_is_trained_alone(store: Store, tmp_path: Path) -> None:
