@@ -158,6 +158,8 @@ def test_papers_put_a_one_hot_where_there_is_no_row(tokens: str) -> None:
     if tokens == "span":
         bare = label_rows(LEARN, pivot, source, replace(how, one_hot=False))
         assert filled.tolist() == np.flatnonzero(~bare.taught).tolist()
+    else:
+        assert given.taught.all()
 
 
 def test_warping_takes_the_rows_of_equal_tokens() -> None:
