@@ -303,6 +303,6 @@ def _is_cut(row: Row, tokens: TokenizedRow) -> bool:
 
 
 _LACKS = (
-    "they are longer than max_length, or it was captured from other examples; capture it from answers(pairs), with the "
-    "same max_length"
+    "they are longer than max_length, its chat template refuses them or leaves nothing of them to learn, or it was "
+    "captured from other examples; capture it from answers(pairs), with the same max_length"
 )
