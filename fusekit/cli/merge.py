@@ -61,8 +61,8 @@ def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_opt
     document = safe_yaml.load(recipe)  # once: it may be a pipe
     if kind_of(document) == "fusion":
         raise RecipeError(
-            f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out or 'OUT'} --only merge` merges the targets of "
-            "its run, with the same options; `fusekit run` does all of it"
+            f"{recipe} is a fusion recipe: `mergekit-fuse {recipe} {out or 'OUT'} --only merge` merges the distilled "
+            "models of its run, with the same options; `fusekit run` does all of it"
         )
     if out is None and not check:
         raise click.UsageError("give a folder OUT for the merged model, or --check to see what would be done")

@@ -79,7 +79,7 @@ class FusionSettings(_Section):
 
     mode: Literal["pairwise", "joint"] = Field(
         default="pairwise",
-        description="`pairwise`: one target per source, from the pivot and that source; `joint`: one target from all.",
+        description="`pairwise`: a distilled model per source, from the pivot and that source; `joint`: one from all.",
     )
     function: str = Field(
         default="min_ce",
@@ -285,8 +285,8 @@ def clashes(
         yield _clash(says, "fusion.include_pivot", "alignment.vocabulary")
     if vocabulary in ("grouped", "pieces") and fusion.mode == "joint" and sources > 1:
         says = (
-            f"loss {loss} compares in the vocabulary of one source, and {sources} sources are to teach one target: use "
-            "mode pairwise"
+            f"loss {loss} compares in the vocabulary of one source, and {sources} sources are to teach one distilled "
+            "model: use mode pairwise"
         )
         yield _clash(says, "fusion.mode", "alignment.vocabulary")
 
