@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import click
@@ -20,6 +21,7 @@ from fusekit.errors import RecipeError
 from fusekit.recipe import load_recipe
 from fusekit.recipe import shipped as shipped_recipes
 from tests.capture.store_processes import write
+from tests.processes import fusekit
 
 RECIPES = shipped_recipes.recipes()
 FUSIONS = [name for name, path in RECIPES.items() if "\npivot:" in path.read_text()]
@@ -168,6 +170,18 @@ def test_names_that_are_no_utf8_are_printed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stderr
     assert str(recipe) in json.loads(done.stdout)["problems"][0]
+
+
+def print_to_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux that is always full")
+@pytest.mark.parametrize("command", ["ls", "schema"])  # less and more than Python keeps in memory
+def test_a_full_disk_under_the_output_is_one_message(tmp_path, command):
+    done = fusekit(tmp_path, command, before=print_to_a_full_disk)
+    message = "fusekit: No space left on device for a file or the standard output: write elsewhere\n"
+    assert (done.exitcode, done.output) == (1, message)
 
 
 class Settings(BaseModel):

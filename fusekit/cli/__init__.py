@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
+import os
 import sys
 
 import click
@@ -64,11 +66,19 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the `fusekit` script: a FusekitError becomes one message on stderr and exit status 1."""
+    """Entry point of the `fusekit` script: a FusekitError, or a full disk under
+    what is printed, becomes one message on stderr and exit status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         cli()
     except FusekitError as error:
         click.echo(f"fusekit: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo(f"fusekit: {error.strerror} for a file or the standard output: write elsewhere", err=True)
+        if sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,7 @@ def read_rows(
     counts = DataCounts() if counts is None else counts
     if limit is not None and limit < 0:
         raise DataError(f"limit is {limit}: it is a number of examples, or None for all")
+    limit = limit and min(limit, sys.maxsize)  # islice takes no larger one
     if not isinstance(path, (str, Path)):
         how: dict[str, Any] = {"split": split, "revision": revision, "name": name, "streaming": streaming}
         rows: Iterator[Row] = (row for one in path for row in read_rows(one, counts=counts, **how))
@@ -219,8 +221,10 @@ def _loaded(data: bytes, file: Path, line: int = 1) -> Any:
     try:
         return json.loads(_decoded(data, file, line))
     except json.JSONDecodeError as error:
+        whole = file.suffix == ".jsonl" and line == 1 and data.strip() in (b"[", b"{")
+        hint = ": a file of one JSON value over several lines has to end in .json" if whole else ""
         raise DataError(
-            f"{file}, line {line + error.lineno - 1}: invalid JSON: {error.msg} (column {error.colno})"
+            f"{file}, line {line + error.lineno - 1}: invalid JSON: {error.msg} (column {error.colno}){hint}"
         ) from error
     except ValueError as error:  # numbers of too many digits
         raise DataError(f"{file}, line {line}: invalid JSON: {error}") from error

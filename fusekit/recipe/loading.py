@@ -220,11 +220,21 @@ def _mistake(detail: Any, data: Any) -> tuple[tuple[KeyPath, ...], str]:
         now = RENAMED.get(str(key))
         hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
         return (path if path[-1:] == (key,) else (*path, key),), f"unknown key {key!r}{hint}"
+    return (path,), _worded(detail, label)
+
+
+def _worded(detail: Any, label: str) -> str:
+    """What pydantic says of the value that ``label`` names, in the words of a recipe where its own are of Python."""
     if detail["type"] == "model_type":
-        return (path,), f"{label}: write a mapping with keys such as {', '.join(_fields(detail['loc'])[:3])}"
+        return f"{label}: write a mapping with keys such as {', '.join(_fields(detail['loc'])[:3])}"
+    if detail["type"] == "too_short":
+        return f"{label} is empty: name at least one"
+    if detail["type"] == "string_pattern_mismatch" and detail["loc"][-1] == "name":
+        said = "begin with a letter or a digit, and use no others than a-z, A-Z, 0-9, '.', '_' and '-'"
+        return f"{label} is {detail['input']!r}, which becomes the name of a folder: {said}"
     text, value = " ".join(str(detail["msg"]).removeprefix("Value error, ").split()), detail["input"]
     is_short = isinstance(value, (str, int, float, NoneType)) and len(repr(value)) <= 60
-    return (path,), f"{label}: {text}" + (f", not {value!r}" if text.startswith("Input should") and is_short else "")
+    return f"{label}: {text}" + (f", not {value!r}" if text.startswith("Input should") and is_short else "")
 
 
 def _fields(location: Sequence[int | str]) -> list[str]:

@@ -78,6 +78,7 @@ def test_inputs_datasets_and_text(tmp_path):
     assert next(read_rows(tmp_path / "d.txt")).messages == (("text", "é\r\n\ufeffx"),)
     assert len(list(read_rows(tmp_path))) == len(list(read_rows([tmp_path / "c.parquet", tmp_path], limit=4))) == 4
     assert len(list(read_rows(tmp_path, limit=2))) == 2
+    assert len(list(read_rows(tmp_path, limit=10**30))) == len(list(read_rows(tmp_path)))
 
 
 def test_json_lines_may_end_in_json_and_begin_with_a_mark(tmp_path):
@@ -126,6 +127,7 @@ def test_errors_name_file_and_line(tmp_path, content, message):
         ("a.parquet", b"PAR1", r"a\.parquet, after row 0: not readable as Parquet"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'[\n{"text": "a"},\n nope]', r"a\.json, line 3: invalid JSON"),
+        ("a.jsonl", b'[\n{"text": "a"}\n]', r"a\.jsonl, line 1: invalid JSON: .* has to end in \.json"),
         ("config.json", b"{", r"config\.json, line 1: invalid JSON"),  # damaged, so not taken for a model's
     ],
 )

@@ -310,8 +310,8 @@ def test_a_mistake_is_named_with_its_line_and_the_way_out(write, text, expected)
         ("[{model: a/sft}]", "no source may be called 'sft'"),
         ("[{model: a/b.training}]", "no source may be called 'b.training'"),
         ("[{model: ../..}]", "no source may be called '..'"),
-        ("[]", "at least 1 item"),
-        ("[{model: a, name: ../up}]", "sources.0.name: String should match pattern"),
+        ("[]", "sources is empty: name at least one"),
+        ("[{model: a, name: ../up}]", r"sources.0.name is '../up', which becomes .* begin with a letter"),
     ],
 )
 def test_sources_have_names_of_their_own(write, sources, message):
