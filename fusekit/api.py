@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fusekit.data.reading import rows_of
 from fusekit.data.settings import DataSettings
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import DataError
+from fusekit.errors import DataError, ModelError
 from fusekit.yaml import nearest
 
 CUTS = ("max_length", "overlong", "train_on", "on_bad_row", "pack")
@@ -55,6 +56,8 @@ def capture_job(
     >>> [job.run(Processes.separate(rank, 2)).complete for rank in (1, 0)]
     [False, True]
     """
+    if not isinstance(model, (str, PathLike, ModelChoice)):
+        raise ModelError(f"model is {type(model).__name__}: give its name on the hub, its folder or a ModelChoice")
     known = (*CUTS, *CaptureSettings.model_fields)
     if unknown := [name for name in settings if name not in known]:
         raise DataError(f"capture has no setting {unknown[0]!r}{nearest(unknown[0], known)}")

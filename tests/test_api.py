@@ -28,7 +28,7 @@ from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.live import Loaded
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import CaptureError, DataError, DistillationError
+from fusekit.errors import CaptureError, DataError, DistillationError, ModelError
 from tests.merging.hub_server import Hub, Repository
 from tests.processes import program
 
@@ -161,6 +161,7 @@ def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[
         ({}, DistillationError, ("no source", "sft")),
         ({"teachers": {"pivot": NEOX}}, DistillationError, ("'pivot'",)),
         ({"teachers": {"../neox": NEOX}}, DistillationError, ("'../neox'",)),
+        ({"teachers": {3: NEOX}}, DistillationError, ("cannot be called 3",)),
     ],
     ids=str,
 )
@@ -234,6 +235,12 @@ def test_wrong_settings_of_a_capture(settings: dict[str, Any], tmp_path: Path) -
         capture(NEOX, RECORDS, tmp_path / "store", **settings)
     assert next(iter(settings)) in str(error.value)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("model", [None, 3])
+def test_a_capture_of_no_model_says_what_was_given(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"model is {type(model).__name__}: give its name"):
+        capture(model, RECORDS, tmp_path / "store")
 
 
 def test_importing_is_light_and_every_name_is_there() -> None:

@@ -42,7 +42,8 @@ class Target:
 def refuse_names(sources: Iterable[str]) -> None:
     """Raise DistillationError where a source has a name that cannot be a folder's of the output."""
     for name in sources:
-        if not name or name in (JOINT, PLAIN, "pivot") or "/" in name or name.startswith("."):
+        taken = name in ("", JOINT, PLAIN, "pivot")
+        if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
             raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,12 @@ def answers(pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             messages, with a ``prompt`` of the same kind or, where they are messages, as the messages that both begin
             with.
 
-    Raises DataError: a pair without a prompt, without one of the answers, or with two equal ones.
+    Raises DataError: a pair without a prompt, without one of the answers, or with two equal ones; no pairs at all, such
+        as text.
     """
+    if isinstance(pairs, (str, Path, Mapping, NoneType)):
+        kind = type(pairs).__name__
+        raise DataError(f"the pairs are {kind}: give a list of records with prompt, chosen and rejected")
     examples = []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, Mapping):
@@ -132,8 +137,8 @@ class PreferenceConfig(OneDevice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.beta < float("inf")):
-            raise DistillationError(f"beta is {self.beta}: give a finite number above 0")
+        if not isinstance(self.beta, (int, float)) or not (0 < self.beta < float("inf")):
+            raise DistillationError(f"beta is {self.beta!r}: give a finite number above 0")
         self.remove_unused_columns = False  # what the loss needs is no argument of the model
 
 
@@ -185,6 +190,9 @@ class PreferenceTrainer(Trainer):
             raise DistillationError(f"sources is {type(sources).__name__}: give stores by name, {{name: store}}")
         if kwargs.get("eval_dataset") is not None:
             raise DistillationError("eval_dataset cannot be given: a PreferenceTrainer does not evaluate")
+        for name, store in (sources or {}).items():
+            if not isinstance(store, (Store, str, Path)):
+                raise DistillationError(f"the source {name} is {type(store).__name__}: give a Store or the path of one")
         stores = {
             name: store if isinstance(store, Store) else Store.open(store) for name, store in (sources or {}).items()
         }

@@ -47,6 +47,15 @@ def test_all_forms_of_a_pair_are_read_alike() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pairs", "named"),
+    [(None, "NoneType"), ("pairs.jsonl", "str"), (PAIRS[0], "dict"), ([*PAIRS[:1], 3], "pair 2 is 3")],
+)
+def test_what_holds_no_pairs_is_refused(pairs: Any, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        answers(pairs)
+
+
+@pytest.mark.parametrize(
     ("pair", "named"),
     [
         ({"prompt": "a", "chosen": "b"}, "missing"),
@@ -146,8 +155,11 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
         trainer(tmp_path / "a", {"neox": store}, [*PAIRS, *other])
     with pytest.raises(DistillationError, match="the model lacks 1 of 34"):
         trainer(tmp_path / "b", pairs=[*PAIRS, other[0] | {"rejected": "long " * 60}], max_length=64)
-    for fields in ({"beta": 0.0}, {"beta": math.inf}):
-        with pytest.raises(DistillationError, match=str(fields["beta"])):
+    for sources, named in (([store], "sources is list"), ({"neox": 3}, "the source neox is int")):
+        with pytest.raises(DistillationError, match=named):
+            PreferenceTrainer(PIVOT, PreferenceConfig(str(tmp_path)), PAIRS, sources)
+    for fields in ({"beta": 0.0}, {"beta": math.inf}, {"beta": "a"}):
+        with pytest.raises(DistillationError, match=repr(fields["beta"])):
             PreferenceConfig(str(tmp_path), **fields)
 
 
