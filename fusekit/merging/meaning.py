@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import transformers
 from mergekit.architecture import arch_info_for_config
 
 from fusekit.errors import MergeError
-from fusekit.merging.models import Model, OrderedConfiguration, has_tokenizer, tokenizer_rows
+from fusekit.merging.models import Model, OrderedConfiguration, has_tokenizer, token_ids, tokenizer_rows
 from fusekit.yaml import KeyPath, Problems
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
@@ -21,6 +22,8 @@ SAME_MEANING = (
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
 )
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+RENAMED = 0.01
+"""Share of the ids up to which a fine-tune may name tokens otherwise than its base: special tokens given a use."""
 SMALL_RATIO = 10.5
 """Of two epsilons of a norm: up to here (1e-6 and 1e-5) they are small against the variances of activations."""
 
@@ -166,7 +169,8 @@ def _text_config(config: Any, key: str) -> Any:
 def check_tokenizers(
     config: OrderedConfiguration, models: dict[Any, Model], rows: int | None, copied: bool, problems: Problems
 ) -> None:
-    """Report tokenizers that do not load, none at all, and one whose tokens are more than the embedding's rows.
+    """Report tokenizers that do not load, none at all, one whose tokens are more than the embedding's rows, and models
+    whose ids mean other tokens than those of the donor.
 
     rows: None where they are not known. copied: whether mergekit copies the tokenizer of the donor.
     """
@@ -186,6 +190,31 @@ def check_tokenizers(
             )
     if copied and not built and not has_tokenizer(donor.folder):
         problems.warn(donor.place, f"{donor.name} has no tokenizer, so the merged model will have none")
+    if not built:
+        _check_ids(donor, [model for model in models.values() if model.weights], problems)
+
+
+def _check_ids(donor: Model, models: list[Model], problems: Problems) -> None:
+    """Warn of embeddings whose rows belong to other tokens. Fine-tunes may have renamed some of the special tokens."""
+    file, same = donor.folder / "tokenizer.json", None
+    for model in models:
+        other = model.folder / file.name
+        if model is donor or not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
+            continue
+        try:
+            same = same or {number: token for token, number in (token_ids(donor.folder, donor.name) or {}).items()}
+            theirs = token_ids(model.folder, model.name) or {}
+        except MergeError:  # that of the donor is reported; another is not used
+            continue
+        differ = [(number, token) for token, number in theirs.items() if same.get(number, token) != token]
+        if len(differ) > len(theirs) * RENAMED:
+            number, token = min(differ)
+            problems.warn(
+                model.place,
+                f"{model.name} has another tokenizer than {donor.name}: {len(differ):,} of {len(theirs):,} ids stand "
+                f"for other tokens ({number} is {token!r}, in {donor.name} {same[number]!r}), so embeddings are merged "
+                "that do not belong together; if both are right, `tokenizer: {source: union}` brings them together",
+            )
 
 
 def generation_config(config: OrderedConfiguration, models: dict[Any, Model], problems: Problems) -> Path | None:

@@ -332,11 +332,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 def tokenizer_rows(folder: Path, label: str) -> int | None:
     """Rows of an embedding that the tokenizer.json of a model asks for, None without one. Raises MergeError."""
+    tokens = token_ids(folder, label)
+    return None if tokens is None else 1 + max(tokens.values(), default=-1)
+
+
+def token_ids(folder: Path, label: str) -> dict[str, int] | None:
+    """The ids of all tokens in the tokenizer.json of a model, None without one. Raises MergeError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     try:
-        return 1 + max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
+        return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
     except Exception as error:
         raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
 

@@ -17,6 +17,7 @@ from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, check, merge
 from fusekit.merging.loading import first_not_finite
+from tests.capture.conftest import DEMO
 from tests.helpers import edit_tensors
 from tests.merging.conftest import (
     OVERWRITE,
@@ -500,6 +501,26 @@ def test_a_model_without_a_tokenizer_is_merged_and_that_is_said(recipe, workshop
     merge(recipe, "out", settings=Settings(say=lines.append))
     assert any("warning" in line and "base has no tokenizer" in line for line in lines)
     assert "Failed to copy tokenizer" not in caplog.text
+
+
+@pytest.mark.parametrize(("renamed", "warned"), [(0, False), (1, False), (300, True)])
+def test_ids_that_mean_other_tokens_are_warned_of(write_recipe, workshop, renamed, warned):
+    """A fine-tune may give a special token another name; the tokenizer of another model is a mistake."""
+    shutil.copytree(DEMO / "numbers", workshop / "numbers")
+    file = workshop / "numbers" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary, special = tokenizer["model"]["vocab"], tokenizer["added_tokens"][-1]
+    if renamed == 1:
+        vocabulary["<|call|>"] = vocabulary.pop(special["content"])
+        special["content"] = "<|call|>"
+    last = sorted(vocabulary, key=vocabulary.__getitem__)[-renamed:] if renamed > 1 else []
+    vocabulary |= dict(zip(last, [vocabulary[token] for token in last[1:] + last[:1]], strict=True))
+    file.write_text(json.dumps(tokenizer, indent=1))
+    models = [{"model": "numbers"}, {"model": str(DEMO / "facts")}]
+    found = check(write_recipe(base_model=str(DEMO / "pivot"), models=models))
+    said = [line for line in found.warnings if "tokenizer" in line]
+    assert bool(said) == warned
+    assert all(named in line for line in said for named in ("numbers", "pivot", f"{renamed} of 768"))
 
 
 @pytest.mark.parametrize(
