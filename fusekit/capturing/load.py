@@ -232,5 +232,7 @@ def _explained(checkpoint: Checkpoint, what: str) -> Iterator[None]:
                 "model with --trust-remote-code"
             ) from error
         else:
+            if type(error).__name__ == "SafetensorError":
+                checkpoint.headers()  # says which file is cut off, and both sizes
             hint = f"check the files in {checkpoint.folder}"
         raise CaptureError(f"{what} {name} cannot be loaded: {type(error).__name__}: {text}; {hint}") from error

@@ -114,7 +114,7 @@ class Check:
 
 
 def _merging(models: list[str], base: str | None, verb: str = "") -> str:
-    return f"{counted(len(models), 'model')}{verb}" + (f" into {base}" if base else "")
+    return f"{counted(len(models), 'model')}{verb}" + (f" on the base {base}" if base else "")
 
 
 def merge(

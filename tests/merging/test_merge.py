@@ -98,7 +98,7 @@ def test_no_network_is_asked_for_local_models(recipe, workshop):
     assert done.exitcode == 0, done.output
     assert "models/base" in (workshop / "out/README.md").read_text()
     assert "\r" not in done.output, "not a terminal: no bar that is redrawn"
-    assert "2 models merged into models/base with Task Arithmetic" in done.output
+    assert "2 models merged on the base models/base with Task Arithmetic" in done.output
 
 
 # ---------------------------------------------------------------- fusekit's own methods
