@@ -124,14 +124,14 @@ class PreferenceConfig(OneDevice):
     """Arguments of :class:`PreferenceTrainer`: any of ``transformers.TrainingArguments``, and these.
 
     Attributes:
-        beta: of :func:`preference_loss`; no paper's, since published values vary with the normalisation.
-        clip: whether :func:`fused_reference` leaves out sources that are worse judges of an answer than the pivot.
+        beta: of :func:`preference_loss`; the default is fusekit's own, not a paper's.
+        clip: whether :func:`fused_reference` ignores a source that judges an answer worse than the pivot does.
         max_length: most tokens of a prompt with its answer; longer pairs are refused.
         dtype: data type of the weights of a model that is given by name.
     """
 
     beta: float = field(default=2.5, metadata={"help": "Strength of a preference."})
-    clip: bool = field(default=True, metadata={"help": "Leave out sources that judge an answer worse than the pivot."})
+    clip: bool = field(default=True, metadata={"help": "Ignore sources that judge an answer worse than the pivot."})
     max_length: int = field(default=2048, metadata={"help": "Most tokens of a prompt with its answer."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
 
@@ -139,6 +139,8 @@ class PreferenceConfig(OneDevice):
         super().__post_init__()
         if not isinstance(self.beta, (int, float)) or not (0 < self.beta < float("inf")):
             raise DistillationError(f"beta is {self.beta!r}: give a finite number above 0")
+        if not isinstance(self.clip, bool):
+            raise DistillationError(f"clip is {self.clip!r}: give True or False")
         self.remove_unused_columns = False  # what the loss needs is no argument of the model
 
 

@@ -115,10 +115,8 @@ class Merge(Stage):
                 _models(section, models) | section, sort_keys=False, allow_unicode=True
             )
 
-        with output_lock(final):
-            recover(
-                final
-            )  # of a process that died between moving a former model aside and putting the new one in place
+        with output_lock(final):  # a process may have died while the new model took the place of the former
+            recover(final)
         done = self.status(context, name).is_done()
         if not done:
             artifact.refuse_foreign(final)

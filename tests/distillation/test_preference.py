@@ -158,8 +158,8 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
     for sources, named in (([store], "sources is list"), ({"neox": 3}, "the source neox is int")):
         with pytest.raises(DistillationError, match=named):
             PreferenceTrainer(PIVOT, PreferenceConfig(str(tmp_path)), PAIRS, sources)
-    for fields in ({"beta": 0.0}, {"beta": math.inf}, {"beta": "a"}):
-        with pytest.raises(DistillationError, match=repr(fields["beta"])):
+    for fields in ({"beta": 0.0}, {"beta": math.inf}, {"beta": "a"}, {"clip": "no"}):
+        with pytest.raises(DistillationError, match=repr(*fields.values())):
             PreferenceConfig(str(tmp_path), **fields)
 
 
