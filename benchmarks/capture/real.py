@@ -1,6 +1,6 @@
 """Capture of a pretrained model against its bare forward, and what the head's rounding costs, on real text.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.representation.real MODEL..       # checkpoints or GGUF files
+    OMP_NUM_THREADS=1 python -m benchmarks.capture.real MODEL..       # checkpoints or GGUF files
 
 ``forward``: ``model(input_ids, attention_mask)`` of the same batches, logits thrown away. ``capture``: top-k rows of
 every label on disk, synced, with the head in float32 or in the model's dtype. In turns, in one process; processor

@@ -1,6 +1,6 @@
 """Capture by size of batch: seconds of the same rows in batches of few and of many tokens, and their ratio.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.representation.batches          # a random Llama, on what device there is
+    OMP_NUM_THREADS=1 python -m benchmarks.capture.batches          # a random Llama, on what device there is
 
 Rows of 512 tokens, all of them labels; the sizes are taken in turns, in one process. Nothing is written.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.alignment.timing import write
-from benchmarks.representation.capture import TOKENS, VOCABULARY, Tokens, random_llama
+from benchmarks.capture.capture import TOKENS, VOCABULARY, Tokens, random_llama
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.settings import Selection
 

@@ -1,6 +1,6 @@
 """Bytes per position, error and speed of the top-k store against FuseChat's layout and DistillKit's compressor.
 
-python -m benchmarks.representation.store --distillkit PATH/TO/DistillKit
+python -m benchmarks.capture.store --distillkit PATH/TO/DistillKit
 
 DistillKit (https://github.com/arcee-ai/DistillKit) is measured from a checkout. FuseChat's layout is a table of
 ``datasets`` with a list of float16 logits and a list of int64 ids for every token, as its scripts write it; its bytes

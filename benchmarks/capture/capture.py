@@ -1,6 +1,6 @@
 """Capture, with encoding and writing, against the bare forward of the same batches: seconds and their ratio.
 
-    python -m benchmarks.representation.capture            # a random Llama, V 151,936, on what device there is
+    python -m benchmarks.capture.capture            # a random Llama, V 151,936, on what device there is
 
 ``forward``: ``model(input_ids, attention_mask)`` of the same padded batches, its logits thrown away. ``decoder``: the
 same without the head. ``capture``: top-k rows of every label on disk, synced. All in one process, taken in turns.
