@@ -15,9 +15,8 @@ from fusekit.capturing.manifest import date_of
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.capturing.store import Store
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import rows_of
+from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.settings import DataSettings
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

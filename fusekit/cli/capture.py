@@ -19,7 +19,7 @@ from fusekit.recipe.sections import Load
 
 if TYPE_CHECKING:
     from fusekit.capturing.store import Store
-    from fusekit.data.counts import DataCounts
+    from fusekit.data.reading import DataCounts
 
 _QUANTIZATIONS = {
     "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
@@ -105,8 +105,7 @@ def capture(**options: Any) -> None:
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, DataCounts]:
     from fusekit.api import CUTS, capture_job
     from fusekit.capturing.models import ModelChoice
-    from fusekit.data.counts import DataCounts
-    from fusekit.data.reading import read_rows
+    from fusekit.data.reading import DataCounts, read_rows
 
     of_data = {**options, "name": options["data_name"], "revision": options["data_revision"]}
     data = DataSettings(path=list(options["data"]), **given(of_data, DataSettings))

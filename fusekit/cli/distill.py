@@ -144,9 +144,8 @@ def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
 
 def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer | None) -> list[Row]:
     from fusekit.capturing.store import Store
-    from fusekit.data.counts import DataCounts
     from fusekit.data.prepare import pack_text
-    from fusekit.data.reading import read_rows
+    from fusekit.data.reading import DataCounts, read_rows
 
     data = DataSettings(path=list(options["data"]), **given(options, DataSettings))
     counts = DataCounts(data.on_bad_row)

@@ -1,8 +1,7 @@
 """Rows of data: read, filtered, rendered under a chat template, tokenized with the place of every token."""
 
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import Prepared, pack_text, prepare
-from fusekit.data.reading import read_rows
+from fusekit.data.reading import DataCounts, read_rows
 from fusekit.data.templates import ChatTemplate, template_names
 from fusekit.data.tokenize import RowTokenizer
 

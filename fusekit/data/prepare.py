@@ -9,7 +9,7 @@ from functools import reduce
 
 import numpy as np
 
-from fusekit.data.counts import DROPPED, REASONS, DataCounts
+from fusekit.data.reading import DROPPED, REASONS, DataCounts
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import AlignmentError, DataError
 from fusekit.types import FRAGMENT, TEXT, Cut, IntArray, Message, Part, Row, TokenizedRow

@@ -19,9 +19,8 @@ from fusekit.capturing.manifest import MANIFEST, date_of
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import prepare
-from fusekit.data.reading import rows_of
+from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.disk import with_article

@@ -21,9 +21,8 @@ from transformers import Trainer
 from fusekit.capturing.manifest import date_of
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import prepare
-from fusekit.data.reading import rows_of
+from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.arguments import OneDevice, with_adapter
 from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits

@@ -19,9 +19,8 @@ from fusekit.capturing.manifest import Manifest, read_json
 from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import is_on_hub, read_rows
+from fusekit.data.reading import DataCounts, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.settings import AlignmentSettings

@@ -16,8 +16,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.load import load_tokenizer
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.data.counts import DataCounts
-from fusekit.data.reading import files_of, is_on_hub, no_data_set, read_rows
+from fusekit.data.reading import DataCounts, files_of, is_on_hub, no_data_set, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes

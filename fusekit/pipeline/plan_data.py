@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import Record, files_of, is_on_hub, read_rows, rows_of_records
+from fusekit.data.reading import DataCounts, Record, files_of, is_on_hub, read_rows, rows_of_records
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError, FusekitError
 from fusekit.layout import PIVOT

@@ -88,7 +88,7 @@ class ModelFacts(_Record):
 
 
 class Counts(_Record):
-    """``data/counts.json`` (:class:`fusekit.data.counts.DataCounts`)."""
+    """``data/counts.json`` (:class:`fusekit.data.reading.DataCounts`)."""
 
     seen: int
     kept: int

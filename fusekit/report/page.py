@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fusekit.alignment.quality import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, joined_hash
-from fusekit.data.counts import DROPPED, REASONS
+from fusekit.data.reading import DROPPED, REASONS
 from fusekit.disk import counted, human
 from fusekit.distillation.counts import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables

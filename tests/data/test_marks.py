@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fusekit.data.counts import DataCounts
 from fusekit.data.prepare import pack_text, prepare
-from fusekit.data.reading import read_rows, rows_of
+from fusekit.data.reading import DataCounts, read_rows, rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.types import Cut, Message, Row
