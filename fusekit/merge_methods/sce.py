@@ -6,6 +6,7 @@ docs/merge-methods.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,14 +24,17 @@ from fusekit.merge_methods.fusion_vectors import (
     add_to_base,
     check_finite,
     check_weights,
+    compare,
+    compute_dtype,
     count_where,
     dense,
     dense_shares,
     for_each_chunk,
     is_finite,
+    nonzero,
+    on_cpu,
     shares,
 )
-from fusekit.merge_methods.selection import Selection, select_top_variance
 
 Variant = Literal["paper", "renormalized", "fuseai"]
 
@@ -264,3 +268,204 @@ def sce_with_gradients(
         divisor = (coefficients * kept).sum(0)
         update = update / torch.where(divisor == 0, 1, divisor)
     return (base.to(deltas.dtype) + update).to(base.dtype)
+
+
+# ---------------------------------------------------------------- the Select step
+
+_SAMPLE = 1 << 16
+# Up to this share of the elements only those near or above the threshold are kept, 8 bytes each; beyond it all scores.
+_SPARSE_SHARE = 0.25
+# Where the largest score is below this, or not finite, scores are computed again from scaled differences, whose squares
+# neither underflow nor overflow. And the powers of two that a dtype can be scaled by.
+_TINY = {torch.float32: 2.0**-40, torch.float64: 2.0**-800}
+_EXPONENTS = {torch.float32: (-126, 100), torch.float64: (-1022, 1000)}
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """Scores of a chunk: K² times the population variance across the targets.
+
+    That orders as the variance does, and it is exact where the fusion vectors are small multiples of one power of two,
+    so that equal variances are equal numbers. positions: of the elements that have a score here, relative to the
+    chunk, int32 [m], ascending; None if all have. scores: [m]. varying: elements of the chunk that vary at all.
+    largest: the largest score of the chunk.
+    """
+
+    positions: Tensor | None
+    scores: Tensor
+    varying: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements are selected: those above the threshold, and the first of those that equal it.
+
+    chunks: scores by the start of the chunk. threshold: the score of the last selected element. count: the number of
+    selected elements. ties: by chunk, how many threshold-equal elements are selected; None if all are.
+    """
+
+    chunks: dict[int, ChunkScores]
+    threshold: float
+    count: int
+    ties: dict[int, int] | None = None
+
+    def indices(self, start: int) -> Tensor:
+        """Positions of the selected elements of the chunk at `start`, relative to it: int64 [m], ascending."""
+        chunk = self.chunks[start]
+        selected = compare(np.greater_equal, chunk.scores, self.threshold)
+        if self.ties is not None:
+            equal = nonzero(compare(np.equal, chunk.scores, self.threshold))
+            selected[equal[self.ties[start] :]] = False
+        positions = nonzero(selected)
+        return positions if chunk.positions is None else chunk.positions[positions].long()
+
+
+def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor, scale: float = 1.0) -> Tensor:
+    """Write K² times the population variance across `targets`, times scale², into `out`, and return it.
+
+    targets: K flat tensors [n] of one dtype. The variance of fusion vectors φ_j - θ is that of the φ_j, and it is that
+    of φ_j - φ_1, which is small where φ is not: no digits are lost, and equal targets give exactly zero.
+    out: [n], float64 for float64 targets, else float32. scale: a power of two, by which differences are multiplied
+    before they are squared, so that scores neither underflow nor overflow.
+    """
+    size = out.numel()
+    first = scratch.get("first", size, out.dtype).copy_(targets[0])
+    difference = scratch.get("difference", size, out.dtype)
+    total = scratch.get("total", size, out.dtype).zero_()
+    out.zero_()
+    for target in targets[1:]:
+        difference.copy_(target).sub_(first)
+        if scale != 1:
+            difference.mul_(scale)
+        total.add_(difference)
+        out.add_(difference.mul_(difference))
+    return out.mul_(len(targets)).sub_(total.mul_(total))  # K Σd² - (Σd)²
+
+
+def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_size: int | None = None) -> Selection:
+    """Find the top `select_topk` of the elements that vary at all: floor(select_topk * their number).
+
+    targets: K >= 2 flat tensors [numel]. Scratch: 8 bytes per selected element up to a quarter of them, else one
+    tensor of the compute dtype. Scaling all fusion vectors by a power of two changes nothing; an element varies if its
+    differences are above 1e-11 of the largest ones (float32). Raises OverflowError for differences that are not finite.
+    """
+    scale = 1.0
+    low, chunks = _candidates(targets, select_topk, scale, chunk_size)
+    largest = float(np.max([chunk.largest for chunk in chunks.values()]))  # NaN if any is
+    if not _TINY[compute_dtype(targets[0].dtype)] < largest < math.inf:
+        scale = _scale(targets, chunk_size)
+        low, chunks = _candidates(targets, select_topk, scale, chunk_size)
+    count = math.floor(select_topk * sum(chunk.varying for chunk in chunks.values()))
+    if count == 0:
+        return Selection(chunks, math.inf, 0)
+    if low > 0 and sum(chunk.scores.numel() for chunk in chunks.values()) < count:
+        chunks = _score(targets, 0.0, scale, chunk_size)  # the sample misled
+    scores = [chunk.scores for chunk in chunks.values()]
+    threshold = kth_largest(scores, count)
+    above = sum(count_where(np.greater, each, threshold) for each in scores)
+    equal = np.array([count_where(np.equal, each, threshold) for each in scores])
+    if above + equal.sum() == count:
+        return Selection(chunks, threshold, count)
+    before = np.cumsum(equal) - equal
+    taken = np.clip(count - above - before, 0, equal).tolist()
+    return Selection(chunks, threshold, count, dict(zip(chunks, taken, strict=True)))
+
+
+def _candidates(
+    targets: Sequence[Tensor], select_topk: float, scale: float, chunk_size: int | None
+) -> tuple[float, dict[int, ChunkScores]]:
+    """The score from which elements are kept, 0 for all, and their scores."""
+    low = _sampled_bound(targets, select_topk, scale) if select_topk <= _SPARSE_SHARE else 0.0
+    return low, _score(targets, low, scale, chunk_size)
+
+
+def _scale(targets: Sequence[Tensor], chunk_size: int | None) -> float:
+    """The power of two that brings the largest difference between targets near 1. Raises OverflowError without one."""
+    dtype = compute_dtype(targets[0].dtype)
+
+    def largest(scratch: Scratch, start: int, stop: int) -> float:
+        first = scratch.get("first", stop - start, dtype).copy_(targets[0][start:stop])
+        difference = scratch.get("difference", stop - start, dtype)
+        sizes = [difference.copy_(target[start:stop]).sub_(first).abs_().max() for target in targets[1:]]
+        return float(torch.stack(sizes).max())
+
+    found = float(np.max(for_each_chunk(largest, targets[0].numel(), targets[0].device, chunk_size)))
+    if not math.isfinite(found):
+        raise OverflowError  # NaN, Inf, or a difference beyond the dtype: the caller finds out which
+    lowest, highest = _EXPONENTS[dtype]
+    return 2.0 ** min(max(-math.frexp(found)[1], lowest), highest) if found else 1.0
+
+
+def _score(targets: Sequence[Tensor], low: float, scale: float, chunk_size: int | None) -> dict[int, ChunkScores]:
+    """Scores of all elements, or, with `low` above zero, of those with a score of at least `low`."""
+    numel, device = targets[0].numel(), targets[0].device
+    dtype = compute_dtype(targets[0].dtype)
+    everything = torch.empty(0 if low > 0 else numel, dtype=dtype, device=device)
+
+    def score(scratch: Scratch, start: int, stop: int) -> tuple[int, ChunkScores]:
+        out = scratch.get("scores", stop - start, dtype) if low > 0 else everything[start:stop]
+        scores = variance_scores([target[start:stop] for target in targets], scratch, out, scale)
+        varying, largest = count_where(np.greater, scores, 0.0), float(scores.max())
+        if low <= 0:
+            return start, ChunkScores(None, scores, varying, largest)
+        positions = nonzero(compare(np.greater_equal, scores, low))
+        return start, ChunkScores(positions.int(), scores[positions], varying, largest)
+
+    return dict(for_each_chunk(score, numel, device, chunk_size))
+
+
+def _sampled_bound(targets: Sequence[Tensor], select_topk: float, scale: float) -> float:
+    """A score that the threshold is above, unless the sample is an unusual one; 0 where nothing can be said.
+
+    The sample is pseudo-random, so that the rows of a matrix do not show in it, and fixed, so that runs repeat.
+    """
+    numel, device = targets[0].numel(), targets[0].device
+    if numel <= _SAMPLE:
+        return 0.0
+    positions = torch.from_numpy(np.random.default_rng(0).integers(0, numel, _SAMPLE)).to(device)
+    out = torch.empty(_SAMPLE, dtype=compute_dtype(targets[0].dtype), device=device)
+    variance_scores([target[positions] for target in targets], Scratch(device), out, scale)
+    sample = np.sort(out.cpu().numpy())[::-1]
+    rank = select_topk * np.count_nonzero(sample > 0)
+    bound = float(sample[min(int(rank + 4 * math.sqrt(rank) + 4), _SAMPLE - 1)])
+    # An atom at the bound, such as one step of bfloat16, may hold far more elements than are wanted: keep all scores.
+    return bound if np.count_nonzero(sample >= bound) <= 1.5 * _SPARSE_SHARE * _SAMPLE else 0.0
+
+
+def kth_largest(values: Sequence[Tensor], k: int) -> float:
+    """The k-th largest element of several tensors.
+
+    values: float32 or float64 tensors of one dtype [n_i], all finite and not negative; 1 <= k <= Σ n_i. Halves a
+    bracket on the bit patterns, which order as the numbers do, by passes of counting, until few elements are left.
+    """
+    real, integer = (np.float64, np.int64) if values[0].dtype == torch.float64 else (np.float32, np.int32)
+
+    def number(bits: int) -> float:
+        return float(integer(bits).view(real))
+
+    def bits(number: float) -> int:
+        return int(real(number).view(integer))
+
+    total = sum(each.numel() for each in values)
+    low, high, above = 0, bits(max(float(each.max()) for each in values if each.numel())), 0
+    inside = total
+    while low < high and inside > max(total // 16, _SAMPLE):
+        middle = low + (high - low) // 2
+        above_middle = sum(count_where(np.greater, each, number(middle)) for each in values)
+        if above_middle >= k:
+            low, inside = middle + 1, above_middle - above
+        else:
+            high, inside, above = middle, inside - (above_middle - above), above_middle
+    if low == high:
+        return number(low)
+    few = torch.cat(
+        [
+            each[nonzero(compare(np.greater_equal, each, number(low)) & compare(np.less_equal, each, number(high)))]
+            for each in values
+        ]
+    )
+    if on_cpu(few):
+        position = few.numel() - (k - above)
+        return float(np.partition(few.numpy(), position)[position])
+    return float(torch.topk(few, k - above).values[-1])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from fusekit.hub import checkpoint_headers
 from fusekit.merging import check, merge
-from fusekit.merging.loading import plain_adapter
+from fusekit.merging.models import plain_adapter
 from tests.helpers import tiny_llama
 from tests.merging.conftest import Q_PROJ, QUIET, listing, refused, result, same_tensors, stock
 

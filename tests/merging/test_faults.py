@@ -123,9 +123,9 @@ def test_sigkill_inside_the_kernel_call_that_publishes(recipe, workshop, call):
 
 
 def stop_while_reading():
-    from fusekit.merging import loading
+    from fusekit.merging import models
 
-    original = loading.first_not_finite
+    original = models.first_not_finite
     seen = []
 
     def stop(tensor):
@@ -134,7 +134,7 @@ def stop_while_reading():
             stop_self()
         return original(tensor)
 
-    loading.first_not_finite = stop
+    models.first_not_finite = stop
 
 
 def stopped_while_reading(workshop):

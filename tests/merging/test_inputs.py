@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, check, merge
-from fusekit.merging.loading import first_not_finite
+from fusekit.merging.models import first_not_finite
 from tests.capture.conftest import DEMO
 from tests.helpers import edit_tensors
 from tests.merging.conftest import (
