@@ -26,10 +26,9 @@ from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.devices import Processes, progress
+from fusekit.devices import Processes, progress, worth_saying
 from fusekit.disk import counted, output_lock, remove
 from fusekit.errors import CaptureError
-from fusekit.resources import worth_saying
 from fusekit.types import Row, TokenizedRow
 
 _SAMPLED_ROWS = 200

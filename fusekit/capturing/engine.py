@@ -13,9 +13,9 @@ from fusekit.capturing.forward import padding_error, plain_logits, split_forward
 from fusekit.capturing.manifest import ROWS_PER_SHARD
 from fusekit.capturing.settings import Selection
 from fusekit.capturing.topk import CACHED_BYTES, Scores, block_width, group_bytes, score_blocks, score_logits
+from fusekit.devices import is_out_of_memory, release
 from fusekit.disk import counted
 from fusekit.errors import CaptureError
-from fusekit.resources import is_out_of_memory, release
 from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
 
 BATCH_TOKENS = 16384

@@ -28,8 +28,8 @@ from fusekit.capturing.server import Identity, Servers
 from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import release
 from fusekit.errors import CaptureError
-from fusekit.resources import release
 from fusekit.types import CapturedRow, Row, TokenizedRow
 
 CHECKED = 4

@@ -12,10 +12,9 @@ from fusekit.capturing.engine import CHUNK_BYTES, batch_tokens_on
 from fusekit.capturing.models import Checkpoint
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.topk import CACHED_BYTES, GROUP, group_bytes
-from fusekit.devices import Processes
+from fusekit.devices import Need, Processes, disk, main_memory, memory_limits, refuse_lacking
 from fusekit.disk import human
 from fusekit.errors import CaptureError
-from fusekit.resources import Need, disk, main_memory, memory_limits, refuse_lacking
 
 _BLOCK_COPIES = 3
 """Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""

@@ -17,11 +17,10 @@ import torch
 from fusekit import artifacts as artifact
 from fusekit.capturing.estimate import dequantise_needs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.devices import missing_device
+from fusekit.devices import is_out_of_memory, missing_device, refuse_lacking
 from fusekit.disk import counted
 from fusekit.errors import CaptureError
 from fusekit.gguf import GgufHeader, split
-from fusekit.resources import is_out_of_memory, refuse_lacking
 from fusekit.types import IntArray
 from fusekit.yaml import nearest
 

@@ -16,9 +16,9 @@ from fusekit.cli.recipe import check_merge, overrides, recipe_argument
 from fusekit.disk import human
 
 if TYPE_CHECKING:
+    from fusekit.devices import Need
     from fusekit.pipeline.plan import Plan
     from fusekit.pipeline.stage import Step
-    from fusekit.resources import Need
 
 WIDTH = 100
 _HEAD = ("what", "state", "examples", "tokens", "disk", "memory", "operations")

@@ -13,11 +13,10 @@ from fusekit.capturing.engine import batch_tokens_on
 from fusekit.capturing.estimate import itemsize, loaded_bytes, parameters, shape_of, stored_dtype, working_bytes
 from fusekit.capturing.models import Checkpoint
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.devices import Processes
+from fusekit.devices import Need, Processes, main_memory, refuse_lacking
 from fusekit.disk import existing_parent, free_bytes, human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.resources import Need, main_memory, refuse_lacking
 
 _HIDDEN_BYTES = {"float32": 40, "16 bits": 24, "autocast": 35}
 _WIDE_BYTES = {"float32": 16, "16 bits": 8, "autocast": 8}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from fusekit.capturing import estimate as capture_estimate
 from fusekit.capturing.settings import CaptureSettings
@@ -32,7 +32,6 @@ from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.transformers_private import TrainerWithGradients
 from fusekit.types import FloatArray
 
 
@@ -63,7 +62,7 @@ def _refuse_what_does_not_fit(
         estimate.refuse(estimate.memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
 
 
-class FusionTrainer(TrainerWithGradients):
+class FusionTrainer(Trainer):
     """Trains a model on examples and on what its teachers say about them: transformers' Trainer with the fusion loss.
 
     >>> from fusekit import FusionConfig, FusionTrainer
@@ -313,7 +312,13 @@ class FusionTrainer(TrainerWithGradients):
         targets: SparseTargets = inputs["targets"].to(device)
         return dataclasses.replace(targets, temperature=self.settings.temperature, members=self._members)
 
-    def check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Private, checked against transformers 5.16 and 5.23: no callback is told the norm before the optimizer steps.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_gradients(model, norm)
+        return norm
+
+    def _check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
         """Drop non-finite gradients: they must not reach the weights.
 
         The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now

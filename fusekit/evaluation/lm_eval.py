@@ -149,7 +149,7 @@ class Harness:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        from fusekit.resources import is_out_of_memory
+        from fusekit.devices import is_out_of_memory
 
         try:
             yield

@@ -22,11 +22,11 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import is_out_of_memory, release
 from fusekit.errors import CaptureError, DataError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import EvaluateSettings, LmEval, held_out_rows
 from fusekit.generation.respond import continued, device_of, eos_ids, prompt_of
-from fusekit.resources import is_out_of_memory, release
 from fusekit.types import Message, Part, Row, TokenizedRow
 
 SLACK_TOKENS = 8

@@ -17,7 +17,7 @@ import torch
 
 from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.generation.reader import Cursor, Next, load_readers, unfinished
-from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment, drain
+from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 from fusekit.types import FloatArray, Message
 
 Prompt = str | Sequence[Message | dict[str, str]]
@@ -71,6 +71,46 @@ def generate(
         segments, finish = drain(running, partial(on_segment, number) if on_segment is not None else None, asked.stop)
         answers.append(Generation("".join(segment.text for segment in segments), segments, finish))
     return answers
+
+
+def drain(
+    running: Generator[Segment, None, str],
+    on_segment: Callable[[Segment], None] | None = None,
+    stop: Sequence[str] = (),
+) -> tuple[list[Segment], str]:
+    """All segments of an answer that is being written, and why it ended.
+
+    on_segment: called with each as it comes; with ``stop`` once it is known to stay. stop: texts before which it ends.
+    """
+    segments: list[Segment] = []
+    shown = 0
+    while True:
+        finish = None
+        try:
+            segments.append(next(running))
+        except StopIteration as stopped:
+            finish = str(stopped.value)
+        text = "".join(segment.text for segment in segments) if stop else ""
+        if found := [text.index(one) for one in stop if one in text]:
+            running.close()
+            segments, finish = _cut(segments, min(found)), "stop"
+        certain = len(text) - max(map(len, stop)) + 1 if stop and finish is None else math.inf
+        while shown < len(segments) and sum(len(segment.text) for segment in segments[: shown + 1]) <= certain:
+            if on_segment is not None:
+                on_segment(segments[shown])
+            shown += 1
+        if finish is not None:
+            return segments, finish
+
+
+def _cut(segments: Sequence[Segment], size: int) -> list[Segment]:
+    """The first ``size`` characters."""
+    kept = []
+    for segment in segments:
+        if size > 0:
+            kept.append(segment._replace(text=segment.text[:size]))
+        size -= len(segment.text)
+    return kept
 
 
 def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:

@@ -20,11 +20,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from fusekit import mergekit_private
+from fusekit.devices import Need, disk, memory_limits
 from fusekit.errors import FusekitError, MergeError
 from fusekit.hub import TensorHeader
 from fusekit.merging.meaning import check_meaning, check_tokenizers, generation_config, load_configs
 from fusekit.merging.models import Model, OrderedConfiguration, instances
-from fusekit.resources import Need, disk, memory_limits
 from fusekit.yaml import Problems, nearest
 
 MAX_REPORTED = 8

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 import fusekit.merge_methods  # noqa: F401  registers fusekit's methods with mergekit
 from fusekit import mergekit_private
 from fusekit import yaml as safe_yaml
-from fusekit.devices import progress
+from fusekit.devices import Need, is_out_of_memory, progress, refuse_lacking, worth_saying
 from fusekit.disk import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
 from fusekit.hub import Headers, HubUnreachableError, checkpoint_headers, is_repository, read_headers, weight_entry
@@ -42,7 +42,6 @@ from fusekit.merging.models import (
     with_models,
 )
 from fusekit.merging.plan import ANY, Plan, PlannedTensor, estimate, make_plan, same_shape
-from fusekit.resources import Need, is_out_of_memory, refuse_lacking, worth_saying
 from fusekit.yaml import Document, Problems
 
 MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")

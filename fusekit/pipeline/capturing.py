@@ -22,6 +22,7 @@ from fusekit.capturing.store import Store
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
+from fusekit.devices import Need, disk_need
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
@@ -40,7 +41,6 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import Need, disk_need
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
 

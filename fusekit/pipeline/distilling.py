@@ -11,6 +11,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import Checkpoint, find_checkpoint
 from fusekit.capturing.store import Store
+from fusekit.devices import Need
 from fusekit.distillation import checkpoints
 from fusekit.distillation import outputs as overwriting
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
@@ -26,7 +27,6 @@ from fusekit.pipeline.responding import winners_of
 from fusekit.pipeline.stage import BEGUN, DONE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
-from fusekit.resources import Need
 
 SMALL_FILES = 2 << 20
 """Bytes of a checkpoint besides its weights, where they are not at hand to be added up."""

@@ -17,6 +17,7 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.reading import is_on_hub
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import Need
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import FusekitError, RecipeError
@@ -28,7 +29,6 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import Need
 from fusekit.types import Row
 
 SCORE_BYTES = 1000

@@ -13,6 +13,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, weights_hash
 from fusekit.capturing import estimate as capture
 from fusekit.capturing.models import Checkpoint
+from fusekit.devices import Need
 from fusekit.disk import commit_file, output_lock, recover
 from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader
@@ -22,7 +23,6 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import Need
 from fusekit.yaml import loads
 
 DRAWING = ("dare_", "della")

@@ -17,7 +17,7 @@ from fusekit.capturing import estimate as capture
 from fusekit.capturing.capture import vocabulary_size
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.devices import Processes
+from fusekit.devices import Need, Processes, disk_need, memory_limits
 from fusekit.disk import counted, existing_parent, free_bytes, human
 from fusekit.distillation import estimate as training
 from fusekit.errors import FusekitError
@@ -27,7 +27,6 @@ from fusekit.pipeline.context import NOWHERE, Context, choice_of
 from fusekit.pipeline.plan_data import Counts
 from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step
 from fusekit.recipe.sections import ModelSize, Pivot
-from fusekit.resources import Need, disk_need, memory_limits
 
 _CHANGES_SHOWN = 4
 

@@ -17,7 +17,7 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
-from fusekit.devices import progress
+from fusekit.devices import Need, progress, refuse_lacking
 from fusekit.disk import commit_file, counted, sweep
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
@@ -29,7 +29,6 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import Need, refuse_lacking
 from fusekit.types import Row
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
@@ -263,7 +262,7 @@ class Judging(Stage):
 
         layout: of the run, whose votes are kept although a judge may be gone.
         """
-        from fusekit.generation.judge import called
+        from fusekit.generation.respond import called
 
         if recipe.respond is None or (layout is not None and (layout.judged / artifact.MANIFEST).is_file()):
             return []
@@ -330,7 +329,7 @@ def _scores(
     context: Context, judge: Judge, inputs: Inputs, asked: Sequence[tuple[Any, Mapping[str, Row]]]
 ) -> list[dict[str, float]]:
     """The scores of a judge, who is loaded only where something is missing of them."""
-    from fusekit.generation.judge import scorer_of
+    from fusekit.generation.respond import scorer_of
 
     section = _section(context)
 
@@ -374,7 +373,7 @@ def _publish(
     scores: Mapping[str, Sequence[Mapping[str, float]]],
     started: float,
 ) -> None:
-    from fusekit.generation.judge import votes_of, winner_of
+    from fusekit.generation.respond import votes_of, winner_of
 
     folder = context.layout.judged
     votes: dict[str, Counter[str]] = {judge: Counter() for judge in scores}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
+from fusekit.devices import Need
 from fusekit.layout import Layout, folders_in
 from fusekit.pipeline.context import Context
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.resources import Need
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Planner

@@ -16,7 +16,7 @@ from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.topk import GROUP, group_bytes
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.devices import Processes
+from fusekit.devices import Processes, memory_limits, taken_bytes
 from fusekit.distillation import estimate
 from fusekit.distillation.inputs import Inputs
 from fusekit.distillation.live import Loaded
@@ -25,7 +25,6 @@ from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.distillation.trainer import _refuse_what_does_not_fit
 from fusekit.errors import DistillationError
-from fusekit.resources import memory_limits, taken_bytes
 
 PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
 

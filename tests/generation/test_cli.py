@@ -14,8 +14,8 @@ from fusekit.data.reading import read_rows
 from fusekit.disk import output_lock
 from fusekit.errors import FusekitError, StorageError
 from fusekit.generation import Generation, Segment
+from fusekit.generation.ensemble import drain
 from fusekit.generation.output import page
-from fusekit.generation.settings import drain
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 

@@ -13,8 +13,17 @@ from fusekit.capturing.load import load_model, load_tokenizer
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError
-from fusekit.generation.judge import called, exact_match, rewarded, votes_of, winner_of
-from fusekit.generation.respond import Question, prompt_of, questions_of, respond
+from fusekit.generation.respond import (
+    Question,
+    called,
+    exact_match,
+    prompt_of,
+    questions_of,
+    respond,
+    rewarded,
+    votes_of,
+    winner_of,
+)
 from fusekit.generation.settings import GenerationError, Judge, RespondSettings
 from fusekit.types import FRAGMENT, Cut, Message, Row
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
 from fusekit.cli import cli
+from fusekit.devices import cgroup_limits
 from fusekit.errors import MergeError
 from fusekit.merging import Settings, check, merge
-from fusekit.resources import cgroup_limits
 from tests.helpers import edit_tensors, family
 from tests.merging.conftest import MERGE, Q_PROJ, QUIET, UNESTIMATED, listing, traces
 from tests.processes import fusekit
@@ -56,7 +56,7 @@ def test_problems_of_tensors_and_of_the_machine(recipe, workshop, monkeypatch):
     edit_tensors(workshop / "target1", lambda tensors: tensors.pop(Q_PROJ))
     assert [Q_PROJ in line for line in check(recipe).problems] == [True]
     shutil.copytree(workshop / "target2", workshop / "target1", dirs_exist_ok=True)
-    monkeypatch.setattr("fusekit.resources.free_bytes", lambda _: 100)
+    monkeypatch.setattr("fusekit.devices.free_bytes", lambda _: 100)
     assert ["100 bytes free" in line for line in check(recipe).problems] == [True]
     assert check(recipe, settings=Settings(ignore_estimates=True)).can_run
 
