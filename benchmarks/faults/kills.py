@@ -217,7 +217,7 @@ class Check:
 
 def compare(whole: Path, out: Path) -> list[str]:
     """What is different between the artifacts of two runs, apart from times, hosts and where they are."""
-    from tests.pipeline.artifacts import differences
+    from tests.pipeline.worlds import differences
 
     return list(differences(whole, out))
 

@@ -20,8 +20,8 @@ from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.run import distill
 from fusekit.errors import FusekitError
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.context import Context, choice_of, read_rows_file
 from fusekit.pipeline.run import run
+from fusekit.pipeline.stage import Context, choice_of, read_rows_file
 from fusekit.recipe import Recipe
 
 Say = Callable[[str], None]

@@ -164,7 +164,7 @@ def _tune(work: Work) -> None:
 
 def _rows(work: Work, setting: str):  # type: ignore[no-untyped-def]
     from fusekit.layout import Layout
-    from fusekit.pipeline.context import read_rows_file
+    from fusekit.pipeline.stage import read_rows_file
 
     return read_rows_file(Layout(work.captured(setting)).data)
 
@@ -181,7 +181,7 @@ def _drawn(work: Work, setting: str, seed: int):  # type: ignore[no-untyped-def]
 def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: ignore[no-untyped-def]
     from fusekit.distillation.inputs import Inputs, Source
     from fusekit.layout import PIVOT, Layout
-    from fusekit.pipeline.context import Context, choice_of
+    from fusekit.pipeline.stage import Context, choice_of
 
     layout = Layout(captured)
     return Inputs(

@@ -10,7 +10,7 @@ import click
 from fusekit import yaml as safe_yaml
 from fusekit.cli.common import drop_noise, print_json, show
 from fusekit.errors import RecipeError
-from fusekit.recipe import shipped as shipped_recipes
+from fusekit.recipe import reference
 from fusekit.recipe.loading import kind_of, load_recipe
 from fusekit.yaml import Document
 
@@ -39,8 +39,8 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
 
     from fusekit.disk import counted
     from fusekit.pipeline.capturing import not_looked_at
-    from fusekit.pipeline.context import look
     from fusekit.pipeline.run import mistakes
+    from fusekit.pipeline.stage import look
 
     drop_noise()
     try:
@@ -88,10 +88,7 @@ def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...]
 @click.option("--markdown", is_flag=True, help="Print the page of every key and preset instead.")
 def schema(markdown: bool) -> None:
     """Print the JSON schema of fusion recipes, for editors."""
-    if markdown:
-        from fusekit.recipe import reference
-
-    click.echo(reference.markdown() if markdown else shipped_recipes.schema_text(), nl=False)
+    click.echo(reference.markdown() if markdown else reference.schema_text(), nl=False)
 
 
 @click.command()
@@ -99,21 +96,21 @@ def schema(markdown: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def new(file: Path, force: bool) -> None:
     """Write a minimal fusion recipe with comments to FILE, and the schema for editors beside it."""
-    _write(file, shipped_recipes.NEW.encode(), force)
-    _copy_schema(file.with_name(shipped_recipes.SCHEMA))
+    _write(file, reference.NEW.encode(), force)
+    _copy_schema(file.with_name(reference.SCHEMA))
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and paths.")
 def ls(as_json: bool) -> None:
     """List the shipped recipes. `fusekit cp NAME` copies one."""
-    known = shipped_recipes.recipes()
+    known = reference.recipes()
     if as_json:
         print_json({name: str(path) for name, path in known.items()})
         return
     width = max(map(len, known))
     for name, path in known.items():
-        click.echo(f"{name:<{width}}  {shipped_recipes.title(path)}")
+        click.echo(f"{name:<{width}}  {reference.title(path)}")
 
 
 @click.command()
@@ -125,13 +122,13 @@ def cp(name: str, file: Path | None, force: bool) -> None:
 
     Beside a fusion recipe goes the schema that its first line names to editors, unless one is there.
     """
-    source = shipped_recipes.find(name)
+    source = reference.find(name)
     target = file or Path(source.name)
     if target.is_dir():
         target = target / source.name
     _write(target, source.read_bytes(), force)
-    if source.read_text(encoding="utf-8").startswith(shipped_recipes.EDITORS):
-        _copy_schema(target.with_name(shipped_recipes.SCHEMA))
+    if source.read_text(encoding="utf-8").startswith(reference.EDITORS):
+        _copy_schema(target.with_name(reference.SCHEMA))
 
 
 def _write(target: Path, data: bytes, force: bool) -> None:
@@ -147,7 +144,7 @@ def _write(target: Path, data: bytes, force: bool) -> None:
 
 def _copy_schema(target: Path) -> None:
     """Write the schema of fusion recipes; one that is there stays, as it may serve other recipes."""
-    wanted = shipped_recipes.schema().read_bytes()
+    wanted = reference.schema().read_bytes()
     try:
         if not target.exists():
             target.write_bytes(wanted)

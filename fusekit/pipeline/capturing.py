@@ -29,16 +29,21 @@ from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, S
 from fusekit.gguf import SUFFIX
 from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.context import (
+from fusekit.pipeline.plan import Planner
+from fusekit.pipeline.stage import (
+    BEGUN,
+    DONE,
+    STALE,
     Context,
+    Stage,
+    Status,
+    Step,
     choice_of,
     hash_of,
     unreadable,
     write_json,
     write_rows,
 )
-from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
@@ -136,7 +141,7 @@ class Data(Stage):
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
         """Count examples and tokens; the run's own examples, where they are there."""
-        from fusekit.pipeline.plan_data import count_rows
+        from fusekit.pipeline.plan import count_rows
 
         prepared: list[Row] | None = None
         if step.state == DONE:

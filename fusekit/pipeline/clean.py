@@ -17,8 +17,8 @@ from fusekit.disk import disk_fault, output_lock
 from fusekit.distillation.outputs import NOTE
 from fusekit.errors import StorageError
 from fusekit.layout import NAMES, SHARDS, Layout, folders_in
-from fusekit.pipeline.context import Context
 from fusekit.pipeline.run import TABLE
+from fusekit.pipeline.stage import Context
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 

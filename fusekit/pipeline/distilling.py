@@ -21,10 +21,9 @@ from fusekit.gguf import SUFFIX
 from fusekit.hub import is_repository
 from fusekit.layout import BASELINE, PIVOT, Layout
 from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
-from fusekit.pipeline.context import Context, choice_of
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.responding import winners_of
-from fusekit.pipeline.stage import BEGUN, DONE, Stage, Status, Step, compared, made_from
+from fusekit.pipeline.stage import BEGUN, DONE, Context, Stage, Status, Step, choice_of, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
 

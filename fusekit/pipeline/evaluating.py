@@ -24,9 +24,8 @@ from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows, kept_scores
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
-from fusekit.pipeline.context import Context, hash_of, unreadable
 from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import DONE, MISSING, Stage, Status, Step
+from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, hash_of, unreadable
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.types import Row

@@ -18,9 +18,8 @@ from fusekit.disk import commit_file, output_lock, recover
 from fusekit.errors import StorageError
 from fusekit.hub import DTYPES, Headers, TensorHeader
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.context import Context
 from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import DONE, STALE, Stage, Status, Step, made_from
+from fusekit.pipeline.stage import DONE, STALE, Context, Stage, Status, Step, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.yaml import loads

@@ -24,9 +24,21 @@ from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, SHARDS, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
-from fusekit.pipeline.context import Context, read_rows_file, write_json, write_rows
 from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import BEGUN, DONE, STALE, Stage, Status, Step, compared, made_from
+from fusekit.pipeline.stage import (
+    BEGUN,
+    DONE,
+    STALE,
+    Context,
+    Stage,
+    Status,
+    Step,
+    compared,
+    made_from,
+    read_rows_file,
+    write_json,
+    write_rows,
+)
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.types import Row

@@ -24,9 +24,8 @@ from fusekit.disk import commit_file, disk_fault, output_lock, refuse_file, remo
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
-from fusekit.pipeline.context import NOWHERE, Context
 from fusekit.pipeline.plan import Plan, Planner
-from fusekit.pipeline.stage import BEGUN, MISSING, Stage
+from fusekit.pipeline.stage import BEGUN, MISSING, NOWHERE, Context, Stage
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 from fusekit.recipe.sections import Mistake

@@ -1,23 +1,239 @@
-"""What a stage of a run is: its artifacts, what each is made from, its status, how it is made, and what that takes."""
+"""What the stages of a run are, and what they share: the recipe, its models, and the prepared examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.devices import Need
-from fusekit.layout import Layout, folders_in
-from fusekit.pipeline.context import Context
+from fusekit.capturing.load import load_tokenizer
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.data.reading import DataCounts, files_of, is_on_hub, no_data_set, read_rows
+from fusekit.data.templates import ChatTemplate, kept_date
+from fusekit.data.tokenize import RowTokenizer
+from fusekit.devices import Need, Processes
+from fusekit.errors import DataError, FusekitError, StorageError
+from fusekit.layout import PIVOT, Layout, folders_in
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake
+from fusekit.recipe.sections import UNREAD, Data, Evaluate, Mistake, Pivot
+from fusekit.types import Row
+from fusekit.yaml import KeyPath
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Planner
+
+
+ROWS = "rows.jsonl"
+NOWHERE = Layout(Path("/nonexistent"))
+"""The output of a recipe that is not run."""
+LOOKED_AT = 10_000
+"""Examples of local data that are read to check a recipe."""
+
+
+def choice_of(model: Pivot) -> ModelChoice:
+    """How a model of a recipe is loaded."""
+    how = model.model_dump(include={"trust_remote_code", "allow_pickle", "revision"})
+    return ModelChoice(model.path, engine=model.engine, **how, **model.load.model_dump())
+
+
+@dataclass(eq=False)
+class Context:
+    """What every stage gets: the recipe, where things go, and the models, each of which is looked up once.
+
+    Attributes:
+        layout: has the plain checkpoint of a pivot that is a GGUF file, and the date that templates print.
+        say: gets a line of plain text for the user.
+        quiet: no progress of captures.
+        merge_options: fields of mergekit's MergeOptions that were asked for.
+        ignore_estimates: start stages although disk or memory do not seem to suffice.
+        most_hashed: bytes of a model's weights in a folder that are read to find out whether they changed; those of a
+            larger one are taken to be the same. None for no limit.
+    """
+
+    recipe: Recipe
+    layout: Layout = NOWHERE
+    say: Callable[[str], None] = lambda _: None
+    quiet: bool = False
+    merge_options: Mapping[str, Any] = field(default_factory=dict)
+    ignore_estimates: bool = False
+    most_hashed: int | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    _readers: dict[str, RowTokenizer] = field(default_factory=dict)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Those of the run."""
+        return Processes.current()
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The prepared examples. Raises StorageError where they are damaged."""
+        return read_rows_file(self.layout.data)
+
+    @cached_property
+    def date(self) -> datetime.date:
+        """The date that templates print in this run: the day its examples were prepared. Raises StorageError."""
+        known = artifact.read(self.layout.data)
+        return kept_date(known.made.get("date") if known is not None else None) or datetime.date.today()
+
+    @property
+    def targets(self) -> list[Path]:
+        """Where the distilled models of the recipe are, or will be."""
+        return [self.layout.targets / name for name in self.recipe.targets]
+
+    @property
+    def names(self) -> list[str]:
+        """``pivot``, then the sources in the order of the recipe."""
+        return [PIVOT, *(source.label for source in self.recipe.sources)]
+
+    def model(self, name: str) -> Pivot:
+        """What the recipe says of a model."""
+        return dict(zip(self.names, (self.recipe.pivot, *self.recipe.sources), strict=True))[name]
+
+    def choice(self, name: str) -> ModelChoice:
+        """How a model is loaded."""
+        return replace(choice_of(self.model(name)), dequantised=self.layout.pivot if name == PIVOT else None)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The model on disk or on the hub. Raises CaptureError."""
+        if name not in self.checkpoints:
+            self.checkpoints[name] = find_checkpoint(self.choice(name))
+        return self.checkpoints[name]
+
+    def fingerprint(self, name: str) -> str:
+        """What identifies a model's weights; a folder is read from end to end, once. Raises CaptureError."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.checkpoint(name).fingerprint()
+        return self._fingerprints[name]
+
+    def reader(self, name: str) -> RowTokenizer:
+        """How the model reads examples in this run. Raises CaptureError, DataError."""
+        if name not in self._readers:
+            template, train_on = self.model(name).chat_template, self.recipe.data.train_on
+            tokenizer = load_tokenizer(self.checkpoint(name))
+            if template == PIVOT and name != PIVOT:
+                pivot = self.reader(PIVOT)
+                try:
+                    theirs = pivot.template
+                except DataError:  # plain text needs none, and conversations are refused when the pivot reads them
+                    theirs = None
+                self._readers[name] = RowTokenizer(tokenizer, theirs, train_on, foreign=pivot.tokenizer, date=self.date)
+            else:
+                self._readers[name] = RowTokenizer(tokenizer, ChatTemplate.chosen(template), train_on, date=self.date)
+        return self._readers[name]
+
+    def made(self, started: float) -> Inputs:
+        """What may differ between equal artifacts. started: by ``time.monotonic``."""
+        return {**artifact.circumstances(), "seconds": round(time.monotonic() - started, 3)}
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Write prepared examples, one JSON object a line: key, dataset, messages, cut."""
+    with (folder / ROWS).open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:  # escaped: lone surrogates and line separators come back as they were
+            file.write(json.dumps(row.to_record()) + "\n")
+
+
+def read_rows_file(folder: Path) -> list[Row]:
+    """The examples that :func:`write_rows` wrote. Raises StorageError naming the damaged line."""
+    rows: list[Row] = []
+    path = folder / ROWS
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                rows.append(Row.from_record(json.loads(line)))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path}, line {len(rows) + 1}, is damaged: {error}; remove {folder} and run again"
+        ) from error
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value to a file of an artifact that is being made."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class Looked(NamedTuple):
+    """How far local data were read. all: whether ``examples`` are all that are used. skipped: unusable ones."""
+
+    examples: int
+    all: bool
+    skipped: int
+
+    def __str__(self) -> str:
+        much = f"all {self.examples:,} examples that are used" if self.all else f"the first {self.examples:,} examples"
+        also = f", {self.skipped:,} more are skipped" if self.skipped else ""
+        return f"{much} can be read{also}" + ("" if self.all else "; the others were not read")
+
+
+def look(section: Data | Evaluate) -> Looked | None:
+    """Read the first :data:`LOOKED_AT` examples of a section's local data; None where it has none.
+
+    Raises FusekitError for one that cannot be read.
+    """
+    local = [path for path in section.paths if not is_on_hub(path)]
+    if not local:
+        return None
+    counts = DataCounts(section.on_bad_row if isinstance(section, Data) else "error")
+    if isinstance(section, Data):
+        rows = read_rows(local, limit=section.limit, counts=counts)
+    else:
+        files = [file for path in local for file in files_of(path)]
+        rows = chain.from_iterable(read_rows(file, limit=section.limit, counts=counts) for file in files)
+    examples = sum(1 for _ in islice(rows, LOOKED_AT))
+    return Looked(examples, next(rows, None) is None, counts.reasons.get("unusable", 0))
+
+
+def unreadable(section: Data | Evaluate, place: KeyPath) -> list[Mistake]:
+    """What is wrong with a section's data: missing, without examples, or with one that cannot be read.
+
+    Local data are read as far as :func:`look` does; of those on the hub, which is not asked, the names are looked at.
+    """
+    found, on_bad_row = [], section.on_bad_row if isinstance(section, Data) else "error"
+    for path in section.paths:
+        try:
+            if is_on_hub(path):
+                says = None if path.startswith(UNREAD) else no_data_set(path)
+            else:
+                first = next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None)
+                says = f"there are no examples in {path}" if first is None else None
+        except FusekitError as error:
+            says = str(error)
+        if says is not None:
+            found.append(Mistake(says, place))
+    try:
+        if not found:
+            look(section)
+    except FusekitError as error:
+        found.append(Mistake(str(error), place))
+    return found
+
+
+def hash_of(path: str) -> str | None:
+    """xxh3-128 of a local file, or of the files of a folder; None for a data set on the hub. Raises FusekitError."""
+    local = Path(path).expanduser()
+    try:
+        if local.is_file():
+            return artifact.file_hash(local)
+        if local.is_dir():
+            files = sorted(file for file in local.iterdir() if file.is_file())
+            return artifact.joined_hash(f"{file.name} {artifact.file_hash(file)}" for file in files)
+    except OSError as error:
+        raise FusekitError(f"{path}: cannot be read: {error}") from error
+    return None
+
 
 MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
 """States of an artifact: not there; a part of it is there; there and up to date; there, but its inputs changed."""

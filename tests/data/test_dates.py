@@ -14,9 +14,9 @@ from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.context import Context
 from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.run import run
+from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
 from tests.capture.models import tokenizer_for
@@ -38,7 +38,7 @@ def on(monkeypatch):
                 return day
 
         clock = SimpleNamespace(date=Day, datetime=datetime.datetime, time=datetime.time)
-        for module in ("fusekit.pipeline.context", "fusekit.data.tokenize"):
+        for module in ("fusekit.pipeline.stage", "fusekit.data.tokenize"):
             monkeypatch.setattr(f"{module}.datetime", clock)
 
     return today

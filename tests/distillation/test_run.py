@@ -28,7 +28,7 @@ from fusekit.types import CapturedRow
 from tests.capture.random_models import random_model
 from tests.distillation import worlds
 from tests.distillation.runs import different
-from tests.pipeline.artifacts import differences
+from tests.pipeline.worlds import differences
 
 ROWS = worlds.conversations(8)
 PLAIN: dict[str, Any] = {

@@ -15,7 +15,7 @@ from fusekit.cli import cli
 from fusekit.cli.plan import WIDTH, table
 from fusekit.distillation.vocabulary_maps import NAME
 from fusekit.errors import StorageError
-from fusekit.pipeline import plan_data
+from fusekit.pipeline import plan as planning
 from fusekit.pipeline.capturing import PAGE_BYTES
 from fusekit.pipeline.plan import Plan
 from fusekit.pipeline.run import make_plan
@@ -216,8 +216,8 @@ def test_large_files_are_counted_to_the_line_and_sampled_everywhere(tmp_path, mo
     lines += [line.replace("+", " + ") for line in lines]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))  # the last line has no end
     exact = planned(recipe, None).steps[0]
-    monkeypatch.setattr(plan_data, "READ_WHOLE_BYTES", 1)
-    monkeypatch.setattr(plan_data, "SAMPLED_ROWS", 12)
+    monkeypatch.setattr(planning, "READ_WHOLE_BYTES", 1)
+    monkeypatch.setattr(planning, "SAMPLED_ROWS", 12)
     plan = planned(recipe, None)
     assert plan.steps[0].rows == len(lines) == exact.rows == 48
     assert any("12 examples of 48 were read" in line for line in plan.basis)

@@ -20,9 +20,8 @@ from fusekit.layout import Layout
 from fusekit.pipeline.clean import made_by, unneeded
 from fusekit.pipeline.run import make_plan
 from fusekit.recipe.loading import load_recipe
-from tests.pipeline.artifacts import differences
 from tests.pipeline.test_faults import RUN, child, killed_again_and_again, write_world
-from tests.pipeline.worlds import go, refused
+from tests.pipeline.worlds import differences, go, refused
 
 RESPOND = {
     "max_new_tokens": 6,

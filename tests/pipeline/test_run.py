@@ -17,10 +17,9 @@ from fusekit.cli import cli
 from fusekit.errors import StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline import capturing
-from fusekit.pipeline.context import Context
 from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.run import logged, make_plan
-from fusekit.pipeline.stage import STALE
+from fusekit.pipeline.stage import STALE, Context
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
 from tests.helpers import edit_tensors

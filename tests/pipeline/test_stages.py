@@ -25,9 +25,9 @@ from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval
 from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline import evaluating
-from fusekit.pipeline.context import Context, choice_of
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.run import TABLE, chosen_stages
+from fusekit.pipeline.stage import Context, choice_of
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.worlds import DEMO, flip, go, refused, stamps, write_recipe
 

@@ -23,13 +23,11 @@ from fusekit.distillation.arguments import training_arguments
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.layout import Layout
-from fusekit.pipeline import context
+from fusekit.pipeline import stage
 from fusekit.pipeline.run import mistakes
-from fusekit.recipe import Recipe
-from fusekit.recipe import shipped as shipped_recipes
+from fusekit.recipe import Recipe, reference
 from fusekit.recipe.loading import PRESETS, load_recipe
-from fusekit.recipe.reference import markdown
-from fusekit.recipe.shipped import document, schema_text
+from fusekit.recipe.reference import document, markdown, schema_text
 
 SMALL = "pivot: {model: org/pivot}\nsources: [{model: org/first}, {model: org/second}]\ndata: {path: rows.jsonl}\n"
 
@@ -179,7 +177,7 @@ def test_what_is_found_by_the_schema_and_by_the_stages_is_one_round(write, tmp_p
 
 
 def test_examples_are_read_far_and_it_is_said_how_far(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(context, "LOOKED_AT", 1000)
+    monkeypatch.setattr(stage, "LOOKED_AT", 1000)
     texts = [json.dumps({"text": f"text {number}"}) for number in range(1, 1201)]
     lines = [*texts[:700], '{"text": ', *texts[701:]]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -397,7 +395,7 @@ def test_commands(write):
     schema = json.loads(run.invoke(cli, ["schema"]).output)
     assert {"pivot", "sources", "include", "preset"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
-    assert schema_text() == shipped_recipes.schema().read_text(encoding="utf-8"), (
+    assert schema_text() == reference.schema().read_text(encoding="utf-8"), (
         "the recipe's sections have changed: fusekit schema > recipes/fusion.schema.json"
     )
     page = Path(__file__).parents[2] / "docs" / "recipe-keys.md"
