@@ -128,7 +128,7 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
 def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: dict[str, Any]) -> dict[str, int]:
     from fusekit.devices import Processes
-    from fusekit.distillation import estimate
+    from fusekit.distillation import arguments as estimate
     from fusekit.distillation.inputs import Inputs
     from fusekit.distillation.run import distill
     from fusekit.distillation.settings import DistillSettings

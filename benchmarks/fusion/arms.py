@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusekit.distillation.presets import PRESETS
+from fusekit.distillation.settings import PRESETS
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from fusekit.alignment.cases import Case
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
 from fusekit.disk import counted
 from fusekit.distillation.batching import IGNORED, Example
-from fusekit.distillation.counts import CASE, CASES, CHOSEN, count_names, of_data
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.projections import LabelRows, Projection, label_rows, needs_pivot
@@ -23,6 +23,41 @@ from fusekit.distillation.settings import FusionSettings
 from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
+
+CHOSEN, CASE, DATA = "chosen/", "case/", "data/"
+CASES = [case.name.lower() for case in Case]
+
+
+def count_names(candidates: Sequence[str], data: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of an example's counts.
+
+    ``rows`` and ``labels``; ``asked``: labels times sources, of which ``linked`` have a source position that has read
+    the same text, and ``given`` have a row; ``taught``: labels with a target; how many examples each candidate was
+    chosen for (shares of one where several are weighed); labels times sources by case; and ``rows`` and ``chosen``
+    again for each source of data.
+    """
+    chosen = [CHOSEN + name for name in candidates]
+    by_data = [of_data(name, count) for name in data for count in ("rows", *chosen)]
+    by_case = [CASE + name for name in CASES]
+    return ("rows", "labels", "asked", "linked", "given", "taught", *chosen, *by_case, *by_data)
+
+
+def of_data(data: str, count: str) -> str:
+    """The name of a count over one source of data: ``data/NAME/rows``, ``data/NAME/chosen/CANDIDATE``."""
+    return f"{DATA}{data}/{count}"
+
+
+def counts_by_data(counts: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The counts of each source of data, by its name and theirs, of all counts."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in counts.items():
+        if name.startswith(DATA):
+            data, chosen, candidate = name.removeprefix(DATA).rpartition(f"/{CHOSEN}")
+            if not chosen:
+                data, _, candidate = name.removeprefix(DATA).rpartition("/")
+            found.setdefault(data, {})[chosen.lstrip("/") + candidate] = value
+    return found
+
 
 PIVOT = "pivot"
 KEPT_BYTES = 128 << 20

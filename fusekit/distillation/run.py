@@ -21,13 +21,12 @@ from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
 from fusekit.disk import commit_file, disk_fault, output_lock, recover, staging
-from fusekit.distillation import checkpoints, estimate, outputs
-from fusekit.distillation.arguments import problems, training_arguments
+from fusekit.distillation import outputs
+from fusekit.distillation.arguments import disk_needs, memory_needs, problems, refuse_needs, training_arguments
 from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.inputs import Inputs, Opened, open_inputs
+from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
-from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.outputs import Target
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
@@ -213,10 +212,10 @@ class _Work:
         checkpoint, training, out = self.opened.checkpoint, self.opened.settings.training, self.target.folder
         beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint]
         longest = max(part.longest for part in (self.data, self.answers) if part is not None and len(part))
-        needs = estimate.memory_needs(checkpoint, training, longest, Processes.current(), beside)
+        needs = memory_needs(checkpoint, training, longest, Processes.current(), beside)
         if start is None:
-            needs += estimate.disk_needs(checkpoint, training, out, results=1, download=False)
-        estimate.refuse(needs)
+            needs += disk_needs(checkpoint, training, out, results=1, download=False)
+        refuse_needs(needs)
 
     def publish(
         self, trainer: FusionTrainer, state: dict[str, Any] | None, counts: dict[str, float], seconds: float
@@ -265,9 +264,9 @@ def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     if before is None:
         return None
     _refuse_changes(target.work, before, facts)
-    good = checkpoints.last_good(target.work, say)
+    good = outputs.last_good(target.work, say)
     if good is not None:
-        _refuse_changes(target.work, checkpoints.facts_of(good).get("made_from", {}), facts)
+        _refuse_changes(target.work, outputs.facts_of(good).get("made_from", {}), facts)
     return good
 
 

@@ -20,19 +20,81 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from fusekit.capturing import estimate as capture_estimate
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.devices import Processes, progress
-from fusekit.distillation import checkpoints, estimate
-from fusekit.distillation.arguments import FusionConfig, OneDevice, with_adapter
+from fusekit.distillation import outputs
+from fusekit.distillation.arguments import FusionConfig, OneDevice, memory_needs, refuse_needs, with_adapter
 from fusekit.distillation.batching import EpochSampler, FusionCollator, LabelLogits, WithBlanks
-from fusekit.distillation.counts import Tally
-from fusekit.distillation.dataset import FusionDataset
+from fusekit.distillation.dataset import CHOSEN, FusionDataset
 from fusekit.distillation.fusion import LM_WEIGHTS
-from fusekit.distillation.inputs import fusion_dataset, text_dataset
+from fusekit.distillation.inputs import OnPolicy, fusion_dataset, text_dataset
 from fusekit.distillation.live import Ahead, LiveTeacher, Loaded
 from fusekit.distillation.losses import SparseTargets, fusion_loss
-from fusekit.distillation.on_policy import OnPolicy
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.types import FloatArray
+
+
+def shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """``linked_share``, ``row_share`` and ``taught_share`` of labels, and per candidate the share of examples."""
+    asked, labels, rows = (max(counts.get(name, 0.0), 1.0) for name in ("asked", "labels", "rows"))
+    found = {
+        "linked_share": counts.get("linked", 0.0) / asked,
+        "row_share": counts.get("given", 0.0) / asked,
+        "taught_share": counts.get("taught", 0.0) / labels,
+    }
+    return found | {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}
+
+
+LOSSES = ("loss", "lm_loss", "fusion_loss", "labels")
+
+
+class Tally:
+    """What a run counts: its losses since the last line of the log, and its named counts from the beginning.
+
+    Each process adds what it sees. :meth:`line` and :meth:`so_far` are over all of them, so every process calls them.
+    """
+
+    def __init__(self, names: Sequence[str], over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.names, self._over_processes = tuple(names), over_processes
+        self.start({})
+
+    def start(self, counts: Mapping[str, float]) -> None:
+        """Start a run, or resume one that had these counts."""
+        self._before = dict(counts)
+        self._losses: list[torch.Tensor] = []
+        self._counts = np.zeros(len(self.names))
+
+    def add(self, losses: Sequence[torch.Tensor], labels: int, counts: FloatArray | None) -> None:
+        """Add a micro-batch, without waiting for its device.
+
+        losses: total, of the text and of the fusion, each the sum over so many labels; non-finite ones do not count.
+        """
+        of_batch = torch.stack([loss.detach().float() for loss in losses])
+        of_batch = torch.cat([of_batch, torch.full_like(of_batch[:1], labels)])
+        self._losses.append(torch.where(of_batch.isfinite().all(), of_batch, 0.0))
+        if counts is not None and self.names:
+            self._counts = self._counts + counts
+
+    def _since(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The losses and the counts since the last line."""
+        losses = torch.stack(self._losses).cpu().double().sum(0) if self._losses else torch.zeros(len(LOSSES)).double()
+        values = self._over_processes(torch.cat([losses, torch.from_numpy(self._counts)])).tolist()
+        n = len(LOSSES)
+        return dict(zip(LOSSES, values[:n], strict=True)), dict(zip(self.names, values[n:], strict=True))
+
+    def line(self) -> dict[str, float]:
+        """What a line of the log says, which ends here: nats per label, and shares of what the labels had."""
+        losses, counts = self._since()
+        self.start(self._added(counts))
+        labels = losses.pop("labels")
+        means = {name: value / labels for name, value in losses.items()} if labels else {}
+        return means | (shares(counts) if counts else {})
+
+    def so_far(self) -> dict[str, float]:
+        """The counts of the run, those since the last line too."""
+        return self._added(self._since()[1])
+
+    def _added(self, counts: Mapping[str, float]) -> dict[str, float]:
+        return {name: self._before.get(name, 0.0) + value for name, value in counts.items()}
 
 
 def label_weights(training: TrainingSettings, progress: float, batch: Mapping[str, Any]) -> float | FloatArray:
@@ -59,7 +121,7 @@ def _refuse_what_does_not_fit(
         if not isinstance(lora, Mapping | None):  # refused where the adapter is made
             lora = {}
         how = args.training.model_copy(update={"dtype": own.choice.dtype, "lora": lora})
-        estimate.refuse(estimate.memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
+        refuse_needs(memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
 
 
 class FusionTrainer(Trainer):
@@ -336,7 +398,7 @@ class FusionTrainer(Trainer):
         step = self.state.global_step + 1
         self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {norm})")
         if self.skipped_in_row >= self.settings.max_skipped_steps:
-            good = checkpoints.checkpoints(Path(self.args.output_dir))
+            good = outputs.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
             raise DistillationError(
                 f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a non-finite "
@@ -372,15 +434,15 @@ class FusionTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             folder = Path(self.args.output_dir)
-            good = Processes.current().first_then_all(lambda: checkpoints.last_good(folder, self.say))
+            good = Processes.current().first_then_all(lambda: outputs.last_good(folder, self.say))
             if good is None:
                 raise DistillationError(
                     f"{folder} has no whole checkpoint to resume from: leave resume_from_checkpoint out to start over"
                 )
             resume_from_checkpoint = str(good)
         facts: Mapping[str, Any] = {}
-        if resume_from_checkpoint and (Path(resume_from_checkpoint) / checkpoints.LISTING).is_file():
-            facts = checkpoints.facts_of(Path(resume_from_checkpoint))
+        if resume_from_checkpoint and (Path(resume_from_checkpoint) / outputs.LISTING).is_file():
+            facts = outputs.facts_of(Path(resume_from_checkpoint))
         self.tally.start(facts.get("counts", {}))
         self.skipped, self.skipped_in_row = int(facts.get("skipped", 0)), 0
         return super().train(resume_from_checkpoint, *args, **options)
@@ -391,10 +453,10 @@ class FusionTrainer(Trainer):
         facts = {**self.facts, "step": step, "counts": self.tally.so_far(), "skipped": self.skipped}
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder, facts)
+            outputs.seal(folder, facts)
             if self.checkpoints_kept:
                 best = self.state.best_model_checkpoint
-                checkpoints.rotate(folder.parent, self.checkpoints_kept, also=Path(best) if best else None)
+                outputs.rotate(folder.parent, self.checkpoints_kept, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
 

@@ -12,8 +12,7 @@ from fusekit.artifacts import Inputs
 from fusekit.capturing.models import Checkpoint, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Need
-from fusekit.distillation import checkpoints
-from fusekit.distillation import outputs as overwriting
+from fusekit.distillation import outputs
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import FusekitError
@@ -63,7 +62,7 @@ class Distill(Stage):
 
     def check_place(self, context: Context, name: str) -> None:
         """Unless it is a model that is being replaced."""
-        if not overwriting.is_former(self.artifacts(context)[name]):
+        if not outputs.is_former(self.artifacts(context)[name]):
             super().check_place(context, name)
 
     def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
@@ -107,15 +106,15 @@ class Distill(Stage):
     def status(self, context: Context, name: str) -> Status:
         """As far as what is at hand can tell: captures may be on another machine. The prepared examples are needed."""
         folder = self.artifacts(context)[name]
-        if overwriting.is_former(folder):
+        if outputs.is_former(folder):
             return Status(folder)
         target, known = Target(folder.name, folder, ()), made_from(folder)
         before = known if known is not None else facts_begun(target)
         status = compared(folder, before, partial(self.inputs, context, name))
         if known is not None or status.state != DONE:
             return status
-        for step, path in checkpoints.checkpoints(target.work):
-            if not checkpoints.problems_of(path, hashes=False):
+        for step, path in outputs.checkpoints(target.work):
+            if not outputs.problems_of(path, hashes=False):
                 note = f"resumes at step {step}; its figures are those of the whole training"
                 return Status(folder, BEGUN, note=note)
         return Status(folder)
@@ -199,7 +198,7 @@ class Distill(Stage):
         return found
 
     def plan(self, planner: Planner) -> None:
-        from fusekit.distillation.estimate import disk_needs
+        from fusekit.distillation.arguments import disk_needs
 
         steps = [planner.step(self, name) for name in self.artifacts(planner.context)]
         needs = [found for step in steps if (found := self.estimate(planner, step))]
@@ -212,7 +211,7 @@ class Distill(Stage):
         return planner.done("data")
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.distillation.estimate import memory_needs
+        from fusekit.distillation.arguments import memory_needs
 
         pivot, found = planner.models.get(PIVOT), planner.rows
         if not step.work or pivot is None:

@@ -23,7 +23,7 @@ from fusekit.data.reading import DataCounts, Record, files_of, is_on_hub, read_r
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need, Processes, disk_need, memory_limits
 from fusekit.disk import counted, existing_parent, free_bytes, human
-from fusekit.distillation import estimate as training
+from fusekit.distillation import arguments as training
 from fusekit.errors import DataError, FusekitError
 from fusekit.hub import HubUnreachableError
 from fusekit.layout import PIVOT

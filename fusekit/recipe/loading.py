@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from fusekit import yaml as safe_yaml
-from fusekit.distillation.presets import PRESETS as DISTILLATION
+from fusekit.distillation.settings import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
 from fusekit.recipe.sections import UNREAD, Layers, Mistake, Recipe, in_full, plain
 from fusekit.yaml import Document, KeyPath, nearest, path_in

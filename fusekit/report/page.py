@@ -18,7 +18,7 @@ from fusekit.alignment.quality import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, joined_hash
 from fusekit.data.reading import DROPPED, REASONS
 from fusekit.disk import counted, human
-from fusekit.distillation.counts import CHOSEN, counts_by_data
+from fusekit.distillation.dataset import CHOSEN, counts_by_data
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fusekit.cli import cli
-from fusekit.distillation.checkpoints import last_good
+from fusekit.distillation.outputs import last_good
 from tests.distillation import worlds
 from tests.distillation.runs import different
 from tests.distillation.test_run import save_model, tensors

@@ -17,7 +17,7 @@ from fusekit.capturing.topk import GROUP, group_bytes
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, memory_limits, taken_bytes
-from fusekit.distillation import estimate
+from fusekit.distillation import arguments as estimate
 from fusekit.distillation.inputs import Inputs
 from fusekit.distillation.live import Loaded
 from fusekit.distillation.outputs import load_pivot

@@ -12,8 +12,7 @@ import pytest
 from fusekit.alignment.cases import Case
 from fusekit.alignment.rows import AlignedRows
 from fusekit.distillation.batching import FusionCollator
-from fusekit.distillation.counts import counts_by_data
-from fusekit.distillation.dataset import OTHERS, FusionDataset, join
+from fusekit.distillation.dataset import OTHERS, FusionDataset, counts_by_data, join
 from fusekit.distillation.fusion import metrics_of, projected_ce
 from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.settings import FusionSettings
