@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from fusekit import artifacts
 from fusekit.cli import COMMANDS, cli, main
-from fusekit.cli.options import given, options_of
+from fusekit.cli.common import given, options_of
 from fusekit.errors import RecipeError
 from fusekit.recipe import load_recipe, reference
 from tests.capture.store_processes import write

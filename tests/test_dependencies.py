@@ -55,8 +55,8 @@ def test_only_what_merges_imports_mergekit():
     ("code", "heavy"),
     [
         (
-            "import fusekit.recipe, fusekit.hub, fusekit.cli.recipe, fusekit.cli.run, fusekit.cli.clean, "
-            "fusekit.cli.capture, fusekit.cli.verify, fusekit.cli.inspect, fusekit.cli.plan",
+            "import fusekit.recipe, fusekit.hub, fusekit.cli.recipe, fusekit.cli.run, "
+            "fusekit.cli.capture, fusekit.cli.inspect",
             "mergekit torch transformers",
         ),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),

@@ -17,7 +17,7 @@ from fusekit.errors import FusekitError
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
     "capture": ("fusekit.cli.capture", "capture", "Capture what a model says about examples into a store."),
-    "clean": ("fusekit.cli.clean", "clean", "Remove what a run no longer needs, or a stage to redo it."),
+    "clean": ("fusekit.cli.run", "clean", "Remove what a run no longer needs, or a stage to redo it."),
     "cp": ("fusekit.cli.recipe", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
@@ -27,12 +27,12 @@ COMMANDS = {
     "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
     "new": ("fusekit.cli.recipe", "new", "Write a minimal fusion recipe to start from."),
-    "plan": ("fusekit.cli.plan", "plan", "Show what a recipe would take: tokens, disk, memory."),
-    "report": ("fusekit.cli.report", "report", "Make the report of a run again, finished or not."),
+    "plan": ("fusekit.cli.recipe", "plan", "Show what a recipe would take: tokens, disk, memory."),
+    "report": ("fusekit.cli.run", "report", "Make the report of a run again, finished or not."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
     "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
     "validate": ("fusekit.cli.recipe", "validate", "Check a recipe: every mistake at once."),
-    "verify": ("fusekit.cli.verify", "verify", "Compare artifacts on disk with what was committed."),
+    "verify": ("fusekit.cli.run", "verify", "Compare artifacts on disk with what was committed."),
 }
 
 

@@ -10,8 +10,7 @@ import click
 from pydantic import ValidationError
 
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
-from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
-from fusekit.cli.options import JSON, given, options_of
+from fusekit.cli.common import JSON, command_again, drop_noise, given, interruptible, options_of, print_json
 from fusekit.data.settings import DataSettings
 from fusekit.disk import refuse_file
 from fusekit.errors import CaptureError

@@ -1,4 +1,4 @@
-"""What the commands share: how they stop, and what they print."""
+"""What the commands share: options made from settings, how a command stops, and how it prints its result."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 
 
 class TerminatedError(BaseException):
@@ -84,3 +86,93 @@ def drop_noise() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def options_of(
+    settings: type[BaseModel], *names: str, defaults: bool = True, prefix: str = ""
+) -> Callable[[Command], Command]:
+    """A decorator that adds an option for each named field of a pydantic model, in their order.
+
+    A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, a list an option that
+    may be repeated, and a mapping JSON. An option that is not given is None, so that presets and defaults stay where
+    they are declared (:func:`given`).
+
+    Args:
+        settings: the model.
+        names: of its fields; none for all of them.
+        defaults: whether the help shows the fields' defaults; not where a preset may replace them.
+        prefix: of a section, ``engine_`` for ``--engine-url``; its field ``name`` is ``--engine``.
+
+    Raises:
+        KeyError: a name that is no field.
+    """
+    chosen = names or tuple(settings.model_fields)
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(chosen):
+            field = settings.model_fields[name]
+            option = _named(prefix, name)
+            flag, text = "--" + option.replace("_", "-"), field.description or ""
+            several = get_origin(field.annotation) is list
+            kind = _kind(get_args(field.annotation)[0] if several else field.annotation, field.metadata)
+            if defaults and field.default not in (None, []) and not field.is_required() and kind is not JSON:
+                text += f"  [default: {', '.join(map(str, field.default)) if several else field.default}]"
+            declared = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
+            command = click.option(declared, option, default=None, type=kind, help=text, multiple=several)(command)
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, Any], settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The fields of a model that were given as options, by name. prefix: as of :func:`options_of`."""
+    found = {name: options.get(_named(prefix, name)) for name in settings.model_fields}
+    return {name: value for name, value in found.items() if value not in (None, ())}
+
+
+def _named(prefix: str, field: str) -> str:
+    return prefix.rstrip("_") if prefix and field == "name" else prefix + field
+
+
+class _Json(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
+    """A JSON object, or a word where the field also takes one."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or not value.startswith("{"):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            return self.fail(f"{value!r} is not JSON: {error}", param, ctx)
+
+
+JSON = _Json()
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> click.ParamType[Any]:
+    """The click type of a field's annotation and its bounds; unions are what they are without None."""
+    while get_origin(annotation) in (Union, types.UnionType, Annotated):
+        if get_origin(annotation) is Annotated:
+            annotation, *found = get_args(annotation)
+            metadata = [*metadata, *(bound for item in found for bound in getattr(item, "metadata", [item]))]
+            continue
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) > 1:
+            return JSON
+        annotation = members[0]
+    if get_origin(annotation) is Literal:
+        return click.Choice([str(value) for value in get_args(annotation)])
+    if annotation is bool:
+        return click.BOOL
+    if annotation in (int, float):
+        names = ("ge", "gt", "le", "lt")
+        bounds = {name: getattr(item, name) for item in metadata for name in names if hasattr(item, name)}
+        low, high = bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
+        kind = click.IntRange if annotation is int else click.FloatRange
+        return kind(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
+    return click.STRING if annotation is str else JSON

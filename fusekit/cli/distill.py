@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from fusekit.cli.common import interruptible
-from fusekit.cli.options import given, options_of
+from fusekit.cli.common import given, interruptible, options_of
 from fusekit.data.settings import DataSettings
 from fusekit.disk import refuse_file
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings

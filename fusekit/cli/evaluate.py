@@ -9,8 +9,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from fusekit.cli.common import drop_noise
-from fusekit.cli.options import given, options_of
+from fusekit.cli.common import drop_noise, given, options_of
 from fusekit.errors import RecipeError, StorageError
 from fusekit.evaluation.settings import EvaluateSettings
 from fusekit.recipe.sections import Load

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fusekit.cli.options import given, options_of
+from fusekit.cli.common import given, options_of
 from fusekit.errors import DataError, StorageError
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 from fusekit.recipe.sections import Load

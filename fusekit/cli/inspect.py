@@ -12,8 +12,7 @@ import click
 import numpy as np
 
 from fusekit.capturing.settings import plain_name
-from fusekit.cli.common import print_json
-from fusekit.cli.options import given, options_of
+from fusekit.cli.common import given, options_of, print_json
 from fusekit.disk import counted, human
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError

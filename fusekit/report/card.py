@@ -15,11 +15,11 @@ from fusekit.artifacts import Artifact, weights_hash
 from fusekit.disk import commit_file
 from fusekit.layout import PIVOT
 from fusekit.report import text
-from fusekit.report.charts import heat_map, short_names
 from fusekit.report.facts import Facts
 from fusekit.report.page import (
     CARD,
     TEMPLATES,
+    heat_map,
     identities,
     lead,
     left_out,
@@ -28,6 +28,7 @@ from fusekit.report.page import (
     page,
     recipe_text,
     results,
+    short_names,
     titled,
 )
 

@@ -13,9 +13,19 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import joined_hash
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.report import text
-from fusekit.report.charts import MOST_POINTS, chart, heat_map, short_names, thinned, ticks
 from fusekit.report.facts import Coefficients, Facts, Training
-from fusekit.report.page import given_text, made, teachers, training_rows
+from fusekit.report.page import (
+    MOST_POINTS,
+    chart,
+    given_text,
+    heat_map,
+    made,
+    short_names,
+    teachers,
+    thinned,
+    ticks,
+    training_rows,
+)
 
 
 def test_who_taught_is_what_training_counted(finished: Path) -> None:
