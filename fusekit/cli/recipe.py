@@ -19,9 +19,9 @@ from fusekit.recipe.loading import kind_of, load_recipe
 from fusekit.yaml import Document
 
 if TYPE_CHECKING:
+    from fusekit.devices import Need
     from fusekit.pipeline.plan import Plan
     from fusekit.pipeline.stage import Step
-    from fusekit.devices import Need
 
 recipe_argument = click.argument(
     "recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
