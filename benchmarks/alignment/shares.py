@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.alignment.texts import texts
 from benchmarks.alignment.timing import write
 from fusekit.alignment.alignment import align
-from fusekit.alignment.cases import HAS_ROW, Case, plan_rows
+from fusekit.alignment.rows import HAS_ROW, Case, plan_rows
 from tests.alignment.tokenizers import REAL, load
 
 COLUMNS = ("linked", "same", "rows_without_conditioning", "rows")

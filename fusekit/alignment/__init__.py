@@ -16,7 +16,7 @@ from typing import Any
 
 _HOMES = {
     "AlignedRows": "alignment.rows",
-    "Case": "alignment.cases",
+    "Case": "alignment.rows",
     "MappingStatistics": "alignment.vocabulary_map",
     "Predictions": "alignment.rows",
     "Surfaces": "alignment.surfaces",
@@ -28,10 +28,10 @@ _HOMES = {
     "align_tokens": "alignment.alignment",
     "build_vocabulary_map": "alignment.vocabulary_map",
     "count_mappings": "alignment.vocabulary_map",
-    "plan_rows": "alignment.cases",
+    "plan_rows": "alignment.rows",
     "project_rows": "alignment.rows",
-    "project_rows_by_rule": "alignment.rows",
-    "source_positions": "alignment.rows",
+    "project_rows_by_rule": "alignment.papers",
+    "source_positions": "alignment.papers",
     "tokenize": "alignment.ends",
     "vocabulary_surfaces": "alignment.surfaces",
 }

@@ -7,13 +7,20 @@ are compared by their Levenshtein distance, without their word-start mark.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from fusekit.alignment.rows import AlignedRows, Case, RowsLike, checked_rows, placed_rows
 from fusekit.alignment.surfaces import Surfaces
+from fusekit.errors import AlignmentError
 from fusekit.types import IntArray
+
+if TYPE_CHECKING:
+    from fusekit.alignment.alignment import TokenAlignment
+    from fusekit.alignment.vocabulary_map import VocabularyMap
 
 # A table of int32 for two rows of this many cells is 400 MB; beyond it the method is not worth waiting for.
 MAX_CELLS = 100_000_000
@@ -231,3 +238,74 @@ COUNTING: dict[str, Callable[[bytes, bytes, int], tuple[float, float]]] = {
     "ms_released": _released,
 }
 """How pivot tokens that a corpus aligns with a source token are ranked, by the surfaces and the count: least first."""
+
+
+_RULES: dict[str, Callable[[bytes, list[bytes], bool], bool]] = {
+    "em": lambda pivot, source, _: source == [pivot],
+    "mined": lambda pivot, source, mapped: source == [pivot] or (len(source) == 1 and mapped),
+    "ms": lambda pivot, source, _: (
+        pivot.endswith(source[0]) or source[0].endswith(pivot)
+        if len(source) == 1
+        else b"".join(source).removeprefix(b" ") == pivot.removeprefix(b" ")
+    ),
+}
+"""Whether a pivot token (its surface) takes the row of the last of the source tokens that are aligned with it (their
+surfaces). The last argument: whether the only one maps to it."""
+
+
+def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str) -> IntArray:
+    """The source position whose row each pivot position takes by a rule of the papers, or -1: int64 [n].
+
+    Args:
+        alignment: of either method; the rules are meant for ``dtw``.
+        vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
+        rule: ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is one token and it equals the pivot's, for ``mined``
+            also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1 and n-1 where one of the two tokens ends with the
+            other; 1-n where the pieces spell the pivot's token, the row of the last.
+
+    Raises:
+        AlignmentError: unknown rule.
+    """
+    if rule not in _RULES:
+        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(_RULES))}")
+    pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
+    source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
+    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
+    first, stop = alignment.matched
+    rows = np.full(len(first), -1, np.int64)
+    for i in np.flatnonzero(stop > first).tolist():
+        last = int(stop[i]) - 1
+        if _RULES[rule](pivot[i], source[first[i] : last + 1], bool(targets[last] == alignment.pivot_ids[i])):
+            rows[i] = last
+    return rows
+
+
+def project_rows_by_rule(
+    alignment: TokenAlignment,
+    vocabulary_map: VocabularyMap,
+    source_rows: RowsLike,
+    rule: str,
+    *,
+    collisions: str = "max",
+) -> AlignedRows:
+    """Targets by one of the papers' position rules: the aligned row projected as it is, else a one-hot on the label.
+
+    Args:
+        alignment: of method ``dtw`` for the papers' own.
+        vocabulary_map, source_rows: as in :func:`project_rows`.
+        rule: see :func:`source_positions`.
+        collisions: ``max`` is the papers'.
+
+    Raises:
+        AlignmentError: as :func:`project_rows`; unknown rule.
+    """
+    rows = checked_rows(source_rows, vocabulary_map.matrix.shape[0])
+    if len(rows.tail) != len(alignment.source):
+        raise AlignmentError(f"the text has {len(alignment.source)} source tokens, but there are {len(rows.tail)} rows")
+    base = source_positions(alignment, vocabulary_map, rule)
+    base[-1:] = -1
+    cases = np.where(base >= 0, Case.RULE, Case.UNLINKED).astype(np.int64)
+    cases[-1:] = Case.LAST
+    at = base[base >= 0]
+    merged = vocabulary_map.project(rows.ids[at], rows.logprobs[at], rows.tail[at], collisions)
+    return placed_rows(alignment, cases, base, merged, one_hot=True)

@@ -1,25 +1,224 @@
-"""From links to rows: what a source's predictions teach at the pivot's positions (cases.py says where and how)."""
+"""What a source's predictions teach at the pivot's positions: where, by which case, and how the rows are made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.alignment.alignment import TokenAlignment
-from fusekit.alignment.cases import HAS_ROW, Case, Steps, plan_rows
-from fusekit.alignment.projection import RowsLike, checked_rows, merge_entries
 from fusekit.alignment.surfaces import TEXT_KINDS, Surfaces
-from fusekit.alignment.vocabulary_map import VocabularyMap
 from fusekit.errors import AlignmentError
-from fusekit.types import BoolArray, FloatArray, IntArray, TopK
+from fusekit.types import BoolArray, FloatArray, IntArray, TokenizedText, TopK
+
+if TYPE_CHECKING:  # they import scipy and rapidfuzz, which checking a recipe does not need
+    from fusekit.alignment.alignment import TokenAlignment
+    from fusekit.alignment.vocabulary_map import VocabularyMap
 
 _LOGPROB_TOLERANCE = 1e-3  # stored log-probabilities are rounded
 TAILS = ("back_off", "pivot_share", "listed_share", "drop", "keep")
 NEED_PIVOT = ("back_off", "pivot_share")
 """Of :data:`TAILS`: those that need the pivot's own predictions."""
+# Log-probabilities are stored with an error, so a row may exceed 1 by as much; more than this is another quantity.
+MASS_TOLERANCE = 1e-2
+NO_ID = -2
+"""In place of an id: an entry with a probability, of a token that the vocabulary of the row does not have."""
+
+RowsLike = TopK | tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
+
+
+class Case(IntEnum):
+    """How a pivot position comes by its row. t is the pivot's next token, s the source's.
+
+    The cases of a link, where both have consumed the same bytes:
+
+    * ``SAME``: s and t are the same bytes. The row is projected, s goes to t.
+    * ``LONGER``: s is longer than t. The row is projected, s goes to t, its first piece here.
+    * ``CLOSES``: s is shorter, and a source token ends where t ends. t gets the product of the probabilities of the
+      source tokens that spell it; what is left of s goes to the tail; the other entries are projected.
+    * ``CROSSES``: s is shorter and t ends inside a later source token. As ``CLOSES``, and the last factor is the
+      probability of the entries that begin with what is left of t, in the row before that token.
+    * ``NO_ROW``: none of these is certain.
+
+    The same where the pivot stands inside a source token, after conditioning the row before that token on the bytes
+    consumed since: ``WITHIN_SAME`` to ``WITHIN_CROSSES``; ``UNLINKED`` where that gives no row. ``LAST`` is the text's
+    last token, which has no label. Without conditioning there is neither ``CROSSES`` nor any ``WITHIN``.
+    """
+
+    LAST = 0
+    SAME = 1
+    LONGER = 2
+    CLOSES = 3
+    CROSSES = 4
+    NO_ROW = 5
+    WITHIN_SAME = 6
+    WITHIN_LONGER = 7
+    WITHIN_CLOSES = 8
+    WITHIN_CROSSES = 9
+    UNLINKED = 10
+    ONE_HOT = 11  # no row by the cases above, a one-hot on the label by request, as in the papers
+    RULE = 12  # a row taken by one of the papers' rules, whatever the next tokens are
+
+
+HAS_ROW = frozenset(Case) - {Case.LAST, Case.NO_ROW, Case.UNLINKED}
+_WITHIN = Case.WITHIN_SAME - Case.SAME
+"""From a case of a link, ``SAME`` to ``NO_ROW``, to the one inside a source token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The plan of a row: which source row each pivot position takes and how; made from the tokens alone.
+
+    Attributes:
+        cases: int64 [n].
+        base: int64 [n], the source position whose row is used, -1 for none.
+        spelled: int64 [n], the last source position whose token lies within t (CLOSES, CROSSES), else ``base + 1``.
+        consumed: int64 [n], bytes consumed since the end of ``base`` (0 at links).
+        overhang: int64 [n], bytes of t that token ``spelled + 1`` begins with (0 but for CROSSES).
+    """
+
+    cases: IntArray
+    base: IntArray
+    spelled: IntArray
+    consumed: IntArray
+    overhang: IntArray
+
+
+def plan_rows(alignment: TokenAlignment, conditioning: bool = True) -> Steps:
+    """Sort the pivot's positions into cases.
+
+    Args:
+        alignment: of method ``span``.
+        conditioning: whether rows are conditioned on the first bytes of a token, at either end of t.
+    """
+    pivot, source = alignment.pivot, alignment.source
+    n, m = len(pivot), len(source)
+    linked = alignment.source_at >= 0
+    base = alignment.source_at.copy()
+    certain = np.flatnonzero(source.lows <= source.ends)
+    if len(certain):
+        # Unlinked: the last source token that ends before this position. Uncertain ends on either side give none.
+        before = np.searchsorted(source.ends[certain], pivot.ends, side="right") - 1
+        inside = certain[np.maximum(before, 0)]
+        within = ~linked & (before >= 0) & (pivot.lows <= pivot.ends) & (source.ends[inside] < pivot.lows)
+        base = np.where(within, inside, base)
+    base[base + 1 >= m] = -1
+    cases = np.full(n, int(Case.NO_ROW), np.int64)
+    spelled, overhang = base + 1, np.zeros(n, np.int64)
+    usable = np.flatnonzero(base[:-1] >= 0)
+    if len(usable):
+        found = _compare_next(pivot, source, usable, base[usable])
+        cases[usable], spelled[usable], overhang[usable] = found
+    cases = np.where(linked, cases, cases + _WITHIN)
+    cases[-1:] = Case.LAST
+    if not conditioning:
+        cases[linked & (cases == Case.CROSSES)] = Case.NO_ROW
+        cases[~linked & (cases != Case.LAST)] = Case.UNLINKED
+    used = np.isin(cases, list(HAS_ROW))
+    base, overhang = np.where(used, base, -1), np.where(used, overhang, 0)
+    consumed = np.where(linked | (base < 0), 0, pivot.ends - source.ends[np.maximum(base, 0)] if m else 0)
+    return Steps(cases, base, spelled, consumed, overhang)
+
+
+def _compare_next(
+    pivot: TokenizedText, source: TokenizedText, at: IntArray, base: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Cases, ``spelled`` and ``overhang`` of positions ``at`` with rows ``base``, as if they were linked."""
+    t_low, t_high = pivot.lows[at + 1], pivot.ends[at + 1]
+    s_low, s_high = source.lows[base + 1], source.ends[base + 1]
+    certain = np.flatnonzero(source.lows <= source.ends)
+    # The last source token whose end is not beyond the end of t.
+    inner = certain[np.maximum(np.searchsorted(source.lows[certain], t_high, side="right") - 1, 0)]
+    sure = (s_low <= s_high) & (t_low <= t_high)
+    shorter = sure & (inner > base)
+    crossing = np.minimum(inner + 1, len(source) - 1)
+    crosses = shorter & (crossing > inner) & (source.lows[crossing] > t_high)
+    crosses &= source.lows[crossing] <= source.ends[crossing]
+    conditions = [
+        sure & (s_low <= t_high) & (s_high >= t_low),
+        sure & (s_low > t_high),
+        shorter & (source.ends[inner] >= t_low),
+        crosses & (source.ends[inner] < t_high),
+    ]
+    kind = np.select(conditions, [Case.SAME, Case.LONGER, Case.CLOSES, Case.CROSSES], Case.NO_ROW)
+    spelled = np.where(np.isin(kind, [Case.CLOSES, Case.CROSSES]), inner, base + 1)
+    return kind, spelled, np.where(kind == Case.CROSSES, t_high - source.ends[inner], 0)
+
+
+def checked_rows(rows: RowsLike, vocabulary: int, side: str = "source") -> TopK:
+    """Rows as int64 and float64, refused unless they are distributions.
+
+    Args:
+        rows: as :class:`TopK`.
+        vocabulary: ids are below it.
+        side: whose rows they are, for messages.
+
+    Raises:
+        AlignmentError: shapes that do not fit, ids outside the vocabulary, values that are no probabilities; names the
+            first row.
+    """
+    ids, logprobs, tail = np.asarray(rows[0]).astype(np.int64), *(np.asarray(part, np.float64) for part in rows[1:])
+    if ids.ndim != 2 or logprobs.shape != ids.shape or tail.shape != ids.shape[:1]:
+        raise AlignmentError(
+            f"top-k rows need ids [T, k], logprobs [T, k] and tail [T], not {ids.shape}, {logprobs.shape} and "
+            f"{tail.shape}"
+        )
+    outside = ids[(ids >= vocabulary) | (ids < -1)]
+    if len(outside):
+        raise AlignmentError(
+            f"token id {outside[0]} is outside the {side}'s side of the vocabulary map ({vocabulary} rows): was the "
+            f"map built with another tokenizer? A model whose output is padded needs {side}_size=<its vocab_size>"
+        )
+    mass = np.exp(np.where(ids >= 0, logprobs, -np.inf)).sum(axis=1)
+    wrong = np.flatnonzero(~np.isfinite(mass) | ~(tail >= 0) | ~(mass + tail <= 1 + MASS_TOLERANCE))
+    if len(wrong):
+        raise AlignmentError(
+            f"row {wrong[0]} is no distribution: its entries hold {mass[wrong[0]]:.6g} and its tail "
+            f"{tail[wrong[0]]:.6g}; logprobs are natural logarithms, tail is a probability"
+        )
+    return TopK(ids, logprobs, tail)
+
+
+def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisions: str = "add") -> TopK:
+    """Rows from entries that may name one id several times: largest first, equal ones by id.
+
+    Args:
+        targets: int64 [T, e], -1 for entries that map nowhere, whose mass is in ``tail`` already.
+        mass: float64 [T, e], probabilities.
+        tail: float64 [T], what the rows leave out already.
+        collisions: ``add`` the probabilities of equal ids (the image of the distribution), or keep the ``max`` as the
+            papers do, the rest going to the tail.
+
+    Raises:
+        AlignmentError: unknown ``collisions``.
+    """
+    if collisions not in ("add", "max"):
+        raise AlignmentError(f"unknown way with collisions {collisions!r}: there are add, max")
+    T, e = targets.shape
+    if not targets.size:
+        return TopK(np.full((T, 0), -1, np.int64), np.full((T, 0), -np.inf), tail)
+    mass = np.where(targets >= 0, mass, 0.0)
+    order = np.argsort(targets, axis=1, kind="stable")
+    targets, mass = np.take_along_axis(targets, order, 1), np.take_along_axis(mass, order, 1)
+    opens = np.ones((T, e), bool)
+    opens[:, 1:] = targets[:, 1:] != targets[:, :-1]
+    slot = np.cumsum(opens, axis=1) - 1 + (np.arange(T) * e)[:, None]
+    kept = total = np.bincount(slot.ravel(), mass.ravel(), T * e).reshape(T, e)
+    if collisions == "max":
+        largest = np.zeros(T * e)
+        np.maximum.at(largest, slot.ravel(), mass.ravel())
+        kept = largest.reshape(T, e)
+        tail = tail + (total - kept).sum(axis=1)
+    ids = np.full(T * e, -1, np.int64)
+    ids[slot[opens]] = targets[opens]
+    ids = np.where(kept > 0, ids.reshape(T, e), -1)
+    kept = np.where(ids >= 0, kept, 0.0)
+    # Columns that no row uses are cut off.
+    order = np.argsort(-kept, axis=1, kind="stable")[:, : int((kept > 0).sum(axis=1).max(initial=0))]
+    with np.errstate(divide="ignore"):
+        return TopK(np.take_along_axis(ids, order, 1), np.log(np.take_along_axis(kept, order, 1)), tail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +338,7 @@ def project_rows(
     merged = merge_entries(targets, mass * scale[:, None], rest, collisions)
     if tail == "back_off" and ours is not None:
         merged = _backed_off(merged, unlisted * scale, ours, at, alignment.pivot_ids[at + 1])
-    return _placed(alignment, steps.cases.copy(), steps.base, merged, one_hot)
+    return placed_rows(alignment, steps.cases.copy(), steps.base, merged, one_hot)
 
 
 def _backed_off(rows: TopK, unlisted: FloatArray, ours: _Said, at: IntArray, labels: IntArray) -> TopK:
@@ -386,7 +585,7 @@ def _of_label(steps: Steps, at: IntArray, said: _Said, entries: _Entries, source
     return label
 
 
-def _placed(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
+def placed_rows(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: TopK, one_hot: bool) -> AlignedRows:
     """Rows at their positions, with one-hots where asked for."""
     n, width, at = len(alignment.pivot), max(merged.ids.shape[1], 1 if one_hot else 0), np.flatnonzero(base >= 0)
     ids, logprobs, tail = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf), np.ones(n)
@@ -396,74 +595,3 @@ def _placed(alignment: TokenAlignment, cases: IntArray, base: IntArray, merged: 
         ids[bare, 0], logprobs[bare, 0], tail[bare] = alignment.pivot_ids[bare + 1], 0.0, 0.0
         cases[bare] = Case.ONE_HOT
     return AlignedRows(TopK(ids, logprobs, tail), cases, base)
-
-
-_RULES: dict[str, Callable[[bytes, list[bytes], bool], bool]] = {
-    "em": lambda pivot, source, _: source == [pivot],
-    "mined": lambda pivot, source, mapped: source == [pivot] or (len(source) == 1 and mapped),
-    "ms": lambda pivot, source, _: (
-        pivot.endswith(source[0]) or source[0].endswith(pivot)
-        if len(source) == 1
-        else b"".join(source).removeprefix(b" ") == pivot.removeprefix(b" ")
-    ),
-}
-"""Whether a pivot token (its surface) takes the row of the last of the source tokens that are aligned with it (their
-surfaces). The last argument: whether the only one maps to it."""
-
-
-def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, rule: str) -> IntArray:
-    """The source position whose row each pivot position takes by a rule of the papers, or -1: int64 [n].
-
-    Args:
-        alignment: of either method; the rules are meant for ``dtw``.
-        vocabulary_map: made with the same tokenizers; ``mined`` asks it where a source token maps.
-        rule: ``em`` and ``mined`` (arXiv 2401.10491): where A(i) is one token and it equals the pivot's, for ``mined``
-            also where it maps to it. ``ms`` (arXiv 2408.07990): 1-1 and n-1 where one of the two tokens ends with the
-            other; 1-n where the pieces spell the pivot's token, the row of the last.
-
-    Raises:
-        AlignmentError: unknown rule.
-    """
-    if rule not in _RULES:
-        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(_RULES))}")
-    pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
-    source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
-    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
-    first, stop = alignment.matched
-    rows = np.full(len(first), -1, np.int64)
-    for i in np.flatnonzero(stop > first).tolist():
-        last = int(stop[i]) - 1
-        if _RULES[rule](pivot[i], source[first[i] : last + 1], bool(targets[last] == alignment.pivot_ids[i])):
-            rows[i] = last
-    return rows
-
-
-def project_rows_by_rule(
-    alignment: TokenAlignment,
-    vocabulary_map: VocabularyMap,
-    source_rows: RowsLike,
-    rule: str,
-    *,
-    collisions: str = "max",
-) -> AlignedRows:
-    """Targets by one of the papers' position rules: the aligned row projected as it is, else a one-hot on the label.
-
-    Args:
-        alignment: of method ``dtw`` for the papers' own.
-        vocabulary_map, source_rows: as in :func:`project_rows`.
-        rule: see :func:`source_positions`.
-        collisions: ``max`` is the papers'.
-
-    Raises:
-        AlignmentError: as :func:`project_rows`; unknown rule.
-    """
-    rows = checked_rows(source_rows, vocabulary_map.matrix.shape[0])
-    if len(rows.tail) != len(alignment.source):
-        raise AlignmentError(f"the text has {len(alignment.source)} source tokens, but there are {len(rows.tail)} rows")
-    base = source_positions(alignment, vocabulary_map, rule)
-    base[-1:] = -1
-    cases = np.where(base >= 0, Case.RULE, Case.UNLINKED).astype(np.int64)
-    cases[-1:] = Case.LAST
-    at = base[base >= 0]
-    merged = vocabulary_map.project(rows.ids[at], rows.logprobs[at], rows.tail[at], collisions)
-    return _placed(alignment, cases, base, merged, one_hot=True)

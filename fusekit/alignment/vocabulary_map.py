@@ -19,7 +19,7 @@ from scipy import sparse
 
 from fusekit.alignment.alignment import TokenAlignment, align
 from fusekit.alignment.papers import COUNTING, mined
-from fusekit.alignment.projection import checked_rows, merge_entries
+from fusekit.alignment.rows import checked_rows, merge_entries
 from fusekit.alignment.surfaces import ROLES, TEXT_KINDS, Form, Surfaces, vocabulary_surfaces
 from fusekit.disk import commit_file
 from fusekit.errors import AlignmentError, StorageError

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.alignment.projection import MASS_TOLERANCE
+from fusekit.alignment.rows import MASS_TOLERANCE
 from fusekit.capturing.manifest import key_bytes
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.errors import StorageError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from itertools import chain
@@ -20,8 +21,9 @@ from fusekit.gguf import split
 
 if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
-    from fusekit.alignment.quality import AlignmentQuality, TeacherWorth
+    from fusekit.alignment.quality import AlignmentQuality
     from fusekit.capturing.store import Store
+    from fusekit.distillation.worth import TeacherWorth
     from fusekit.types import CapturedRow
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -91,23 +93,25 @@ def alignment(
             shown.append(found)
     if not quality.texts:
         raise AlignmentError(f"there is no text in {', '.join(data)}")
+    worth = None
     if stores is not None:
         from fusekit.capturing.store import Store
         from fusekit.distillation.worth import Captured, measure_stores
 
         captured = [Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True)]
-        quality.worth = measure_stores(rows, captured[0], captured[1], AlignmentSettings.model_validate(how))
+        worth = measure_stores(rows, captured[0], captured[1], AlignmentSettings.model_validate(how))
     for found in shown:
         lines = str(found).splitlines()
         more = [f"… {len(lines) - 15} more lines"] if len(lines) > 16 else lines[15:]
         click.echo("\n".join([*lines[:15], *more, ""]))
-    click.echo(_summary(quality))
+    click.echo("\n".join([_summary(quality), *(_worth_lines(worth) if worth is not None else [])]))
     if json_file is not None:
-        json_file.write_text(quality.to_json() + "\n", encoding="utf-8")
+        figures = quality.to_dict() | ({"worth": worth.to_dict()} if worth is not None else {})
+        json_file.write_text(json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         click.echo(f"figures: {json_file}")
     if html is not None:
         surfaces = vocabulary_surfaces(tokenizers[0]), vocabulary_surfaces(tokenizers[1])
-        page = alignment_page(quality, [sample_of(found, surfaces) for found in shown])
+        page = alignment_page(quality, [sample_of(found, surfaces) for found in shown], worth)
         html.write_text(page, encoding="utf-8", errors="backslashreplace")
         click.echo(f"page: {html}")
 
@@ -164,8 +168,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _summary(quality: AlignmentQuality) -> str:
-    from fusekit.alignment.cases import Case
     from fusekit.alignment.quality import MEANING
+    from fusekit.alignment.rows import Case
 
     total = quality.total.to_dict()
     lines = [
@@ -183,11 +187,11 @@ def _summary(quality: AlignmentQuality) -> str:
         shares = f"{100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
         lines.append(f"  {name:<15}{share.positions:7d}  {shares}")
     lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.shapes.most_common()))
-    return "\n".join([*lines, *(_worth_lines(quality.worth) if quality.worth is not None else [])])
+    return "\n".join(lines)
 
 
 def _worth_lines(worth: TeacherWorth) -> list[str]:
-    from fusekit.alignment.cases import Case
+    from fusekit.alignment.rows import Case
 
     lines = ["nats per label by case: labels, teacher, pivot"]
     for case in Case:

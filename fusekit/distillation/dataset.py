@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from fusekit.alignment.cases import Case
+from fusekit.alignment.rows import Case
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
 from fusekit.disk import counted

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusekit.alignment.cases import Case
-from fusekit.alignment.projection import NO_ID, merge_entries
+from fusekit.alignment.rows import NO_ID, Case, merge_entries
 from fusekit.errors import DistillationError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, Part, TokenizedRow, TopK
 

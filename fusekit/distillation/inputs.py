@@ -31,9 +31,8 @@ from fusekit.distillation.batching import BLANK, Example
 from fusekit.distillation.dataset import PIVOT, FusionDataset, characters
 from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
 from fusekit.distillation.outputs import refuse_names, refuse_nobody
-from fusekit.distillation.projections import Projection, needs_pivot
+from fusekit.distillation.projections import SAMPLED, Projection, make_map, needs_pivot, read_map
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings, TrainingSettings
-from fusekit.distillation.vocabulary_maps import SAMPLED, make_map, read_map
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
 from fusekit.generation.settings import RespondSettings
@@ -56,7 +55,7 @@ class Source:
         alignment: settings of its own; None for the run's.
         reader: how it reads conversations, for ``on_policy`` and without a store; None for its own template.
         vocabulary_map: folder of the map that was made of the same rows
-            (:func:`fusekit.distillation.vocabulary_maps.write_map`); None to make it here.
+            (:func:`fusekit.distillation.projections.write_map`); None to make it here.
         live: what is kept of its distributions, where there is no store; None for the defaults. ``tokenizer`` is then
             the model.
         rows: as this model reads them, where there is no store; None for the run's.

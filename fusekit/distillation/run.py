@@ -28,10 +28,9 @@ from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.outputs import Target
-from fusekit.distillation.projections import Projection
+from fusekit.distillation.projections import Projection, map_hash
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.trainer import FusionTrainer
-from fusekit.distillation.vocabulary_maps import map_hash
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
 from fusekit.types import Row

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusekit.alignment.projection import NO_ID
+from fusekit.alignment.rows import NO_ID
 from fusekit.errors import DistillationError
 
 
@@ -139,7 +139,7 @@ class SparseTargets:
             row, entry = (int(x) for x in twice.nonzero()[0])
             raise DistillationError(
                 f"row {row} of the targets lists token id {int(in_order[row, entry])} twice: add up its probabilities "
-                "(fusekit.alignment.projection.merge_entries)"
+                "(fusekit.alignment.rows.merge_entries)"
             )
         if found[2]:
             row = int(wrong.any(dim=1).nonzero()[0])

@@ -425,7 +425,7 @@ class Align(Stage):
         """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
         from fusekit.alignment import align, vocabulary_surfaces
         from fusekit.alignment.quality import AlignmentQuality, sample_of, write_samples
-        from fusekit.distillation.vocabulary_maps import write_map
+        from fusekit.distillation.projections import write_map
 
         started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
         made = _vocabulary_map(context, source)
@@ -471,7 +471,7 @@ def _vocabulary_map(context: Context, source: str) -> Any:
     """The map of a source into the pivot's vocabulary; None where the recipe wants none. It needs no captures."""
     from fusekit.capturing.capture import vocabulary_size
     from fusekit.distillation.inputs import Reading, projection_of
-    from fusekit.distillation.vocabulary_maps import SAMPLED
+    from fusekit.distillation.projections import SAMPLED
 
     def reading(name: str) -> Reading:
         reader = context.reader(name)

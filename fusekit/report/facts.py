@@ -145,7 +145,7 @@ class CaseWorth(_Record):
 
 
 class Worth(_Record):
-    """``alignment/SOURCE/worth.json`` (:class:`fusekit.alignment.quality.TeacherWorth`)."""
+    """``alignment/SOURCE/worth.json`` (:class:`fusekit.distillation.worth.TeacherWorth`)."""
 
     vocabulary: str
     tokens: str

@@ -30,6 +30,7 @@ from fusekit.report.facts import BASELINE_PLACE, Coefficients, Facts, ModelFacts
 
 if TYPE_CHECKING:
     from fusekit.alignment.quality import AlignmentQuality
+    from fusekit.distillation.worth import TeacherWorth
 
 CARD = "README.md"
 COLOURS = 8
@@ -103,13 +104,13 @@ def page(facts: Facts) -> str:
     )
 
 
-def alignment_page(quality: AlignmentQuality, samples: Sequence[Sample]) -> str:
+def alignment_page(quality: AlignmentQuality, samples: Sequence[Sample], worth: TeacherWorth | None = None) -> str:
     """An alignment as HTML: the figures over the texts, and samples (:func:`fusekit.alignment.quality.sample_of`)."""
     return _rendered(
         "alignment.html.jinja",
         title=f"Alignment of {text.name(quality.source)} with {text.name(quality.pivot)}",
         quality=Quality.model_validate(quality.to_dict()),
-        worth=Worth.model_validate(quality.worth.to_dict()) if quality.worth is not None else None,
+        worth=Worth.model_validate(worth.to_dict()) if worth is not None else None,
         samples=samples,
     )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.alignment.projection import MASS_TOLERANCE, checked_rows
+from fusekit.alignment.rows import MASS_TOLERANCE, checked_rows
 from fusekit.capturing.codec import Codec
 from fusekit.capturing.shards import shard_bytes
 from fusekit.errors import FusekitError, StorageError

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment.projection import NO_ID
+from fusekit.alignment.rows import NO_ID
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, LM_WEIGHTS, Candidate, Fused
 from fusekit.errors import DistillationError
 from fusekit.types import TopK

@@ -12,9 +12,8 @@ import pytest
 
 from fusekit.alignment import Predictions, project_rows, vocabulary_surfaces
 from fusekit.alignment.alignment import TokenAlignment, align_tokens
-from fusekit.alignment.cases import Case
 from fusekit.alignment.ends import tokenize
-from fusekit.alignment.projection import NO_ID
+from fusekit.alignment.rows import NO_ID, Case
 from fusekit.alignment.vocabulary_map import VocabularyMap, pivot_groups, source_pieces
 from fusekit.distillation.projections import LabelRows, Projection, label_rows
 from fusekit.errors import AlignmentError, DistillationError

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fusekit.alignment.cases import Case
-from fusekit.alignment.rows import AlignedRows
+from fusekit.alignment.rows import AlignedRows, Case
 from fusekit.distillation.batching import FusionCollator
 from fusekit.distillation.dataset import OTHERS, FusionDataset, counts_by_data, join
 from fusekit.distillation.fusion import metrics_of, projected_ce

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.alignment.cases import Case
-from fusekit.alignment.quality import FEWEST_LABELS, RATIO_LIMIT
+from fusekit.alignment.rows import Case
 from fusekit.cli import cli
 from fusekit.distillation.projections import Projection, label_nll, label_rows
-from fusekit.distillation.worth import measure
+from fusekit.distillation.worth import FEWEST_LABELS, MOST_NATS, RATIO_LIMIT, TeacherWorth, measure
 from fusekit.errors import DistillationError
 from fusekit.types import CapturedRow
 from tests.distillation import worlds
@@ -109,6 +109,129 @@ def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
         measure(ROWS, OWN, SAID, Projection(None))
     with pytest.raises(DistillationError, match=f"the source has none of 1 example of data.*{ROWS[1].key}"):
         measure(ROWS[:1], OWN, {ROWS[1].key: SAID[ROWS[1].key]}, Projection(MAP))
+
+
+UNTAUGHT = (Case.NO_ROW, Case.UNLINKED)
+
+
+def worth_of(cases: list[Case], teacher: list[float], pivot: list[float] | None, source: float) -> TeacherWorth:
+    worth = TeacherWorth("prefix")
+    add(worth, cases, teacher, pivot, source)
+    return worth
+
+
+def add(
+    worth: TeacherWorth,
+    cases: list[Case],
+    teacher: list[float],
+    pivot: list[float] | None,
+    source: float,
+    survived: tuple[float, ...] = (),
+) -> None:
+    worth.add(
+        np.array(cases, int),
+        ~np.isin(cases, UNTAUGHT),
+        teacher=np.array(teacher),
+        pivot=None if pivot is None else np.array(pivot),
+        source=source,
+        survived=np.array(survived),
+    )
+
+
+def test_worth_by_hand() -> None:
+    worth = worth_of(
+        [Case.SAME, Case.CLOSES, Case.CLOSES, Case.UNLINKED], [1.0, 2.0, 5.0, 99.0], [1.5, 3.0, 3.0, 2], 8.0
+    )
+    assert worth.per_label(Case.SAME) == (1.0, 1.5)
+    assert worth.per_label(Case.CLOSES) == (3.5, 3.0)
+    assert worth.per_label(Case.UNLINKED) == (None, 2.0)
+    assert worth.per_label(Case.LONGER) == (None, None)
+    assert worth.ratio == (1 + 2 + 5 + 2) / 8  # a label without a row counts as the pivot has it
+    assert [case for case in Case if worth.is_worse(case)] == [Case.CLOSES]
+    (by_ratio,) = worth.warnings
+    assert "1.25" in by_ratio
+    found = json.loads(json.dumps(worth.to_dict(), allow_nan=False))
+    assert found["cases"]["closes"] == {"labels": 2, "teacher": 3.5, "pivot": 3.0, "worse": True}
+    assert found["cases"].keys() == {"same", "closes", "unlinked"}
+    assert (found["examples"], found["labels"], found["ratio"], found["source_nats"]) == (1, 4, 1.25, 8.0)
+    assert found["warnings"] == worth.warnings
+
+
+def test_worth_of_many_examples_equals_a_loop() -> None:
+    random = np.random.default_rng(0)
+    worth, rows, source = TeacherWorth("em"), [], 0.0
+    for _ in range(30):
+        cases = [Case(int(case)) for case in random.integers(1, len(Case), random.integers(0, 20))]
+        teacher, pivot = random.exponential(size=(2, len(cases))).tolist()
+        nats = float(random.exponential() * len(cases))
+        add(worth, cases, teacher, pivot, nats)
+        rows += list(zip(cases, teacher, pivot, strict=True))
+        source += nats
+    for case in Case:
+        of_case = [row for row in rows if row[0] == case]
+        assert worth.labels[case] == len(of_case)
+        teacher_mean, pivot_mean = worth.per_label(case)
+        if not of_case:
+            assert (teacher_mean, pivot_mean) == (None, None)
+            continue
+        assert pivot_mean == pytest.approx(math.fsum(p for _, _, p in of_case) / len(of_case))
+        if case in UNTAUGHT:
+            assert teacher_mean is None
+        else:
+            assert teacher_mean == pytest.approx(math.fsum(t for _, t, _ in of_case) / len(of_case))
+    projected = math.fsum(p if case in UNTAUGHT else t for case, t, p in rows)
+    assert worth.ratio == pytest.approx(projected / source)
+    assert worth.examples == 30
+
+
+@pytest.mark.parametrize(
+    ("source", "teacher", "warned"),
+    [(1.0, RATIO_LIMIT, False), (1.0, RATIO_LIMIT + 1e-6, True), (2.0, 2.0, False), (2.0, 1.0, False)],
+)
+def test_a_ratio_above_the_limit_is_warned_of(source: float, teacher: float, warned: bool) -> None:
+    assert bool(worth_of([Case.SAME], [teacher], [9.0], source).warnings) == warned
+
+
+def test_the_pivot_may_be_as_bad_as_its_teacher_but_not_better() -> None:
+    n = FEWEST_LABELS
+    assert not worth_of([Case.SAME] * n, [2.0] * n, [2.0] * n, 2.0 * n).warnings
+    (warning,) = worth_of([Case.SAME] * n, [2.0] * n, [1.999] * n, 2.0 * n).warnings
+    assert all(word in warning for word in ("same", "2.000", "1.999", f"{n} labels"))
+
+
+def test_a_case_of_few_labels_is_not_warned_of() -> None:
+    n = FEWEST_LABELS - 1
+    worth = worth_of([Case.SAME] * n, [2.0] * n, [1.0] * n, 2.0 * n)
+    assert (worth.warnings, worth.is_worse(Case.SAME)) == ([], True)
+
+
+def test_without_the_pivot_its_column_is_empty() -> None:
+    whole = worth_of([Case.SAME, Case.LONGER], [1.0, 1.0], None, 2.0)
+    assert whole.per_label(Case.SAME) == (1.0, None)
+    assert (whole.ratio, whole.warnings) == (1.0, [])
+    assert whole.to_dict()["cases"]["same"]["pivot"] is None
+    gap = worth_of([Case.SAME, Case.UNLINKED], [1.0, 0.0], None, 2.0)
+    assert gap.ratio is None  # nobody says what the label without a row costs
+    both = worth_of([Case.SAME], [1.0], [1.0], 1.0)
+    add(both, [Case.SAME], [1.0], None, 1.0)
+    assert both.per_label(Case.SAME) == (1.0, None)
+
+
+def test_a_label_that_a_row_rules_out_leaves_finite_figures() -> None:
+    worth = worth_of([Case.RULE, Case.RULE], [np.inf, 1.0], [1.0, 1.0], 2.0)
+    assert worth.per_label(Case.RULE) == ((MOST_NATS + 1) / 2, 1.0)
+    json.dumps(worth.to_dict(), allow_nan=False)
+
+
+def test_surviving_mass() -> None:
+    worth = TeacherWorth("em")
+    found = worth.to_dict()
+    assert (found["examples"], found["ratio"], found["cases"], found["warnings"]) == (0, None, {}, [])
+    assert found["mass_survived"] == {"rows": 0, "mean": None, "p1": None, "p10": None, "p50": None, "p90": None}
+    add(worth, [], [], [], 0.0, (1.0, 0.5, 0.5, 0.0))
+    found = worth.to_dict()["mass_survived"]
+    assert (found["rows"], found["mean"], found["p50"], found["p90"]) == (4, 0.5, 0.5, 1.0)
+    assert "em" in worth.summary[1]
 
 
 def invoke(*arguments: object) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from fusekit.capturing.writer import StoreWriter
 from fusekit.cli import cli
 from fusekit.cli.recipe import WIDTH, table
-from fusekit.distillation.vocabulary_maps import NAME
+from fusekit.distillation.projections import NAME
 from fusekit.errors import StorageError
 from fusekit.pipeline import plan as planning
 from fusekit.pipeline.capturing import PAGE_BYTES

@@ -19,7 +19,7 @@ from fusekit.cli import cli
 from fusekit.cli.common import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
-from fusekit.distillation.vocabulary_maps import NAME, map_hash, read_map
+from fusekit.distillation.projections import NAME, map_hash, read_map
 from fusekit.errors import RecipeError, StorageError
 from fusekit.evaluation import lm_eval
 from fusekit.evaluation.settings import LmEval

@@ -10,11 +10,12 @@ import numpy as np
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.alignment.cases import Case
-from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, TeacherWorth, Token, write_samples
+from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, Token, write_samples
+from fusekit.alignment.rows import Case
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.writer import StoreWriter
+from fusekit.distillation.worth import TeacherWorth
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.recipe import Recipe
 from fusekit.report.facts import ModelFacts, Tokenizer, write_models
