@@ -98,8 +98,7 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
     import torch
 
-    from fusekit.capturing.load import load_tokenizer
-    from fusekit.capturing.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
     from fusekit.data.tokenize import RowTokenizer
     from fusekit.devices import Processes
 
@@ -113,15 +112,15 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
         return _train(
             checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields
         )
-    from fusekit.capturing import estimate
     from fusekit.capturing.capture import Capture
+    from fusekit.capturing.engine import memory_needs
     from fusekit.capturing.settings import CaptureSettings
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
     before = _peak()
     settings = CaptureSettings(batch_tokens=size)
-    said = estimate.memory_needs(checkpoint, settings, alone)[0].needed
+    said = memory_needs(checkpoint, settings, alone)[0].needed
     Capture(checkpoint, reader, rows, work, settings).run(alone)
     return {"before": before, "peak": _peak(), "estimate": said}
 

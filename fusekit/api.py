@@ -10,11 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.manifest import date_of
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Store, date_of
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.settings import DataSettings

@@ -24,8 +24,8 @@ import torch
 from benchmarks.alignment.timing import write
 from fusekit.capturing.capture import capture_rows
 from fusekit.capturing.engine import Teacher, padded, plan_batches
-from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.settings import Selection
+from fusekit.capturing.store import StoreSpec
 from fusekit.devices import Processes
 from fusekit.types import TEXT, Message, Part, Row, TokenizedRow
 

@@ -29,10 +29,8 @@ import click
 import numpy as np
 
 from benchmarks.alignment.timing import median_ms, write
-from fusekit.capturing.codec import Codec
-from fusekit.capturing.manifest import StoreSpec
-from fusekit.capturing.shards import shard_bytes
-from fusekit.capturing.store import Store
+from fusekit.capturing.shards import Codec, shard_bytes
+from fusekit.capturing.store import Store, StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.types import CapturedRow, TokenizedRow, TopK
 

@@ -21,8 +21,7 @@ import numpy as np
 from benchmarks.alignment.texts import piece, texts
 from benchmarks.alignment.timing import write
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
-from fusekit.capturing.manifest import StoreSpec
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Store, StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.dataset import FusionDataset

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.capturing.store import Store
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows

@@ -14,19 +14,16 @@ from typing import Protocol
 import xxhash
 
 from fusekit.artifacts import differences
-from fusekit.capturing.codec import Columns
-from fusekit.capturing.engine import rows_per_shard
+from fusekit.capturing.engine import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.engines import Opening, spread
-from fusekit.capturing.estimate import disk_needs, head_dtype, memory_needs, parameters, refuse
-from fusekit.capturing.load import loading_mistakes, valid_ids
-from fusekit.capturing.manifest import MANIFEST, Manifest, Setting, StoreSpec, read_json
-from fusekit.capturing.models import Checkpoint, ModelChoice
-from fusekit.capturing.replies import Scorer
+from fusekit.capturing.models import Checkpoint, ModelChoice, loading_mistakes, parameters, valid_ids
+from fusekit.capturing.server import Scorer
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.shards import Columns
+from fusekit.capturing.store import MANIFEST, Manifest, Setting, Store, StoreSpec, read_json
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.devices import Processes, progress, worth_saying
+from fusekit.devices import Need, Processes, disk, progress, refuse_lacking, worth_saying
 from fusekit.disk import counted, output_lock, remove
 from fusekit.errors import CaptureError
 from fusekit.types import Row, TokenizedRow
@@ -425,3 +422,36 @@ def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
     known = max((size for size in sizes if isinstance(size, int)), default=0)
     return max(known, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
+
+
+_ROW_BYTES = 64
+_TOKEN_BYTES = 12
+_VALUE_BITS = 10
+"""Of a stored row: beside its entries; per token (id, coordinates, label); of one stored log-probability."""
+
+
+def refuse(needs: Sequence[Need]) -> None:
+    """Raise CaptureError if something does not fit."""
+    way_out = (
+        "Free some, write elsewhere, load the model smaller (--dtype bfloat16, --quantization) or over several devices "
+        "(--device-map auto), or take smaller batches (--batch-tokens); --ignore-estimates starts it all the same"
+    )
+    refuse_lacking(needs, "this capture does not fit:", way_out, CaptureError)
+
+
+def store_bytes(*, rows: int, tokens: int, labels: int, vocabulary: int, top_k: int) -> int:
+    """Bytes of a store at most: of so many rows and tokens, of which ``labels`` have ``top_k`` entries."""
+    top_k = min(top_k, vocabulary)
+    bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
+    return rows * _ROW_BYTES + tokens * _TOKEN_BYTES + labels * (bits // 8)
+
+
+def disk_needs(checkpoint: Checkpoint, out: Path, **sizes: int) -> list[Need]:
+    """Of a store of these sizes, as for :func:`store_bytes`, and of the download."""
+    store = store_bytes(**sizes)
+    if out.is_dir():  # what an interrupted run has written already
+        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
+    wanted = [(out, store, f"{sizes['rows']} captured examples, at most")]
+    if checkpoint.snapshot and checkpoint.download_bytes:
+        wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))
+    return disk(wanted)

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fusekit.capturing.forward import padding_error, plain_logits, split_forward
-from fusekit.capturing.manifest import ROWS_PER_SHARD
-from fusekit.capturing.settings import Selection
-from fusekit.capturing.topk import CACHED_BYTES, Scores, block_width, group_bytes, score_blocks, score_logits
-from fusekit.devices import is_out_of_memory, release
-from fusekit.disk import counted
+from fusekit.capturing.forward import (
+    CACHED_BYTES,
+    GROUP,
+    Scores,
+    block_width,
+    group_bytes,
+    padding_error,
+    plain_logits,
+    score_blocks,
+    score_logits,
+    split_forward,
+)
+from fusekit.capturing.models import (
+    Checkpoint,
+    dequantising_bytes,
+    host_needs,
+    itemsize,
+    loaded_bytes,
+    shape_of,
+    stored_dtype,
+)
+from fusekit.capturing.settings import CaptureSettings, Selection
+from fusekit.capturing.store import ROWS_PER_SHARD
+from fusekit.devices import Need, Processes, is_out_of_memory, main_memory, memory_limits, release
+from fusekit.disk import counted, human
 from fusekit.errors import CaptureError
 from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
 
@@ -300,3 +319,54 @@ def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[i, length:] = row.ids[length - 1]
         mask[i, :length] = 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+_BLOCK_COPIES = 3
+"""Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""
+
+_GROUP_BYTES = 28
+"""Of a group of ids while the best groups of a position are sought."""
+
+_HIDDEN_COPIES = 6
+"""Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
+
+
+def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: Processes) -> list[Need]:
+    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+    batch_tokens = settings.batch_tokens or batch_tokens_on(processes.device.type)
+    weights = loaded_bytes(checkpoint)
+    working = working_bytes(checkpoint, batch_tokens, processes.device.type, settings.top_k)
+    needed = weights + max(working, dequantising_bytes(checkpoint))
+    what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
+    if processes.device.type == "cuda":
+        count = torch.cuda.device_count()
+        devices = range(count) if checkpoint.choice.device_map else [processes.device.index or 0]
+        free = sum(torch.cuda.mem_get_info(i)[0] for i in devices)
+        if checkpoint.choice.device_map:  # what does not fit on the GPUs stays in main memory
+            free += min(limit.available for limit in memory_limits())
+        needs = [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
+        return needs + (host_needs(checkpoint) if checkpoint.gguf is not None else [])
+    if processes.device.type != "cpu":
+        return []
+    what += f" in {processes.local} processes" if processes.local > 1 else ""
+    return [main_memory(what, needed, processes.local, mapped=max(checkpoint.weights.values(), default=0))]
+
+
+def working_bytes(checkpoint: Checkpoint, batch_tokens: int, device: str, top_k: int) -> int:
+    """Bytes of one batch: hidden states of a layer, its feed-forward, and blocks of logits. device: its type."""
+    shape = shape_of(checkpoint.config)
+    width = itemsize(stored_dtype(checkpoint) if checkpoint.choice.dtype == "auto" else checkpoint.choice.dtype)
+    row = group_bytes(shape.vocabulary, top_k)
+    rows = min(batch_tokens, max(1, CHUNK_BYTES // row))
+    block = min(CACHED_BYTES if device == "cpu" else CHUNK_BYTES, rows * 4 * shape.vocabulary)
+    scoring = rows * (row + _GROUP_BYTES * shape.vocabulary // GROUP) + _BLOCK_COPIES * block
+    # What a layer takes is free again when the logits are computed from the last hidden states.
+    layer = batch_tokens * (_HIDDEN_COPIES * shape.hidden + 2 * shape.wide) * width
+    return max(layer, batch_tokens * shape.hidden * (2 * width + 4) + scoring)
+
+
+def head_dtype(settings: CaptureSettings, config: Mapping[str, Any], parameters: int) -> str:
+    """As set; else float32 where that costs little beside the rest of the model, whatever the machine."""
+    shape = shape_of(config)
+    small = 8 * shape.hidden * shape.vocabulary <= parameters
+    return settings.head_dtype or ("float32" if small else "model")

@@ -18,15 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capturing.engine import Teacher, batch_tokens_on, plan_batches
-from fusekit.capturing.estimate import head_dtype, parameters, stored_dtype
-from fusekit.capturing.load import load_model, longest_input, valid_ids
-from fusekit.capturing.manifest import Setting
-from fusekit.capturing.models import Checkpoint
-from fusekit.capturing.replies import NO_LABELS, Reply, Scorer, Vocabulary, captured, prompt_of
-from fusekit.capturing.server import Identity, Servers
+from fusekit.capturing.engine import Teacher, batch_tokens_on, head_dtype, plan_batches
+from fusekit.capturing.models import Checkpoint, load_model, longest_input, parameters, stored_dtype, valid_ids
+from fusekit.capturing.server import NO_LABELS, Identity, Reply, Scorer, Servers, Vocabulary, captured, prompt_of
 from fusekit.capturing.settings import CaptureSettings, Selection
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Setting, Store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import release
 from fusekit.errors import CaptureError

@@ -90,7 +90,7 @@ class CaptureSettings(Settings):
         return Selection(self.top_k, self.keep_mass, self.temperature)
 
     def kept(self, vocabulary: int) -> dict[str, Any]:
-        """The fields of a :class:`~fusekit.capturing.manifest.StoreSpec` that say what is kept, of so many ids."""
+        """The fields of a :class:`~fusekit.capturing.store.StoreSpec` that say what is kept, of so many ids."""
         return {
             "top_k": min(self.top_k, vocabulary),
             "keep_mass": self.keep_mass if self.keep_mass < 1 else None,

@@ -18,13 +18,12 @@ import xxhash
 
 import fusekit
 from fusekit.artifacts import refuse_changes
-from fusekit.capturing.codec import Codec, Columns
-from fusekit.capturing.manifest import (
+from fusekit.capturing.shards import Codec, Columns, Quarantined, ShardRecord, footer_hash, hash_of, shard_bytes
+from fusekit.capturing.store import (
     MANIFEST,
     CommittedShard,
     Manifest,
-    Quarantined,
-    ShardRecord,
+    Store,
     StoreSpec,
     keys_hash,
     own_record,
@@ -33,8 +32,6 @@ from fusekit.capturing.manifest import (
     shard_name,
     write_json,
 )
-from fusekit.capturing.shards import footer_hash, hash_of, shard_bytes
-from fusekit.capturing.store import Store
 from fusekit.disk import commit_file, disk_fault, remove, sweep
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow

@@ -120,8 +120,8 @@ def _settings(options: dict[str, Any]) -> DistillSettings:
 
 
 def _inputs(pivot: str, options: dict[str, Any]) -> Inputs:
-    from fusekit.capturing.manifest import date_of
     from fusekit.capturing.models import ModelChoice
+    from fusekit.capturing.store import date_of
     from fusekit.distillation.inputs import Inputs, Source
 
     sources = {}
@@ -162,8 +162,7 @@ def _rows(options: dict[str, Any], sources: list[Source], reader: RowTokenizer |
 
 
 def _row_tokenizer(model: str, template: str | None, date: datetime.date | None = None) -> RowTokenizer:
-    from fusekit.capturing.load import load_tokenizer
-    from fusekit.capturing.models import ModelChoice, find_checkpoint
+    from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
     from fusekit.data.templates import ChatTemplate
     from fusekit.data.tokenize import RowTokenizer
 

@@ -152,8 +152,8 @@ def load_tokenizer(name: str) -> Any:
     path = Path(name)
     try:
         if split(name) is not None:
-            from fusekit.capturing.load import load_tokenizer as load
             from fusekit.capturing.models import ModelChoice, find_checkpoint
+            from fusekit.capturing.models import load_tokenizer as load
 
             return load(find_checkpoint(ModelChoice(name), weights=False))
         if path.is_file():

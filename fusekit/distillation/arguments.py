@@ -17,10 +17,16 @@ import torch
 from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from fusekit.capturing.engine import batch_tokens_on
-from fusekit.capturing.estimate import itemsize, loaded_bytes, parameters, shape_of, stored_dtype, working_bytes
-from fusekit.capturing.load import longest_input
-from fusekit.capturing.models import Checkpoint
+from fusekit.capturing.engine import batch_tokens_on, working_bytes
+from fusekit.capturing.models import (
+    Checkpoint,
+    itemsize,
+    loaded_bytes,
+    longest_input,
+    parameters,
+    shape_of,
+    stored_dtype,
+)
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
 from fusekit.devices import Need, Processes, main_memory, refuse_lacking

@@ -16,11 +16,9 @@ import xxhash
 from fusekit.alignment.ends import tokenize
 from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import Tokenizes, capture_rows
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.manifest import MANIFEST, StoreSpec, date_of
-from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import MANIFEST, Store, StoreSpec, date_of
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer

@@ -17,14 +17,20 @@ from torch.utils.data import BatchSampler, Dataset
 
 from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.capturing.capture import data_fingerprint, refuse_quarantined, store_spec, vocabulary_size
-from fusekit.capturing.engine import Teacher
+from fusekit.capturing.engine import Teacher, head_dtype
 from fusekit.capturing.engines import Opening
-from fusekit.capturing.estimate import head_dtype
-from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.capturing.manifest import StoreSpec
-from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
-from fusekit.capturing.replies import Scorer
+from fusekit.capturing.models import (
+    Checkpoint,
+    ModelChoice,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    valid_ids,
+)
+from fusekit.capturing.server import Scorer
 from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.store import StoreSpec
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes

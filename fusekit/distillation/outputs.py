@@ -15,9 +15,7 @@ import torch
 import xxhash
 
 from fusekit.artifacts import MANIFEST, File, differing, files_of
-from fusekit.capturing.estimate import stored_dtype
-from fusekit.capturing.load import load_model
-from fusekit.capturing.models import Checkpoint
+from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
 from fusekit.disk import commit_file, disk_fault, remove, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings

@@ -18,9 +18,8 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
-from fusekit.capturing.manifest import date_of
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Store, date_of
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer

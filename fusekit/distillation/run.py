@@ -16,8 +16,7 @@ from transformers import set_seed
 
 import fusekit
 from fusekit import artifacts as artifact
-from fusekit.capturing.load import dequantise
-from fusekit.capturing.models import find_checkpoint
+from fusekit.capturing.models import dequantise, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
 from fusekit.disk import commit_file, disk_fault, output_lock, recover, staging

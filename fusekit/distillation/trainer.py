@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from fusekit.capturing import estimate as capture_estimate
+from fusekit.capturing.capture import refuse
+from fusekit.capturing.engine import memory_needs as scoring_needs
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.devices import Processes, progress
 from fusekit.distillation import outputs
@@ -115,7 +116,7 @@ def _refuse_what_does_not_fit(
     beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint and not ignored]
     if own is None or own.choice.quantization or own.config.get("quantization_config") or own.choice.device_map:
         for teacher in beside:
-            capture_estimate.refuse(capture_estimate.memory_needs(teacher, CaptureSettings(), processes))
+            refuse(scoring_needs(teacher, CaptureSettings(), processes))
     elif not ignored:
         lora = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
         if not isinstance(lora, Mapping | None):  # refused where the adapter is made

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from fusekit.capturing.engine import BATCH_TOKENS, Teacher, plan_batches
-from fusekit.capturing.load import load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.settings import Selection
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

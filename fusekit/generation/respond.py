@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from fusekit.capturing.load import load_model, load_tokenizer, longest_input
-from fusekit.capturing.models import Checkpoint
+from fusekit.capturing.models import Checkpoint, load_model, load_tokenizer, longest_input
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.generation.settings import GenerationError, Judge, RespondSettings
 from fusekit.types import Cut, Message, Part, Row

@@ -39,7 +39,7 @@ Kind = TypeVar("Kind")
 
 _NO_GGUF = (
     'which mergekit does not read: make a plain checkpoint of it, and name that in its place (python -c "from '
-    "fusekit.capturing.load import dequantise; dequantise('{}', 'FOLDER')\")"
+    "fusekit.capturing.models import dequantise; dequantise('{}', 'FOLDER')\")"
 )
 # Beginnings of dtypes that hold codes of quantised weights; of a model's own tensors only masks have them.
 _CODES = ("float8", "int8", "uint8")

@@ -15,10 +15,9 @@ from pydantic import TypeAdapter
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.manifest import Manifest, read_json
 from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Manifest, Store, read_json
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
@@ -72,20 +71,20 @@ class DequantisedPivot(Stage):
 
     def inputs(self, context: Context, _name: str, _before: Inputs) -> Inputs:
         """Raises CaptureError where the GGUF file cannot be found, and was called otherwise before."""
-        from fusekit.capturing.load import dequantised_from
+        from fusekit.capturing.models import dequantised_from
 
         return dequantised_from(context.choice(PIVOT), artifact.read(context.layout.pivot))
 
     def make(self, context: Context) -> None:
         """Dequantise the file, once; read through what is there."""
-        from fusekit.capturing.load import dequantise
+        from fusekit.capturing.models import dequantise
 
         for name, folder in self.artifacts(context).items():
             self.status(context, name).is_done()
             dequantise(context.choice(PIVOT), folder, ignore_estimates=context.ignore_estimates, say=context.say)
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.capturing.estimate import dequantise_needs
+        from fusekit.capturing.models import dequantise_needs
 
         checkpoint = planner.models.get(PIVOT)
         if not step.work or checkpoint is None:
@@ -254,7 +253,7 @@ class Capture(Stage):
 
         layout: of the run, whose captures and rows are kept although what they were made from may be gone.
         """
-        from fusekit.capturing.load import loading_mistakes
+        from fusekit.capturing.models import loading_mistakes
 
         def kept(folder: str) -> bool:
             return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
@@ -283,7 +282,8 @@ class Capture(Stage):
         return planner.done("data") and name in planner.tokenizers
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.capturing import estimate
+        from fusekit.capturing.capture import store_bytes
+        from fusekit.capturing.engine import memory_needs
 
         if not step.work:
             return []
@@ -300,12 +300,12 @@ class Capture(Stage):
         if tokens is not None and labels is not None and found.rows is not None:
             sizes = {"rows": found.rows, "vocabulary": planner.vocabulary(name), "top_k": settings.top_k}
             # What the stage asks for takes every token for a label; what is expected does not.
-            step.disk_at_most = round(share * estimate.store_bytes(tokens=tokens, labels=tokens, **sizes))
-            step.disk = round(share * estimate.store_bytes(tokens=tokens, labels=labels, **sizes))
+            step.disk_at_most = round(share * store_bytes(tokens=tokens, labels=tokens, **sizes))
+            step.disk = round(share * store_bytes(tokens=tokens, labels=labels, **sizes))
             what = f"disk ({counted(found.rows, 'captured example')} of {name}, at most)"
             needs.append(disk_need(what, step.disk_at_most, planner.place))
             step.pflop = 2 * planner.active(name) * share * tokens / 1e15
-        memory = estimate.memory_needs(checkpoint, settings, planner.processes)
+        memory = memory_needs(checkpoint, settings, planner.processes)
         step.memory = max((need.needed for need in memory), default=None)
         return needs + memory
 

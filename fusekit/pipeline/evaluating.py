@@ -12,8 +12,7 @@ from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, weights_hash
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.data.reading import is_on_hub
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

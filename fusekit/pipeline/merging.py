@@ -11,7 +11,7 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, weights_hash
-from fusekit.capturing import estimate as capture
+from fusekit.capturing import models as capture
 from fusekit.capturing.models import Checkpoint
 from fusekit.devices import Need
 from fusekit.disk import commit_file, output_lock, recover

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fusekit import artifacts as artifact
-from fusekit.capturing import estimate as capture
+from fusekit.capturing import models as capture
 from fusekit.capturing.capture import vocabulary_size
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.prepare import pack_text, prepare

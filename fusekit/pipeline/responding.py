@@ -161,8 +161,8 @@ class Respond(Stage):
 
     def make_one(self, context: Context, name: str) -> None:
         """Let a model answer the questions, or what is missing of them."""
-        from fusekit.capturing.estimate import memory_needs
-        from fusekit.capturing.load import load_model
+        from fusekit.capturing.engine import memory_needs
+        from fusekit.capturing.models import load_model
         from fusekit.generation.respond import respond
 
         section, folder, started = _section(context), context.layout.responses(name), time.monotonic()

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import read_rows
 from fusekit.data.tokenize import RowTokenizer

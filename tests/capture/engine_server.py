@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusekit.capturing.load import load_model
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model
 
 MAX_LOGPROBS = 20
 

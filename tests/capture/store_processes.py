@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow

@@ -9,12 +9,9 @@ from click.testing import CliRunner
 
 from fusekit.capturing import engine as batches
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.estimate import parameters
-from fusekit.capturing.load import load_model
-from fusekit.capturing.manifest import Manifest, read_json
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, parameters
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Manifest, Store, read_json
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError

@@ -18,11 +18,9 @@ from click.testing import CliRunner
 
 from fusekit.capturing.capture import capture_rows
 from fusekit.capturing.engine import Teacher
-from fusekit.capturing.load import load_model, valid_ids
-from fusekit.capturing.manifest import StoreSpec
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, valid_ids
 from fusekit.capturing.settings import Selection
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import Store, StoreSpec
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows

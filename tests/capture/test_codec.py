@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.alignment.rows import MASS_TOLERANCE, checked_rows
-from fusekit.capturing.codec import Codec
-from fusekit.capturing.shards import shard_bytes
+from fusekit.capturing.shards import Codec, shard_bytes
 from fusekit.errors import FusekitError, StorageError
 from fusekit.types import CapturedRow, TokenizedRow, TopK
 from tests.capture import reference

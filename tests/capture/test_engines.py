@@ -15,7 +15,7 @@ import fusekit
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.engines import Opening, difference
 from fusekit.capturing.models import ModelChoice, find_checkpoint
-from fusekit.capturing.replies import Reply, Vocabulary, captured
+from fusekit.capturing.server import Reply, Vocabulary, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.cli import cli

@@ -14,9 +14,7 @@ import torch
 from fusekit import artifacts as artifact
 from fusekit import gguf as headers
 from fusekit.alignment.alignment import align
-from fusekit.capturing.estimate import loaded_bytes
-from fusekit.capturing.load import dequantise, load_model, load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, dequantise, find_checkpoint, load_model, load_tokenizer, loaded_bytes
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError, StorageError
 from fusekit.gguf import read_header, split
@@ -239,8 +237,7 @@ def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_pa
         shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
     repository = Repository(folder)
     code = (
-        "from fusekit.capturing.models import ModelChoice as C, find_checkpoint as find\n"
-        "from fusekit.capturing.load import load_model, load_tokenizer\n"
+        "from fusekit.capturing.models import ModelChoice as C, find_checkpoint as find, load_model, load_tokenizer\n"
         "from fusekit.errors import FusekitError\n"
         "import torch\n"
         "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"

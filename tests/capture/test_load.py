@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusekit.capturing.load import load_model, load_tokenizer, loading_mistakes, longest_input, valid_ids
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import (
+    ModelChoice,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    loading_mistakes,
+    longest_input,
+    valid_ids,
+)
 from fusekit.capturing.settings import plain_name
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusekit.capturing import store as reading
-from fusekit.capturing.codec import Codec
+from fusekit.capturing.shards import Codec
 from fusekit.capturing.store import Store
 from fusekit.capturing.writer import StoreWriter, combine_stores, remove_store
 from fusekit.errors import FusekitError, StorageError

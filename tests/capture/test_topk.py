@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusekit.capturing.forward import GROUP, score_blocks, score_logits
 from fusekit.capturing.settings import Selection
-from fusekit.capturing.topk import GROUP, score_blocks, score_logits
 from fusekit.errors import CaptureError
 from tests import reference
 

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit.capturing.manifest import MANIFEST
-from fusekit.capturing.store import Store
+from fusekit.capturing.store import MANIFEST, Store
 from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from fusekit import FusionConfig, FusionTrainer
-from fusekit.capturing import estimate as capture
-from fusekit.capturing.engine import CHUNK_BYTES
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
-from fusekit.capturing.topk import GROUP, group_bytes
+from fusekit.capturing.engine import CHUNK_BYTES, working_bytes
+from fusekit.capturing.forward import GROUP, group_bytes
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer, shape_of
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, memory_limits, taken_bytes
@@ -100,11 +98,11 @@ def test_memory_is_that_of_the_whole_process():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_capture_needs_no_more_logits_than_a_batch_has(device):
     checkpoint = find_checkpoint(ModelChoice("demo/models/pivot", dtype="bfloat16"))
-    shape, tokens = capture.shape_of(checkpoint.config), 100
+    shape, tokens = shape_of(checkpoint.config), 100
     groups = group_bytes(shape.vocabulary, 10) + 28 * shape.vocabulary // GROUP
-    found = capture.working_bytes(checkpoint, tokens, device, 10)
+    found = working_bytes(checkpoint, tokens, device, 10)
     assert found == tokens * (8 * shape.hidden + 3 * 4 * shape.vocabulary + groups)
-    most = capture.working_bytes(checkpoint, 10**6, device, 10)
+    most = working_bytes(checkpoint, 10**6, device, 10)
     assert 10**6 * 8 * shape.hidden < most < 10**6 * (8 * shape.hidden + 2 * shape.wide * 2) + 5 * CHUNK_BYTES
 
 

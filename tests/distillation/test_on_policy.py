@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fusekit import FusionTrainer, Store, capture
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.templates import ChatTemplate

@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fusekit import artifacts as artifact
-from fusekit.capturing.manifest import StoreSpec
 from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.disk import output_lock
 from fusekit.distillation import run as distillation_run

@@ -9,8 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fusekit.capturing.load import load_model, load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import CaptureError
 from fusekit.generation.respond import (

@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
-from fusekit.capturing.load import load_tokenizer
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
 from fusekit.cli import cli
 from fusekit.cli.common import command_again
 from fusekit.distillation.fusion import LM_WEIGHTS

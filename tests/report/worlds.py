@@ -13,7 +13,7 @@ from fusekit import artifacts as artifact
 from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, Token, write_samples
 from fusekit.alignment.rows import Case
 from fusekit.artifacts import weights_hash
-from fusekit.capturing.manifest import StoreSpec
+from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.writer import StoreWriter
 from fusekit.distillation.worth import TeacherWorth
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
