@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def capture(**options: Any) -> None:
     if silent:
         return
     if options["as_json"]:
-        print_json(figures(store) | {"data": counts.as_dict()})
+        print_json(figures(store) | {"data": dataclasses.asdict(counts)})
     else:
         click.echo("\n".join(summary_lines(store)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class Data(Stage):
 
         def write(into: Path) -> None:
             write_rows(into, prepared.rows)
-            write_json(into / "counts.json", prepared.counts.as_dict())
+            write_json(into / "counts.json", dataclasses.asdict(prepared.counts))
 
         made = context.made(started) | {
             "for": {name: reader.fingerprint for name, reader in zip(context.names, readers, strict=True)},

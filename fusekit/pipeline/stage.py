@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
-from fusekit.data.reading import DataCounts, files_of, is_on_hub, no_data_set, read_rows
+from fusekit.data.reading import DataCounts, files_of, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need, Processes
@@ -198,16 +198,15 @@ def look(section: Data | Evaluate) -> Looked | None:
 def unreadable(section: Data | Evaluate, place: KeyPath) -> list[Mistake]:
     """What is wrong with a section's data: missing, without examples, or with one that cannot be read.
 
-    Local data are read as far as :func:`look` does; of those on the hub, which is not asked, the names are looked at.
+    Local data are read as far as :func:`look` does; the hub is not asked.
     """
     found, on_bad_row = [], section.on_bad_row if isinstance(section, Data) else "error"
     for path in section.paths:
+        if path.startswith(UNREAD) or is_on_hub(path):
+            continue
         try:
-            if is_on_hub(path):
-                says = None if path.startswith(UNREAD) else no_data_set(path)
-            else:
-                first = next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None)
-                says = f"there are no examples in {path}" if first is None else None
+            first = next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None)
+            says = f"there are no examples in {path}" if first is None else None
         except FusekitError as error:
             says = str(error)
         if says is not None:

@@ -46,6 +46,16 @@ def without_generation(template):
     return ChatTemplate("plain", source, template.bos, template.eos, template.end_of_turn)
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("name", ["qwen", "llama-3", "gemma", "phi-3", "vicuna", "mistral", "demo"])
+def test_a_marked_answer_is_context_and_has_no_label(name, train_on):
+    turns = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "4"))
+    a, b = (model(name, train_on).tokenize(one) for one in (Row(turns), Row(turns, context=(1,))))
+    assert np.array_equal(a.ids, b.ids)
+    assert a.labels[a.message == 1].any()
+    assert np.array_equal(b.labels, a.labels & (a.message != 1))
+
+
 @functools.cache
 def unmarked(name):
     return RowTokenizer(model(name).tokenizer, without_generation(model(name).template))

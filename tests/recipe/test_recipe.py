@@ -209,7 +209,7 @@ def test_examples_are_read_far_and_it_is_said_how_far(write, tmp_path, monkeypat
 def test_what_is_neither_here_nor_an_id_is_missing_data(write, key, name):
     path = write(SMALL + "evaluate: {path: rows.jsonl}\n")
     (mistake,) = mistakes(load_recipe(path, [f"{key}={name}"]))
-    assert repr(name) in mistake.says
+    assert name in mistake.says
     assert mistake.paths == (tuple(key.split(".")),)
     assert mistakes(load_recipe(path, [f"{key}=owner/name"])) == []
 
