@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fusekit.artifacts import differences
 from fusekit.cli.common import given, options_of
+from fusekit.disk import disk_fault, output_lock
 from fusekit.errors import DataError, StorageError
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 from fusekit.recipe.sections import Load
@@ -36,9 +40,6 @@ COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
     help="Also write the answers to a JSONL file that a recipe's data.path reads; one that is begun is continued.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt, with its segments and scores.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page that shows who wrote what."
-)
 def generate(
     models: tuple[str, ...],
     *,
@@ -46,7 +47,6 @@ def generate(
     file: Path | None,
     out: Path | None,
     as_json: bool,
-    html: Path | None,
     **options: Any,
 ) -> None:
     """Let MODELS of any architecture and tokenizer write each answer together, the main model first.
@@ -58,32 +58,24 @@ def generate(
     if prompt is not None and file is not None:
         raise click.UsageError("give --prompt or --prompts, not both")
     settings = GenerationSettings.of(given(options, GenerationSettings))
-    for path in (html, out):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise StorageError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     asked = read_prompts(file) if file is not None else [prompt if prompt is not None else sys.stdin.read()]
     if not asked[0]:
         raise GenerationError("the prompt is empty")
 
     from fusekit.capturing.models import ModelChoice
-    from fusekit.disk import output_lock
     from fusekit.generation.ensemble import generate as write
-    from fusekit.generation.output import AnswerFile, page
     from fusekit.generation.reader import load_readers
 
-    answered = None
+    made = {"models": list(models), "dtype": options["dtype"] or "auto", **settings.model_dump()}
+    done = 0
     if out is not None:
         click.get_current_context().with_resource(output_lock(out.resolve()))
-        made = {"models": list(models), "dtype": options["dtype"] or "auto", **settings.model_dump()}
-        answered = AnswerFile(out, asked, made, raw=settings.raw)
-        asked = asked[answered.done :]
-        if not asked:
+        done = answered(out, asked, made, raw=settings.raw)
+        if done == len(asked):
             return
-    done = answered.done if answered is not None else 0
     load = given(options, Load) | {name: options[name] for name in ("trust_remote_code", "allow_pickle")}
     readers = load_readers([ModelChoice(model, **load) for model in models])
-    names = [reader.name for reader in readers]
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    colours = {reader.name: COLOURS[number % len(COLOURS)] for number, reader in enumerate(readers)}
 
     def show(_: int, segment: Segment) -> None:
         click.echo(click.style(segment.text, fg=colours[segment.model]), nl=False)
@@ -91,27 +83,68 @@ def generate(
 
     if not as_json and sys.stdout.isatty():
         click.echo(" ".join(click.style(name, fg=colour) for name, colour in colours.items()), err=True)
-    answers: list[Generation] = []
-    for number, one in enumerate(asked, done):
+    for number, one in enumerate(asked[done:], done):
         if not as_json and len(asked) > 1:
-            click.echo(click.style(f"{shown(one)}\n", dim=True), nl=False)
+            text = one if isinstance(one, str) else str(one[-1]["content"])
+            click.echo(click.style(f"{text}\n", dim=True), nl=False)
         # The seed of a prompt is that of its place in the file.
-        answers += write(readers, [one], on_segment=None if as_json else show, first=number, **settings.model_dump())
-        if answered is not None:
-            answered.add(answers[-1])
-        segments = [segment._asdict() for segment in answers[-1].segments]
-        record = {"prompt": one, **answers[-1]._asdict(), "segments": segments}
+        [answer] = write(readers, [one], on_segment=None if as_json else show, first=number, **settings.model_dump())
+        segments = [segment._asdict() for segment in answer.segments]
+        if out is not None:
+            _append(out, {**_example(one, answer, settings.raw), "segments": segments, "made": made})
+        record = {"prompt": one, **answer._asdict(), "segments": segments}
         click.echo(json.dumps(record, ensure_ascii=False) if as_json else "")
-    if html is not None:
-        from fusekit.disk import commit_file
-
-        text = page([shown(one) for one in asked], answers, names, settings.mode)
-        commit_file(html, lambda out: out.write(text.encode()))
 
 
-def shown(prompt: Any) -> str:
-    """A prompt for people: the text, or the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+def _messages(prompt: Any) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _example(prompt: Any, answer: Generation, raw: bool) -> dict[str, Any]:
+    """An answer as an example that ``data.path`` of a recipe reads."""
+    if raw:
+        return {"text": _messages(prompt)[0]["content"] + answer.text, "finish": answer.finish}
+    said = [*_messages(prompt), {"role": "assistant", "content": answer.text}]
+    return {"messages": said, "finish": answer.finish}
+
+
+def _append(file: Path, record: dict[str, Any]) -> None:
+    """Add a durable line to a file of answers."""
+    try:
+        with file.open("ab") as lines:
+            lines.write(json.dumps(record).encode() + b"\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+    except OSError as error:
+        raise disk_fault(error, file) or StorageError(f"{file}: cannot be written: {error}") from error
+
+
+def answered(file: Path, prompts: Sequence[Any], made: Mapping[str, Any], *, raw: bool) -> int:
+    """How many of the prompts a file of answers has; half a line, of a process that died, is cut off.
+
+    Raises GenerationError for answers to other prompts, or made with other models or settings.
+    """
+    try:
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            os.truncate(file, sum(map(len, lines[:-1])))
+            lines.pop()
+    except OSError as error:
+        raise disk_fault(error, file) or StorageError(f"{file}: cannot be read: {error}") from error
+    for number, line in enumerate(lines):
+        where = f"{file}, line {number + 1}"
+        prompt = prompts[number] if number < len(prompts) else None
+        try:
+            record = json.loads(line)
+            if changed := differences(record["made"], made):
+                raise GenerationError(f"{where} was made otherwise ({'; '.join(changed)}): choose another file")
+            known = record["text"] if raw else record["messages"][:-1]
+            same = known.startswith(_messages(prompt)[0]["content"]) if raw else known == _messages(prompt)
+        except (ValueError, KeyError, TypeError) as error:
+            raise GenerationError(f"{where} is no answer to {prompt!r:.80}: choose another file") from error
+        if not same:
+            raise GenerationError(f"{where} is no answer to {prompt!r:.80}, but {line[:80]!r}: choose another file")
+    return len(lines)
 
 
 def read_prompts(file: Path) -> list[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def generate(
 
     Args:
         models: at least two, the main one first: ids, folders, :class:`fusekit.capturing.models.ModelChoice`, loaded
-            models, pairs of a model and its tokenizer, or :func:`fusekit.generation.reader.load_readers` of them.
+            models, or pairs of a model and its tokenizer.
         prompts: a text, a conversation (messages, or dicts with role and content), or a list of them. A text is a
             user's message under each model's own chat template, or continued as it is with ``raw=True``.
         on_segment: is told each segment as it is written, with the number of its prompt.
@@ -58,11 +58,10 @@ def generate(
         >>> [answer] = generate(models, "Capital of Peru?", mode="unite", max_new_tokens=8)
     """
     asked = GenerationSettings.of(settings)
-    alone = isinstance(prompts, str) or (prompts and isinstance(prompts[0], (Message, dict)))
-    several: Sequence[Any] = [prompts] if alone else prompts
-    if not several:
-        raise GenerationError("there is no prompt")
-    conversations = [_conversation(prompt, asked.raw) for prompt in several]
+    if not prompts:
+        raise GenerationError("there is no prompt, or it is empty")
+    alone = isinstance(prompts, str) or isinstance(prompts[0], (Message, dict))
+    conversations = [_conversation(prompt, asked.raw) for prompt in ([prompts] if alone else prompts)]
     readers = load_readers(models)
     answers = []
     for number, messages in enumerate(conversations, first):
@@ -74,33 +73,29 @@ def generate(
 
 
 def drain(
-    running: Generator[Segment, None, str],
-    on_segment: Callable[[Segment], None] | None = None,
-    stop: Sequence[str] = (),
+    running: Segments, on_segment: Callable[[Segment], None] | None = None, stop: Sequence[str] = ()
 ) -> tuple[list[Segment], str]:
-    """All segments of an answer that is being written, and why it ended.
+    """All segments of an answer that is being written, up to a text of ``stop``, and why it ended.
 
-    on_segment: called with each as it comes; with ``stop`` once it is known to stay. stop: texts before which it ends.
+    on_segment: called with each as it comes; with ``stop`` once it is known to stay.
     """
     segments: list[Segment] = []
-    shown = 0
-    while True:
-        finish = None
+    text, finish, shown = "", "", 0
+    while not finish:
         try:
             segments.append(next(running))
+            text += segments[-1].text
         except StopIteration as stopped:
             finish = str(stopped.value)
-        text = "".join(segment.text for segment in segments) if stop else ""
         if found := [text.index(one) for one in stop if one in text]:
             running.close()
             segments, finish = _cut(segments, min(found)), "stop"
-        certain = len(text) - max(map(len, stop)) + 1 if stop and finish is None else math.inf
+        certain = len(text) if finish or not stop else len(text) - max(map(len, stop)) + 1
         while shown < len(segments) and sum(len(segment.text) for segment in segments[: shown + 1]) <= certain:
             if on_segment is not None:
                 on_segment(segments[shown])
             shown += 1
-        if finish is not None:
-            return segments, finish
+    return segments, finish
 
 
 def _cut(segments: Sequence[Segment], size: int) -> list[Segment]:
@@ -120,7 +115,7 @@ def _conversation(prompt: Any, raw: bool) -> tuple[Message, ...]:
         messages = tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages)
     except (KeyError, TypeError) as error:
         raise GenerationError(f"a message has a role and a content, unlike those of {prompt!r:.80}") from error
-    if not any(isinstance(m.content, str) and m.content for m in messages):
+    if not any(message.content for message in messages):
         raise GenerationError("a prompt is empty")
     if raw and len(messages) > 1:
         raise GenerationError(f"raw text is one text, not {len(messages)} messages: leave raw out, or join them")
@@ -276,14 +271,6 @@ def _in_main(other: Cursor, into_main: VocabularyMap, main: Next, text: bytes, t
 # ---------------------------------------------------------------- Cool-Fusion
 
 
-class _Draft(NamedTuple):
-    """A candidate. text: empty for the end of the turn. tokens: that its writer needed. writer: number of the model."""
-
-    text: bytes
-    tokens: int
-    writer: int
-
-
 def mean_perplexity(nats: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
     """The score of a segment: the arithmetic mean over models of exp(mean nats of the model's tokens); lower is better.
 
@@ -301,28 +288,23 @@ def cool(cursors: Sequence[Cursor], settings: GenerationSettings, _random: np.ra
     """
     if not settings.rerank:
         return (yield from _fused(cursors, settings))
-    segments, finish = drain(_fused(cursors, settings))
-    alone = []
-    for cursor in cursors:
-        cursor.rewind(0)
-        alone.append(_answer(cursor, settings.max_new_tokens))
-    for cursor in cursors:
-        cursor.rewind(0)
-
-    def score(text: bytes) -> tuple[float, list[float]]:
-        return mean_perplexity([_nats(cursor, b"", text) for cursor in cursors])
-
-    fused, _ = score("".join(segment.text for segment in segments).encode())
-    scored = [score(text) for text, _ in alone]
-    writer = min(range(len(alone)), key=lambda number: scored[number][0])
-    (best, perplexities), (text, why) = scored[writer], alone[writer]
-    if fused <= best:
-        yield from segments
-        return finish
     names = [cursor.reader.name for cursor in cursors]
-    if text:
-        yield Segment(text.decode(), names[writer], best, dict(zip(names, perplexities, strict=True)))
-    return why
+    segments, finish = drain(_fused(cursors, settings))
+    answers = [("".join(segment.text for segment in segments).encode(), finish)]
+    for cursor in cursors:
+        cursor.rewind(0)
+        text, _, why = _write(cursor, settings.max_new_tokens)
+        answers.append((text, why))
+        cursor.rewind(0)
+    scores = [mean_perplexity([_nats(cursor, b"", text) for cursor in cursors]) for text, _ in answers]
+    best = min(range(len(answers)), key=lambda number: scores[number][0])
+    text, finish = answers[best]
+    if best == 0:
+        yield from segments
+    elif text:
+        mean, perplexities = scores[best]
+        yield Segment(text.decode(), names[best - 1], mean, dict(zip(names, perplexities, strict=True)))
+    return finish
 
 
 def _fused(cursors: Sequence[Cursor], settings: GenerationSettings) -> Segments:
@@ -332,16 +314,16 @@ def _fused(cursors: Sequence[Cursor], settings: GenerationSettings) -> Segments:
         if any(len(cursor) + settings.max_segment >= cursor.reader.limit for cursor in cursors):
             return "context"
         most = min(settings.max_segment, settings.max_new_tokens - written)
-        drafts: dict[bytes, _Draft] = {}
+        drafts: dict[bytes, tuple[str, int]] = {}  # writer and tokens by candidate; an empty one ends the turn
         own: list[tuple[bytes, list[float]]] = []  # each model's candidate, and its nats for it
-        for number, cursor in enumerate(cursors):
+        for cursor in cursors:
             start = len(cursor.ids)
             if settings.segment == "aligned":
                 others = [other for other in cursors if other is not cursor]
                 segment, tokens = _to_common_boundary(cursor, others, text, most)
             else:
-                segment, tokens = _to_next_word(cursor, most)
-            drafts.setdefault(segment, _Draft(segment, tokens, number))
+                segment, tokens, _ = _write(cursor, most, word=True)
+            drafts.setdefault(segment, (cursor.reader.name, tokens))
             own.append((segment, cursor.nll(start) if segment else [cursor.end_nll()]))
             cursor.rewind(start)
         scores = {}
@@ -351,15 +333,15 @@ def _fused(cursors: Sequence[Cursor], settings: GenerationSettings) -> Segments:
                 for cursor, (mine, known) in zip(cursors, own, strict=True)
             ]
             scores[segment] = mean_perplexity(nats)
-        best = min(drafts.values(), key=lambda draft: scores[draft.text][0])  # the first model's, of equal ones
-        if not best.text:
+        best = min(drafts, key=lambda segment: scores[segment][0])  # the first model's, of equal ones
+        if not best:
             return "end"
-        text += best.text
-        written += best.tokens
+        text += best
+        written += drafts[best][1]
         for cursor in cursors:
             cursor.follow(text)
-        mean, perplexities = scores[best.text]
-        yield Segment(best.text.decode(), names[best.writer], mean, dict(zip(names, perplexities, strict=True)))
+        mean, perplexities = scores[best]
+        yield Segment(best.decode(), drafts[best][0], mean, dict(zip(names, perplexities, strict=True)))
     return "length"
 
 
@@ -371,7 +353,7 @@ def _nats(cursor: Cursor, text: bytes, segment: bytes) -> list[float]:
     cursor.follow(text + segment)
     place = len(cursor.lead) + len(text) if text else 0
     nats = cursor.nll(next(number for number, end in enumerate(cursor.ends) if end > place))
-    cursor.restore(*before)
+    cursor.ids, cursor.ends = before
     return nats
 
 
@@ -380,30 +362,25 @@ def _begun(text: bytes) -> bytes:
     return text[len(text) - (unfinished(text) or 0) :]
 
 
-def _answer(cursor: Cursor, most: int) -> tuple[bytes, str]:
-    """A model's own greedy answer in whole characters, and why it ended."""
-    text, why = b"", "length"
-    for _ in range(most):
-        best, _ = cursor.next(_begun(text)).best()
-        if best is None:
+def _write(cursor: Cursor, most: int, *, word: bool = False) -> tuple[bytes, int, str]:
+    """A model's own greedy text in whole characters, its number of tokens, and why it ended.
+
+    word: end before the next word, white space after something else. The limit ``most`` is passed where it would cut a
+    character. Leaves the tokens on the cursor.
+    """
+    start, text, of = len(cursor.ids), b"", cursor.reader.surfaces.of
+    why = "length"
+    while not (len(cursor.ids) - start >= most and text and not _begun(text)):
+        if len(cursor) >= cursor.reader.limit:
+            why = "context"
+            break
+        best, _ = cursor.next(part := _begun(text)).best()
+        if best is None or (word and text.strip() and not part and of[best][:1].isspace()):
             why = "end"
             break
         text += cursor.push(best)
-    return text.removesuffix(_begun(text)), why
-
-
-def _to_next_word(cursor: Cursor, most: int) -> tuple[bytes, int]:
-    """A model's tokens up to its next word: white space after something else. Leaves the tokens on the cursor.
-
-    The limit ``most`` is passed where it would cut a character.
-    """
-    start, text, of = len(cursor.ids), b"", cursor.reader.surfaces.of
-    while not (len(cursor.ids) - start >= most and text and not _begun(text)):
-        best, _ = cursor.next(part := _begun(text)).best()
-        if best is None or (text.strip() and not part and of[best][:1].isspace()):
-            break
-        text += cursor.push(best)
-    return _whole(cursor, start, text)
+    text = _whole(cursor, text)
+    return text, len(cursor.ids) - start, why
 
 
 def _to_common_boundary(cursor: Cursor, others: Sequence[Cursor], text: bytes, most: int) -> tuple[bytes, int]:
@@ -416,7 +393,8 @@ def _to_common_boundary(cursor: Cursor, others: Sequence[Cursor], text: bytes, m
     while True:
         best, _ = cursor.next(part := _begun(segment)).best()
         if best is None or (len(ends) >= most and segment and not part):
-            return _whole(cursor, start, segment)
+            segment = _whole(cursor, segment)
+            return segment, len(cursor.ids) - start
         ahead = segment + cursor.reader.surfaces.of[best][len(cursor.need) :]
         common = set.intersection(*({e - len(o.lead) for e in o.boundaries(text + ahead)} for o in others))
         for number, end in enumerate(ends):
@@ -427,12 +405,12 @@ def _to_common_boundary(cursor: Cursor, others: Sequence[Cursor], text: bytes, m
         ends.append(len(segment))
 
 
-def _whole(cursor: Cursor, start: int, text: bytes) -> tuple[bytes, int]:
+def _whole(cursor: Cursor, text: bytes) -> bytes:
     """A draft without the tokens of a character that its writer cannot finish."""
     while unfinished(text):
         text = text[: max(len(text) - len(cursor.reader.surfaces.of[cursor.ids[-1]]), 0)]
         cursor.rewind(len(cursor.ids) - 1)
-    return text, len(cursor.ids) - start
+    return text
 
 
 MODES: dict[str, Callable[[Sequence[Cursor], GenerationSettings, np.random.Generator], Segments]] = {

@@ -46,12 +46,13 @@ def unfinished(data: bytes) -> int | None:
 class Reader:
     """A causal language model of transformers with its tokenizer. name: how segments and errors call it.
 
-    Raises:
-        GenerationError: the tokenizer drops white space, so that the model cannot write exact text.
-        AlignmentError: the tokens do not stand for fixed bytes.
+    Raises GenerationError for a tokenizer that drops white space, AlignmentError for tokens that are not fixed bytes.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.surfaces = vocabulary_surfaces(tokenizer)
         if self.surfaces.drops_space:
@@ -69,6 +70,16 @@ class Reader:
         self._dummy_space = self.surfaces.of[int(tokenize("a", tokenizer).ids[0])].startswith(b" ")
         takes = inspect.signature(model.forward).parameters
         self.keeps_logits, self.caches = "logits_to_keep" in takes, "past_key_values" in takes
+        layers = getattr(DynamicCache(config=model.config), "layers", ()) if self.caches else ()
+        # Of a recurrent state the last tokens cannot be taken back.
+        self.crops = self.caches and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
+
+    def new_cache(self) -> Any:
+        """An empty cache; None for a model that takes none."""
+        from transformers import DynamicCache
+
+        # A layer that forgets what a sliding window has passed cannot be cropped; the mask does what the window is for.
+        return None if not self.caches else DynamicCache() if self.crops else DynamicCache(config=self.model.config)
 
     def prompt(self, messages: Sequence[Message], *, raw: bool) -> Prompt:
         """The ids of a conversation, or of one text to continue (``raw``), up to where the model begins to write.
@@ -79,10 +90,9 @@ class Reader:
             prompt = Prompt(self._rows.tokenize(Row((Message(FRAGMENT, messages[0].content),))).ids.tolist())
         else:
             try:
-                self._rows.template  # noqa: B018  says what is missing
+                prompt = prompt_of(self._rows, messages)
             except DataError as error:
                 raise GenerationError(f"{error}; or continue the prompt as raw text (raw=True, --raw)") from error
-            prompt = prompt_of(self._rows, messages)
             if not prompt.ends <= self.ends:
                 self.ends |= prompt.ends
                 self._masks.clear()
@@ -90,22 +100,17 @@ class Reader:
             raise GenerationError(
                 f"the prompt has {len(prompt.ids)} tokens for {self.name}, which reads at most {self.limit}: shorten it"
             )
-        if not prompt.ids:
-            raise GenerationError(f"the prompt has no token for {self.name}, which has no bos token either")
         return prompt
 
     def tokens(self, text: bytes) -> tuple[list[int], list[int]]:
         """Token ids of text within a text, and the byte end of each, -1 where it is uncertain. text: valid UTF-8."""
         if not text:
             return [], []
-        if not self._dummy_space:
-            found = tokenize(text.decode(), self.tokenizer)
-            return found.ids.tolist(), np.where(found.lows <= found.ends, found.ends, _UNCERTAIN).tolist()
-        for guard in _GUARDS:
-            found = tokenize(guard + text.decode(), self.tokenizer)
-            first = int(np.searchsorted(found.ends, 1, "right"))
-            if first and found.lows[first - 1] <= 1 == found.ends[first - 1]:
-                ends = np.where(found.lows <= found.ends, found.ends - 1, _UNCERTAIN)
+        for guard in _GUARDS if self._dummy_space else ("",):
+            found, size = tokenize(guard + text.decode(), self.tokenizer), len(guard)
+            first = int(np.searchsorted(found.ends, size, "right")) if size else 0
+            if not size or (first and found.lows[first - 1] <= size == found.ends[first - 1]):
+                ends = np.where(found.lows <= found.ends, found.ends - size, _UNCERTAIN)
                 return found.ids[first:].tolist(), ends[first:].tolist()
         pieces = self.pieces(text)
         if pieces is None:
@@ -114,13 +119,13 @@ class Reader:
 
     def pieces(self, data: bytes) -> list[int] | None:
         """The longest tokens that spell ``data`` one after the other, whatever it is; None where a byte has none."""
-        found, at, id_of = [], 0, self.surfaces.id_of
-        while at < len(data):
-            length = next((n for n in range(len(data) - at, 0, -1) if data[at : at + n] in id_of), 0)
-            if not length:
+        found = []
+        while data:
+            id_ = self.surfaces.longest_prefix(data)
+            if id_ < 0:
                 return None
-            found.append(id_of[data[at : at + length]])
-            at += length
+            found.append(id_)
+            data = data[len(self.surfaces.of[id_]) :]
         return found
 
     def first_piece(self, data: bytes) -> int | None:
@@ -184,10 +189,7 @@ class Cursor:
         self._prompt = prompt.ids
         self._cache: Any = None
         self._cached: list[int] = []  # tokens in the cache
-        self._same = 0  # of them, at least so many are those of the text
-        self._logprobs: dict[int, torch.Tensor] = {}  # tokens read -> float32 [V], while the cache has them
-
-    # ---------------------------------------------------------------- text
+        self._logprobs: dict[int, torch.Tensor] = {}  # number of cached tokens -> float32 [V], what follows them
 
     def __len__(self) -> int:
         return len(self._prompt) + len(self.ids)
@@ -196,6 +198,8 @@ class Cursor:
     def need(self) -> bytes:
         """What is left of the lead to be written."""
         return self.lead[self.ends[-1] if self.ends else 0 :]
+
+    # ---------------------------------------------------------------- text
 
     def follow(self, text: bytes) -> bool:
         """Read the text as the tokenizer writes it, where the tokens here are of its beginning.
@@ -212,7 +216,7 @@ class Cursor:
             ends += (whole + np.cumsum([len(self.reader.surfaces.of[id_]) for id_ in rest])).tolist()
         elif ends:
             ends[-1] = whole
-        self._replace(keep, ids + (rest or []), ends)
+        self.ids[keep:], self.ends[keep:] = ids + (rest or []), ends
         return rest is not None
 
     def push(self, id_: int) -> bytes:
@@ -225,12 +229,7 @@ class Cursor:
 
     def rewind(self, tokens: int) -> None:
         """Drop all but the first ``tokens`` behind the prompt."""
-        self._replace(tokens, [], [])
-
-    def restore(self, ids: list[int], ends: list[int]) -> None:
-        """Go back to the tokens of an earlier text."""
-        keep = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(ids))
-        self._replace(min(keep, len(self.ids)), ids[keep:], ends[keep:])
+        del self.ids[tokens:], self.ends[tokens:]
 
     def boundaries(self, text: bytes) -> set[int]:
         """The certain byte ends of the last few tokens of a text that begins as the one here; reads nothing."""
@@ -255,16 +254,11 @@ class Cursor:
                 return keep, end
         return 0, 0
 
-    def _replace(self, keep: int, ids: list[int], ends: list[int]) -> None:
-        self._same = min(self._same, len(self._prompt) + keep)
-        self.ids[keep:], self.ends[keep:] = ids, ends
-
     # ---------------------------------------------------------------- model
 
     def next(self, part: bytes = b"") -> Next:
         """What the model expects after its tokens. part: the begun character that the text ends with."""
-        logprobs = self._read(len(self), len(self))[0]
-        probs = logprobs.exp()
+        probs = self._read(len(self), len(self))[0].exp()
         mask = self.reader.mask(self.need, part, len(probs))
         end = 0.0 if part else float(probs[self._end_ids(len(probs))].sum())
         tokens = probs.where(mask, 0.0)
@@ -288,86 +282,58 @@ class Cursor:
     def _end_ids(self, size: int) -> list[int]:
         return sorted(id_ for id_ in self.reader.ends if id_ < size)
 
-    @torch.inference_mode()
     def _read(self, low: int, high: int) -> list[torch.Tensor]:
         """Log-probabilities float32 [V] after the first ``low`` to ``high`` tokens; reads those that are not cached."""
-        ids = self._prompt + self.ids if self._same < high or len(self._cached) < high else []
-        while self._same < min(len(self._cached), high) and self._cached[self._same] == ids[self._same]:
-            self._same += 1
+        ids, cached = self._prompt + self.ids, self._cached
+        same = len(cached)
+        if ids[:same] != cached:
+            same = next((at for at, (a, b) in enumerate(zip(ids, cached, strict=False)) if a != b), len(ids))
         wanted = range(low, high + 1)
-        if missing := [count for count in wanted if count > self._same or count not in self._logprobs]:
-            self._crop(min(self._same, missing[0] - 1))
+        if missing := [count for count in wanted if count > same or count not in self._logprobs]:
+            self._crop(min(same, missing[0] - 1))
             first = next(count for count in wanted if count not in self._logprobs)
-            self._forward((ids or self._prompt + self.ids)[len(self._cached) : high], first)
+            self._forward(ids[len(self._cached) : high], first)
         return [self._logprobs[count] for count in wanted]
 
     def _crop(self, tokens: int) -> None:
         """Take what follows the first ``tokens`` out of the cache; all of it, where the model cannot undo reading."""
         excess = len(self._cached) - tokens
-        if not self.reader.caches:
+        if not self.reader.caches or (excess and not self.reader.crops):
             self._cache, tokens = None, 0
-        elif excess > 0:
-            try:
-                self._cache.crop(-excess)
-            except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # recurrent states
-                self._cache, tokens = None, 0
+        elif excess:
+            self._cache.crop(-excess)
         del self._cached[tokens:]
-        self._same = min(self._same, tokens)
         self._logprobs = {count: row for count, row in self._logprobs.items() if count <= tokens}
 
+    @torch.inference_mode()
     def _forward(self, ids: list[int], first: int) -> None:
         """Read tokens behind the cached ones; keep the rows from that after ``first`` tokens on."""
-        if self._cache is None and self.reader.caches:
-            self._cache = _new_cache(self.reader.model)
-        total = len(self._cached) + len(ids)
+        reader = self.reader
+        if self._cache is None:
+            self._cache = reader.new_cache()
         # A recurrent state that has begun takes one token at a time in most models.
-        size = 1 if self._cached and not _is_plain(self._cache) else len(ids)
+        size = 1 if self._cached and reader.caches and not reader.crops else len(ids)
         for begin in range(0, len(ids), size):
             piece = ids[begin : begin + size]
             count = len(self._cached) + len(piece)
             keep = min(max(count - first + 1, 1), len(piece))
-            more = {"logits_to_keep": keep} if self.reader.keeps_logits else {}
-            tensor = torch.tensor([piece], device=self.reader.device)
-            cache = {"past_key_values": self._cache, "use_cache": True} if self.reader.caches else {}
-            output = self.reader.model(input_ids=tensor, **cache, **more)
+            more = {"logits_to_keep": keep} if reader.keeps_logits else {}
+            cache = {"past_key_values": self._cache, "use_cache": True} if reader.caches else {}
+            output = reader.model(input_ids=torch.tensor([piece], device=reader.device), **cache, **more)
             rows = output.logits[0, -keep:].float().log_softmax(-1).cpu()
             self._cached += piece
-            for row, at in zip(rows, range(count - keep + 1, count + 1), strict=True):
-                self._logprobs[at] = row
-        self._same = total
+            self._logprobs |= zip(range(count - keep + 1, count + 1), rows, strict=True)
         self.forwarded += len(ids)
-        for count in [count for count in self._logprobs if count < total - _ROWS_KEPT]:
-            del self._logprobs[count]
-
-
-def _new_cache(model: Any) -> Any:
-    """A cache of keys and values that can be cropped; the model's own kind where it has recurrent states."""
-    from transformers import DynamicCache
-
-    own = DynamicCache(config=model.config)
-    # One that forgets what a sliding window has passed cannot be cropped; the mask does what the window is for.
-    return DynamicCache() if _is_plain(own) else own
-
-
-def _is_plain(cache: Any) -> bool:
-    """Whether all layers hold the keys and values of tokens, which are as they were once the last ones are removed."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", ()))
+        oldest = len(self._cached) - _ROWS_KEPT
+        self._logprobs = {count: row for count, row in self._logprobs.items() if count >= oldest}
 
 
 def load_readers(models: Sequence[Any]) -> list[Reader]:
-    """The models that a user names.
+    """The models that a user names: ids, folders, ModelChoices, loaded models, pairs of a model and its tokenizer.
 
-    Args:
-        models: ids, folders, :class:`ModelChoice`, loaded models whose tokenizer is where they came from, or pairs of a
-            model and its tokenizer; readers stay as they are.
-
-    Raises:
-        GenerationError: fewer than two.
-        CaptureError: one cannot be found or loaded.
+    Readers stay as they are. Raises GenerationError for fewer than two, CaptureError for one that is not found.
     """
-    if isinstance(models, (str, Path)) or not isinstance(models, Sequence) or len(models) < 2:
+    if isinstance(models, (str, Path)) or len(models) < 2:
         raise GenerationError(f"an ensemble takes at least two models; given: {models or 'none'}")
     readers: list[Reader] = []
     for model in models:
@@ -385,8 +351,6 @@ def _load(model: Any) -> tuple[Any, Any, str]:
     if isinstance(model, tuple):
         return *model, model[0].name_or_path or type(model[0]).__name__
     if hasattr(model, "forward"):
-        if not model.name_or_path:
-            raise GenerationError(f"{type(model).__name__} names no folder of its tokenizer: give (model, tokenizer)")
         checkpoint = find_checkpoint(ModelChoice(model.name_or_path), weights=False)
         return model, load_tokenizer(checkpoint), model.name_or_path
     choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model))

@@ -1,4 +1,4 @@
-"""Answers of one model to the questions of a data set, in batches; and how a model reads what it is to continue."""
+"""Answers of one model to the questions of a data set, in batches, and the judges that vote for the best of several."""
 
 from __future__ import annotations
 
@@ -146,19 +146,10 @@ def questions_of(rows: Iterable[Row]) -> list[Question]:
 
 
 def respond(model: Any, reader: RowTokenizer, questions: Sequence[Question], settings: RespondSettings) -> list[Answer]:
-    """A model's answers, in order.
+    """A model's answers, in order. Raises DataError: the template refuses a question.
 
     The same questions, settings and machine give the same answers, whatever was answered before: every batch has a seed
-    of its own.
-
-    Args:
-        model: a causal language model of transformers, on its device.
-        reader: its tokenizer with the chat template of the run.
-        questions: answered in batches of similar length.
-        settings: how they are sampled.
-
-    Raises:
-        DataError: the template refuses a question.
+    of its own. model: on its device. reader: its tokenizer with the chat template of the run.
     """
     prompts = [prompt_of(reader, question.messages) for question in questions]
     limit, ends = limits_of(model, reader.tokenizer)
@@ -230,10 +221,10 @@ def exact_match(questions: Sequence[Question], answers: Sequence[Mapping[str, st
 
 
 def called(place: str) -> Scorer:
-    """The scores of a Python function ``module:function``, which is imported.
+    """The scores of a Python function ``module:function``. Raises GenerationError where it cannot be imported.
 
     It gets the messages (dicts of role and content), the answers by model and the list of answers in the data, and
-    returns a number for each model: higher is better. Raises GenerationError where it cannot be imported.
+    returns a number for each model: higher is better.
     """
     module, _, name = place.partition(":")
     try:
@@ -255,11 +246,8 @@ def rewarded(checkpoint: Checkpoint, device: torch.device, batch_size: int) -> S
     """The rewards of a sequence classification model of one output, loaded here.
 
     It reads conversations under its own chat template, or, without one, the last question and the answer as a pair.
-    Answers that are too long for it lose their beginning.
-
-    Raises:
-        CaptureError: it cannot be loaded, or has no trained head.
-        GenerationError: it has more than one output; a reward is NaN or infinite.
+    Answers that are too long for it lose their beginning. Raises CaptureError where it cannot be loaded or has no
+    trained head, GenerationError where it has more than one output.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -311,8 +299,7 @@ def scorer_of(judge: Judge, checkpoint: Checkpoint | None, device: torch.device,
 def _checked(judge: str, scores: Any, answers: Mapping[str, str]) -> dict[str, float]:
     if not isinstance(scores, Mapping) or set(scores) != set(answers):
         raise GenerationError(f"the judge {judge} returned {scores!r:.80}: it scores {', '.join(answers)}")
-    found = {name: scores[name] for name in answers}
-    wrong = [name for name, value in found.items() if not isinstance(value, (int, float)) or not math.isfinite(value)]
-    if wrong:
-        raise GenerationError(f"the judge {judge} gave {wrong[0]} the score {found[wrong[0]]!r}: it has to be finite")
-    return {name: float(value) for name, value in found.items()}
+    found = {name: float(scores[name]) for name in answers}
+    if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise GenerationError(f"the judge {judge} gave {wrong[0]} the score {found[wrong[0]]}: it has to be finite")
+    return found

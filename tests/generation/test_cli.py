@@ -13,9 +13,8 @@ from fusekit.cli.generate import generate
 from fusekit.data.reading import read_rows
 from fusekit.disk import output_lock
 from fusekit.errors import FusekitError, StorageError
-from fusekit.generation import Generation, Segment
+from fusekit.generation import Segment
 from fusekit.generation.ensemble import drain
-from fusekit.generation.output import page
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
 
@@ -27,8 +26,8 @@ def invoke(*arguments: str, **options):
     return CliRunner().invoke(generate, arguments, **options)
 
 
-def test_prompts_of_a_file_as_json_and_as_a_page(tmp_path):
-    file, html = tmp_path / "prompts.jsonl", tmp_path / "page.html"
+def test_prompts_of_a_file_as_json_and_in_colours(tmp_path):
+    file = tmp_path / "prompts.jsonl"
     asked = ["57+68=", [{"role": "user", "content": "11+12="}], "<b>12+12=</b>"]
     lines = [
         json.dumps(asked[0]),
@@ -38,14 +37,13 @@ def test_prompts_of_a_file_as_json_and_as_a_page(tmp_path):
     ]
     file.write_text("\n".join(lines))
     common = ["--prompts", str(file), "--mode", "unite", "--max-new-tokens", "6"]
-    done = invoke(*MODELS, *common, "--json", "--html", str(html))
+    done = invoke(*MODELS, *common, "--json")
     assert done.exit_code == 0, done.output
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record["prompt"] for record in found] == asked
     for record in found:
         assert record["text"] == "".join(segment["text"] for segment in record["segments"])
         assert {segment["model"] for segment in record["segments"]} <= {"pivot", "neox"}
-    assert "&lt;b&gt;12+12=&lt;/b&gt;" in html.read_text()
 
     shown = invoke(*MODELS, *common, color=True)
     assert shown.exit_code == 0
@@ -53,14 +51,6 @@ def test_prompts_of_a_file_as_json_and_as_a_page(tmp_path):
         for segment in record["segments"]:
             assert f"\x1b[{34 if segment['model'] == 'pivot' else 33}m{segment['text']}\x1b[0m" in shown.stdout
     assert "\x1b" not in invoke(*MODELS, *common).stdout
-
-
-def test_a_page_escapes_what_models_write():
-    segment = Segment("<script>alert(1)</script>", 'a"b', 0.5, {'a"b': 0.5})
-    text = page(["</pre>"], [Generation(segment.text, [segment], "end")], ['a"b'], "safe")
-    assert "<script" not in text
-    assert "&lt;script&gt;" in text
-    assert 'a"b' not in text
 
 
 @pytest.mark.parametrize(
@@ -87,7 +77,6 @@ def test_a_file_of_prompts_is_refused_with_its_line(tmp_path, content, named):
         (["--mode", "vote"], "vote"),
         (["--prompts", __file__], "--prompts"),
         (["--rerank"], "rerank"),
-        (["--html", "no/page.html"], "no does not exist"),
         (["--prompt", ""], "empty"),
     ],
 )

@@ -286,7 +286,7 @@ def test_a_text_that_changes_is_read_as_if_it_were_new(readers, kind):
     for id_ in cursor.reader.tokens(b" and more")[0]:
         cursor.push(id_)
         assert_as_if_new()
-    cursor.restore(*before)
+    cursor.ids, cursor.ends = before
     assert_as_if_new()
 
 
