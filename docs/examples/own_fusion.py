@@ -9,17 +9,18 @@ them: softmax(-CE / WIDTH).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused, reward_softmax
+import numpy as np
+
+from fusekit.distillation.fusion import FUSION_FUNCTIONS, Candidate, Fused, mixture
 
 WIDTH = 0.1  # in the units of fusion.metric; towards 0 it becomes MinCE
 
 
-def soft_min_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
-    """The mixture with weights softmax_j(-CE_j / (WIDTH · temperature)). Inputs and errors as `reward_softmax`."""
-    scored = [replace(candidate, reward=-candidate.cross_entropy) for candidate in candidates]
-    return reward_softmax(scored, level, WIDTH * temperature)
+def soft_min_ce(candidates: Sequence[Candidate], level: str = "sequence") -> Fused:  # noqa: ARG001 - of whole rows
+    """The mixture with weights softmax_j(-CE_j / WIDTH)."""
+    scores = np.array([candidate.cross_entropy for candidate in candidates])
+    return mixture(candidates, np.exp((scores.min() - scores) / WIDTH)[None])
 
 
 FUSION_FUNCTIONS["soft_min_ce"] = soft_min_ce

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, Sampler
 
 from fusekit.distillation.settings import ScheduleStage
 from fusekit.distillation.targets import SparseTargets
-from fusekit.errors import DistillationError
 from fusekit.types import IntArray
 
 if TYPE_CHECKING:
@@ -34,18 +33,13 @@ BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.in
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the rows from the seed and the epoch alone, filled up with blanks.
+    """A permutation of the rows from the seed and the epoch alone, filled up with blanks to a multiple of ``multiple``.
 
     accelerate makes the batches of all processes equal by training the first rows of the epoch once more, so the number
     of processes would change what is learned. Blanks (numbers from ``len(data)`` on) weigh nothing.
 
-    Args:
-        data: what has the rows.
-        seed: of the order; None for the data's own order.
-        multiple: rows per batch times processes; the length is filled up to a multiple of it.
-        lengths: of each row, in any unit; the rows of an optimizer step are then taken from the longest to the
-            shortest, so that micro-batches have little padding. What a step learns stays the same.
-        step: rows of an optimizer step.
+    seed: None for the data's own order. lengths: of each row, in any unit; the rows of an optimizer step (``step``) are
+    then taken from the longest to the shortest, so that micro-batches have little padding.
     """
 
     def __init__(
@@ -64,7 +58,6 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -94,7 +87,6 @@ class WithBlanks(Dataset[Any]):
 
     @property
     def lengths(self) -> IntArray | None:
-        """How long each row is, if the data knows."""
         return getattr(self.data, "lengths", None)
 
     def __getitem__(self, index: int) -> Any:
@@ -108,18 +100,13 @@ _NOBODY = np.zeros(0)
 
 @dataclass(frozen=True)
 class FusionCollator:
-    """Makes a batch out of examples (:class:`fusekit.distillation.dataset.Example`).
+    """Makes a batch out of examples (:data:`Example`).
 
     Padding is told by length alone, so it does not matter what the padding token is, or that it is the end-of-text
     token too: the last end of text of a row is attended to and learned like any other.
-
-    Attributes:
-        pad_id: what padding is written as; any id below the vocabulary.
-        pad_to_multiple_of: pad to a multiple of this many tokens.
     """
 
     pad_id: int = 0
-    pad_to_multiple_of: int = 1
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch of B rows, padded on the right to T tokens, with n labels in all.
@@ -133,8 +120,7 @@ class FusionCollator:
             counts; and of a schedule, for each label, ``part`` int64 [n] and ``weight`` float64 [n]; ``asked``, numbers
             of examples whose answers are to be written.
         """
-        longest = max(len(example["input_ids"]) for example in examples)
-        shape = len(examples), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = len(examples), max(len(example["input_ids"]) for example in examples)
         ids, mask, labels = np.full(shape, self.pad_id), np.zeros(shape, np.int64), np.full(shape, IGNORED)
         for b, example in enumerate(examples):
             length = len(example["input_ids"])
@@ -190,18 +176,10 @@ def _targets(examples: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> Spa
 class Scheduled(Dataset[Example]):
     """Training in stages that weigh two parts of data, examples and models' own answers: ProFuser (arXiv 2408.04998).
 
-    It has all examples in their order, over all stages and epochs, and is read once, from start to end.
-
-    An epoch of a stage has every example of the parts that weigh something in it, shuffled together; blanks fill up its
-    last optimizer step, so that no step belongs to two stages. An example has, besides what it has in its part,
-    ``part`` (0 for data, 1 for answers) and ``weight``.
-
-    Args:
-        data: the examples.
-        responses: the winners' own answers.
-        schedule: the stages in order.
-        seed: of the order.
-        step: examples of an optimizer step, over all processes.
+    It has all examples in their order, over all stages and epochs, and is read once, from start to end. An epoch of a
+    stage has every example of the parts that weigh something in it, shuffled together; blanks fill up its last
+    optimizer step (of ``step`` examples), so that no step belongs to two stages. An example has, besides what it has in
+    its part, ``part`` (0 for data, 1 for answers) and ``weight``.
     """
 
     def __init__(
@@ -239,14 +217,11 @@ class Scheduled(Dataset[Example]):
 
 
 class LabelLogits:
-    """Has a model compute the logits of chosen positions only.
+    """Has a causal language model, before it is wrapped, compute the logits of chosen positions only.
 
     A hook on the output embedding picks the hidden states before they are multiplied. It runs within the model's own
     forward pass, so it works under DDP, FSDP and adapters, for every model whose logits come from calling the module
     that ``get_output_embeddings`` names; for others the logits are picked afterwards.
-
-    Args:
-        model: a causal language model, before it is wrapped.
     """
 
     def __init__(self, model: Any) -> None:
@@ -273,16 +248,5 @@ class LabelLogits:
             self._places = None
 
     def of(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the forward pass gave, and which rows of it are the places': None for all of them, in order.
-
-        Raises:
-            DistillationError: the logits are of another shape than a language model's.
-        """
-        if self._picked and logits.shape[:-1] == (1, len(places)):
-            return logits, None
-        if self._picked or logits.ndim != 3:
-            raise DistillationError(
-                f"the model gave logits of shape {tuple(logits.shape)}, not [batch, tokens, vocabulary]: it is not a "
-                "causal language model that fusekit can train"
-            )
-        return logits, places
+        """What the forward pass gave, and which rows of it are the places': None for all of them, in order."""
+        return logits, None if self._picked else places

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from fusekit.alignment.rows import Case
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
 from fusekit.disk import counted
@@ -24,49 +23,10 @@ from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 
-CHOSEN, CASE, DATA = "chosen/", "case/", "data/"
-CASES = [case.name.lower() for case in Case]
-
-
-def count_names(candidates: Sequence[str], data: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of an example's counts.
-
-    ``rows`` and ``labels``; ``asked``: labels times sources, of which ``linked`` have a source position that has read
-    the same text, and ``given`` have a row; ``taught``: labels with a target; how many examples each candidate was
-    chosen for (shares of one where several are weighed); labels times sources by case; and ``rows`` and ``chosen``
-    again for each source of data.
-    """
-    chosen = [CHOSEN + name for name in candidates]
-    by_data = [of_data(name, count) for name in data for count in ("rows", *chosen)]
-    by_case = [CASE + name for name in CASES]
-    return ("rows", "labels", "asked", "linked", "given", "taught", *chosen, *by_case, *by_data)
-
-
-def of_data(data: str, count: str) -> str:
-    """The name of a count over one source of data: ``data/NAME/rows``, ``data/NAME/chosen/CANDIDATE``."""
-    return f"{DATA}{data}/{count}"
-
-
-def counts_by_data(counts: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The counts of each source of data, by its name and theirs, of all counts."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in counts.items():
-        if name.startswith(DATA):
-            data, chosen, candidate = name.removeprefix(DATA).rpartition(f"/{CHOSEN}")
-            if not chosen:
-                data, _, candidate = name.removeprefix(DATA).rpartition("/")
-            found.setdefault(data, {})[chosen.lstrip("/") + candidate] = value
-    return found
-
-
 PIVOT = "pivot"
+CHOSEN = "chosen/"
 KEPT_BYTES = 128 << 20
 """Of examples that a process keeps from the first epoch on; a row beyond that is made again every time."""
-
-MOST_DATA = 64
-"""Sources of data with counts of their own: those of most rows. A run may have one for each of a thousand files."""
-OTHERS = "(others)"
-SHOWN = 5  # keys in a message
 
 Captures = Store | LiveTeacher | Mapping[str, CapturedRow]
 """What a model said about examples, by their keys."""
@@ -78,12 +38,9 @@ def characters(row: Row) -> int:
 
 
 class Joined(NamedTuple):
-    """The examples to train on, and how each model matched them.
+    """The examples to train on, in the data's order and each key once, and how each model matched them.
 
-    Attributes:
-        rows: in the data's order, each key once.
-        report: one line for the data and one for each model.
-        missing: by model, the keys that it lacks, in the data's order; without models that lack none.
+    report: a line for the data and for each model. missing: by model the keys that it lacks, if it lacks any.
     """
 
     rows: tuple[Row, ...]
@@ -92,52 +49,41 @@ class Joined(NamedTuple):
 
 
 def join(rows: Iterable[Row], models: Mapping[str, Captures]) -> Joined:
-    """Match examples of data with what models said about them, by the hash of their content. Of equal ones the first
-    is kept.
+    """Match examples of data with what models said about them, by the hash of their content.
 
     Raises DistillationError: there are no examples, or a model has none of them.
     """
     by_key: dict[str, Row] = {}
-    copies: dict[str, None] = {}
+    copies = 0
     for row in rows:
-        if row.key in by_key:
-            copies[row.key] = None
+        copies += row.key in by_key
         by_key.setdefault(row.key, row)
     if not by_key:
         raise DistillationError("there are no examples of data to train on")
     data, lacking = f"{counted(len(by_key), 'example')} of data", {}
-    twice = f", {len(copies)} of them given more than once ({_first([*copies])})"
-    report = [data + (twice if copies else "")]
+    report = [data + (f", {copies} more are copies of them" if copies else "")]
     for name, captures in models.items():
-        keys = captures.keys() if isinstance(captures, Mapping) else captures.keys
-        held = Counter(keys)
-        missing, surplus = [key for key in by_key if key not in held], sorted(held.keys() - by_key.keys())
+        keys = list(captures.keys() if isinstance(captures, Mapping) else captures.keys)
+        held = set(keys)
+        missing = [key for key in by_key if key not in held]
         if len(missing) == len(by_key):
             raise DistillationError(
-                f"{name} has none of {data}: it was captured from other data. The data begin with "
-                f"{next(iter(by_key))}, {name} with {', '.join(surplus[:1]) or 'nothing'}; capture it from the same "
-                "examples, read and cut the same way"
+                f"{name} has none of {data}: it was captured from other data. The data begin with {missing[0]}, "
+                f"{name} with {keys[0] if keys else 'nothing'}; capture it from the same examples, read and cut alike"
             )
-        duplicates = sorted(key for key, times in held.items() if times > 1)
-        found = {"missing": missing, "surplus": surplus, "duplicates": duplicates}
-        unmatched = [f"{len(some)} {what} ({_first(some)})" for what, some in found.items() if some]
-        report.append(f"{name}: " + ", ".join([f"{len(by_key) - len(missing)} examples matched", *unmatched]))
+        lacks = f", {len(missing)} missing" if missing else ""
+        report.append(f"{name}: {len(by_key) - len(missing)} examples matched{lacks}")
         if missing:
             lacking[name] = missing
     return Joined(tuple(by_key.values()), report, lacking)
-
-
-def _first(keys: Sequence[str]) -> str:
-    return ", ".join([*keys[:SHOWN], *(["..."] if len(keys) > SHOWN else [])])
 
 
 class FusionDataset(Dataset[Example]):
     """Examples with what several models say about them, fused in the pivot's tokens and vocabulary.
 
     Nothing of it is written: an access aligns and projects the sources' captured rows, which is quicker than reading a
-    third copy of the logits, and gives the same arrays every time. The first examples asked for are kept, up to
-    :data:`KEPT_BYTES`, so that later epochs of a small data set cost nothing. It can be pickled if its stores can; what
-    is kept stays behind. The arrays of an example are not to be written to.
+    third copy of the logits, and gives the same arrays every time. They are not to be written to. The first examples
+    asked for are kept, up to :data:`KEPT_BYTES`. It can be pickled if its stores can; what is kept stays behind.
 
     Args:
         rows: the data; examples that are equal count once.
@@ -147,7 +93,6 @@ class FusionDataset(Dataset[Example]):
         projections: name to how its rows come into the pivot's vocabulary; there may be more than sources.
         tokenizer: reads examples that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
-        rewards: candidate to key to a reward model's number, for ``reward_softmax``.
         relative: whether ``lm_weighting`` is relative, which needs the ``typical`` bits per byte of examples. Live
             teachers score all examples for it first.
         writers: key to the one model that teaches an example, since it wrote it; others teach what they have.
@@ -155,7 +100,9 @@ class FusionDataset(Dataset[Example]):
     Attributes:
         joined: the examples, and which of them each model lacks. A source that lacks one takes no part in it; one that
             all lack is learned from its text alone.
-        count_names: names of the examples' counts.
+        count_names: what is counted of an example: ``rows`` and ``labels``; ``asked``, labels times sources, of which
+            ``linked`` have a source position that has read the same text; ``taught``, labels with a target; and how
+            many examples each candidate was chosen for (shares of one where several are weighed).
 
     Raises:
         DistillationError: a model has none of the examples; a source without a projection; a name used twice.
@@ -170,51 +117,46 @@ class FusionDataset(Dataset[Example]):
         projections: Mapping[str, Projection] | None = None,
         tokenizer: Tokenizes | None = None,
         fusion: FusionSettings | None = None,
-        rewards: Mapping[str, Mapping[str, float]] | None = None,
         relative: bool = True,
         writers: Mapping[str, str] | None = None,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
         self.sources, how = dict(sources or {}), projections or {}
-        self.fusion = fusion or FusionSettings()
-        self.rewards, self.writers = dict(rewards or {}), dict(writers or {})
+        self.fusion, self.writers, self.relative = fusion or FusionSettings(), dict(writers or {}), relative
         if PIVOT in self.sources:
             raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
         if lacking := sorted(self.sources.keys() - how.keys()):
             raise DistillationError(f"there is no projection into the pivot's vocabulary for {', '.join(lacking)}")
         self.projections = {name: how[name] for name in self.sources}
-        if pivot is None and tokenizer is None:
+        self._refuse_what_does_not_fit()
+        self.joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
+        self.rows = self.joined.rows
+        if pivot is not None and tokenizer is None:
+            self.rows = tuple(row for row in self.rows if row.key in pivot)
+        self.candidates = ([PIVOT] if self.fusion.include_pivot and self.sources else []) + list(self.sources)
+        chosen = (CHOSEN + name for name in self.candidates)
+        self.count_names = ("rows", "labels", "asked", "linked", "taught", *chosen)
+        self._kept: dict[int, Example] = {}
+        # What is scored together differs by epoch, and in its last bits: a run that resumes keeps nothing either.
+        live = any(isinstance(source, LiveTeacher) for source in self.sources.values())
+        self._room = 0 if live else KEPT_BYTES
+
+    def _refuse_what_does_not_fit(self) -> None:
+        if self.pivot is None and self.tokenizer is None:
             raise DistillationError("the rows need the pivot's tokens: give its store, or its tokenizer")
-        if pivot is None and self.sources and self.fusion.include_pivot:
-            raise DistillationError(
-                "the pivot's own opinion is asked for, but there is no store of it: capture it, or set include_pivot "
-                "to false"
-            )
-        for name in self.sources:
-            if pivot is None and needs_pivot(self.projections[name]):
+        if self.pivot is None and self.sources:
+            needs = ["fusion.include_pivot"] if self.fusion.include_pivot else []
+            needs += [f"alignment.tail {how.tail} for {s}" for s, how in self.projections.items() if needs_pivot(how)]
+            if needs:
                 raise DistillationError(
-                    f"alignment.tail is {self.projections[name].tail} for {name}, which needs what the pivot said, but "
-                    "there is no store of it: capture the pivot, or use listed_share"
+                    f"{' and '.join(needs)} need what the pivot said, but there is no store of it: capture the pivot, "
+                    "or set include_pivot to false and tail to listed_share"
                 )
         if len(self.sources) > 1 and any(how.own_ids for how in self.projections.values()):
             raise DistillationError(
                 f"the rows of {' and '.join(self.sources)} are in groups or vocabularies of their own, which cannot be "
                 "taught to one target: use mode pairwise"
             )
-        self.joined = join(rows, ({PIVOT: pivot} if pivot is not None else {}) | self.sources)
-        self.rows = self.joined.rows
-        if pivot is not None and tokenizer is None:
-            self.rows = tuple(row for row in self.rows if row.key in pivot)
-        self.candidates = ([PIVOT] if self.fusion.include_pivot and self.sources else []) + list(self.sources)
-        sizes = Counter(row.dataset for row in self.rows)
-        self._data = {name for name, _ in sizes.most_common(MOST_DATA)}
-        data = sorted(self._data) + ([OTHERS] if len(sizes) > MOST_DATA else [])
-        self.count_names = count_names(self.candidates, data if self.candidates else ())
-        self.relative = relative
-        self._kept: dict[int, Example] = {}
-        # What is scored together differs by epoch, and in its last bits: a run that resumes keeps nothing either.
-        live = any(isinstance(source, LiveTeacher) for source in self.sources.values())
-        self._room = 0 if live else KEPT_BYTES
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_room": KEPT_BYTES}
@@ -230,18 +172,13 @@ class FusionDataset(Dataset[Example]):
     @property
     def longest(self) -> int:
         """How many tokens the example with the most characters has."""
-        return len(self.read(int(self.lengths.argmax()))[2])
+        return len(self._read(self.rows[int(self.lengths.argmax())])[1])
 
     def __getitem__(self, index: int) -> Example:
-        """Example number ``index``.
-
-        Raises:
-            IndexError: there is no such example.
-            DistillationError: what a source said about it is not usable; names the example and the source.
-        """
+        """Example number ``index``. Raises DistillationError, with example and source, for an unusable row."""
         if index in self._kept:
             return dict(self._kept[index])
-        example = self._made(index)
+        example = self._made(self.rows[index])
         size = sum(array.nbytes for array in example.values())
         if size <= self._room:
             self._kept[index], self._room = example, self._room - size
@@ -278,17 +215,16 @@ class FusionDataset(Dataset[Example]):
             return dict(zip(captures.keys, bits.tolist(), strict=True))
         return {row.key: captures[row.key].bits_per_byte for row in self.rows if row.key in captures}
 
-    def read(self, index: int) -> tuple[Row, CapturedRow | None, TokenizedRow]:
-        """Example number ``index``, what the pivot said about it, and its tokens."""
-        row = self.rows[index]
+    def _read(self, row: Row) -> tuple[CapturedRow | None, TokenizedRow]:
+        """What the pivot said about an example, and its tokens."""
         own = self.pivot.get(row.key) if self.pivot is not None and row.key in self.pivot else None
         if own is not None:
-            return row, own, own.tokens
+            return own, own.tokens
         assert self.tokenizer is not None  # examples that the pivot's store lacks are left out without it
-        return row, None, self.tokenizer.tokenize(row)
+        return None, self.tokenizer.tokenize(row)
 
-    def _made(self, index: int) -> Example:
-        row, own, tokens = self.read(index)
+    def _made(self, row: Row) -> Example:
+        own, tokens = self._read(row)
         example: Example = {
             "input_ids": tokens.ids.astype(np.int64),
             "labels": np.where(tokens.labels, tokens.ids, IGNORED).astype(np.int64),
@@ -296,9 +232,7 @@ class FusionDataset(Dataset[Example]):
         counts = defaultdict(float, {"rows": 1.0, "labels": float(len(tokens.label_positions))})
         if self.sources and counts["labels"]:
             example |= self._targets(row, tokens, own, counts)
-        data = row.dataset if row.dataset in self._data else OTHERS
-        counts |= {of_data(data, name): n for name, n in counts.items() if name == "rows" or name.startswith(CHOSEN)}
-        example["counts"] = np.array([counts.get(name, 0.0) for name in self.count_names])
+        example["counts"] = np.array([counts[name] for name in self.count_names])
         return example
 
     def _targets(self, row: Row, tokens: TokenizedRow, own: CapturedRow | None, counts: dict[str, float]) -> Example:
@@ -320,9 +254,6 @@ class FusionDataset(Dataset[Example]):
             heard[name] = captured, projected, how.nll(projected.rows, labels)
             counts["asked"] += len(labels)
             counts["linked"] += int(projected.linked.sum())
-            counts["given"] += int(projected.taught.sum())
-            for case, number in zip(CASES, np.bincount(projected.cases, minlength=len(CASES)), strict=True):
-                counts[CASE + case] += int(number)
         if not heard:
             return {}
         if self.fusion.metric == PROJECTED:
@@ -330,7 +261,7 @@ class FusionDataset(Dataset[Example]):
         else:
             metrics = metrics_of([said for said, _, _ in heard.values()], self.fusion.metric)
         candidates = [
-            Candidate(name, given.rows, given.taught, metric, nll, self.rewards.get(name, {}).get(row.key))
+            Candidate(name, given.rows, given.taught, metric, nll)
             for (name, (_, given, nll)), metric in zip(heard.items(), metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)

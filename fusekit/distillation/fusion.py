@@ -23,8 +23,6 @@ from fusekit.types import BoolArray, CapturedRow, FloatArray, Part, TokenizedRow
 if TYPE_CHECKING:  # scipy and rapidfuzz, which checking a recipe does not need
     from fusekit.alignment.rows import AlignedRows
 
-LEVELS = ("sequence", "token")
-
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -36,7 +34,6 @@ class Candidate:
         taught: bool [n], where it has something to say.
         cross_entropy: of the whole row, by one metric for every candidate (:func:`projected_ce`, :func:`metrics_of`).
         label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
-        reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
     """
 
     name: str
@@ -44,7 +41,6 @@ class Candidate:
     taught: BoolArray
     cross_entropy: float
     label_nll: FloatArray | None = None
-    reward: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +59,24 @@ class Fused:
 
 
 FusionFunction = Callable[..., Fused]
-"""(candidates, level="sequence", temperature=1.0) -> Fused"""
+"""(candidates, level="sequence") -> Fused"""
 
 
-def min_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
+def min_ce(candidates: Sequence[Candidate], level: str = "sequence") -> Fused:
     """MinCE: the candidate of lowest cross-entropy on the row, or on each label; of equal ones the first listed.
 
-    candidates: K >= 1, of one row. level: ``sequence`` or ``token``. temperature: not used. At ``sequence`` level a
-    label on which the chosen one has nothing to say is not taught, however much others know; a candidate that says
-    nothing of the whole row is not chosen. Raises DistillationError: no candidates, shapes that differ, an unknown
-    level, a missing ``label_nll``. arXiv 2401.10491.
+    candidates: K >= 1, of one row. level: ``sequence`` or ``token``. At ``sequence`` level a label on which the chosen
+    one has nothing to say is not taught, however much others know; a candidate that says nothing of the whole row is
+    not chosen. Raises DistillationError: a missing ``label_nll``. arXiv 2401.10491.
     """
     scores = _scores(candidates, level)
     best = np.zeros_like(scores)
     if scores.size:
         best[np.arange(len(scores)), scores.argmin(axis=1)] = 1.0
-    return _mixture(candidates, np.where(np.isfinite(scores), best, 0.0))
+    return mixture(candidates, np.where(np.isfinite(scores), best, 0.0))
 
 
-def avg_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
+def avg_ce(candidates: Sequence[Candidate], level: str = "sequence") -> Fused:
     """AvgCE: the mixture with weights softmax_j(exp(-CE_j)), which are nearly uniform.
 
     Inputs and errors as :func:`min_ce`. Where only some candidates speak of a label, the weights are renormalised among
@@ -89,28 +84,12 @@ def avg_ce(candidates: Sequence[Candidate], level: str = "sequence", temperature
     stays in the mixture's tail. arXiv 2401.10491.
     """
     scores = _scores(candidates, level)
-    return _mixture(candidates, _softmax(np.exp(-scores), scores))
+    logits = np.where(np.isfinite(scores), np.exp(-scores), -np.inf)
+    powers = np.exp(logits - np.maximum(logits.max(axis=1, keepdims=True), 0.0))
+    return mixture(candidates, powers / np.maximum(powers.sum(axis=1, keepdims=True), 1.0))  # 0 where nobody speaks
 
 
-def reward_softmax(candidates: Sequence[Candidate], level: str = "sequence", temperature: float = 1.0) -> Fused:
-    """The mixture with weights softmax_j(reward_j / temperature).
-
-    Inputs as :func:`avg_ce`, at ``sequence`` level. Raises DistillationError also for a missing reward, ``token`` level
-    (a reward is one number per example) and a temperature that is not above 0.
-    """
-    if level != "sequence":
-        raise DistillationError(f"level {level!r} with rewards: a reward is one number per example; use level sequence")
-    if not temperature > 0:
-        raise DistillationError(f"the temperature of the rewards is {temperature}, it must be above 0")
-    scores = _scores(candidates, level)
-    missing = [candidate.name for candidate in candidates if candidate.reward is None]
-    if missing:
-        raise DistillationError(f"no reward for {', '.join(missing)}: reward_softmax needs one of every candidate")
-    rewards = np.array([[candidate.reward for candidate in candidates]], np.float64)
-    return _mixture(candidates, _softmax(rewards / temperature, scores))
-
-
-FUSION_FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce, "reward_softmax": reward_softmax}
+FUSION_FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce}
 
 
 def constant(weight: float, cross_entropies: Sequence[float], progress: float) -> float:
@@ -155,40 +134,18 @@ reads the typical cross-entropies of the row's data set."""
 
 def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:
     """Cross-entropies [1 or n, K]; infinite where a candidate has nothing to say or no finite cross-entropy."""
-    if not candidates:
-        raise DistillationError("no candidates to fuse: list the pivot, or at least one source")
-    n = len(candidates[0].taught)
-    for candidate in candidates:
-        if len(candidate.taught) != n or len(candidate.rows.ids) != n:
-            raise DistillationError(
-                f"{candidate.name} has {len(candidate.rows.ids)} rows and {len(candidate.taught)} marks, "
-                f"{candidates[0].name} has {n} marks: all candidates speak of the same labels"
-            )
     if level == "sequence":
         scores = np.array([[c.cross_entropy if c.taught.any() else np.inf for c in candidates]], np.float64)
-    elif level == "token":
-        for c in candidates:
-            if c.label_nll is None or len(c.label_nll) != n:
-                raise DistillationError(f"{c.name} has no label_nll of {n} labels: level token compares them")
-        scores = np.stack([np.where(c.taught, c.label_nll, np.inf) for c in candidates], axis=1)  # type: ignore[arg-type]
     else:
-        raise DistillationError(f"there is no level {level!r}: it is one of {', '.join(LEVELS)}")
+        if lacking := [c.name for c in candidates if c.label_nll is None]:
+            raise DistillationError(f"{lacking[0]} has no label_nll: level token compares them")
+        scores = np.stack([np.where(c.taught, c.label_nll, np.inf) for c in candidates], axis=1)  # type: ignore[arg-type]
     finite: FloatArray = np.where(np.isfinite(scores), scores, np.inf)
     return finite
 
 
-def _softmax(logits: FloatArray, scores: FloatArray) -> FloatArray:
-    """Along the candidates, without those whose score is infinite. All zero where none is left."""
-    allowed = np.isfinite(scores)
-    top = np.where(allowed, logits, -np.inf).max(axis=1, keepdims=True)
-    powers = np.where(allowed, np.exp(np.where(allowed, logits - np.where(np.isfinite(top), top, 0.0), 0.0)), 0.0)
-    total = powers.sum(axis=1, keepdims=True)
-    shares: FloatArray = np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
-    return shares
-
-
-def _mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
-    """Σ_j w_j P_j. weights: [1 or n, K]."""
+def mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:
+    """Σ_j w_j P_j, weights [1 or n, K] in any unit: scaled to sum to 1 over the candidates that speak of a label."""
     speaks = np.stack([candidate.taught for candidate in candidates], axis=1)
     shares = np.where(speaks, weights, 0.0)
     total = shares.sum(axis=1, keepdims=True)

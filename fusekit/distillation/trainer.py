@@ -34,22 +34,8 @@ from fusekit.errors import DistillationError
 from fusekit.types import FloatArray
 
 
-def shares(counts: Mapping[str, float]) -> dict[str, float]:
-    """``linked_share``, ``row_share`` and ``taught_share`` of labels, and per candidate the share of examples."""
-    asked, labels, rows = (max(counts.get(name, 0.0), 1.0) for name in ("asked", "labels", "rows"))
-    found = {
-        "linked_share": counts.get("linked", 0.0) / asked,
-        "row_share": counts.get("given", 0.0) / asked,
-        "taught_share": counts.get("taught", 0.0) / labels,
-    }
-    return found | {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}
-
-
-LOSSES = ("loss", "lm_loss", "fusion_loss", "labels")
-
-
 class Tally:
-    """What a run counts: its losses since the last line of the log, and its named counts from the beginning.
+    """The losses of a run since the last line of its log, and named counts of its examples from the beginning.
 
     Each process adds what it sees. :meth:`line` and :meth:`so_far` are over all of them, so every process calls them.
     """
@@ -75,20 +61,24 @@ class Tally:
         if counts is not None and self.names:
             self._counts = self._counts + counts
 
-    def _since(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The losses and the counts since the last line."""
-        losses = torch.stack(self._losses).cpu().double().sum(0) if self._losses else torch.zeros(len(LOSSES)).double()
+    def _since(self) -> tuple[list[float], dict[str, float]]:
+        """The losses with their labels, and the counts, since the last line."""
+        losses = torch.stack(self._losses).cpu().double().sum(0) if self._losses else torch.zeros(4).double()
         values = self._over_processes(torch.cat([losses, torch.from_numpy(self._counts)])).tolist()
-        n = len(LOSSES)
-        return dict(zip(LOSSES, values[:n], strict=True)), dict(zip(self.names, values[n:], strict=True))
+        return values[:4], dict(zip(self.names, values[4:], strict=True))
 
     def line(self) -> dict[str, float]:
-        """What a line of the log says, which ends here: nats per label, and shares of what the labels had."""
-        losses, counts = self._since()
+        """What a line of the log says, which ends here: nats per label, and who taught what share."""
+        (*losses, labels), counts = self._since()
         self.start(self._added(counts))
-        labels = losses.pop("labels")
-        means = {name: value / labels for name, value in losses.items()} if labels else {}
-        return means | (shares(counts) if counts else {})
+        said = dict(zip(("loss", "lm_loss", "fusion_loss"), (loss / max(labels, 1) for loss in losses), strict=True))
+        if not labels:
+            said = {}
+        if counts:
+            said["taught_share"] = counts["taught"] / max(counts["labels"], 1.0)
+            rows = max(counts["rows"], 1.0)
+            said |= {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}
+        return said
 
     def so_far(self) -> dict[str, float]:
         """The counts of the run, those since the last line too."""
@@ -109,20 +99,18 @@ def label_weights(training: TrainingSettings, progress: float, batch: Mapping[st
 
 
 def _refuse_what_does_not_fit(
-    student: Loaded, args: FusionConfig, adapter: Any, longest: int, teachers: Sequence[LiveTeacher], *, ignored: bool
+    student: Loaded, args: FusionConfig, adapter: Any, longest: int, teachers: Sequence[LiveTeacher]
 ) -> None:
-    """longest: tokens of the longest example. teachers: that are loaded beside the student. ignored: refuse nothing."""
+    """longest: tokens of the longest example. teachers: that are loaded beside the student."""
     own, processes = student.checkpoint, Processes.current()
-    beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint and not ignored]
+    beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint]
     if own is None or own.choice.quantization or own.config.get("quantization_config") or own.choice.device_map:
-        for teacher in beside:
+        for teacher in beside:  # what the student takes cannot be told
             refuse(scoring_needs(teacher, CaptureSettings(), processes))
-    elif not ignored:
-        lora = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
-        if not isinstance(lora, Mapping | None):  # refused where the adapter is made
-            lora = {}
-        how = args.training.model_copy(update={"dtype": own.choice.dtype, "lora": lora})
-        refuse_needs(memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
+        return
+    lora = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
+    how = args.training.model_copy(update={"dtype": own.choice.dtype, "lora": lora})
+    refuse_needs(memory_needs(own, how, longest, processes, beside, loaded=student.model.device.type))
 
 
 class FusionTrainer(Trainer):
@@ -136,15 +124,13 @@ class FusionTrainer(Trainer):
     2
 
     Both terms of the loss are sums over labels divided by the number of labels of the whole optimizer step, over all
-    micro-batches and processes, so how a batch is split changes nothing but the last bits. A teacher that is a model
-    stays loaded and is scored while training reads, a step ahead of it; what ``capture`` stored is read instead. What
-    the trained model said before training, where the settings compare with it, is captured into ``captures/`` of the
-    output folder; a capture that is there already is resumed or used.
+    micro-batches and processes. A teacher that is a model stays loaded and is scored while training reads, a step ahead
+    of it. What the trained model said before training, where the settings compare with it, is captured into
+    ``captures/`` of the output folder, or resumed or used where it is there.
 
     Args:
         model: what is trained: a name on the hub, a path, or a loaded causal language model.
-        args: a :class:`~fusekit.FusionConfig`, or what
-            :func:`~fusekit.distillation.arguments.training_arguments` makes of settings.
+        args: a :class:`~fusekit.FusionConfig`.
         train_dataset: a ``datasets.Dataset``, a list of records, or paths of files (messages, ShareGPT's conversations,
             instruction triples, text); or a :class:`~fusekit.distillation.dataset.FusionDataset`.
         teachers: by name, or one alone: a :class:`~fusekit.Store`, the path of one, or a model to score on the fly (its
@@ -153,12 +139,11 @@ class FusionTrainer(Trainer):
         processing_class: the tokenizer; by default that of ``model``.
         peft_config: train an adapter: a peft config, or the fields of a LoraConfig.
         callbacks: as in transformers.
-        ignore_estimates: start although memory does not seem to suffice. The training of a model that is given by name
-            is estimated, with the teachers that are loaded beside it; of one that is given loaded the teachers alone.
-        facts: written into every checkpoint, and compared by whoever resumes from it.
+        ignore_estimates: start although memory does not seem to suffice, as estimated for a model given by name and its
+            teachers; for one given loaded, for its teachers alone.
+        facts, label, on_policy: of a run: what is written into every checkpoint, the name of the bar, what writes the
+            examples of on-policy steps.
         say: told what a user should know.
-        label: of the progress bar.
-        on_policy: writes the examples of on-policy steps, where ``args`` does not say how.
 
     Raises:
         DistillationError: an argument of a wrong kind (names what was given and what is wanted); teachers without the
@@ -193,7 +178,9 @@ class FusionTrainer(Trainer):
         self.settings = own
         if isinstance(args, FusionConfig):
             student = Loaded.of(model, processing_class, dtype=own.dtype)
-            fits = partial(_refuse_what_does_not_fit, student, args, peft_config, ignored=ignore_estimates)
+            fits: Callable[[int, Sequence[LiveTeacher]], None] = lambda *_: None  # noqa: E731
+            if not ignore_estimates:
+                fits = partial(_refuse_what_does_not_fit, student, args, peft_config)
             if not isinstance(train_dataset, FusionDataset):
                 train_dataset = fusion_dataset(student, train_dataset, teachers, args, fits=fits, say=say)
             elif teachers is not None:
@@ -247,8 +234,6 @@ class FusionTrainer(Trainer):
         compiled = args.torch_compile  # a hook that comes and goes would be compiled again
         self._label_logits = None if compiled else LabelLogits(self.accelerator.unwrap_model(model))
 
-    # Data
-
     def get_train_dataloader(self) -> Any:
         """The examples in an order that does not depend on how they are shared out, their teachers a step ahead."""
         args, world = self.args, self.accelerator.num_processes
@@ -284,8 +269,7 @@ class FusionTrainer(Trainer):
     ) -> tuple[list[Any], int]:
         """The micro-batches of an optimizer step, and how many labels it has over all processes.
 
-        Each part of a schedule gets its weight: its loss is the mean over its own labels of the step. Answers that are
-        asked for are written now.
+        Answers that are asked for are written now. Of a schedule, each part's loss is the mean over its own labels.
         """
         batches = list(islice(epoch_iterator, num_batches))
         if self.on_policy is not None:
@@ -303,8 +287,6 @@ class FusionTrainer(Trainer):
             if "weight" in batch:
                 batch["weight"] = batch["weight"] * labels / counts.numpy()[batch["part"]]
         return batches, labels
-
-    # Loss
 
     def compute_loss(
         self,
@@ -376,28 +358,24 @@ class FusionTrainer(Trainer):
         return dataclasses.replace(targets, temperature=self.settings.temperature, members=self._members)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        # Private, checked against transformers 5.16 and 5.23: no callback is told the norm before the optimizer steps.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._check_gradients(model, norm)
-        return norm
-
-    def _check_gradients(self, model: torch.nn.Module, norm: Any) -> None:
         """Drop non-finite gradients: they must not reach the weights.
 
+        Private, checked against transformers 5.16 and 5.23: no callback is told the norm before the optimizer steps.
         The norm is of all processes, so all of them decide alike. With float16 the loss scaler does it, by design now
         and then, and DeepSpeed steps on its own.
         """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if getattr(self.accelerator, "scaler", None) is not None or self.is_deepspeed_enabled:
-            return
-        if math.isfinite(norm := float(norm)):
+            return norm
+        if math.isfinite(float(norm)):
             self.skipped_in_row = 0
-            return
+            return norm
         for parameter in model.parameters():
             parameter.grad = None
         self.skipped_in_row += 1
         self.skipped += 1
         step = self.state.global_step + 1
-        self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {norm})")
+        self.say(f"warning: step {step} is skipped: its loss or gradient is non-finite (norm {float(norm)})")
         if self.skipped_in_row >= self.settings.max_skipped_steps:
             good = outputs.checkpoints(Path(self.args.output_dir))
             kept = f"the last checkpoint is {good[0][1]}" if good else "there is no checkpoint yet"
@@ -405,17 +383,12 @@ class FusionTrainer(Trainer):
                 f"stopped at step {step}: {self.skipped_in_row} optimizer steps in a row had a non-finite "
                 f"loss or gradient; {kept}. A lower learning rate, a warm-up or dtype float32 usually help"
             )
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a line of training what its labels had, over all processes.
-
-        ``loss``, and its terms ``lm_loss`` and ``fusion_loss`` before they are weighed, are nats per label, over the
-        labels since the line before; labels of skipped steps do not count.
-        """
+        """Adds the tally to a line of training; labels of skipped steps do not count."""
         if "loss" in logs:
             logs.update(self.tally.line())
-            if self.skipped:
-                logs["skipped_steps"] = float(self.skipped)
         super().log(logs, start_time)
 
     def _over_processes(self, vector: torch.Tensor) -> torch.Tensor:
@@ -425,14 +398,8 @@ class FusionTrainer(Trainer):
         total: torch.Tensor = self.accelerator.reduce(vector.to(self.args.device), "sum").cpu()
         return total
 
-    # Checkpoints
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """As of transformers, whose arguments it takes; a run that is resumed also continues its counts.
-
-        resume_from_checkpoint: its path, or True for the latest in the output folder whose files are as they were
-        written. Raises DistillationError where there is none.
-        """
+        """As of transformers; ``resume_from_checkpoint=True`` takes the latest whose files are as they were written."""
         if resume_from_checkpoint is True:
             folder = Path(self.args.output_dir)
             good = Processes.current().first_then_all(lambda: outputs.last_good(folder, self.say))
@@ -448,18 +415,6 @@ class FusionTrainer(Trainer):
         self.skipped, self.skipped_in_row = int(facts.get("skipped", 0)), 0
         return super().train(resume_from_checkpoint, *args, **options)
 
-    def seal_checkpoint(self, step: int) -> None:
-        """List the files of a checkpoint; only then may older ones go. Every process calls it."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        facts = {**self.facts, "step": step, "counts": self.tally.so_far(), "skipped": self.skipped}
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            outputs.seal(folder, facts)
-            if self.checkpoints_kept:
-                best = self.state.best_model_checkpoint
-                outputs.rotate(folder.parent, self.checkpoints_kept, also=Path(best) if best else None)
-        self.accelerator.wait_for_everyone()
-
 
 class _Steps(TrainerCallback):
     """What happens around steps: the sampler's epoch, the bar or the lines of the log, and sound checkpoints.
@@ -473,25 +428,21 @@ class _Steps(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Draw the bar; after a resumed run's steps, if there are any."""
         quiet = args.disable_tqdm or not state.is_world_process_zero
         self._bar = progress(state.max_steps, self.label, "step", quiet=quiet, done=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """The bar stays as it is; steps that will not come are not scored."""
         self._bar.close()
-        if self.trainer.ahead is not None:
+        if self.trainer.ahead is not None:  # steps that will not come are not scored
             self.trainer.ahead.close()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """``state.epoch`` is a whole number here, or that of the checkpoint resumed from."""
         # accelerate does not reach the sampler in every combination of wrappers
-        if self.trainer.sampler is not None:
+        if self.trainer.sampler is not None:  # the epoch is a whole number here, or that of the checkpoint resumed from
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:  # noqa: ARG002
-        """Of a line of training, not of its summary at the end."""
-        if "lm_loss" in logs and state.is_world_process_zero:
+        if "lm_loss" in logs and state.is_world_process_zero:  # not the summary at the end
             parts = f"text {logs['lm_loss']:.4f}, fusion {logs['fusion_loss']:.4f}"
             with tqdm.external_write_mode():
                 self.trainer.say(
@@ -504,7 +455,6 @@ class _Steps(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """As after a step."""
         if control.should_save and self.trainer.skipped_in_row:
             self.trainer.say(f"no checkpoint at step {state.global_step}: its step was skipped")
             control.should_save = False
@@ -516,5 +466,14 @@ class _Steps(TrainerCallback):
             self.trainer.accelerator.wait_for_everyone()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """All files of the checkpoint are there."""
-        self.trainer.seal_checkpoint(state.global_step)
+        """List the files of the checkpoint, which are all there; only then may older ones go."""
+        trainer, folder = self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        counts = trainer.tally.so_far()
+        facts = {**trainer.facts, "step": state.global_step, "counts": counts, "skipped": trainer.skipped}
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            outputs.seal(folder, facts)
+            if trainer.checkpoints_kept:
+                best = state.best_model_checkpoint
+                outputs.rotate(folder.parent, trainer.checkpoints_kept, also=Path(best) if best else None)
+        trainer.accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, plain_name
@@ -296,16 +296,6 @@ class Recipe(Settings):
         """Raise RecipeError with every mistake and where it was written, if there is one."""
         if mistakes:
             raise RecipeError(self._layers.report(mistakes))
-
-    @field_validator("fusion")
-    @classmethod
-    def _no_rewards(cls, fusion: FusionSettings) -> FusionSettings:
-        if fusion.function == "reward_softmax":
-            raise ValueError(
-                "function reward_softmax needs a reward per example and model, which no recipe can name: use it from "
-                "Python (FusionDataset(rewards=...)), or choose min_ce or avg_ce"
-            )
-        return fusion
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -21,7 +21,7 @@ from fusekit.alignment.quality import LOST, MEANING, Sample
 from fusekit.artifacts import Artifact, joined_hash
 from fusekit.data.reading import DROPPED, REASONS
 from fusekit.disk import counted, human
-from fusekit.distillation.dataset import CHOSEN, counts_by_data
+from fusekit.distillation.dataset import CHOSEN
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.recipe import Recipe
@@ -184,22 +184,11 @@ def model_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def teachers(record: Training) -> list[dict[str, Any]]:
-    """Who taught a distilled model, as training counted: by source of data where there are several, last in total.
-
-    rows: examples that training read, over all epochs. shares: taught by each candidate.
-    """
-    fusion = record.settings.get("fusion")
+    """Who taught a distilled model: ``rows`` that training read in all epochs, and the ``shares`` of each candidate."""
+    fusion, rows = record.settings.get("fusion"), record.counts.get("rows", 0.0)
     pivot = [PIVOT] if not isinstance(fusion, dict) or fusion.get("include_pivot", True) else []
-    by_data = sorted(counts_by_data(record.counts).items())
-    return [
-        {
-            "dataset": data,
-            "rows": rows,
-            "shares": {name: counts.get(CHOSEN + name, 0.0) / rows for name in [*pivot, *record.sources]},
-        }
-        for data, counts in [*(by_data if len(by_data) > 1 else []), ("all examples", record.counts)]
-        if (rows := counts.get("rows", 0.0)) > 0
-    ]
+    shares = {name: record.counts.get(CHOSEN + name, 0.0) / max(rows, 1.0) for name in [*pivot, *record.sources]}
+    return [{"rows": rows, "shares": shares}] if rows else []
 
 
 def training_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -41,7 +41,6 @@ PIVOT = Candidate(
     np.array([True, True, True]),
     2.0,
     np.array([0.7, 0.1, 0.9]),
-    1.0,
 )
 SOURCE = Candidate(
     "source",
@@ -49,7 +48,6 @@ SOURCE = Candidate(
     np.array([True, True, False]),
     1.0,
     np.array([0.3, 0.4, 0.0]),
-    3.0,
 )
 
 
@@ -69,7 +67,6 @@ def random_candidates(seed: int, K: int, n: int = 9, k: int = 4, V: int = 12) ->
                 taught,
                 float(rng.uniform(0.5, 3)),
                 rng.uniform(0, 4, n),
-                float(rng.normal()),
             )
         )
     return found
@@ -164,31 +161,6 @@ class TestAvgCE:
         assert fused.weights[0].tolist() == [0.5, 0.5]
 
 
-class TestRewards:
-    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-    def test_by_hand(self, temperature):
-        fused = FUSION_FUNCTIONS["reward_softmax"]([PIVOT, SOURCE], temperature=temperature)
-        second = 1 / (1 + math.exp(-2 / temperature))
-        assert fused.weights[0].tolist() == pytest.approx([1 - second, second])
-        assert as_dict(fused, 0)[2] == pytest.approx((1 - second) / 4 + second / 2)
-
-    def test_large_rewards(self):
-        fused = FUSION_FUNCTIONS["reward_softmax"]([replace(PIVOT, reward=1e5), replace(SOURCE, reward=-1e5)])
-        assert fused.weights[0].tolist() == [1, 0]
-
-    @pytest.mark.parametrize(
-        ("source", "settings", "message"),
-        [
-            (replace(SOURCE, reward=None), {}, "no reward for source"),
-            (SOURCE, {"level": "token"}, "one number per example"),
-            (SOURCE, {"temperature": 0.0}, "temperature of the rewards is 0"),
-        ],
-    )
-    def test_refusals(self, source, settings, message):
-        with pytest.raises(DistillationError, match=message):
-            FUSION_FUNCTIONS["reward_softmax"]([PIVOT, source], **settings)
-
-
 @pytest.mark.parametrize("name", FUSION_FUNCTIONS)
 class TestAll:
     def test_nobody_speaks(self, name):
@@ -199,22 +171,16 @@ class TestAll:
         assert fused.rows.ids.shape[0] == 3
         assert (fused.rows.ids == -1).all()
 
-    def test_no_labels(self, name):
+    @pytest.mark.parametrize("level", ["sequence", "token"])
+    def test_no_labels(self, name, level):
         empty = Candidate(
-            "m", TopK(np.zeros((0, 4), np.int64), np.zeros((0, 4)), np.zeros(0)), np.zeros(0, bool), 1.0, None, 1.0
+            "m", TopK(np.zeros((0, 4), np.int64), np.zeros((0, 4)), np.zeros(0)), np.zeros(0, bool), 1.0, np.zeros(0)
         )
-        assert len(FUSION_FUNCTIONS[name]([empty, empty]).taught) == 0
+        assert len(FUSION_FUNCTIONS[name]([empty, empty], level=level).taught) == 0
 
-    def test_refusals(self, name):
-        with pytest.raises(DistillationError, match="no candidates"):
-            FUSION_FUNCTIONS[name]([])
-        with pytest.raises(DistillationError, match="source has 3 rows and 2 marks, pivot has 3 marks"):
-            FUSION_FUNCTIONS[name]([PIVOT, replace(SOURCE, taught=np.ones(2, bool))])
-        with pytest.raises(DistillationError, match="level"):
-            FUSION_FUNCTIONS[name]([PIVOT, SOURCE], level="word")
-        if name != "reward_softmax":
-            with pytest.raises(DistillationError, match="source has no label_nll of 3 labels"):
-                FUSION_FUNCTIONS[name]([PIVOT, replace(SOURCE, label_nll=None)], level="token")
+    def test_token_level_needs_the_labels(self, name):
+        with pytest.raises(DistillationError, match="source has no label_nll"):
+            FUSION_FUNCTIONS[name]([PIVOT, replace(SOURCE, label_nll=None)], level="token")
 
 
 @pytest.mark.parametrize(

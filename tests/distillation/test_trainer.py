@@ -182,7 +182,6 @@ def test_a_loss_that_is_no_number_skips_its_step(tmp_path: Path) -> None:
     assert (made.skipped, made.skipped_in_row) == (1, 0)
     (warning,) = [line for line in said if line.startswith("warning")]
     assert "step 2 is skipped" in warning
-    assert made.state.log_history[-2]["skipped_steps"] == 1.0
     good = runs.trainer(tmp_path / "b", bursting_model(), Subset(Spoilt(set()), [0, 1, 2, 3, 8, 9, 10, 11]), **plain)
     good.train()
     assert runs.different(runs.weights(made.model), runs.weights(good.model)) == []
@@ -220,12 +219,8 @@ def test_padding_does_not_matter(tmp_path: Path) -> None:
     made = runs.trainer(tmp_path)
     examples = [runs.data()[i] for i in range(3)]
     eos = examples[0]["input_ids"][-1]
-    values = [
-        made.compute_loss(made.model, FusionCollator(pad, multiple)(examples), num_items_in_batch=50)
-        for pad, multiple in ((0, 1), (eos, 1), (7, 64))
-    ]
+    values = [made.compute_loss(made.model, FusionCollator(pad)(examples), num_items_in_batch=50) for pad in (0, eos)]
     torch.testing.assert_close(values[1], values[0])
-    torch.testing.assert_close(values[2], values[0])
 
 
 def test_the_final_end_is_learnt() -> None:
@@ -274,7 +269,7 @@ def test_a_teacher_that_is_the_pivot_teaches_nothing_new(own: bool, tmp_path: Pa
         fusion=FusionSettings(include_pivot=False),
     )
     counts = dict(zip(data.count_names, sum(data[i]["counts"] for i in range(6)), strict=True))
-    assert counts["linked"] == counts["given"] == counts["taught"] == counts["labels"] > 50
+    assert counts["linked"] == counts["taught"] == counts["labels"] > 50
     made = runs.trainer(tmp_path, model, data, TrainingSettings(lm_weight=0.0))
     batch = made.data_collator([data[i] for i in range(6)])
     made.compute_loss(made.model, batch, num_items_in_batch=1).backward()
@@ -288,7 +283,6 @@ def test_the_log_says_what_taught(tmp_path: Path) -> None:
     line = made.state.log_history[0]
     counts = dict(zip(runs.data().count_names, sum(runs.data()[i]["counts"] for i in range(12)), strict=True))
     assert line["taught_share"] == pytest.approx(counts["taught"] / counts["labels"])
-    assert line["linked_share"] == pytest.approx(counts["linked"] / counts["asked"])
     assert line["chosen/other"] == pytest.approx(counts["chosen/other"] / 12)
     assert line["chosen/other"] + line["chosen/pivot"] == pytest.approx(1)
     assert line["loss"] == pytest.approx(0.7 * line["lm_loss"] + 0.3 * line["fusion_loss"], rel=1e-5)

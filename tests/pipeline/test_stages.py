@@ -133,7 +133,7 @@ def test_a_loss_is_distilled_with_the_map_that_it_needs(captured, loss, vocabula
     changes += ["evaluate=null"]
     go(path, out, *changes, until="distill")
     record = json.loads((out / "targets" / "llama" / "training.json").read_text())
-    assert all(line["fusion_loss"] > 0 and 0 < line["row_share"] <= 1 for line in record["log"] if "loss" in line)
+    assert all(line["fusion_loss"] > 0 and 0 < line["taught_share"] <= 1 for line in record["log"] if "loss" in line)
     facts = artifact.read(out / "targets" / "llama").inputs
     assert facts["projections.llama.vocabulary"] == vocabulary
     assert ("projections.llama.tail" in facts) == (loss == "grouped_kl")

@@ -291,7 +291,6 @@ def test_values_that_clash_are_mistakes_like_others(write, text, overrides, expe
     [
         ("preset: fusechatt\n", r"line 4: unknown preset 'fusechatt'; did you mean 'fusechat'"),
         ("represent: {top_k: 4}\n", r"line 4: unknown key 'represent'.*'capture'"),
-        ("fusion: {function: reward_softmax}\n", r"line 4: fusion: .* no recipe can name: use it from Python"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_the_way_out(write, text, expected):

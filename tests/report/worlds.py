@@ -137,9 +137,6 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
         log.append(line | ({"fusion_loss": 0.5 + 1 / (step + 10)} if sources else {}))
     log += [{"loss": float("nan"), "step": 110, "lm_loss": float("nan")}, {"train_runtime": 12.5, "step": 110}]
     counts = {"rows": 48.0, "labels": 400.0, "asked": 400.0, "linked": 300.0, "taught": 390.0, "chosen/pivot": 12.0}
-    for data, rows, own in ((f"a{evil}", 16.0, 8.0), ("b", 32.0, 4.0)):
-        counts |= {f"data/{data}/rows": rows, f"data/{data}/chosen/pivot": own}
-        counts |= {f"data/{data}/chosen/{source}": rows - own for source in sources}
     record = {
         "target": name,
         "sources": list(sources),
