@@ -180,7 +180,6 @@ class Staging:
 
     path: Path
     final: Path
-    on_published: Callable[[], None]
 
     def publish(self) -> None:
         """Make everything durable and move it to the final path in one step, replacing what is there.
@@ -197,7 +196,6 @@ class Staging:
                 aside = self.final.parent / f".{self.final.name}.previous-{uuid.uuid4().hex[:8]}"
                 self.final.rename(aside)
                 self.path.rename(self.final)
-            self.on_published()
             if aside is not None:
                 shutil.rmtree(aside, ignore_errors=True)
             _sync(self.final.parent)
@@ -206,11 +204,10 @@ class Staging:
 
 
 @contextmanager
-def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Iterator[Staging]:
+def staging(final: Path) -> Iterator[Staging]:
     """A new, empty staging folder beside ``final``; removed at the end, whether it was published or not.
 
-    on_published: called as soon as the folder stands at its final path, before anything is tidied up. The caller holds
-    ``output_lock(final)``. Raises StorageError when the folder cannot be made.
+    The caller holds ``output_lock(final)``. Raises StorageError when the folder cannot be made.
     """
     path = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
     try:
@@ -218,7 +215,7 @@ def staging(final: Path, on_published: Callable[[], None] = lambda: None) -> Ite
     except OSError as error:
         raise disk_fault(error, final.parent) or StorageError(f"{path}: cannot be made: {error}") from error
     try:
-        yield Staging(path, final, on_published)
+        yield Staging(path, final)
     finally:
         # After an exchange the former output is here.
         shutil.rmtree(path, ignore_errors=True)

@@ -25,13 +25,14 @@ def register() -> None:
     from fusekit.merge_methods.mergekit_methods import METHODS
     from fusekit.merge_methods.provenance import record_to_environment_path
 
-    record_to_environment_path()
+    known = {method.spec.name: method for method in registry.registered_methods()}
     for method in METHODS:
-        known = next((m for m in registry.registered_methods() if m.spec.name == method.spec.name), None)
-        if known is None:
+        if method.spec.name not in known:
             registry.register(method)
-        elif type(known).__module__ != type(method).__module__:
+        elif known[method.spec.name] is not method:
             raise MergeError(
-                f"mergekit already has a merge method {method.spec.name!r}, from {type(known).__module__}; "
+                f"mergekit already has a merge method {method.spec.name!r}, from {type(known[method.spec.name])}; "
                 "uninstall one of the two packages"
             )
+    if not any(method.spec.name in known for method in METHODS):
+        record_to_environment_path()

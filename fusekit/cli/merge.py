@@ -72,9 +72,8 @@ def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_opt
         if not quiet or line.startswith("warning"):
             click.echo(line, err=True)
 
-    published: list[bool] = []
     models: Any = {name: frozenset(how.pop(name)) for name in ("allow_pickle", "allow_remote_code")}
-    settings = Settings(**how, **models, say=say, on_published=lambda: published.append(True))
+    settings = Settings(**how, **models, say=say)
     if check:
         found = run_check(document, out, merge_options, settings)
         show(found, as_json=as_json)
@@ -83,10 +82,7 @@ def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_opt
     merge_options.apply_global_options()
 
     def stopped() -> None:
-        state = f"; nothing was published to {out}. Run the same command to start again."
-        if published:
-            state = f" while tidying up; the merged model is published to {out}, whole."
-        click.echo(f"fusekit: stopped{state}", err=True)
+        click.echo(f"fusekit: stopped; {out} is as it was, or whole. Run the same command again.", err=True)
 
     with interruptible(stopped):
         try:

@@ -1,10 +1,10 @@
-"""SCE and VaRM: merging the fine-tunes of one model, matrix by matrix.
+"""SCE, VaRM and WIDEN: merging the fine-tunes of one model, matrix by matrix.
 
-Importing this package registers `fusechat_sce` and `varm` with mergekit. The functions below know nothing of mergekit.
+Importing this package registers `fusechat_sce`, `varm` and `widen` with mergekit, of which the functions know nothing.
 """
 
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord, record_coefficients
-from fusekit.merge_methods.sce import SCEMerge, Variant, merge_coefficients, sce, sce_fusion_vector, select
+from fusekit.merge_methods.sce import SCEMerge, Variant, sce, select
 from fusekit.merge_methods.varm import (
     Aggregation,
     Granularity,
@@ -30,10 +30,8 @@ __all__ = [
     "Variant",
     "WidenMerge",
     "matrix_statistics",
-    "merge_coefficients",
     "record_coefficients",
     "sce",
-    "sce_fusion_vector",
     "select",
     "unit_coefficients",
     "unit_of",

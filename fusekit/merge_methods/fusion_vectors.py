@@ -7,7 +7,7 @@ multiply-add, whose use varies with the position in a vector register), so it gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fusekit.devices import side_by_side
-from fusekit.disk import with_article
 from fusekit.errors import MergeError
 
 BLOCK = 4096
@@ -45,16 +44,12 @@ class Scratch:
         return buffer[:size]
 
 
-def for_each_chunk(
-    work: Callable[[Scratch, int, int], Result], numel: int, device: torch.device, chunk_size: int | None = None
-) -> list[Result]:
+def for_each_chunk(work: Callable[[Scratch, int, int], Result], numel: int, device: torch.device) -> list[Result]:
     """Call `work(scratch, start, stop)` for every chunk of `range(numel)`; the results in index order.
 
     On the CPU chunks run side by side on as many threads as torch is set to use, up to four.
     """
-    size = chunk_size or (CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK)
-    if size <= 0 or size % BLOCK:
-        raise MergeError(f"chunk_size {size} is not a positive multiple of {BLOCK}, the block in which sums are taken")
+    size = CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
     bounds = [(start, min(start + size, numel)) for start in range(0, numel, size)]
     threads = min(torch.get_num_threads(), len(bounds), MAX_THREADS) if device.type == "cpu" else 1
     if threads <= 1:
@@ -142,18 +137,6 @@ def add_in_order(chunk_sums: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some elements of base and fusion vectors, in buffers that the next chunk reuses.
-
-    base: [n] of the compute dtype, None without a base. vectors: K x [n]. vote: Σ_j w_j δ_j, float64 [n], if asked for.
-    """
-
-    base: Tensor | None
-    vectors: list[Tensor]
-    vote: Tensor | None
-
-
-@dataclass(frozen=True)
 class FusionVectors:
     """K fusion vectors of one parameter matrix, as flat views of the models' tensors.
 
@@ -165,17 +148,13 @@ class FusionVectors:
     shape: torch.Size
 
     @classmethod
-    def of(cls, base: Tensor | None, targets: Sequence[Tensor] | Tensor) -> FusionVectors:
+    def of(cls, base: Tensor | None, targets: Sequence[Tensor]) -> FusionVectors:
         """Check and flatten. Contiguous tensors are borrowed, others are copied. Nothing is ever written to them."""
-        if isinstance(targets, Tensor):
-            raise MergeError(f"targets is one tensor of shape {tuple(targets.shape)}: give a list of tensors")
-        if not targets:
+        if not len(targets):
             raise MergeError("no targets to merge: give a list of at least one tensor besides the base")
         tensors = [*targets] if base is None else [base, *targets]
         names = ["base"] * (base is not None) + [f"target {index}" for index in range(len(targets))]
         for name, tensor in zip(names, tensors, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise MergeError(f"{name} is {with_article(type(tensor).__name__)}: give torch tensors")
             if not tensor.is_floating_point() or tensor.element_size() == 1:
                 raise MergeError(
                     f"{name} has dtype {tensor.dtype}: only float16, bfloat16, float32 and float64 are merged"
@@ -183,13 +162,11 @@ class FusionVectors:
             for what in ("shape", "dtype", "device"):
                 mine, first = getattr(tensor, what), getattr(tensors[0], what)
                 if mine != first:
-                    mine, first = (tuple(mine), tuple(first)) if what == "shape" else (mine, first)
                     raise MergeError(
                         f"{name} has {what} {mine}, {names[0]} has {first}: all tensors must have the same {what}"
                     )
         flat = [tensor.detach().reshape(-1) for tensor in tensors]
-        shape = tensors[0].shape
-        return cls(None, tuple(flat), shape) if base is None else cls(flat[0], tuple(flat[1:]), shape)
+        return cls(None if base is None else flat[0], tuple(flat[-len(targets) :]), tensors[0].shape)
 
     @property
     def numel(self) -> int:
@@ -210,10 +187,12 @@ class FusionVectors:
         start: int,
         stop: int,
         positions: Tensor | None = None,
-        *,
         vote: Sequence[float] | None = None,
-    ) -> Chunk:
-        """The elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`."""
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+        """Base, fusion vectors K x [n], and Σ_j w_j δ_j in float64 for the weights `vote`, of some elements.
+
+        These are the elements start:stop, or those of them at `positions` (relative to start), in buffers of `scratch`.
+        """
 
         def load(name: str, source: Tensor) -> Tensor:
             elements = source[start:stop]
@@ -223,20 +202,23 @@ class FusionVectors:
 
         base = None if self.base is None else load("base", self.base)
         vectors = [load(f"vector{j}", target) for j, target in enumerate(self.targets)]
+        weights = [] if vote is None else list(vote)
         total = None if vote is None else scratch.get("vote", vectors[0].numel(), torch.float64).zero_()
         # Σ w_j φ_j - Σ w_j θ in float64, before the differences are rounded: exact for narrower dtypes, so that models
         # that cancel out but for their last digits still vote with those.
         early = self.dtype != torch.float64
         if total is not None and base is not None and early:
-            _add_weighted(total, [*vectors, base], [*(vote or ()), -sum(vote or ())])
+            for tensor, weight in zip([*vectors, base], [*weights, -sum(weights)], strict=True):
+                total.add_(tensor, alpha=weight)
         if base is not None:
             for vector in vectors:
                 vector.sub_(base)
         if total is not None and (base is None or not early):
-            _add_weighted(total, vectors, vote or ())
-        return Chunk(base, vectors, total)
+            for vector, weight in zip(vectors, weights, strict=True):
+                total.add_(vector, alpha=weight)
+        return base, vectors, total
 
-    def energies(self, selected: Callable[[int], Tensor] | None = None, chunk_size: int | None = None) -> np.ndarray:
+    def energies(self, selected: Callable[[int], Tensor] | None = None) -> np.ndarray:
         """Σ δ_j² over all elements, or over the selected ones: float64 [K].
 
         selected: gives the positions of the selected elements of the chunk that starts there, relative to it.
@@ -248,7 +230,7 @@ class FusionVectors:
             if selected is not None:
                 positions = selected(start)
                 ends = np.searchsorted(positions.cpu().numpy(), ends)
-            vectors = self.chunk(scratch, start, stop, positions).vectors
+            _, vectors, _ = self.chunk(scratch, start, stop, positions)
             squares = scratch.get("squares", vectors[0].numel(), torch.float64)
             result = np.empty((len(vectors), len(ends)))
             for j, vector in enumerate(vectors):
@@ -258,15 +240,10 @@ class FusionVectors:
 
         if self.numel == 0:
             return np.zeros(len(self.targets))
-        return add_in_order(for_each_chunk(sums, self.numel, self.device, chunk_size))
+        return add_in_order(for_each_chunk(sums, self.numel, self.device))
 
     def empty_result(self) -> Tensor:
         return torch.empty_like(self.targets[0], memory_format=torch.contiguous_format)
-
-
-def _add_weighted(total: Tensor, tensors: Iterable[Tensor], weights: Iterable[float]) -> None:
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
 
 
 def shares(energies: np.ndarray) -> np.ndarray:
@@ -307,17 +284,3 @@ class NonFiniteError(MergeError):
 
     def __init__(self, targets: Sequence[int]) -> None:
         super().__init__(f"the fusion vectors of target(s) {list(targets)} (counted from 0) contain NaN or Inf")
-
-
-def dense(base: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """All fusion vectors at once, [K, *shape] of the compute dtype, with gradients to base and targets."""
-    dtype = compute_dtype(base.dtype)
-    return torch.stack([target.to(dtype) - base.to(dtype) for target in targets])
-
-
-def dense_shares(deltas: Tensor) -> Tensor:
-    """`shares` of dense fusion vectors, with gradients: [K, 1, ...], to be multiplied with them."""
-    energies = deltas.double().reshape(len(deltas), -1).square().sum(1)
-    total = energies.sum()
-    weights = energies / total if total > 0 else torch.full_like(energies, 1 / len(energies))
-    return weights.to(deltas.dtype).reshape(-1, *[1] * (deltas.ndim - 1))

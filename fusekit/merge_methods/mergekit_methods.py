@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +29,7 @@ from fusekit import mergekit_private
 from fusekit.errors import MergeError
 from fusekit.merge_methods.fusion_vectors import NonFiniteError, shares
 from fusekit.merge_methods.provenance import TensorRecord, active_records
-from fusekit.merge_methods.sce import Variant, check_parameters, sce, sce_with_gradients
+from fusekit.merge_methods.sce import Variant, sce
 from fusekit.merge_methods.varm import (
     Aggregation,
     Granularity,
@@ -40,7 +39,6 @@ from fusekit.merge_methods.varm import (
     unit_of,
     varm,
     varm_elementwise,
-    varm_with_gradients,
 )
 from fusekit.merge_methods.widen import Ties, widen
 
@@ -62,13 +60,11 @@ def _spec(name: str, pretty_name: str, paper: str, *parameters: ParameterSpec) -
     )
 
 
-def _shared(name: str, value_type: Any, default: Any, description: str) -> ParameterSpec:
-    return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
+def _shared(name: str, value_type: Any, default: Any) -> ParameterSpec:
+    return ParameterSpec(name, value_type, ParameterScope.SHARED, default)
 
 
-_WEIGHT = ParameterSpec(
-    "weight", float, ParameterScope.NON_BASE, default=1.0, description="factor of a model's contribution"
-)
+_WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0)
 
 
 class FuseChatSCE(GroupMergeMethod):
@@ -78,40 +74,38 @@ class FuseChatSCE(GroupMergeMethod):
     Inputs: a base and one or more fine-tunes of it. Key parameter: `select_topk`, the share of the elements that is
     kept (FuseChat-7B: 0.1, FuseO1: 1.0; a share below 1 needs two or more fine-tunes). `variant` picks between the
     paper's form and the two that its published codes run. `weight`, of a model, is a factor of its fusion vector in the
-    vote and in the sum, not in the selection and the coefficients. Reference: arXiv 2408.07990, section 3.4.
+    vote and in the sum, not in the selection and the coefficients. `int8_mask` is accepted as in mergekit's `sce`; the
+    masks here take no memory. Reference: arXiv 2408.07990, section 3.4.
     """
 
     spec = _spec(
         "fusechat_sce",
         "FuseChat SCE",
         "2408.07990",
-        _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0, "share of varying elements to keep"),
-        _shared("variant", Variant, "paper", "paper, renormalized, or fuseai"),
-        _shared("int8_mask", bool, False, "accepted as in mergekit's sce; the masks here take no memory"),
+        _shared("select_topk", Annotated[float, Field(gt=0, le=1)], 1.0),
+        _shared("variant", Variant, "paper"),
+        _shared("int8_mask", bool, False),
         _WEIGHT,
     )
 
-    def check_parameters(self, n_targets: int, parameters: Mapping[str, Any], tensor_name: str) -> None:
-        """Raise MergeError if a tensor of `n_targets` fine-tunes cannot be merged with these parameters."""
-        try:
-            check_parameters(n_targets, parameters["select_topk"], parameters["variant"])
-        except MergeError as error:
-            raise MergeError(f"{tensor_name}: {error}") from None
-
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype."""
-        base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
-        settings = {key: parameters[key] for key in ("select_topk", "variant")}
-        weights = parameters["weight"].values_for(group.non_base)
-        with _named(group):
+    def merge_group(
+        self,
+        group: TensorGroup,
+        /,
+        *,
+        select_topk: float,
+        variant: Variant,
+        int8_mask: bool,  # noqa: ARG002
+        weight: PerInputValues[float],
+    ) -> torch.Tensor:
+        weights = weight.values_for(group.non_base)
+        settings: dict[str, Any] = {"select_topk": select_topk, "variant": variant}
+        with _named(group) as (base, targets):
             merged = sce(base, targets, weights=weights, count_erased=bool(active_records()), **settings)
-            result = merged.tensor
-            if _needs_gradient(group):
-                result = sce_with_gradients(base, targets, weights=weights, **settings)
         erased = None if merged.erased is None else _by_target(group, merged.erased)
         settings |= _shown(group, weights)
         _record(group, self.spec.name, settings, merged.coefficients, selected=merged.selected, erased=erased)
-        return result
+        return merged.tensor
 
 
 class VaRM(GroupMergeMethod):
@@ -120,16 +114,16 @@ class VaRM(GroupMergeMethod):
     Use it for a weighted average of fine-tunes whose weights come from the models, with nothing to tune. Inputs: a base
     and one or more fine-tunes of it. Key parameter: `granularity`, the unit that shares weights; `matrix` is the
     paper's choice. `module`, `layer` and `model` need mergekit-yaml, mergekit-multi or merge_state_dicts, which know
-    the other tensors. `weight`, of a model, is a factor of its term in the sum, not in the coefficients. Reference:
-    arXiv 2402.16107, section 3.3.
+    the other tensors. `aggregation` is that of a unit's matrices. `weight`, of a model, is a factor of its term in the
+    sum, not in the coefficients. Reference: arXiv 2402.16107, section 3.3.
     """
 
     spec = _spec(
         "varm",
         "VaRM",
         "2402.16107",
-        _shared("granularity", Granularity, "matrix", "matrix, module, layer, model, or element"),
-        _shared("aggregation", Aggregation, "elements", "of a unit's matrices: elements, or matrices"),
+        _shared("granularity", Granularity, "matrix"),
+        _shared("aggregation", Aggregation, "elements"),
         _WEIGHT,
     )
 
@@ -143,14 +137,14 @@ class VaRM(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         # One call with all tensors of the models: the units are in it. (One tensor: the graph is asked for the others.)
-        settings = [(each["granularity"], each["aggregation"]) for each in parameters]
         if len(groups) > 1:
             parameters = [dict(each) for each in parameters]
+            settings = [(each["granularity"], each["aggregation"]) for each in parameters]
             for setting in {each for each in settings if each[0] in _UNITS}:
-                asking = {index for index, each in enumerate(settings) if each == setting}
-                weights = _coefficients_in_memory(groups, input_dtypes, *setting, asking)
-                for index in asking:
-                    parameters[index]["coefficients"] = weights[index]
+                weights = _coefficients_in_memory(groups, input_dtypes, *setting)
+                for index, each in enumerate(settings):
+                    if each == setting:
+                        parameters[index]["coefficients"] = weights.get(index)
         merged: tuple[torch.Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
@@ -166,27 +160,20 @@ class VaRM(GroupMergeMethod):
         weight: PerInputValues[float],
         coefficients: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Merge one tensor. `coefficients`: W of its unit, [K], if they are known already."""
-        base, targets = group.base.tensor, [entry.tensor for entry in group.non_base]
-        weights = weight.values_for(group.non_base)
-        elementwise, unit = granularity == "element", None
-        with _named(group):
-            if granularity in _UNITS and coefficients is None:
-                coefficients = _coefficients_in_graph(group, granularity, aggregation)
+        """coefficients: W of the unit, [K], if they are known already."""
+        weights, unit = weight.values_for(group.non_base), None
+        with _named(group) as (base, targets):
             if granularity in _UNITS:
                 unit = unit_of(str(group.metadata.name), granularity)
-            if elementwise:
+                if coefficients is None:
+                    coefficients = _coefficients_in_graph(group, granularity, aggregation)
+            if granularity == "element":
                 merged = varm_elementwise(base, targets, weights=weights)
             else:
                 merged = varm(base, targets, coefficients=coefficients, weights=weights)
-            result = merged.tensor
-            if _needs_gradient(group):
-                result = varm_with_gradients(
-                    base, targets, elementwise=elementwise, coefficients=coefficients, weights=weights
-                )
         settings = {"granularity": granularity, "aggregation": aggregation} | _shown(group, weights)
         _record(group, self.spec.name, settings, merged.coefficients, unit=unit)
-        return result
+        return merged.tensor
 
 
 class Widen(GroupMergeMethod):
@@ -194,27 +181,26 @@ class Widen(GroupMergeMethod):
 
     Use it to merge models that moved far from their base and differently far, as a chat model and a model of continued
     pre-training; between ordinary fine-tunes task arithmetic is usually better. Inputs: a base and one or more models
-    of it. Key parameter: `threshold`, in units of a model's mean rank: columns above it keep their whole change. Rows
-    of an input embedding, which are tokens, take the part of columns. Reference: arXiv 2408.03092.
+    of it. Key parameter: `threshold`, in units of a model's mean rank: columns above it get the weight `score`. `ties`
+    says how equal changes are ranked. Rows of an input embedding, which are tokens, take the part of columns.
+    Reference: arXiv 2408.03092.
     """
 
     spec = _spec(
         "widen",
         "WIDEN",
         "2408.03092",
-        _shared("threshold", Annotated[float, Field(gt=0)], 1.0, "t: ranks above t times their mean are important"),
-        _shared("score", float, 1.0, "s: the weight of important columns"),
-        _shared("ties", Ties, "average", "ranks of equal changes: average, or index as published"),
+        _shared("threshold", Annotated[float, Field(gt=0)], 1.0),
+        _shared("score", float, 1.0),
+        _shared("ties", Ties, "average"),
     )
 
-    def merge_group(self, group: TensorGroup, /, *, threshold: float, score: float, ties: Ties) -> torch.Tensor:
-        """Merge one tensor. Parameters as in `spec`; returns the inputs' shape and dtype, without gradients."""
-        settings: dict[str, Any] = {"threshold": threshold, "score": score, "ties": ties}
-        targets = [entry.tensor for entry in group.non_base]
-        with _named(group):
-            if _needs_gradient(group):
-                raise MergeError("widen gives no gradients: merge under torch.no_grad()")
-            merged = widen(group.base.tensor, targets, columns_are_rows=_is_input_embedding(group), **settings)
+    def merge_group(self, group: TensorGroup, /, **settings: Any) -> torch.Tensor:
+        # The rows of a matrix are tokens that the model reads; an output head is a matrix like others.
+        module = str(group.metadata.name).removesuffix(".weight").rpartition(".")[2]
+        embedding = group.metadata.vocabulary_axis == 0 and module not in _HEADS
+        with _named(group) as (base, targets):
+            merged = widen(base, targets, columns_are_rows=embedding, **settings)
         _record(group, self.spec.name, settings, merged.scores)
         return merged.tensor
 
@@ -229,51 +215,31 @@ def _shown(group: TensorGroup, weights: Sequence[float]) -> dict[str, Any]:
 
 
 def _record(group: TensorGroup, method: str, settings: dict[str, Any], coefficients: np.ndarray, **more: Any) -> None:
-    """Take a tensor down in the records that were asked for. more: fields of TensorRecord."""
-    entry = TensorRecord(method, settings, _by_target(group, coefficients), **more)
+    """Add a tensor to the active records. more: fields of TensorRecord."""
     for record in active_records():
-        record.add(str(group.metadata.name), str(group.base.id), entry)
-
-
-def _is_input_embedding(group: TensorGroup) -> bool:
-    """Whether the rows of a matrix are tokens that the model reads; an output head is a matrix like others."""
-    module = str(group.metadata.name or "").removesuffix(".weight").rpartition(".")[2]
-    return group.metadata.vocabulary_axis == 0 and module not in _HEADS
+        record.base = str(group.base.id)
+        entry = TensorRecord(method, settings, _by_target(group, coefficients), **more)
+        record.tensors[str(group.metadata.name)] = entry
 
 
 @contextmanager
-def _named(group: TensorGroup) -> Iterator[None]:
-    """Puts the tensor's name, and for NaN the model's, in front of a MergeError from below."""
+def _named(group: TensorGroup) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Give the base and the targets, and put the tensor's name, and for NaN the model's, into a MergeError."""
     prefix = f"{group.metadata.name}: " if group.metadata.name else ""
     try:
         for entry in group.entries:
             _refuse_codes(entry.id, str(group.metadata.name))
-        yield
+        yield group.base.tensor, [entry.tensor for entry in group.non_base]
     except NonFiniteError:
-        raise MergeError(f"{prefix}{_why_not_finite(group)}") from None
+        bad = ", ".join(str(entry.id) for entry in group.entries if not torch.isfinite(entry.tensor).all())
+        dtype = group.base.tensor.dtype
+        if bad:
+            says = f"NaN or Inf in the weights of {bad}: they are broken, or overflow {dtype} (try dtype: float32)"
+        else:
+            says = f"the difference of a model to the base overflows {dtype}; use dtype: float64, or check the models"
+        raise MergeError(f"{prefix}{says}") from None
     except MergeError as error:
         raise MergeError(f"{prefix}{error}") from None
-
-
-def _why_not_finite(group: TensorGroup) -> str:
-    bad = [entry for entry in group.entries if not torch.isfinite(entry.tensor).all()]
-    dtype = group.entries[0].tensor.dtype
-    if not bad:
-        return f"the difference of a model to the base overflows {dtype}; use dtype: float64, or check the models"
-    names = ", ".join(str(entry.id) for entry in bad)
-    loaders = mergekit_private.loaders()
-    for entry in bad:
-        with suppress(Exception):  # tensors of another name, or none in a file: then only the merged values are known
-            stored = loaders[entry.id].get_tensor(group.metadata.name)
-            if torch.isfinite(stored).all():
-                return (
-                    f"weights of {names} overflow {dtype}, whose largest number is {torch.finfo(dtype).max:.4g}: "
-                    f"the file has up to {float(stored.abs().max()):.4g}; use dtype: bfloat16 or float32"
-                )
-    return (
-        f"NaN or Inf in the weights of {names}; that checkpoint is damaged or comes from a diverged run: merge another "
-        f"one (or it is too large for {dtype}, if it was cast to that)"
-    )
 
 
 def _refuse_codes(model: Any, name: str) -> None:
@@ -290,10 +256,6 @@ def _refuse_codes(model: Any, name: str) -> None:
         )
 
 
-def _needs_gradient(group: TensorGroup) -> bool:
-    return torch.is_grad_enabled() and any(entry.tensor.requires_grad for entry in group.entries)
-
-
 # The units of VaRM that are larger than a matrix. mergekit hands a merge method one tensor and no view of the others.
 # But the graph that it is running holds the tasks that load every other tensor, with dtype, aliases and tied names as
 # planned, so those tasks are executed here. In memory (`merge_state_dicts`) all tensors are in one call.
@@ -304,43 +266,29 @@ def _coefficients_in_memory(
     dtypes: Sequence[torch.dtype | None],
     granularity: Granularity,
     aggregation: Aggregation,
-    asking: Collection[int],
 ) -> dict[int, np.ndarray]:
-    """W for the groups of one in-memory call, by index, each over the groups of its unit.
+    """W of the groups of one call by index, each over its unit; without those whose name does not tell a unit.
 
-    dtypes: what each group is cast to before it is merged. asking: the groups that are merged at this granularity; a
-    name that does not tell its unit is an error for them only.
+    dtypes: what each group is cast to before it is merged.
     """
     units: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
-        name = group.metadata.name
-        if name is None:
-            raise MergeError(f"tensor {index} has no name: granularity {granularity!r} needs names; {_EVERYWHERE}")
-        try:
-            units.setdefault(unit_of(name, granularity), []).append(index)
-        except MergeError:
-            if index in asking:
-                raise
+        with suppress(MergeError):
+            units.setdefault(unit_of(str(group.metadata.name), granularity), []).append(index)
     result: dict[int, np.ndarray] = {}
     for members in units.values():
-        if any(index in asking for index in members):
-            aligned = [align_dtype(groups[index], dtypes[index]) for index in members]
-            matrices = [
-                matrix_statistics(group.base.tensor, [entry.tensor for entry in group.non_base]) for group in aligned
-            ]
-            result |= dict.fromkeys(members, unit_coefficients(matrices, aggregation))
+        matrices = []
+        for index in members:
+            group = align_dtype(groups[index], dtypes[index])
+            matrices.append(matrix_statistics(group.base.tensor, [entry.tensor for entry in group.non_base]))
+        result |= dict.fromkeys(members, unit_coefficients(matrices, aggregation))
     return result
 
 
-@dataclass
-class _Run:
-    """What is known of a running graph: the tasks of every unit, and the statistics of the tensors met so far."""
-
-    units: dict[Any, dict[str, list[Any]]] = field(default_factory=dict)
-    statistics: dict[Any, MatrixStatistics | None] = field(default_factory=dict)
-
-
-_runs: WeakKeyDictionary[Any, _Run] = WeakKeyDictionary()  # by the graph
+_Units = dict[str, list[Any]]
+_Statistics = dict[Any, MatrixStatistics | None]
+# Of every running graph: the tasks of every unit, and the statistics of the tensors met so far.
+_runs: WeakKeyDictionary[Any, tuple[dict[Any, _Units], _Statistics]] = WeakKeyDictionary()
 _lock = threading.RLock()  # under mergekit's multi-GPU executor several threads merge at once
 
 
@@ -353,24 +301,24 @@ def _coefficients_in_graph(group: TensorGroup, granularity: Granularity, aggrega
     running = mergekit_private.running_task()
     if running is None:
         raise MergeError(
-            f"granularity {granularity!r} needs the other tensors of the unit of {group.metadata.name!r}, and this "
-            f"call passes one tensor alone; call merge_state_dicts with whole models, or {_EVERYWHERE}"
+            f"granularity {granularity!r} needs the other tensors of the unit, and this call passes one tensor alone; "
+            f"call merge_state_dicts with whole models, or {_EVERYWHERE}"
         )
     task, graph = running
     # In an order that all tasks of one merge share.
     targets = sorted((model for model in set(task.model_order) if model != task.base_model), key=str)
     with _lock:
-        run = _runs.setdefault(graph, _Run())
+        units, statistics = _runs.setdefault(graph, ({}, {}))
         matrices = []
-        for sibling in _siblings(run, graph, task, granularity):
+        for sibling in _siblings(units, graph, task, granularity):
             key = sibling.output_weight.name, _merge_of(task)
-            if key not in run.statistics:
+            if key not in statistics:
                 if sibling is task:
                     tensors = {entry.id: entry.tensor for entry in group.entries}
                 else:
                     tensors = _load(sibling, granularity, group.base.tensor.device)
-                run.statistics[key] = _statistics(tensors, targets, task.base_model)
-            matrices.append(run.statistics[key])
+                statistics[key] = _statistics(tensors, targets, task.base_model)
+            matrices.append(statistics[key])
     weights = unit_coefficients([matrix for matrix in matrices if matrix is not None], aggregation)
     # An optional tensor may be missing from some of the targets.
     return shares(np.array([weights[targets.index(entry.id)] for entry in group.non_base]))
@@ -381,20 +329,20 @@ def _merge_of(task: Any) -> Any:
     return task.method_name, task.base_model, frozenset(task.model_order)
 
 
-def _siblings(run: _Run, graph: Any, task: Any, granularity: Granularity) -> list[Any]:
+def _siblings(known: dict[Any, _Units], graph: Any, task: Any, granularity: Granularity) -> list[Any]:
     """The tasks of the unit of ``task``, itself among them."""
     key = granularity, _merge_of(task)
-    if key not in run.units:
-        units = run.units[key] = {}
+    if key not in known:
+        units = known[key] = {}
         for other in graph.tasks:
             if isinstance(other, type(task)) and _merge_of(other) == _merge_of(task):
                 # A tensor whose unit its name does not tell is in none; if it asks for one itself, that is an error.
                 with suppress(MergeError):
                     units.setdefault(unit_of(other.output_weight.name, granularity), []).append(other)
-    return run.units[key][unit_of(task.output_weight.name, granularity)]
+    return known[key][unit_of(task.output_weight.name, granularity)]
 
 
-def _statistics(tensors: dict[Any, torch.Tensor], targets: list[Any], base: Any) -> MatrixStatistics | None:
+def _statistics(tensors: Mapping[Any, torch.Tensor], targets: list[Any], base: Any) -> MatrixStatistics | None:
     """None for a tensor that has no say: not floating-point, or missing from the base."""
     if base not in tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
         return None
@@ -410,15 +358,13 @@ def _statistics(tensors: dict[Any, torch.Tensor], targets: list[Any], base: Any)
 
 
 def _load(sibling: Any, granularity: str, device: torch.device) -> dict[Any, torch.Tensor]:
+    """The tensors of another task, by model, as its graph will load them."""
     name, gather = sibling.output_weight.name, sibling.gather_tensors
-    reason = {
-        "GatherTensors": None,
-        "TensorDictWrapper": "mergekit-pytorch gives no architecture to tell units by",
-        "PermutedVocabulary": f"the configured tokenizer permutes {name!r}, whose merged shape is not known yet",
-        "TruncatedVocabulary": f"--unsafe-truncate-embeddings changes the shape of {name!r}",
-    }.get(type(gather).__name__, f"{name!r} is loaded by {type(gather).__name__}")
-    if reason is not None:
-        raise MergeError(f"granularity {granularity!r} is not possible here: {reason}; {_EVERYWHERE}")
+    if type(gather).__name__ != "GatherTensors":
+        raise MergeError(
+            f"granularity {granularity!r} is not possible here: {name!r} is loaded by {type(gather).__name__} (a "
+            f"configured tokenizer, --unsafe-truncate-embeddings or mergekit-pytorch); {_EVERYWHERE}"
+        )
     for model, weight in gather.weight_info.items():
         if weight.name != name:
             raise MergeError(

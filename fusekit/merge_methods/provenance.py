@@ -7,8 +7,7 @@ import html
 import json
 import os
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,35 +40,26 @@ class TensorRecord:
 
 @dataclass(eq=False)
 class MergeRecord:
-    """The coefficients of all tensors of a merge. False as long as no method of fusekit has merged anything."""
+    """The coefficients of all tensors of a merge by name; empty if no method of fusekit has merged anything."""
 
     base: str | None = None
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def __bool__(self) -> bool:
-        return bool(self.tensors)
-
-    def add(self, name: str, base: str | None, record: TensorRecord) -> None:
-        """Take down one tensor; a later record of the same name replaces it."""
-        with self._lock:
-            self.base = base or self.base
-            self.tensors[name] = record
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: {"fusekit": version, "base": model, "tensors": {name: record without empty fields}}."""
-        with self._lock:
-            tensors = {
-                name: {key: value for key, value in asdict(record).items() if value is not None}
-                for name, record in sorted(self.tensors.items())
-            }
+        tensors = {
+            name: {key: value for key, value in asdict(record).items() if value is not None}
+            for name, record in sorted(self.tensors.items())
+        }
         return {"fusekit": __version__, "base": self.base, "tensors": tensors}
+
+    def to_json(self) -> str:
+        """The text of ``coefficients.json``."""
+        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def markdown(self) -> str:
         """A section for a model card: mean, least and greatest coefficient of every model, and the selected share."""
-        with self._lock:
-            records = list(self.tensors.values())
-        models = sorted({model for record in records for model in record.coefficients})
+        records = self.tensors.values()
         methods = ", ".join(sorted({record.method for record in records}))
         lines = [
             "### Merge coefficients",
@@ -80,7 +70,7 @@ class MergeRecord:
             "| model | mean coefficient | least | greatest | erased |",
             "|---|---|---|---|---|",
         ]
-        for model in models:
+        for model in sorted({model for record in records for model in record.coefficients}):
             values = [record.coefficients[model] for record in records if model in record.coefficients]
             erased = [record.erased[model] for record in records if record.erased and model in record.erased]
             erased_mean = f"{np.mean(erased):.1%}" if erased else "-"
@@ -92,14 +82,13 @@ class MergeRecord:
         return "\n".join(lines) + "\n"
 
 
-_process_records: list[MergeRecord] = []  # at most one, asked for by the environment
 # Of the process, not of a context: mergekit's multi-GPU executor merges on threads of its own.
 _active: list[MergeRecord] = []
 
 
 def active_records() -> tuple[MergeRecord, ...]:
     """The records that a merge running now writes to; empty if nobody asked for one."""
-    return (*_process_records, *_active)
+    return tuple(_active)
 
 
 @contextmanager
@@ -119,29 +108,20 @@ def record_to_environment_path() -> None:
     This is how `mergekit-yaml` itself leaves its coefficients behind. The file is written in one step.
     """
     path = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not path or _process_records:
-        return
-    target = Path(path).expanduser().absolute()
-    record = MergeRecord()
-    _process_records.append(record)
-    atexit.register(_write_at_exit, record, target)
+    if path:
+        record = MergeRecord()
+        _active.append(record)
+        atexit.register(_write_at_exit, record, Path(path).expanduser().absolute())
 
 
 def _write_at_exit(record: MergeRecord, path: Path) -> None:
-    if not record:
-        return
     try:
-        write_json(record.as_dict(), path)
+        if record.tensors:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            commit_file(path, lambda file: file.write(record.to_json().encode()))
     except (OSError, StorageError) as error:
         print(
             f"fusekit: the coefficients could not be written to {path}, which {ENVIRONMENT_VARIABLE} names: {error}. "
             "The merge itself is not affected.",
             file=sys.stderr,
         )
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write JSON to `path` in one step; the folder is made if it is missing. Raises StorageError or OSError."""
-    data = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    commit_file(path, lambda file: file.write(data.encode()))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fusekit.errors import MergeError
 from fusekit.merge_methods.fusion_vectors import (
-    Chunk,
     FusionVectors,
     NonFiniteError,
     Scratch,
@@ -27,8 +26,6 @@ from fusekit.merge_methods.fusion_vectors import (
     compare,
     compute_dtype,
     count_where,
-    dense,
-    dense_shares,
     for_each_chunk,
     is_finite,
     nonzero,
@@ -63,7 +60,6 @@ def sce(
     variant: Variant = "paper",
     weights: Sequence[float] | None = None,
     count_erased: bool = False,
-    chunk_size: int | None = None,
 ) -> SCEMerge:
     """Merge K fine-tunes into their base by SCE, one parameter matrix. arXiv 2408.07990, section 3.4.
 
@@ -76,7 +72,6 @@ def sce(
         weights: K factors w of the contributions; None is 1 for all, which changes no bit. Selection and η are as
             without them; what is voted on, erased and added is w_j δ̂_j, so that 0 leaves a fusion vector out.
         count_erased: also count what the Erase step drops.
-        chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
     Returns:
         The merged tensor with its coefficients. Arithmetic is float32 (float64 for float64 inputs) with float64 sums.
@@ -86,8 +81,8 @@ def sce(
         the result carries no gradient.
 
     Raises:
-        MergeError: no targets, or one tensor in place of a list; mixed shapes, dtypes or devices; parameters out of
-            range; one target with select_topk < 1 (no variance to rank); NaN or Inf.
+        MergeError: no targets; mixed shapes, dtypes or devices; parameters out of range; one target with
+            select_topk < 1 (no variance to rank); NaN or Inf.
 
     Example:
         >>> import torch
@@ -102,8 +97,8 @@ def sce(
     vectors = FusionVectors.of(base, targets)
     check_parameters(len(targets), select_topk, variant)
     factors = check_weights(weights, len(targets))
-    selection = _select(vectors, select_topk, chunk_size)
-    energies = vectors.energies(None if selection is None else selection.indices, chunk_size)
+    selection = _select(vectors, select_topk)
+    energies = vectors.energies(None if selection is None else selection.indices)
     check_finite(energies)
     coefficients = shares(energies)
     etas = coefficients.tolist()
@@ -118,13 +113,14 @@ def sce(
             if not is_finite(part) and not bool(torch.isfinite(part).all()):
                 raise NonFiniteError(range(len(etas)))
         positions = None if kept_of is None else kept_of.indices(start)
-        chunk = vectors.chunk(scratch, start, stop, positions, vote=factors)
-        for vector, factor in zip(chunk.vectors, factors, strict=True):
+        theta, deltas, vote = vectors.chunk(scratch, start, stop, positions, factors)
+        assert vote is not None
+        for delta, factor in zip(deltas, factors, strict=True):
             if factor != 1:
-                vector.mul_(factor)
+                delta.mul_(factor)
         counts = np.zeros((2, len(etas)), dtype=np.int64)
-        merged = _merge_chunk(scratch, chunk, etas, variant != "paper", counts if count_erased else None)
-        merged = add_to_base(chunk.base, merged)
+        kept = counts if count_erased else None
+        merged = add_to_base(theta, _merge_chunk(scratch, deltas, vote, etas, divide=variant != "paper", counts=kept))
         if positions is None:
             out.copy_(merged)
             return counts
@@ -135,29 +131,13 @@ def sce(
         out.index_copy_(0, positions, merged.to(out.dtype))
         return counts
 
-    counts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    counts = for_each_chunk(update, vectors.numel, vectors.device)
     erased = None
     if count_erased:
         nonzero, kept = np.sum(counts, axis=0) if counts else np.zeros((2, len(etas)))
         erased = np.divide(nonzero - kept, nonzero, out=np.zeros(len(etas)), where=nonzero > 0)
     selected = 1.0 if selection is None else selection.count / vectors.numel
     return SCEMerge(result.reshape(vectors.shape), coefficients, selected, erased)
-
-
-@torch.no_grad()
-def sce_fusion_vector(
-    deltas: Sequence[Tensor],
-    *,
-    select_topk: float = 1.0,
-    variant: Variant = "paper",
-    count_erased: bool = False,
-    chunk_size: int | None = None,
-) -> SCEMerge:
-    """SCE on fusion vectors: the merged fusion vector Σ η_j δ'_j, without a pivot.
-
-    deltas: K tensors of one shape, dtype and device. Everything else as `sce`; `tensor` is the merged fusion vector.
-    """
-    return sce(None, deltas, select_topk=select_topk, variant=variant, count_erased=count_erased, chunk_size=chunk_size)
 
 
 @torch.no_grad()
@@ -170,24 +150,12 @@ def select(deltas: Sequence[Tensor], select_topk: float) -> Tensor:
     vectors = FusionVectors.of(None, deltas)
     check_parameters(len(deltas), select_topk, "paper")
     mask = torch.zeros(vectors.numel, dtype=torch.bool, device=vectors.device)
-    selection = _select(vectors, select_topk, None)
+    selection = _select(vectors, select_topk)
     if selection is None:
         return mask.fill_(True).reshape(vectors.shape)
     for start in selection.chunks:
         mask[start + selection.indices(start)] = True
     return mask.reshape(vectors.shape)
-
-
-@torch.no_grad()
-def merge_coefficients(deltas: Sequence[Tensor]) -> np.ndarray:
-    """The Calculate step alone: η_j = Σ δ_j² / Σ_j Σ δ_j². arXiv 2408.07990 eq. 6-7; also W_j of 2402.16107 eq. 7.
-
-    deltas: K tensors of one shape, dtype and device. Returns float64 [K], sums to 1; uniform only if all are zero.
-    Raises MergeError on mismatched inputs, NaN and Inf.
-    """
-    energies = FusionVectors.of(None, deltas).energies()
-    check_finite(energies)
-    return shares(energies)
 
 
 def check_parameters(targets: int, select_topk: float, variant: str) -> None:
@@ -199,18 +167,18 @@ def check_parameters(targets: int, select_topk: float, variant: str) -> None:
     if targets == 1 and select_topk < 1:
         raise MergeError(
             f"select_topk is {select_topk} with one target: a single fusion vector has no variance to rank; "
-            "use select_topk: 1, or add a target"
+            "use select_topk: 1, merge more models, or none"
         )
 
 
-def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) -> Selection | None:
+def _select(vectors: FusionVectors, select_topk: float) -> Selection | None:
     """None if everything is selected."""
     if select_topk == 1 or not vectors.numel:
         return None
     try:
-        return select_top_variance(vectors.targets, select_topk, chunk_size)
+        return select_top_variance(vectors.targets, select_topk)
     except OverflowError:
-        check_finite(vectors.energies(chunk_size=chunk_size))
+        check_finite(vectors.energies())
         raise MergeError(
             f"the differences between targets overflow {vectors.dtype}: their entries are too large for "
             f"{vectors.targets[0].dtype} weights; check the models, or cast them to float64"
@@ -218,56 +186,34 @@ def _select(vectors: FusionVectors, select_topk: float, chunk_size: int | None) 
 
 
 def _merge_chunk(
-    scratch: Scratch, chunk: Chunk, weights: list[float], divide: bool, counts: np.ndarray | None
+    scratch: Scratch,
+    deltas: list[Tensor],
+    vote: Tensor,
+    etas: list[float],
+    *,
+    divide: bool,
+    counts: np.ndarray | None,
 ) -> Tensor:
-    """Σ_j η_j δ'_j. The chunk is overwritten. counts: [2, K] to fill with non-zero and kept entries."""
-    assert chunk.vote is not None
-    size, dtype = chunk.vote.numel(), chunk.vectors[0].dtype
-    sign = scratch.get("sign", size, dtype).copy_(chunk.vote.sign_())
+    """Σ_j η_j δ'_j. The tensors are overwritten. counts: [2, K] to fill with non-zero and kept entries."""
+    size, dtype = vote.numel(), deltas[0].dtype
+    sign = scratch.get("sign", size, dtype).copy_(vote.sign_())
     sign.mul_(2).add_(1).sign_()  # -1, 0, 1 -> -1, 1, 1: a zero sum counts as plus
     merged = scratch.get("merged", size, dtype).zero_()
     divisor = scratch.get("divisor", size, dtype).zero_()
     kept = scratch.get("kept", size, dtype)
-    for j, (vector, weight) in enumerate(zip(chunk.vectors, weights, strict=True)):
+    for j, (delta, eta) in enumerate(zip(deltas, etas, strict=True)):
         if counts is not None:
-            counts[0, j] = count_where(np.not_equal, vector, 0)
-        vector.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ
+            counts[0, j] = count_where(np.not_equal, delta, 0)
+        delta.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ
         if counts is not None:
-            counts[1, j] = count_where(np.not_equal, vector, 0)
+            counts[1, j] = count_where(np.not_equal, delta, 0)
         if divide:
-            divisor.add_(torch.sign(vector, out=kept).mul_(weight))
-        merged.add_(vector.mul_(weight))
+            divisor.add_(torch.sign(delta, out=kept).mul_(eta))
+        merged.add_(delta.mul_(eta))
     if divide:
         divisor.add_(torch.sign(divisor, out=kept).neg_().add_(1))  # zero -> 1
         merged.div_(divisor)
     return merged.mul_(sign)
-
-
-def sce_with_gradients(
-    base: Tensor, targets: Sequence[Tensor], *, select_topk: float, variant: Variant, weights: Sequence[float]
-) -> Tensor:
-    """The tensor of `sce` by dense operations of autograd, with gradients to base and targets.
-
-    mergekit keeps the autograd connections of module parameters that are merged in memory, so its methods do too.
-    Slower and larger than the chunked form, the same numbers up to rounding; selection and signs are constants.
-    """
-    deltas = dense(base, targets)
-    mask = torch.ones_like(base, dtype=torch.bool) if select_topk == 1 else select(targets, select_topk)
-    coefficients = dense_shares(deltas * mask)
-    factors = torch.tensor(weights, dtype=torch.float64, device=base.device).reshape(-1, *[1] * base.ndim)
-    merged = (deltas if variant == "fuseai" else deltas * mask) * factors.to(deltas.dtype)
-    with torch.no_grad():  # Σ_j δ_j as the chunked form has it: before the differences are rounded, where that is exact
-        wide = torch.stack([target.double() for target in targets])
-        if base.dtype == torch.float64:
-            vote = (wide.sub(base) * factors).sum(0)
-        else:
-            vote = (wide * factors).sum(0) - sum(weights) * base.double()
-    kept = torch.where(vote >= 0, merged > 0, merged < 0)
-    update = (coefficients * merged * kept).sum(0)
-    if variant != "paper":
-        divisor = (coefficients * kept).sum(0)
-        update = update / torch.where(divisor == 0, 1, divisor)
-    return (base.to(deltas.dtype) + update).to(base.dtype)
 
 
 # ---------------------------------------------------------------- the Select step
@@ -343,7 +289,7 @@ def variance_scores(targets: Sequence[Tensor], scratch: Scratch, out: Tensor, sc
     return out.mul_(len(targets)).sub_(total.mul_(total))  # K Σd² - (Σd)²
 
 
-def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_size: int | None = None) -> Selection:
+def select_top_variance(targets: Sequence[Tensor], select_topk: float) -> Selection:
     """Find the top `select_topk` of the elements that vary at all: floor(select_topk * their number).
 
     targets: K >= 2 flat tensors [numel]. Scratch: 8 bytes per selected element up to a quarter of them, else one
@@ -351,16 +297,16 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
     differences are above 1e-11 of the largest ones (float32). Raises OverflowError for differences that are not finite.
     """
     scale = 1.0
-    low, chunks = _candidates(targets, select_topk, scale, chunk_size)
+    low, chunks = _candidates(targets, select_topk, scale)
     largest = float(np.max([chunk.largest for chunk in chunks.values()]))  # NaN if any is
     if not _TINY[compute_dtype(targets[0].dtype)] < largest < math.inf:
-        scale = _scale(targets, chunk_size)
-        low, chunks = _candidates(targets, select_topk, scale, chunk_size)
+        scale = _scale(targets)
+        low, chunks = _candidates(targets, select_topk, scale)
     count = math.floor(select_topk * sum(chunk.varying for chunk in chunks.values()))
     if count == 0:
         return Selection(chunks, math.inf, 0)
     if low > 0 and sum(chunk.scores.numel() for chunk in chunks.values()) < count:
-        chunks = _score(targets, 0.0, scale, chunk_size)  # the sample misled
+        chunks = _score(targets, 0.0, scale)  # the sample misled
     scores = [chunk.scores for chunk in chunks.values()]
     threshold = kth_largest(scores, count)
     above = sum(count_where(np.greater, each, threshold) for each in scores)
@@ -372,15 +318,13 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float, chunk_siz
     return Selection(chunks, threshold, count, dict(zip(chunks, taken, strict=True)))
 
 
-def _candidates(
-    targets: Sequence[Tensor], select_topk: float, scale: float, chunk_size: int | None
-) -> tuple[float, dict[int, ChunkScores]]:
+def _candidates(targets: Sequence[Tensor], select_topk: float, scale: float) -> tuple[float, dict[int, ChunkScores]]:
     """The score from which elements are kept, 0 for all, and their scores."""
     low = _sampled_bound(targets, select_topk, scale) if select_topk <= _SPARSE_SHARE else 0.0
-    return low, _score(targets, low, scale, chunk_size)
+    return low, _score(targets, low, scale)
 
 
-def _scale(targets: Sequence[Tensor], chunk_size: int | None) -> float:
+def _scale(targets: Sequence[Tensor]) -> float:
     """The power of two that brings the largest difference between targets near 1. Raises OverflowError without one."""
     dtype = compute_dtype(targets[0].dtype)
 
@@ -390,14 +334,14 @@ def _scale(targets: Sequence[Tensor], chunk_size: int | None) -> float:
         sizes = [difference.copy_(target[start:stop]).sub_(first).abs_().max() for target in targets[1:]]
         return float(torch.stack(sizes).max())
 
-    found = float(np.max(for_each_chunk(largest, targets[0].numel(), targets[0].device, chunk_size)))
+    found = float(np.max(for_each_chunk(largest, targets[0].numel(), targets[0].device)))
     if not math.isfinite(found):
         raise OverflowError  # NaN, Inf, or a difference beyond the dtype: the caller finds out which
     lowest, highest = _EXPONENTS[dtype]
     return 2.0 ** min(max(-math.frexp(found)[1], lowest), highest) if found else 1.0
 
 
-def _score(targets: Sequence[Tensor], low: float, scale: float, chunk_size: int | None) -> dict[int, ChunkScores]:
+def _score(targets: Sequence[Tensor], low: float, scale: float) -> dict[int, ChunkScores]:
     """Scores of all elements, or, with `low` above zero, of those with a score of at least `low`."""
     numel, device = targets[0].numel(), targets[0].device
     dtype = compute_dtype(targets[0].dtype)
@@ -412,7 +356,7 @@ def _score(targets: Sequence[Tensor], low: float, scale: float, chunk_size: int 
         positions = nonzero(compare(np.greater_equal, scores, low))
         return start, ChunkScores(positions.int(), scores[positions], varying, largest)
 
-    return dict(for_each_chunk(score, numel, device, chunk_size))
+    return dict(for_each_chunk(score, numel, device))
 
 
 def _sampled_bound(targets: Sequence[Tensor], select_topk: float, scale: float) -> float:

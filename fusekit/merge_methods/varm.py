@@ -26,8 +26,6 @@ from fusekit.merge_methods.fusion_vectors import (
     block_sums,
     check_finite,
     check_weights,
-    dense,
-    dense_shares,
     for_each_chunk,
     shares,
     whole_blocks,
@@ -56,7 +54,6 @@ def varm(
     *,
     coefficients: Sequence[float] | np.ndarray | None = None,
     weights: Sequence[float] | None = None,
-    chunk_size: int | None = None,
 ) -> VaRMMerge:
     """Merge K fine-tunes into their base by VaRM, one parameter matrix: θ + Σ_j W_j (φ_j - θ). arXiv 2402.16107 eq. 7.
 
@@ -66,15 +63,13 @@ def varm(
         coefficients: W, K shares that sum to 1; None computes W_j = mean(δ_j²) / Σ_j mean(δ_j²) over this matrix.
             For a larger unit (module, layer, model) give the `unit_coefficients` of its matrices.
         weights: K factors w of the contributions: θ + Σ_j w_j W_j δ_j. None is 1 for all, which changes no bit.
-        chunk_size: elements per chunk, a multiple of 4096; changes nothing but speed.
 
     Returns:
         The merged tensor with its coefficients. Arithmetic is float32 (float64 for float64 inputs) with float64 sums;
         where every target equals the base, its bits are kept. Inputs are not modified; the result carries no gradient.
 
     Raises:
-        MergeError: no targets, or one tensor in place of a list; mixed shapes, dtypes or devices; a wrong number or sum
-            of coefficients; NaN or Inf.
+        MergeError: no targets; mixed shapes, dtypes or devices; a wrong number or sum of coefficients; NaN or Inf.
 
     Example:
         >>> import torch
@@ -85,35 +80,34 @@ def varm(
     """
     vectors = FusionVectors.of(base, targets)
     if coefficients is None:
-        energies = vectors.energies(chunk_size=chunk_size)
+        energies = vectors.energies()
         check_finite(energies)
         ratios = shares(energies)
     else:
-        ratios = _checked(coefficients, len(targets))
+        ratios = np.asarray(coefficients, dtype=np.float64)
+        if ratios.shape != (len(targets),) or not (ratios >= 0).all() or not abs(ratios.sum() - 1) < 1e-6:
+            raise MergeError(
+                f"the coefficients are {ratios.tolist()}: give {counted(len(targets), 'share')} of at least 0 that sum "
+                "to 1, one for each target"
+            )
     factors = ratios * check_weights(weights, len(targets))
     result = vectors.empty_result()
 
     def update(scratch: Scratch, start: int, stop: int) -> None:
-        chunk = vectors.chunk(scratch, start, stop)
+        theta, deltas, _ = vectors.chunk(scratch, start, stop)
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
-        for vector, factor in zip(chunk.vectors, factors, strict=True):
-            merged.add_(vector.mul_(float(factor)))
+        for delta, factor in zip(deltas, factors, strict=True):
+            merged.add_(delta.mul_(float(factor)))
         if coefficients is not None and not math.isfinite(float(merged.sum(dtype=torch.float64))):
             raise NonFiniteError(range(len(factors)))
-        result[start:stop].copy_(add_to_base(chunk.base, merged))
+        result[start:stop].copy_(add_to_base(theta, merged))
 
-    for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    for_each_chunk(update, vectors.numel, vectors.device)
     return VaRMMerge(result.reshape(vectors.shape), ratios)
 
 
 @torch.no_grad()
-def varm_elementwise(
-    base: Tensor,
-    targets: Sequence[Tensor],
-    *,
-    weights: Sequence[float] | None = None,
-    chunk_size: int | None = None,
-) -> VaRMMerge:
+def varm_elementwise(base: Tensor, targets: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> VaRMMerge:
     """VaRM with every element a unit of its own: θ + Σ_j w_j δ_j³ / Σ_j δ_j². The ablation of the paper's table 5.
 
     Inputs, arithmetic and errors as `varm`. Elements that no target changed keep the base's bits. The weights are taken
@@ -121,32 +115,32 @@ def varm_elementwise(
     """
     vectors = FusionVectors.of(base, targets)
     factors = check_weights(weights, len(targets))
-    check_finite(vectors.energies(chunk_size=chunk_size))
+    check_finite(vectors.energies())
     result = vectors.empty_result()
 
     def update(scratch: Scratch, start: int, stop: int) -> tuple[np.ndarray, int]:
-        chunk = vectors.chunk(scratch, start, stop)
+        theta, deltas, _ = vectors.chunk(scratch, start, stop)
         largest = scratch.get("largest", stop - start, vectors.dtype).zero_()
-        for vector in chunk.vectors:
-            torch.maximum(largest, vector.abs(), out=largest)
+        for delta in deltas:
+            torch.maximum(largest, delta.abs(), out=largest)
         largest.add_(torch.sign(largest).neg_().add_(1))  # zero -> 1
         total = scratch.get("total", stop - start, vectors.dtype).zero_()
         merged = scratch.get("merged", stop - start, vectors.dtype).zero_()
         squares = []
-        for vector in chunk.vectors:
-            squares.append((vector / largest).square_())  # relative to the largest: no under- or overflow
+        for delta in deltas:
+            squares.append((delta / largest).square_())  # relative to the largest: no under- or overflow
             total.add_(squares[-1])
         changed = int(torch.count_nonzero(total))
         total.add_(torch.sign(total).neg_().add_(1))
         ends = whole_blocks(stop - start)
         sums = np.empty((len(targets), len(ends)))
-        for j, (vector, square) in enumerate(zip(chunk.vectors, squares, strict=True)):
+        for j, (delta, square) in enumerate(zip(deltas, squares, strict=True)):
             sums[j] = block_sums(square.div_(total).double(), ends)
-            merged.add_(vector.mul_(square) if factors[j] == 1 else vector.mul_(square).mul_(factors[j]))
-        result[start:stop].copy_(add_to_base(chunk.base, merged))
+            merged.add_(delta.mul_(square) if factors[j] == 1 else delta.mul_(square).mul_(factors[j]))
+        result[start:stop].copy_(add_to_base(theta, merged))
         return sums, changed
 
-    parts = for_each_chunk(update, vectors.numel, vectors.device, chunk_size)
+    parts = for_each_chunk(update, vectors.numel, vectors.device)
     changed = sum(count for _, count in parts)
     if not changed:
         return VaRMMerge(result.reshape(vectors.shape), np.full(len(targets), 1 / len(targets)))
@@ -162,10 +156,10 @@ class MatrixStatistics:
 
 
 @torch.no_grad()
-def matrix_statistics(base: Tensor, targets: Sequence[Tensor], *, chunk_size: int | None = None) -> MatrixStatistics:
+def matrix_statistics(base: Tensor, targets: Sequence[Tensor]) -> MatrixStatistics:
     """What `unit_coefficients` needs to know of one matrix. Inputs and errors as `varm`."""
     vectors = FusionVectors.of(base, targets)
-    energies = vectors.energies(chunk_size=chunk_size)
+    energies = vectors.energies()
     check_finite(energies)
     return MatrixStatistics(energies, vectors.numel)
 
@@ -176,48 +170,11 @@ def unit_coefficients(matrices: Sequence[MatrixStatistics], aggregation: Aggrega
     aggregation: "elements", the mean of δ_j² over all elements of the unit (arXiv 2402.16107 eq. 7); "matrices", the
     sum of the matrices' means, as the authors' code does.
     """
-    if not matrices:
-        raise MergeError("a VaRM unit without a matrix: give the statistics of at least one")
     if aggregation == "elements":
         return shares(np.sum([matrix.energies for matrix in matrices], axis=0))
     if aggregation == "matrices":
         return shares(np.sum([matrix.energies / max(matrix.numel, 1) for matrix in matrices], axis=0))
     raise MergeError(f"aggregation is {aggregation!r}, it must be one of elements, matrices")
-
-
-def _checked(coefficients: Sequence[float] | np.ndarray, targets: int) -> np.ndarray:
-    ratios = np.asarray(coefficients, dtype=np.float64)
-    if ratios.shape != (targets,):
-        raise MergeError(f"{counted(ratios.size, 'coefficient')} for {counted(targets, 'target')}: give one for each")
-    if not (ratios >= 0).all():
-        raise MergeError(f"the coefficients {ratios.tolist()} are not all >= 0: they are shares")
-    if not abs(ratios.sum() - 1) < 1e-6:
-        raise MergeError(f"the coefficients sum to {ratios.sum()}, they must sum to 1")
-    return ratios
-
-
-def varm_with_gradients(
-    base: Tensor,
-    targets: Sequence[Tensor],
-    *,
-    elementwise: bool,
-    coefficients: np.ndarray | None,
-    weights: Sequence[float],
-) -> Tensor:
-    """The tensor of `varm` or `varm_elementwise` by dense operations of autograd; given coefficients are constants."""
-    deltas = dense(base, targets)
-
-    def column(values: Sequence[float] | np.ndarray) -> Tensor:
-        return torch.as_tensor(values, dtype=deltas.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
-
-    if elementwise:
-        largest = deltas.detach().abs().amax(0)
-        squares = (deltas / torch.where(largest == 0, 1, largest)).square()  # relative: no under- or overflow
-        total = squares.sum(0)
-        ratios = squares / torch.where(total == 0, 1, total)
-    else:
-        ratios = dense_shares(deltas) if coefficients is None else column(coefficients)
-    return (base.to(deltas.dtype) + (ratios * column(weights) * deltas).sum(0)).to(base.dtype)
 
 
 # Every architecture that mergekit defines numbers its layers in the tensor names, `<prefix>.<index>.<component>...`.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
+from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, ParameterSpec
 from pydantic import BaseModel, ValidationError
 
 from fusekit import mergekit_private
+from fusekit.errors import MergeError
+from fusekit.merge_methods.sce import check_parameters
 from fusekit.yaml import Document, KeyPath, Problems, by_place, nearest, reasons
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -37,14 +39,18 @@ def check(data: Any, problems: Problems) -> MergeConfiguration | None:
         problems.add((), "a recipe is a mapping with `merge_method` and `models`, `slices` or `modules`")
         return None
     _check_keys(data, MergeConfiguration, (), problems)
-    _check_method(data, problems)
+    methods = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
+    name = data.get("merge_method")
+    if name is None:
+        problems.add((), f"`merge_method` is missing; one of: {', '.join(sorted(methods))}")
+    elif not isinstance(name, str) or name not in methods:
+        problems.add(("merge_method",), f"unknown merge method {name!r}{nearest(str(name), methods)}")
+    else:
+        _check_parameters(data, methods[name], problems)
     _check_names(data, problems)
-    _check_ranges(data, problems)
     config = _validate(data, problems)
     if config is not None and not problems.found:  # else what is missing may be there, misspelled
-        for path, body, _ in _bodies(data):
-            if isinstance(body.get("models"), list) or isinstance(body.get("sources"), list):
-                _check_inputs(data, path, body, problems)
+        _check_inputs(data, methods[data["merge_method"]], problems)
     return config
 
 
@@ -62,7 +68,7 @@ def _check_keys(value: Any, annotation: Any, path: KeyPath, problems: Problems) 
             _check_keys(child, get_args(annotation)[1], here, problems)
         elif fields is not None and key not in fields:
             problems.add(here, f"unknown key {key!r}{nearest(str(key), fields)}")
-        elif fields is not None and key != "parameters":  # the method's own names, checked by _check_parameters
+        elif fields is not None:
             _check_keys(child, fields[key].annotation, here, problems)
 
 
@@ -82,77 +88,82 @@ def _choose(value: Any, annotation: Any) -> Any:
     return max(models, key=lambda m: len(m.model_fields.keys() & value.keys()), default=next(iter(mappings), None))
 
 
-def _check_method(data: dict[str, Any], problems: Problems) -> None:
-    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-    name = data.get("merge_method")
-    if name is None:
-        problems.add((), f"`merge_method` is missing; one of: {', '.join(sorted(methods))}")
-    elif not isinstance(name, str) or name not in methods:
-        problems.add(("merge_method",), f"unknown merge method {name!r}{nearest(str(name), methods)}")
-    else:
-        _check_parameters(data, methods[name].spec, problems)
-
-
 def _check_parameters(data: dict[str, Any], spec: MergeMethodSpec, problems: Problems) -> None:
     """Report parameters that a method does not have or whose value it refuses, and those without effect."""
     known = {parameter.name: parameter for parameter in spec.parameters}
-    for place, body, owner in _bodies(data):
-        path, block = (*place, "parameters"), body.get("parameters")
-        if block is None:
+    for here, name, setting, owner in _parameters(data):
+        if name not in known:
+            problems.add(here, f"unknown parameter {name!r} of {spec.name}{nearest(name, known)}")
             continue
-        if not isinstance(block, dict):
-            problems.add(path, "`parameters` is a mapping of names to values")
-            continue
-        for name, setting in block.items():
-            here = (*path, str(name))
-            if name not in known:
-                problems.add(here, f"unknown parameter {name!r} of {spec.name}{nearest(str(name), known)}")
-                continue
-            scope = known[name].scope
-            if owner is not None and scope == ParameterScope.SHARED:
-                problems.add(
-                    here,
-                    f"{name!r} is one value for all models in {spec.name}: under one model it has no effect; "
-                    "move it to the `parameters` of the recipe, a module or a slice",
-                )
-            elif owner is not None and scope == ParameterScope.NON_BASE and owner == data.get("base_model"):
-                problems.warn(here, f"{name!r} has no effect on the base model in {spec.name}")
-            _check_setting(setting, here, f"{name!r} of {spec.name}", known[name].validate, problems)
+        scope = known[name].scope
+        if owner is not None and scope == ParameterScope.SHARED:
+            problems.add(
+                here,
+                f"{name!r} is one value for all models in {spec.name}: under one model it has no effect; "
+                "move it to the `parameters` of the recipe, a module or a slice",
+            )
+        elif owner is not None and scope == ParameterScope.NON_BASE and owner == data.get("base_model"):
+            problems.warn(here, f"{name!r} has no effect on the base model in {spec.name}")
+        for place, value in _values(setting, here):
+            if (refusal := _refusal(value, known[name])) is not None:
+                problems.add(place, f"{name!r} of {spec.name} cannot be {value!r}: {refusal}")
 
 
-def _check_inputs(data: dict[str, Any], path: KeyPath, output: dict[str, Any], problems: Problems) -> None:
-    """Report models that are too few or too many for the method, and required parameters that are given nowhere."""
-    spec = merge_methods.get(data["merge_method"]).spec
-    key = "models" if "models" in output else "sources"
-    inputs, base = _mappings(output.get(key), (*path, key)), output.get("base_model", data.get("base_model"))
-    names = [str(item.get("model")) for _, item in inputs]
-    if inputs and key == "models" and base is not None and str(base) not in names:
-        names.append(str(base))  # mergekit adds it
+def _refusal(value: Any, parameter: ParameterSpec) -> str | None:
+    """Why a method refuses the value of a parameter, None where it does not."""
     try:
-        spec.contract.validate_ids(names, None if base is None else str(base))
-    except ValueError as error:
-        problems.add(path or ("models",), f"{spec.name} cannot merge these models: {error}")
-    enclosing = [
-        level.get("parameters") for level in (data, output, *(body for at, body in _outputs(data) if at == path[:2]))
-    ]
+        read = parameter.validate(value)
+    except ValidationError as error:
+        return "; ".join(reasons(error))
+    return "not a finite number" if isinstance(read, float) and not math.isfinite(read) else None
+
+
+def _check_inputs(data: dict[str, Any], spec: MergeMethodSpec, problems: Problems) -> None:
+    """Report required parameters that are given nowhere, and models that are too few or too many for the method."""
+    given = {name for _, name, _, _ in _parameters(data)}
     for parameter in spec.parameters:
-        if not parameter.required or any(isinstance(given, dict) and parameter.name in given for given in enclosing):
-            continue
-        missing = f"the parameter {parameter.name!r} of {spec.name} is missing"
-        if parameter.scope == ParameterScope.SHARED:
-            problems.add((*path, "parameters"), f"{missing}: give it under `parameters`")
-            continue
-        for here, item in inputs:
-            exempt = parameter.scope == ParameterScope.NON_BASE and item.get("model") == base
-            if not exempt and parameter.name not in (item.get("parameters") or ()):
-                problems.add(here, f"{missing} for {item.get('model')}: give it there, or for all under `parameters`")
+        if parameter.required and parameter.name not in given:
+            problems.add(("parameters",), f"the parameter {parameter.name!r} of {spec.name} is missing")
+    if not data.get("models"):
+        return
+    names = [str(item["model"]) for item in data["models"]]
+    base = None if data.get("base_model") is None else str(data["base_model"])
+    if base is not None and base not in names:
+        names.append(base)  # mergekit adds it
+    try:
+        spec.contract.validate_ids(names, base)
+    except ValueError as error:
+        problems.add(("models",), f"{spec.name} cannot merge these models: {error}")
+    shares = [(here, setting) for here, name, setting, _ in _parameters(data) if name == "select_topk"]
+    for place, value in (found for here, setting in shares for found in _values(setting, here)):
+        if spec.name == "fusechat_sce" and len(names) == 2 and isinstance(value, float):
+            try:
+                check_parameters(1, value, "paper")
+            except MergeError as error:
+                problems.add(place, str(error))
 
 
-def _outputs(data: dict[str, Any]) -> list[tuple[KeyPath, dict[str, Any]]]:
-    """What a recipe makes, by place: itself, and each of its modules."""
+def _parameters(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str, Any, Any]]:
+    """Every parameter of a recipe: its path, name and setting, and the model it stands under, None for several."""
+    for path, body, owner in _bodies(data):
+        block = body.get("parameters")
+        for name, setting in block.items() if isinstance(block, dict) else ():
+            yield (*path, "parameters", str(name)), str(name), setting, owner
+
+
+def _bodies(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], Any]]:
+    """Everything in a recipe that may have `parameters`, and the model it stands for, None for several."""
     modules = data.get("modules")
     found = modules.items() if isinstance(modules, dict) else ()
-    return [((), data), *((("modules", str(name)), module) for name, module in found if isinstance(module, dict))]
+    outputs = [((), data), *((("modules", str(name)), module) for name, module in found if isinstance(module, dict))]
+    for path, output in outputs:
+        yield path, output, None
+        inputs = _mappings(output.get("models"), (*path, "models"))
+        for here, piece in _mappings(output.get("slices"), (*path, "slices")):
+            yield here, piece, None
+            inputs += _mappings(piece.get("sources"), (*here, "sources"))
+        for here, item in inputs:
+            yield here, item, item.get("model", "?")
 
 
 def _mappings(value: Any, path: KeyPath) -> list[tuple[KeyPath, dict[str, Any]]]:
@@ -161,56 +172,16 @@ def _mappings(value: Any, path: KeyPath) -> list[tuple[KeyPath, dict[str, Any]]]
     return [((*path, index), item) for index, item in items if isinstance(item, dict)]
 
 
-def _bodies(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], Any]]:
-    """Everything in a recipe that may have `parameters`, and the model it stands for (None: not one model)."""
-    for path, body in _outputs(data):
-        yield path, body, None
-        inputs = _mappings(body.get("models"), (*path, "models"))
-        for here, output in _mappings(body.get("slices"), (*path, "slices")):
-            yield here, output, None
-            inputs += _mappings(output.get("sources"), (*here, "sources"))
-        for here, item in inputs:
-            yield here, item, item.get("model", "?")
-
-
-def _check_setting(
-    setting: Any, path: KeyPath, label: str, validate: Callable[[Any], Any], problems: Problems, *, inside: str = ""
-) -> None:
-    """Check one parameter: a number, string or boolean, a gradient (list), a filter, or a list of filters."""
-    parts: list[tuple[KeyPath, Any]] = []
-    kind = "list" if isinstance(setting, list) else "filter" if isinstance(setting, dict) else "value"
-    if kind == "value":
-        _check_value(setting, path, label, validate, problems)
-    elif kind == inside:
-        problems.add(path, f"{label}: {kind}s do not nest")
-    elif kind == "list":
-        filters = sum(isinstance(item, dict) for item in setting)
-        if not setting:
-            problems.add(path, f"{label} is an empty list, which mergekit ignores")
-        elif filters not in (0, len(setting)):
-            problems.add(path, f"{label} mixes values and filters: give every item a `value`")
-        else:
-            parts = [((*path, index), item) for index, item in enumerate(setting)]
+def _values(setting: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """The values of a parameter with their paths: of a plain one, a gradient (list), a filter, or a list of filters."""
+    if isinstance(setting, list):
+        for index, item in enumerate(setting):
+            yield from _values(item, (*path, index))
+    elif isinstance(setting, dict):
+        if "value" in setting:
+            yield from _values(setting["value"], (*path, "value"))
     else:
-        for key in setting.keys() - {"value", "filter"}:
-            hint = nearest(str(key), ["value", "filter"])
-            problems.add((*path, str(key)), f"unknown key {key!r} of {label}{hint}")
-        if "value" not in setting:
-            problems.add(path, f"{label}: a filter needs a `value`")
-        else:
-            parts = [((*path, "value"), setting["value"])]
-    for place, part in parts:
-        _check_setting(part, place, label, validate, problems, inside=kind)
-
-
-def _check_value(value: Any, path: KeyPath, label: str, validate: Callable[[Any], Any], problems: Problems) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        problems.add(path, f"{label} cannot be {value}: not a finite number")
-        return
-    try:
-        validate(value)
-    except ValidationError as error:
-        problems.add(path, f"{label} cannot be {value!r}: {'; '.join(reasons(error))}")
+        yield path, setting
 
 
 def _check_names(data: dict[str, Any], problems: Problems) -> None:
@@ -224,21 +195,6 @@ def _check_names(data: dict[str, Any], problems: Problems) -> None:
         names = ["auto", *mergekit_private.chat_templates()]
         if template not in names:
             problems.add(("chat_template",), f"unknown chat template {template!r}{nearest(template, names)}")
-
-
-def _check_ranges(data: dict[str, Any], problems: Problems) -> None:
-    for path, body, _ in _bodies(data):
-        layers = body.get("layer_range")
-        if not isinstance(layers, list) or [type(end) for end in layers] != [int, int]:
-            continue  # mergekit's own schema says what is wrong
-        if not 0 <= layers[0] < layers[1]:
-            problems.add(
-                (*path, "layer_range"), f"layer_range {layers} is empty: give [first, last + 1], counted from 0"
-            )
-    tokenizer = data.get("tokenizer")
-    multiple = tokenizer.get("pad_to_multiple_of") if isinstance(tokenizer, dict) else None
-    if type(multiple) is int and not 1 <= multiple <= 65536:
-        problems.add(("tokenizer", "pad_to_multiple_of"), f"pad_to_multiple_of {multiple} is not between 1 and 65536")
 
 
 def _validate(data: dict[str, Any], problems: Problems) -> MergeConfiguration | None:

@@ -28,46 +28,59 @@ SMALL_RATIO = 10.5
 """Of two epsilons of a norm: up to here (1e-6 and 1e-5) they are small against the variances of activations."""
 
 
-def load_configs(models: Iterable[Model], problems: Problems, trust_remote_code: bool) -> dict[Any, Any]:
-    """The transformers configuration of every model with weights, by pinned reference. Raises MergeError."""
-    configs: dict[Any, Any] = {}
+def load_configs(models: Iterable[Model], problems: Problems, trust_remote_code: bool) -> None:
+    """Load the transformers configuration of every model with weights. Raises MergeError."""
     for model in models:
-        if not model.weights:
-            continue
-        file = f"the config.json of {model.name}"
         try:
-            config = configs[model.pinned] = model.pinned.config(trust_remote_code=trust_remote_code)
+            model.config = model.pinned.config(trust_remote_code=trust_remote_code) if model.weights else None
         except Exception as error:
-            problems.add(model.place, f"{file} does not load: {' '.join(str(error).split())[:500]}")
+            says = " ".join(str(error).split())[:500]
+            problems.add(model.place, f"the config.json of {model.name} does not load: {says}")
             continue
-        number = len(getattr(config, "architectures", None) or [])
-        if number != 1:
-            problems.add(model.place, f"{file} names {number} architectures, not 1")
+        number = len(getattr(model.config, "architectures", None) or [])
+        if model.weights and number != 1:
+            problems.add(model.place, f"the config.json of {model.name} names {number} architectures, not 1")
     problems.raise_if_any(MergeError)
-    return configs
 
 
-def check_meaning(
-    config: OrderedConfiguration, models: dict[Any, Model], configs: dict[Any, Any], crimes: bool, problems: Problems
-) -> None:
+def check_meaning(config: OrderedConfiguration, models: dict[Any, Model], crimes: bool, problems: Problems) -> None:
     """Report models that do not fit the base (or the first): architecture, meaning of weights, depth, heads, layers.
 
-    crimes: mergekit's --allow-crimes, which makes warnings of what is an error otherwise.
+    models: by pinned reference. crimes: mergekit's --allow-crimes, which makes warnings of some errors.
     """
-    reference = config.base_model if config.base_model in configs else next(iter(configs))
-    for pinned, found in configs.items():
-        _check_pair((models[reference], configs[reference]), (models[pinned], found), crimes, problems)
+    merged = [model for model in models.values() if model.weights]
+    first = next((model for model in merged if model.pinned == config.base_model), merged[0])
+    donor = models[config.donor]
+    for model in merged:
+        _check_pair(first, model, crimes, problems)
+        _check_head(donor, model, problems)
     outputs: list[tuple[KeyPath, Any]] = [((), config)]
     outputs += [(("modules", str(name)), module) for name, module in (config.modules or {}).items()]
     for path, output in outputs:
-        _check_depths(output, config.base_model, models, configs, problems)
-        _check_layer_ranges(output, path, configs, problems)
-    _check_tied_heads(config.donor, models, configs, problems)
+        for model in [models[each.model] for each in output.models or ()]:
+            mine, its = (_text_config(each.config, "num_hidden_layers") for each in (first, model))
+            if mine != its:
+                problems.add(
+                    model.place,
+                    f"{model.name} has {its} layers, {first.name} has {mine}: choose models of one depth, or pick "
+                    "layers of each with `slices:`",
+                )
+        for index, piece in enumerate(output.slices or ()):
+            for place, source in enumerate(piece.sources):
+                (start, stop), model = source.layer_range, models[source.model]
+                layers = _text_config(model.config, "num_hidden_layers")
+                if not 0 <= start < stop <= (layers or stop):
+                    problems.add(
+                        (*path, "slices", index, "sources", place, "layer_range"),
+                        f"layer_range {[start, stop]}, but {model.name} has {layers} layers: give [first, last + 1], "
+                        "counted from 0",
+                    )
 
 
-def _check_pair(first: tuple[Model, Any], second: tuple[Model, Any], crimes: bool, problems: Problems) -> None:
-    (model, config), (other, its_config) = first, second
+def _check_pair(model: Model, other: Model, crimes: bool, problems: Problems) -> None:
+    """Report what another model's config means otherwise."""
     report = problems.warn if crimes else problems.add
+    config, its_config = model.config, other.config
     ours, theirs = config.architectures[0], its_config.architectures[0]
     if ours != theirs or arch_info_for_config(config) != arch_info_for_config(its_config):
         report(
@@ -76,28 +89,34 @@ def _check_pair(first: tuple[Model, Any], second: tuple[Model, Any], crimes: boo
             "only models of one architecture can be merged (a wrong base_model?)",
         )
         return
-    for key in SAME_MEANING:
+    for key in (*SAME_MEANING, *EPSILONS, "sliding_window"):
         values = _text_config(config, key), _text_config(its_config, key)
         if key == "hidden_activation" and None in values:  # not a field of the class, which reads hidden_act
             continue
+        small = key == "sliding_window"
+        if key in EPSILONS:
+            low, high = sorted(value or 0.0 for value in values)
+            small = high <= SMALL_RATIO * low
         for part, mine, its in _differences(key, *values):
-            report(
-                other.place,
-                f"{other.name} has {part} {its}, {model.name} has {mine}: their weights do not mean the same (a "
-                "wrong base_model?); if they do, give both the same value in config.json, or use --allow-crimes",
-            )
-    for key in (*EPSILONS, "sliding_window"):
-        mine, its = _text_config(config, key), _text_config(its_config, key)
-        if mine == its:
-            continue
-        low, high = sorted(value if isinstance(value, (int, float)) else 0.0 for value in (mine, its))
-        says = f"{other.name} has {key} {its}, {model.name} has {mine}, which the merged model gets"
-        if key == "sliding_window" or high <= SMALL_RATIO * low:
-            problems.warn(other.place, says)
-        else:
-            report(
-                other.place, f"{says}: it would read the weights of the other differently; --allow-crimes merges them"
-            )
+            says = f"{other.name} has {part} {its}, {model.name} has {mine}"
+            if small:
+                problems.warn(other.place, f"{says}, which the merged model gets")
+            else:
+                report(
+                    other.place,
+                    f"{says}: their weights do not mean the same (a wrong base_model?); if they do, give both the same "
+                    "value in config.json, or use --allow-crimes",
+                )
+
+
+def _check_head(donor: Model, model: Model, problems: Problems) -> None:
+    """Report an output head that would be lost, or made of embeddings: the merged model takes the donor's config."""
+    donors, its = (bool(_text_config(each.config, "tie_word_embeddings")) for each in (donor, model))
+    says = f"{model.name} has tie_word_embeddings {its}, {donor.name} has {donors}, which the merged model gets"
+    if its and not donors:
+        problems.warn(model.place, f"{says}: its embedding is merged as its output head")
+    elif donors and not its:
+        problems.add(model.place, f"{says}: its output head would be lost; use a base_model without tied embeddings")
 
 
 def _differences(key: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -108,55 +127,6 @@ def _differences(key: str, mine: Any, its: Any) -> Iterator[tuple[str, Any, Any]
                 yield from _differences(f"{key}.{name}", mine.get(name), its.get(name))
     elif mine != its:
         yield key, mine, its
-
-
-def _check_depths(
-    output: Any, base: Any, models: dict[Any, Model], configs: dict[Any, Any], problems: Problems
-) -> None:
-    """Report models that are merged as a whole and have another number of layers than the base, or the first."""
-    inputs = [each.model for each in output.models or () if each.model in configs]
-    first = base if base in configs else next(iter(inputs), None)
-    for pinned in inputs:
-        mine, its = (_text_config(configs[each], "num_hidden_layers") for each in (first, pinned))
-        if mine != its:
-            problems.add(
-                models[pinned].place,
-                f"{models[pinned].name} has {its} layers, {models[first].name} has {mine}: choose models of one depth, "
-                "or pick layers of each with `slices:`",
-            )
-
-
-def _check_layer_ranges(output: Any, path: KeyPath, configs: dict[Any, Any], problems: Problems) -> None:
-    """Report slices that reach beyond the last layer of their model; mergekit would plan them all the same."""
-    for index, piece in enumerate(output.slices or ()):
-        for place, source in enumerate(piece.sources):
-            layers = _text_config(configs.get(source.model), "num_hidden_layers")
-            if source.layer_range is not None and layers is not None and source.layer_range[1] > layers:
-                problems.add(
-                    (*path, "slices", index, "sources", place, "layer_range"),
-                    f"layer_range {list(source.layer_range)}, but {source.model} has {layers} layers",
-                )
-
-
-def _check_tied_heads(donor: Any, models: dict[Any, Model], configs: dict[Any, Any], problems: Problems) -> None:
-    """Report output heads that would be lost, or made of embeddings: the merged model takes the donor's config."""
-    tied = {pinned: bool(_text_config(found, "tie_word_embeddings")) for pinned, found in configs.items()}
-    for pinned, is_tied in tied.items():
-        if donor not in configs or is_tied == tied[donor]:
-            continue
-        model, of_donor = models[pinned], f"{models[donor].name}, whose config the merged model gets,"
-        if is_tied:
-            problems.warn(
-                model.place,
-                f"{model.name} has tie_word_embeddings: true and {of_donor} false: its embedding is merged as its "
-                "output head",
-            )
-        else:
-            problems.add(
-                model.place,
-                f"{model.name} has an output head of its own (tie_word_embeddings: false) and {of_donor} has not "
-                "(true): the head would be lost; use a base_model without tied embeddings",
-            )
 
 
 def _text_config(config: Any, key: str) -> Any:
@@ -188,37 +158,38 @@ def check_tokenizers(
                 f"the tokenizer of {donor.name} has ids up to {tokens - 1}, its embedding {rows} rows: texts with the "
                 "tokens beyond them will fail",
             )
-    if copied and not built and not has_tokenizer(donor.folder):
+    if built:
+        return
+    if copied and not has_tokenizer(donor.folder):
         problems.warn(donor.place, f"{donor.name} has no tokenizer, so the merged model will have none")
-    if not built:
-        _check_ids(donor, [model for model in models.values() if model.weights], problems)
+    for model in models.values():
+        if model is not donor and model.weights:
+            _check_ids(donor, model, problems)
 
 
-def _check_ids(donor: Model, models: list[Model], problems: Problems) -> None:
+def _check_ids(donor: Model, model: Model, problems: Problems) -> None:
     """Warn of embeddings whose rows belong to other tokens. Fine-tunes may have renamed some of the special tokens."""
-    file, same = donor.folder / "tokenizer.json", None
-    for model in models:
-        other = model.folder / file.name
-        if model is donor or not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
-            continue
-        try:
-            same = same or {number: token for token, number in (token_ids(donor.folder, donor.name) or {}).items()}
-            theirs = token_ids(model.folder, model.name) or {}
-        except MergeError:  # that of the donor is reported; another is not used
-            continue
-        differ = [(number, token) for token, number in theirs.items() if same.get(number, token) != token]
-        if len(differ) > len(theirs) * RENAMED:
-            number, token = min(differ)
-            problems.warn(
-                model.place,
-                f"{model.name} has another tokenizer than {donor.name}: {len(differ):,} of {len(theirs):,} ids stand "
-                f"for other tokens ({number} is {token!r}, in {donor.name} {same[number]!r}), so embeddings are merged "
-                "that do not belong together; if both are right, `tokenizer: {source: union}` brings them together",
-            )
+    file, other = (each.folder / "tokenizer.json" for each in (donor, model))
+    if not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
+        return
+    try:
+        ids, theirs = (token_ids(each.folder, each.name) or {} for each in (donor, model))
+    except MergeError:  # that of the donor is reported; another is not used
+        return
+    same = {number: token for token, number in ids.items()}
+    differ = [(number, token) for token, number in theirs.items() if same.get(number, token) != token]
+    if len(differ) > len(theirs) * RENAMED:
+        number, token = min(differ)
+        problems.warn(
+            model.place,
+            f"{model.name} has another tokenizer than {donor.name}: {len(differ):,} of {len(theirs):,} ids stand for "
+            f"other tokens ({number} is {token!r}, in {donor.name} {same[number]!r}), so embeddings are merged that do "
+            "not belong together; if both are right, `tokenizer: {source: union}` brings them together",
+        )
 
 
 def generation_config(config: OrderedConfiguration, models: dict[Any, Model], problems: Problems) -> Path | None:
-    """That of the donor, or of the model whose tokens are taken: to another, the ids would mean something else.
+    """The donor's, or that of the model whose tokens are taken: to another, the ids would mean something else.
 
     Reports one that does not load.
     """

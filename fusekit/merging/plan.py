@@ -88,15 +88,14 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     The loaders of the models are registered with mergekit already. Raises MergeError with all problems.
     """
     by_pin = {model.pinned: model for model in models}
-    configs = load_configs(by_pin.values(), problems, options.trust_remote_code)
-    check_meaning(config, by_pin, configs, options.allow_crimes, problems)
+    load_configs(by_pin.values(), problems, options.trust_remote_code)
+    check_meaning(config, by_pin, options.allow_crimes, problems)
     problems.raise_if_any(MergeError)
     tasks, out_config, architecture = _mergekit_tasks(config, options)
     saves = [task for task in tasks if isinstance(task, SaveTensor)]
     donor = by_pin[config.donor]
-    built = _built_shapes(out_config, donor, problems)
-    tensors = [_planned_tensor(save, by_pin, configs, built, problems) for save in saves]
-    _check_parts(by_pin, tensors, problems)
+    built = _built_shapes(out_config)
+    tensors = [_planned_tensor(save, by_pin, built, problems) for save in saves]
     if len(problems.found) > MAX_REPORTED:
         rest = len(problems.found) - MAX_REPORTED
         last = max(line for line, _, _ in problems.found[:MAX_REPORTED])
@@ -107,9 +106,9 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     check_tokenizers(config, by_pin, rows, options.copy_tokenizer, problems)
     generation = generation_config(config, by_pin, problems)
     problems.raise_if_any(MergeError)
-    _check_method_parameters(saves, tensors)
     method = merge_methods.get(config.merge_method)
-    listed = {name for each in configs.values() for weight in architecture.all_weights(each) for name in _names(weight)}
+    definitions = [architecture.all_weights(model.config) for model in by_pin.values() if model.weights]
+    listed = {name for weights in definitions for weight in weights for name in _names(weight)}
     warnings = [*problems.warnings, *_unmatched_filters(config, saves), *_dropped_tensors(by_pin, tensors, listed)]
     takes_base = method.spec.contract.base != BasePolicy.IGNORED
     base = by_pin[config.base_model].name if takes_base and config.base_model in by_pin else None
@@ -145,9 +144,7 @@ def _names(weight: Any) -> list[str]:
     return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
 
 
-def _planned_tensor(
-    save: Any, by_pin: dict[Any, Model], configs: dict[Any, Any], built: Shapes, problems: Problems
-) -> PlannedTensor:
+def _planned_tensor(save: Any, by_pin: dict[Any, Model], built: Shapes, problems: Problems) -> PlannedTensor:
     gather, task = _gather(save), save.tensor_task
     inputs: dict[Any, TensorHeader] = {}
     converted = []
@@ -156,7 +153,7 @@ def _planned_tensor(
         header = next((model.headers[name] for name in _names(weight) if name in model.headers), None)
         if header is not None:
             inputs[pinned] = header
-        elif can_convert_checkpoint_keys(configs[pinned].model_type, set(model.headers), weight.name):
+        elif can_convert_checkpoint_keys(model.config.model_type, set(model.headers), weight.name):
             converted.append(pinned)
             if (whole := _whole(model, built.get(save.tensor_name))) is not None:
                 inputs[pinned] = whole
@@ -167,12 +164,8 @@ def _planned_tensor(
             )
     axis = task.output_weight.vocabulary_axis
     aligned = axis is not None and gather is not task.gather_tensors
-    reference = _reference(save, inputs)
-    _check_shapes(save, inputs, axis if aligned else None, by_pin, problems)
+    shape = _common_shape(save, by_pin, inputs, axis if aligned else None, problems)
     known = all(pinned in inputs for pinned in converted)
-    shape = inputs[reference].shape if inputs and known else None
-    if shape is not None and aligned:
-        shape = (*shape[:axis], ANY, *shape[axis + 1 :])
     # The dtype in which mergekit loads every input; the result has what they promote to, or out_dtype.
     wanted = {pinned: gather.weight_info[pinned].force_dtype or gather.dtype for pinned in inputs}
     loaded = {pinned: (wanted[pinned] or header.dtype).removeprefix("torch.") for pinned, header in inputs.items()}
@@ -181,13 +174,14 @@ def _planned_tensor(
         promoted = reduce(torch.promote_types, [getattr(torch, name) for name in loaded.values()])
         dtype = str(save.dtype or promoted).removeprefix("torch.")
     sizes = {pinned: header.elements * _itemsize(loaded[pinned]) for pinned, header in inputs.items()}
-    loras = {pinned: by_pin[pinned].lora for pinned in inputs}
-    adapted = {pinned for pinned, lora in loras.items() if lora and gather.weight_info[pinned].name in lora.names}
+    adapters = {pinned: by_pin[pinned].adapter for pinned in inputs}
+    adapted = {pinned for pinned, lora in adapters.items() if lora and gather.weight_info[pinned].name in lora.names}
     copies = {pinned for pinned, header in inputs.items() if loaded[pinned] != header.dtype} | adapted | {*converted}
     copied = sum(sizes[pinned] for pinned in copies & sizes.keys())
     if adapted:
         copied += 8 * max(header.elements for header in inputs.values())  # B A, and B A times s, of one model at a time
     optional = save.optional and len(inputs) < len(gather.weight_info)
+    shape = shape if known else None
     return PlannedTensor(
         save.tensor_name, shape, dtype, optional, inputs, sum(sizes.values()), copied, tuple(converted)
     )
@@ -202,42 +196,39 @@ def _whole(model: Model, shape: tuple[int, ...] | None) -> TensorHeader | None:
     return TensorHeader(dtype, shape, "(in parts)", itemsize)
 
 
-def _reference(save: Any, inputs: Mapping[Any, TensorHeader]) -> Any:
-    base = save.tensor_task.base_model
-    return base if base in inputs else next(iter(inputs), None)
-
-
 def _itemsize(dtype: str) -> int:
     return int(getattr(torch, dtype).itemsize)
 
 
-def _check_shapes(
-    save: Any,
-    inputs: Mapping[Any, TensorHeader],
-    free_axis: int | None,
-    by_pin: dict[Any, Model],
-    problems: Problems,
-) -> None:
-    """Report every model whose tensor differs from the base's (else the first model's), apart from ``free_axis``."""
-    reference = _reference(save, inputs)
+def _common_shape(
+    save: Any, by_pin: dict[Any, Model], inputs: Mapping[Any, TensorHeader], free_axis: int | None, problems: Problems
+) -> tuple[int, ...] | None:
+    """The shape of the base's tensor, else of the first model's, with ANY at ``free_axis``; None without inputs.
+
+    Reports every model whose tensor has another one.
+    """
+    base = save.tensor_task.base_model
+    reference = base if base in inputs else next(iter(inputs), None)
+    if reference is None:
+        return None
+    expected = inputs[reference].shape
+    allowed = tuple(ANY if axis == free_axis else size for axis, size in enumerate(expected))
     for pinned, header in inputs.items():
-        expected, found = inputs[reference].shape, header.shape
-        allowed = list(expected)
-        if free_axis is not None:
-            allowed[free_axis] = ANY
-        if same_shape(tuple(allowed), found):
+        if same_shape(allowed, header.shape):
             continue
         model, other = by_pin[pinned], by_pin[reference]
         advice = f"{model.name} is not a fine-tune of {other.name}, or one of the two is the wrong model"
-        if save.tensor_task.output_weight.vocabulary_axis == 0 and found[1:] == expected[1:]:
+        if save.tensor_task.output_weight.vocabulary_axis == 0 and header.shape[1:] == expected[1:]:
             advice = "if only the vocabularies differ, add `tokenizer: {source: base}` (or union) to the recipe"
         problems.add(
             model.place,
-            f"{save.tensor_name}: {other.name} has shape {list(expected)}, {model.name} has {list(found)}: {advice}",
+            f"{save.tensor_name}: {other.name} has shape {list(expected)}, {model.name} has {list(header.shape)}: "
+            f"{advice}",
         )
+    return allowed
 
 
-def _built_shapes(out_config: Any, donor: Model, problems: Problems) -> Shapes:
+def _built_shapes(out_config: Any) -> Shapes:
     """The shapes of transformers' own model of this config; empty where it has none, or cannot build it."""
     kind = getattr(transformers, out_config.architectures[0], None)
     if kind is None:
@@ -245,8 +236,7 @@ def _built_shapes(out_config: Any, donor: Model, problems: Problems) -> Shapes:
     try:
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in kind(out_config).state_dict().items()}
-    except Exception as error:
-        problems.warn(donor.place, f"transformers cannot build a model by the config.json of {donor.name}: {error}")
+    except Exception:
         return {}
 
 
@@ -263,36 +253,9 @@ def _check_sizes(built: Shapes, tensors: list[PlannedTensor], donor: Model, prob
             return
 
 
-def _check_parts(by_pin: dict[Any, Model], tensors: list[PlannedTensor], problems: Problems) -> None:
-    """Report models whose parts do not add up to the tensors that mergekit makes of them: it stacks what is there."""
-    for pinned, model in by_pin.items():
-        of_parts = [tensor for tensor in tensors if pinned in tensor.converted]
-        if not of_parts or any(pinned not in tensor.inputs for tensor in of_parts):
-            continue
-        whole = {id(tensor.inputs[pinned]) for tensor in tensors if pinned in tensor.inputs}
-        parts = sum(header.elements for header in model.headers.values() if id(header) not in whole)
-        wanted = sum(tensor.inputs[pinned].elements for tensor in of_parts)
-        if parts < wanted:
-            problems.add(
-                model.place,
-                f"{model.name}: the tensors that {of_parts[0].name} and others like it are made of have {parts:,} "
-                f"elements, not {wanted:,}: is a shard missing?",
-            )
-
-
 def same_shape(planned: tuple[int, ...], found: tuple[int, ...]) -> bool:
     """Whether a shape is the planned one, of which ANY fits everything."""
     return len(planned) == len(found) and all(want in (ANY, have) for want, have in zip(planned, found, strict=True))
-
-
-def _check_method_parameters(saves: list[Any], tensors: list[PlannedTensor]) -> None:
-    """What only the method knows about its parameters together with the number of models, for every tensor."""
-    for save, tensor in zip(saves, tensors, strict=True):
-        task = save.tensor_task
-        check = getattr(merge_methods.get(task.method_name), "check_parameters", None)
-        if check is not None and tensor.inputs:
-            targets = sum(pinned != task.base_model for pinned in tensor.inputs)
-            check(targets, dict(task.parameters.items()), tensor.name)
 
 
 def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[str]:
@@ -345,19 +308,16 @@ FRUGAL_COPIES, FRUGAL_BYTES = 3, 64 << 20
 def estimate(plan: Plan, models: Iterable[Model], options: MergeOptions, final: Path) -> list[Need]:
     """Disk and memory that the merge needs, compared with what is free now. Nothing is read or allocated."""
     models = list(models)
-    return [*_disk(plan, models, options, final), *_memory(plan, models, options)]
+    return [*_disk(plan, models, final), *_memory(plan, models, options)]
 
 
-def _disk(plan: Plan, models: list[Model], options: MergeOptions, final: Path) -> list[Need]:
+def _disk(plan: Plan, models: list[Model], final: Path) -> list[Need]:
     tokenizers = [[model.folder / name for name in TOKENIZERS] for model in models]
     largest = max((sum(file.stat().st_size for file in files if file.is_file()) for files in tokenizers), default=0)
     wanted: list[tuple[Path, int, str]] = [(final.parent, plan.nbytes + largest + SMALL_FILES_BYTES, "the result")]
     for model in models:
         if model.download_bytes and model.snapshot:
             wanted.append((model.snapshot.cache, model.download_bytes, f"the download of {model.name}"))
-        if model.merges_adapter and options.lora_merge_cache:
-            size = sum(header.nbytes for header in model.headers.values())
-            wanted.append((Path(options.lora_merge_cache), size, f"{model.name} with its adapter merged"))
     return disk(wanted)
 
 

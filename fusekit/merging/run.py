@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -25,27 +24,25 @@ from fusekit import yaml as safe_yaml
 from fusekit.devices import Need, is_out_of_memory, progress, refuse_lacking, worth_saying
 from fusekit.disk import counted, disk_fault, human, output_lock, recover, staging
 from fusekit.errors import FusekitError, MergeError, StorageError
-from fusekit.hub import Headers, HubUnreachableError, checkpoint_headers, is_repository, read_headers, weight_entry
-from fusekit.merge_methods.provenance import MergeRecord, record_coefficients, write_json
+from fusekit.hub import Headers, HubUnreachableError, checkpoint_headers, is_repository, weight_entry
+from fusekit.merge_methods.provenance import MergeRecord, record_coefficients
 from fusekit.merging.lint import check as check_recipe
 from fusekit.merging.lint import lint
 from fusekit.merging.models import (
+    CheckingLoader,
     Model,
     OrderedConfiguration,
     Settings,
     first_not_finite,
     has_tokenizer,
-    merge_adapters,
     registered,
     resolve,
     tokenizer_rows,
     with_models,
 )
-from fusekit.merging.plan import ANY, Plan, PlannedTensor, estimate, make_plan, same_shape
+from fusekit.merging.plan import ANY, Plan, estimate, make_plan, same_shape
 from fusekit.yaml import Document, Problems
 
-MAX_NAME_BYTES = 255 - len(".") - len(".previous-12345678")
-"""Of an output, so that the names of what is written beside it fit a file system."""
 _WAY_OUT = (
     "Free some, merge elsewhere, or lower the need (--out-shard-size 1B writes smaller shards from less memory); "
     "`--ignore-estimates` starts it all the same."
@@ -168,7 +165,9 @@ def merge(
         final_path(final, overwrite=settings.overwrite)
         job = _prepare(config, options, settings, final, Problems(document))
         job.check_apart()
-        plan = _build(job)
+        with registered(job.models, options.lazy_unpickle) as loaders:
+            plan, needs = _plan_and_fetch(job)
+            _write(job, plan, needs, loaders)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     return Merged(final, size, time.monotonic() - started, plan.method, len(plan.tensors), plan.base, plan.models)
 
@@ -190,8 +189,10 @@ def check(
     options, settings = options or MergeOptions(), settings or Settings()
     document = recipe if isinstance(recipe, Document) else safe_yaml.load(recipe)
     found: list[str] = []
+    warnings: list[str] = []
 
-    def attempt(step: Callable[[Problems], Result], problems: Problems) -> Result | None:
+    def attempt(step: Callable[[Problems], Result]) -> Result | None:
+        problems = Problems(document)
         try:
             return step(problems)
         except FusekitError as error:
@@ -200,24 +201,24 @@ def check(
             return None
         finally:
             found.extend(problems.lines())
+            warnings.extend(problems.warnings)
 
-    lint_problems = Problems(document)
-    attempt(lambda _: check_options(options), Problems(document))
-    final = None
-    if out is not None:
-        final = attempt(lambda _: final_path(out, overwrite=settings.overwrite), Problems(document))
-    config = attempt(lambda problems: check_recipe(document.data, problems), lint_problems)
-    plan = None
+    attempt(lambda _: check_options(options))
+    final = None if out is None else attempt(lambda _: final_path(out, overwrite=settings.overwrite))
+    before = len(found)
+    config = attempt(lambda problems: check_recipe(document.data, problems))
+    linted = len(found) == before
+    job = plan = None
     if config is not None:
         place = final or Path("out").resolve()
-        job = attempt(lambda problems: _prepare(config, options, settings, place, problems), Problems(document))
-        if job is not None and final is not None:
-            attempt(lambda _: job.check_apart(), Problems(document))
-        if job is not None and not lint_problems.found:
-            with registered(job.models, options.lazy_unpickle, lambda _: None):
-                plan = attempt(job.plan, Problems(document))
-    if config is None or job is None or plan is None:
-        return Check(document.name, warnings=lint_problems.warnings, problems=found)
+        job = attempt(lambda problems: _prepare(config, options, settings, place, problems))
+    if job is not None and final is not None:
+        attempt(lambda _: job.check_apart())
+    if job is not None and linted:
+        with registered(job.models, options.lazy_unpickle):
+            plan = attempt(job.plan)
+    if job is None or plan is None:
+        return Check(document.name, warnings=warnings, problems=found)
     needs = estimate(plan, job.models, options, job.final)
     if not settings.ignore_estimates:
         found += [f"this does not fit: {need}" for need in needs if not need.fits]
@@ -231,7 +232,7 @@ def check(
         sum(model.download_bytes for model in job.models),
         plan.nbytes,
         [str(need) for need in needs],
-        [*lint_problems.warnings, *plan.warnings],
+        list(dict.fromkeys([*warnings, *plan.warnings])),
         found,
     )
 
@@ -240,13 +241,8 @@ def check_options(options: MergeOptions) -> None:
     """Raise MergeError for options of mergekit that cannot work here, whatever the recipe says."""
     if not options.safe_serialization:
         raise MergeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
-    if options.out_shard_size < 0:
-        raise MergeError(f"--out-shard-size is {options.out_shard_size}: give a size above 0, or 0 for a single file")
-    for name, value in (("--num-threads", options.num_threads), ("--write-threads", options.write_threads)):
-        if value is not None and value < 1:
-            raise MergeError(f"{name} is {value}: give 1 or more")
-    if options.multi_gpu and torch.accelerator.device_count() == 0:
-        raise MergeError("--multi-gpu: torch sees no accelerator on this machine: leave it out")
+    if options.lora_merge_dtype is not None:
+        raise MergeError("adapters are added in the dtype of their model's weights: leave out --lora-merge-dtype")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -260,14 +256,6 @@ def final_path(out: Path | str, *, overwrite: bool) -> Path:
     Raises MergeError when it is a file, a mount point (nothing can be renamed over it), not empty without
     ``overwrite``, or holds something else than a model (config.json is the sign), which overwriting would delete.
     """
-    if not str(out).strip():
-        raise MergeError("the output is an empty name: give a folder for the merged model")
-    name = os.path.basename(os.path.abspath(out))  # noqa: PTH119, PTH100  resolving a name that is too long fails
-    if len(os.fsencode(name)) > MAX_NAME_BYTES:
-        raise MergeError(
-            f"the name of the output has {len(os.fsencode(name))} bytes ({name[:20]}...): give one of at most "
-            f"{MAX_NAME_BYTES}, since files beside it have longer names"
-        )
     final = Path(out).resolve()
     if final.exists() and not final.is_dir():
         raise MergeError(f"{out} is a file: give a folder for the merged model")
@@ -289,10 +277,9 @@ def final_path(out: Path | str, *, overwrite: bool) -> Path:
 
 @dataclass(frozen=True)
 class _Job:
-    """written: the configuration with the models of the recipe; config: with pinned ones."""
+    """config: with pinned models in place of those of the recipe."""
 
     document: Document
-    written: OrderedConfiguration
     config: OrderedConfiguration
     models: list[Model]
     options: MergeOptions
@@ -309,19 +296,14 @@ class _Job:
         return make_plan(self.config, self.models, self.mergekit_options, problems)
 
     def check_apart(self) -> None:
-        """Raise MergeError if publishing would replace or change something that is still needed."""
-        caches = (self.options.transformers_cache, self.options.lora_merge_cache)
-        kept = [("the recipe", Path(self.document.name)), *(("a cache", Path(path)) for path in caches if path)]
+        """Raise MergeError if publishing would replace something that is still needed."""
+        kept = [("the recipe", Path(self.document.name))]
         kept += [(f"the input model {model.name}", model.folder) for model in self.models]
-        kept += [(f"the adapter of {model.name}", model.adapter) for model in self.models if model.adapter]
+        kept += [(f"the adapter of {model.name}", model.adapter.file) for model in self.models if model.adapter]
         for label, path in kept:
             place = path.resolve()
-            if place == self.final:
-                raise MergeError(f"{place} is {label}: choose another folder for the result")
-            if self.final in place.parents:
-                raise MergeError(f"{label} ({place}) lies inside the output {self.final}, which would be replaced")
-            if place in self.final.parents and (place / "config.json").is_file():
-                raise MergeError(f"the output {self.final} lies inside {label} ({place}): choose another folder")
+            if self.final in (place, *place.parents):
+                raise MergeError(f"the output {self.final} is, or holds, {label} ({place}): choose another folder")
 
 
 def _prepare(
@@ -329,58 +311,42 @@ def _prepare(
 ) -> _Job:
     """Find the models and everything that is wrong with them, before anything large is read or fetched."""
     models = resolve(config, problems, settings, options)
-    for model in models.values():
-        if model.merges_adapter and not options.lora_merge_cache:
-            raise MergeError(
-                f"{model.name} has an adapter that cannot be added while weights are read: say where to keep it merged "
-                "with --lora-merge-cache FOLDER"
-            )
-    written = with_models(config, {reference: reference for reference in models})
     pinned = with_models(config, {reference: model.pinned for reference, model in models.items()})
-    return _Job(problems.document, written, pinned, list(models.values()), options, settings, final)
+    return _Job(problems.document, pinned, list(models.values()), options, settings, final)
 
 
-def _build(job: _Job) -> Plan:
-    say, options = job.settings.say, job.mergekit_options
-    bars: list[Any] = []
-
-    def on_read(size: int) -> None:
-        for bar in bars:
-            bar.update(size)
-
-    with registered(job.models, options.lazy_unpickle, on_read):
-        plan = job.plan(Problems(job.document))
-        for line in plan.warnings:
-            say(f"warning: {line}")
-        needs = estimate(plan, job.models, options, job.final)
-        sizes = f"{human(plan.read_bytes)} to read, {human(plan.nbytes)} to write"
-        say(f"{plan.method}, {counted(len(plan.tensors), 'tensor')}: {sizes}")
-        for line in worth_saying(needs):
-            say(line)
-        if not job.settings.ignore_estimates:
-            refuse_lacking(needs, "this merge does not fit:", _WAY_OUT, MergeError)
-        for model in job.models:
-            if model.snapshot and model.download:
-                say(f"downloading {human(model.download_bytes)} of {model.origin}")
-                model.snapshot.fetch(model.download, bar=not job.options.quiet and sys.stderr.isatty())
-        if not merge_adapters(job.models, options):
-            return _write(job, plan, bars, needs)
-    with registered(job.models, options.lazy_unpickle, on_read):
-        # What the adapters were merged into may have another dtype.
-        return _write(job, job.plan(Problems(job.document)), bars, needs)
+def _plan_and_fetch(job: _Job) -> tuple[Plan, list[Need]]:
+    """Plan the merge, refuse what does not fit, and fetch the weights. The loaders are registered."""
+    say = job.settings.say
+    plan = job.plan(Problems(job.document))
+    for line in plan.warnings:
+        say(f"warning: {line}")
+    needs = estimate(plan, job.models, job.options, job.final)
+    sizes = f"{human(plan.read_bytes)} to read, {human(plan.nbytes)} to write"
+    say(f"{plan.method}, {counted(len(plan.tensors), 'tensor')}: {sizes}")
+    for line in worth_saying(needs):
+        say(line)
+    if not job.settings.ignore_estimates:
+        refuse_lacking(needs, "this merge does not fit:", _WAY_OUT, MergeError)
+    for model in job.models:
+        if model.snapshot and model.download:
+            say(f"downloading {human(model.download_bytes)} of {model.origin}")
+            model.snapshot.fetch(model.download, bar=not job.options.quiet and sys.stderr.isatty())
+    return plan, needs
 
 
-def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
-    """Merge into a folder beside the output, check and publish it. bars: gets the bar that shows what was read."""
+def _write(job: _Job, plan: Plan, needs: list[Need], loaders: list[CheckingLoader]) -> None:
+    """Merge into a folder beside the output, check and publish it."""
     options, source = job.mergekit_options, job.document.text
     donor = next(model for model in job.models if model.pinned == job.config.donor)
     if not has_tokenizer(donor.folder):  # mergekit would log a traceback
         options = options.model_copy(update={"copy_tokenizer": False})
-    with staging(job.final, job.settings.on_published) as stage, record_coefficients() as record:
+    with staging(job.final) as stage, record_coefficients() as record:
         folder = stage.path
         try:
             with progress(plan.read_bytes, "merging", "byte", quiet=job.options.quiet) as bar:
-                bars.append(bar)
+                for loader in loaders:
+                    loader.on_read = bar.update
                 run_merge(job.config.model_copy(deep=True), str(folder), options, config_source=source)
             if (generation := plan.generation_config) is not None:  # mergekit copies it beside a copied tokenizer only
                 shutil.copyfile(generation, folder / generation.name)
@@ -397,7 +363,6 @@ def _write(job: _Job, plan: Plan, bars: list[Any], needs: list[Need]) -> Plan:
         except Exception as error:
             raise _explain(error, job.final, plan, needs) from error
         stage.publish()
-    return plan
 
 
 def _write_card(job: _Job, folder: Path, record: MergeRecord) -> None:
@@ -405,19 +370,19 @@ def _write_card(job: _Job, folder: Path, record: MergeRecord) -> None:
 
     The commits of hub models are added: the recipe alone does not say which weights were merged.
     """
-    if record:
-        write_json(record.as_dict(), folder / COEFFICIENTS)
+    if record.tensors:
+        (folder / COEFFICIENTS).write_text(record.to_json(), encoding="utf-8")
     if not job.options.write_model_card:
         return
     local = {model.reference.model.path for model in job.models if not model.snapshot}
-
+    written = with_models(job.config, {model.pinned: model.reference for model in job.models})
     with mergekit_private.hub_models(lambda path: path not in local and is_repository(path)):
-        card = generate_card(config=job.written, config_yaml=job.document.text, name=job.final.name)
+        card = generate_card(config=written, config_yaml=job.document.text, name=job.final.name)
     commits = [f"* {model.origin}" for model in job.models if model.snapshot]
     if commits:
         card += "\n### Revisions\n\n" + "\n".join(commits) + "\n"
-    if record:
-        card += "\n" + record.markdown().strip("\n") + "\n"
+    if record.tensors:
+        card += "\n" + record.markdown()
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(job.document.text, encoding="utf-8")
 
@@ -436,9 +401,6 @@ def _explain(error: Exception, final: Path, plan: Plan, needs: list[Need]) -> Me
     return MergeError(f"mergekit stopped: {type(error).__name__}: {text}. Nothing was published; -v shows where.")
 
 
-# ---------------------------------------------------------------- the result
-
-
 def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer: bool) -> None:
     """Read a merged model back from the disk and check it against its plan.
 
@@ -446,56 +408,35 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
     with the shards, the configuration loads and agrees with the embedding, and the tokenizer loads where there is one,
     which there is if one was to be written. Raises MergeError; nothing is changed.
     """
-    headers = _read_result(folder)
-    for planned in plan.tensors:
-        _check_tensor(planned, headers)
-    extra = sorted(headers.keys() - {planned.name for planned in plan.tensors})
-    if extra:
-        raise MergeError(f"the result holds a tensor that was not planned: {extra[0]}")
-    _check_values(folder, headers, plan)
-    _check_config(folder, headers, plan, trust_remote_code)
-    tokenizer_rows(folder, "the result")
-    if tokenizer and not has_tokenizer(folder):
-        raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
-
-
-def _read_result(folder: Path) -> Headers:
     entry = weight_entry(path.name for path in folder.iterdir())
     if entry is None:
         raise MergeError(f"mergekit wrote no weights to {folder}")
     headers = checkpoint_headers(entry, folder, "the result")
-    for file in {header.file for header in headers.values()}:
-        if unlisted := sorted(read_headers(folder / file, "the result").keys() - headers.keys()):
-            raise MergeError(f"the result: {unlisted[0]} is in {file} but not in the index")
-    return headers
-
-
-def _check_tensor(planned: PlannedTensor, headers: Headers) -> None:
-    found = headers.get(planned.name)
-    if found is None and planned.optional:
-        return
-    if found is None:
-        raise MergeError(f"the result lacks the tensor {planned.name}")
-    if planned.shape is not None and not same_shape(planned.shape, found.shape):
-        raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
-    if planned.dtype is not None and planned.dtype != found.dtype:
-        raise MergeError(f"the result: {planned.name} is {found.dtype}, not {planned.dtype}")
-
-
-def _check_values(folder: Path, headers: Headers, plan: Plan) -> None:
-    by_file: dict[str, list[str]] = {}
-    for name, header in headers.items():
-        by_file.setdefault(header.file, []).append(name)
-    for file, names in sorted(by_file.items()):
+    for planned in plan.tensors:
+        found = headers.get(planned.name)
+        if found is None and not planned.optional:
+            raise MergeError(f"the result lacks the tensor {planned.name}")
+        if found is None:
+            continue
+        if planned.shape is not None and not same_shape(planned.shape, found.shape):
+            raise MergeError(f"the result: {planned.name} has shape {list(found.shape)}, not {list(planned.shape)}")
+        if planned.dtype is not None and planned.dtype != found.dtype:
+            raise MergeError(f"the result: {planned.name} is {found.dtype}, not {planned.dtype}")
+    allowed = headers.keys() & {planned.name for planned in plan.tensors}
+    for file in sorted({header.file for header in headers.values()}):
         with safe_open(folder / file, framework="pt") as shard:
-            for name in names:
-                found = first_not_finite(shard.get_tensor(name))
-                if found is not None:
-                    place, value = found
+            for name in shard.keys():  # noqa: SIM118  the file is no mapping
+                if name not in allowed:
+                    raise MergeError(f"the result holds {name} in {file}, which is not in the plan or the index")
+                if (bad := first_not_finite(shard.get_tensor(name))) is not None:
                     raise MergeError(
-                        f"the result: {name} holds {value} at {place}, although all inputs are finite: {plan.method} "
-                        f"overflowed in {headers[name].dtype}; set `dtype: float32` (and `out_dtype`) in the recipe"
+                        f"the result: {name} holds {bad}, although all inputs are finite: {plan.method} overflowed in "
+                        f"{headers[name].dtype}; set `dtype: float32` (and `out_dtype`) in the recipe"
                     )
+    _check_config(folder, headers, plan, trust_remote_code)
+    tokenizer_rows(folder, "the result")
+    if tokenizer and not has_tokenizer(folder):
+        raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
 
 
 def _check_config(folder: Path, headers: Headers, plan: Plan, trust_remote_code: bool) -> None:

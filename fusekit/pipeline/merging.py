@@ -158,17 +158,7 @@ class Merge(Stage):
         data = _models(recipe.merge, names) | dict(recipe.merge)
         problems = Problems(Document(data, "", "merge", {}))
         check(data, problems)
-        found = [Mistake(says, ("merge", *path)) for _, says, path in problems.found]
-        parameters = recipe.merge.get("parameters")
-        share = parameters.get("select_topk") if isinstance(parameters, dict) else None
-        of_sce = recipe.merge.get("merge_method") == "fusechat_sce"
-        if not found and of_sce and len(recipe.targets) == 1 and isinstance(share, (int, float)) and share < 1:
-            says = (
-                f"select_topk is {float(share)}, but there is one distilled model ({recipe.targets[0]}), and SCE has "
-                "no variance to rank with a single one: set select_topk to 1, or leave the merge out with `merge: null`"
-            )
-            found.append(Mistake(says, ("merge", "parameters", "select_topk")))
-        return found
+        return [Mistake(says, ("merge", *path)) for _, says, path in problems.found]
 
     def can_compare(self, planner: Planner, _name: str) -> bool:
         """Plain fine-tuning is not merged."""

@@ -163,7 +163,7 @@ def test_mismatched_embeddings_get_mergekits_advice(method, shape):
         merge_methods.get(method)((group,))
 
 
-@pytest.mark.parametrize("parameters", [{"select_topk": 0}, {"select_topk": 1.01}, {"variant": "fusai"}])
+@pytest.mark.parametrize("parameters", [{"select_topk": 1.01}, {"variant": "fusai"}])
 def test_values_out_of_range_are_refused(parameters):
     with pytest.raises(ValueError, match=f"(?s){next(iter(parameters.values()))}"):
         merge_tensors([torch.zeros(2), torch.ones(2)], "fusechat_sce", base_index=0, parameters=parameters)
@@ -177,49 +177,12 @@ def test_a_base_and_a_target_are_required(method):
         merge_tensors([torch.zeros(2)], method, base_index=0)
 
 
-GRADIENT_CASES = [
-    ("fusechat_sce", {"select_topk": 1.0, "variant": "paper"}),
-    ("fusechat_sce", {"select_topk": 0.4, "variant": "renormalized"}),
-    ("fusechat_sce", {"select_topk": 0.4, "variant": "fuseai"}),
-    ("varm", {}),
-    ("varm", {"granularity": "element"}),
-    ("fusechat_sce", {"select_topk": 0.4, "variant": "renormalized", "weight": 0.5}),
-    ("varm", {"weight": 0.5}),
-]
-
-
-@pytest.mark.parametrize(("method", "parameters"), GRADIENT_CASES)
-def test_gradients_of_module_parameters_are_kept(method, parameters):
-    base, targets = random_case((4, 3), 3, scale=0.5)
-    tensors = [t.requires_grad_() for t in (base, *targets)]
-
-    def merge(*inputs):
-        return merge_state_dicts([{"w": t} for t in inputs], method, base=0, parameters=parameters)["w"]
-
-    assert torch.autograd.gradcheck(merge, tensors)
-    with torch.no_grad():
-        plain = merge(*tensors)
-    assert not plain.requires_grad
-    torch.testing.assert_close(merge(*tensors), plain)
-
-
-@pytest.mark.parametrize(("method", "parameters"), GRADIENT_CASES)
-def test_with_gradients_the_numbers_and_the_record_are_the_same(method, parameters):
-    cases = [
-        [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0)],  # scalars
-        [torch.zeros(3), torch.tensor([1e8, 1.0, 0]), torch.tensor([-1.0, 0, 2]), torch.tensor([-1e8, 0, -2])],
-        [torch.zeros(2), torch.full((2,), 1e-24), torch.full((2,), 3e-24)],
-    ]
-    for tensors in cases:
-        models = [{"w": t} for t in tensors]
-        with record_coefficients() as record:
-            expected = merge_state_dicts(models, method, base=0, parameters=parameters)["w"]
-        with record_coefficients() as with_gradient:
-            models = [{"w": t.clone().requires_grad_()} for t in tensors]
-            merged = merge_state_dicts(models, method, base=0, parameters=parameters)["w"]
-        torch.testing.assert_close(merged.detach(), expected, atol=0, rtol=1e-5)
-        assert with_gradient.as_dict() == record.as_dict()
-        assert record
+@pytest.mark.parametrize("method", [*METHODS, "widen"])
+def test_parameters_of_modules_are_merged_and_the_result_has_no_gradient(method):
+    modules = [torch.nn.Linear(3, 4) for _ in range(3)]
+    merged = merge_state_dicts(modules, method, base=0)["weight"]
+    assert not merged.requires_grad
+    assert torch.equal(merged, merge_tensors([m.weight.detach() for m in modules], method, base_index=0))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -372,7 +335,7 @@ def test_with_a_tokenizer_configured(tmp_path, method, parameters, base, targets
 
 
 def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, base, targets):
-    with pytest.raises(MergeError, match=r"tokenizer permutes 'model.embed_tokens.weight'.*granularity: matrix"):
+    with pytest.raises(MergeError, match=r"'model.embed_tokens.weight' is loaded by PermutedVocabulary.*granularity: matrix"):
         run(recipe_of(base, targets, "varm", {"granularity": "model"}, tokenizer={"source": "base"}), tmp_path / "out")
 
 
@@ -419,7 +382,7 @@ def test_mergekit_pytorch(tmp_path, method, dtype):
 
 
 def test_mergekit_pytorch_knows_no_units(tmp_path):
-    with pytest.raises(MergeError, match=r"mergekit-pytorch gives no architecture.*granularity: matrix"):
+    with pytest.raises(MergeError, match=r"TensorDictWrapper.*granularity: matrix"):
         merge_files(state_dicts()[:2], tmp_path, merge_method="varm", parameters={"granularity": "model"})
 
 
@@ -484,7 +447,7 @@ def test_nan_is_named_with_tensor_and_model(tmp_path, method):
     base, targets = family(tmp_path, 2)
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(targets[1], lambda tensors: tensors[name][0].fill_(float("nan")))
-    with pytest.raises(MergeError, match=rf"{name}: NaN or Inf in the weights of \S*target2;"):
+    with pytest.raises(MergeError, match=rf"{name}: NaN or Inf in the weights of \S*target2:"):
         run(recipe_of(base, targets, method), tmp_path / "out")
 
 

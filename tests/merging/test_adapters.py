@@ -1,14 +1,11 @@
-"""LoRA adapters as inputs: added as weights are read, to the bit as peft does; others through mergekit's cache."""
+"""LoRA adapters as inputs: added as weights are read, to the bit as peft does; others are refused."""
 
 import pytest
 import torch
-from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fusekit.hub import checkpoint_headers
 from fusekit.merging import check, merge
-from fusekit.merging.models import plain_adapter
 from tests.helpers import tiny_llama
 from tests.merging.conftest import Q_PROJ, QUIET, listing, refused, result, same_tensors, stock
 
@@ -35,9 +32,7 @@ BF16, F32 = torch.bfloat16, torch.float32
         ({}, F32, "task_arithmetic"),
         ({}, BF16, "fusechat_sce"),
         ({"use_rslora": True}, F32, "fusechat_sce"),
-        ({"use_rslora": True}, BF16, "task_arithmetic"),
         ({"r": 8, "rank_pattern": {"q_proj": 2}}, F32, "task_arithmetic"),
-        ({"dtype": torch.bfloat16}, F32, "fusechat_sce"),
         ({"dtype": torch.bfloat16}, BF16, "fusechat_sce"),
         ({"target_modules": "all-linear", "init_lora_weights": "gaussian"}, BF16, "task_arithmetic"),
     ],
@@ -73,40 +68,19 @@ def test_weights_are_those_of_stock_mergekit_and_no_copy_is_written(write_recipe
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
     ],
     ids=str,
 )
-def test_what_is_more_than_a_product_goes_through_mergekits_cache(write_recipe, workshop, settings):
+def test_what_is_more_than_a_product_is_refused(write_recipe, workshop, settings):
     tune("base", workshop / "adapter", **settings)
-    recipe = write_recipe(models=[{"model": "base+adapter"}, {"model": "target1"}])
-    refused(recipe, "base+adapter", "--lora-merge-cache")
-    if not settings.get("lora_bias"):  # the linear maps of a Llama have none to merge it into
-        merge(recipe, "out", MergeOptions(lora_merge_cache="cache"), QUIET)
-        same_tensors(
-            result(workshop / "out"), stock(recipe, workshop / "stock", lora_merge_cache=str(workshop / "cache2"))
-        )
-
-
-def test_a_dtype_for_the_merge_of_adapters_needs_the_cache(write_recipe, workshop):
-    tune("base", workshop / "adapter")
-    recipe = write_recipe(models=[{"model": "base+adapter"}])
-    assert check(recipe).can_run
-    assert "--lora-merge-cache" in check(recipe, options=MergeOptions(lora_merge_dtype="bfloat16")).problems[0]
+    refused(write_recipe(models=[{"model": "base+adapter"}, {"model": "target1"}]), "base+adapter", "peft")
 
 
 def test_an_adapter_of_another_model_is_not_added(write_recipe, workshop):
     tiny_llama(workshop / "wide", seed=5, intermediate_size=32)
     tune("wide", workshop / "adapter")
-    refused(write_recipe(models=[{"model": "base+adapter"}]), "base+adapter", "--lora-merge-cache")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "IA3"}', '{"peft_type": "LORA"}'])
-def test_an_adapter_whose_config_says_nothing_is_left_to_peft(workshop, content):
-    folder = tune("base", workshop / "adapter")
-    headers = checkpoint_headers("model.safetensors", workshop / "base", "base")
-    assert plain_adapter(folder, headers) is not None
-    (folder / "adapter_config.json").write_text(content)
-    assert plain_adapter(folder, headers) is None
+    refused(write_recipe(models=[{"model": "base+adapter"}]), "base+adapter", "peft")
 
 
 def test_a_damaged_adapter_is_named(write_recipe, workshop):

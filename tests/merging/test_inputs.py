@@ -139,22 +139,13 @@ BEFORE_READING = {
         base_model="./base",
         models=[{"model": "base"}, {"model": "target1"}],
     ),
-    "a link to the base": case(
-        lambda shop: (shop / "link").symlink_to("base"),
-        says=["'link'", "'base' (line 4)", "same model"],
-        base_model="link",
-        models=[{"model": "base"}, {"model": "target1"}],
-    ),
     "layers that do not exist": case(says=["layer_range [0, 9]", "has 2 layers"], **sliced(9)),
-    "layers without end": case(says=["has 2 layers"], **sliced(10**12)),
     "another depth": case(made("target1", num_hidden_layers=3), says=["target1 has 3 layers", "base has 2"]),
-    "another depth of the base": case(made("base", num_hidden_layers=3), says=["target1 has 2 layers", "base has 3"]),
     "all models at once": case(
         gone,
         says=["2 problems", "there is no folder ./target1", "target2 has no weights"],
         models=[{"model": "./target1"}, {"model": "target2"}],
     ),
-    "an empty file": case(truncated(0), says=["target1", "model.safetensors", "interrupted"]),
     "a part of a header": case(truncated(500), says=["target1", "model.safetensors", "interrupted"]),
     "all but a byte": case(truncated(-1), says=["target1", "model.safetensors", "interrupted"]),
     "a hollow file": case(hollow, says=["target1", "damaged"]),
@@ -162,20 +153,12 @@ BEFORE_READING = {
     "an adapter alone": case(
         adapter_alone, says=["tuned is an adapter", "org/pivot+tuned"], models=[{"model": "tuned"}]
     ),
-    "the page of a model": case(
-        says=["web address", "org/name"], base_model="https://huggingface.co/org/name/tree/main"
-    ),
-    "a name that is none": case(says=[r"'a\x00b' is not the name of a model"], base_model="a\0b"),
-    "a home folder": case(says=["~/base", "write the path out"], base_model="~/base"),
     "an activation": case(
         configured("base", hidden_activation="gelu_pytorch_tanh"),
         configured("target1", hidden_activation="gelu"),
         says=["hidden_activation gelu,", "gelu_pytorch_tanh"],
     ),
     "a broken tokenizer": case(written("base/tokenizer.json", "{"), says=["base", "tokenizer.json"]),
-    "no real tokenizer": case(
-        written("base/tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}'), says=["base", "tokenizer.json"]
-    ),
     "a broken tokenizer of a union": case(
         written("target2/tokenizer.json", "{}"), says=["target2", "tokenizer.json"], tokenizer={"source": "union"}
     ),
@@ -184,9 +167,6 @@ BEFORE_READING = {
     ),
     "a vocabulary that does not fit": case(
         configured("base", vocab_size=900), says=["base", "config.json", "embed_tokens.weight", "[64, 16]", "[900, 16]"]
-    ),
-    "a width that does not fit": case(
-        configured("base", intermediate_size=48), says=["base", "config.json", "mlp.", "24", "48"]
     ),
     "a quantization config": case(
         configured("base", quantization_config={"quant_method": "fp8"}), says=["base", "quantization_config", "fp8"]
@@ -217,34 +197,28 @@ def test_broken_inputs_are_named_before_anything_is_read(write_recipe, workshop,
     assert message.count("\n") < 12
 
 
-@pytest.mark.parametrize("method", ["fusechat_sce", "varm", "task_arithmetic"])
-def test_finite_weights_that_overflow_float16_are_not_called_damaged(write_recipe, workshop, method):
+@pytest.mark.parametrize("method", ["fusechat_sce", "task_arithmetic"])
+def test_finite_weights_that_overflow_float16_are_said_to(write_recipe, workshop, method):
     with_tensor("target1", Q_PROJ, filled(1e6))(workshop)
     parameters = {"weight": 0.5} if method == "task_arithmetic" else {}
-    recipe = write_recipe(merge_method=method, parameters=parameters, dtype="float16")
-    assert "damaged" not in refused(recipe, Q_PROJ, "float16", "dtype: ")
+    refused(write_recipe(merge_method=method, parameters=parameters, dtype="float16"), Q_PROJ, "float16", "overflow")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_first_not_finite_agrees_with_the_obvious(dtype):
     generator = torch.Generator().manual_seed(0)
-    tensor = torch.full((7, 11, 3), 400.0).to(dtype)  # sums to infinity in float16
+    tensor = torch.full((7, 11, 3), 400.0, dtype=dtype)  # sums to infinity in float16
     assert first_not_finite(tensor) is None
     assert first_not_finite(torch.zeros(0, 3, dtype=dtype)) is None
-    values = [NAN] if dtype == torch.float8_e4m3fn else [NAN, -NAN, INF, -INF]
-    for value in values * 8:
-        place = tuple(int(torch.randint(size, (1,), generator=generator)) for size in tensor.shape)
-        broken = tensor.float().clone()
-        broken[place] = value
-        for each in (broken.to(dtype), broken.to(dtype).transpose(0, 1)):
-            found = first_not_finite(each)
-            assert found is not None
-            assert found[0] == list(place if each.shape == tensor.shape else (place[1], place[0], place[2]))
-            assert str(found[1]) == str(float(each[tuple(found[0])]))
-    if dtype != torch.float8_e4m3fn:
-        limits = torch.finfo(dtype)
-        for value in (limits.max, limits.min, limits.tiny, -0.0):  # the sums of the first two overflow
-            assert first_not_finite(torch.full((5,), value, dtype=dtype)) is None
+    for value in [NAN, -NAN, INF, -INF] * 8:
+        place = [int(torch.randint(size, (1,), generator=generator)) for size in tensor.shape]
+        broken = tensor.clone()
+        broken[tuple(place)] = value
+        assert first_not_finite(broken) == f"{value} at {place}"
+        assert first_not_finite(broken.transpose(0, 1)) == f"{value} at {[place[1], place[0], place[2]]}"
+    limits = torch.finfo(dtype)
+    for value in (limits.max, limits.min, limits.tiny, -0.0):  # the sums of the first two overflow
+        assert first_not_finite(torch.full((5,), value, dtype=dtype)) is None
 
 
 # ---------------------------------------------------------------- files
@@ -297,34 +271,24 @@ def test_missing_shard_and_wrong_index(recipe, workshop):
     refused(recipe, "target1", second, "is not there")
 
 
-@pytest.mark.parametrize("listed", ["all of it", "a part", "other files"])
-def test_an_index_beside_a_single_file_has_to_list_all_of_it(recipe, workshop, listed):
-    """MLX writes one beside every checkpoint. mergekit would read the index, transformers the single file."""
+def test_an_index_of_other_files_beside_a_single_file_is_refused(recipe, workshop):
+    """MLX writes an index beside every checkpoint. mergekit would read the index, transformers the single file."""
     folder = workshop / "target1"
-    names = sorted(load_file(folder / "model.safetensors"))[1 if listed == "a part" else 0 :]
-    file = "model-00001-of-00001.safetensors" if listed == "other files" else "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
-    if listed == "all of it":
-        assert check(recipe).can_run
-    else:
-        refused(recipe, "target1", f"both model.safetensors and {index.name}")
+    names = load_file(folder / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert check(recipe).can_run
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    refused(recipe, "target1", f"both model.safetensors and {index.name}")
 
 
-def shrink(shop):
-    edit_tensors(shop / "target1", lambda tensors: tensors.update({Q_PROJ: torch.zeros(4, 16)}))
+def test_a_tokenizer_that_is_lost_while_merging_is_noticed(recipe, workshop):
+    def lose(line):
+        if "to read" in line:
+            (workshop / "base/tokenizer_config.json").unlink()
+            (workshop / "base/tokenizer.json").write_text("{}")
 
-
-def lose_tokenizer(shop):
-    (shop / "base/tokenizer_config.json").unlink()
-    (shop / "base/tokenizer.json").write_text("{}")
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"), [(shrink, ["target1", Q_PROJ, "did the file change"]), (lose_tokenizer, ["no tokenizer"])]
-)
-def test_what_changes_between_the_checks_and_the_reading_is_noticed(recipe, workshop, change, parts):
-    refused(recipe, *parts, settings=Settings(say=lambda line: change(workshop) if "to read" in line else None))
+    refused(recipe, "no tokenizer", settings=Settings(say=lose))
 
 
 # ---------------------------------------------------------------- codes in place of weights
@@ -382,16 +346,13 @@ def test_stock_mergekit_does_not_give_codes_to_our_methods(write_recipe, worksho
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, ["rope_theta", "1000000.0", "10000.0"]),
         ({"rope_parameters": None, "rope_theta": 1e6}, ["rope_theta", "1000000.0", "10000.0"]),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
             ["factor 4.0", "None", "linear", "default"],
         ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["factor 4.0", "linear"]),
         ({"rms_norm_eps": 1e-3}, ["rms_norm_eps", "0.001", "1e-06"]),
         ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0", "None"]),
-        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0", "None"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
     ],
 )
@@ -414,7 +375,7 @@ def more_tokens(shop):
     [
         (configured("target1", rms_norm_eps=1e-5), ["target1", "base", "rms_norm_eps", "1e-05", "1e-06"]),
         (configured("target1", sliding_window=32), ["target1", "base", "sliding_window", "32", "None"]),
-        (configured("target1", tie_word_embeddings=True), ["target1", "base", "tie_word_embeddings", "true", "false"]),
+        (configured("target1", tie_word_embeddings=True), ["target1", "base", "tie_word_embeddings", "True", "False"]),
         (more_tokens, ["base", "91", "64 rows"]),
         (with_tensor("target1", "extra.weight", torch.zeros(2)), ["target1: extra.weight will not be in the result"]),
     ],
@@ -437,25 +398,14 @@ EVERYONE = ("base", "target1", "target2")
         # Another spelling of the default, and fields that do not change how weights are read.
         [configured("target1", rope_parameters=None, rope_theta=10000, max_position_embeddings=4096, eos_token_id=5)],
         [configured(who, rope_parameters=None, rope_scaling=SAME if who == "base" else LINEAR) for who in EVERYONE],
-        [
-            configured(who, rope_parameters=None, rope_scaling=SAME | LINEAR if who == "base" else SAME)
-            for who in EVERYONE
-        ],
         # The first Gemma was published without it, later with it.
         [configured("base", hidden_activation="gelu_pytorch_tanh")],
-        [
-            configured(
-                who, model_type="granite", architectures=["GraniteForCausalLM"], head_dim=4 if who == "base" else None
-            )
-            for who in EVERYONE
-        ],
         # Masks of bytes are no codes, and pickles that are not read may be there.
         [with_tensor("target1", "model.layers.0.attn.bias", torch.ones(1, 1, 4, 4, dtype=torch.uint8))],
         [
             written("target1/pytorch_model.bin", "old"),
             written("target1/pytorch_model.bin.index.json", '{"weight_map": {}}'),
         ],
-        [written("target2/tokenizer.json", "{}")],
     ],
 )
 def test_what_means_the_same_is_no_difference(recipe, workshop, changes):
@@ -481,14 +431,6 @@ def test_what_a_recipe_leaves_out_is_not_called_dropped(write_recipe, method):
     found = check(write_recipe(merge_method=method, models=None, parameters=None, slices=slices))
     assert (found.problems, found.warnings, found.models) == ([], [], ["target1", "target2"])
     assert "  " not in str(found)
-
-
-def test_what_only_the_method_knows_is_asked_before_anything_is_read(write_recipe):
-    models = [{"model": "target1"}]
-    recipe = write_recipe(merge_method="fusechat_sce", models=models, parameters={"select_topk": 0.5})
-    said = []
-    refused(recipe, "select_topk", settings=Settings(say=said.append))
-    assert said == []
 
 
 # ---------------------------------------------------------------- tokenizers and generation configs
@@ -528,7 +470,6 @@ def test_ids_that_mean_other_tokens_are_warned_of(write_recipe, workshop, rename
     [
         ({}, True, [2, 5]),
         ({}, False, [2, 5]),
-        ({"chat_template": "chatml"}, True, [2, 5]),
         ({"tokenizer": {"source": "union"}}, False, [2, 5]),
         ({"tokenizer": {"source": "target1"}}, True, [7]),  # it goes with the tokens
     ],

@@ -54,28 +54,17 @@ def test_a_failed_overwrite_leaves_the_old_model(recipe, workshop):
     assert content(workshop / "out") == before
 
 
-@pytest.mark.parametrize("out", ["./target1", "link", "../shop/base"])
-def test_an_input_is_never_the_output(recipe, workshop, out):
+@pytest.mark.parametrize("out", ["./target1", "link", "holder"])
+def test_an_output_that_is_or_holds_an_input_is_refused(write_recipe, workshop, out):
     (workshop / "link").symlink_to("base")
+    shutil.copytree(workshop / "base", workshop / "holder")
+    shutil.move(workshop / "target2", workshop / "holder/target2")
+    recipe = write_recipe(models=[{"model": "target1"}, {"model": "holder/target2"}])
     before = content(workshop)
-    with pytest.raises(MergeError, match="is the input model"):
+    with pytest.raises(MergeError, match="is, or holds, the input model"):
         merge(recipe, out, settings=OVERWRITE)
     after = content(workshop)
     assert {name: after[name] for name in before} == before
-
-
-def test_output_that_holds_an_input_or_the_recipe_is_refused(write_recipe, workshop):
-    shutil.copytree(workshop / "base", workshop / "model")
-    shutil.copytree(workshop / "target1", workshop / "model/target1")
-    recipe = write_recipe(models=[{"model": "model/target1"}, {"model": "target2"}])
-    with pytest.raises(MergeError, match=r"input model model/target1 .* lies inside the output"):
-        merge(recipe, "model", settings=OVERWRITE)
-    inside = workshop / "model/recipe.yml"
-    inside.write_text(write_recipe().read_text())
-    with pytest.raises(MergeError, match=r"the recipe .* lies inside the output"):
-        merge(inside, "model", settings=OVERWRITE)
-    with pytest.raises(MergeError, match="lies inside the input model"):
-        merge(write_recipe(), "base/merged", settings=QUIET)
 
 
 def test_a_file_and_a_mount_point_are_refused(recipe, workshop):

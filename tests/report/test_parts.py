@@ -77,7 +77,7 @@ def test_coefficients_are_arranged_by_layer_and_module() -> None:
     shares = {"model.layers.10.mlp.experts.0.w1.weight": 0.2, "model.layers.10.mlp.experts.1.w1.weight": 0.4}
     shares |= {"model.layers.2.self_attn.q_proj.weight": 0.9, "model.norm.weight": 0.5, "model.layers.2.bias": 0.1}
     for name, share in shares.items():
-        record.add(name, None, TensorRecord("varm", {}, {"out/a": share, "out/b": 1 - share}))
+        record.tensors[name] = TensorRecord("varm", {}, {"out/a": share, "out/b": 1 - share})
     found = heat_map(Coefficients.model_validate(record.as_dict()))
     assert found is not None
     assert (found["models"], found["layers"], found["tensors"]) == (["a", "b"], [2, 10], 5)

@@ -154,7 +154,7 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
 
 
 def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
-    record = MergeRecord()
+    record = MergeRecord("org/pivot")
     random = np.random.default_rng(0)
     ids = [f"/home/me/out/targets/{name}" for name in sources]
     names = [f"model.layers.{layer}.{module}.weight" for layer in range(LAYERS) for module in MODULES]
@@ -162,7 +162,7 @@ def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any])
     for name in names:
         shares = random.dirichlet(np.ones(len(ids))).tolist()
         known = TensorRecord("fusechat_sce", {}, dict(zip(ids, shares, strict=True)), 0.1, dict.fromkeys(ids, 0.2))
-        record.add(name, "org/pivot", known)
+        record.tensors[name] = known
 
     def write(into: Path) -> None:
         (into / "model.safetensors").write_bytes(b"weights")
