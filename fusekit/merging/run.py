@@ -243,6 +243,8 @@ def check_options(options: MergeOptions) -> None:
         raise MergeError("fusekit publishes safetensors only: leave out --no-safe-serialization")
     if options.lora_merge_dtype is not None:
         raise MergeError("adapters are added in the dtype of their model's weights: leave out --lora-merge-dtype")
+    if options.multi_gpu and torch.accelerator.device_count() == 0:
+        raise MergeError("--multi-gpu: torch sees no accelerator on this machine: leave it out")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
