@@ -44,7 +44,7 @@ def text_surfaces(name: str) -> list[str]:
 def mined(pivot: str, source: str) -> dict[str, Any]:
     """Time of the map, and of what rapidfuzz would need for the same pairs, and for all pairs."""
     em = build_vocabulary_map(load(pivot), load(source), "em")
-    unmatched = set(np.flatnonzero(np.diff(em.matrix.indptr) == 0).tolist())
+    unmatched = set(np.flatnonzero(em.targets < 0).tolist())
     ours = vocabulary_surfaces(load(source))
     queries = [s.decode() for s, i in ours.id_of.items() if i in unmatched and decodes(s)]
     options = text_surfaces(pivot)
@@ -56,7 +56,7 @@ def mined(pivot: str, source: str) -> dict[str, Any]:
     pairs = len(queries) * len(options)
     return {
         "what": f"mined {source} -> {pivot}",
-        "size": f"{len(ours)} x {em.matrix.shape[1]}, {len(queries)} unmatched",
+        "size": f"{len(ours)} x {len(em.pivot)}, {len(queries)} unmatched",
         "seconds": round(seconds, 2),
         "peer": "rapidfuzz cdist, the same unmatched strings, by its rate",
         "peer_seconds": round(pairs / rate, 2),
@@ -84,7 +84,7 @@ def projection(pivot: str, source: str, rows: int, k: int) -> dict[str, Any]:
     mass = generator.dirichlet(np.full(k + 1, 0.3), rows) + 1e-9
     mass /= mass.sum(axis=1, keepdims=True)
     logprobs, tail = np.log(mass[:, :k]), mass[:, k]
-    targets = {i: ({int(t): 1.0} if t >= 0 else {}) for i, t in enumerate(mapping.entries[0][:, 0])}
+    targets = {i: ({int(t): 1.0} if t >= 0 else {}) for i, t in enumerate(mapping.targets)}
 
     def loop() -> None:
         for row in range(rows):

@@ -152,7 +152,7 @@ def encoded(text: str) -> bytes:
 
 def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
     """The ends of the tokens of an encoded text. offsets: gives their character spans [n, 2], where spelling fails."""
-    data, view = text.encode(), surfaces.view
+    data = text.encode()
     if not ids or not text:  # a dummy space before nothing has no width
         nothing = np.zeros(len(ids), np.int64)
         return TokenizedText.of(ids, nothing, nothing)
@@ -162,16 +162,11 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
             lows, highs = found
             highs[-1] = len(data)
             return TokenizedText.of(ids, highs, lows)
-    if view.backend is None:
-        raise AlignmentError(
-            f"{view.name} gives no offsets, and its tokens do not spell the text {text[:40]!r}: "
-            "it cannot be aligned exactly; use the fast tokenizer of this model if it has one"
-        )
     if surfaces.form is Form.BYTE_LEVEL:
         # Its offsets may be trimmed of spaces by the post-processor, so they are no way out.
         raise AlignmentError(
-            f"{view.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
-            f"({', '.join(sorted(view.types('normalizer'))) or 'none'}) changes the text in a way that cannot be undone"
+            f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
+            f"({', '.join(sorted(surfaces.view.types('normalizer')))}) changes the text in a way that cannot be undone"
         )
     return _by_offsets(text, data, ids, offsets(), surfaces)
 
@@ -184,8 +179,7 @@ def _carried_back(ids: list[int], text: str, surfaces: Surfaces, find: _Find) ->
     ends = find(ids, text.encode(), surfaces)
     if ends is not None:
         return ends, ends
-    normalize = surfaces.view.normalize
-    image = _normalized(text, normalize) if normalize is not None else None
+    image = _normalized(text, surfaces.view.normalize) if surfaces.view.normalizes else None
     ends = find(ids, image.normalized, surfaces) if image is not None else None
     return None if image is None or ends is None else image.back(ends)
 
@@ -275,10 +269,9 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
     stops = reached[last]
     resumes = np.append(np.maximum(spans[first[1:], 0], stops[:-1]), len(text))
     lows, highs = place[stops], place[resumes]
-    normalize = surfaces.view.normalize
-    if normalize is not None and not text.isascii():
+    if surfaces.view.normalizes and not text.isascii():
         for i, stop in enumerate(stops.tolist()):
-            end = _composed_until(text, stop, normalize)
+            end = _composed_until(text, stop, surfaces.view.normalize)
             if end > stop:  # what the boundary falls before is part of this token
                 highs[i] = max(highs[i], place[end])
                 lows[i] = place[end] if end <= resumes[i] else highs[i] + 1

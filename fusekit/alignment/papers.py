@@ -270,7 +270,7 @@ def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, r
         raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(_RULES))}")
     pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
     source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
-    targets = vocabulary_map.entries[0][alignment.source_ids, 0]
+    targets = vocabulary_map.targets[alignment.source_ids]
     first, stop = alignment.matched
     rows = np.full(len(first), -1, np.int64)
     for i in np.flatnonzero(stop > first).tolist():
@@ -299,7 +299,7 @@ def project_rows_by_rule(
     Raises:
         AlignmentError: as :func:`project_rows`; unknown rule.
     """
-    rows = checked_rows(source_rows, vocabulary_map.matrix.shape[0])
+    rows = checked_rows(source_rows, len(vocabulary_map.targets))
     if len(rows.tail) != len(alignment.source):
         raise AlignmentError(f"the text has {len(alignment.source)} source tokens, but there are {len(rows.tail)} rows")
     base = source_positions(alignment, vocabulary_map, rule)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.alignment.surfaces import TEXT_KINDS, Surfaces
+from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import BoolArray, FloatArray, IntArray, TokenizedText, TopK
 
@@ -313,10 +313,10 @@ def project_rows(
         raise AlignmentError(f"tail {tail!r} needs the pivot's own predictions: pass pivot, or use 'listed_share'")
     if alignment.method != "span":
         raise AlignmentError(f"rows need an alignment of method 'span', not {alignment.method!r}: see source_positions")
-    said = _checked(source_rows, actual_logprobs, alignment.source_ids, vocabulary_map.matrix.shape[0], "source")
+    said = _checked(source_rows, actual_logprobs, alignment.source_ids, len(vocabulary_map.targets), "source")
     ours = None
     if pivot is not None:
-        ours = _checked(pivot.rows, pivot.actual, alignment.pivot_ids, vocabulary_map.matrix.shape[1], "pivot")
+        ours = _checked(pivot.rows, pivot.actual, alignment.pivot_ids, len(vocabulary_map.pivot), "pivot")
     steps = _in_surfaces(plan_rows(alignment, conditioning), alignment, vocabulary_map.source)
     spaced = np.zeros(len(steps.base), bool)
     if conditioning:
@@ -408,7 +408,7 @@ def _begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: Int
 
     -1 and ids beyond the vocabulary begin with nothing.
     """
-    flat, starts, lengths = surfaces.flat
+    (flat, starts), lengths = surfaces.flat, surfaces.lengths
     known = (ids >= 0) & (ids < len(lengths))
     at = np.where(known, ids, 0)
     keep = known & (lengths[at] >= length[:, None])
@@ -423,7 +423,7 @@ def _begins_with(surfaces: Surfaces, token: IntArray, length: IntArray, ids: Int
 
 def _first_bytes(surfaces: Surfaces, ids: IntArray) -> IntArray:
     """The first byte of each entry, -1 for an empty one."""
-    flat, starts, lengths = surfaces.flat
+    (flat, starts), lengths = surfaces.flat, surfaces.lengths
     return np.where(lengths[ids] > 0, flat[np.minimum(starts[ids], len(flat) - 1)].astype(np.int64), -1)
 
 
@@ -440,7 +440,7 @@ def _given(alignment: TokenAlignment, surfaces: Surfaces, before: IntArray, cons
         int64 [w]: ``consumed``; one more for a word of WordPiece, which stands for a space that belongs to the token
         before it in the text; -1 where the surface is not the text, since a normaliser changed it or it is unknown.
     """
-    flat, starts, lengths = surfaces.flat
+    (flat, starts), lengths = surfaces.flat, surfaces.lengths
     text = np.frombuffer(alignment.text.encode(), np.uint8)
     token, origin = alignment.source_ids[before + 1], alignment.source.ends[before]
     skipped = ((_first_bytes(surfaces, token) == ord(" ")) & (text[origin] != ord(" "))).astype(np.int64)
@@ -474,7 +474,7 @@ def _spaced(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyM
     pivot, source = vocabulary_map.pivot, vocabulary_map.source
     links = np.flatnonzero((steps.base >= 0) & (steps.consumed == 0))
     ours, theirs = alignment.pivot_ids[links + 1], alignment.source_ids[steps.base[links] + 1]
-    words = np.isin(pivot.kinds[ours], TEXT_KINDS) & np.isin(source.kinds[theirs], TEXT_KINDS)
+    words = pivot.is_text[ours] & source.is_text[theirs]
     links, ours, theirs = links[words], ours[words], theirs[words]
     of_pivot, of_source = (_first_bytes(side, ids) == ord(" ") for side, ids in ((pivot, ours), (source, theirs)))
     data = alignment.text.encode()
@@ -510,7 +510,7 @@ def _carry(
     consumed, ids, source = steps.consumed[at[within]], entries.ids[within], vocabulary_map.source
     keep = _begins_with(source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
     # A special token is no text to be continued.
-    keep &= np.isin(source.kinds[np.clip(ids, 0, len(source) - 1)], TEXT_KINDS)
+    keep &= source.is_text[np.clip(ids, 0, len(source) - 1)]
     left = _remainders(vocabulary_map, ids, consumed, spaced[at[within]], keep)
     # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
     left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)

@@ -20,14 +20,14 @@ from scipy import sparse
 from fusekit.alignment.alignment import TokenAlignment, align
 from fusekit.alignment.papers import COUNTING, mined
 from fusekit.alignment.rows import checked_rows, merge_entries
-from fusekit.alignment.surfaces import ROLES, TEXT_KINDS, Form, Surfaces, vocabulary_surfaces
+from fusekit.alignment.surfaces import ROLES, Form, Surfaces, vocabulary_surfaces
 from fusekit.disk import commit_file
 from fusekit.errors import AlignmentError, StorageError
 from fusekit.types import FloatArray, IntArray, TopK
 
 log = logging.getLogger(__name__)
-FORMAT = "fusekit vocabulary map 2"
-MOST_REMAINDERS = 1 << 20  # some 100 MB
+_FORMAT = "fusekit vocabulary map 3"
+_MOST_REMAINDERS = 1 << 20  # some 100 MB
 # Before a string this keeps a dummy space away from it; no vocabulary merges across it unless the string begins with
 # white space, and then the check below falls back to the longest prefix.
 _GUARD = "\n"
@@ -37,17 +37,17 @@ _PIECES = (0.9, 0.09, 0.009)
 
 @dataclass(frozen=True, eq=False)
 class MappingStatistics:
-    """Counts of aligned token pairs.
-
-    Attributes:
-        counts: scipy.sparse CSR int64 [V_source, V_pivot].
-        texts: how many texts were counted.
-        fingerprint: SHA-256, hex, of the counts.
-    """
+    """Counts of aligned token pairs: scipy.sparse CSR int64 [V_source, V_pivot]."""
 
     counts: sparse.csr_matrix
-    texts: int
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hex, of the counts."""
+        digest = hashlib.sha256(repr(self.counts.shape).encode())
+        for array in (self.counts.indptr, self.counts.indices, self.counts.data):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.hexdigest()
 
 
 def count_mappings(
@@ -61,25 +61,19 @@ def count_mappings(
         method: ``span``: pairs that share bytes of the text; ``dtw``: pairs on the warping path, as the papers count.
 
     Raises:
-        AlignmentError: the corpus is a single string, has no aligned pair, or a text cannot be aligned.
+        AlignmentError: the corpus is a single string or has no aligned pair, or a text cannot be aligned.
     """
     if isinstance(texts, str):
-        raise AlignmentError(
-            "a corpus is several texts; a single string would be counted letter by letter: pass [text]"
-        )
+        raise AlignmentError("a corpus is several texts; one string would be counted letter by letter: pass [text]")
     shape = (len(vocabulary_surfaces(source_tokenizer)), len(vocabulary_surfaces(pivot_tokenizer)))
-    counts, number = sparse.csr_matrix(shape, dtype=np.int64), 0
+    counts = sparse.csr_matrix(shape, dtype=np.int64)
     aligned = (align(text, pivot_tokenizer, source_tokenizer, method) for text in texts)
     while batch := list(islice(aligned, 256)):  # bounded memory over a corpus of any size
-        number += len(batch)
         counts = counts + _counted(batch, shape)
     if not counts.nnz:
-        raise AlignmentError(f"the corpus of {number} texts holds no aligned pair of tokens: is it empty?")
+        raise AlignmentError("the corpus holds no aligned pair of tokens: is it empty?")
     counts.sort_indices()
-    digest = hashlib.sha256(repr(shape).encode())
-    for array in (counts.indptr, counts.indices, counts.data):
-        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-    return MappingStatistics(counts, number, digest.hexdigest())
+    return MappingStatistics(counts)
 
 
 def _counted(batch: list[TokenAlignment], shape: tuple[int, int]) -> sparse.csr_matrix:
@@ -100,60 +94,44 @@ class VocabularyMap:
     """Where the probability of every source token goes in the pivot's vocabulary.
 
     Attributes:
-        matrix: scipy.sparse CSR float64 [V_source, V_pivot]; rows sum to at most 1, what is missing goes to the tail.
+        targets: int64 [V_source], the pivot's id, or -1: the token's probability goes to the tail.
         method: how it was made.
         pivot, source: the surfaces of the two vocabularies.
     """
 
-    matrix: sparse.csr_matrix
+    targets: IntArray
     method: str
     pivot: Surfaces
     source: Surfaces
 
-    def __post_init__(self) -> None:
-        sums = np.asarray(self.matrix.sum(axis=1)).ravel()
-        negative = self.matrix.data.min(initial=0.0) < 0
-        if negative or sums.max(initial=0.0) > 1 + 1e-9:
-            worst = int(sums.argmax())
-            raise AlignmentError(
-                f"rows of a vocabulary map are shares of 1: row {worst} sums to {sums[worst]:.6g}"
-                + (", and some are negative" if negative else "")
-            )
-
     def __repr__(self) -> str:
-        rows, columns = self.matrix.shape
-        mapped = int((np.diff(self.matrix.indptr) > 0).sum())
-        return f"VocabularyMap({self.method}, {rows} source x {columns} pivot ids, {mapped} mapped)"
+        mapped = int((self.targets >= 0).sum())
+        size = f"{len(self.targets)} source x {len(self.pivot)} pivot ids"
+        return f"VocabularyMap({self.method}, {size}, {mapped} mapped)"
 
-    @cached_property
-    def entries(self) -> tuple[IntArray, FloatArray]:
-        """The matrix as padded arrays: targets int64 [V_source, r] (-1 for none) and shares float64 [V_source, r]."""
-        counts = np.diff(self.matrix.indptr)
-        width = max(int(counts.max(initial=0)), 1)
-        targets = np.full((len(counts), width), -1, np.int64)
-        shares = np.zeros((len(counts), width))
-        column = np.arange(self.matrix.nnz) - np.repeat(self.matrix.indptr[:-1], counts)
-        row = np.repeat(np.arange(len(counts)), counts)
-        targets[row, column], shares[row, column] = self.matrix.indices, self.matrix.data
-        return targets, shares
+    @property
+    def matrix(self) -> sparse.csr_matrix:
+        """The map as scipy.sparse CSR float64 [V_source, V_pivot]: a one per token that is mapped."""
+        rows = np.flatnonzero(self.targets >= 0)
+        shape = (len(self.targets), len(self.pivot))
+        return sparse.csr_matrix((np.ones(len(rows)), (rows, self.targets[rows])), shape=shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hex, of the map and the vocabularies."""
+        head = f"{_FORMAT}\n{self.method}\n{self.pivot.fingerprint}\n{self.source.fingerprint}\n"
+        return hashlib.sha256(head.encode() + self.targets.tobytes()).hexdigest()
 
     @property
     def special(self) -> IntArray:
         """The source tokens that are no text and map somewhere, by their role: int64, ascending."""
-        mapped = self.entries[0][: len(self.source), 0] >= 0
-        return np.flatnonzero(mapped & ~np.isin(self.source.kinds, TEXT_KINDS))
+        return np.flatnonzero((self.targets[: len(self.source)] >= 0) & ~self.source.is_text)
 
     def spread(self, ids: IntArray, mass: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
-        """Entries ``[T, k]`` carried over: targets and mass ``[T, k * r]``, and the mass ``[T]`` that maps nowhere."""
-        targets, shares = self.entries
-        used = ids >= 0
-        at = np.where(used, ids, 0)
-        mass = np.where(used, mass, 0.0)
-        mapped = np.where(used[..., None], targets[at], -1)
-        carried = mass[..., None] * shares[at]
-        lost = (mass - carried.sum(axis=2)).sum(axis=1)
-        shape = (len(ids), ids.shape[1] * targets.shape[1])
-        return mapped.reshape(shape), carried.reshape(shape), np.maximum(lost, 0.0)
+        """Entries ``[T, k]`` carried over: targets and mass ``[T, k]``, and the mass ``[T]`` that maps nowhere."""
+        targets = np.where(ids >= 0, self.targets[np.maximum(ids, 0)], -1)
+        lost = np.where((ids >= 0) & (targets < 0), mass, 0.0).sum(axis=1)
+        return targets, np.where(targets >= 0, mass, 0.0), lost
 
     def project(
         self, ids: npt.ArrayLike, logprobs: npt.ArrayLike, tail: npt.ArrayLike, collisions: str = "add"
@@ -173,7 +151,7 @@ class VocabularyMap:
         Raises:
             AlignmentError: an id outside the map, a row that is no distribution, unknown ``collisions``.
         """
-        rows = checked_rows((ids, logprobs, tail), self.matrix.shape[0])
+        rows = checked_rows((ids, logprobs, tail), len(self.targets))
         targets, mass, lost = self.spread(rows.ids, np.exp(rows.logprobs))
         return merge_entries(targets, mass, rows.tail + lost, collisions)
 
@@ -184,10 +162,9 @@ class VocabularyMap:
         tokenisation, which is what the pivot has to predict next.
         """
         known = self._remainders
-        new = list(dict.fromkeys(rest for rest in remains if rest not in known))
-        if len(known) + len(new) > MOST_REMAINDERS:
+        if len(known) > _MOST_REMAINDERS:
             known.clear()
-            new = list(dict.fromkeys(remains))
+        new = [rest for rest in dict.fromkeys(remains) if rest not in known]
         known.update((rest, self.pivot.id_of.get(rest, -1)) for rest in new)
         if self.method != "em":
             missing = [rest for rest in new if rest and known[rest] < 0]
@@ -208,9 +185,8 @@ def build_vocabulary_map(
     statistics: MappingStatistics | Iterable[str] | None = None,
     pivot_roles: Mapping[str, int] | None = None,
     source_roles: Mapping[str, int] | None = None,
-    pivot_size: int | None = None,
-    source_size: int | None = None,
-    cache: bool | str | Path = True,
+    source_size: int = 0,
+    cache: bool = True,
 ) -> VocabularyMap:
     """Map every token of the source's vocabulary into the pivot's.
 
@@ -228,69 +204,48 @@ def build_vocabulary_map(
             code's formula in place of the frequency.
         statistics: for ``ms``: texts, or the result of :func:`fusekit.alignment.count_mappings`.
         pivot_roles, source_roles: ids by role, over what the tokenizers tell; roles are bos, eos, end_of_turn.
-        pivot_size, source_size: rows and columns of the map where a model's output is larger than its tokenizer; the
-            padding ids get no mass.
-        cache: keep the map on disk under the hashes of both vocabularies: True for the user's cache folder
-            (``FUSEKIT_CACHE`` or the platform's), a folder, or False.
+        source_size: ids of the source's model, where they are more than its tokenizer has; the padding ids map nowhere.
+        cache: keep the map in ``FUSEKIT_CACHE``, else the user's cache folder, under the hashes of both vocabularies.
 
     Raises:
-        AlignmentError: unknown method, missing statistics, a size below the tokenizer's, a tokenizer that cannot be
-            handled exactly.
+        AlignmentError: unknown method, missing statistics, a tokenizer that cannot be handled exactly.
     """
     if method not in _METHODS.keys() | COUNTING.keys():
         known = ", ".join(sorted(_METHODS.keys() | COUNTING.keys()))
         raise AlignmentError(f"unknown vocabulary map {method!r}: there are {known}")
     pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
-    for side, surfaces, size in (("source", source, source_size), ("pivot", pivot, pivot_size)):
-        if size is not None and size < len(surfaces):
-            raise AlignmentError(
-                f"{side}_size={size} is below the {len(surfaces)} ids of {surfaces.name}: another model's tokenizer?"
-            )
-    counted = statistics if method in COUNTING else None
-    if counted is not None and not isinstance(counted, MappingStatistics):
-        counted = count_mappings(counted, pivot_tokenizer, source_tokenizer)
-
-    def make() -> IntArray:
-        return _targets(pivot, source, method, counted)
-
-    if cache is False or method == "em":  # em is quicker to make than to look up
-        targets = make()
+    counted = None
+    if method in COUNTING:
+        if statistics is None:
+            raise AlignmentError(f"method {method!r} counts aligned tokens over a corpus: pass statistics=<texts>")
+        if not isinstance(statistics, MappingStatistics):
+            statistics = count_mappings(statistics, pivot_tokenizer, source_tokenizer)
+        counted = statistics
+    if not cache or method == "em":  # em is quicker to make than to look up
+        targets = _targets(pivot, source, method, counted)
     else:
-        key = [FORMAT, method, pivot.fingerprint, source.fingerprint, counted.fingerprint if counted else ""]
-        name = f"{method}-{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:32]}.npz"
-        folder = _default_folder() if cache is True else Path(cache)
-        targets = _remembered(folder / name, make, (len(source), len(pivot)))
-    for source_id, pivot_id in _by_role(pivot, source, pivot_roles, source_roles).items():
-        targets[source_id] = pivot_id
-    rows = np.flatnonzero(targets >= 0)
-    shape = (source_size or len(source), pivot_size or len(pivot))
-    matrix = sparse.csr_matrix((np.ones(len(rows)), (rows, targets[rows])), shape=shape)
-    return VocabularyMap(matrix, method, pivot, source)
+        targets = _remembered(pivot, source, method, counted)
+    ours, theirs = source.view.roles | dict(source_roles or {}), pivot.view.roles | dict(pivot_roles or {})
+    for role in ROLES:  # a token with several roles maps by the last of them
+        if role in ours and role in theirs:
+            targets[ours[role]] = theirs[role]
+    padding = np.full(max(source_size - len(source), 0), -1, np.int64)
+    return VocabularyMap(np.concatenate([targets, padding]), method, pivot, source)
 
 
-def _default_folder() -> Path:
-    """``$FUSEKIT_CACHE``, else ``fusekit`` in the user's cache folder."""
-    named = os.environ.get("FUSEKIT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(named) if named else base / "fusekit") / "vocabulary-maps"
-
-
-def _remembered(path: Path, make: Callable[[], IntArray], shape: tuple[int, int]) -> IntArray:
-    """The targets of a map of this shape, from a file, or made and kept there.
-
-    What cannot be read is made again: the file's own checksum tells. A folder that cannot be written costs the cache.
-    """
+def _remembered(pivot: Surfaces, source: Surfaces, method: str, counted: MappingStatistics | None) -> IntArray:
+    """The targets from the cache, or made and kept there. A damaged file is made again."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusekit"
+    key = [_FORMAT, method, pivot.fingerprint, source.fingerprint, counted.fingerprint if counted else ""]
+    name = f"{method}-{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:32]}.npz"
+    path = Path(os.environ.get("FUSEKIT_CACHE") or folder) / "vocabulary-maps" / name
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            targets: IntArray = stored["targets"].astype(np.int64)
-        if targets.shape == shape[:1] and targets.max(initial=-1) < shape[1]:
-            return targets
-        log.warning("vocabulary map %s is damaged; it is made again", path)
+        return read_targets(path, pivot, source)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("vocabulary map %s cannot be read (%s); it is made again", path, error)
-    targets = make()
+    except StorageError as error:
+        log.warning("%s; it is made again", error)
+    targets = _targets(pivot, source, method, counted)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         commit_file(path, lambda file: np.savez(file, targets=targets), rank=os.getpid())
@@ -299,12 +254,31 @@ def _remembered(path: Path, make: Callable[[], IntArray], shape: tuple[int, int]
     return targets
 
 
+def read_targets(path: Path, pivot: Surfaces, source: Surfaces) -> IntArray:
+    """The targets of a map between these vocabularies that ``np.savez(file, targets=...)`` wrote.
+
+    Raises FileNotFoundError; StorageError for a damaged file (a zip archive has checksums), or a map of others.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            targets: IntArray = stored["targets"].astype(np.int64)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise StorageError(f"the vocabulary map {path} is damaged: {error}") from error
+    if len(targets) < len(source) or targets.max(initial=-1) >= len(pivot):
+        raise StorageError(
+            f"the vocabulary map {path} is damaged, or of other tokenizers than {pivot.name} and {source.name}"
+        )
+    return targets
+
+
 def _targets(pivot: Surfaces, source: Surfaces, method: str, statistics: MappingStatistics | None) -> IntArray:
     """The pivot id of every source id that stands for text, -1 for none and for special tokens: int64 [V_source]."""
     targets, text = np.full(len(source), -1, np.int64), source.text_ids
     targets[text] = [pivot.id_of.get(source.of[i], -1) for i in text.tolist()]
-    if method in COUNTING:
-        found = _counted_targets(statistics, source, pivot, method)[text]
+    if statistics is not None:
+        found = _counted_targets(statistics.counts, source, pivot, COUNTING[method])[text]
         targets[text] = np.where(found >= 0, found, targets[text])
     else:
         asked = text[targets[text] < 0]
@@ -312,48 +286,24 @@ def _targets(pivot: Surfaces, source: Surfaces, method: str, statistics: Mapping
     return targets
 
 
-def _counted_targets(statistics: MappingStatistics | None, source: Surfaces, pivot: Surfaces, method: str) -> IntArray:
+def _counted_targets(
+    counts: sparse.csr_matrix,
+    source: Surfaces,
+    pivot: Surfaces,
+    rank: Callable[[bytes, bytes, int], tuple[float, float]],
+) -> IntArray:
     """The best pivot token of each source token, of equal ones the first; -1 for what no text holds: [V_source]."""
-    if statistics is None:
-        raise AlignmentError(
-            f"method {method!r} counts aligned tokens over a corpus: pass statistics=<texts>, or "
-            "statistics=count_mappings(texts, pivot_tokenizer, source_tokenizer)"
-        )
-    counts, allowed = statistics.counts, set(pivot.id_of.values())
-    if counts.shape != (len(source), len(pivot)):
-        raise AlignmentError(
-            f"the statistics are over {counts.shape[0]} source and {counts.shape[1]} pivot entries, but {source.name} "
-            f"has {len(source)} and {pivot.name} {len(pivot)}: count them with these tokenizers"
-        )
+    allowed = set(pivot.id_of.values())
     chosen = np.full(len(source), -1, np.int64)
     for a in np.flatnonzero(np.diff(counts.indptr)).tolist():
         span = slice(counts.indptr[a], counts.indptr[a + 1])
         options = [
-            (COUNTING[method](source.of[a], pivot.of[b], count), b)
+            (rank(source.of[a], pivot.of[b], count), b)
             for b, count in zip(counts.indices[span].tolist(), counts.data[span].tolist(), strict=True)
             if b in allowed
         ]
         chosen[a] = min(options, default=(None, -1))[1]
     return chosen
-
-
-def _by_role(
-    pivot: Surfaces,
-    source: Surfaces,
-    pivot_roles: Mapping[str, int] | None,
-    source_roles: Mapping[str, int] | None,
-) -> dict[int, int]:
-    """Source special id -> pivot special id. A token with several roles maps by the last of ``ROLES``."""
-    ours = {**source.view.roles, **(source_roles or {})}
-    theirs = {**pivot.view.roles, **(pivot_roles or {})}
-    for name, roles, surfaces in (("source_roles", ours, source), ("pivot_roles", theirs, pivot)):
-        for role, id_ in roles.items():
-            if role not in ROLES or not 0 <= id_ < len(surfaces):
-                raise AlignmentError(
-                    f"{name}: {role}={id_} is no role of {surfaces.name}: roles are {', '.join(ROLES)}, ids are below "
-                    f"{len(surfaces)}"
-                )
-    return {ours[role]: theirs[role] for role in ROLES if role in ours and role in theirs}
 
 
 def _first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
@@ -403,17 +353,13 @@ _METHODS: dict[str, Callable[[list[bytes], Surfaces], IntArray]] = {
 
 
 def pivot_groups(into: VocabularyMap) -> IntArray:
-    """The finest groups of next tokens that both models can tell apart: of each pivot token one that stands for all.
+    """Group the pivot's tokens so that both models can tell any two groups apart by their next token.
 
-    Let g(v) be the first source token of a pivot token v's bytes, and f(u) the first pivot token of a source token u's
-    bytes, where the map ``into`` carries u. A text that begins with v begins for the source with g(v), and one that
-    begins with u for the pivot with f(u); so v and f(g(v)) are told apart by no row of the source, and neither are the
-    source tokens with one f by any distribution of the pivot. Following f and g from token to token, each time to a
-    shorter one, ends at a token that both have: it stands for the group.
-
-    So the pivot's 201 is in the group of 2, where the source writes 2, 0, 1; and where the pivot writes Stra + ße and
-    Stra + fe, the source's Straße and Strafe are in the group of Stra. A pivot token that begins a source token's bytes
-    thus has that token's probability in its group: nothing is split and nothing is punished.
+    Let g(v) be the first source token of a pivot token v's bytes, and f(u) the pivot token that the map gives a source
+    token u. Where the pivot writes v the source's next token is g(v), so v and f(g(v)) look the same to the source.
+    Following g and f from token to token, each time to a shorter one, ends at a token that both have: it stands for the
+    group. So the pivot's 201 is in the group of 2, where the source writes 2, 0, 1; and where the pivot writes
+    Stra + ße and Stra + fe, the source's Straße and Strafe are in the group of Stra.
 
     Args:
         into: by the method ``prefix``.
@@ -423,14 +369,13 @@ def pivot_groups(into: VocabularyMap) -> IntArray:
         the source: padding, special tokens without a role in common, bytes that it cannot spell.
     """
     pivot, source = into.pivot, into.source
-    carried = into.entries[0][:, 0]
     words = [pivot.of[i] for i in pivot.text_ids.tolist()]
     first = np.fromiter((source.id_of.get(surface, -1) for surface in words), np.int64, len(words))
     missing = np.flatnonzero(first < 0)
     first[missing] = _first_pieces([words[i] for i in missing.tolist()], source)
-    reached = np.full(into.matrix.shape[1], -1, np.int64)
-    reached[pivot.text_ids] = np.where(first >= 0, carried[np.maximum(first, 0)], -1)
-    specials = carried[into.special]
+    reached = np.full(len(pivot), -1, np.int64)
+    reached[pivot.text_ids] = np.where(first >= 0, into.targets[np.maximum(first, 0)], -1)
+    specials = into.targets[into.special]
     reached[specials] = specials
     while True:
         further = np.where(reached >= 0, reached[np.maximum(reached, 0)], -1)
@@ -462,13 +407,13 @@ def source_pieces(into: VocabularyMap) -> tuple[IntArray, IntArray, FloatArray]:
     for id_, ids in zip(texts, source.view.encode_many(list(texts.values())), strict=True):
         whole = b"".join(source.of[i] for i in ids) == pivot.of[id_]
         spelled[id_] = [i for i in ids if source.of[i]] if whole else _longest_pieces(pivot.of[id_], source)
-    pairs = [*spelled.items(), *((int(into.entries[0][u, 0]), [u]) for u in into.special.tolist())]
+    pairs = [*spelled.items(), *((int(into.targets[u]), [u]) for u in into.special.tolist())]
     found = [
         (id_, piece, weight / sum(_PIECES[: len(pieces)]))
         for id_, pieces in pairs
         for piece, weight in zip(pieces, _PIECES, strict=False)
     ]
-    pivots, sources, weights = (np.array(part) for part in zip(*found, strict=True)) if found else (np.zeros(0),) * 3
+    pivots, sources, weights = (np.array(part) for part in zip(*found, strict=True))
     return pivots.astype(np.int64), sources.astype(np.int64), weights
 
 

@@ -123,11 +123,6 @@ class Encoder:
 
     def _make_copy(self, nonce: str) -> tuple[Tokenizer, dict[int, str], IntArray]:
         view = self.surfaces.view
-        if view.backend is None or not view.direct:
-            raise DataError(
-                f"{view.name} encodes in Python, so control tokens that a content spells cannot be kept out of it: use "
-                "the fast tokenizer of this model, or leave such examples out"
-            )
         # The vocabulary is shared: to read a large one again takes seconds. What is changed here is the copy's own.
         copy = Tokenizer(view.backend.model)
         for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

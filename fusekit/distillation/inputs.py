@@ -274,9 +274,9 @@ def projection_of(
         return Projection(None)
     if folder is not None:
         made = read_map(folder, how.map_method, ours.tokenizer, theirs.tokenizer)
-        if made.matrix.shape[0] < theirs.vocabulary:
+        if len(made.targets) < theirs.vocabulary:
             raise DistillationError(
-                f"{folder}: the vocabulary map has {made.matrix.shape[0]} rows, but the store of {theirs.name} has ids "
+                f"{folder}: the vocabulary map has {len(made.targets)} rows, but the store of {theirs.name} has ids "
                 f"up to {theirs.vocabulary}: remove {folder}, and the stage `align` makes it again"
             )
     else:

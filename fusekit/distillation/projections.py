@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
-from scipy import sparse
 
 from fusekit.alignment.alignment import TokenAlignment, align_tokens, warped
 from fusekit.alignment.papers import project_rows_by_rule
@@ -35,6 +32,7 @@ from fusekit.alignment.vocabulary_map import (
     build_vocabulary_map,
     count_mappings,
     pivot_groups,
+    read_targets,
     source_pieces,
 )
 from fusekit.distillation.settings import AlignmentSettings
@@ -110,11 +108,11 @@ class Projection:
         """Which tokens of the pivot stand for an id of the rows, for the losses ``grouped_kl`` and ``p_kl``."""
         if self.vocabulary_map is None or not self.own_ids:
             return None
-        size, pivots = self.vocabulary_map.matrix.shape
         if self.groups is not None:
-            size, tokens, weights = pivots, np.flatnonzero(self.groups >= 0), None
+            size, tokens, weights = len(self.groups), np.flatnonzero(self.groups >= 0), None
             ids = self.groups[tokens]
         else:
+            size = len(self.vocabulary_map.targets)
             tokens, ids, weights = source_pieces(self.vocabulary_map)
         order = np.argsort(ids, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=size))])
@@ -145,7 +143,7 @@ class Projection:
             warping = warp_tokens(alignment, into)
             return project_rows_by_rule(warping, into, said.rows, rule, collisions=self.collisions)
         if self.tokens == "matched" or self.of_chunks:
-            rows = checked_rows(said.rows, into.matrix.shape[0])
+            rows = checked_rows(said.rows, len(into.targets))
             if self.tokens == "matched":
                 return _matched(alignment, rows, into)
             return _by_chunks(alignment, rows, np.asarray(said.actual, np.float64), self)
@@ -309,8 +307,7 @@ def _at_links(alignment: TokenAlignment, rows: TopK) -> AlignedRows:
 
 
 def _matched(alignment: TokenAlignment, rows: TopK, into: VocabularyMap) -> AlignedRows:
-    known = into.matrix.shape[1]
-    targets = into.entries[0][np.maximum(rows.ids, 0), 0]
+    known, targets = len(into.pivot), into.targets[np.maximum(rows.ids, 0)]
     # Apart while the probabilities of source tokens with equal strings are added.
     targets = np.where(targets >= 0, targets, known + rows.ids)
     merged = merge_entries(np.where(rows.ids >= 0, targets, -1), np.exp(rows.logprobs), rows.tail)
@@ -428,53 +425,22 @@ def make_map(
         statistics=statistics,
         pivot_roles=_roles(samples[0]),
         source_roles=_roles(samples[1]),
-        source_size=max(size, len(vocabulary_surfaces(source))),
-        cache=True,
+        source_size=size,
     )
 
 
-def map_hash(made: VocabularyMap) -> str:
-    """xxh3-128 of a map's method, vocabularies and matrix."""
-    matrix = made.matrix
-    head = [made.method, made.pivot.fingerprint, made.source.fingerprint, repr(tuple(map(int, matrix.shape)))]
-    digest = xxhash.xxh3_128("\0".join(head).encode())
-    for array, dtype in ((matrix.indptr, np.int64), (matrix.indices, np.int64), (matrix.data, np.float64)):
-        digest.update(np.ascontiguousarray(array, dtype).tobytes())
-    return digest.hexdigest()
-
-
 def write_map(folder: Path, made: VocabularyMap) -> None:
-    """Write ``vocabulary_map.npz``: a matrix for ``scipy.sparse.load_npz``, and what it was made from."""
-    matrix = made.matrix
+    """Write ``vocabulary_map.npz``: the array ``targets``, int64 [V_source]."""
     with (folder / NAME).open("wb") as file:
-        np.savez(
-            file,
-            format=np.array(b"csr"),
-            shape=np.array(matrix.shape, np.int64),
-            data=matrix.data,
-            indices=matrix.indices,
-            indptr=matrix.indptr,
-            method=np.array(made.method),
-            xxh3=np.array(map_hash(made)),
-        )
+        np.savez(file, targets=made.targets)
 
 
 def read_map(folder: Path, method: str, pivot: Any, source: Any) -> VocabularyMap:
     """The map that :func:`write_map` wrote, of these tokenizers by this method. Raises StorageError where it is not."""
-    path = folder / NAME
-    redo = f"remove {folder}, and the stage `align` makes it again"
+    surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(source)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            shape = tuple(stored["shape"].tolist())
-            matrix = sparse.csr_matrix((stored["data"], stored["indices"], stored["indptr"]), shape=shape)
-            known, named = str(stored["xxh3"]), str(stored["method"])
-        made = VocabularyMap(matrix, named, vocabulary_surfaces(pivot), vocabulary_surfaces(source))
+        return VocabularyMap(read_targets(folder / NAME, *surfaces), method, *surfaces)
     except FileNotFoundError:
-        raise StorageError(f"{path} is not there: the stage `align` comes first") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{path} is damaged: {error}; {redo}") from error
-    if named != method:
-        raise StorageError(f"{path} is a map by {named!r}, but the run asks for {method!r}: {redo}")
-    if map_hash(made) != known:
-        raise StorageError(f"{path} is damaged, or of other tokenizers than the run's: {redo}")
-    return made
+        raise StorageError(f"{folder / NAME} is not there: the stage `align` comes first") from None
+    except StorageError as error:
+        raise StorageError(f"{error}; remove {folder}, and the stage `align` makes it again") from error

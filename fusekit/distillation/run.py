@@ -27,7 +27,7 @@ from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.outputs import Target
-from fusekit.distillation.projections import Projection, map_hash
+from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.distillation.trainer import FusionTrainer
 from fusekit.errors import DistillationError
@@ -344,4 +344,4 @@ def facts_of_alignment(how: AlignmentSettings | Projection) -> Facts:
         if tokens == "span":
             facts |= {"conditioning": how.conditioning, "tail": how.tail, "one_hot": how.one_hot}
     made = how.vocabulary_map if isinstance(how, Projection) else None
-    return facts if made is None else facts | {"xxh3": map_hash(made)}
+    return facts if made is None else facts | {"map": made.fingerprint}

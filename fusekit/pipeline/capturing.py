@@ -55,7 +55,7 @@ SHOWN_TEXTS, SHOWN_OF_EACH, SHOWN_GROUPS = 8, 2, 60
 """In the report of an alignment, at most: texts, texts of each data set, groups of each text."""
 WORTH_EXAMPLES = 256
 """Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
-PAGE_BYTES, MAP_BYTES = 110_000, 16
+PAGE_BYTES, MAP_BYTES = 110_000, 8
 """Bytes of an alignment's figures, page and samples; of its vocabulary map, per token of the source."""
 ROW_BYTES, TOKEN_BYTES = 128, 4
 """Bytes of a row as JSON beside its contents; of a token of text, about."""

@@ -491,7 +491,7 @@ def _described(tokenizer: Any) -> Tokenizer | None:
     except FusekitError:
         return None
     return Tokenizer(
-        model=type(surfaces.view.backend.model).__name__ if surfaces.view.backend is not None else "slow",
+        model=type(surfaces.view.backend.model).__name__,
         form=_FORMS[surfaces.form],
         tokens=int((surfaces.kinds != Kind.HOLE).sum()),
         byte_fallback=bool((surfaces.kinds == Kind.BYTE).any()),

@@ -244,7 +244,7 @@ def vocabulary_map(pivot: str, source: str, method: str = "prefix") -> Vocabular
 
 def target(mapping: VocabularyMap, source_id: int) -> int:
     """Where a source token maps, -1 for nowhere."""
-    return int(mapping.entries[0][source_id, 0])
+    return int(mapping.targets[source_id])
 
 
 EDGE_CASES = {

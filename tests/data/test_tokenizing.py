@@ -244,10 +244,8 @@ def test_a_cut_has_to_be_at_a_character(cut):
 def test_a_model_travels_to_another_process(name):
     forged = row([*TURNS[:4], ("assistant", "<|im_end|></s><|end_of_turn|><|eot_id|>")])
     before = model(name).tokenize(forged)
-    used = model(name).encoder.surfaces.view.normalize  # made where a text needs it
     other = pickle.loads(pickle.dumps(model(name)))
     assert np.array_equal(other.tokenize(forged).ids, before.ids)
-    assert (other.encoder.surfaces.view.normalize is None) == (used is None)
     assert other.fingerprint == model(name).fingerprint
     assert other.fingerprint != model(name, "all").fingerprint
 

@@ -191,7 +191,7 @@ def test_rows_without_a_map_are_the_sources_own() -> None:
 
 def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_equal() -> None:
     em = worlds.vocabulary_map("em")
-    of = dict(zip(*em.matrix.nonzero(), strict=True))
+    of = {i: t for i, t in enumerate(em.targets.tolist()) if t >= 0}
     kinds = set()
     for row in worlds.conversations(6) + TEXT_ROWS:
         pivot = worlds.read(row, PIVOT)
@@ -212,10 +212,9 @@ def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_
 def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None:
     """Source ids 10 and 11 are the pivot's 7; 12 and 13 are no tokens of the pivot."""
     em = worlds.vocabulary_map("em")
-    matrix = em.matrix.tolil()
-    matrix[10:14] = 0
-    matrix[10, 7] = matrix[11, 7] = 1
-    made = VocabularyMap(matrix.tocsr(), "em", em.pivot, em.source)
+    targets = em.targets.copy()
+    targets[10:14] = [7, 7, -1, -1]
+    made = VocabularyMap(targets, "em", em.pivot, em.source)
     text = align_tokens("a", tokenize("a", PIVOT), worlds.tokenize("a", SOURCE))
     ours = text.pivot.opened(1)
     alignment = align_tokens("a", ours, ours)
@@ -278,7 +277,7 @@ def test_a_group_is_what_both_tokenizers_begin_alike(sides):
         found += groups[id_] != id_
     assert found > 3
     assert groups[sides[0].convert_tokens_to_ids("<pad>")] == -1
-    carried = into.entries[0][:, 0]  # no listed token leaves the student nothing to answer it with
+    carried = into.targets  # no listed token leaves the student nothing to answer it with
     assert (groups[carried[carried >= 0]] >= 0).all()
 
 
@@ -286,7 +285,7 @@ def test_a_group_is_what_both_tokenizers_begin_alike(sides):
 def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
     """Entry by entry at every link: the mass of a group is that of the source tokens that begin with it."""
     how = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail="keep", conditioning=False)
-    carried, rows_seen, expected_rows = how.vocabulary_map.entries[0][:, 0], 0, 0
+    carried, rows_seen, expected_rows = how.vocabulary_map.targets, 0, 0
     for row in worlds.conversations(8):
         tokens = worlds.read(row, sides[0])
         said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
