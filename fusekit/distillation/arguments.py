@@ -1,20 +1,18 @@
-"""TrainingArguments, from the settings of a run or written by hand, and all that is wrong with settings at once."""
+"""TrainingArguments, from the settings of a run or written by hand, what refuses them, and what a training takes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from fusekit.capturing.engine import batch_tokens_on, working_bytes
@@ -29,8 +27,8 @@ from fusekit.capturing.models import (
 )
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
-from fusekit.devices import Need, Processes, main_memory, refuse_lacking
-from fusekit.disk import existing_parent, free_bytes, human
+from fusekit.devices import Need, Processes, disk_need, main_memory, refuse_lacking
+from fusekit.disk import human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.yaml import TRUTH, KeyPath, nearest
@@ -41,13 +39,6 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "set by batch_size",
     "gradient_checkpointing": "set by activation_checkpointing",
     "resume_from_checkpoint": "set by --resume",
-    # Former names.
-    "epochs": "now called num_train_epochs",
-    "scheduler": "now called lr_scheduler_type",
-    "warmup": "now called warmup_steps",
-    "micro_batch_size": "now called per_device_train_batch_size",
-    "workers": "now called dataloader_num_workers",
-    "trainer": "now the section itself: its fields stand there",
 }
 _IMPOSSIBLE = {
     "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
@@ -67,7 +58,6 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": CHECKPOINTS_KEPT,
     "report_to": "none",
 }
-_TAKE_FALSE = {"fsdp", "trackio_static_space_id"}  # though their types say text alone
 _KNOWN = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 
 
@@ -75,9 +65,6 @@ class OneDevice(TrainingArguments):
     """Arguments of a process that trains on one device: several are one process each.
 
     DataParallel, which transformers takes where a process sees several GPUs, would scatter the targets.
-
-    Attributes:
-        training: the loss, and what becomes of non-finite ones.
     """
 
     training: TrainingSettings
@@ -89,12 +76,11 @@ class OneDevice(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most one."""
         return min(int(super().n_gpu), 1)
 
 
 def _declared(section: type[BaseModel], name: str) -> Any:
-    """A field that is declared in a section of the recipe: its help is said there, None is the preset's value."""
+    """A field of a section of the recipe; None is the preset's value."""
     return field(default=None, metadata={"help": section.model_fields[name].description})
 
 
@@ -103,8 +89,7 @@ class FusionConfig(OneDevice):
     """Arguments of :class:`~fusekit.FusionTrainer`: any of ``transformers.TrainingArguments``, and these.
 
     ``preset`` gives the values of the loss, of ``alignment`` and of ``fusion`` that are not given; the learning rate,
-    epochs and batches are those of TrainingArguments. The values are checked as those of a recipe, where the same names
-    stand in the sections ``distill``, ``alignment`` and ``fusion`` (docs/distillation.md).
+    epochs and batches are those of TrainingArguments. The values are those of a recipe (docs/distillation.md).
 
     >>> FusionConfig("out", loss="kl", lm_weight=0.5).lm_weighting
     'relative'
@@ -188,22 +173,22 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
         fields |= {"num_train_epochs": 1.0, "train_sampling_strategy": "sequential"}
     if "activation_checkpointing" not in _KNOWN:  # its older name, an alias that warns where both are known
         fields["gradient_checkpointing"] = settings.activation_checkpointing
+    fields |= {name: _read(name, value) for name, value in settings.trainer.items()}
     try:
-        args = OneDevice(**fields, **(_DEFAULTS | settings.trainer))
+        args = OneDevice(**(_DEFAULTS | fields))
     except (ValueError, TypeError, ImportError) as error:
-        raise DistillationError(f"transformers refuses the training arguments: {_shorter(error)}") from error
+        raise DistillationError(f"transformers refuses the training arguments: {error}") from error
     args.training = settings
     return args
 
 
-def processes() -> int:
+def _processes() -> int:
     """How many the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _accumulation(settings: TrainingSettings) -> int:
-    """Micro-batches of each process in an optimizer step."""
-    each, world = settings.per_device_train_batch_size, processes()
+    each, world = settings.per_device_train_batch_size, _processes()
     if settings.batch_size % (each * world):
         raise DistillationError(
             f"batch_size {settings.batch_size} (examples per optimizer step) cannot be divided by "
@@ -212,18 +197,14 @@ def _accumulation(settings: TrainingSettings) -> int:
     return settings.batch_size // (each * world)
 
 
-def _shorter(error: Exception) -> str:
-    """What was said, with the nearest of forty names in place of them all."""
-    text = " ".join(str(error).split())
-    if listed := re.fullmatch(r"(\S+) is not a valid (\w+), please select one of \[(.*)\]", text):
-        known = re.findall(r"'([^']*)'", listed[3])
-        return f"{listed[1]!r} is unknown{nearest(listed[1], known)}"
-    return text
+def _read(name: str, value: Any) -> Any:
+    """A field of TrainingArguments as its type says; YAML reads 1e-8 as text."""
+    return TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
 
 
 def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
-    """Why each field of TrainingArguments that cannot be set cannot, by its name."""
-    wrong, kinds = {}, get_type_hints(TrainingArguments)
+    """Why each of these that is no field of TrainingArguments, cannot be set or is of another type is refused."""
+    wrong = {}
     for name, value in trainer.items():
         if name in _ELSEWHERE:
             wrong[name] = f"{name} is {_ELSEWHERE[name]}"
@@ -232,58 +213,41 @@ def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
         elif name not in _KNOWN:
             near = nearest(name, {*_KNOWN, *TrainingSettings.model_fields})
             wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{near}"
-        elif not _is_of(value, kinds[name]):
-            kind = getattr(kinds[name], "__name__", kinds[name])
-            wrong[name] = f"{name} is {value!r}, not {kind}{_point_missing(value)}"
-        elif isinstance(value, bool) and name not in _TAKE_FALSE and not _takes_truth(kinds[name]):
-            wrong[name] = f"{name} is {value}{TRUTH}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            wrong[name] = f"{name} is {value!r}: give a finite number"
-        elif name == "data_seed" and not 0 <= (value or 0) < 1 << 32:
-            wrong[name] = f"data_seed is {value}: give a number from 0 to {(1 << 32) - 1}"
+        else:
+            try:
+                _read(name, value)
+            except ValidationError as error:
+                quotes = TRUTH if isinstance(value, bool) else ""
+                wrong[name] = f"{name} is {value!r}: {error.errors()[0]['msg']}{quotes}"
     return wrong
-
-
-def _takes_truth(kind: Any) -> bool:
-    return bool in (get_args(kind) or (kind,))
-
-
-def _point_missing(value: object) -> str:
-    """The way out where YAML read a number as text, and nothing otherwise."""
-    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
-    return ": YAML reads 1e-8 as text, write 1.0e-8" if number else ""
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of a field's kind, as far as that is a number or a truth value: others transformers checks."""
-    kinds = get_args(kind) or (kind,)
-    if not {*kinds} <= {int, float, bool, type(None)}:
-        return True
-    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def problems(
     training: TrainingSettings, pivot: Checkpoint | None = None, max_length: int | None = None
 ) -> list[tuple[KeyPath, str]]:
-    """All that would keep settings from training on this machine once the model is loaded.
+    """What would keep settings from training on this machine once the model is loaded.
 
     The arguments, and with them a trainer, its optimizer and its scheduler, are made for a model of two parameters:
     transformers, accelerate and torch each refuse some values, some of them (fp16, tf32, 8-bit optimizers) by device or
     package. An adapter is put on the modules of ``pivot``, which is not loaded; without it on two linear layers.
 
-    Returns the place of each such setting in a recipe, as ``("distill", "lora", "r")``, and what is wrong with it.
+    Returns the place of each refusal in a recipe, as ``("distill", "lora")``, and what is wrong with it.
     """
     wrong = wrong_fields(training.trainer)
     found: list[tuple[KeyPath, str]] = [(("distill", name), says) for name, says in wrong.items()]
-    given = {name: value for name, value in training.model_dump(exclude_unset=True).items() if name not in wrong}
     try:
         _accumulation(training)
     except DistillationError as error:
-        sizes = [name for name in ("batch_size", "per_device_train_batch_size") if given.pop(name, None) is not None]
-        found.append((("distill", (sizes or ["batch_size"])[0]), str(error)))
-    found += [(("distill", field), says) for field, says in _each(given, _refusal)]
-    lora = _each(training.lora, partial(_lora_refusal, pivot)) if training.lora is not None else []
-    found += [(("distill", "lora", field) if field else ("distill", "lora"), says) for field, says in lora]
+        found.append((("distill", "batch_size"), str(error)))
+    values = training.model_dump(exclude=set(wrong), exclude_unset=True)
+    values["batch_size"] = training.per_device_train_batch_size * _processes()
+    if says := _refusal(TrainingSettings(**values)):
+        found.append((("distill",), says))
+    if training.lora is not None:
+        try:
+            _try_adapter(pivot, training.lora)
+        except DistillationError as error:
+            found.append((("distill", "lora"), str(error)))
     most = longest_input(pivot) if pivot is not None else None
     if pivot is not None and most is not None and max_length is not None and max_length > most:
         says = f"max_length is {max_length}, but {pivot.choice.model} was made for {most} tokens: set it to at most "
@@ -291,29 +255,9 @@ def problems(
     return found
 
 
-def _each(fields: Mapping[str, Any], refusal: Callable[[dict[str, Any]], str | None]) -> list[tuple[str, str]]:
-    """Every refusal, with the field that it is due to: without it nothing, or something else, is refused.
-
-    "" where it is due to no single field; what comes after that is not found.
-    """
-    found: list[tuple[str, str]] = []
-    left = dict(fields)
-    while (says := refusal(left)) is not None:
-        without = {name: refusal({key: value for key, value in left.items() if key != name}) for name in left}
-        blamed = [name for name, other in without.items() if other is None]
-        blamed += [name for name, other in without.items() if other != says]
-        found.append((blamed[0] if blamed else "", says))
-        if not blamed:
-            break
-        del left[blamed[0]]
-    return found
-
-
-def _refusal(fields: dict[str, Any]) -> str | None:
-    if processes() > 1 and not torch.distributed.is_initialized():
+def _refusal(settings: TrainingSettings) -> str | None:
+    if _processes() > 1 and not torch.distributed.is_initialized():
         return None  # the arguments would wait for the other processes
-    settings = TrainingSettings(**fields)
-    settings = settings.model_copy(update={"batch_size": settings.per_device_train_batch_size * processes()})
     # Training arguments tell transformers by variables how models are loaded; captures come before training.
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
@@ -326,14 +270,14 @@ def _refusal(fields: dict[str, Any]) -> str | None:
         except DistillationError as error:
             return str(error)
         except Exception as error:  # whatever a package of an optimizer or of a logger raises
-            return f"these training arguments cannot be used here: {_shorter(error)}"
+            return f"these training arguments cannot be used here: {error}"
         finally:
             os.environ.clear()
             os.environ.update(environment)
     return None
 
 
-def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | None:
+def _try_adapter(pivot: Checkpoint | None, fields: dict[str, Any]) -> None:
     trusted = pivot is not None and pivot.choice.trust_remote_code
     if pivot is None:
         config: Any = LlamaConfig(num_hidden_layers=1)
@@ -342,12 +286,8 @@ def _lora_refusal(pivot: Checkpoint | None, fields: dict[str, Any]) -> str | Non
         config = AutoConfig.for_model(**pivot.config)
     else:
         config = AutoConfig.from_pretrained(pivot.folder, local_files_only=True, trust_remote_code=trusted)
-    try:
-        with torch.device("meta"):
-            with_adapter(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), fields)
-    except DistillationError as error:
-        return str(error)
-    return None
+    with torch.device("meta"):
+        with_adapter(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), fields)
 
 
 def with_adapter(model: Any, config: Any) -> Any:
@@ -359,9 +299,6 @@ def with_adapter(model: Any, config: Any) -> Any:
 
     if isinstance(config, PeftConfig):
         return get_peft_model(model, config)
-    known = {item.name for item in dataclasses.fields(LoraConfig)}
-    if unknown := [name for name in config if name not in known]:
-        raise DistillationError(f"lora.{unknown[0]} is no field of peft's LoraConfig{nearest(unknown[0], known)}")
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config})
         return get_peft_model(model, config)
@@ -386,10 +323,7 @@ _OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion"
 
 
 class States(NamedTuple):
-    """Bytes of what a training run holds from its first step to its last, over all devices.
-
-    weights: as they are trained; under autocast with the copies that are computed with. checkpoint: of one on disk.
-    """
+    """Bytes over all devices. weights: under autocast with the copies that are computed with. checkpoint: on disk."""
 
     weights: int
     gradients: int
@@ -398,7 +332,7 @@ class States(NamedTuple):
 
 
 def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
-    """Of all parameters, or of an adapter on the linear layers that peft would find."""
+    """What a training holds: of all parameters, or of an adapter on the linear layers that peft would find."""
     width = own = _width(checkpoint, settings)
     trained, frozen = parameters(checkpoint), 0
     if settings.lora is not None:
@@ -424,10 +358,7 @@ def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tok
 
 
 def head_gradient_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
-    """Bytes of a micro-batch's gradients of embedding and head, before they are added to what is there.
-
-    A head of its own has one; of one that is tied to the embedding there are both and their sum. An adapter has none.
-    """
+    """Of a micro-batch, before they are added to what is there; of a tied head both gradients and their sum."""
     if settings.lora is not None:
         return 0
     shape, tied = shape_of(checkpoint.config), checkpoint.config.get("tie_word_embeddings", True)
@@ -485,23 +416,11 @@ def kept_bytes(checkpoint: Checkpoint, settings: TrainingSettings) -> int:
     return states(checkpoint, settings).checkpoint * (int(limit) + 1 if limit else 10)
 
 
-def disk_needs(
-    checkpoint: Checkpoint, settings: TrainingSettings, out: Path, *, results: int, download: bool = True
-) -> list[Need]:
-    """Of the published models, ``results`` of them yet to be made, and of one run's checkpoints at a time.
-
-    download: count the pivot's weights where they are not here yet.
-    """
-    work = kept_bytes(checkpoint, settings) if results else 0
-    needed = results * checkpoint.weight_bytes + work
-    models = f"{results} trained model{'s' if results > 1 else ''} of {human(checkpoint.weight_bytes)}"
-    what = f"disk ({models}, {human(work)} of checkpoints"
-    if download and results and checkpoint.snapshot and checkpoint.download_bytes:
-        cache = existing_parent(checkpoint.snapshot.cache)
-        if cache.stat().st_dev == existing_parent(out).stat().st_dev:
-            needed += checkpoint.download_bytes
-            what += f", download of {checkpoint.choice.model}"
-    return [Need(what + ")", needed, free_bytes(out), f"free on the disk of {out}")]
+def disk_needs(checkpoint: Checkpoint, settings: TrainingSettings, out: Path) -> list[Need]:
+    """Of a published model, and of the checkpoints of its run."""
+    work = kept_bytes(checkpoint, settings)
+    what = f"disk (a trained model of {human(checkpoint.weight_bytes)}, {human(work)} of checkpoints)"
+    return [disk_need(what, checkpoint.weight_bytes + work, out)]
 
 
 def refuse_needs(needs: Sequence[Need]) -> None:

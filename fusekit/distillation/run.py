@@ -212,7 +212,7 @@ class _Work:
         longest = max(part.longest for part in (self.data, self.answers) if part is not None and len(part))
         needs = memory_needs(checkpoint, training, longest, Processes.current(), beside)
         if start is None:
-            needs += disk_needs(checkpoint, training, out, results=1, download=False)
+            needs += disk_needs(checkpoint, training, out)
         refuse_needs(needs)
 
     def publish(

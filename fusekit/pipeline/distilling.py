@@ -203,7 +203,7 @@ class Distill(Stage):
         steps = [planner.step(self, name) for name in self.artifacts(planner.context)]
         needs = [found for step in steps if (found := self.estimate(planner, step))]
         if needs:  # one is trained after the other
-            disk = disk_needs(planner.models[PIVOT], planner.recipe.distill, planner.place, results=1, download=False)
+            disk = disk_needs(planner.models[PIVOT], planner.recipe.distill, planner.place)
             planner.plan.needs += max(needs, key=lambda of: of[0].needed) + disk
 
     def can_compare(self, planner: Planner, _name: str) -> bool:
