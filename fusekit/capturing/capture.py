@@ -13,7 +13,6 @@ from typing import Protocol
 
 import xxhash
 
-from fusekit.artifacts import differences
 from fusekit.capturing.engine import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.engines import Opening, spread
 from fusekit.capturing.models import Checkpoint, ModelChoice, loading_mistakes, parameters, valid_ids
@@ -78,21 +77,19 @@ class Capture:
         self.checkpoint, self.tokenizer, self.rows, self.out = checkpoint, tokenizer, rows, Path(out)
         self.details, self.overwrite, self.ignore_estimates = dict(details or {}), overwrite, ignore_estimates
         self.quiet, self.notify = quiet, notify
-        self.settings = settings or CaptureSettings()
         for field, mistake in loading_mistakes(checkpoint.choice):
             raise CaptureError(f"{checkpoint.choice.model}: {field}: {mistake}")
+        settings = settings or CaptureSettings()
         self.vocabulary = vocabulary_size(checkpoint, tokenizer)
-        self._asked = self.settings.top_k
         changes = {
-            "top_k": min(self._asked, self.vocabulary),
-            "head_dtype": head_dtype(self.settings, checkpoint.config, parameters(checkpoint)),
+            "top_k": min(settings.top_k, self.vocabulary),
+            "head_dtype": head_dtype(settings, checkpoint.config, parameters(checkpoint)),
         }
-        self.settings = self.settings.model_copy(update=changes)
+        self.settings = settings.model_copy(update=changes)
         self._opening = Opening(checkpoint, tokenizer, self.settings, self.vocabulary, self._say)
         self._processes: Processes | None = None
         self._spec: StoreSpec | None = None
         self._scorer: Scorer | None = None
-        self._prepared = False
 
     def run(self, processes: Processes | None = None) -> Store:
         """Capture this process's share.
@@ -110,8 +107,6 @@ class Capture:
                 f"a model that --device-map spreads over the devices runs in one process, not in {processes.world}: "
                 "start without a launcher, or leave the option out to load a whole model in every process"
             )
-        if self._spec is None and self._asked > self.vocabulary:
-            self._say(f"top_k is {self._asked}, but the vocabulary has {self.vocabulary} ids: all of them are kept")
         if self._spec is None and not all(row.is_text for row in self.rows):
             facts = self.tokenizer.facts
             day = f", which prints the date {facts['date']}" if "date" in facts else ""
@@ -121,7 +116,7 @@ class Capture:
             self.tokenizer,
             self._load,
             self.out,
-            self._make_spec,
+            self._made_from,
             max_quarantined=self.settings.max_quarantined,
             overwrite=self.overwrite,
             quiet=self.quiet,
@@ -138,61 +133,52 @@ class Capture:
         some = spread(self.rows, _SAMPLED_ROWS)
         return sum(len(self.tokenizer.tokenize(row)) for row in some) * len(self.rows) // max(len(some), 1)
 
-    def _prepare(self, processes: Processes) -> None:
-        """Refuse what does not fit, and download the weights: before anything is written."""
-        self._prepared = True
-        sizes = {"rows": len(self.rows), "tokens": self._tokens, "labels": self._tokens}  # if every token is a label
-        needs = disk_needs(self.checkpoint, self.out, vocabulary=self.vocabulary, top_k=self.settings.top_k, **sizes)
-        if self.checkpoint.choice.engine.probe is None:  # else transformers loads no model
-            needs += memory_needs(self.checkpoint, self.settings, processes)
-        for line in worth_saying(needs):
-            self._say(line)
-        if not self.ignore_estimates:
-            refuse(needs)
-        self.checkpoint.fetch(bar=not self.quiet)
-
-    def _make_spec(self) -> StoreSpec:
-        """What the store is made from; once, as weights may have to be read for it."""
+    def _made_from(self) -> StoreSpec:
+        """What the store is made from; refuses what does not fit, before anything is written. Weights may be read."""
+        if self._spec is not None:
+            return self._spec
         assert self._processes is not None
         known = None if self.overwrite else read_json(self.out / MANIFEST, Manifest)
         whole = known is not None and known.complete and all(record.is_there(self.out) for record in known.shards)
-        if not (whole or self._prepared):  # where all is there, nothing will be written
-            self._prepare(self._processes)
-        if self._spec is not None:
-            return self._spec
-        in_shards = self.settings.rows_per_shard
-        if in_shards is None and known is not None:
-            in_shards = known.spec.rows_per_shard
-        elif in_shards is None:
+        if not whole:
+            self._refuse_what_does_not_fit(self._processes)
+        in_shards = known.spec.rows_per_shard if known is not None else None
+        if in_shards is None:
             # A server is taken to have an accelerator.
             device = "cuda" if self.checkpoint.choice.engine.url else self._processes.device.type
             in_shards = rows_per_shard(parameters(self.checkpoint), self._tokens / max(len(self.rows), 1), device)
-        chosen = self.settings.model_copy(update={"rows_per_shard": in_shards})
-        if known is not None and known.complete:  # its engine may be gone
+        settings = self.settings.model_copy(update={"rows_per_shard": self.settings.rows_per_shard or in_shards})
+        if known is not None and whole:  # its engine may be gone
             engine = {name: one for name, one in known.spec.details.items() if name.startswith("engine_")}
         else:
             engine = self._opening.details()
         details = self.details | engine
-        spec = store_spec(self.checkpoint, self.tokenizer, self.rows, self.vocabulary, chosen, details=details)
-        self._spec = _named_as(known, spec)
+        self._spec = store_spec(self.checkpoint, self.tokenizer, self.rows, self.vocabulary, settings, details=details)
         return self._spec
+
+    def _refuse_what_does_not_fit(self, processes: Processes) -> None:
+        checkpoint, tokens = self.checkpoint, self._tokens
+        sizes = {"rows": len(self.rows), "tokens": tokens, "labels": tokens}  # if every token is a label
+        store = store_bytes(**sizes, vocabulary=self.vocabulary, top_k=self.settings.top_k)
+        if self.out.is_dir():  # what an interrupted run has written already
+            store = max(0, store - sum(file.stat().st_size for file in self.out.glob("shard-*.parquet")))
+        wanted = [(self.out, store, f"{len(self.rows)} captured examples, at most")]
+        if checkpoint.snapshot and (size := checkpoint.download_bytes):
+            wanted.append((checkpoint.snapshot.cache, size, f"download of {checkpoint.choice.model}"))
+        needs = disk(wanted)
+        if checkpoint.choice.engine.probe is None:  # else transformers loads no model
+            needs += memory_needs(checkpoint, self.settings, processes)
+        for line in worth_saying(needs):
+            self._say(line)
+        if not self.ignore_estimates:
+            refuse(needs)
+        checkpoint.fetch(bar=not self.quiet)
 
     def _load(self) -> Scorer:
         assert self._processes is not None
-        if self._scorer is not None:
-            return self._scorer
-        if self._processes.is_first and not self._prepared:
-            self._prepare(self._processes)  # a shard is there, but damaged
-        self.checkpoint.fetch()
-        now = self._opening.details()
-        known = self._spec.details if self._spec is not None else now
-        if changed := differences({name: known.get(name) for name in now}, now):
-            raise CaptureError(
-                f"{self.out} has damaged shards, and the engine is not the one that wrote them:\n  "
-                + "\n  ".join(changed)
-                + "\nStart that engine again, or capture everything with --overwrite"
-            )
-        self._scorer = self._opening.start(self.rows, self._processes.device)
+        if self._scorer is None:
+            self.checkpoint.fetch()
+            self._scorer = self._opening.start(self.rows, self._processes.device)
         return self._scorer
 
 
@@ -229,88 +215,68 @@ def capture_rows(
             what differs); the disk failed.
     """
     processes = processes or Processes.current()
-    path, keys, world = Path(out).resolve(), [row.key for row in rows], processes.world
+    path, keys, rank, world = Path(out).resolve(), [row.key for row in rows], processes.rank, processes.world
     if overwrite and not processes.connected:
         raise CaptureError(
             f"{out}: separate ranks cannot start over, as each would remove what the others wrote: remove the folder "
             "first, and leave --overwrite out"
         )
+
+    def check_quarantined() -> None:
+        refuse_quarantined(path, writer.quarantined(), len(keys), max_quarantined)
+
+    def capture() -> None:
+        if missing := writer.missing_shards():
+            scorer, check = load(), check_quarantined
+            _capture_shards(writer, missing, rows, tokenizer, scorer, check=check, processes=processes, quiet=quiet)
+
     with ExitStack() as held:
+        if not processes.connected:
+            held.enter_context(
+                output_lock(path.with_name(f"{path.name}.rank{rank}"))
+            )  # the same rank does not run twice
+            made_from = spec()  # each reads its own copy of the weights: not while the others wait for the lock
+            with output_lock(path, PATIENCE):
+                writer = StoreWriter(path, made_from, keys, rank, world)
+            capture()
+            with output_lock(path, PATIENCE):  # whoever is last completes the store
+                known = read_json(path / MANIFEST, Manifest)
+                if known is None or not known.complete:
+                    check_quarantined()
+                    if writer.lacking():
+                        return Store.open(out, incomplete=True)
+                    writer.finish()
+                for lock in _rank_locks(path):
+                    remove(lock)
+                return Store.open(out)
+
         opened: list[StoreWriter] = []
 
         def start() -> StoreSpec:
             # Process 0 says what stands in the way before the others look; its lock is the run's.
             held.enter_context(output_lock(path))
-            _refuse_ranks(path)
-            if overwrite:
+            for lock in _rank_locks(path):
+                with output_lock(path.with_name(lock.name.removeprefix(".").removesuffix(".fusekit.lock"))):
+                    remove(lock)  # of a rank that is gone
+            if overwrite or not any(path.glob("shard-*")):  # of a run that ended before its first shard
                 remove_store(path)
             opened.append(StoreWriter(path, spec(), keys, world=world))
-            refuse_quarantined(path, opened[0].quarantined(), len(keys), max_quarantined)
             return opened[0].spec
 
-        if processes.connected:
-            agreed = processes.first_then_all(start)
-            writer = opened[0] if opened else StoreWriter(path, agreed, keys, processes.rank, world)
-        else:
-            held.enter_context(output_lock(_rank_of(path, processes.rank)))
-            agreed = spec()  # each reads its own copy of the weights: not while the others wait for the lock
-            with output_lock(path, PATIENCE):
-                agreed = _named_as(read_json(path / MANIFEST, Manifest), agreed)
-                writer = StoreWriter(path, agreed, keys, processes.rank, world, joins=True)
-        if missing := writer.missing_shards():
-            _capture_shards(
-                writer,
-                missing,
-                rows,
-                tokenizer,
-                load(),
-                max_quarantined=max_quarantined,
-                processes=processes,
-                quiet=quiet,
-            )
-        processes.wait()
-
-        def finish() -> bool:
-            refuse_quarantined(path, writer.quarantined(), len(keys), max_quarantined)
-            if not processes.connected and writer.lacking():
-                return False
+        def finish() -> None:
+            check_quarantined()
             writer.finish()
-            return True
 
-        if processes.connected:
-            processes.first_then_all(finish)
-            return Store.open(out)  # errors and reports name it as the caller does
-        with output_lock(path, PATIENCE):  # whoever is last completes the store
-            known = read_json(path / MANIFEST, Manifest)
-            complete = bool(known and known.complete) or finish()
-            if complete:
-                for lock in _rank_locks(path):
-                    remove(lock)
-            return Store.open(out, incomplete=not complete)
-
-
-def _named_as(known: Manifest | None, spec: StoreSpec) -> StoreSpec:
-    """The spec, with the model called as in the manifest: the folder of the same weights may be another one now."""
-    if known is None or known.spec.model_fingerprint != spec.model_fingerprint:
-        return spec
-    return spec.model_copy(update={"model": known.spec.model})
-
-
-def _rank_of(path: Path, rank: int) -> Path:
-    """What the lock of a rank is named after, so that the same rank does not run twice."""
-    return path.with_name(f"{path.name}.rank{rank}")
+        made_from = processes.first_then_all(start)
+        writer = opened[0] if opened else StoreWriter(path, made_from, keys, rank, world)
+        capture()
+        processes.wait()
+        processes.first_then_all(finish)
+        return Store.open(out)  # errors and reports name it as the caller does
 
 
 def _rank_locks(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f".{glob.escape(path.name)}.rank*.fusekit.lock"))
-
-
-def _refuse_ranks(path: Path) -> None:
-    """Remove the locks of ranks that are gone. Raises StorageError when separate ranks write a store."""
-    for lock in _rank_locks(path):
-        name = lock.name.removeprefix(".").removesuffix(".fusekit.lock")
-        with output_lock(path.with_name(name)):
-            remove(lock)
 
 
 def _capture_shards(
@@ -320,14 +286,13 @@ def _capture_shards(
     tokenizer: Tokenizes,
     scorer: Scorer,
     *,
-    max_quarantined: float,
+    check: Callable[[], None],
     processes: Processes,
     quiet: bool,
 ) -> None:
     """Capture and commit what this process has to write, shard by shard."""
-    world, seen = processes.world, 0
-    label = "capturing" if world == 1 else f"capturing (process {processes.rank} of {world})"
-    total = sum(plan.stop - plan.start for plan in missing)
+    seen, total = 0, sum(plan.stop - plan.start for plan in missing)
+    label = "capturing" if processes.world == 1 else f"capturing (process {processes.rank} of {processes.world})"
     # Encoded as they come, beside the next batch: the rows of a shard take a third of the memory then.
     with progress(total, label, "row", quiet=quiet or not processes.is_first) as bar, ThreadPoolExecutor(1) as pool:
         for plan in missing:
@@ -337,18 +302,18 @@ def _capture_shards(
             quarantined: dict[str, str] = {}
             for batch in scorer.score_batches(tokenized, [row.dataset for row in own]):
                 for index, scored in batch:
+                    seen += len(tokenized[index])
                     if isinstance(scored, str):
                         quarantined[own[index].key] = scored
                     else:
                         encoded[index] = pool.submit(writer.codec.encode, scored)
-                seen += sum(len(tokenized[index]) for index, _ in batch)
                 if not bar.disable:
                     rate = seen / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(batch))
             writer.write_shard(plan, [encoded[index].result() for index in sorted(encoded)], quarantined)
             if quarantined:
-                refuse_quarantined(writer.path, writer.quarantined(), len(rows), max_quarantined)
+                check()
 
 
 def refuse_quarantined(
@@ -444,14 +409,3 @@ def store_bytes(*, rows: int, tokens: int, labels: int, vocabulary: int, top_k: 
     top_k = min(top_k, vocabulary)
     bits = top_k * (max(vocabulary // top_k, 1).bit_length() + 1 + _VALUE_BITS)
     return rows * _ROW_BYTES + tokens * _TOKEN_BYTES + labels * (bits // 8)
-
-
-def disk_needs(checkpoint: Checkpoint, out: Path, **sizes: int) -> list[Need]:
-    """Of a store of these sizes, as for :func:`store_bytes`, and of the download."""
-    store = store_bytes(**sizes)
-    if out.is_dir():  # what an interrupted run has written already
-        store = max(0, store - sum(file.stat().st_size for file in out.glob("shard-*.parquet")))
-    wanted = [(out, store, f"{sizes['rows']} captured examples, at most")]
-    if checkpoint.snapshot and checkpoint.download_bytes:
-        wanted.append((checkpoint.snapshot.cache, checkpoint.download_bytes, f"download of {checkpoint.choice.model}"))
-    return disk(wanted)

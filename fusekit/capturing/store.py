@@ -1,4 +1,4 @@
-"""A store: its manifest, and reading rows by number or by key."""
+"""A store: what its manifest says of it, and reading its rows by number or by key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +20,6 @@ from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.capturing.shards import (
     SCALARS,
     Codec,
-    Columns,
     Count,
     Group,
     Hash,
@@ -31,7 +29,6 @@ from fusekit.capturing.shards import (
     Strict,
     check_shard,
     hash_of,
-    key_bytes,
     schema,
 )
 from fusekit.disk import commit_file, disk_fault
@@ -42,7 +39,11 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 ROWS_PER_SHARD = 1024
 """Unless something else is asked for; what chooses by model and device takes no more."""
-_LARGEST_MANIFEST = 1 << 30
+
+CACHE_BYTES = 128 << 20
+"""Of row groups that a store keeps in memory once they are read."""
+
+_OPEN_SHARDS = 64
 
 Setting = str | int | float | bool | None
 
@@ -76,10 +77,6 @@ class StoreSpec(Strict):
     rows_per_shard: int = Field(default=ROWS_PER_SHARD, ge=1)
     details: dict[str, Setting] = Field(default_factory=dict)
 
-    def differences(self, other: StoreSpec) -> list[str]:
-        """One line per field that differs: ``top_k: 10, now 50``."""
-        return differences(self.model_dump(), other.model_dump())
-
 
 class CommittedShard(Strict):
     """``shard-00000.json``: a shard's record while the store is not complete, with the hash of its plan."""
@@ -108,7 +105,7 @@ class Manifest(Strict):
     def changes(self, made_from: Inputs, keys: Sequence[str]) -> list[str]:
         """A line for each difference from what the store would be made from now: ``top_k: 10, now 50``.
 
-        made_from: fields of a spec. keys: of the rows. Raises StorageError for what is not a key.
+        made_from: fields of a spec. keys: of the rows.
         """
         changed = differences(self.spec.model_dump(), made_from)
         if not changed and len(keys) != self.bounds[-1]:
@@ -127,8 +124,8 @@ def plan_hash(spec: StoreSpec, keys_xxh3: str) -> str:
 
 
 def keys_hash(keys: Sequence[str]) -> str:
-    """xxh3-128 of rows' keys in order, 16 bytes each. Raises StorageError for what is not a key."""
-    return xxhash.xxh3_128_hexdigest(b"".join(map(key_bytes, keys)))
+    """xxh3-128 of rows' keys in order, 16 bytes each."""
+    return xxhash.xxh3_128_hexdigest(b"".join(map(bytes.fromhex, keys)))
 
 
 def shard_name(index: int) -> str:
@@ -154,26 +151,15 @@ def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
 def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
     """A model from JSON, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
     try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise StorageError(f"{path} is damaged: it has {path.stat().st_size} bytes")
-        data = path.read_bytes()
+        return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
-    try:
-        found = json.loads(data)
-        version = found.get("format") if isinstance(found, dict) else None
-        if isinstance(version, int) and version != FORMAT and "spec" in found:
-            advice = "update fusekit" if version > FORMAT else "capture it again with --overwrite"
-            raise StorageError(f"{path} has format {version}, but this version of fusekit reads {FORMAT}: {advice}")
-        return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise StorageError(f"{path} is damaged: {where}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+        raise StorageError(f"{path} is damaged, or of another version: {where}: {first['msg']}") from error
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
 
 
 def date_of(store: Path) -> datetime.date | None:
@@ -185,22 +171,6 @@ def date_of(store: Path) -> datetime.date | None:
 
     known = read_json(store / MANIFEST, Manifest)
     return None if known is None else kept_date(known.spec.details.get("date"))
-
-
-CACHE_BYTES = 128 << 20
-"""Of row groups that a store keeps in memory once they are read."""
-
-_OPEN_SHARDS = 64
-
-
-class Problem(NamedTuple):
-    """What is wrong with a file of a store."""
-
-    file: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what}"
 
 
 class Summary(NamedTuple):
@@ -260,22 +230,25 @@ class Store:
         manifest = read_json(folder / MANIFEST, Manifest)
         if manifest is None:
             raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
-        records = _records(folder, manifest)
-        planned = len(manifest.bounds) - 1
-        if manifest.complete and not incomplete and len(records) < planned:
-            raise StorageError(f"{folder / MANIFEST} is damaged: complete, but with {len(records)} of {planned} shards")
-        if not (manifest.complete or incomplete):
+        records = {record.file: record for record in manifest.shards}
+        names = [shard_name(number) for number in range(len(manifest.bounds) - 1)]
+        if not manifest.complete:
+            plan = plan_hash(manifest.spec, manifest.keys_xxh3)
+            own = [own_record(folder, name, plan) for name in names]
+            records |= {record.file: record for record in own if record}
+        there = [records[name] for name in names if name in records]
+        if not incomplete and (len(there) < len(names) or not manifest.complete):
             raise StorageError(
-                f"{folder} is not finished: {len(records)} of {planned} shards are there; run the same command again"
+                f"{folder} is not finished: {len(there)} of {len(names)} shards are there; run the same command again"
             )
         try:
-            for record in records:
-                check_shard(folder / record.file, record.size, record.footer_xxh3)
-            store = cls(folder, manifest, records)
+            for record in there:
+                check_shard(folder / record.file, record)
         except StorageError as error:
             raise StorageError(f"{error}. `fusekit capture` with the same arguments writes it again") from error
+        store = cls(folder, manifest, there)
         if verify and (problems := store.verify()):
-            raise StorageError("\n".join([f"{folder} is damaged:", *map(str, problems)]))
+            raise StorageError("\n".join([f"{folder} is damaged:", *problems]))
         return store
 
     def __len__(self) -> int:
@@ -283,36 +256,11 @@ class Store:
 
     def __getitem__(self, row: int) -> CapturedRow:
         """Row number ``row``, as :class:`Codec` decodes it. Raises IndexError, or StorageError for a damaged one."""
-        columns = self.columns(row)
-        try:
-            return self.codec.decode(columns)
-        except StorageError as error:
-            file = self.records[self._place(row)[0]].file
-            raise StorageError(f"{self.path / file}: row {columns['key']}: {error}") from error
-
-    def get(self, key: str) -> CapturedRow:
-        """The row of a key. Raises StorageError as :meth:`position`."""
-        return self[self.position(key)]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._positions
-
-    def position(self, key: str) -> int:
-        """The number of a key's row. Raises StorageError for a key that is not there."""
-        try:
-            return self._positions[key]
-        except KeyError:
-            reasons = {row.key: row.reason for row in self.quarantined}
-            why = f": quarantined, {reasons[key]}" if key in reasons else ""
-            raise StorageError(f"{self.path} has no row {key}{why}") from None
-
-    def __iter__(self) -> Iterator[CapturedRow]:
-        return (self[row] for row in range(len(self)))
-
-    def columns(self, row: int) -> Columns:
-        """Row number ``row`` as it is stored (docs/store.md). Raises as indexing does."""
-        number, at = self._place(row)
-        shard = self._shard(number)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.path} has {len(self)} rows, not {row}")
+        row %= len(self)
+        number = int(np.searchsorted(self._starts, row, "right")) - 1
+        shard, at = self._shard(number), row - int(self._starts[number])
         which = int(np.searchsorted(shard.starts, at, "right")) - 1
         group = self._groups.pop((number, which), None)
         if group is None:
@@ -321,7 +269,24 @@ class Store:
         self._groups[number, which] = group
         while self._cached > CACHE_BYTES and len(self._groups) > 1:
             self._cached -= self._groups.pop(next(iter(self._groups))).size
-        return group[at - int(shard.starts[which])]
+        return self.codec.decode(group[at - int(shard.starts[which])])
+
+    def get(self, key: str) -> CapturedRow:
+        """The row of a key. Raises StorageError for a key that is not there."""
+        return self[self.position(key)]
+
+    def position(self, key: str) -> int:
+        """The number of a key's row. Raises StorageError for a key that is not there."""
+        if key not in self._positions:
+            why = "".join(f": quarantined, {row.reason}" for row in self.quarantined if row.key == key)
+            raise StorageError(f"{self.path} has no row {key}{why}")
+        return self._positions[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._positions
+
+    def __iter__(self) -> Iterator[CapturedRow]:
+        return (self[row] for row in range(len(self)))
 
     @property
     def spec(self) -> StoreSpec:
@@ -365,64 +330,30 @@ class Store:
         nats = self._facts.column("cross_entropy").to_numpy()
         return Summary(tokens, labels, content, nats, np.array([numbers[name] for name in names], np.int64), datasets)
 
-    def verify(self) -> list[Problem]:
-        """Read everything and compare it with the manifest; returns what is wrong, by file."""
-        problems: list[Problem] = []
+    def verify(self) -> list[str]:
+        """Read everything and compare it with the manifest; returns a line for each file that is wrong."""
+        problems: list[str] = []
         keys: list[str] = []
         for number, record in enumerate(self.records):
-            path = self.path / record.file
             try:
-                check_shard(path, record.size, record.footer_xxh3)
-                if hash_of(path) != record.xxh3:
-                    broken = [Problem(record.file, what) for what in self._broken_groups(number)]
-                    problems += broken or [Problem(record.file, "its hash is not the one that was committed")]
+                if hash_of(self.path / record.file) != record.xxh3:
+                    problems.append(f"{record.file}: its content is not what was committed")
                     continue
-                facts = self._shard(number).facts()
+                planned = self._shard(number).facts().column("key").to_pylist()
             except StorageError as error:
-                problems.append(Problem(record.file, _without(error, path)))
+                problems.append(f"{record.file}: {error}")
                 continue
-            held = {"rows": len(facts)} | {
-                name: int(facts.column(name).to_numpy().sum()) for name in ("tokens", "labels", "bytes")
-            }
-            problems += [
-                Problem(record.file, f"it has {count} {name}, the manifest says {getattr(record, name)}")
-                for name, count in held.items()
-                if count != getattr(record, name)
-            ]
-            planned = facts.column("key").to_pylist()
             for row in record.quarantined:
                 planned.insert(row.row - record.start, row.key)
-            if len(planned) != record.stop - record.start:
-                problems.append(Problem(record.file, f"{len(planned)} of {record.stop - record.start} rows are there"))
             keys += planned
         if not problems and self.complete and keys_hash(keys) != self.manifest.keys_xxh3:
-            problems.append(Problem(MANIFEST, "the keys in the shards are not those of the data"))
+            problems.append(f"{MANIFEST}: the keys in the shards are not those of the data")
         return problems
-
-    def _broken_groups(self, number: int) -> Iterator[str]:
-        """What is wrong with a shard whose hash is another, by row group."""
-        path = self.path / self.records[number].file
-        shard = Shard(path, self.records[number], self.codec.exact)
-        for group, (start, stop) in enumerate(pairwise(shard.starts)):
-            try:
-                for columns in shard.group(group):
-                    self.codec.decode(columns)
-            except StorageError as error:
-                yield f"rows {start} to {stop - 1}: {_without(error, path)}"
-
-    def _place(self, row: int) -> tuple[int, int]:
-        if row < 0:
-            row += len(self)
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self.path} has {len(self)} rows, not {row}")
-        shard = int(np.searchsorted(self._starts, row, "right")) - 1
-        return shard, row - int(self._starts[shard])
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.pop(number, None)
         if shard is None:
-            record = self.records[number]
-            shard = Shard(self.path / record.file, record, self.codec.exact)
+            shard = Shard(self.path / self.records[number].file)
         self._shards[number] = shard
         if len(self._shards) > _OPEN_SHARDS:
             del self._shards[next(iter(self._shards))]
@@ -431,27 +362,3 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         # Maps would be pickled as the bytes that they show.
         return self.__dict__ | {"_shards": {}, "_groups": {}, "_cached": 0}
-
-
-def _without(error: StorageError, path: Path) -> str:
-    return str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
-
-
-def _records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
-    """The records of shards that were committed, in order."""
-    records = {record.file: record for record in manifest.shards}
-    plan = plan_hash(manifest.spec, manifest.keys_xxh3)
-    found = []
-    for number, (start, stop) in enumerate(pairwise(manifest.bounds)):
-        record = records.pop(shard_name(number), None)
-        if not manifest.complete:
-            record = own_record(folder, shard_name(number), plan) or record
-        if record and (record.start, record.stop) != (start, stop):
-            raise StorageError(
-                f"{folder / MANIFEST} is damaged: {record.file} is for rows {record.start} to {record.stop}, "
-                f"not {start} to {stop}"
-            )
-        found += [record] if record else []
-    if records:
-        raise StorageError(f"{folder / MANIFEST} is damaged: {next(iter(records))} is no part of its plan")
-    return found

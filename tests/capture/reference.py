@@ -15,6 +15,15 @@ def logprob(depth: int, step: float) -> float:
     return -2 * math.log(4) - (depth - knee) * step
 
 
+def error_bound(value: float, max_error: float) -> float:
+    """How far a decoded log-probability can be from the one given: half a step of the grid, and the normalisation."""
+    if not max_error:
+        return abs(value) * 2**-24
+    knee = -2 * math.log(4)
+    depth = (1 - math.exp(max(value, knee) / 2)) * 8 / max_error - (min(value, knee) - knee) / max_error
+    return value - logprob(depth + 0.5, max_error) + max_error / 2
+
+
 def read(path: Path, max_error: float) -> list[dict[str, Any]]:
     """The examples of a shard: scalars and token columns as they are; ``rows`` of (id, log-probability), ``tail`` and
     ``actual`` for each label."""

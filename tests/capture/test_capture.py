@@ -17,6 +17,7 @@ from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError
 from tests import reference
 from tests.capture.conftest import ALONE, DEMO, demo_rows
+from tests.capture.reference import error_bound
 from tests.capture.store_processes import listing
 from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_tensors
@@ -55,10 +56,10 @@ def test_the_store_of_a_demo_model_is_what_plain_forwards_say(data, tmp_path, na
         for field in ("ids", "message", "part", "ends", "lows", "labels"):
             assert np.array_equal(getattr(found.tokens, field), getattr(expected, field)), field
         assert found.dataset == row.dataset
-        compare(found, model, how.selection, store.codec)
+        compare(found, model, how.selection, store.spec.max_error)
 
 
-def compare(found, model, selection, codec):
+def compare(found, model, selection, max_error):
     total = 0.0
     for j, label in enumerate(found.tokens.label_positions.tolist()):
         ids, logprobs, tail, actual, at_one = reference.teacher_row(
@@ -70,11 +71,11 @@ def compare(found, model, selection, codec):
         got = {int(i): float(p) for i, p in zip(found.rows.ids[j], found.rows.logprobs[j], strict=True) if i >= 0}
         assert got.keys() == of.keys()
         for id_, logprob in of.items():
-            assert abs(got[id_] - logprob) <= codec.error_bound(np.array(logprob)) + FLOAT32_BOUND
+            assert abs(got[id_] - logprob) <= error_bound(logprob, max_error) + FLOAT32_BOUND
         rest = tail + sum(np.exp(logprobs[kept:]))
-        bound = codec.error_bound(np.array(np.log(rest))) + FLOAT32_BOUND
+        bound = error_bound(np.log(rest), max_error) + FLOAT32_BOUND
         assert abs(np.log(found.rows.tail[j]) - np.log(rest)) <= bound
-        assert abs(found.actual[j] - actual) <= codec.error_bound(np.array(actual)) + FLOAT32_BOUND
+        assert abs(found.actual[j] - actual) <= error_bound(actual, max_error) + FLOAT32_BOUND
         total -= at_one
     assert found.cross_entropy == pytest.approx(total, abs=FLOAT32_BOUND * len(found.actual))
 
@@ -226,10 +227,9 @@ def test_what_does_not_fit_is_refused_unless_all_is_there(data, tmp_path, monkey
     run(data, out)
     before = listing(out)
     assert len(run(data, out, huge)) == 20
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(bytes(path.stat().st_size))):
-        damage(out / "shard-00001.parquet")
-        refused()
-        run(data, out)
+    (out / "shard-00001.parquet").unlink()
+    refused()
+    run(data, out)
     assert listing(out) == before
 
 
@@ -265,7 +265,6 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     shard.write_bytes(content)
     damaged = invoke("verify", tmp_path, status=1).output
     assert str(shard) in damaged
-    assert "row group 0" in damaged
     (tmp_path / "nothing").mkdir()
     assert "nothing under" in invoke("verify", tmp_path / "nothing", status=1).output
 

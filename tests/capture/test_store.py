@@ -1,6 +1,5 @@
 """Stores: what is written is read, by number and key, in other processes; damage and changed inputs are named."""
 
-import dataclasses
 import json
 import pickle
 import re
@@ -15,10 +14,10 @@ from hypothesis import strategies as st
 from fusekit.capturing import store as reading
 from fusekit.capturing.shards import Codec
 from fusekit.capturing.store import Store
-from fusekit.capturing.writer import StoreWriter, combine_stores, remove_store
+from fusekit.capturing.writer import StoreWriter, remove_store
 from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
-from tests.capture.rows import captured, key
+from tests.capture.rows import key
 from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
 from tests.processes import CONTEXT
 
@@ -155,8 +154,6 @@ def test_the_same_rows_make_the_same_files_and_a_complete_store_is_left_alone(pa
         (SPEC, KEYS[: ROWS - 1], ["rows: 10, now 9"]),
         (SPEC, [*KEYS[:ROWS], key(77)], ["rows: 10, now 11"]),
         (SPEC, KEYS[ROWS - 1 :: -1], ["rows: others"]),
-        (SPEC, [*KEYS[:5], KEYS[0]], [KEYS[0]]),
-        (SPEC, ["x"], ["'x'"]),
         (
             SPEC.model_copy(update={"top_k": 5, "tokenizer": "other", "details": {"dtype": "bfloat16"}}),
             KEYS,
@@ -175,10 +172,10 @@ def test_other_inputs_are_refused_with_every_difference(path, spec, keys, named)
     ("pick", "bad", "named"),
     [
         ([0, 1], {}, KEYS[2]),
-        ([0, 2, 1], {}, "order of the data"),
-        ([0, 1, 2, 2], {}, "repeated"),
+        ([0, 2, 1], {}, KEYS[0]),
+        ([0, 1, 2, 2], {}, KEYS[0]),
         ([0, 1, 2, 3], {}, KEYS[3]),
-        ([0, 1, 2], {KEYS[7]: "far away"}, KEYS[7]),
+        ([0, 1, 2], {KEYS[1]: "NaN"}, KEYS[1]),
     ],
 )
 def test_rows_missing_reordered_or_repeated(tmp_path, pick, bad, named):
@@ -214,11 +211,13 @@ def test_what_is_no_store_is_left_alone(tmp_path):
     assert listing(tmp_path) == {"thesis.txt": b"two years"}
 
 
-def test_removing_a_store_leaves_what_is_not_its(damaged, tmp_path_factory):
+def test_only_a_store_is_removed(damaged, tmp_path_factory):
     (damaged / "notes.md").write_text("mine")
+    with refused("notes.md"):
+        remove_store(damaged)
+    (damaged / "notes.md").unlink()
     remove_store(damaged)
-    assert listing(damaged) == {"notes.md": b"mine"}
-    remove_store(damaged / "nothing")
+    assert listing(damaged) == {}
     theirs = tmp_path_factory.mktemp("theirs") / "manifest.json"
     theirs.write_text('{"short_name": "a page"}')
     with refused(theirs):
@@ -262,9 +261,7 @@ def test_a_flipped_bit_is_noticed_before_its_row_is_used(tmp_path, monkeypatch):
     assert store[0].tokens.key == KEYS[0]
     with refused(file, "row group 1"):
         store[1]
-    problems = store.verify()
-    assert [problem.file for problem in problems] == [file.name]
-    assert "rows 1 to 1" in problems[0].what
+    assert [file.name in problem for problem in store.verify()] == [True]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -307,24 +304,20 @@ def edited(folder, change):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: m.update(format=3), ["format 3", "reads 2"]),
-        (lambda m: m.update(format=1), ["format 1", "reads 2", "--overwrite"]),
+        (lambda m: m.update(format=3), ["manifest.json", "format"]),
         (lambda m: m.update(surprise=1), ["surprise"]),
         (lambda m: m["shards"].pop(), ["3 of 4"]),
         (lambda m: m["shards"][0].update(file="../../etc/passwd"), ["shards.0.file"]),
-        (lambda m: m["shards"][0].update(stop=4), ["0 to 4", "0 to 3"]),
         (lambda m: m["shards"][0].update(size=5), ["shard-00000.parquet", " 5 "]),
-        (lambda m: m["shards"][0].update(footer_xxh3="0" * 32), ["shard-00000.parquet", "footer"]),
-        (lambda m: m["spec"].update(top_k=0), ["spec.top_k"]),
-        (lambda m: m["spec"].update(top_k=61), ["61", "60"]),
-        (lambda m: m.update(bounds=[0]), ["shard-00000.parquet"]),
-        (lambda m: m.pop("spec"), ["spec"]),
+        (lambda m: m["shards"][1].update(quarantined=[]), ["manifest.json", "keys"]),
+        (lambda m: m["shards"][1].update(xxh3="0" * 32), ["shard-00001.parquet", "content"]),
+        (lambda m: m.update(keys_xxh3="0" * 32), ["manifest.json", "keys"]),
     ],
 )
-def test_wrong_manifests_are_explained(damaged, change, named):
+def test_a_manifest_that_was_changed_is_noticed(damaged, change, named):
     edited(damaged, change)
     with refused(*named):
-        Store.open(damaged)
+        Store.open(damaged, verify=True)
 
 
 def test_a_manifest_that_lacks_a_shard_can_be_looked_at_and_is_mended(damaged, path):
@@ -332,25 +325,6 @@ def test_a_manifest_that_lacks_a_shard_can_be_looked_at_and_is_mended(damaged, p
     assert len(Store.open(damaged, incomplete=True).records) == 3
     assert write(damaged) == [3]
     assert listing(damaged) == listing(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "file", "named"),
-    [
-        (lambda m: m["shards"][1].update(labels=7), "shard-00001.parquet", "7"),
-        (lambda m: m["shards"][1].update(rows=7), "shard-00001.parquet", "7"),
-        (lambda m: m["shards"][1].update(quarantined=[]), "shard-00001.parquet", "2 of 3"),
-        (lambda m: m["shards"][1].update(xxh3="0" * 32), "shard-00001.parquet", "hash"),
-        (lambda m: m.update(keys_xxh3="0" * 32), "manifest.json", "keys"),
-    ],
-)
-def test_verify_compares_shards_with_the_manifest(damaged, change, file, named):
-    edited(damaged, change)
-    problems = Store.open(damaged).verify()
-    assert [problem.file for problem in problems] == [file]
-    assert named in problems[0].what
-    with refused(file, named):
-        Store.open(damaged, verify=True)
 
 
 @pytest.mark.parametrize("keys", [[], KEYS[:2]])
@@ -362,74 +336,3 @@ def test_a_store_of_nothing_or_of_quarantined_rows_alone(tmp_path, keys):
     store = Store.open(tmp_path, verify=True)
     assert (len(store), store.keys, store.summary.labels.shape) == (0, [], (0,))
     assert [row.key for row in store.quarantined] == keys
-
-
-def test_a_row_that_cannot_be_stored_stops_before_anything_is_written(tmp_path):
-    writer = StoreWriter(tmp_path, SPEC, KEYS[:3])
-    wrong = rows(0, 3)
-    wrong[1] = dataclasses.replace(wrong[1], cross_entropy=float("nan"))
-    with refused(KEYS[1], "nan"):
-        writer.write_shard(writer.missing_shards()[0], wrong)
-    assert sorted(listing(tmp_path)) == ["manifest.json"]
-
-
-MORE = [key(number) for number in range(20, 25)]
-
-
-def more_rows(chosen):
-    """Rows of any key, those of ``rows()`` under theirs."""
-    old = [row for k in chosen if k in KEYS for row in rows(KEYS.index(k), KEYS.index(k) + 1)]
-    new = [int(k, 16) for k in chosen if k not in KEYS]
-    return [captured(np.random.default_rng(n), 60, 4, 12, number=n, dataset="new") for n in new] + old
-
-
-def fill(path, keys, spec=SPEC, make=more_rows):
-    writer = StoreWriter(path, spec, keys)
-    for plan in writer.missing_shards():
-        writer.write_shard(plan, make(keys[plan.start : plan.stop]))
-    writer.finish()
-
-
-def test_stores_of_several_machines(tmp_path):
-    write(tmp_path / "a")
-    fill(tmp_path / "b", [*MORE, KEYS[4], KEYS[0]], SPEC.model_copy(update={"data": "other"}), whole_rows)
-    store = combine_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    assert Store.open(tmp_path / "c", verify=True).keys == store.keys
-    assert set(store.keys) == {*KEYS, *MORE}, "what one store quarantined and another holds is there"
-    assert store.quarantined == []
-    one, other = Store.open(tmp_path / "a"), Store.open(tmp_path / "b")
-    for k in store.keys:
-        same(store.get(k), (one if k in one else other).get(k))
-    before = listing(tmp_path / "c")
-    combine_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    assert listing(tmp_path / "c") == before
-
-
-def whole_rows(chosen):
-    """Also the row that ``rows()`` quarantines, in the order of ``chosen``."""
-    made = {row.tokens.key: row for row in more_rows(chosen)}
-    made[KEYS[4]] = captured(np.random.default_rng(4), 60, 4, 12, number=4, dataset="a")
-    return [made[k] for k in chosen]
-
-
-def test_quarantined_rows_stay_quarantined(tmp_path):
-    write(tmp_path / "a")
-    fill(tmp_path / "b", MORE)
-    store = combine_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    assert [row.key for row in store.quarantined] == [KEYS[4]]
-    assert store.verify() == []
-
-
-def test_stores_that_disagree(tmp_path):
-    write(tmp_path / "a")
-    fill(tmp_path / "b", MORE)
-    renamed = [dataclasses.replace(row, dataset="renamed") for row in more_rows([MORE[1]])]
-    fill(tmp_path / "c", [MORE[1]], make=lambda _keys: renamed)
-    fill(tmp_path / "d", MORE, SPEC.model_copy(update={"model": "other"}))
-    with refused(MORE[1], tmp_path / "b", tmp_path / "c"):
-        combine_stores([tmp_path / "a", tmp_path / "b", tmp_path / "c"], tmp_path / "out")
-    with refused("model: 'model', now 'other'"):
-        combine_stores([tmp_path / "a", tmp_path / "d"], tmp_path / "out")
-    with refused("no stores"):
-        combine_stores([], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
