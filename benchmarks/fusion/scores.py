@@ -40,11 +40,10 @@ class Figure(NamedTuple):
 def score(choice: ModelChoice, held_out: Path, questions: int, metrics: Sequence[str] = METRICS) -> Scores:
     """A model's figures. questions: of a skill in ``held_out``, as written by :mod:`benchmarks.fusion.rows`."""
     rows = list(chain.from_iterable(read_rows(str(file)) for file in sorted(held_out.glob("*.jsonl"))))
-    found = evaluate_model(choice, rows, batch_tokens=BATCH_TOKENS)
+    scores = evaluate_model(choice, rows, batch_tokens=BATCH_TOKENS)
     if "exact_match" in metrics:
         single = [row for row in rows if row.dataset in ONE_ANSWER]
-        found |= evaluate_model(choice, single, metrics=("exact_match",), batch_tokens=BATCH_TOKENS)
-    scores = {metric: {skill: of.value for skill, of in by_skill.items()} for metric, by_skill in found.items()}
+        scores |= evaluate_model(choice, single, metrics=("exact_match",), batch_tokens=BATCH_TOKENS)
     if "divergence" not in metrics:
         return scores
     evaluate = demo("evaluate")

@@ -245,7 +245,7 @@ def _score(work: Work, setting: str, name: str, seed: int | None, model: Path, t
         folder = work.folder / SETTINGS[setting].data / split
         rows = [row for file in sorted(folder.glob("*.jsonl")) for row in list(read_rows(str(file)))[:16]]
         scores = evaluate_model(ModelChoice(str(model), dtype="bfloat16"), rows, template=template)
-        found[split] = {dataset: score.value for dataset, score in scores["bits_per_byte"].items()}
+        found[split] = scores["bits_per_byte"]
     keep(work.out / "scores", name, seed, found)
 
 

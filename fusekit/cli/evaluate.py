@@ -55,7 +55,7 @@ def evaluate(models: tuple[str, ...], *, chat_template: str, json_file: Path | N
     drop_noise()
     load = given(options, Load) | {name: options[name] for name in ("trust_remote_code", "allow_pickle")}
     choices = [ModelChoice(model, **load) for model in models]
-    document = evaluate_all(choices, settings, chat_template, lambda line: click.echo(line, err=True))
+    document = evaluate_all(choices, settings, chat_template)
     click.echo(table(document))
     if json_file is not None:
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusekit.evaluation.metrics import METRICS, Score, bits_per_byte, evaluate, exact_match
+    from fusekit.evaluation.metrics import bits_per_byte, evaluate, exact_match
 
-__all__ = ["METRICS", "Score", "bits_per_byte", "evaluate", "exact_match"]
+__all__ = ["bits_per_byte", "evaluate", "exact_match"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The one table of results: the terminal, the report and the model card all show it."""
+"""The results of models, and the one table of them: the terminal, the report and the model card all show it."""
 
 from __future__ import annotations
 
@@ -114,6 +114,25 @@ class Table:
         return "\n".join(lines)
 
 
+def document_of(
+    scores: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What ``results.json`` says.
+
+    Args:
+        scores: model -> metric -> skill -> value.
+        figures: model -> task of lm-eval -> figure (:func:`fusekit.evaluation.metrics.lm_eval_figures`); may be empty.
+    """
+    models: dict[str, Any] = {model: dict(found) for model, found in scores.items()}
+    tasks: dict[str, dict[str, Any]] = {}
+    for model, found in figures.items():
+        models[model][LM_EVAL] = {task: figure["value"] for task, figure in found.items()}
+        for task, figure in found.items():
+            same = {key: figure[key] for key in ("metric", "higher_is_better", "num_fewshot", "version")}
+            tasks.setdefault(task, same | {"stderr": {}})["stderr"][model] = figure["stderr"]
+    return {"models": models} | ({LM_EVAL: tasks} if tasks else {})
+
+
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """A table per metric, in the order in which the models have them.
 
@@ -127,7 +146,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """A ``results.json`` as Markdown for the terminal: a table per metric, and whether ends of texts count.
+    """A ``results.json`` as Markdown for the terminal: a table per metric.
 
     Example:
         >>> from fusekit.evaluation.table import table
@@ -137,12 +156,7 @@ def table(document: Mapping[str, Any]) -> str:
         | a | 1.250 |
         | b | 1.500 |
     """
-    parts = [found.markdown() for found in tables(document)]
-    ends: Mapping[str, bool] = document.get("ends_counted") or {}
-    for counts, says in ((True, "The end of each turn counts"), (False, "The end of a plain text does not count")):
-        if names := [name for name, value in ends.items() if value is counts]:
-            parts.append(f"{says} ({', '.join(names)}).")
-    return "\n\n".join(parts)
+    return "\n\n".join(found.markdown() for found in tables(document))
 
 
 def _table(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from fusekit.devices import Need
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.evaluation import lm_eval
-from fusekit.evaluation.settings import LmEval, held_out_hash, held_out_rows, kept_scores
+from fusekit.evaluation.settings import LmEval, check_tasks, held_out_rows
+from fusekit.evaluation.table import LM_EVAL, document_of
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, hash_of, unreadable
@@ -63,16 +65,14 @@ class Evaluate(Stage):
         return {name: context.layout.evaluation(name) for name in names}
 
     def wanted(self, context: Context) -> list[Path]:
-        section, place = context.recipe.evaluate, context.layout.evaluation(lm_eval.FOLDER)
-        tasks = section.lm_eval.tasks if section is not None and section.lm_eval is not None else []
-        return super().wanted(context) + [
-            place / name / lm_eval.folder_of(task.task) for name in models_of(context) for task in tasks
-        ]
+        section, place = context.recipe.evaluate, context.layout.evaluation(LM_EVAL)
+        scored = section is not None and section.lm_eval is not None
+        return super().wanted(context) + ([place / name for name in models_of(context)] if scored else [])
 
     def made(self, layout: Layout) -> list[Path]:
         folder = layout.evaluation("")
         places = [path.parent for path in sorted(folder.rglob(artifact.MANIFEST))]
-        places = [place for place in places if place not in (folder, folder / lm_eval.FOLDER)]  # not of a run there
+        places = [place for place in places if place not in (folder, folder / LM_EVAL)]  # not of a run there
         hidden = [place for place in places if any(part.startswith(".") for part in place.relative_to(folder).parts)]
         return [*(place for place in places if place not in hidden), layout.results]
 
@@ -83,26 +83,24 @@ class Evaluate(Stage):
 
     def make(self, context: Context, only: Collection[str] | None = None) -> None:
         """Score every model, or some, and write ``results.json``; scores of equal inputs stay."""
-        from fusekit.evaluation.metrics import results_of
-
         section = context.recipe.evaluate
         if section is None:
             return
-        how = section.model_dump(include={"limit", "split", "revision", "name"})
-        read = {path: held_out_rows(path, **how) for path in section.paths}
-        hashes = {path: held_out_hash(path, hash_of(path), section.limit, rows) for path, rows in read.items()}
+        read = {path: held_out_rows(section, [path]) for path in section.paths}
         rows, asked = list(chain.from_iterable(read.values())), section.model_dump(include={"metrics", "limit"})
+        # A data set on the hub can change under its name, so the examples identify it.
+        asked["held_out"] = {
+            path: artifact.joined_hash(f"{row.key} {row.dataset!a}" for row in some) for path, some in read.items()
+        }
         models = {name: model for name, model in models_of(context).items() if only is None or name in only}
-        identities = {name: _identity(context, name, model) for name, model in models.items()}
-
-        def scores(name: str) -> dict[str, Any]:
-            inputs = identities[name] | asked | {"held_out": hashes}
-            return _scores(context, name, models[name], inputs, rows)
-
-        def figures(name: str, settings: LmEval) -> dict[str, Any]:
-            return _lm_eval(context, settings, name, models[name], identities[name])
-
-        document = results_of(models, section, rows, scores, figures)
+        scores: dict[str, dict[str, Any]] = {}
+        figures: dict[str, dict[str, Any]] = {}
+        for name, model in models.items():
+            identity = _identity(context, name, model)
+            scores[name] = _scores(context, name, model, identity | asked, rows) if section.paths else {}
+            if section.lm_eval is not None:
+                figures[name] = _lm_eval(context, section.lm_eval, name, model, identity)
+        document = document_of(scores, figures)
         data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
         commit_file(context.layout.results, lambda file: file.write(data))
 
@@ -117,7 +115,7 @@ class Evaluate(Stage):
         found = unreadable(section, ("evaluate", "path"))
         if section.lm_eval is not None:
             try:
-                lm_eval.check(section.lm_eval)
+                check_tasks(section.lm_eval)
             except RecipeError as error:
                 found += [Mistake(line, ("evaluate", "lm_eval")) for line in str(error).splitlines()]
         return found
@@ -148,7 +146,7 @@ class Evaluate(Stage):
         assert section is not None
         try:
             here = [path for path in section.paths if not is_on_hub(path)]
-            rows = list(chain.from_iterable(held_out_rows(path, limit=section.limit) for path in here))
+            rows = held_out_rows(section, here)
             some = rows[:: max(1, len(rows) // 200)]
             if reader is not None and some:
                 step.tokens = sum(len(reader.tokenize(row)) for row in some) * len(rows) // len(some)
@@ -181,36 +179,52 @@ def _identity(context: Context, name: str, model: Model) -> Inputs:
 
 def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: list[Row]) -> dict[str, Any]:
     """A model's scores by metric and data set."""
-    from fusekit.evaluation.metrics import evaluate_model, values_of
+    from fusekit.evaluation.metrics import evaluate_model
 
-    section, folder, (choice, template) = context.recipe.evaluate, context.layout.evaluation(name), model
+    section, (choice, template) = context.recipe.evaluate, model
     assert section is not None
+    how: Any = section.model_dump(include={"metrics", "batch_tokens"})
 
     def score() -> dict[str, dict[str, float]]:
         _require_whole(name, choice)
-        how: Any = section.model_dump(include={"metrics", "batch_tokens"})
-        return values_of(evaluate_model(choice, rows, template=template, date=context.date, **how))
-
-    found, is_new = kept_scores(folder, inputs, score, context.made)
-    if is_new:
-        means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in found.items())
+        scores = evaluate_model(choice, rows, template=template, date=context.date, **how)
+        means = (f"{metric} {math.fsum(of.values()) / len(of):.4f}" for metric, of in scores.items())
         context.say(f"evaluate {name}: {', '.join(means)}")
-    scores: dict[str, Any] = found
-    return scores
+        return scores
+
+    return _kept(context, context.layout.evaluation(name), inputs, score)
 
 
 def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identity: Inputs) -> dict[str, Any]:
     """A model's figures on the tasks of lm-eval, by task."""
+    from fusekit.evaluation.metrics import lm_eval_figures
 
-    def say(line: str) -> None:
-        context.say(f"evaluate {name}: {line}")
+    own = hash_of(settings.include_path) if settings.include_path is not None else None
+    asked = settings.model_dump(exclude={"batch_size"}) | {"lm_eval": version("lm_eval"), "own_tasks": own}
 
-    def load() -> lm_eval.Harness:
+    def score() -> dict[str, dict[str, Any]]:
         _require_whole(name, model[0])
-        return lm_eval.Harness(*model, settings, say, context.date)
+        figures = lm_eval_figures(*model, settings, context.date)
+        shown = (f"{task} {figure['metric']} {figure['value']:.4f}" for task, figure in figures.items())
+        context.say(f"evaluate {name}: {', '.join(shown)}")
+        return figures
 
-    folder = context.layout.evaluation(f"{lm_eval.FOLDER}/{name}")
-    return lm_eval.cached_scores(settings, folder, identity, load=load, made=context.made, say=say)
+    return _kept(context, context.layout.evaluation(f"{LM_EVAL}/{name}"), identity | asked, score)
+
+
+def _kept(context: Context, folder: Path, inputs: Inputs, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The scores in a folder where they are whole and of these inputs, else new ones, which are put there."""
+    if not artifact.is_kept(folder, inputs):
+        artifact.refuse_foreign(folder)  # now, not once the scores are there
+        started = time.monotonic()
+        text = json.dumps(score(), indent=1, ensure_ascii=False) + "\n"
+
+        def write(into: Path) -> None:
+            (into / "scores.json").write_text(text, encoding="utf-8")
+
+        artifact.publish(folder, "evaluate", inputs, write, context.made(started))
+    found: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _require_whole(name: str, choice: ModelChoice) -> None:

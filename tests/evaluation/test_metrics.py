@@ -17,17 +17,22 @@ from pydantic import ValidationError
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice
 from fusekit.cli import cli
+from fusekit.data import reading
 from fusekit.data.prepare import pack_text
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import CaptureError, DataError
+from fusekit.errors import DataError
 from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
 from fusekit.evaluation import table as results
-from fusekit.evaluation.metrics import Question, _text, ends_counted, evaluate_model, replies, turn_ends
-from fusekit.evaluation.table import table
-from fusekit.generation.respond import eos_ids
+from fusekit.evaluation.metrics import Question, _text, evaluate_model, replies
+from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
+from fusekit.generation.respond import eos_ids, prompt_of
+from fusekit.pipeline.run import run
+from fusekit.recipe.loading import load_recipe
 from fusekit.types import Cut, Message, Row
 from tests import reference
+from tests.pipeline.conftest import finished, first  # noqa: F401
+from tests.pipeline.worlds import stamps
 
 DEMO = Path(__file__).parents[2] / "demo"
 NUMBERS, PIVOT = (str(DEMO / "models" / name) for name in ("numbers", "pivot"))
@@ -91,11 +96,11 @@ def test_bits_per_byte_of_several_turns_and_an_empty_answer(pivot):
     expected = [slow_bits_per_byte(model, tokenizer.tokenizer, some) for some in (CONVERSATIONS[:2], CONVERSATIONS[2:])]
     for batch_tokens in (16384, 10):
         found = bits_per_byte(model, tokenizer, rows, batch_tokens=batch_tokens)
-        assert found == {"x": (pytest.approx(expected[0], rel=1e-5), 2), "y": (pytest.approx(expected[1], rel=1e-5), 1)}
+        assert found == {"x": pytest.approx(expected[0], rel=1e-5), "y": pytest.approx(expected[1], rel=1e-5)}
 
 
 @torch.inference_mode()
-def test_with_train_on_all_every_token_counts_and_an_answer_is_still_asked_for_after_its_header(pivot):
+def test_with_train_on_all_every_token_counts(pivot):
     model, tokenizer = pivot
     everything = RowTokenizer(tokenizer.tokenizer, train_on="all")
     one = row("57+68=", "125")
@@ -103,15 +108,14 @@ def test_with_train_on_all_every_token_counts_and_an_answer_is_still_asked_for_a
     logprobs = model(torch.tensor(tokens.ids)[None]).logits[0].double().log_softmax(-1)
     nats = -sum(float(logprobs[at - 1, tokens.ids[at]]) for at in range(1, len(tokens)))
     found = bits_per_byte(model, everything, [one])["add"]
-    assert found.value == pytest.approx(nats / math.log(2) / len("57+68=125"), rel=1e-5)
-    assert exact_match(model, everything, [one]) == exact_match(model, tokenizer, [one]) == {"add": (1.0, 1)}
+    assert found == pytest.approx(nats / math.log(2) / len("57+68=125"), rel=1e-5)
 
 
 TEXTS = ["Lima is the capital of Peru. 57+68=125, 11+12=23", "Reverse: abc", "sort 3 1 2"]
 
 
 @pytest.mark.parametrize("folder", ["models/numbers", "sources/qwen", "sources/neox"])
-def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_for(folder):
+def test_the_end_of_plain_text_does_not_count_and_that_of_whole_text_is_learned(folder):
     model, tokenizer = load(folder)
     content, with_ends = (
         reference.text_bits_per_byte(model, tokenizer.tokenizer, TEXTS, ends=ends) for ends in (False, True)
@@ -122,10 +126,7 @@ def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_
     packed = list(pack_text(pieces, [tokenizer], 200))
     assert with_ends > content + 1e-3
     for rows in (whole, pieces, longer, packed):
-        assert bits_per_byte(model, tokenizer, rows)["t"].value == pytest.approx(content, rel=1e-6)
-        expected = with_ends if rows is whole else content
-        found = bits_per_byte(model, tokenizer, rows, text_ends=True)
-        assert found["t"].value == pytest.approx(expected, rel=1e-6)
+        assert bits_per_byte(model, tokenizer, rows)["t"] == pytest.approx(content, rel=1e-6)
     # What is captured of a row is learned: the end of a whole text, and none where it was cut.
     for rows, expected in ((whole, with_ends), (pieces, content), (longer, content), (packed, content)):
         captured = Teacher(model).score([tokenizer.tokenize(row) for row in rows]).rows
@@ -135,22 +136,11 @@ def test_text_that_was_cut_has_no_end_and_of_whole_text_it_counts_only_if_asked_
         )
 
 
-def test_which_ends_count_is_said_by_source_of_data():
-    rows = [row("57+68=", "125"), Row((Message("text", "a"),), "wiki"), row("a", "b", "mixed")]
-    rows.append(Row((Message("fragment", "a"),), "mixed"))
-    ends = ends_counted(rows)
-    assert ends == {"add": True, "mixed": True, "wiki": False}
-    scores = {"model": {"bits_per_byte": dict.fromkeys(ends, 1.0), "exact_match": {"add": 1.0}}}
-    said = table({"models": scores, "ends_counted": ends})
-    assert said.count("(add, mixed)") == said.count("(wiki)") == 1
-    assert said.startswith(table({"models": scores}))
-
-
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
     model, tokenizer = pivot
     with pytest.raises(DataError, match="'add'"):
         bits_per_byte(model, tokenizer, [row("57+68=", "")])
-    assert exact_match(model, tokenizer, [row("57+68=", "")])["add"].value == 0.0  # it answers
+    assert exact_match(model, tokenizer, [row("57+68=", "")])["add"] == 0.0  # it answers
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_are_read(pivot, tmp_path):
@@ -162,7 +152,7 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
         assert all(part in str(error.value) for part in ("1 of 2", "512", "'long'", "'12+34=12+34="))
     # A reply that would leave the context is stopped at its end.
     tokens = len(tokenizer.tokenize(row("57+68=", "125")))
-    assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"].value == 1.0
+    assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"] == 1.0
     folder = shutil.copytree(NUMBERS, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(DataError, match="512"):
@@ -185,17 +175,17 @@ def test_exact_match_equals_row_by_row_generation(pivot):
     # Every reply is right when it is taken for the answer, in one batch and in many.
     rows = [row(question, reply) for question, reply in zip(questions, plain, strict=True)]
     for batch_tokens in (16384, 40):
-        assert exact_match(model, tokenizer, rows, batch_tokens=batch_tokens)["add"] == (1.0, len(rows))
+        assert exact_match(model, tokenizer, rows, batch_tokens=batch_tokens)["add"] == 1.0
     wrong = [row(question, reply + "0") for question, reply in zip(questions, plain, strict=True)]
-    assert exact_match(model, tokenizer, wrong)["add"].value == 0.0
+    assert exact_match(model, tokenizer, wrong)["add"] == 0.0
     # A prefix of the reply is not the reply.
     shorter = [row(question, reply[:-1]) for question, reply in zip(questions, plain, strict=True) if len(reply) > 1]
-    assert exact_match(model, tokenizer, shorter)["add"].value == 0.0
+    assert exact_match(model, tokenizer, shorter)["add"] == 0.0
 
 
 def test_rows_without_an_answer_are_refused(pivot):
     model, tokenizer = pivot
-    with pytest.raises(DataError, match="'user'"):
+    with pytest.raises(DataError, match="assistant's answer"):
         exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
 
 
@@ -208,8 +198,9 @@ def asked(reads: RowTokenizer, *longest: int) -> list[Question]:
     """The questions, with the most tokens of each reply."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     how = {"add_generation_prompt": True, "return_dict": True}
+    ends = sorted(prompt_of(reads, (Message("user", "a"),)).ends)
     prompts = [reads.tokenizer.apply_chat_template(chat, **how)["input_ids"] for chat in chats]
-    return [Question(ids, longest[i % len(longest)], turn_ends(reads)) for i, ids in enumerate(prompts)]
+    return [Question(ids, longest[i % len(longest)], ends) for i, ids in enumerate(prompts)]
 
 
 def slow_reply(model, reads: RowTokenizer, question: Question) -> str:
@@ -252,43 +243,13 @@ def test_a_models_settings_of_generation_change_nothing(loaded):
         model.generation_config = own
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_a_question_that_does_not_is_named(pivot, monkeypatch):
-    model, questions = pivot[0], asked(pivot[1], 6)
-    plain, run, sizes = replies(*pivot, questions, 16384), model.generate, []
-
-    def full(fits: int):
-        def generate(**options):
-            sizes.append(len(options["input_ids"]))
-            if sizes[-1] > fits:
-                torch.empty(1 << 60)  # what an allocator says of more than there is
-            return run(**options)
-
-        return generate
-
-    own = model.generation_config
-    monkeypatch.setattr(model, "generate", full(3))
-    assert replies(*pivot, questions, 16384) == plain
-    assert max(sizes) == len(questions)
-    monkeypatch.setattr(model, "generate", full(0))
-    with pytest.raises(CaptureError, match="into memory"):
-        replies(*pivot, questions[:1], 16384)
-
-    def silent(**_):
-        raise MemoryError
-
-    monkeypatch.setattr(model, "generate", silent)
-    with pytest.raises(CaptureError, match="even alone \\(MemoryError\\)"):
-        replies(*pivot, questions[:1], 16384)
-    assert model.generation_config is own  # also after an error
-
-
 def test_a_template_that_ends_turns_with_text(pivot, tmp_path):
     """The model writes the end out and goes on: what comes after it is no part of the answer."""
     model, own = pivot
     file = tmp_path / "plain.jinja"
     file.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     reads = RowTokenizer(own.tokenizer, ChatTemplate.from_file(file))
-    assert (turn_ends(reads), reads.turn_end_text) == ([], "\n")
+    assert reads.turn_end_text == "\n"
 
     class Writes(torch.nn.Module):
         """Answers with fixed tokens, as a model of that template would."""
@@ -303,7 +264,7 @@ def test_a_template_that_ends_turns_with_text(pivot, tmp_path):
             return torch.cat([input_ids, tail], dim=1)
 
     for said, right in (("Lima\nuser: b", 1.0), ("Limas\nuser", 0.0), ("Lima or so\n", 0.0)):
-        assert exact_match(Writes(said), reads, [row("Capital of Peru?", "Lima")])["add"].value == right
+        assert exact_match(Writes(said), reads, [row("Capital of Peru?", "Lima")])["add"] == right
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -325,6 +286,59 @@ def test_replies_are_decoded_through_the_surfaces(special):
 # ---- the commands
 
 
+def record(question: str, answer: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, object]]]:
+    """What a data set on the hub holds, by split, and what was asked for."""
+    held: dict[str, list[dict[str, object]]] = {"test": [record("1+1=", "2")], "asked": []}
+
+    def records(repository: str, *, split: str, **asked: object):
+        held["asked"].append({"split": split, **asked})
+        return iter([(f"{repository}, row", row) for row in held[split]])
+
+    monkeypatch.setattr(reading, "hub_records", records)
+    return held
+
+
+@pytest.mark.slow
+def test_scores_on_rows_of_the_hub_are_made_anew_when_they_change(finished, hub) -> None:  # noqa: F811
+    path, out = finished
+    recipe = load_recipe(
+        path, ["evaluate.path=org/set", "evaluate.revision=v1", "evaluate.name=sums", "evaluate.baseline=false"]
+    )
+
+    def scored() -> dict[str, int]:
+        run(recipe, out, only="evaluate", say=lambda _: None)
+        return stamps(out / "evaluation")
+
+    before = scored()
+    assert hub["asked"] == [{"split": "test", "revision": "v1", "name": "sums", "streaming": False}]
+    assert scored() == before
+    hub["test"] = [record("1+1=", "2"), record("2+2=", "4")]
+    after = scored()
+    assert all(after[f"{name}/scores.json"] != before[f"{name}/scores.json"] for name in ("pivot", "merged"))
+
+
+def test_the_command_takes_folders_split_configuration_and_revision(hub, tmp_path: Path) -> None:
+    for skill in ("add", "facts"):
+        rows = [record(f"{skill} {number}", str(number)) for number in range(5)]
+        (tmp_path / f"{skill}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "notes.md").write_text("no rows")
+    limited = held_out_rows(EvaluateSettings(path=str(tmp_path), limit=2))  # of each file
+    assert [(row.dataset, row.messages[1].content) for row in limited] == [
+        ("add", "0"), ("add", "1"), ("facts", "0"), ("facts", "1")
+    ]  # fmt: skip
+    hub["validation"] = [record("1+1=", "2")]
+    options = ["--split", "validation", "--name", "sums", "--revision", "v1", "--limit", "1", "--data", str(tmp_path)]
+    result = CliRunner().invoke(cli, ["evaluate", PIVOT, "--data", "org/set", *options])
+    assert result.exit_code == 0, result.output
+    assert "| add | facts | org/set | mean |" in result.output
+    assert hub["asked"] == [{"split": "validation", "revision": "v1", "name": "sums", "streaming": False}]
+
+
 def test_command(tmp_path):
     data = tmp_path / "held_out.jsonl"
     records = [
@@ -337,7 +351,6 @@ def test_command(tmp_path):
     models = [NUMBERS, PIVOT]
     result = CliRunner().invoke(cli, ["evaluate", *models, "--data", str(data), *both])
     assert result.exit_code == 0, result.output
-    assert json.loads(out.read_text())["ends_counted"] == {"add": True, "wrong": True}
     scores = json.loads(out.read_text())["models"]
     assert scores[NUMBERS]["exact_match"] == {"add": 1.0, "wrong": 0.0}
     assert scores[NUMBERS]["bits_per_byte"]["add"] < scores[PIVOT]["bits_per_byte"]["add"]
@@ -345,19 +358,6 @@ def test_command(tmp_path):
     assert f"| {NUMBERS} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
-
-
-def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path):
-    def said(*options: str) -> str:
-        result = CliRunner().invoke(cli, ["evaluate", NUMBERS, "--data", "none.jsonl", *options])
-        assert result.exit_code != 0
-        return f"{result.output}{result.exception}"
-
-    nowhere = str(tmp_path / "nowhere" / "scores.json")
-    assert nowhere in said("--json", nowhere)
-    assert "banana" in said("--dtype", "banana")
-    assert "JSON" in said("--device-map", "{bad")
-    assert "none.jsonl" in said("--allow-pickle")
 
 
 def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
@@ -368,7 +368,7 @@ def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
     found = evaluate(Path(model), data, metrics=["exact_match", "bits_per_byte"], load={"dtype": "float32"})
     assert found[model]["exact_match"] == {"sums": 1.0}
     alone = evaluate_model(ModelChoice(model, dtype="float32"), [row("57+68=", "125", "sums")])
-    assert found[model]["bits_per_byte"] == {"sums": pytest.approx(alone["bits_per_byte"]["sums"].value)}
+    assert found[model]["bits_per_byte"] == {"sums": pytest.approx(alone["bits_per_byte"]["sums"])}
     with pytest.raises(DataError):
         evaluate(model)
     with pytest.raises(ValidationError, match="metrics"):

@@ -48,11 +48,11 @@ def test_what_a_removed_source_left_goes_and_a_finished_run_has_nothing_to_remov
 
 def test_scores_of_lm_eval_that_nobody_asks_for_go(finished):
     path, out = finished
-    for place in ("pivot/sums", "pivot/old", "sources/llama/own--sums", "sources/gone/sums", "merged/sums"):
+    for place in ("pivot", "sources/llama", "sources/gone", "targets/gone", "merged"):
         artifact.publish(
             out / "evaluation" / "lm_eval" / place, "evaluate", {}, lambda into: (into / "scores.json").write_text("{}")
         )
-    (out / "evaluation" / "lm_eval" / "pivot" / "old" / "notes.txt").write_text("mine")
+    (out / "evaluation" / "lm_eval" / "targets" / "gone" / "notes.txt").write_text("mine")
     for place in ("evaluation", "evaluation/lm_eval"):
         (out / place / "manifest.json").write_text("mine")
     asks = path.with_name("asks.yml")
@@ -61,11 +61,11 @@ def test_scores_of_lm_eval_that_nobody_asks_for_go(finished):
     asks.write_text(yaml.safe_dump(recipe))
     said = clean(out, "--recipe", str(asks))
     shown = [line.split("  ")[0].strip() for line in said.splitlines() if "/lm_eval/" in line]
-    assert shown[0] == f"{out}/evaluation/lm_eval/sources/gone/sums"
-    assert shown[1].startswith(f"spared: {out}/evaluation/lm_eval/pivot/old: holds notes.txt")
+    assert shown[0] == f"{out}/evaluation/lm_eval/sources/gone"
+    assert shown[1].startswith(f"spared: {out}/evaluation/lm_eval/targets/gone: holds notes.txt")
     assert len(shown) == 2
     assert "removed 4 things" in clean(out, "--yes")  # the run's own recipe asks for none
-    assert (out / "evaluation" / "lm_eval" / "pivot" / "old" / "notes.txt").is_file()
+    assert (out / "evaluation" / "lm_eval" / "targets" / "gone" / "notes.txt").is_file()
 
 
 def test_what_processes_that_died_left_goes_and_nothing_else(finished):

@@ -55,7 +55,6 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
         assert AutoModelForCausalLM.from_pretrained(out / name).config.vocab_size == 768
         assert len(AutoTokenizer.from_pretrained(out / name)) <= 768
     results = json.loads((out / "results.json").read_text())
-    assert set(results["ends_counted"].values()) == {True}
     results = results["models"]
     assert list(results) == ["pivot", "baseline", "sources/llama", "targets/llama", "merged"]
     # Trained on the very rows, both are better than the pivot; a merge of one model is that model.
