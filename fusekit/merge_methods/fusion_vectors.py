@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -84,19 +84,11 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(bits.max() < infinity and int(bits.view(unsigned).max()) < infinity + sign)
 
 
-_TORCH_COMPARISONS: dict[object, Callable[..., Tensor]] = {
-    np.greater: torch.gt,
-    np.greater_equal: torch.ge,
-    np.less_equal: torch.le,
-    np.equal: torch.eq,
-    np.not_equal: torch.ne,
-}
-
-
-def compare(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> Tensor:
-    """Compare each element with a number, by one of numpy's comparisons: bool, shape of `values`."""
+def compare(comparison: Callable[[Any, Any], Any], values: Tensor, bound: float) -> Tensor:
+    """Compare each element with a number, by a function of `operator`: bool, shape of `values`."""
     if not on_cpu(values):
-        return _TORCH_COMPARISONS[comparison](values, bound)
+        found: Tensor = comparison(values, bound)
+        return found
     array = values.numpy()
     return torch.from_numpy(comparison(array, array.dtype.type(bound)))
 
@@ -106,7 +98,7 @@ def nonzero(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy())) if on_cpu(mask) else mask.nonzero().squeeze(1)
 
 
-def count_where(comparison: Callable[..., np.ndarray], values: Tensor, bound: float) -> int:
+def count_where(comparison: Callable[[Any, Any], Any], values: Tensor, bound: float) -> int:
     """How many elements `compare` finds."""
     mask = compare(comparison, values, bound)
     return int(np.count_nonzero(mask.numpy())) if on_cpu(mask) else int(mask.sum())

@@ -7,6 +7,7 @@ docs/merge-methods.md.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -203,10 +204,10 @@ def _merge_chunk(
     kept = scratch.get("kept", size, dtype)
     for j, (delta, eta) in enumerate(zip(deltas, etas, strict=True)):
         if counts is not None:
-            counts[0, j] = count_where(np.not_equal, delta, 0)
+            counts[0, j] = count_where(operator.ne, delta, 0)
         delta.mul_(sign).clamp_min_(0)  # |δ'_j|: exact, and zero where the signs differ
         if counts is not None:
-            counts[1, j] = count_where(np.not_equal, delta, 0)
+            counts[1, j] = count_where(operator.ne, delta, 0)
         if divide:
             divisor.add_(torch.sign(delta, out=kept).mul_(eta))
         merged.add_(delta.mul_(eta))
@@ -259,9 +260,9 @@ class Selection:
     def indices(self, start: int) -> Tensor:
         """Positions of the selected elements of the chunk at `start`, relative to it: int64 [m], ascending."""
         chunk = self.chunks[start]
-        selected = compare(np.greater_equal, chunk.scores, self.threshold)
+        selected = compare(operator.ge, chunk.scores, self.threshold)
         if self.ties is not None:
-            equal = nonzero(compare(np.equal, chunk.scores, self.threshold))
+            equal = nonzero(compare(operator.eq, chunk.scores, self.threshold))
             selected[equal[self.ties[start] :]] = False
         positions = nonzero(selected)
         return positions if chunk.positions is None else chunk.positions[positions].long()
@@ -309,8 +310,8 @@ def select_top_variance(targets: Sequence[Tensor], select_topk: float) -> Select
         chunks = _score(targets, 0.0, scale)  # the sample misled
     scores = [chunk.scores for chunk in chunks.values()]
     threshold = kth_largest(scores, count)
-    above = sum(count_where(np.greater, each, threshold) for each in scores)
-    equal = np.array([count_where(np.equal, each, threshold) for each in scores])
+    above = sum(count_where(operator.gt, each, threshold) for each in scores)
+    equal = np.array([count_where(operator.eq, each, threshold) for each in scores])
     if above + equal.sum() == count:
         return Selection(chunks, threshold, count)
     before = np.cumsum(equal) - equal
@@ -350,10 +351,10 @@ def _score(targets: Sequence[Tensor], low: float, scale: float) -> dict[int, Chu
     def score(scratch: Scratch, start: int, stop: int) -> tuple[int, ChunkScores]:
         out = scratch.get("scores", stop - start, dtype) if low > 0 else everything[start:stop]
         scores = variance_scores([target[start:stop] for target in targets], scratch, out, scale)
-        varying, largest = count_where(np.greater, scores, 0.0), float(scores.max())
+        varying, largest = count_where(operator.gt, scores, 0.0), float(scores.max())
         if low <= 0:
             return start, ChunkScores(None, scores, varying, largest)
-        positions = nonzero(compare(np.greater_equal, scores, low))
+        positions = nonzero(compare(operator.ge, scores, low))
         return start, ChunkScores(positions.int(), scores[positions], varying, largest)
 
     return dict(for_each_chunk(score, numel, device))
@@ -396,7 +397,7 @@ def kth_largest(values: Sequence[Tensor], k: int) -> float:
     inside = total
     while low < high and inside > max(total // 16, _SAMPLE):
         middle = low + (high - low) // 2
-        above_middle = sum(count_where(np.greater, each, number(middle)) for each in values)
+        above_middle = sum(count_where(operator.gt, each, number(middle)) for each in values)
         if above_middle >= k:
             low, inside = middle + 1, above_middle - above
         else:
@@ -405,7 +406,7 @@ def kth_largest(values: Sequence[Tensor], k: int) -> float:
         return number(low)
     few = torch.cat(
         [
-            each[nonzero(compare(np.greater_equal, each, number(low)) & compare(np.less_equal, each, number(high)))]
+            each[nonzero(compare(operator.ge, each, number(low)) & compare(operator.le, each, number(high)))]
             for each in values
         ]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import transformers
 from mergekit.architecture import arch_info_for_config
 
 from fusekit.errors import MergeError
-from fusekit.merging.models import Model, OrderedConfiguration, has_tokenizer, token_ids, tokenizer_rows
+from fusekit.merging.models import Model, OrderedConfiguration, check_tokenizer, has_tokenizer
 from fusekit.yaml import KeyPath, Problems
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
@@ -22,8 +21,6 @@ SAME_MEANING = (
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
 )
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
-RENAMED = 0.01
-"""Share of the ids up to which a fine-tune may name tokens otherwise than its base: special tokens given a use."""
 SMALL_RATIO = 10.5
 """Of two epsilons of a norm: up to here (1e-6 and 1e-5) they are small against the variances of activations."""
 
@@ -136,56 +133,17 @@ def _text_config(config: Any, key: str) -> Any:
     return value
 
 
-def check_tokenizers(
-    config: OrderedConfiguration, models: dict[Any, Model], rows: int | None, copied: bool, problems: Problems
-) -> None:
-    """Report tokenizers that do not load, none at all, one whose tokens are more than the embedding's rows, and models
-    whose ids mean other tokens than those of the donor.
-
-    rows: None where they are not known. copied: whether mergekit copies the tokenizer of the donor.
-    """
+def check_tokenizers(config: OrderedConfiguration, models: dict[Any, Model], copied: bool, problems: Problems) -> None:
+    """Report tokenizers that do not load, and a donor without one. copied: whether mergekit copies the donor's."""
     donor = models[config.donor]
     built = bool(config.tokenizer or config.tokenizer_source)
     for model in models.values() if built else [donor] * copied:
         try:
-            tokens = tokenizer_rows(model.folder, model.name)
+            check_tokenizer(model.folder, model.name)
         except MergeError as error:
             problems.add(model.place, str(error))
-            continue
-        if not built and tokens is not None and rows is not None and tokens > rows > 0:
-            problems.warn(
-                donor.place,
-                f"the tokenizer of {donor.name} has ids up to {tokens - 1}, its embedding {rows} rows: texts with the "
-                "tokens beyond them will fail",
-            )
-    if built:
-        return
-    if copied and not has_tokenizer(donor.folder):
+    if copied and not built and not has_tokenizer(donor.folder):
         problems.warn(donor.place, f"{donor.name} has no tokenizer, so the merged model will have none")
-    for model in models.values():
-        if model is not donor and model.weights:
-            _check_ids(donor, model, problems)
-
-
-def _check_ids(donor: Model, model: Model, problems: Problems) -> None:
-    """Warn of embeddings whose rows belong to other tokens. Fine-tunes may have renamed some of the special tokens."""
-    file, other = (each.folder / "tokenizer.json" for each in (donor, model))
-    if not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
-        return
-    try:
-        ids, theirs = (token_ids(each.folder, each.name) or {} for each in (donor, model))
-    except MergeError:  # that of the donor is reported; another is not used
-        return
-    same = {number: token for token, number in ids.items()}
-    differ = [(number, token) for token, number in theirs.items() if same.get(number, token) != token]
-    if len(differ) > len(theirs) * RENAMED:
-        number, token = min(differ)
-        problems.warn(
-            model.place,
-            f"{model.name} has another tokenizer than {donor.name}: {len(differ):,} of {len(theirs):,} ids stand for "
-            f"other tokens ({number} is {token!r}, in {donor.name} {same[number]!r}), so embeddings are merged that do "
-            "not belong together; if both are right, `tokenizer: {source: union}` brings them together",
-        )
 
 
 def generation_config(config: OrderedConfiguration, models: dict[Any, Model], problems: Problems) -> Path | None:

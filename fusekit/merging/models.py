@@ -202,7 +202,6 @@ def resolve(
             raise
         except MergeError as error:
             problems.add(place, str(error))
-    _check_same_folder(models.values(), problems)
     problems.raise_if_any(MergeError)
     return models
 
@@ -310,35 +309,14 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def tokenizer_rows(folder: Path, label: str) -> int | None:
-    """Rows of an embedding that the tokenizer.json of a model asks for, None without one. Raises MergeError."""
-    tokens = token_ids(folder, label)
-    return None if tokens is None else 1 + max(tokens.values(), default=-1)
-
-
-def token_ids(folder: Path, label: str) -> dict[str, int] | None:
-    """The ids of all tokens in the tokenizer.json of a model, None without one. Raises MergeError."""
+def check_tokenizer(folder: Path, label: str) -> None:
+    """Raise MergeError for a tokenizer.json that does not load."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
     try:
-        return dict(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True))
+        if path.is_file():
+            Tokenizer.from_file(str(path))
     except Exception as error:
         raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
-
-
-def _check_same_folder(models: Iterable[Model], problems: Problems) -> None:
-    """Two names of one folder are two models to mergekit: the base would be merged as one of its own targets."""
-    first: dict[tuple[Path, Path | None], Model] = {}
-    for model in models:
-        key = (model.folder.resolve(), model.adapter.file.resolve() if model.adapter else None)
-        other = first.setdefault(key, model)
-        if other is not model and model.weights and other.weights:
-            problems.add(
-                model.place,
-                f"{model.name!r} and {other.name!r} (line {problems.document.line(other.place)}) are the same "
-                f"model ({key[0]}), but mergekit would treat them as two: spell it the same way in both places",
-            )
 
 
 # ---------------------------------------------------------------- reading

@@ -102,8 +102,7 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
         problems.found[MAX_REPORTED:] = [(last, f"and {rest} more of the same kind", ())]
     problems.raise_if_any(MergeError)
     _check_sizes(built, tensors, donor, problems)
-    rows = next((t.shape[0] for t in tensors if t.shape and "embed" in t.name and len(t.shape) == 2), None)
-    check_tokenizers(config, by_pin, rows, options.copy_tokenizer, problems)
+    check_tokenizers(config, by_pin, options.copy_tokenizer, problems)
     generation = generation_config(config, by_pin, problems)
     problems.raise_if_any(MergeError)
     method = merge_methods.get(config.merge_method)

@@ -33,11 +33,11 @@ from fusekit.merging.models import (
     Model,
     OrderedConfiguration,
     Settings,
+    check_tokenizer,
     first_not_finite,
     has_tokenizer,
     registered,
     resolve,
-    tokenizer_rows,
     with_models,
 )
 from fusekit.merging.plan import ANY, Plan, estimate, make_plan, same_shape
@@ -436,7 +436,7 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
                         f"{headers[name].dtype}; set `dtype: float32` (and `out_dtype`) in the recipe"
                     )
     _check_config(folder, headers, plan, trust_remote_code)
-    tokenizer_rows(folder, "the result")
+    check_tokenizer(folder, "the result")
     if tokenizer and not has_tokenizer(folder):
         raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
 

@@ -11,13 +11,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, check, merge
 from fusekit.merging.models import first_not_finite
-from tests.capture.conftest import DEMO
 from tests.helpers import edit_tensors
 from tests.merging.conftest import (
     OVERWRITE,
@@ -133,11 +132,6 @@ BEFORE_READING = {
     ),
     "an output head that would be lost": case(
         made("tied", tie=True), says=["target1", "tie_word_embeddings", "would be lost"], base_model="tied"
-    ),
-    "another spelling of the base": case(
-        says=["'./base'", "'base' (line 4)", "same model"],
-        base_model="./base",
-        models=[{"model": "base"}, {"model": "target1"}],
     ),
     "layers that do not exist": case(says=["layer_range [0, 9]", "has 2 layers"], **sliced(9)),
     "another depth": case(made("target1", num_hidden_layers=3), says=["target1 has 3 layers", "base has 2"]),
@@ -364,19 +358,12 @@ def test_weights_that_are_read_differently_are_refused_with_both_values(recipe, 
     assert parts[0] in "".join(found.warnings)
 
 
-def more_tokens(shop):
-    tokenizer = AutoTokenizer.from_pretrained(shop / "base")
-    tokenizer.add_tokens([f"<extra{number}>" for number in range(60)])
-    tokenizer.save_pretrained(shop / "base")
-
-
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         (configured("target1", rms_norm_eps=1e-5), ["target1", "base", "rms_norm_eps", "1e-05", "1e-06"]),
         (configured("target1", sliding_window=32), ["target1", "base", "sliding_window", "32", "None"]),
         (configured("target1", tie_word_embeddings=True), ["target1", "base", "tie_word_embeddings", "True", "False"]),
-        (more_tokens, ["base", "91", "64 rows"]),
         (with_tensor("target1", "extra.weight", torch.zeros(2)), ["target1: extra.weight will not be in the result"]),
     ],
 )
@@ -443,26 +430,6 @@ def test_a_model_without_a_tokenizer_is_merged_and_that_is_said(recipe, workshop
     merge(recipe, "out", settings=Settings(say=lines.append))
     assert any("warning" in line and "base has no tokenizer" in line for line in lines)
     assert "Failed to copy tokenizer" not in caplog.text
-
-
-@pytest.mark.parametrize(("renamed", "warned"), [(0, False), (1, False), (300, True)])
-def test_ids_that_mean_other_tokens_are_warned_of(write_recipe, workshop, renamed, warned):
-    """A fine-tune may give a special token another name; the tokenizer of another model is a mistake."""
-    shutil.copytree(DEMO / "numbers", workshop / "numbers")
-    file = workshop / "numbers" / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocabulary, special = tokenizer["model"]["vocab"], tokenizer["added_tokens"][-1]
-    if renamed == 1:
-        vocabulary["<|call|>"] = vocabulary.pop(special["content"])
-        special["content"] = "<|call|>"
-    last = sorted(vocabulary, key=vocabulary.__getitem__)[-renamed:] if renamed > 1 else []
-    vocabulary |= dict(zip(last, [vocabulary[token] for token in last[1:] + last[:1]], strict=True))
-    file.write_text(json.dumps(tokenizer, indent=1))
-    models = [{"model": "numbers"}, {"model": str(DEMO / "facts")}]
-    found = check(write_recipe(base_model=str(DEMO / "pivot"), models=models))
-    said = [line for line in found.warnings if "tokenizer" in line]
-    assert bool(said) == warned
-    assert all(named in line for line in said for named in ("numbers", "pivot", f"{renamed} of 768"))
 
 
 @pytest.mark.parametrize(
