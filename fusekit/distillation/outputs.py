@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import xxhash
 
-from fusekit.artifacts import MANIFEST, File, differing, files_of
+from fusekit.artifacts import File, differing, files_of
 from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
-from fusekit.disk import commit_file, disk_fault, remove, sync_tree
+from fusekit.disk import commit_file, disk_fault, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
@@ -40,7 +40,7 @@ class Target:
 
 
 def refuse_names(sources: Iterable[str]) -> None:
-    """Raise DistillationError where a source has a name that cannot be a folder's of the output."""
+    """Names of sources become folders of the output. Raises DistillationError."""
     for name in sources:
         taken = name in ("", JOINT, PLAIN, "pivot")
         if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
@@ -48,16 +48,12 @@ def refuse_names(sources: Iterable[str]) -> None:
 
 
 def refuse_nobody(settings: DistillSettings, sources: Collection[str]) -> None:
-    """Raise DistillationError where settings want a teacher, and there is none."""
     if not sources and not settings.plain:
         raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
 
 
 def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
-    """The models that settings ask for: one per source, one from all, or, of plain settings, one from the text alone.
-
-    Raises DistillationError when there is no source to learn from, or one has a name that cannot be a folder's.
-    """
+    """The models that settings ask for: one per source, one from all, or of plain settings one from the text alone."""
     refuse_names(sources)
     refuse_nobody(settings, sources)
     if settings.plain:
@@ -68,64 +64,35 @@ def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> 
 
 
 def facts_begun(target: Target) -> dict[str, Any] | None:
-    """What a training that was begun is made from, None where none was. Raises DistillationError for a damaged file."""
+    """What a training that was begun is made from, None where none was."""
     path = target.work / FACTS
     try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict) or not found:
+        found = dict(json.loads(path.read_bytes()))
+        if not found:
             raise ValueError("it holds no facts")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to start over") from error
     return found
 
 
-NOTE = ".overwriting.json"
-"""In the folder of the targets: by name the identity of each former target that is to be replaced."""
+OVERWRITING = "overwriting"
+"""In the folder of a target's checkpoints while the target that stands is a former one, which is to be replaced."""
 
 
-def begin(out: Path, folders: Sequence[Path]) -> None:
-    """Note which of these targets stand now: whoever resumes makes those again. Raises StorageError for a full disk."""
-    former = _read(out) | {folder.name: _identity(folder) for folder in folders if folder.exists()}
-    if former:
-        data = json.dumps(former, indent=1, sort_keys=True).encode() + b"\n"
-        commit_file(out / NOTE, lambda file: file.write(data))
+def begin_overwriting(targets: Sequence[Target]) -> None:
+    """Forget checkpoints, and mark the targets that stand: whoever resumes makes those again."""
+    for target in targets:
+        shutil.rmtree(target.work, ignore_errors=True)
+        if target.folder.exists():
+            target.work.mkdir()
+            commit_file(target.work / OVERWRITING, lambda _: None)
 
 
-def is_former(folder: Path) -> bool:
+def is_former(target: Target) -> bool:
     """Whether a target is one that was to be replaced, and has not been yet."""
-    noted = _read(folder.parent).get(folder.name)
-    return noted is not None and folder.exists() and noted == _identity(folder)
-
-
-def finish(out: Path) -> None:
-    """Forget the note once every target in it has been replaced."""
-    if not any(is_former(out / name) for name in _read(out)):
-        remove(out / NOTE)
-
-
-def _read(out: Path) -> dict[str, str]:
-    try:
-        found = json.loads((out / NOTE).read_bytes())
-        return {str(name): str(identity) for name, identity in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise StorageError(
-            f"{out / NOTE} cannot be read ({error}), so it is not known which targets were being replaced: remove it "
-            "and give --overwrite"
-        ) from error
-
-
-def _identity(folder: Path) -> str:
-    """Of one making of a target: its manifest holds when it was made, and the hashes of its files."""
-    try:
-        return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return "no manifest"
-    except OSError as error:
-        raise StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    return target.folder.exists() and (target.work / OVERWRITING).exists()
 
 
 ADAPTER = "adapter"
@@ -135,10 +102,7 @@ RECORD = "training.json"
 
 
 def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
-    """The pivot on the CPU, in ``settings.dtype``, with a fresh adapter where the settings ask for one.
-
-    Raises CaptureError: it cannot be loaded; DistillationError: the LoRA settings are wrong.
-    """
+    """The pivot on the CPU, in ``settings.dtype``, with a fresh adapter where the settings ask for one."""
     choice = dataclasses.replace(checkpoint.choice, dtype=settings.dtype)
     model = load_model(dataclasses.replace(checkpoint, choice=choice), torch.device("cpu"))
     if settings.lora is None:
@@ -151,10 +115,9 @@ def load_pivot(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
 def write_result(
     model: Any, state: dict[str, torch.Tensor] | None, checkpoint: Checkpoint, settings: TrainingSettings, folder: Path
 ) -> None:
-    """Write a trained model, not wrapped, into a folder, in the dtype of the checkpoint that it began as.
+    """Write a trained model, not wrapped, in the dtype of the checkpoint that it began as; an adapter is merged in.
 
-    An adapter is written to ``adapter/`` and then merged into the weights; the model is changed by that. state: its
-    tensors, gathered, where the model itself holds only a part of them; else None.
+    state: its tensors, gathered, where the model itself holds only a part of them; else None.
     """
     named = getattr(torch, stored_dtype(checkpoint), None)
     dtype = named if isinstance(named, torch.dtype) else torch.float32
@@ -183,10 +146,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Make a checkpoint durable and write the list of its files, with what it was made under (``facts``).
-
-    Raises StorageError: the disk failed.
-    """
+    """Make a checkpoint durable and write the list of its files, with what it was made under (``facts``)."""
     try:
         sync_tree(checkpoint)
         files = {name: file.model_dump() for name, file in files_of(checkpoint).items() if name != LISTING}
@@ -198,7 +158,7 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint was made under. Raises StorageError, with its name, when its list cannot be read."""
+    """What a checkpoint was made under."""
     try:
         return dict(_listing(checkpoint)["facts"])
     except StorageError as error:
@@ -206,10 +166,7 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty when it is as it was written.
-
-    hashes: read every file through; otherwise only its size is looked at. Raises StorageError: the disk failed.
-    """
+    """What is wrong with a checkpoint, file by file. hashes: read every file through, beyond looking at its size."""
     try:
         files = {name: File(**said) for name, said in _listing(checkpoint)["files"].items()}
         return differing(checkpoint, files, hashes=hashes)
@@ -248,10 +205,9 @@ def last_good(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path
 
 
 def rotate(folder: Path, keep: int, also: Path | None = None) -> list[Path]:
-    """Delete old checkpoints; returns those deleted.
+    """Delete old checkpoints but ``also`` and the latest ``keep`` that have all files in full; returns those deleted.
 
-    The latest ``keep`` (at least one) that have all files in full stay, and ``also``. Unfinished ones do not count, so
-    the last good one is never among the deleted, and nothing is deleted while there is none.
+    Unfinished ones do not count, so the last good one is never among the deleted, and nothing is while there is none.
     """
     found = checkpoints(folder)
     whole = [step for step, path in found if not problems_of(path, hashes=False)]

@@ -68,8 +68,7 @@ def distill(
         others: how many models the caller trains before and after these, for the place that the bar names.
         say: told what a user should know, in the first process.
 
-    Returns:
-        The folders of the distilled models.
+    Returns the folders of the distilled models.
 
     Raises:
         DistillationError: inputs that do not fit, or that are not those of the run to resume (says what differs);
@@ -99,7 +98,6 @@ def distill(
             work.make(resume, ignore_estimates, None if quiet else label)
             del work
             gc.collect()  # what trained holds cycles, and memory that the next one needs
-        processes.first_then_all(lambda: outputs.finish(out))
     return [target.folder for target in targets]
 
 
@@ -114,22 +112,19 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         raise DistillationError(
             f"{there[0]} is there already: resume continues it, overwrite replaces it; nothing was touched"
         )
-    for target in targets:
-        if resume:
-            _refuse_occupied(target)
-        if overwrite:
-            shutil.rmtree(target.work, ignore_errors=True)
+    for target in targets if resume else ():
+        _refuse_occupied(target)
     if overwrite:
-        outputs.begin(out, [target.folder for target in targets])
+        outputs.begin_overwriting(targets)
 
 
 def _refuse_occupied(target: Target) -> None:
-    if not outputs.is_former(target.folder):
+    if not outputs.is_former(target):
         artifact.refuse_occupied(target.folder)
 
 
 class _Work:
-    """One distilled model, what it is made from, and who is told."""
+    """One distilled model, and what it is made from."""
 
     def __init__(self, target: Target, opened: Opened, say: Say) -> None:
         self.target, self.opened = target, opened
@@ -149,13 +144,13 @@ class _Work:
     def is_done(self) -> bool:
         """Whether the model is published already, and not one that is being replaced. Raises if its inputs changed."""
         folder = self.target.folder
-        known = None if outputs.is_former(folder) else artifact.read(folder)
+        known = None if outputs.is_former(self.target) else artifact.read(folder)
         if known is not None:
             _refuse_changes(folder, known.inputs, self.facts)
         return known is not None
 
     def make(self, resume: bool, ignore_estimates: bool, label: str | None) -> None:
-        """Train and publish. label: of the bar, None for none."""
+        """Train and publish. label: of the bar, if there is to be one."""
         target, facts, training = self.target, self.facts, self.opened.settings.training
         started, first = time.monotonic(), Processes.current().first_then_all
         start = first(lambda: _start(target, facts, self.say)) if resume else None
@@ -183,15 +178,8 @@ class _Work:
             examples = Scheduled(self.data, self.answers, training.schedule, training.seed, training.batch_size)
         args = training_arguments(training, target.work)
         args.disable_tqdm |= label is None
-        trainer = FusionTrainer(
-            model,
-            args,
-            examples,
-            facts={"made_from": facts},
-            say=self.say,
-            label=label or "",
-            on_policy=on_policy,
-        )
+        made_from, label = {"made_from": facts}, label or ""
+        trainer = FusionTrainer(model, args, examples, facts=made_from, say=self.say, label=label, on_policy=on_policy)
         try:
             trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
         except Exception as error:
@@ -206,7 +194,7 @@ class _Work:
         self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
     def refuse_what_does_not_fit(self, start: Path | None, teachers: Sequence[LiveTeacher]) -> None:
-        """start: a checkpoint, whose like is on the disk already."""
+        # Where the run starts from a checkpoint, the like of it is on the disk already.
         checkpoint, training, out = self.opened.checkpoint, self.opened.settings.training, self.target.folder
         beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint]
         longest = max(part.longest for part in (self.data, self.answers) if part is not None and len(part))
@@ -218,10 +206,7 @@ class _Work:
     def publish(
         self, trainer: FusionTrainer, state: dict[str, Any] | None, counts: dict[str, float], seconds: float
     ) -> None:
-        """Write the result with its manifest and move it to its place in one step; its checkpoints have served.
-
-        seconds: of training, in the manifest alone, so that equal runs leave equal files.
-        """
+        """Write the result with its manifest and move it to its place in one step; its checkpoints have served."""
         target, opened, joined = self.target, self.opened, self.data.joined
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = opened.checkpoint.config.get("use_cache", True)
@@ -243,21 +228,23 @@ class _Work:
                 opened.tokenizer.save_pretrained(stage.path)
                 text = json.dumps(record, indent=1, default=str) + "\n"
                 (stage.path / outputs.RECORD).write_text(text, encoding="utf-8")
-                artifact.seal(stage.path, STAGE, self.facts, {"fusekit": fusekit.__version__, "seconds": seconds})
+                # In the manifest alone, so that equal runs leave equal files.
+                made = {"fusekit": fusekit.__version__, "seconds": seconds}
+                artifact.seal(stage.path, STAGE, self.facts, made)
             except Exception as error:
                 raise disk_fault(error, stage.path) or error from None
             stage.publish()
+        (target.work / outputs.OVERWRITING).unlink(missing_ok=True)  # or the new one would be taken for the former
         shutil.rmtree(target.work, ignore_errors=True)
 
 
 def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """folder: what was made from ``before``; without it the target is made again, whatever command it is made by."""
     changed = artifact.differences(dict(before), dict(now))
     artifact.refuse_changes(folder, changed, f"remove {folder} to start over", DistillationError)
 
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
-    """The checkpoint to resume from, None for the beginning. Raises DistillationError when the inputs changed."""
+    """The checkpoint to resume from, None for the beginning."""
     before = outputs.facts_begun(target)
     if before is None:
         return None
@@ -274,8 +261,6 @@ def _begin(target: Target, facts: Mapping[str, Any]) -> None:
     data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
     commit_file(target.work / outputs.FACTS, lambda file: file.write(data))
 
-
-# What a distilled model is made from.
 
 Facts = dict[str, Any]
 

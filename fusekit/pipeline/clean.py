@@ -14,7 +14,7 @@ from pathlib import Path
 from fusekit import artifacts as artifact
 from fusekit.capturing.writer import OF_STORES
 from fusekit.disk import disk_fault, output_lock
-from fusekit.distillation.outputs import NOTE
+from fusekit.distillation.outputs import OVERWRITING
 from fusekit.errors import StorageError
 from fusekit.layout import NAMES, SHARDS, Layout, folders_in
 from fusekit.pipeline.run import TABLE
@@ -94,7 +94,7 @@ def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
         found.add(layout, path, "left behind by a process that died")
     for path in chain.from_iterable(stage.made(layout) for stage in TABLE.values()):
         result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
-        finished = path.suffix == WORK and (result / artifact.MANIFEST).is_file() and not (path.parent / NOTE).exists()
+        finished = path.suffix == WORK and (result / artifact.MANIFEST).is_file() and not (path / OVERWRITING).exists()
         if path.is_dir() and result not in wanted:
             found.add(layout, path, "the recipe does not ask for it")
         elif finished:

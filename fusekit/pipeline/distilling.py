@@ -62,7 +62,8 @@ class Distill(Stage):
 
     def check_place(self, context: Context, name: str) -> None:
         """Unless it is a model that is being replaced."""
-        if not outputs.is_former(self.artifacts(context)[name]):
+        folder = self.artifacts(context)[name]
+        if not outputs.is_former(Target(folder.name, folder, ())):
             super().check_place(context, name)
 
     def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
@@ -106,9 +107,10 @@ class Distill(Stage):
     def status(self, context: Context, name: str) -> Status:
         """As far as what is at hand can tell: captures may be on another machine. The prepared examples are needed."""
         folder = self.artifacts(context)[name]
-        if outputs.is_former(folder):
+        target = Target(folder.name, folder, ())
+        if outputs.is_former(target):
             return Status(folder)
-        target, known = Target(folder.name, folder, ()), made_from(folder)
+        known = made_from(folder)
         before = known if known is not None else facts_begun(target)
         status = compared(folder, before, partial(self.inputs, context, name))
         if known is not None or status.state != DONE:
