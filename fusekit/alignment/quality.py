@@ -1,8 +1,7 @@
-"""What an alignment teaches and what it loses: figures over a corpus, what a teacher is worth, and aligned texts."""
+"""What an alignment links and loses: figures over a corpus, and aligned texts to be shown."""
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -19,9 +18,6 @@ from fusekit.alignment.rows import HAS_ROW, Case, plan_rows
 from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import BoolArray, TokenizedText
-
-WORST = 10  # texts kept with the smallest share of positions that get a row
-SHAPES = ("1-1", "1-n", "n-1", "m-n")
 
 
 @dataclass
@@ -53,9 +49,8 @@ class AlignmentQuality:
         texts, pivot_tokens, source_tokens: totals.
         total: over all pivot positions.
         cases: pivot positions by :class:`~fusekit.alignment.rows.Case`, lower-case names.
-        group_sizes: groups by ``(pivot tokens, source tokens)``.
-        scripts, data: shares by the script of the token's first character and by the name given to :meth:`add`.
-        worst: ``(row share, text)`` of the texts that lose most.
+        groups: groups between common ends by shape: ``1-1``, ``1-n``, ``n-1``, ``m-n``.
+        scripts: shares by the script of the token's first character.
     """
 
     pivot: str
@@ -65,41 +60,24 @@ class AlignmentQuality:
     source_tokens: int = 0
     total: Share = field(default_factory=Share)
     cases: Counter[str] = field(default_factory=Counter)
-    group_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    groups: Counter[str] = field(default_factory=Counter)
     scripts: dict[str, Share] = field(default_factory=dict)
-    data: dict[str, Share] = field(default_factory=dict)
-    worst: list[tuple[float, str]] = field(default_factory=list)
 
-    def add(self, alignment: TokenAlignment, data: str = "") -> None:
-        """Count one text.
-
-        Args:
-            alignment: of method ``span``.
-            data: the source of data that the text comes from.
-        """
+    def add(self, alignment: TokenAlignment) -> None:
+        """Count one text, aligned by the method ``span``."""
         cases = plan_rows(alignment).cases
         linked, rows = alignment.source_at >= 0, np.isin(cases, list(HAS_ROW))
         self.texts += 1
         self.pivot_tokens += len(cases)
         self.source_tokens += len(alignment.source)
         self.total.add(linked, rows)
-        self.data.setdefault(data, Share()).add(linked, rows)
         self.cases.update(Case(case).name.lower() for case in cases.tolist())
-        self.group_sizes.update((p.stop - p.start, s.stop - s.start) for p, s in alignment.groups)
+        for p, s in alignment.groups:
+            n, m = p.stop - p.start, s.stop - s.start
+            self.groups["1-1" if n == m == 1 else "1-n" if n == 1 else "n-1" if m == 1 else "m-n"] += 1
         names = np.array(_scripts(alignment))
         for script in sorted(set(names.tolist())):
             self.scripts.setdefault(script, Share()).add(linked[names == script], rows[names == script])
-        if len(cases):
-            share = int(rows.sum()) / max(len(cases) - 1, 1)
-            self.worst = sorted([*self.worst, (share, alignment.text)], key=lambda item: item[0])[:WORST]
-
-    @property
-    def shapes(self) -> Counter[str]:
-        """Groups between common ends, by shape."""
-        found: Counter[str] = Counter()
-        for (n, m), count in self.group_sizes.items():
-            found[SHAPES[0] if n == m == 1 else SHAPES[1] if n == 1 else SHAPES[2] if m == 1 else SHAPES[3]] += count
-        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -111,16 +89,9 @@ class AlignmentQuality:
             "source_tokens": self.source_tokens,
             **self.total.to_dict(),
             "cases": {case.name.lower(): self.cases[case.name.lower()] for case in Case},
-            "groups": {shape: self.shapes[shape] for shape in SHAPES},
-            "group_sizes": {f"{n}-{m}": count for (n, m), count in sorted(self.group_sizes.items())},
+            "groups": dict(self.groups.most_common()),
             "scripts": {name: share.to_dict() for name, share in sorted(self.scripts.items())},
-            "data": {name: share.to_dict() for name, share in sorted(self.data.items())},
-            "worst": [{"row_share": share, "text": text} for share, text in self.worst],
         }
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=2)
 
 
 @cache
@@ -204,24 +175,22 @@ class Sample(_Value):
     groups: list[Group]
     left_out: int = 0
 
-    def beginning(self, most: int) -> Sample:
-        """At most so many groups of it."""
-        left_out = max(len(self.groups) - most, 0)
-        return Sample(groups=self.groups[:most], left_out=self.left_out + left_out) if left_out else self
-
 
 _SAMPLES = TypeAdapter(list[Sample])
 
 
-def sample_of(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces]) -> Sample:
-    """What is shown of an alignment of method ``span``. surfaces: of the pivot and of the source, for token strings."""
+def sample_of(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], most: int | None = None) -> Sample:
+    """What is shown of an alignment of method ``span``: at most so many groups.
+
+    surfaces: of the pivot and of the source, for token strings.
+    """
     cases = [Case(case).name.lower() for case in plan_rows(alignment).cases.tolist()]
     linked = set(alignment.source_at.tolist())
-    pivot = _tokens(alignment, alignment.pivot, surfaces[0], [at < 0 for at in alignment.source_at.tolist()], cases)
+    pivot = _tokens(alignment, alignment.pivot, surfaces[0], (alignment.source_at < 0).tolist(), cases)
     source = _tokens(alignment, alignment.source, surfaces[1], [j not in linked for j in range(len(alignment.source))])
     read = pieces(alignment.pivot, alignment.text.encode())
     groups = [Group(read=_readable(b"".join(read[p])), pivot=pivot[p], source=source[s]) for p, s in alignment.groups]
-    return Sample(groups=groups)
+    return Sample(groups=groups[:most], left_out=len(groups) - len(groups[:most]))
 
 
 def _tokens(
@@ -233,12 +202,10 @@ def _tokens(
 ) -> list[Token]:
     read, found = pieces(tokens, alignment.text.encode()), []
     for i, (id_, end) in enumerate(zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True)):
-        string = surfaces.strings[id_] if id_ < len(surfaces) else "?"
-        about = [string, f"id {id_}, ends at byte {end}", *([MEANING[cases[i]]] if cases else [])]
-        lost = bool(cases) and cases[i] in LOST
-        found.append(
-            Token(shown=visible(read[i]), size=len(read[i]), about="\n".join(about), inner=inner[i], lost=lost)
-        )
+        case = cases[i] if cases else None
+        about = f"{surfaces.strings[id_]}\nid {id_}, ends at byte {end}" + (f"\n{MEANING[case]}" if case else "")
+        shown, size = visible(read[i]), len(read[i])
+        found.append(Token(shown=shown, size=size, about=about, inner=inner[i], lost=case in LOST))
     return found
 
 
@@ -250,17 +217,14 @@ def _readable(text: bytes) -> str:
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write samples as JSON."""
-    plain = [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples]
-    # Escaped, so that what is half a character on its own comes back as it was.
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    path.write_bytes(_SAMPLES.dump_json(list(samples), indent=1, exclude_defaults=True))
 
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples that :func:`write_samples` wrote, none where there is no file. Raises AlignmentError: damaged."""
     try:
-        return _SAMPLES.validate_python(json.loads(path.read_bytes()))
+        return _SAMPLES.validate_json(path.read_bytes())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise AlignmentError(f"{path} cannot be read: {first}") from error
+    except (OSError, ValidationError) as error:
+        raise AlignmentError(f"{path} cannot be read: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +84,10 @@ def alignment(
     tokenizers = load_tokenizer(pivot), load_tokenizer(source)
     quality = AlignmentQuality(pivot, source)
     shown: list[TokenAlignment] = []
-    contents = [(m.content, row.dataset) for row in rows for m in row.messages if m.content]
-    for text, dataset in chain(((text, "--text") for text in texts), contents):
+    contents = [message.content for row in rows for message in row.messages if message.content]
+    for text in [*texts, *contents]:
         found = align(text, *tokenizers)
-        quality.add(found, dataset)
+        quality.add(found)
         if len(shown) < samples:
             shown.append(found)
     if not quality.texts:
@@ -96,10 +95,10 @@ def alignment(
     worth = None
     if stores is not None:
         from fusekit.capturing.store import Store
-        from fusekit.distillation.worth import Captured, measure_stores
+        from fusekit.distillation.worth import measure_stores
 
-        captured = [Captured(str(p), t, Store.open(p)) for p, t in zip(stores, tokenizers, strict=True)]
-        worth = measure_stores(rows, captured[0], captured[1], AlignmentSettings.model_validate(how))
+        names, opened = (str(stores[0]), str(stores[1])), (Store.open(stores[0]), Store.open(stores[1]))
+        worth = measure_stores(rows, names, tokenizers, opened, AlignmentSettings.model_validate(how))
     for found in shown:
         lines = str(found).splitlines()
         more = [f"… {len(lines) - 15} more lines"] if len(lines) > 16 else lines[15:]
@@ -186,7 +185,7 @@ def _summary(quality: AlignmentQuality) -> str:
         part = share.to_dict()
         shares = f"{100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
         lines.append(f"  {name:<15}{share.positions:7d}  {shares}")
-    lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.shapes.most_common()))
+    lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.groups.most_common()))
     return "\n".join(lines)
 
 
@@ -199,7 +198,7 @@ def _worth_lines(worth: TeacherWorth) -> list[str]:
             teacher, pivot = (f"{nats:8.3f}" if nats is not None else f"{'-':>8}" for nats in worth.per_label(case))
             worse = "   worse than the pivot" if worth.is_worse(case) else ""
             lines.append(f"  {case.name.lower():<15}{n:7d}  {teacher}  {pivot}{worse}")
-    return [*lines, *worth.summary, *(f"warning: {line}" for line in worth.warnings)]
+    return [*lines, worth.summary, *(f"warning: {line}" for line in worth.warnings)]
 
 
 _SHOWN_QUARANTINED = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +19,10 @@ from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import BoolArray, FloatArray, IntArray, Row
 
-BINS = 1000  # of the histogram of surviving mass, so that memory does not grow with the corpus
 MOST_NATS = 1000.0
 """What counts for a label that a row rules out: exp(-1000) is 0, and an infinity would hide all other labels."""
 RATIO_LIMIT = 1.05
 """The chain rule allows no more than 1; a few per cent are the price of a top k."""
-
 FEWEST_LABELS = 30
 """Of fewer labels a case is not warned of: their mean tells little."""
 
@@ -40,9 +38,10 @@ class TeacherWorth:
         labels: int64 [cases], labels of the pivot by :class:`~fusekit.alignment.rows.Case`.
         taught: bool [cases], whether the teacher has rows for labels of the case.
         teacher: float64 [cases], nats of the projected rows on the labels, where taught.
-        pivot: float64 [cases], the pivot's own nats on the same labels; None once they were not given.
+        pivot: float64 [cases], the pivot's own nats on the same labels.
         source: the source's own nats over the same text.
-        survival: int64 [BINS + 1], histogram of the share of a row's listed mass that the map carried over.
+        rows, carried: how many rows of the source there were, and the sum over them of the share of the listed mass
+            that the map carries over.
     """
 
     vocabulary: str
@@ -52,10 +51,10 @@ class TeacherWorth:
     labels: IntArray = field(default_factory=lambda: np.zeros(len(Case), np.int64))
     taught: BoolArray = field(default_factory=lambda: np.zeros(len(Case), bool))
     teacher: FloatArray = field(default_factory=lambda: np.zeros(len(Case)))
-    pivot: FloatArray | None = field(default_factory=lambda: np.zeros(len(Case)))
+    pivot: FloatArray = field(default_factory=lambda: np.zeros(len(Case)))
     source: float = 0.0
-    survival: IntArray = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
-    survival_sum: float = 0.0
+    rows: int = 0
+    carried: float = 0.0
 
     def add(
         self,
@@ -63,9 +62,9 @@ class TeacherWorth:
         taught: BoolArray,
         *,
         teacher: FloatArray,
-        pivot: FloatArray | None,
+        pivot: FloatArray,
         source: float,
-        survived: FloatArray,
+        carried: FloatArray,
     ) -> None:
         """Count one example of n labels.
 
@@ -73,48 +72,36 @@ class TeacherWorth:
             cases: int64 [n].
             taught: bool [n], whether the teacher has a row, the same for all labels of a case. A one-hot on the label
                 says nothing of the teacher: not taught.
-            teacher: float64 [n], nats: minus the log-probability that its projected row gives to the label, where
-                taught.
-            pivot: float64 [n], the same of the pivot itself; None where that is not known.
+            teacher: float64 [n], nats: minus the log-probability that its row gives to the label, where taught.
+            pivot: float64 [n], the same of the pivot itself.
             source: nats of the source over its own tokens of the text.
-            survived: float64 [r], of each of its rows, the share of the listed mass that the map carries over.
+            carried: float64 [r], of each of its rows, the share of the listed mass that the map carries over.
         """
         size = len(Case)
         self.examples += 1
         self.labels += np.bincount(cases, minlength=size)
         self.taught[cases[taught]] = True
-        nats = np.where(taught, np.minimum(teacher, MOST_NATS), 0.0)
-        self.teacher += np.bincount(cases, nats, minlength=size)
-        if pivot is None:
-            self.pivot = None
-        elif self.pivot is not None:
-            self.pivot += np.bincount(cases, np.minimum(pivot, MOST_NATS), minlength=size)
+        self.teacher += np.bincount(cases, np.where(taught, np.minimum(teacher, MOST_NATS), 0.0), minlength=size)
+        self.pivot += np.bincount(cases, np.minimum(pivot, MOST_NATS), minlength=size)
         self.source += source
-        self.survival += np.bincount((np.clip(survived, 0, 1) * BINS).round().astype(np.int64), minlength=BINS + 1)
-        self.survival_sum += float(np.sum(survived))
+        self.rows += len(carried)
+        self.carried += float(carried.sum())
 
     @property
     def ratio(self) -> float | None:
-        """Nats of the projected teacher over the source's own; labels without a row count as the pivot has them.
-
-        None where that is not known, or nothing was counted.
-        """
-        untaught = ~self.taught
-        if self.source <= 0 or (self.pivot is None and self.labels[untaught].any()):
-            return None
-        rest = float(self.pivot[untaught].sum()) if self.pivot is not None else 0.0
-        return (float(self.teacher.sum()) + rest) / self.source
+        """Nats of the projected teacher over the source's own; labels without a row count as the pivot has them."""
+        nats = float(self.teacher.sum()) + float(self.pivot[~self.taught].sum())
+        return nats / self.source if self.source > 0 else None
 
     def per_label(self, case: Case) -> tuple[float | None, float | None]:
         """Nats per label of the teacher and of the pivot; None for one that has nothing to say there."""
         n = int(self.labels[case])
         teacher = float(self.teacher[case]) / n if n and self.taught[case] else None
-        return teacher, float(self.pivot[case]) / n if n and self.pivot is not None else None
+        return teacher, float(self.pivot[case]) / n if n else None
 
     def is_worse(self, case: Case) -> bool:
         """Whether the teacher knows labels of this case less well than the pivot that it is to teach."""
-        teacher, pivot = self.per_label(case)
-        return teacher is not None and pivot is not None and teacher > pivot
+        return bool(self.taught[case] and self.teacher[case] > self.pivot[case])
 
     @property
     def warnings(self) -> list[str]:
@@ -126,49 +113,32 @@ class TeacherWorth:
                 f"projection loses what it knows (vocabulary map {self.vocabulary}, tail {self.tail})"
             )
         for case in filter(self.is_worse, Case):
-            teacher, pivot = self.per_label(case)
-            n = int(self.labels[case])
-            if n < FEWEST_LABELS:
-                continue
-            found.append(
-                f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
-                f"against {pivot:.3f} nats per label, over {n:,} labels"
-            )
+            if (n := int(self.labels[case])) >= FEWEST_LABELS:
+                teacher, pivot = self.per_label(case)
+                found.append(
+                    f"the teacher predicts labels of the case {case.name.lower()} worse than the pivot: {teacher:.3f} "
+                    f"against {pivot:.3f} nats per label, over {n:,} labels"
+                )
         return found
 
     @property
-    def summary(self) -> list[str]:
-        """How much the teacher knows, in two sentences."""
-        rows, ratio = int(self.survival.sum()), self.ratio
-        known = f"{ratio:.2f} times the source's own nats" if ratio is not None else "an unknown number of nats"
-        said = [
+    def summary(self) -> str:
+        """How much the teacher knows, in a sentence."""
+        known = f"{self.ratio:.2f} times the source's own nats" if self.ratio is not None else "no nats to compare"
+        carried = f"{self.carried / self.rows:.1%}" if self.rows else "nothing"
+        return (
             f"Over {self.examples:,} examples with {int(self.labels.sum()):,} labels of the pivot, the projected "
-            f"teacher has {known}."
-        ]
-        if rows:
-            said.append(
-                f"The vocabulary map ({self.vocabulary}) carries {100 * self.survival_sum / rows:.1f} % of a row's "
-                f"listed mass on average, {100 * (self._survived(10) or 0.0):.1f} % or less in a tenth of the rows."
-            )
-        return said
-
-    def _survived(self, percentile: float) -> float | None:
-        """A percentile (0 to 100) of the share of a row's mass that the map carried over; None without rows."""
-        total = int(self.survival.sum())
-        return float(np.searchsorted(np.cumsum(self.survival), percentile / 100 * total)) / BINS if total else None
+            f"teacher has {known}; the vocabulary map ({self.vocabulary}) carries {carried} of a row's listed mass."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        rows, cases = int(self.survival.sum()), {}
+        cases = {}
         for case in Case:
             if n := int(self.labels[case]):
                 teacher, pivot = map(_rounded, self.per_label(case))
-                cases[case.name.lower()] = {
-                    "labels": n,
-                    "teacher": teacher,
-                    "pivot": pivot,
-                    "worse": self.is_worse(case),
-                }
+                worse = self.is_worse(case)
+                cases[case.name.lower()] = {"labels": n, "teacher": teacher, "pivot": pivot, "worse": worse}
         return {
             "vocabulary": self.vocabulary,
             "tokens": self.tokens,
@@ -178,11 +148,7 @@ class TeacherWorth:
             "ratio": _rounded(self.ratio),
             "source_nats": _rounded(self.source),
             "cases": cases,
-            "mass_survived": {
-                "rows": rows,
-                "mean": _rounded(self.survival_sum / rows) if rows else None,
-                **{f"p{p}": self._survived(p) for p in (1, 10, 50, 90)},
-            },
+            "mass_carried": _rounded(self.carried / self.rows if self.rows else None),
             "summary": self.summary,
             "warnings": self.warnings,
         }
@@ -193,31 +159,24 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-class Captured(NamedTuple):
-    """A model's tokenizer, and the store of what it said. name: for messages."""
-
-    name: str
-    tokenizer: Any
-    store: Store
-
-
 def measure_stores(
     rows: Sequence[Row],
-    pivot: Captured,
-    source: Captured,
+    names: tuple[str, str],
+    tokenizers: tuple[Any, Any],
+    stores: tuple[Store, Store],
     how: AlignmentSettings,
     *,
     folder: Path | None = None,
     most: int | None = None,
 ) -> TeacherWorth:
-    """As :func:`measure`, of stores that are checked first. folder: of the vocabulary map; None to make it.
+    """As :func:`measure`, of the pivot's and the source's stores, which are checked first.
 
-    Raises StorageError: the map is not there, damaged or another. DistillationError: as :func:`measure`; a store was
-    captured with another tokenizer.
+    names: for messages. folder: of the vocabulary map; None to make it. Raises StorageError: the map is not there or
+    damaged. DistillationError: as :func:`measure`; a store was captured with another tokenizer.
     """
     by_key = {row.key: row for row in rows}
-    ours, theirs = (Reading.of(model.name, model.tokenizer, model.store, by_key) for model in (pivot, source))
-    return measure(rows, pivot.store, source.store, projection_of(how, ours, theirs, rows, folder), most)
+    ours, theirs = (Reading.of(*model, by_key) for model in zip(names, tokenizers, stores, strict=True))
+    return measure(rows, *stores, projection_of(how, ours, theirs, rows, folder), most)
 
 
 def measure(
@@ -255,6 +214,6 @@ def measure(
             teacher=label_nll(taught.rows, own.tokens.ids[own.tokens.label_positions]),
             pivot=-own.actual,
             source=-float(said.actual.sum()),
-            survived=1.0 - np.divide(lost, listed, out=np.zeros_like(listed), where=listed > 0),
+            carried=1.0 - np.divide(lost, listed, out=np.zeros_like(listed), where=listed > 0),
         )
     return worth

@@ -441,7 +441,7 @@ class Align(Stage):
         )
         for text, dataset in islice(texts, ALIGNED_TEXTS):
             found = align(text, pivot, theirs)
-            quality.add(found, dataset)
+            quality.add(found)
             if len(shown.setdefault(dataset, [])) < SHOWN_OF_EACH and sum(map(len, shown.values())) < SHOWN_TEXTS:
                 shown[dataset].append(found)
             elif len(more) < SHOWN_TEXTS:
@@ -450,10 +450,10 @@ class Align(Stage):
         def write(into: Path) -> None:
             if made is not None:
                 write_map(into, made)
-            (into / "quality.json").write_text(quality.to_json() + "\n", encoding="utf-8")
+            (into / "quality.json").write_text(json.dumps(quality.to_dict(), indent=2) + "\n", encoding="utf-8")
             surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(theirs)
             samples = [*chain.from_iterable(shown.values()), *more][:SHOWN_TEXTS]
-            drawn = [sample_of(sample, surfaces).beginning(SHOWN_GROUPS) for sample in samples]
+            drawn = [sample_of(sample, surfaces, SHOWN_GROUPS) for sample in samples]
             write_samples(into / "samples.json", drawn)
 
         inputs = self.inputs(context, source, {})
@@ -489,9 +489,9 @@ def _measure_worth(context: Context, source: str) -> None:
     The result is a file of the pair's alignment, which itself needs no captures; it is made again when what it was
     measured on has changed. Raises StorageError for a damaged store, DistillationError for unusable rows.
     """
-    from fusekit.distillation.worth import Captured, measure_stores
+    from fusekit.distillation.worth import measure_stores
 
-    how, models = alignment_of(context, source), []
+    how, stores = alignment_of(context, source), []
     for name in (PIVOT, source):
         folder, reader = context.layout.store(name), context.reader(name)
         if not (folder / artifact.MANIFEST).is_file():
@@ -500,11 +500,11 @@ def _measure_worth(context: Context, source: str) -> None:
         of_run = store.spec.tokenizer == reader.fingerprint and any(row.key in store for row in context.rows)
         if not store.complete or not of_run:
             return
-        models.append(Captured(name, reader.tokenizer, store))
+        stores.append(store)
     if how.as_they_are or how.vocabulary == "grouped":
         return
     path, folder = context.layout.worth(source), context.layout.alignment(source)
-    shards = [artifact.joined_hash(record.xxh3 for record in model.store.records) for model in models]
+    shards = [artifact.joined_hash(record.xxh3 for record in store.records) for store in stores]
     of = {"alignment": how.model_dump(mode="json"), "pivot": shards[0], "source": shards[1]}
     try:
         if json.loads(path.read_bytes()).get("of") == of:
@@ -513,9 +513,11 @@ def _measure_worth(context: Context, source: str) -> None:
         pass
     except (OSError, ValueError, AttributeError) as error:
         raise StorageError(f"{path} is damaged: {error}; remove it, and the stage `align` makes it again") from error
-    worth = measure_stores(context.rows, models[0], models[1], how, folder=folder, most=WORTH_EXAMPLES)
+    tokenizers = context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
+    pair = (stores[0], stores[1])
+    worth = measure_stores(context.rows, (PIVOT, source), tokenizers, pair, how, folder=folder, most=WORTH_EXAMPLES)
     text = json.dumps({**worth.to_dict(), "of": of}, indent=1) + "\n"
     artifact.replace_file(folder, path.name, text.encode())
-    context.say(f"align {source}: {worth.summary[0]}")
+    context.say(f"align {source}: {worth.summary}")
     if worth.warnings:
         context.say(f"warning: align {source}: {'; '.join(worth.warnings)}")

@@ -113,13 +113,6 @@ class Share(_Record):
     row_share: float
 
 
-class Worst(_Record):
-    """A text that loses much, and the share of its positions that get a row."""
-
-    row_share: float
-    text: str
-
-
 class Quality(Share):
     """``alignment/SOURCE/quality.json`` (:class:`fusekit.alignment.quality.AlignmentQuality`)."""
 
@@ -131,8 +124,6 @@ class Quality(Share):
     cases: dict[str, int]
     groups: dict[str, int] = {}
     scripts: dict[str, Share] = {}
-    data: dict[str, Share] = {}
-    worst: list[Worst] = []
 
 
 class CaseWorth(_Record):
@@ -152,7 +143,7 @@ class Worth(_Record):
     tail: str
     examples: int
     cases: dict[str, CaseWorth]
-    summary: list[str]
+    summary: str
     warnings: list[str]
 
 

@@ -115,17 +115,16 @@ def _align(into: Path, number: int, evil: str) -> None:
     )
     quality.total = Share(100, 80, 90)
     quality.cases.update({"same": 90, "unlinked": 10})
-    quality.data = {f"a{evil}": quality.total, "b": quality.total}
-    quality.worst = [(0.5, f"text{evil}")]
-    (into / "quality.json").write_text(quality.to_json())
+    quality.scripts = {f"latin{evil}": quality.total}
+    _json(into / "quality.json", quality.to_dict())
     token = Token(shown=f"to{evil}", size=2, about=f"id 7{evil}")
     lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
-    sample = Sample(groups=[Group(read=f"token{evil}", pivot=[token, lost], source=[token])] * 3)
-    write_samples(into / "samples.json", [sample, sample.beginning(2)])
+    groups = [Group(read=f"token{evil}", pivot=[token, lost], source=[token])] * 3
+    write_samples(into / "samples.json", [Sample(groups=groups), Sample(groups=groups[:2], left_out=1)])
     worth = TeacherWorth(f"prefix{evil}")
     cases = np.array([Case.SAME, Case.CLOSES, Case.UNLINKED])
     teacher, pivot = np.array([1.0, 2.5 + number, 0.0]), np.array([2.0, 3.0, 1.0])
-    worth.add(cases, cases != Case.UNLINKED, teacher=teacher, pivot=pivot, source=4.5, survived=np.zeros(0))
+    worth.add(cases, cases != Case.UNLINKED, teacher=teacher, pivot=pivot, source=4.5, carried=np.zeros(0))
     _json(into / "worth.json", worth.to_dict())
 
 
