@@ -9,7 +9,6 @@ import base64
 import http.client
 import json
 import os
-import random
 import threading
 import time
 import urllib.error
@@ -18,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -155,11 +154,9 @@ class Identity(NamedTuple):
 @dataclass
 class _Server:
     url: str
-    identity: Identity
     flying: int = 0
     failures: int = 0
     rests_until: float = 0.0
-    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class Servers:
@@ -181,11 +178,12 @@ class Servers:
         self.settings, self.selection, self.vocabulary, self.notify = settings, selection, vocabulary, notify
         self.tolerance = tolerance
         self._probe: tuple[TokenizedRow, Reply] | None = None
-        self._stopped = threading.Event()
-        self._servers = [_Server(url.rstrip("/"), self._identity(url.rstrip("/"))) for url in settings.url]
-        self.identity = self._servers[0].identity
-        for server in self._servers[1:]:
-            self._same(server, server.identity)
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._servers = [_Server(url.rstrip("/")) for url in settings.url]
+        identities = [self._identity_once_it_answers(server.url) for server in self._servers]
+        self.identity = identities[0]
+        for server, identity in zip(self._servers, identities, strict=True):
+            self._refuse_another(server.url, identity)
 
     def score_batches(
         self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
@@ -196,13 +194,12 @@ class Servers:
         nothing is kept of one that was replaced), or all fail for longer than ``settings.patience`` seconds.
         """
         names = datasets or [""] * len(rows)
-        waiting = iter(range(len(rows)))
-        pool = ThreadPoolExecutor(CONCURRENCY * len(self._servers))
+        waiting, most = iter(range(len(rows))), CONCURRENCY * len(self._servers)
+        pool = ThreadPoolExecutor(most)
         try:
             flying: deque[tuple[int, Future[Reply]]] = deque()
             while True:
-                room = CONCURRENCY * len(self._servers) - len(flying)
-                flying.extend((i, pool.submit(self._score, rows[i])) for i in islice(waiting, room))
+                flying.extend((i, pool.submit(self._score, rows[i])) for i in islice(waiting, most - len(flying)))
                 if not flying:
                     break
                 index, reply = flying.popleft()
@@ -212,32 +209,28 @@ class Servers:
             pool.shutdown(cancel_futures=True)
             self._stopped.clear()
         for server in self._servers:
-            with suppress(_FailedError):  # it is verified before its next answer
-                self._verify(server)
+            with suppress(_FailedError):  # it is verified after the next shard
+                self._verify(server.url)
 
-    def _verify(self, server: _Server) -> None:
+    def _verify(self, url: str) -> None:
         """Ask a server who it is, and for one example again. Raises CaptureError where another model answers."""
-        try:
-            self._same(server, self._ask_identity(server.url))
-            if self._probe is None:
-                return
-            row, before = self._probe
-            now = self._request(server, row)
-        except _FailedError:
-            server.failures += 1
-            raise
+        self._refuse_another(url, self._ask_identity(url))
+        if self._probe is None:
+            return
+        row, before = self._probe
+        now = self._request(url, row)
         apart = float(np.abs(np.maximum(now.actual, -1e4) - np.maximum(before.actual, -1e4)).max())
         if not apart <= self.tolerance:
             raise CaptureError(
-                f"{server.url} gives the labels of example {row.key} other log-probabilities than at the start, by up "
+                f"{url} gives the labels of example {row.key} other log-probabilities than at the start, by up "
                 f"to {apart:.3g} nats (the tolerance is {self.tolerance:g}): another model answers. What is captured "
                 "stays; start the same model again"
             )
 
-    def _same(self, server: _Server, identity: Identity) -> None:
+    def _refuse_another(self, url: str, identity: Identity) -> None:
         if identity != self.identity:
             raise CaptureError(
-                f"{server.url} is {identity.kind} {identity.version} with the model {identity.model}, but the first "
+                f"{url} is {identity.kind} {identity.version} with the model {identity.model}, but the first "
                 f"server was {self.identity.kind} {self.identity.version} with {self.identity.model}: one store is "
                 "captured from one model and engine. What is captured stays; start the same server again"
             )
@@ -245,52 +238,44 @@ class Servers:
     def _score(self, row: TokenizedRow) -> Reply:
         if not row.labels.any():
             return NO_LABELS
-        first = 0.0
+        first_failure = 0.0
         while True:
             server = self._least_busy()
             try:
-                with server.lock:
-                    if server.failures:
-                        self._verify(server)
-                        server.failures, server.rests_until = 0, 0.0
-                found = self._request(server, row)
+                found = self._request(server.url, row)
+                server.failures, server.rests_until = 0, 0.0
                 self._probe = self._probe or (row, found)
                 return found
             except _FailedError as error:
                 now = time.monotonic()
-                first = first or now
-                pause = min(FIRST_PAUSE * 2**server.failures, LONGEST_PAUSE) * random.uniform(0.5, 1)
-                with server.lock:
-                    if not server.failures:
-                        self.notify(f"{server.url} failed, the request is repeated: {error}")
+                first_failure = first_failure or now
+                with self._lock:
                     if now >= server.rests_until:  # many requests fail at once
-                        server.failures, server.rests_until = min(server.failures + 1, 20), now + pause
-                if now - first > self.settings.patience or self._stopped.is_set():
+                        if not server.failures:
+                            self.notify(f"{server.url} failed, the request is repeated: {error}")
+                        server.rests_until = now + min(FIRST_PAUSE * 2 ** min(server.failures, 9), LONGEST_PAUSE)
+                        server.failures += 1
+                if now - first_failure > self.settings.patience or self._stopped.is_set():
                     raise CaptureError(
-                        f"{server.url} failed for {now - first:.0f} seconds (engine.patience is "
+                        f"{server.url} failed for {now - first_failure:.0f} seconds (engine.patience is "
                         f"{self.settings.patience:g}) at example {row.key}: {error}. What is captured stays: "
                         "start the server and run the same command again"
                     ) from error
             finally:
-                with server.lock:
+                with self._lock:
                     server.flying -= 1
-
-    def _request(self, server: _Server, row: TokenizedRow) -> Reply:
-        path, body = REQUESTS[self.identity.kind](prompt_of(row), self.selection.k, self.identity.model)
-        answer = self._ask(server.url, path, body, f"example {row.key} of {len(row)} tokens")
-        return REPLIES[self.identity.kind](answer, row)
 
     def _least_busy(self) -> _Server:
         """The server with the fewest requests of those that do not rest; if all rest, once the first is back."""
         now = time.monotonic()
-        server = min(self._servers, key=lambda one: (max(one.rests_until - now, 0.0), one.flying))
-        with server.lock:
+        with self._lock:
+            server = min(self._servers, key=lambda one: (max(one.rests_until - now, 0.0), one.flying))
             server.flying += 1
         if server.rests_until > now:
             self._stopped.wait(server.rests_until - now)
         return server
 
-    def _identity(self, url: str) -> Identity:
+    def _identity_once_it_answers(self, url: str) -> Identity:
         deadline = time.monotonic() + self.settings.patience
         pause = FIRST_PAUSE
         while True:
@@ -325,6 +310,29 @@ class Servers:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise CaptureError(f"{url} answers, but neither as vLLM nor as SGLang does") from error
 
+    def _request(self, url: str, row: TokenizedRow) -> Reply:
+        prompt, k, what = prompt_of(row), self.selection.k, f"example {row.key} of {len(row)} tokens"
+        try:
+            if self.identity.kind == "vllm":
+                body = {"model": self.identity.model, "prompt": prompt, "prompt_logprobs": k}
+                body |= {"max_tokens": 1, "temperature": 0}
+                return _vllm_reply(self._ask(url, "/v1/completions", body, what), row)
+            body = {
+                "input_ids": prompt,
+                "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "top_logprobs_num": k,
+                "return_flat_raw_top_logprobs": True,
+                "return_flat_raw_top_logprobs_b64": True,
+            }
+            return _sglang_reply(self._ask(url, "/generate", body, what), row)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise _FailedError(
+                f"not the log-probabilities of every label in the answer ({type(error).__name__}: {error}); SGLang has "
+                "flat ones in base64 from 0.5.23 on"
+            ) from error
+
     def _ask(self, url: str, path: str, body: dict[str, Any] | None, where: str) -> Any:
         """A server's JSON answer. Raises _FailedError, and CaptureError for what no repetition changes."""
         headers = {"Content-Type": "application/json"}
@@ -349,22 +357,11 @@ class Servers:
             raise _FailedError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _vllm_request(prompt: list[int], k: int, model: str) -> tuple[str, dict[str, Any]]:
-    body = {"model": model, "prompt": prompt, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0}
-    return "/v1/completions", body
-
-
 def _vllm_reply(answer: Any, row: TokenizedRow) -> Reply:
-    try:
-        positions = row.label_positions.tolist()
-        labels = row.ids[positions].tolist()
-        listed = [answer["choices"][0]["prompt_logprobs"][at] for at in positions]
-        parsed = [{int(id_): float(entry["logprob"]) for id_, entry in one.items()} for one in listed]
-        actual = [one[label] for one, label in zip(parsed, labels, strict=True)]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise _FailedError(
-            f"no prompt_logprobs of every label in the answer ({type(error).__name__}: {error})"
-        ) from error
+    positions = row.label_positions.tolist()
+    listed = [answer["choices"][0]["prompt_logprobs"][at] for at in positions]
+    parsed = [{int(id_): float(entry["logprob"]) for id_, entry in one.items()} for one in listed]
+    actual = [one[label] for one, label in zip(parsed, row.ids[positions].tolist(), strict=True)]
     width = max(map(len, parsed))
     ids, logprobs = np.full((len(parsed), width), -1, np.int64), np.full((len(parsed), width), -np.inf)
     for at, one in enumerate(parsed):
@@ -372,46 +369,20 @@ def _vllm_reply(answer: Any, row: TokenizedRow) -> Reply:
     return Reply(ids, _with_infinities(logprobs), _with_infinities(np.array(actual)))
 
 
-def _sglang_request(prompt: list[int], k: int, _model: str) -> tuple[str, dict[str, Any]]:
-    return "/generate", {
-        "input_ids": prompt,
-        "sampling_params": {"max_new_tokens": 0, "temperature": 0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-        "top_logprobs_num": k,
-        "return_flat_raw_top_logprobs": True,
-        "return_flat_raw_top_logprobs_b64": True,
-    }
-
-
 def _sglang_reply(answer: Any, row: TokenizedRow) -> Reply:
-    try:
-        info, positions = answer["meta_info"], row.label_positions
-        shape, start = info["input_top_logprobs_shape"], info["input_top_logprobs_null_prefix"]
-        values = _array(info, "val", np.float32).reshape(shape)[positions - start]
-        ids = _array(info, "idx", np.int32).reshape(shape)[positions - start]
-        tokens = [info["input_token_logprobs"][at] for at in positions.tolist()]
-        if [token[1] for token in tokens] != row.ids[positions].tolist():
-            raise ValueError("it has other tokens than were sent")
-        actual = np.array([token[0] for token in tokens], np.float64)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _FailedError(
-            f"no flat base64 top log-probabilities of every label in the answer ({type(error).__name__}: {error}); "
-            "SGLang has them from 0.5.23 on"
-        ) from error
-    return Reply(ids.astype(np.int64), _with_infinities(values.astype(np.float64)), _with_infinities(actual))
+    info, positions = answer["meta_info"], row.label_positions
 
+    def rows(name: str, dtype: type[np.generic]) -> Any:
+        flat = np.frombuffer(base64.b64decode(info[f"input_top_logprobs_{name}_flat_b64"]), dtype)
+        return flat.reshape(info["input_top_logprobs_shape"])[positions - info["input_top_logprobs_null_prefix"]]
 
-def _array(info: dict[str, Any], name: str, dtype: type[np.generic]) -> Any:
-    return np.frombuffer(base64.b64decode(info[f"input_top_logprobs_{name}_flat_b64"]), dtype)
+    tokens = [info["input_token_logprobs"][at] for at in positions.tolist()]
+    if [token[1] for token in tokens] != row.ids[positions].tolist():
+        raise ValueError("it has other tokens than were sent")
+    actual = np.array([token[0] for token in tokens], np.float64)
+    logprobs = _with_infinities(rows("val", np.float32).astype(np.float64))
+    return Reply(rows("idx", np.int32).astype(np.int64), logprobs, _with_infinities(actual))
 
 
 def _with_infinities(logprobs: Any) -> Any:
     return np.where(logprobs <= _NO_MASS, -np.inf, logprobs)
-
-
-REQUESTS: dict[str, Callable[[list[int], int, str], tuple[str, dict[str, Any]]]] = {
-    "vllm": _vllm_request,
-    "sglang": _sglang_request,
-}
-REPLIES: dict[str, Callable[[Any, TokenizedRow], Reply]] = {"vllm": _vllm_reply, "sglang": _sglang_reply}
