@@ -19,7 +19,6 @@ from fusekit.errors import ModelError
 
 SUFFIX = ".gguf"
 INSTALL = "pip install 'mergekit-fusekit[gguf]'"
-VERSIONS = (2, 3)
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -33,7 +32,7 @@ class GgufHeader:
     Attributes:
         file: its name within the folder or repository.
         architecture: ggml's name of it, ``llama``.
-        parameters: elements of all tensors; largest: of the largest of them.
+        parameters: elements of all tensors.
         tokens: of its vocabulary.
         dtype: torch's name of the dtype that holds the values: of a file without blocks its own, else float32, which
             holds a dequantised block exactly.
@@ -44,7 +43,6 @@ class GgufHeader:
     file: str
     architecture: str
     parameters: int
-    largest: int
     tokens: int
     dtype: str
     format: str
@@ -74,8 +72,7 @@ def among(names: Iterable[str]) -> list[str]:
 def read_header(folder: Path, file: str, label: str) -> GgufHeader:
     """Read the header of a GGUF file; its weights are not touched. label: how errors call the model.
 
-    Raises ModelError: the package gguf is missing; the file is cut off, damaged, one part of several, or of a type of
-    tensors that the installed gguf does not know.
+    Raises ModelError: the package gguf is missing; the file is cut off, damaged, or one part of several.
     """
     if find_spec("gguf") is None:
         raise ModelError(f"{label} is a GGUF file, and the package gguf is not installed: {INSTALL}")
@@ -84,17 +81,17 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = _Reader(data)
             metadata, tensors = reader.metadata(), reader.tensors()
+            architecture, kinds = str(metadata["general.architecture"]), _kinds(tensors)
             start, size = reader.at, len(data)
     except OSError as error:
         raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:
+    except (ValueError, KeyError, struct.error) as error:
         raise ModelError(f"{label}: {path} is no GGUF file, or a damaged one: {error}") from error
     if metadata.get("split.count", 1) > 1:
         raise ModelError(
             f"{label}: {path} is one of the {metadata['split.count']} parts of a GGUF file: join them with "
             "`llama-gguf-split --merge FIRST WHOLE` of llama.cpp, and name the whole"
         )
-    kinds = _kinds(tensors, label)
     alignment = metadata.get("general.alignment", 32)
     end = max((offset + nbytes for (*_, offset), (_, nbytes) in zip(tensors, kinds, strict=True)), default=0)
     end += -(-start // alignment) * alignment
@@ -110,9 +107,8 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
     halves = [_DTYPES[kind] for kind in ("BF16", "F16") if kind in elements]
     return GgufHeader(
         file,
-        str(metadata["general.architecture"]),
+        architecture,
         elements.total(),
-        max((math.prod(shape) for _, shape, _, _ in tensors), default=0),
         int(metadata.get("tokenizer.ggml.tokens", 0)),
         halves[0] if halves and elements.keys() <= _DTYPES.keys() else "float32",
         _format(metadata, elements),
@@ -132,8 +128,8 @@ class _Reader:
         if data[:4] != b"GGUF":
             raise ValueError(f"it begins with {data[:4]!r}")
         version = self.number("I")
-        if version not in VERSIONS:
-            raise ValueError(f"its version is {version}, of which {VERSIONS} can be read")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}, of which 2 and 3 can be read")
         self._tensors, self._entries = self.number("Q"), self.number("Q")
 
     def number(self, form: str) -> Any:
@@ -143,20 +139,12 @@ class _Reader:
 
     def string(self) -> str:
         length = self.number("Q")
-        if self.at + length > len(self.data):
-            raise ValueError(f"a string of {length} bytes at byte {self.at} of {len(self.data)}")
         self.at += length
         return self.data[self.at - length : self.at].decode()
 
     def metadata(self) -> dict[str, Any]:
         """Values by key; of an array how long it is."""
-        found = {}
-        for _ in range(self._entries):
-            key = self.string()
-            found[key] = self._value(self.number("I"))
-        if "general.architecture" not in found:
-            raise ValueError("it names no general.architecture")
-        return found
+        return {self.string(): self._value(self.number("I")) for _ in range(self._entries)}
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -185,20 +173,14 @@ class _Reader:
         return found
 
 
-def _kinds(tensors: list[Tensor], label: str) -> list[tuple[str, int]]:
-    """ggml's name of the type of each tensor, and its bytes."""
+def _kinds(tensors: list[Tensor]) -> list[tuple[str, int]]:
+    """ggml's name of the type of each tensor, and its bytes. Raises ValueError for one that gguf does not know."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     found = []
-    for name, shape, number, _ in tensors:
-        try:
-            kind = GGMLQuantizationType(number)
-            block, size = GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError):
-            raise ModelError(
-                f"{label}: the tensor {name} is of type {number}, which the installed gguf does not know: the file is "
-                "damaged, or newer than the package (pip install -U gguf)"
-            ) from None
+    for _, shape, number, _ in tensors:
+        kind = GGMLQuantizationType(number)
+        block, size = GGML_QUANT_SIZES[kind]
         found.append((kind.name, math.prod(shape) // block * size))
     return found
 

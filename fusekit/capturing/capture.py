@@ -383,10 +383,8 @@ def data_fingerprint(rows: Sequence[Row]) -> str:
 
 def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     """Above every id that can be stored: the configuration's, or the tokenizer's where that has more."""
-    text = checkpoint.config.get("text_config")
-    sizes = [config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)]
-    known = max((size for size in sizes if isinstance(size, int)), default=0)
-    return max(known, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
+    config = checkpoint.config | (checkpoint.config.get("text_config") or {})
+    return max(config.get("vocab_size") or 0, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
 
 
 _ROW_BYTES = 64

@@ -15,7 +15,6 @@ from fusekit.capturing.forward import (
     Scores,
     block_width,
     group_bytes,
-    padding_error,
     plain_logits,
     score_blocks,
     score_logits,
@@ -23,8 +22,6 @@ from fusekit.capturing.forward import (
 )
 from fusekit.capturing.models import (
     Checkpoint,
-    dequantising_bytes,
-    host_needs,
     itemsize,
     loaded_bytes,
     shape_of,
@@ -63,7 +60,7 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
     return min(1 << int(math.log2(max(tokens / max(row_tokens, 1), 1))), ROWS_PER_SHARD)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Batches of rows of similar length: indices into ``lengths``, the same for the same rows.
 
     The longest come first, so that memory runs out at the start if it does.
@@ -71,13 +68,12 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True
     Args:
         lengths: tokens of each row; rows of length 0 are in no batch.
         batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
-        padding: whether the rows of a batch may have different lengths.
     """
     batches: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
         batch = batches[-1] if batches else []
         longest = lengths[batch[0]] if batch else 0  # the first row of a batch is its longest
-        if batch and longest * (len(batch) + 1) <= batch_tokens and (padding or longest == lengths[index]):
+        if batch and longest * (len(batch) + 1) <= batch_tokens:
             batch.append(index)
         else:
             batches.append([index])
@@ -140,15 +136,8 @@ class Teacher:
             ids = ids.to(self.device)
             self.vocabulary: int = plain_logits(model, ids, torch.ones_like(ids)).shape[-1]
             self._split, why = split_forward(model, ids, float32_head)
-            error, bound = padding_error(model, ids)
         if self._split is None:
             notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
-        self.padding = error <= bound
-        if not self.padding:
-            notify(
-                f"{name}: padding beside an example changes what it predicts by {error:.2g} nats (at most {bound:g} is "
-                "rounding): it ignores the attention mask. Only examples of one length share a batch"
-            )
         padding = np.setdiff1d(np.arange(self.vocabulary), sample)
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
@@ -176,7 +165,7 @@ class Teacher:
         nothing = np.zeros((0, self.selection.k))
         unlabelled = TopK(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0
         yield [(i, CapturedRow(rows[i], names[i], *unlabelled)) for i, length in enumerate(lengths) if not length]
-        for batch in self._fitting(plan_batches(lengths, self.batch_tokens, self.padding), lengths):
+        for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
             with torch.inference_mode():
                 scores = self._score_batch([rows[i] for i in batch])
             yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]
@@ -336,7 +325,7 @@ def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: P
     batch_tokens = settings.batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
     working = working_bytes(checkpoint, batch_tokens, processes.device.type, settings.top_k)
-    needed = weights + max(working, dequantising_bytes(checkpoint))
+    needed = weights + working
     what = f"memory of {checkpoint.choice.model} ({human(weights)} of weights) and a batch of {batch_tokens} tokens"
     if processes.device.type == "cuda":
         count = torch.cuda.device_count()
@@ -345,7 +334,9 @@ def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: P
         if checkpoint.choice.device_map:  # what does not fit on the GPUs stays in main memory
             free += min(limit.available for limit in memory_limits())
         needs = [Need(what, needed, free, f"free on {processes.device if len(devices) == 1 else f'{count} GPUs'}")]
-        return needs + (host_needs(checkpoint) if checkpoint.gguf is not None else [])
+        if checkpoint.gguf is not None:  # it is dequantised on the CPU
+            needs.append(main_memory(f"main memory to dequantise {checkpoint.choice.model}", weights))
+        return needs
     if processes.device.type != "cpu":
         return []
     what += f" in {processes.local} processes" if processes.local > 1 else ""

@@ -42,6 +42,8 @@ FEWEST_TOKENS = 256
 
 HEAD_DTYPE = "float32"
 
+_FACTS = "model {}, engine {}, top_k {}, temperature {:g}"
+
 _DEATHS = 3
 
 
@@ -73,16 +75,13 @@ class Opening:
                 f"temperature is {self.settings.temperature:g}, but the engine {kind} reports log-probabilities "
                 "at temperature 1: leave it out, or capture with the engine transformers"
             )
-        if self.checkpoint.gguf is not None:
-            raise CaptureError(
-                f"{choice.model} is a GGUF file, and the engine is {kind}: GGUF files are captured with transformers"
-            )
-        for name in ("quantization", "device_map", "attn_implementation"):
-            if getattr(choice, name):
+        fields = ("quantization", "device_map", "attn_implementation")
+        file = choice.model if self.checkpoint.gguf is not None else None
+        for name, value in [*((name, getattr(choice, name)) for name in fields), ("model", file)]:
+            if value:
                 raise CaptureError(
-                    f"{name} is {getattr(choice, name)!r}, which tells transformers how to load {choice.model}, but "
-                    f"the engine is {kind}: leave it out"
-                    + (" and set engine.options (--engine-options)" if kind == "vllm" else " and set it in the server")
+                    f"{name} is {value!r}, which transformers alone can load, but the engine is {kind}: leave it out "
+                    "(engine.options, --engine-options, are those of vLLM), or capture with transformers"
                 )
 
     def details(self) -> dict[str, Setting]:
@@ -157,18 +156,14 @@ class Opening:
         )
 
     def _probe(self, path: str) -> Store:
-        store, ours = Store.open(path), self.checkpoint.fingerprint()
+        store = Store.open(path)
+        ours = (self.checkpoint.fingerprint(), "transformers", self.settings.top_k, 1.0)
         kind = store.spec.details.get("engine", "transformers")
-        if store.spec.model_fingerprint != ours or kind != "transformers":
+        theirs = (store.spec.model_fingerprint, kind, store.spec.top_k, store.spec.temperature)
+        if theirs != ours:
             raise CaptureError(
-                f"the probe {path} is of {store.spec.model} ({store.spec.model_fingerprint}) by {kind}, but "
-                f"{self.checkpoint.choice.model} ({ours}) has to be checked against transformers: capture some "
-                "examples of it with the engine transformers where it fits"
-            )
-        if (store.spec.top_k, store.spec.temperature) != (self.settings.top_k, 1.0):
-            raise CaptureError(
-                f"the probe {path} has top_k {store.spec.top_k} and temperature {store.spec.temperature:g}, but this "
-                f"capture has {self.settings.top_k} and 1: capture the probe with the same"
+                f"the probe {path} has {_FACTS.format(*theirs)}, but {self.checkpoint.choice.model} has to be checked "
+                f"against {_FACTS.format(*ours)}: capture some examples like that where the model fits"
             )
         return store
 

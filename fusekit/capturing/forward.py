@@ -13,9 +13,6 @@ from fusekit.capturing.settings import Selection
 ULPS = 64
 """A head over fewer rows adds up its products in another order: so many last places of the largest logit."""
 
-PADDING_BOUND, HALF_PADDING_BOUND = 0.02, 0.5
-"""Nats by which padding may change the log-probabilities of an example, in float32 and in 16 bits: rounding."""
-
 
 class OtherForwardError(Exception):
     """A model's forward is not a decoder followed by a head."""
@@ -193,22 +190,6 @@ def _agree(plain: torch.Tensor, found: torch.Tensor) -> bool:
     return plain.shape == found.shape and torch.allclose(
         plain, found, rtol=precision, atol=precision * scale, equal_nan=True
     )
-
-
-def padding_error(model: Any, ids: torch.Tensor) -> tuple[float, float]:
-    """By how much the log-probabilities of a short example change when it is padded, and by how much they may, in nats.
-
-    A model that ignores the attention mask, and is not causal, reads the padding. The largest difference among the ten
-    most probable ids of each position. ids: int64 [2, T], without padding.
-    """
-    length, mask = max(1, ids.shape[1] // 3), torch.ones_like(ids)
-    mask[1, length:] = 0
-    alone = plain_logits(model, ids[1:, :length], mask[1:, :length])
-    bound = PADDING_BOUND if alone.dtype == torch.float32 else HALF_PADDING_BOUND
-    beside = plain_logits(model, ids, mask)[1:, :length].float().log_softmax(2)
-    best, at = alone.float().log_softmax(2).topk(min(10, alone.shape[2]), dim=2)
-    difference = torch.nan_to_num(beside.gather(2, at) - best, nan=0.0, posinf=0.0, neginf=0.0)
-    return float(difference.abs().max()), bound
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit import gguf, hub
-from fusekit.capturing.settings import EngineSettings, plain_name
+from fusekit.capturing.settings import EngineSettings
 from fusekit.devices import (
     Need,
     disk,
@@ -68,7 +68,7 @@ class ModelChoice:
     engine: EngineSettings = TRANSFORMERS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", plain_name(self.model))
+        object.__setattr__(self, "model", os.path.expanduser(self.model))  # noqa: PTH111 - perhaps a name on the hub
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,7 @@ class Shape(NamedTuple):
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The shape that a config.json describes, whatever names it uses; a 7B model's where it says nothing."""
-    text = config.get("text_config")
-    known = {**config, **text} if isinstance(text, dict) else config
+    known = {**config, **(config.get("text_config") or {})}
 
     def first(*names: str) -> int | None:
         return next((value for name in names if isinstance(value := known.get(name), int) and value > 0), None)
@@ -280,27 +279,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 def itemsize(dtype: str) -> int:
     """Bytes of an element of a dtype by torch's name; 4 for an unknown name."""
-    found = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
-    return int(found.itemsize) if isinstance(found, torch.dtype) else 4
-
-
-def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
-    """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
-    return [
-        *host_needs(checkpoint),
-        *disk([(folder, loaded_bytes(checkpoint), f"{checkpoint.choice.model}, dequantised")]),
-    ]
-
-
-def host_needs(checkpoint: Checkpoint) -> list[Need]:
-    """Main memory to dequantise a GGUF file, wherever its weights go from there."""
-    needed = loaded_bytes(checkpoint) + dequantising_bytes(checkpoint)
-    return [main_memory(f"main memory to dequantise {checkpoint.choice.model}", needed)]
-
-
-def dequantising_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes besides the weights while a GGUF file is loaded: its largest tensor in float32, twice. Else 0."""
-    return 2 * 4 * checkpoint.gguf.largest if checkpoint.gguf is not None else 0
+    return _ITEMSIZES.get(dtype.removeprefix("torch."), 4)
 
 
 def loaded_bytes(checkpoint: Checkpoint) -> int:
@@ -313,6 +292,12 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
         # Embeddings, norms and the head usually stay as they are: a tenth of a large model.
         return int(checkpoint.weight_bytes * (0.9 * float(bits) / 8 / stored + 0.1))
     return checkpoint.weight_bytes * (stored if choice.dtype == "auto" else itemsize(choice.dtype)) // stored
+
+
+def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
+    """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
+    name, size = checkpoint.choice.model, loaded_bytes(checkpoint)
+    return [main_memory(f"main memory to dequantise {name}", size), *disk([(folder, size, f"{name}, dequantised")])]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -404,19 +389,14 @@ def valid_ids(tokenizer: Any) -> IntArray:
 
 def longest_input(checkpoint: Checkpoint) -> int | None:
     """Tokens that the model's configuration allows for, None where it does not say."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(config.get(name), int):
-                return int(config[name])
-    return None
+    known = checkpoint.config | (checkpoint.config.get("text_config") or {})
+    return known.get("max_position_embeddings", known.get("n_positions"))
 
 
 def dequantise(
     choice: ModelChoice | str,
     folder: Path | str,
     *,
-    overwrite: bool = False,
     ignore_estimates: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -427,7 +407,6 @@ def dequantise(
     Args:
         choice: the GGUF file and the dtype to store (auto: see :func:`load_model`).
         folder: where it goes; one that is there already, of the same file and dtype, stays.
-        overwrite: replace one of another file or dtype.
         ignore_estimates: start although disk or memory do not seem to suffice.
         say: told what is done.
 
@@ -439,30 +418,23 @@ def dequantise(
     if split(choice.model) is None:
         raise CaptureError(f"{choice.model} is no GGUF file: there is nothing to dequantise")
     choice = replace(choice, dequantised=None, device_map=None)
-    known = artifact.read(folder)
-    if known is not None:
-        changed = artifact.differences(known.inputs, dequantised_from(choice, known))
-        if not overwrite:
-            artifact.refuse_changes(folder, changed)
-        if not changed:
-            artifact.require_whole(folder)
-            return
+    if (known := artifact.read(folder)) is not None:
+        artifact.refuse_changes(folder, artifact.differences(known.inputs, dequantised_from(choice, known)))
+        artifact.require_whole(folder)
+        return
     checkpoint = find_checkpoint(choice)
     for line in [*checkpoint.notices, f"dequantising {choice.model} into {folder}, which is done once"]:
         say(line)
     if not ignore_estimates:
         way_out = "Free some, write elsewhere, or choose the dtype bfloat16; --ignore-estimates starts it all the same"
         refuse_lacking(dequantise_needs(checkpoint, folder), "this model does not fit:", way_out, CaptureError)
-    inputs = dequantised_from(choice)
-    made: artifact.Inputs = {**artifact.circumstances(), "model": choice.model}
-    started = time.monotonic()
 
     def write(into: Path) -> None:
         load_model(checkpoint, torch.device("cpu")).save_pretrained(into)
         load_tokenizer(checkpoint).save_pretrained(into)
-        made["seconds"] = round(time.monotonic() - started, 3)
 
-    artifact.publish(folder, "dequantise", inputs, write, made)
+    made: artifact.Inputs = {**artifact.circumstances(), "model": choice.model}
+    artifact.publish(folder, "dequantise", dequantised_from(choice), write, made)
 
 
 def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None) -> artifact.Inputs:
@@ -516,10 +488,7 @@ def _explained(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         elif isinstance(error, ImportError):
             hint = "install the package that it names"
         elif "trust_remote_code" in text:
-            raise CaptureError(
-                f"{what} of {name} wants to run Python code of its own: if you trust its author, allow it for this "
-                "model with --trust-remote-code"
-            ) from error
+            hint = "if you trust the author of its Python code, allow it for this model with --trust-remote-code"
         else:
             if type(error).__name__ == "SafetensorError":
                 checkpoint.headers()  # says which file is cut off, and both sizes

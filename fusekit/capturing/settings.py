@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fusekit.errors import CaptureError
 from fusekit.yaml import Settings
 
 DEFAULT_MAX_ERROR = 0.2
-
-
-def plain_name(model: str) -> str:
-    """A model's name with ``~`` expanded, and on the hub without the address of the page: its own, or a GGUF file's."""
-    on_hub = _PAGE.fullmatch(model)
-    if on_hub is not None:
-        return on_hub["name"] + (f"/{on_hub['file']}" if on_hub["file"] else "")
-    return str(Path(model).expanduser()) if model.startswith("~") else model
-
-
-_PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)"
-    r"(?:/tree/main|/(?:blob|resolve)/main/(?P<file>[^?#]+\.gguf))?/?(?:[?#].*)?"
-)
 
 
 @dataclass(frozen=True)
@@ -43,14 +26,6 @@ class Selection:
     k: int = 10
     keep_mass: float = 1.0
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise CaptureError(f"top_k is {self.k}; it must be at least 1")
-        if not 0 < self.keep_mass <= 1:
-            raise CaptureError(f"keep_mass is {self.keep_mass}; it must be above 0 and at most 1")
-        if not 0 < self.temperature < float("inf"):
-            raise CaptureError(f"temperature is {self.temperature}; it must be above 0 and finite")
 
 
 class CaptureSettings(Settings):

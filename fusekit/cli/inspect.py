@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from fusekit.capturing.settings import plain_name
 from fusekit.cli.common import given, options_of, print_json
 from fusekit.disk import counted, human
 from fusekit.distillation.settings import AlignmentSettings
@@ -147,7 +147,7 @@ def store(path: Path, *, shown: int, labels: int, keys: tuple[str, ...], tokeniz
 
 def load_tokenizer(name: str) -> Any:
     """A tokenizer from a ``tokenizer.json`` or GGUF file, or a folder or hub name; code from a model is never run."""
-    name = plain_name(name)
+    name = os.path.expanduser(name)  # noqa: PTH111 - perhaps a name on the hub
     path = Path(name)
     try:
         if split(name) is not None:

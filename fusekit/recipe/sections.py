@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fusekit.capturing.settings import CaptureSettings, EngineSettings, plain_name
+from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
@@ -91,7 +92,7 @@ class DataSize(Settings):
 class Pivot(Settings):
     """The model whose architecture and tokenizer the result has."""
 
-    model: Annotated[str, AfterValidator(plain_name)] = Field(
+    model: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         description="A folder, or a name on the Hugging Face hub; or the path of a GGUF file."
     )
     gguf_file: str | None = Field(

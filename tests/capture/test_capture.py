@@ -135,15 +135,6 @@ def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, mo
     assert run(data, tmp_path / "out", automatic, overwrite=True).spec.rows_per_shard == 1024
 
 
-def test_a_model_that_was_moved_is_the_same_model(data, tmp_path):
-    out = tmp_path / "out"
-    run(data, out)
-    before = listing(out)
-    shutil.copytree(DEMO / "numbers", tmp_path / "moved")
-    run(data, out, checkpoint=find_checkpoint(ModelChoice(str(tmp_path / "moved"), dtype="float32")))
-    assert listing(out) == before
-
-
 def test_a_second_run_on_one_store_names_the_first(data, tmp_path):
     with output_lock(tmp_path / "out"), pytest.raises(StorageError, match="already being written by process"):
         run(data, tmp_path / "out")
@@ -196,12 +187,6 @@ def test_a_run_that_could_not_load_its_model_leaves_nothing_to_be_compared_with(
     with pytest.raises(CaptureError, match="device_map"):
         run(data, tmp_path / "out", checkpoint=demo(device_map="nonsense"))
     assert run(data, tmp_path / "out", settings(9)).spec.top_k == 9
-
-
-def test_a_row_longer_than_the_model_was_made_for_is_refused(data, tmp_path):
-    model = with_config(tmp_path / "model", max_position_embeddings=12)
-    with pytest.raises(CaptureError, match=r"was made for 12 \(its config\.json\): cut or drop longer examples"):
-        run(data, tmp_path / "out", checkpoint=find_checkpoint(ModelChoice(str(model))))
 
 
 def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mounted):

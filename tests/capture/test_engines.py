@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fusekit
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.engines import Opening, difference
+from fusekit.capturing.engines import Opening
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.server import Reply, Vocabulary, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
@@ -83,13 +83,6 @@ def test_a_server_gives_the_store_of_transformers(data, expected, tmp_path, kind
     assert len(run(data, tmp_path / "out", server.url, patience=0)) == len(store)
     with pytest.raises(StorageError, match=r"details.engine: 'server', now 'transformers'"):
         run(data, tmp_path / "out")
-
-
-def test_the_remaining_settings_act_on_an_engine_too(data, tmp_path):
-    how = CaptureSettings(top_k=8, keep_mass=0.9, rows_per_shard=6, max_error=0)
-    with EngineServer(DEMO / "numbers") as server:
-        store = run(data, tmp_path / "out", server.url, how=how)
-    assert_same(store, run(data, tmp_path / "transformers", how=how))
 
 
 def test_failures_are_repeated(data, expected, tmp_path):
@@ -193,15 +186,6 @@ def test_what_a_server_cannot_do_is_refused(data, tmp_path, engine, how, named):
             run(data, tmp_path / "out", url, how=CaptureSettings(**how), **engine)
 
 
-def test_options_of_transformers_are_refused(data, tmp_path):
-    rows, tokenizer = data
-    choice = ModelChoice(str(DEMO / "numbers"), device_map="auto", engine=EngineSettings(url=["http://localhost:1"]))
-    with pytest.raises(CaptureError, match="device_map is 'auto'"):
-        Capture(find_checkpoint(choice), tokenizer, rows, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"vllm.*http://localhost:1"):
-        EngineSettings(name="vllm", url=["http://localhost:1"])
-
-
 def test_a_probe_takes_the_place_of_transformers(data, expected, tmp_path, monkeypatch):
     rows, tokenizer = data
     probe = run((rows[:3], tokenizer), tmp_path / "probe", how=CaptureSettings(top_k=8))
@@ -221,7 +205,7 @@ def test_a_probe_takes_the_place_of_transformers(data, expected, tmp_path, monke
     engine = EngineSettings(url=["http://localhost:1"], probe=str(probe.path))
     checkpoint = find_checkpoint(ModelChoice(str(other), engine=engine))
     opening = Opening(checkpoint, tokenizer, CaptureSettings(top_k=8), 768, print)
-    with pytest.raises(CaptureError, match="has to be checked against transformers"):
+    with pytest.raises(CaptureError, match="engine transformers, top_k 8"):
         opening.start(rows, torch.device("cpu"))
 
 
@@ -266,7 +250,7 @@ def slow(ids, logprobs, k, keep_mass, tokens):
     return kept, 0.0 if len(kept) == len(tokens) else max(0.0, 1 - mass)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_replies_become_rows(seed):
     """Random replies in any order, with repeated ids, ties, gaps and probabilities of 0."""
     rng = np.random.default_rng(seed)
@@ -312,17 +296,3 @@ def test_no_distribution_is_quarantined_and_padding_with_mass_refused():
     kept = captured(row, "", reply([1, 49], [0.9, 0.0005]), selection, tokens)
     assert kept.rows.ids.tolist() == [[1, -1]] * n
     assert kept.rows.tail == pytest.approx(0.1)
-
-
-def test_a_missing_entry_counts_with_its_distance_to_the_last():
-    rng = np.random.default_rng(2)
-    row = row_of(12, rng)
-    n = int(row.labels.sum())
-
-    def one(ids, p):
-        reply = Reply(np.tile(ids, (n, 1)), np.log(np.tile(p, (n, 1))), np.full(n, -1.0))
-        return captured(row, "", reply, Selection(2), Vocabulary(np.arange(50), 50))
-
-    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 3], [0.5, 0.2])]).largest == pytest.approx(0)
-    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 3], [0.5, 0.1])]).largest == pytest.approx(math.log(2))
-    assert difference([one([1, 2], [0.5, 0.2])], [one([1, 2], [0.25, 0.2])]).largest == pytest.approx(math.log(2))

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from fusekit.capturing.models import (
     longest_input,
     valid_ids,
 )
-from fusekit.capturing.settings import plain_name
 from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.helpers import tiny_llama
@@ -89,9 +87,7 @@ def test_a_known_architecture_is_loaded_without_the_code_that_comes_with_it(mode
     ("break_it", "expected"),
     [
         (lambda m: (m / "config.json").unlink(), r"has no config\.json"),
-        (lambda m: (m / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
-        (lambda m: (m / "model.safetensors.index.json").write_text("{}"), "is not an index of shards"),
         (
             lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
             "which is not a weight file in the same folder",
@@ -99,10 +95,6 @@ def test_a_known_architecture_is_loaded_without_the_code_that_comes_with_it(mode
         (
             lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
             r"b\.safetensors is not there",
-        ),
-        (
-            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.bin"}}'),
-            r"pickled \(.*b\.bin",
         ),
     ],
 )
@@ -132,17 +124,7 @@ def test_names_that_are_no_model_fail_without_a_network(tmp_path):
         find_checkpoint(ModelChoice(str(tmp_path), revision="main"))
 
 
-def test_a_page_of_the_hub_and_a_home_folder_are_names_of_models(monkeypatch, model, tmp_path):
-    for page, name in {
-        "https://huggingface.co/Qwen/Qwen2.5-7B": "Qwen/Qwen2.5-7B",
-        "http://hf.co/a/b/": "a/b",
-        "https://huggingface.co/a/b/tree/main?x=1": "a/b",
-        "https://huggingface.co/a/b/blob/main/q/x.gguf": "a/b/q/x.gguf",
-        "https://huggingface.co/a/b/tree/v2": "https://huggingface.co/a/b/tree/v2",  # another revision is not dropped
-        "https://example.com/a/b": "https://example.com/a/b",
-        "a/b": "a/b",
-    }.items():
-        assert ModelChoice(page).model == plain_name(page) == name
+def test_a_home_folder_is_a_name_of_models(monkeypatch, model):
     monkeypatch.setenv("HOME", str(model.parent))
     assert find_checkpoint(ModelChoice(f"~/{model.name}")).folder == model.resolve()
 
@@ -210,13 +192,3 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
         assert "Traceback" not in result.output
         assert result.seconds < 20
     assert not (tmp_path / "gated").exists()
-
-
-def test_weights_that_cannot_be_read_are_named(model, monkeypatch):
-    def fails(*_args):
-        raise OSError(5, "Input/output error")  # as of a broken disk, with no name of a file
-
-    checkpoint = find_checkpoint(ModelChoice(str(model)))
-    monkeypatch.setattr(Path, "open", fails)
-    with pytest.raises(CaptureError, match=r"model\.safetensors cannot be read: .*Input/output error"):
-        checkpoint.fingerprint()

@@ -16,7 +16,6 @@ import pytest
 from fusekit.api import capture_job
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes
-from fusekit.errors import CaptureError
 from tests.capture.conftest import DEMO, write_rows
 from tests.capture.store_processes import listing
 from tests.capture.test_capture_interrupted import signal_self_at
@@ -146,23 +145,6 @@ def test_one_capture_runs_for_several_ranks_with_one_model(machines, tmp_path, m
         store = job.run(Processes.separate(rank, 4))
     assert store.complete
     assert len(store) == 20
-
-
-def test_how_processes_were_started(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    assert Processes.started() == Processes.current()
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # a job of one task, as those of an array
-    assert Processes.started().connected
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert (Processes.started().rank, Processes.started().world, Processes.started().connected) == (0, 4, False)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert (Processes.started().rank, Processes.started().world) == (2, 3)
-    assert (Processes.started(5, 6).rank, Processes.started(5, 6).world) == (5, 6)
-    with pytest.raises(CaptureError):
-        Processes.started(6, 6)
 
 
 def test_the_script_of_the_slurm_array(tmp_path):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fusekit.capturing.forward import GROUP, score_blocks, score_logits
 from fusekit.capturing.settings import Selection
-from fusekit.errors import CaptureError
 from tests import reference
 
 # More than two groups per entry, so that the groups are used, with a rest that is no whole group.
@@ -127,9 +126,3 @@ def test_rows_that_are_no_distributions_are_told_apart(bad, vocabulary):
     assert found.finite.tolist() == [True, False, True]
     logits[1] = -math.nan
     assert score_logits(logits, torch.tensor([4, 4, 4]), Selection(3)).finite.tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("values", [{"k": 0}, {"keep_mass": 0.0}, {"keep_mass": 1.1}, {"temperature": 0.0}])
-def test_selections_out_of_range_are_refused(values):
-    with pytest.raises(CaptureError, match=next(iter(values)).replace("k", "k", 1)):
-        Selection(**values)
