@@ -1,17 +1,19 @@
 """`fusechat_sce` and `varm` as mergekit sees them: its own entry points, its conventions, its graphs."""
 
+import json
+import threading
+
 import numpy as np
 import pytest
 import torch
 import yaml
-from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge import run_merge
-from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, merge_state_dicts, merge_tensors
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
@@ -119,57 +121,6 @@ def mixed_models():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_weight_is_promoted_by_itself_and_buffers_are_copied(method):
-    models = mixed_models()
-    merged = merge_state_dicts(models, method, base=0)
-    expected = {
-        "low": torch.bfloat16,
-        "mixed": torch.float32,
-        "norm": torch.float32,
-        "double": torch.float64,
-        "counter": torch.int64,
-    }
-    assert {name: t.dtype for name, t in merged.items()} == expected
-    assert merged["counter"] == 7
-    assert models[0]["mixed"].dtype == torch.bfloat16
-    promoted = [model["mixed"].float() for model in models]
-    assert torch.equal(merged["mixed"], merge_tensors(promoted, method, base_index=0))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_input_and_output_casts_are_told_apart(method):
-    models = mixed_models()
-    for dtype, out_dtype in ((torch.bfloat16, None), (None, torch.bfloat16), (torch.float64, torch.float32)):
-        merged = merge_state_dicts(models, method, base=0, dtype=dtype, out_dtype=out_dtype)["norm"]
-        expected = merge_tensors([m["norm"].to(dtype or torch.float32) for m in models], method, base_index=0)
-        assert torch.equal(merged, expected.to(out_dtype or expected.dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_ambient_autocast_is_ignored(method):
-    base, targets = random_case((6, 6), 2)
-    tensors = [t.float() for t in (base, *targets)]
-    expected = merge_tensors(tensors, method, base_index=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(merge_tensors(tensors, method, base_index=0), expected)
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3)])
-@pytest.mark.parametrize("method", METHODS)
-def test_mismatched_embeddings_get_mergekits_advice(method, shape):
-    entries = tuple(TensorEntry(i, torch.ones((2, 2) if i == 0 else shape), is_base=i == 0) for i in range(2))
-    group = TensorGroup(entries, TensorMetadata(name="embed_tokens.weight", vocabulary_axis=0))
-    with pytest.raises(ValueError, match=r"Tensor size mismatch.*tokenizer"):
-        merge_methods.get(method)((group,))
-
-
-@pytest.mark.parametrize("parameters", [{"select_topk": 1.01}, {"variant": "fusai"}])
-def test_values_out_of_range_are_refused(parameters):
-    with pytest.raises(ValueError, match=f"(?s){next(iter(parameters.values()))}"):
-        merge_tensors([torch.zeros(2), torch.ones(2)], "fusechat_sce", base_index=0, parameters=parameters)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_a_base_and_a_target_are_required(method):
     with pytest.raises(ValueError, match="requires a base"):
         merge_tensors([torch.zeros(2), torch.ones(2)], method)
@@ -265,16 +216,6 @@ def test_a_module_that_the_name_does_not_tell_is_named():
         merge_state_dicts(models, "varm", base=0, parameters={"granularity": "module"})
 
 
-def test_a_name_that_tells_nothing_is_no_matter_to_the_others():
-    from mergekit.merge_methods.base import PerGroupValues
-
-    models = [{"a.0.mlp.weight": torch.randn(4), "a.0.frobnicator.weight": torch.randn(4)} for _ in range(3)]
-    granularity = PerGroupValues(["module", "matrix"])
-    merged = merge_state_dicts(models, "varm", base=0, parameters={"granularity": granularity})
-    expected = merge_state_dicts(models, "varm", base=0)  # each tensor is a unit of its own either way
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
-
-
 # ---------------------------------------------------------------- graphs
 
 
@@ -289,13 +230,6 @@ def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method
     models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
     assert_equal(merged, merge_state_dicts(models, method, base=0, parameters=parameters))
     assert ("lm_head.weight" in merged) == (not tie)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_base_listed_among_the_models_changes_nothing(tmp_path, method, base, targets):
-    one = run(recipe_of(base, targets, method), tmp_path / "one")
-    other = run(recipe_of(base, [base, *targets], method), tmp_path / "other")
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("granularity", UNITS)
@@ -324,14 +258,10 @@ def test_parameters_by_filter_and_gradient(tmp_path, base, targets):
     assert record.tensors[mlp].selected == pytest.approx(0.6, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [("fusechat_sce", {"select_topk": 0.5}), ("varm", {}), ("varm", {"granularity": "layer"})],
-)
-def test_with_a_tokenizer_configured(tmp_path, method, parameters, base, targets):
-    merged = run(recipe_of(base, targets, method, parameters, tokenizer={"source": "base"}), tmp_path / "out")
-    expected = merge_state_dicts(tensors_of(base, *targets), method, base=0, parameters=parameters)
-    assert_equal(merged, expected)
+def test_units_with_a_tokenizer_configured(tmp_path, base, targets):
+    parameters = {"granularity": "layer"}
+    merged = run(recipe_of(base, targets, "varm", parameters, tokenizer={"source": "base"}), tmp_path / "out")
+    assert_equal(merged, merge_state_dicts(tensors_of(base, *targets), "varm", base=0, parameters=parameters))
 
 
 def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, base, targets):
@@ -535,3 +465,59 @@ def test_modules_of_known_layers():
     assert unit_of("model.norm.weight", "model") == "model"
     with pytest.raises(MergeError, match="granularity is 'layers', it must be one of"):
         unit_of("model.layers.0.mlp.w", "layers")
+
+
+# ---------------------------------------------------------------- records
+
+ZERO, SMALL, LARGE = torch.zeros(4), torch.full((4,), 2e-4), torch.full((4,), 6e-4)
+
+
+def merge_small(method="fusechat_sce", name="w", **parameters):
+    return merge_tensors(
+        [ZERO, SMALL, LARGE], method, ids=["base", "a", "b"], base_index=0, name=name, parameters=parameters
+    )
+
+
+def test_a_record_says_what_the_function_returns():
+    with record_coefficients() as record:
+        assert not record.tensors
+        merge_small(select_topk=0.5)
+        merge_small("varm", name="v")
+    expected = sce(ZERO, [SMALL, LARGE], select_topk=0.5, count_erased=True)
+    tensor = record.as_dict()["tensors"]["w"]
+    assert tensor["coefficients"] == {"a": pytest.approx(0.1), "b": pytest.approx(0.9)}
+    assert tensor["coefficients"]["a"] == expected.coefficients[0]
+    assert (tensor["selected"], tensor["erased"]) == (0.5, {"a": 0.0, "b": 0.0})
+    assert tensor["parameters"] == {"select_topk": 0.5, "variant": "paper"}
+    assert "unit" not in tensor
+    assert json.loads(record.to_json()) == record.as_dict()
+
+
+def test_records_nest_and_end_and_see_other_threads():
+    with record_coefficients() as outer:
+        with record_coefficients() as inner:
+            thread = threading.Thread(target=merge_small)
+            thread.start()
+            thread.join()
+        merge_small(name="later")
+    merge_small(name="unrecorded")
+    assert set(inner.tensors) == {"w"}
+    assert set(outer.tensors) == {"w", "later"}
+
+
+def test_a_models_name_cannot_break_the_table():
+    with record_coefficients() as record:
+        ids = ["base", "a|b", "<img src=x onerror=alert(1)>"]
+        merge_tensors([ZERO, SMALL, LARGE], "fusechat_sce", ids=ids, base_index=0, name="w")
+    rows = [line for line in record.markdown().splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in rows} == {6}
+    assert "<img" not in record.markdown()
+
+
+def test_markdown_has_a_row_per_model():
+    with record_coefficients() as record:
+        merge_small()
+    text = record.markdown()
+    assert "| a | 0.1000 | 0.1000 | 0.1000 | 0.0% |" in text
+    assert "| b | 0.9000 |" in text
+    assert "Selected: 100.0% of the elements" in text

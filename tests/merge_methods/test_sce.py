@@ -177,14 +177,6 @@ def test_bits_of_the_base_stay_where_nothing_survives():
             assert torch.equal(merged[keep].view(torch.int64), base[keep].view(torch.int64))
 
 
-def test_no_movement_returns_the_base_and_uniform_coefficients():
-    base, _ = random_case((9, 9), 1)
-    for tau in (0.1, 1.0):
-        merged = sce(base, [base.clone(), base.clone()], select_topk=tau)
-        assert torch.equal(merged.tensor, base)
-        assert merged.coefficients.tolist() == [0.5, 0.5]
-
-
 def test_coefficients_of_small_deltas_are_right():
     """Deltas of RMS 2e-4 and 6e-4: the energies are 1 : 9."""
     delta = torch.ones(32, 32)
