@@ -316,21 +316,16 @@ def _capture_shards(
                 check()
 
 
-def refuse_quarantined(
-    what: object, quarantined: Mapping[str, str], total: int, share: float, *, stored: bool = True
-) -> None:
-    """Raises CaptureError when more than this share of ``total`` examples, and more than one, have no distribution.
-
-    quarantined: why, by key. stored: whether a store keeps the others.
-    """
+def refuse_quarantined(what: object, quarantined: Mapping[str, str], total: int, share: float) -> None:
+    """Refuse more than this share of ``total`` examples, and more than one, without a distribution: why, by key."""
     allowed = max(1, int(share * total))
     if len(quarantined) > allowed:
         key, why = next(iter(quarantined.items()))
         raise CaptureError(
-            f"{what}: {counted(len(quarantined), 'example')} without a distribution, more than the "
-            f"{allowed} of {total} that may{f' (--max-quarantined {share:g})' if stored else ''}; the first is {key}: "
-            f"{why}. Are the model's weights whole, and is its dtype one that it was trained for?"
-            + (" If so many may be missing, raise the limit: what is captured stays" if stored else "")
+            f"{what}: {counted(len(quarantined), 'example')} without a distribution, more than the {allowed} of "
+            f"{total} that may (max_quarantined is {share:g}); the first is {key}: {why}. Are the model's weights "
+            "whole, and is its dtype one that it was trained for? If so many may be missing, raise the limit: what is "
+            "captured stays"
         )
 
 

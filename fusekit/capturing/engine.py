@@ -138,6 +138,7 @@ class Teacher:
             self._split, why = split_forward(model, ids, float32_head)
         if self._split is None:
             notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
+            self.batch_tokens = min(self.batch_tokens, max(1, chunk_bytes // (4 * self.vocabulary)))
         padding = np.setdiff1d(np.arange(self.vocabulary), sample)
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
@@ -205,15 +206,14 @@ class Teacher:
             failure = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
         release(self.device)
         longest = max(int(row.label_positions[-1]) for row in rows)
-        least = self._row_bytes * (1 if self._split else longest)
-        if len(rows) == 1 and self._chunk_bytes <= least:
+        if len(rows) == 1 and self._chunk_bytes <= self._row_bytes:
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
             raise CaptureError(
                 f"example {rows[0].key} of {len(rows[0])} tokens does not fit into memory even alone, and {self.name} "
                 f"itself takes {weights / 1e9:.2f} GB ({failure}). Shorten the examples (--max-length), load the model "
                 "smaller (--dtype bfloat16, --quantization) or spread it over several devices (--device-map auto)"
             )
-        self._chunk_bytes = max(self._chunk_bytes // 2, least)
+        self._chunk_bytes = max(self._chunk_bytes // 2, self._row_bytes)
         if len(rows) == 1:
             return self._score_batch(rows)
         half = (len(rows) + 1) // 2
@@ -224,32 +224,21 @@ class Teacher:
         return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
     def _forward(self, rows: list[TokenizedRow]) -> list[Sequence[Any]]:
-        ids, mask = padded(rows)
-        positions = [row.label_positions for row in rows]
+        ids, mask = (each.to(self.device) for each in padded(rows))
+        positions, width = [row.label_positions for row in rows], ids.shape[1]
         labels = torch.from_numpy(np.concatenate([row.ids[at] for row, at in zip(rows, positions, strict=True)]))
-        scores = (self._scores_split if self._split else self._scores_plain)(
-            ids.to(self.device), mask.to(self.device), positions, labels.to(self.device)
-        )
-        whole = [part.cpu().numpy() for part in scores]
+        at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(positions)]))
+        # Of a model that cannot be split, its logits.
+        hidden = self._split.hidden(ids, mask) if self._split else plain_logits(self.model, ids, mask)
+        hidden, labels = hidden.flatten(0, 1)[at.to(hidden.device)], labels.to(self.device)
+        most = max(1, self._chunk_bytes // self._row_bytes)
+        # Chunks of equal size, so that none is much smaller than what the head is fast at.
+        size = -(-len(hidden) // -(-len(hidden) // most))
+        chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        pieces = [self._score_hidden(hidden[chunk], labels[chunk]) for chunk in chunks]
+        whole = [torch.cat(parts).cpu().numpy() for parts in zip(*pieces, strict=True)]
         stops = np.cumsum([len(at) for at in positions])[:-1]
         return list(zip(*(np.split(part, stops) for part in whole), strict=True))
-
-    def _scores_split(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
-    ) -> Scores:
-        assert self._split is not None
-        hidden = self._split.hidden(ids, mask)
-        width = ids.shape[1]
-        at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(positions)])).to(hidden.device)
-        hidden = hidden.flatten(0, 1)[at]
-        rows = max(1, self._chunk_bytes // self._row_bytes)
-        # Chunks of equal size, so that none is much smaller than what the head is fast at.
-        rows = -(-len(hidden) // -(-len(hidden) // rows))
-        pieces = [
-            self._score_hidden(hidden[start : start + rows], labels[start : start + rows])
-            for start in range(0, len(hidden), rows)
-        ]
-        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
     @property
     def _row_bytes(self) -> int:
@@ -259,33 +248,16 @@ class Teacher:
         return group_bytes(self.vocabulary, self.selection.k)
 
     def _score_hidden(self, hidden: torch.Tensor, labels: torch.Tensor) -> Scores:
-        assert self._split is not None
-        if self._split.head is None:
-            return self._score(self._split.logits(hidden), labels)
+        if self._split is None or self._split.head is None:
+            logits = self._split.logits(hidden) if self._split else hidden
+            invalid = self._invalid.to(logits.device) if self._invalid is not None else None
+            return score_logits(logits, labels.to(logits.device), self.selection, invalid)
         most = self._chunk_bytes if self.device.type != "cpu" else min(CACHED_BYTES, self._chunk_bytes)
         device = self._split.head.weight.device
         invalid = self._invalid.to(device) if self._invalid is not None else None
         # As wide as the hidden states at most: the head's weights are copied too.
         blocks = self._split.blocks(hidden, block_width(max(hidden.shape), most))
         return score_blocks(blocks, labels.to(device), self.selection, invalid)
-
-    def _scores_plain(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: list[IntArray], labels: torch.Tensor
-    ) -> Scores:
-        step = max(1, self._chunk_bytes // (self._row_bytes * ids.shape[1]))
-        pieces, first, width = [], 0, ids.shape[1]
-        for start in range(0, len(ids), step):
-            logits = plain_logits(self.model, ids[start : start + step], mask[start : start + step])
-            here = positions[start : start + step]
-            at = torch.from_numpy(np.concatenate([i * width + p - 1 for i, p in enumerate(here)]))
-            chosen = logits.flatten(0, 1)[at.to(logits.device)]
-            pieces.append(self._score(chosen, labels[first : first + len(chosen)]))
-            first += len(chosen)
-        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
-
-    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> Scores:
-        invalid = self._invalid.to(logits.device) if self._invalid is not None else None
-        return score_logits(logits, labels.to(logits.device), self.selection, invalid)
 
 
 def _captured(row: TokenizedRow, dataset: str, scores: Sequence[Any]) -> CapturedRow | str:

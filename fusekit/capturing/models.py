@@ -397,6 +397,7 @@ def dequantise(
     choice: ModelChoice | str,
     folder: Path | str,
     *,
+    overwrite: bool = False,
     ignore_estimates: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -407,6 +408,7 @@ def dequantise(
     Args:
         choice: the GGUF file and the dtype to store (auto: see :func:`load_model`).
         folder: where it goes; one that is there already, of the same file and dtype, stays.
+        overwrite: replace one of another file or dtype.
         ignore_estimates: start although disk or memory do not seem to suffice.
         say: told what is done.
 
@@ -419,9 +421,12 @@ def dequantise(
         raise CaptureError(f"{choice.model} is no GGUF file: there is nothing to dequantise")
     choice = replace(choice, dequantised=None, device_map=None)
     if (known := artifact.read(folder)) is not None:
-        artifact.refuse_changes(folder, artifact.differences(known.inputs, dequantised_from(choice, known)))
-        artifact.require_whole(folder)
-        return
+        changed = artifact.differences(known.inputs, dequantised_from(choice, known))
+        if not changed:
+            artifact.require_whole(folder)
+            return
+        if not overwrite:
+            artifact.refuse_changes(folder, changed)
     checkpoint = find_checkpoint(choice)
     for line in [*checkpoint.notices, f"dequantising {choice.model} into {folder}, which is done once"]:
         say(line)

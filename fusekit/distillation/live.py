@@ -110,7 +110,7 @@ class LiveTeacher:
                         self._quarantined[rows[index].key] = scored
                     else:
                         found[rows[index].key] = scored
-        refuse_quarantined(self.name, self._quarantined, len(self), self._max_quarantined, stored=False)
+        refuse_quarantined(self.name, self._quarantined, len(self), self._max_quarantined)
         return found
 
     def open(self) -> None:
