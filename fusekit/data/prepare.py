@@ -14,8 +14,6 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import AlignmentError, DataError
 from fusekit.types import FRAGMENT, TEXT, Cut, IntArray, Message, Part, Row, TokenizedRow
 
-OVERLONG = ("cut", "drop")
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -42,12 +40,8 @@ def prepare(
         counts: what the reader of ``rows`` has counted; the rest is counted here.
 
     Raises:
-        DataError: an argument makes no sense, or no row is left (with the counts).
+        DataError: no row is left (with the counts).
     """
-    if overlong not in OVERLONG:
-        raise DataError(f"overlong is {overlong!r}: it is one of {', '.join(OVERLONG)}")
-    if max_length < 2 or not tokenizers:
-        raise DataError(f"max_length is {max_length} for {len(tokenizers)} models: at least 2 tokens and one model")
     kept: list[Row] = []
     counts = DataCounts() if counts is None else counts
     seen: set[str] = set()
@@ -95,9 +89,9 @@ def _fit(
         return "no_label", row
     if cut:
         counts.add("cut", row.key)
-    for reason, applies in (("unlinked", _unlinked), ("shortened", _shortened), ("unended", _unended)):
-        if any(applies(row, of_model) for of_model in tokens):
-            counts.add(reason, row.key)
+    remarks = {remark for of_model in tokens for remark in _remarks(row, of_model)}
+    for remark in sorted(remarks, key=list(REASONS).index):
+        counts.add(remark, row.key)
     return None, row
 
 
@@ -128,28 +122,20 @@ def _cut(row: Row, tokens: Sequence[TokenizedRow], max_length: int) -> Cut | Non
     return Cut(message, size) if message or size else None
 
 
-def _unlinked(row: Row, tokens: TokenizedRow) -> bool:
-    """Whether a message with text in it has no token with a place in it."""
-    inside = set(np.unique(tokens.message[tokens.part == Part.CONTENT]).tolist())
-    last = len(row.messages) if row.cut is None else row.cut.message
-    return any(m.content.strip() and i not in inside for i, m in enumerate(row.messages[:last]))
-
-
-def _shortened(row: Row, tokens: TokenizedRow) -> bool:
-    """Whether a template drops text at the beginning of an answer."""
-    for number in (i for i, message in enumerate(row.messages) if message.role == "assistant"):
-        first = int(np.argmax((tokens.message == number) & (tokens.part != Part.TEMPLATE)))
-        before = int(tokens.ends[first - 1]) if first and tokens.message[first - 1] == number else 0
-        if before and tokens.part[first] == Part.CONTENT and row.messages[number].content.encode()[:before].strip():
-            return True
-    return False
-
-
-def _unended(row: Row, tokens: TokenizedRow) -> bool:
-    """Whether an answer that is there as a whole has no end that links."""
+def _remarks(row: Row, tokens: TokenizedRow) -> Iterator[str]:
+    """What a model does not link or learn of a row."""
+    inside = set(tokens.message[tokens.part == Part.CONTENT].tolist())
     ended = set(tokens.message[tokens.part == Part.END].tolist())
-    last = len(row.messages) if row.cut is None else row.cut.message
-    return any(m.role in ("assistant", "text") and i not in ended for i, m in enumerate(row.messages[:last]))
+    whole = row.messages if row.cut is None else row.messages[: row.cut.message]
+    if any(message.content.strip() and i not in inside for i, message in enumerate(whole)):
+        yield "unlinked"
+    if any(message.role in ("assistant", TEXT) and i not in ended for i, message in enumerate(whole)):
+        yield "unended"
+    for i in (i for i, message in enumerate(row.messages) if message.role == "assistant"):
+        first = int(np.argmax((tokens.message == i) & (tokens.part != Part.TEMPLATE)))
+        dropped = int(tokens.ends[first - 1]) if first and tokens.message[first - 1] == i else 0
+        if tokens.part[first] == Part.CONTENT and row.messages[i].content.encode()[:dropped].strip():
+            yield "shortened"
 
 
 def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], block_tokens: int) -> Iterator[Row]:
@@ -167,15 +153,12 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
     Raises:
         DataError: a row is no plain text, a model has no eos, or a block is too small for a single character.
     """
-    if block_tokens < 2 or not tokenizers:
-        raise DataError(f"block_tokens is {block_tokens} for {len(tokenizers)} models: at least 2 and one model")
     block = _Block(tokenizers, block_tokens)
     for document in documents:
         if not document.is_text:
             raise DataError(f"example {document.key} is a conversation: only plain text is packed into blocks")
         if document.context:
-            told = "in a block all text is supervised; leave it out"
-            raise DataError(f"example {document.key} is marked as context: {told}")
+            raise DataError(f"example {document.key} is marked as context, but all text of a block is supervised")
         for message in document.messages:
             if message.content:
                 yield from _pack(message, document.dataset, block)
@@ -188,7 +171,7 @@ class _Block:
 
     def __init__(self, tokenizers: Sequence[RowTokenizer], size: int) -> None:
         self.tokenizers, self.size = tokenizers, size
-        self.overhead = self._lengths(Message(FRAGMENT, ""))
+        self.overhead = self.lengths(Message(FRAGMENT, ""))
         self.messages: list[Message] = []
         self.datasets: set[str] = set()
         self.used = self.overhead.copy()
@@ -198,17 +181,18 @@ class _Block:
         left: IntArray = self.size - self.used
         return left
 
-    def needs(self, message: Message) -> IntArray:
-        needed: IntArray = self._lengths(message) - self.overhead
-        return needed
-
-    def _lengths(self, message: Message) -> IntArray:
+    def lengths(self, message: Message) -> IntArray:
         return np.array([len(tokenizer.tokenize(Row((message,)))) for tokenizer in self.tokenizers])
 
-    def add(self, message: Message, needs: IntArray, dataset: str) -> None:
+    def take(self, message: Message, dataset: str, needs: IntArray | None = None) -> bool:
+        """Add a message if there is room for it. needs: its tokens for each model, where they are known."""
+        needs = self.lengths(message) - self.overhead if needs is None else needs
+        if not (needs <= self.room).all():
+            return False
         self.messages.append(message)
         self.datasets.add(dataset)
         self.used = self.used + needs
+        return True
 
     def close(self) -> Row:
         """The block as a row; of the documents' data set where that is one and the same."""
@@ -232,19 +216,14 @@ def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
         left = tokens_at[-1] - read
         if (left <= 2 * block.room + 8).all():  # by itself it may take fewer tokens, or more, than in its document
             rest = Message(document.role, data[start:].decode())
-            needs = block.needs(rest) if start else left + (document.role == TEXT)
-            if (needs <= block.room).all():
-                block.add(rest, needs, dataset)
+            if block.take(rest, dataset, None if start else left + (document.role == TEXT)):
                 if document.role == FRAGMENT:  # nothing may follow it as if it went on so
                     yield block.close()
                 return
         first = int(np.searchsorted(borders, start, side="right"))
         fitting = first + int(np.searchsorted((tokens_at[first:-1] - read > block.room).any(axis=1), True))
         for n in reversed(range(first, fitting)):  # by itself it may take more tokens than as part of its document
-            piece = Message(FRAGMENT, data[start : int(borders[n])].decode())
-            needs = block.needs(piece)
-            if (needs <= block.room).all():
-                block.add(piece, needs, dataset)
+            if block.take(Message(FRAGMENT, data[start : int(borders[n])].decode()), dataset):
                 read, start = tokens_at[n], int(borders[n])
                 break
         else:

@@ -21,34 +21,21 @@ from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.errors import DataError
 from fusekit.types import Message
 
-MAX_FILE = 1_000_000
-"""Bytes of a template file; the longest published ones have some thirty thousand."""
-
-_DATE_CODES = [f"%{code}" for code in [*"aAbBcdDeFGhHIjmMpRSTuUVwWxXyYZ", "-d", "-m", "-H", "-I", "-j", "-y"]]
-_PERCENT = "\U000fae04"  # for a percent sign that begins no code
-
-
-class _Shipped(NamedTuple):
-    bos: str | None
-    eos: str
-    end_of_turn: str
-    markers: tuple[str, ...]  # added tokens by which a tokenizer without a template is recognised
-
-
-SHIPPED = {
-    "chatml": _Shipped(None, "<|im_end|>", "<|im_end|>", ()),
-    "gemma": _Shipped("<bos>", "<eos>", "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
-    "internlm2": _Shipped("<s>", "</s>", "<|im_end|>", ("<|im_start|>", "<|im_end|>", "<|action_start|>")),
-    "llama-3": _Shipped("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ()),
-    "llama-3.1": _Shipped("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ("<|eom_id|>", "<|python_tag|>")),
-    "mistral": _Shipped("<s>", "</s>", "</s>", ()),
-    "openchat-3.5": _Shipped("<s>", "<|end_of_turn|>", "<|end_of_turn|>", ("<|end_of_turn|>", "<|pad_0|>")),
-    "phi-3": _Shipped("<s>", "<|endoftext|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "qwen": _Shipped(None, "<|im_end|>", "<|im_end|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-    "solar": _Shipped("<s>", "</s>", "</s>", ()),
-    "vicuna": _Shipped("<s>", "</s>", "</s>", ()),
-    "yi": _Shipped("<|startoftext|>", "<|im_end|>", "<|im_end|>", ("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
+SHIPPED: dict[str, tuple[str | None, str, str]] = {
+    "chatml": (None, "<|im_end|>", "<|im_end|>"),
+    "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
+    "internlm2": ("<s>", "</s>", "<|im_end|>"),
+    "llama-3": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    "llama-3.1": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    "mistral": ("<s>", "</s>", "</s>"),
+    "openchat-3.5": ("<s>", "<|end_of_turn|>", "<|end_of_turn|>"),
+    "phi-3": ("<s>", "<|endoftext|>", "<|end|>"),
+    "qwen": (None, "<|im_end|>", "<|im_end|>"),
+    "solar": ("<s>", "</s>", "</s>"),
+    "vicuna": ("<s>", "</s>", "</s>"),
+    "yi": ("<|startoftext|>", "<|im_end|>", "<|im_end|>"),
 }
+"""bos, eos and end of turn of the templates that ship with fusekit."""
 
 
 def template_names() -> list[str]:
@@ -85,8 +72,8 @@ class ChatTemplate:
             return self.source
         # transformers passes no function on to a template, so the day is written into it.
         moment = datetime.datetime.combine(date, datetime.time())
-        values = [("%%", _PERCENT), *((code, moment.strftime(code)) for code in _DATE_CODES), (_PERCENT, "%")]
-        written = "".join(f"|replace({code!r}, {value!r})" for code, value in values)
+        codes = sorted(set(re.findall("%-?[A-Za-z]", self.source)))
+        written = "".join(f"|replace({code!r}, {moment.strftime(code)!r})" for code in codes)
         # The source begins a line, as it did: white space around blocks depends on it.
         return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{self.source}"
 
@@ -105,16 +92,13 @@ class ChatTemplate:
                 "or give a jinja file"
             )
         file = resources.files("fusekit.data") / "chat_templates" / f"{name}.jinja"
-        bos, eos, end_of_turn, _ = SHIPPED[name]
-        return cls(name, file.read_text(encoding="utf-8"), bos, eos, end_of_turn, f"{name}, shipped with fusekit")
+        return cls(name, file.read_text(encoding="utf-8"), *SHIPPED[name], origin=f"{name}, shipped with fusekit")
 
     @classmethod
     def from_file(cls, path: str | Path) -> ChatTemplate:
         """A jinja file, with the control strings of the tokenizer that uses it. Raises DataError."""
         path = Path(path).expanduser()
         try:
-            if path.stat().st_size > MAX_FILE:
-                raise DataError(f"{path} has {path.stat().st_size:,} bytes: no chat template is over {MAX_FILE:,}")
             return cls(path.name, path.read_text(encoding="utf-8"), origin=f"the file {path.name}")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"the chat template {path} cannot be read: {error}") from error
@@ -132,24 +116,13 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate:
-        """A tokenizer's own template, or where it has none the one shipped template whose markers it alone has.
-
-        Raises DataError where none or several fit, with the names to choose from.
-        """
+        """A tokenizer's own template. Raises DataError where it has none, with the names to choose from."""
         source = getattr(tokenizer, "chat_template", None)
         source = source.get("default") if isinstance(source, dict) else source
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if isinstance(source, str) and source:
-            return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
-        added = {token.content for token in vocabulary_surfaces(tokenizer).view.added_tokens.values()}
-        fitting = [name for name, shipped in SHIPPED.items() if shipped.markers and added.issuperset(shipped.markers)]
-        if len(fitting) == 1:
-            found = cls.named(fitting[0])
-            return replace(found, origin=f"{found.origin}, recognised by the tokenizer's added tokens")
-        fits = f"its added tokens fit {' and '.join(fitting)}" if fitting else "its added tokens fit no shipped one"
-        raise DataError(
-            f"{name} has no chat template, and {fits}: name one of {', '.join(template_names())}, or give a jinja file"
-        )
+        if not isinstance(source, str) or not source:
+            raise DataError(f"{name} has no chat template: name one of {', '.join(template_names())}, or a jinja file")
+        return cls(f"{name}'s own", source, origin="the tokenizer's own").with_roles_of(tokenizer)
 
     def with_roles_of(self, tokenizer: Any) -> ChatTemplate:
         """With the control strings of a tokenizer where it has none of its own."""
@@ -175,9 +148,6 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PADDING = " \n\t"
 _STAND_IN = "\U000fae01"
 _OPEN, _CLOSE = "<think>", "</think>"
-_CONTINUED = re.compile(r"\S\s*\n</think>\s*\n")  # of reasoning that the prompt opened, so that the answer does not
-# As long as what they stand for, so that no position changes.
-_HIDDEN = {_OPEN: "\U000fae02" * len(_OPEN), _CLOSE: "\U000fae03" * len(_CLOSE)}
 
 Span = tuple[int, int]
 
@@ -231,10 +201,7 @@ class Renderer:
             return filled._replace(tags=_tags(messages, text, filled.regions))
         if self.marks_generation:
             text, spans = self._jinja(messages, key, generation=True)
-        regions, mentions = self._regions(messages, text, key)
-        if mentions:
-            shown = self.render([_hidden(m) if i in mentions else m for i, m in enumerate(messages)], key)
-            return shown._replace(text=_shown(shown.text))
+        regions = self._regions(messages, text, key)
         generated = tuple(spans) if self.marks_generation else None
         answers = {} if self.marks_generation else self._answers(messages, text, regions)
         return Rendered(text, regions, generated, answers, _tags(messages, text, regions))
@@ -254,7 +221,11 @@ class Renderer:
                 **self.variables,
             )
         except Exception as error:  # templates are foreign code and may raise anything
-            raise DataError(_refusal(self.name, messages, key, error)) from error
+            roles = ", ".join(message.role for message in messages[:8]) + ", ..." * (len(messages) > 8)
+            raise DataError(
+                f"{self.name} cannot render example {key} with the roles {roles}: {type(error).__name__}: {error}; "
+                "leave such examples out, or use another template"
+            ) from error
         return texts[0], spans[0] if generation else ()
 
     def _sample(self, roles: tuple[str, ...]) -> tuple[Rendered, list[tuple[bool, bool]]] | None:
@@ -296,14 +267,10 @@ class Renderer:
                 answers[region.message] = len(prompt)
         return answers
 
-    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[tuple[Region, ...], list[int]]:
-        """Where contents are when the template rewrites some: one stand-in at a time.
-
-        Returns also the messages that the template took for reasoning though they only mention a tag of it.
-        """
+    def _regions(self, messages: Sequence[Message], text: str, key: str) -> tuple[Region, ...]:
+        """Where contents are when the template rewrites some: one stand-in at a time."""
         stand_in = next(s for s in map(_stand_in, range(10**6)) if not any(s in content for _, content in messages))
         regions: list[Region] = []
-        mentions: list[int] = []
         for i, message in enumerate(messages):
             try:
                 probed, _ = self._jinja([*messages[:i], Message(message.role, stand_in), *messages[i + 1 :]], key)
@@ -315,24 +282,15 @@ class Renderer:
                 continue
             content, answers = message.content, message.role == "assistant"
             fits = text.startswith(before) and floor <= len(before) <= stop
-            if answers and (_tagged(message) or not fits):
-                standing = _standing(content, text, floor, stop)
-                if _tagged(message) and not _is_reasoning(message) and not (standing and _CONTINUED.search(content)):
-                    mentions.append(i)
-                    continue
-                if standing:
-                    regions += [Region(i, *place) for place in standing]
-                    continue
-            if fits:
+            if answers and (_tagged(message) or not fits) and (standing := _standing(content, text, floor, stop)):
+                regions += [Region(i, *place) for place in standing]
+            elif fits:
                 regions.append(Region(i, len(before), stop, _first_of(content, text[len(before) : stop])))
             elif answers:  # rewritten: at no place, and learned all the same
                 start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
                 if floor <= start <= stop:
                     regions.append(Region(i, start, stop, None))
-        return tuple(regions), mentions
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_samples": {}}
+        return tuple(regions)
 
 
 def _stand_in(number: int) -> str:
@@ -370,25 +328,12 @@ def _filled(sample: Rendered, strips: Sequence[tuple[bool, bool]], messages: Seq
 
 def _tagged(message: Message) -> bool:
     """Whether an answer has a tag of reasoning in it."""
-    return message.role == "assistant" and any(tag in message.content for tag in _HIDDEN)
+    return message.role == "assistant" and (_OPEN in message.content or _CLOSE in message.content)
 
 
 def _is_reasoning(message: Message) -> bool:
     """Whether an answer begins with reasoning."""
     return message.role == "assistant" and message.content.lstrip().startswith(_OPEN) and _CLOSE in message.content
-
-
-def _hidden(message: Message) -> Message:
-    content = message.content
-    for tag, private in _HIDDEN.items():
-        content = content.replace(tag, private)
-    return Message(message.role, content)
-
-
-def _shown(text: str) -> str:
-    for tag, private in _HIDDEN.items():
-        text = text.replace(private, tag)
-    return text
 
 
 def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int]]:
@@ -429,7 +374,7 @@ def _tags(messages: Sequence[Message], text: str, regions: Sequence[Region]) -> 
             continue
         if _is_reasoning(message) or text[: region.start].rstrip().endswith(_OPEN):
             opened.add(region.message)
-        for tag in _HIDDEN if region.message in opened else ():
+        for tag in (_OPEN, _CLOSE) if region.message in opened else ():
             if region.first is None:
                 at = text.find(tag, region.start, region.stop)
             else:
@@ -448,15 +393,3 @@ def _first_of(content: str, rendered: str) -> int | None:
         if whole.endswith(rendered):
             return len(whole) - len(rendered)
     return next((start for start in (0, skipped) if content.startswith(rendered, start)), None)
-
-
-def _refusal(name: str, messages: Sequence[Message], key: str, error: Exception) -> str:
-    roles = [message.role for message in messages]
-    shown = f"example {key} with the roles {', '.join(roles[:8])}{', ...' * (len(roles) > 8)}" if key else "an example"
-    if "system" in roles:
-        way_out = "take system messages out of the data, or use a template that has them"
-    elif unknown := sorted({*roles} - {"user", "assistant"}):
-        way_out = f"it may know no role {unknown[0]!r}"
-    else:
-        way_out = "roles may have to alternate, beginning with user: leave such examples out, or use another template"
-    return f"{name} cannot render {shown}: {type(error).__name__}: {str(error) or 'no reason given'}; {way_out}"

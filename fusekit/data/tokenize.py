@@ -21,7 +21,8 @@ from fusekit.data.templates import ChatTemplate, Region, Rendered, Renderer, Spa
 from fusekit.errors import DataError
 from fusekit.types import FRAGMENT, TEXT, BoolArray, IntArray, Message, Part, Row, TokenizedRow, TokenizedText
 
-_NONCES = [chr(code) for code in range(0xFAB50, 0xFAB60)]
+_NONCE = "\U000fab50"
+"""A private character, to call the control tokens of a template by names that no data spell."""
 
 
 class Stretch(NamedTuple):
@@ -64,7 +65,6 @@ class Encoder:
         self._is_control = np.zeros(len(self.surfaces), bool)
         unknown = self.surfaces.kinds == Kind.UNKNOWN  # what stands for any text is no sign of a control token
         self._is_control[[id_ for id_ in self.strings if not unknown[id_]]] = True
-        self._copies: dict[str, tuple[Tokenizer, dict[int, str], IntArray]] = {}
 
     def find_control(self, text: str) -> list[Mark]:
         """The control tokens that a text spells, in order: leftmost, and the longest there."""
@@ -91,7 +91,9 @@ class Encoder:
     def _encode_guarded(
         self, text: str, parts: Sequence[Stretch], expected: list[int]
     ) -> tuple[TokenizedText, IntArray]:
-        copy, alias_of, own_ids = self._copy(text)
+        if _NONCE in text:
+            raise DataError("the example holds the private character U+FAB50, which fusekit needs for itself")
+        copy, alias_of, own_ids = self._copy
         renamed = [alias_of[part.id] if part.id >= 0 else part.text for part in parts]
         encoding = copy.encode("".join(renamed), add_special_tokens=False)
         ids = own_ids[encoding.ids].tolist() if encoding.ids else []
@@ -110,18 +112,9 @@ class Encoder:
 
         return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=offsets), at
 
-    def _copy(self, text: str) -> tuple[Tokenizer, dict[int, str], IntArray]:
-        """The copy of the tokenizer whose names for control tokens are nowhere in ``text``."""
-        nonce = next((nonce for nonce in _NONCES if nonce not in text), None)
-        if nonce is None:
-            raise DataError(
-                f"the example holds every one of the {len(_NONCES)} private characters that fusekit needs one of"
-            )
-        if nonce not in self._copies:
-            self._copies[nonce] = self._make_copy(nonce)
-        return self._copies[nonce]
-
-    def _make_copy(self, nonce: str) -> tuple[Tokenizer, dict[int, str], IntArray]:
+    @cached_property
+    def _copy(self) -> tuple[Tokenizer, dict[int, str], IntArray]:
+        """A copy of the tokenizer that knows only the template's control tokens, their names in it, and ids by its."""
         view = self.surfaces.view
         # The vocabulary is shared: to read a large one again takes seconds. What is changed here is the copy's own.
         copy = Tokenizer(view.backend.model)
@@ -133,7 +126,7 @@ class Encoder:
             tokens = [_renamed(view.added_tokens[id_], view.added_tokens[id_].content) for id_ in added]
             (copy.add_special_tokens if control else copy.add_tokens)(tokens)
         size = max(copy.get_vocab_size(with_added_tokens=True), len(self.surfaces))
-        alias_of = {id_: f"{nonce}{chr(0xF0000 + n)}{nonce}" for n, id_ in enumerate(sorted(self.strings))}
+        alias_of = {id_: f"{_NONCE}{chr(0xF0000 + n)}{_NONCE}" for n, id_ in enumerate(sorted(self.strings))}
         copy.add_tokens([_renamed(view.added_tokens[id_], alias) for id_, alias in alias_of.items()])
         copy.encode_special_tokens = True
         own_ids = np.arange(size + len(alias_of) + 1)
@@ -142,7 +135,8 @@ class Encoder:
         return copy, alias_of, own_ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
+        # A tokenizer that is pickled looks for control tokens again.
+        return {name: value for name, value in self.__dict__.items() if name != "_copy"}
 
 
 def _renamed(token: AddedToken, name: str) -> AddedToken:
@@ -277,10 +271,7 @@ class RowTokenizer:
     @cached_property
     def _bos(self) -> list[int]:
         """The tokens that the tokenizer puts before any text, or says that it does (``add_bos_token``)."""
-        if not hasattr(self.tokenizer, "bos_token"):
-            with_bos = self.tokenizer.encode("a").ids
-        else:
-            with_bos = list(self.tokenizer("a")["input_ids"])
+        with_bos = list(self.tokenizer("a")["input_ids"])
         view = self.encoder.surfaces.view
         plain, bos = view.encode("a"), view.roles.get("bos")
         at = next((i for i in range(len(with_bos)) if with_bos[i : i + len(plain)] == plain), 0)

@@ -46,10 +46,6 @@ def test_no_row_left_is_an_error_with_the_counts():
         prepare([row("a")], readers(), 100)
     with pytest.raises(DataError, match=r"1 refused.*cannot render example"):
         prepare([Row((Message("user", "a"), Message("system", "b"), Message("assistant", "c")))], readers(), 100)
-    with pytest.raises(DataError, match="overlong is 'skip'"):
-        prepare([], readers(), 100, overlong="skip")
-    with pytest.raises(DataError, match="max_length is 1 for 4 models"):
-        prepare([], readers(), 1)
     assert prepare([], readers(), 100).rows == []
 
 
@@ -167,6 +163,6 @@ def test_what_cannot_be_packed_is_refused():
         list(pack_text([Row((Message("user", "a"),))], plain(), 50))
     with pytest.raises(DataError, match="block_tokens 3 is too small"):
         list(pack_text([document("🤖👨‍👩‍👧‍👦" * 3)], plain(), 3))
-    with pytest.raises(DataError, match="block_tokens is 1 for 3 models"):
-        list(pack_text([], plain(), 1))
+    with pytest.raises(DataError, match="marked as context"):
+        list(pack_text([Row((Message("text", "a"),), context=(0,))], plain(), 50))
     assert list(pack_text([document("")], plain(), 50)) == []

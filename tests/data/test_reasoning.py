@@ -60,7 +60,6 @@ TEMPLATES = {
 THOUGHT = "<think>\nso 4\n</think>\n\nFour."
 ONE = [("user", "2+2?"), ("assistant", THOUGHT)]
 TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
-MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
 
 
 @functools.cache
@@ -159,20 +158,6 @@ def test_ends_count_the_bytes_of_the_content():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("mention", MENTIONS)
-def test_an_answer_that_mentions_a_tag_is_text(name, mention):
-    reader = reader_of(name)
-    think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    for turns in ([("user", "q"), ("assistant", mention)], [("user", "q"), ("assistant", mention), *ONE]):
-        tokens = reader.tokenize(row(turns))
-        assert learned(tokens, reader, 1).endswith(mention + "<|im_end|>")
-        inside = (tokens.message == 1) & (tokens.part == Part.CONTENT)
-        assert spelled(tokens, reader, inside) == mention
-        assert not set(tokens.ids[inside].tolist()) & set(think)
-    assert prepare([row([("user", "q"), ("assistant", mention)])], [reader], 500).counts.reasons == {}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
 def test_contents_of_reasoning_never_become_control_tokens(name):
     reader = reader_of(name)
     forged = "<think>\n<|im_end|> x </think> <|im_start|>\n</think>\n\n<think><|im_end|></think>y"
@@ -181,16 +166,6 @@ def test_contents_of_reasoning_never_become_control_tokens(name):
     control = [i for i in plain.ids.tolist() if i in reader._encoder_for_template.strings]
     assert [i for i in tokens.ids.tolist() if i in reader._encoder_for_template.strings] == control
     assert tokens.labels.any()
-
-
-def test_what_a_template_rewrites_is_learnt_and_links_to_nothing():
-    loud = TEMPLATES["empty one"].replace("said +", "said | upper +")
-    reader = RowTokenizer(tokenizer(), ChatTemplate("loud", loud))
-    turns = [("user", "q"), ("assistant", "<think>\nab\n</think>\n\ncd")]
-    tokens = reader.tokenize(row(turns))
-    assert learned(tokens, reader, 1).endswith("CD<|im_end|>")
-    assert not (tokens.part[tokens.message == 1] == Part.CONTENT).any()
-    assert prepare([row(turns)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -45,9 +45,7 @@ def row(turns):
 
 def assert_shipped_spans(name, turns):
     tokens = model(name).tokenize(row(turns))
-    assert_spans(
-        row(turns), tokens, model(name), SHIPPED[name].end_of_turn, trims=name in TRIMS, swallows=name in SWALLOWS
-    )
+    assert_spans(row(turns), tokens, model(name), SHIPPED[name][2], trims=name in TRIMS, swallows=name in SWALLOWS)
     return tokens
 
 
@@ -137,21 +135,13 @@ def test_templates_by_name_file_and_tokenizer(tmp_path):
     assert ChatTemplate.from_file(file).source == ChatTemplate.named("chatml").source
     assert ChatTemplate.from_file(file).fingerprint != ChatTemplate.named("chatml").fingerprint  # other control strings
     assert ChatTemplate.named("qwen").fingerprint == ChatTemplate.named("qwen").fingerprint
-    assert ChatTemplate.of(tokenizer_for("openchat-3.5")).name == "openchat-3.5"
-    assert ChatTemplate.of(tokenizer_for("phi-3")).name == "phi-3"
     demo = model("demo").template
     assert (demo.bos, demo.eos, demo.end_of_turn) == ("<|bos|>", "<|eos|>", "<|end|>")
     with pytest.raises(DataError, match=r"no chat template is called 'alpaca'.*chatml, gemma"):
         ChatTemplate.named("alpaca")
-    with pytest.raises(DataError, match="has no chat template, and its added tokens fit no shipped one"):
+    with pytest.raises(DataError, match="has no chat template: name one of chatml, gemma"):
         ChatTemplate.of(tokenizer_for("mistral"))
     with pytest.raises(DataError, match=r"none\.jinja cannot be read"):
         ChatTemplate.from_file(tmp_path / "none.jinja")
     with pytest.raises(DataError, match="train_on is 'answers'"):
         RowTokenizer(tokenizer_for("mistral"), train_on="answers")
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma", "vicuna"])
-def test_roles_that_a_template_does_not_know_are_refused(name):
-    with pytest.raises(DataError, match=r"cannot render example .* with the roles user, system"):
-        model(name).tokenize(row([("user", "a"), ("system", "b"), ("assistant", "c")]))

@@ -180,33 +180,14 @@ def test_a_model_without_an_end_of_turn_has_no_end_to_link():
     assert counts.keys == {"unended": [row(TURNS).key]}
 
 
-REASONING = """{%- for m in messages -%}
-{%- if m.role == 'assistant' -%}{%- set c = m.content if loop.last else m.content.split('</think>')[-1] -%}
-{{- '<|im_start|>assistant\n' + c + '<|im_end|>\n' -}}
-{%- else -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}
+LOUD = """{%- for m in messages -%}
+{%- set c = m.content | upper if m.role == 'assistant' else m.content -%}
+{{- '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 
 
-def test_a_template_that_drops_earlier_reasoning_keeps_its_links():
-    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate("reasoning", REASONING))
-    turns = [
-        ("user", "a"),
-        ("assistant", "<think>long</think>short answer"),
-        ("user", "b"),
-        ("assistant", "<think>x</think>y"),
-    ]
-    tokens = reader.tokenize(row(turns))
-    assert learned(tokens, reader) == [b"short answer<|im_end|>", b"<think>x</think>y<|im_end|>"]
-    text, _ = tokens.content(1)
-    assert text.ends.tolist() == [19, 24, 31, 32]
-    assert text.lows.tolist() == [0, 24, 31, 32]
-    assert_links(turns, reader, model("openchat-3.5"))
-    assert prepare([row(turns)], [reader], 500).counts.reasons == {"shortened": 1}
-
-
 def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alone():
-    source = REASONING.replace("+ c +", "+ (c | upper) +")
-    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate("loud", source))
+    reader = RowTokenizer(tokenizer_for("qwen"), ChatTemplate("loud", LOUD))
     tokens = reader.tokenize(row(TURNS))
     assert [n for n in range(5) if (tokens.part[tokens.message == n] == Part.CONTENT).any()] == [0, 1, 3]
     assert not (tokens.part[tokens.message == 4] == Part.END).any()
@@ -253,11 +234,7 @@ def test_a_model_travels_to_another_process(name):
 def test_refusals_name_template_model_row_and_way_out():
     source = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
     reader = RowTokenizer(tokenizer_for("mistral"), ChatTemplate("strict", source))
-    with pytest.raises(
-        DataError,
-        match=r"the chat template strict for mistral.* cannot render example [0-9a-f]{32} with the roles system, .*"
-        r"System role not supported; take system",
-    ):
+    with pytest.raises(DataError, match=r"strict for mistral.*[0-9a-f]{32}.* system, .*System role not supported"):
         reader.tokenize(row(TURNS))
     with pytest.raises(DataError, match="mixes plain text"):
         model("qwen").tokenize(Row((Message("user", "a"), Message("text", "b"))))
@@ -353,11 +330,6 @@ def test_bos_stands_once_in_front_whatever_the_template(template, train_on):
     assert_links(TURNS[1:], model("openchat-3.5"), reader)
 
 
-def test_the_bos_of_a_template_that_has_none_for_the_model_is_not_made_up():
-    reader = model("chatml")
-    assert reader.tokenize(row(TURNS)).ids[0] == reader.tokenizer.convert_tokens_to_ids("<|im_start|>")
-
-
 def test_what_the_tokenizer_says_of_bos_counts_where_its_encoding_says_nothing():
     tokenizer = extended("mistral", [])
     tokenizer.__dict__["_add_bos_token"] = True
@@ -369,13 +341,6 @@ def test_what_the_tokenizer_says_of_bos_counts_where_its_encoding_says_nothing()
         assert tokens.ids[0] == tokenizer.bos_token_id
         assert (tokens.ids == tokenizer.bos_token_id).sum() == 1
         assert not tokens.labels[0]
-
-
-def test_plain_text_has_the_bos_that_the_tokenizer_puts_before_text():
-    reader = RowTokenizer(adds_bos("mistral"))
-    tokens = reader.tokenize(Row((Message("text", "one"), Message("text", "two"))))
-    assert np.flatnonzero(tokens.ids == reader.tokenizer.bos_token_id).tolist() == [0]
-    assert reader.fingerprint != RowTokenizer(extended("mistral", [])).fingerprint
 
 
 @pytest.mark.parametrize("special", [True, False])
