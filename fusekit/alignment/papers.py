@@ -189,33 +189,23 @@ def _improve(
 
 
 def mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
-    """MinED over characters: the pivot's id of least distance to each surface, -1 for none; int64 [len(surfaces)].
+    """MinED over characters: the pivot's id of least distance to each surface, the lowest of several.
 
     Pivot entries that are no UTF-8 compare as bytes. Surfaces that are none go by their longest prefix in the pivot.
+    Returns int64 [len(surfaces)], -1 for none.
     """
     options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
-    texts = [(id_, text) for id_, surface in options if (text := decoded(surface)) is not None]
-    broken = [(id_, _as_bytes(surface)) for id_, surface in options if decoded(surface) is None]
-    strings = [decoded(surface) for surface in surfaces]
-    readable = [i for i, text in enumerate(strings) if text is not None]
-    by_text, near = _nearest_ids([strings[i] or "" for i in readable], texts)
-    by_byte, other = _nearest_ids([_as_bytes(surfaces[i]) for i in readable], broken)
-    found = np.full(len(surfaces), -1, np.int64)
-    # Of equally near ones the lower id.
-    found[readable] = np.where((near < other) | ((near == other) & (by_text < by_byte)), by_text, by_byte)
-    unreadable = [i for i, text in enumerate(strings) if text is None]
-    found[unreadable] = [pivot.longest_prefix(surfaces[i]) for i in unreadable]
-    if lone := [i for i in unreadable if found[i] < 0]:
-        found[lone] = _nearest_ids([_as_bytes(surfaces[i]) for i in lone], [(id_, _as_bytes(s)) for id_, s in options])[
-            0
-        ]
-    return found
-
-
-def _nearest_ids(queries: list[str], options: list[tuple[int, str]]) -> tuple[IntArray, IntArray]:
-    """Ids (-1 for none) and distances of the nearest options, which are ``(id, string)`` in order."""
-    index, distance = nearest(queries, [text for _, text in options])
-    return np.array([*(id_ for id_, _ in options), -1], np.int64)[index], distance
+    readable = [surface for surface in surfaces if decoded(surface) is not None]
+    best, least = np.full(len(readable), -1, np.int64), np.full(len(readable), np.iinfo(np.int64).max)
+    for whole, string_of in ((True, bytes.decode), (False, _as_bytes)):
+        some = [(id_, surface) for id_, surface in options if (decoded(surface) is not None) == whole]
+        index, distance = nearest(list(map(string_of, readable)), [string_of(surface) for _, surface in some])
+        ids = np.array([*(id_ for id_, _ in some), -1], np.int64)[index]
+        better = (distance < least) | ((distance == least) & (ids < best))
+        best, least = np.where(better, ids, best), np.where(better, distance, least)
+    by_text = dict(zip(readable, best.tolist(), strict=True))
+    found = [by_text[surface] if surface in by_text else pivot.longest_prefix(surface) for surface in surfaces]
+    return np.array(found, np.int64)
 
 
 def _most_frequent(a: bytes, b: bytes, count: int) -> tuple[float, float]:

@@ -87,12 +87,7 @@ class Steps:
 
 
 def plan_rows(alignment: TokenAlignment, conditioning: bool = True) -> Steps:
-    """Sort the pivot's positions into cases.
-
-    Args:
-        alignment: of method ``span``.
-        conditioning: whether rows are conditioned on the first bytes of a token, at either end of t.
-    """
+    """Sort the pivot's positions into cases. alignment: of method ``span``. conditioning: see :func:`project_rows`."""
     pivot, source = alignment.pivot, alignment.source
     n, m = len(pivot), len(source)
     linked = alignment.source_at >= 0
@@ -148,17 +143,7 @@ def _compare_next(
 
 
 def checked_rows(rows: RowsLike, vocabulary: int, side: str = "source") -> TopK:
-    """Rows as int64 and float64, refused unless they are distributions.
-
-    Args:
-        rows: as :class:`TopK`.
-        vocabulary: ids are below it.
-        side: whose rows they are, for messages.
-
-    Raises:
-        AlignmentError: shapes that do not fit, ids outside the vocabulary, values that are no probabilities; names the
-            first row.
-    """
+    """Rows as int64 and float64. Raises AlignmentError unless they are distributions over ids below ``vocabulary``."""
     ids, logprobs, tail = np.asarray(rows[0]).astype(np.int64), *(np.asarray(part, np.float64) for part in rows[1:])
     if ids.ndim != 2 or logprobs.shape != ids.shape or tail.shape != ids.shape[:1]:
         raise AlignmentError(
@@ -168,8 +153,8 @@ def checked_rows(rows: RowsLike, vocabulary: int, side: str = "source") -> TopK:
     outside = ids[(ids >= vocabulary) | (ids < -1)]
     if len(outside):
         raise AlignmentError(
-            f"token id {outside[0]} is outside the {side}'s side of the vocabulary map ({vocabulary} rows): was the "
-            f"map built with another tokenizer? A model whose output is padded needs {side}_size=<its vocab_size>"
+            f"token id {outside[0]} is outside the {side}'s side of the vocabulary map ({vocabulary} ids): was the "
+            "map built with another tokenizer? A source whose output is padded needs source_size=<its vocab_size>"
         )
     mass = np.exp(np.where(ids >= 0, logprobs, -np.inf)).sum(axis=1)
     wrong = np.flatnonzero(~np.isfinite(mass) | ~(tail >= 0) | ~(mass + tail <= 1 + MASS_TOLERANCE))
@@ -253,12 +238,6 @@ class AlignedRows:
         """bool [n]: whether the position has a row."""
         return np.isin(self.cases, list(HAS_ROW))
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many positions are of each case, by its lower-case name."""
-        number = np.bincount(self.cases, minlength=len(Case))
-        return {case.name.lower(): int(number[case]) for case in Case}
-
 
 def project_rows(
     alignment: TokenAlignment,
@@ -313,10 +292,10 @@ def project_rows(
         raise AlignmentError(f"tail {tail!r} needs the pivot's own predictions: pass pivot, or use 'listed_share'")
     if alignment.method != "span":
         raise AlignmentError(f"rows need an alignment of method 'span', not {alignment.method!r}: see source_positions")
-    said = _checked(source_rows, actual_logprobs, alignment.source_ids, len(vocabulary_map.targets), "source")
+    said = _said(source_rows, actual_logprobs, alignment.source_ids, len(vocabulary_map.targets), "source")
     ours = None
     if pivot is not None:
-        ours = _checked(pivot.rows, pivot.actual, alignment.pivot_ids, len(vocabulary_map.pivot), "pivot")
+        ours = _said(pivot.rows, pivot.actual, alignment.pivot_ids, len(vocabulary_map.pivot), "pivot")
     steps = _in_surfaces(plan_rows(alignment, conditioning), alignment, vocabulary_map.source)
     spaced = np.zeros(len(steps.base), bool)
     if conditioning:
@@ -385,7 +364,7 @@ class _Said:
         return _Entries(np.where(listed, -1, ids), np.where((ids < 0) | listed, 0.0, mass), probability, tail)
 
 
-def _checked(rows: RowsLike, actual_logprobs: npt.ArrayLike, tokens: IntArray, vocabulary: int, side: str) -> _Said:
+def _said(rows: RowsLike, actual_logprobs: npt.ArrayLike, tokens: IntArray, vocabulary: int, side: str) -> _Said:
     """A pivot's log-probabilities may be unknown, a source's may not."""
     checked = checked_rows(rows, vocabulary, side)
     actual = np.asarray(actual_logprobs, np.float64)
@@ -428,17 +407,11 @@ def _first_bytes(surfaces: Surfaces, ids: IntArray) -> IntArray:
 
 
 def _given(alignment: TokenAlignment, surfaces: Surfaces, before: IntArray, consumed: IntArray) -> IntArray:
-    """How many bytes of its surface a source token has given once ``consumed`` bytes of its text are read.
+    """Bytes of its surface that a source token has given once ``consumed`` bytes after its predecessor are read.
 
-    Args:
-        alignment: of the text.
-        surfaces: of the source.
-        before: int64 [w], the source positions before the tokens.
-        consumed: int64 [w], bytes of text since the end of ``before``.
-
-    Returns:
-        int64 [w]: ``consumed``; one more for a word of WordPiece, which stands for a space that belongs to the token
-        before it in the text; -1 where the surface is not the text, since a normaliser changed it or it is unknown.
+    before: int64 [w], the positions of the predecessors. Returns int64 [w]: ``consumed``; one more for a word of
+    WordPiece, whose space belongs to the token before it in the text; -1 where a normaliser changed the text, or the
+    token is unknown, so that the surface is not the text.
     """
     (flat, starts), lengths = surfaces.flat, surfaces.lengths
     text = np.frombuffer(alignment.text.encode(), np.uint8)
@@ -465,11 +438,11 @@ def _in_surfaces(steps: Steps, alignment: TokenAlignment, source: Surfaces) -> S
 
 
 def _spaced(steps: Steps, alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> tuple[Steps, BoolArray]:
-    """Links at which only one side's next token brings a space that the other side has read, or never sees.
+    """Find the links at which only one side's next token begins with a space, and condition the source's row on it.
 
-    A SentencePiece token at the start of a text, a template's space in the first token of a content, a word of
-    WordPiece. Where the source's token brings it, the row is conditioned on it (``consumed`` is 1 then); where the
-    pivot's does, entries are looked for with a space in front: bool [n].
+    Such are a SentencePiece token at the start of a text, a template's space in the first token of a content, a word of
+    WordPiece. Where the source's token begins with it, ``consumed`` becomes 1; where the pivot's does, entries get a
+    space in front: bool [n].
     """
     pivot, source = vocabulary_map.pivot, vocabulary_map.source
     links = np.flatnonzero((steps.base >= 0) & (steps.consumed == 0))
@@ -499,10 +472,7 @@ def _carry(
     *,
     spaced: BoolArray,
 ) -> tuple[IntArray, FloatArray, FloatArray]:
-    """All entries but s in the pivot's vocabulary: projected at links, conditioned and projected within tokens.
-
-    Returns targets and mass [a, e], and [a] the mass of the entries that map nowhere.
-    """
+    """All entries but s in the pivot's vocabulary: targets and mass [a, k], and the mass [a] that maps nowhere."""
     targets, mass, rest = vocabulary_map.spread(entries.ids, entries.mass)
     within = np.flatnonzero((steps.consumed[at] > 0) | spaced[at])
     if not len(within):
@@ -511,29 +481,18 @@ def _carry(
     keep = _begins_with(source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
     # A special token is no text to be continued.
     keep &= source.is_text[np.clip(ids, 0, len(source) - 1)]
-    left = _remainders(vocabulary_map, ids, consumed, spaced[at[within]], keep)
-    # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
-    left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
-    targets[within], mass[within] = -1, 0.0
-    targets[within, : left.shape[1]], mass[within, : left.shape[1]] = left, left_mass
-    mass[within] = np.where(targets[within] >= 0, mass[within], 0.0)
-    rest[within] = np.where(left < 0, left_mass, 0.0).sum(axis=1)
-    return targets, mass, rest
-
-
-def _remainders(
-    vocabulary_map: VocabularyMap, ids: IntArray, consumed: IntArray, spaced: BoolArray, keep: BoolArray
-) -> IntArray:
-    """Pivot ids of what is left of the kept entries' surfaces, after a space where ``spaced``; -1 for nothing."""
-    found = np.full(ids.shape, -1, np.int64)
+    left = np.full(ids.shape, -1, np.int64)
     rows, columns = np.nonzero(keep)
     if len(rows):
-        triples = np.stack([ids[rows, columns], consumed[rows], spaced[rows]])
+        triples = np.stack([ids[rows, columns], consumed[rows], spaced[at[within][rows]]])
         unique, inverse = np.unique(triples, axis=1, return_inverse=True)
-        of = vocabulary_map.source.of
-        remains = [b" " * space + of[id_][length:] for id_, length, space in unique.T.tolist()]
-        found[rows, columns] = vocabulary_map.remainders(remains)[inverse.ravel()]
-    return found
+        remains = [b" " * space + source.of[id_][length:] for id_, length, space in unique.T.tolist()]
+        left[rows, columns] = vocabulary_map.remainders(remains)[inverse.ravel()]
+    # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
+    left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
+    targets[within], mass[within] = left, np.where(left >= 0, left_mass, 0.0)
+    rest[within] = np.where(left < 0, left_mass, 0.0).sum(axis=1)
+    return targets, mass, rest
 
 
 def _staying(
@@ -548,7 +507,7 @@ def _staying(
 ) -> FloatArray:
     """The share of the source's tail whose tokens begin with the bytes consumed: float64 [a], 1 at links.
 
-    carried: float64 [a], the mass of the listed entries but s that begin with them.
+    carried: float64 [a], the mass of the listed entries but s that do.
     """
     if tail in ("drop", "keep"):
         return np.where(steps.consumed[at] > 0, float(tail == "keep"), 1.0)
@@ -568,10 +527,9 @@ def _staying(
 
 
 def _of_label(steps: Steps, at: IntArray, said: _Said, entries: _Entries, source: Surfaces) -> FloatArray:
-    """The probability of t: of s, and of what completes t after s; float64 [a].
+    """The probability of t, float64 [a]: of s, of the source tokens after it within t, and of what is left of t.
 
-    That is the source tokens that lie within t, and, where t ends inside another, the entries in the row before that
-    which begin with what is left of t.
+    The last where t ends inside a source token: of the entries that begin with those bytes.
     """
     running = np.concatenate([[0.0], np.cumsum(said.actual[:-1])])
     label: FloatArray = entries.actual * np.exp(
