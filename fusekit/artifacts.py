@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
-import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from fusekit import __version__
-from fusekit.disk import commit_file, disk_fault, recover, staging, sweep
+from fusekit.disk import disk_errors, recover, staging
 from fusekit.errors import FusekitError, StorageError
 
 MANIFEST = "manifest.json"
@@ -42,16 +43,14 @@ class File(BaseModel, extra="forbid", frozen=True):
 class Artifact(BaseModel, extra="forbid", frozen=True):
     """``manifest.json`` of an artifact.
 
-    stage: what made it. inputs: what it was made from. files: by path within the folder, in order. replacing: files
-    that are about to be replaced, as they will be (:func:`replace_file`); until then both forms are valid. made: what
-    may differ between equal artifacts (time, versions, host).
+    stage: what made it. inputs: what it was made from. files: by path within the folder, in order. made: what may
+    differ between equal artifacts (time, versions, host).
     """
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     stage: str
     inputs: Inputs
     files: dict[str, File]
-    replacing: dict[str, File] = Field(default_factory=dict)
     made: Inputs = Field(default_factory=dict)
 
 
@@ -66,22 +65,21 @@ def publish(
     recover(final)
     refuse_foreign(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with staging(final) as folder:
-        try:
-            write(folder.path)
-            artifact = seal(folder.path, stage, inputs, made)
-        except OSError as error:
-            raise disk_fault(error, final) or error from error
-        folder.publish()
-    return artifact
+    with staging(final) as folder, disk_errors(final):
+        write(folder)
+        return seal(folder, stage, inputs, made)
 
 
 def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
     """Write the manifest of a folder that is complete but for it."""
-    (folder / MANIFEST).unlink(missing_ok=True)
     artifact = Artifact(stage=stage, inputs=plain(inputs), files=files_of(folder), made=made or {})
-    (folder / MANIFEST).write_bytes(_json(artifact))
+    _write(folder, artifact)
     return artifact
+
+
+def _write(folder: Path, artifact: Artifact) -> None:
+    text = json.dumps(artifact.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def files_of(folder: Path) -> dict[str, File]:
@@ -91,39 +89,43 @@ def files_of(folder: Path) -> dict[str, File]:
 
 
 def replace_file(folder: Path, name: str, data: bytes) -> bool:
-    """Replace, or add, a file in the folder of an artifact; returns whether anything had to be done.
+    """Replace, or add, a file of an artifact, which is published anew; returns whether anything had to be done.
 
-    Whenever the process dies, the file is the old one or the new one, whole, and :func:`problems` finds nothing: the
-    manifest first says what the file is about to be, then the file is replaced, then the manifest says that it was. The
-    caller holds the lock of the run.
-
-    Raises ChangedError when somebody else wrote the file, which is left as it is; StorageError when there is no
-    artifact or the disk fails.
+    The other files are the same ones (hard links). The caller holds the lock of the run. Raises ChangedError when
+    somebody else wrote the file, which is left as it is; StorageError when there is no artifact or the disk fails.
     """
+    folder = folder.resolve()
+    recover(folder)
     artifact = read(folder)
     if artifact is None:
         raise StorageError(f"{folder} is not an artifact of a run: it has no {MANIFEST}")
-    sweep(folder)
-    path, new = folder / name, File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
-    there, listed, announced = _file(path) if path.is_file() else None, dict(artifact.files), dict(artifact.replacing)
-    before, after = listed.pop(name, None), announced.pop(name, None)
-    if there not in (None, new, before, after):
+    path, before = folder / name, artifact.files.get(name)
+    new = File(size=len(data), xxh3=xxhash.xxh3_128_hexdigest(data))
+    there = _file(path) if path.is_file() else None
+    if there == new == before:
+        return False
+    if there not in (None, new, before):
         raise ChangedError(
             f"{path} was changed after it was written, and is left as it is; remove it to have it written again"
         )
+    files = dict(sorted({**artifact.files, name: new}.items()))
+    with staging(folder) as copy, disk_errors(folder):
+        shutil.copytree(folder, copy, copy_function=_link, symlinks=True, dirs_exist_ok=True)
+        for changed in (
+            copy / name,
+            copy / MANIFEST,
+        ):  # both are links: their content is also that of the former folder
+            changed.unlink(missing_ok=True)
+        (copy / name).write_bytes(data)
+        _write(copy, artifact.model_copy(update={"files": files}))
+    return True
 
-    def commit(now: File | None, then: dict[str, File]) -> None:
-        files = listed if now is None else dict(sorted({**listed, name: now}.items()))
-        told = artifact.model_copy(update={"files": files, "replacing": {**announced, **then}})
-        commit_file(folder / MANIFEST, lambda file: file.write(_json(told)))
 
-    if there != new:
-        commit(there, {name: new})
-        commit_file(path, lambda file: file.write(data))
-    changed = not (there == before == new and after is None)
-    if changed:
-        commit(new, {})
-    return changed
+def _link(file: str, place: str) -> None:
+    try:
+        os.link(file, place, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, place, follow_symlinks=False)
 
 
 def circumstances() -> dict[str, str]:
@@ -150,17 +152,17 @@ def is_stage(folder: Path) -> bool:
 
 def read(folder: Path) -> Artifact | None:
     """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
-    try:
-        return Artifact.model_validate_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+    path = folder / MANIFEST
+    if not path.exists():
         return None
-    except (ValidationError, ValueError, RecursionError) as error:
+    try:
+        with disk_errors(path, "cannot be read"):
+            return Artifact.model_validate_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise StorageError(
-            f"{folder / MANIFEST} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run "
-            "of fusekit made it"
+            f"{path} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run of fusekit "
+            "made it"
         ) from error
-    except OSError as error:
-        raise disk_fault(error, folder) or StorageError(f"{folder / MANIFEST} cannot be read: {error}") from error
 
 
 def is_kept(folder: Path, inputs: Inputs) -> bool:
@@ -169,7 +171,7 @@ def is_kept(folder: Path, inputs: Inputs) -> bool:
     Reads every file through. Raises StorageError for a damaged manifest.
     """
     known = read(folder)
-    return known is not None and not differences(known.inputs, inputs) and not _differing(folder, known)
+    return known is not None and not differences(known.inputs, inputs) and not differing(folder, known.files)
 
 
 def problems(folder: Path) -> list[str]:
@@ -177,18 +179,12 @@ def problems(folder: Path) -> list[str]:
     artifact = read(folder)
     if artifact is None:
         return [f"{folder / MANIFEST}: missing"]
-    strangers = [f"{folder / name}: is not of this artifact" for name in _not_listed(folder, artifact)]
-    return _differing(folder, artifact) + strangers
+    strangers = [f"{folder / name}: is not of this artifact" for name in foreign(folder)]
+    return differing(folder, artifact.files) + strangers
 
 
-def _differing(folder: Path, artifact: Artifact) -> list[str]:
-    return differing(folder, artifact.files, artifact.replacing)
-
-
-def differing(
-    folder: Path, files: Mapping[str, File], replacing: Mapping[str, File] | None = None, *, hashes: bool = True
-) -> list[str]:
-    """One line for each file that is missing, or neither as listed nor as in ``replacing``.
+def differing(folder: Path, files: Mapping[str, File], *, hashes: bool = True) -> list[str]:
+    """One line for each file that is missing or not as listed.
 
     hashes: read every file through; otherwise only its size is looked at. Raises OSError.
     """
@@ -197,8 +193,6 @@ def differing(
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: missing")
-        elif replacing and name in replacing and _file(path) == replacing[name]:
-            continue
         elif path.stat().st_size != file.size:
             found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
         elif hashes and file_hash(path) != file.xxh3:
@@ -209,7 +203,7 @@ def differing(
 def require_whole(folder: Path) -> None:
     """Read an artifact through and compare it with its manifest. Raises StorageError naming every file that differs."""
     artifact = read(folder)
-    wrong = [f"{folder / MANIFEST}: missing"] if artifact is None else _differing(folder, artifact)
+    wrong = [f"{folder / MANIFEST}: missing"] if artifact is None else differing(folder, artifact.files)
     if wrong:
         raise StorageError(
             f"{folder} is not what was committed:\n  " + "\n  ".join(wrong) + "\nIt is not used. Restore it, or "
@@ -222,7 +216,10 @@ def foreign(folder: Path) -> list[str]:
 
     Raises StorageError for a damaged manifest.
     """
-    return _not_listed(folder, read(folder))
+    artifact = read(folder)
+    listed = set() if artifact is None else {MANIFEST, *artifact.files}
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - listed)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -230,14 +227,12 @@ def refuse_foreign(folder: Path) -> None:
 
     A file that the manifest lists does not count, whatever it holds by now.
     """
-    if not folder.exists() or not (found := foreign(folder)):
-        return
-    what = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
-    if (folder / MANIFEST).is_file():
-        holds = f"is to be replaced, but holds {what}, which its {MANIFEST} does not list: move that away"
-    else:
-        holds = f"has no {MANIFEST}, but holds {what}: move it away if it is yours, remove it to make it again"
-    raise StorageError(f"{folder} {holds}, or choose another output; nothing was touched")
+    if folder.exists() and (found := foreign(folder)):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise StorageError(
+            f"{folder} holds {found[0]}{more}, which no {MANIFEST} lists: move it away, or remove it if a run may lose "
+            "it, or choose another output; nothing was touched"
+        )
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -318,27 +313,5 @@ def weights_hash(folder: Path) -> str:
     return joined_hash(known.files[name].xxh3 for name in names)
 
 
-def _not_listed(folder: Path, artifact: Artifact | None) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    there = sorted(path.relative_to(folder).as_posix() for path in paths)
-    if artifact is None:
-        return there
-    ours = {MANIFEST, *artifact.files}
-    return [name for name in there if name not in ours and not _is_own(folder, name, artifact)]
-
-
-def _is_own(folder: Path, name: str, artifact: Artifact) -> bool:
-    """Whether a file that the manifest does not list is one that it announces, or the half of one that it lists."""
-    if name in artifact.replacing:
-        return _file(folder / name) == artifact.replacing[name]
-    whole = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
-    return whole is not None and whole[1] in {MANIFEST, *artifact.files, *artifact.replacing}
-
-
 def _file(path: Path) -> File:
     return File(size=path.stat().st_size, xxh3=file_hash(path))
-
-
-def _json(artifact: Artifact) -> bytes:
-    exclude = set() if artifact.replacing else {"replacing"}
-    return (json.dumps(artifact.model_dump(mode="json", exclude=exclude), indent=1, ensure_ascii=False) + "\n").encode()

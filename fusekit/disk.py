@@ -8,19 +8,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import glob
-import json
 import os
 import re
 import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import filelock
 
@@ -30,13 +27,13 @@ from fusekit.errors import StorageError
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 _ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space or write elsewhere",
-    errno.EDQUOT: "the disk quota is used up: free some space or write elsewhere",
-    errno.EFBIG: "a file may not grow that large here: raise `ulimit -f` or write smaller shards (--out-shard-size)",
-    errno.EROFS: "the file system is read-only: write elsewhere",
-    errno.EACCES: "permission denied: write elsewhere, or have the folder's owner grant it",
-    errno.EPERM: "permission denied: write elsewhere, or have the folder's owner grant it",
-    errno.EIO: "the disk reported an input/output error: check the disk, then run the same command again",
+    errno.ENOSPC: "free some space or ",
+    errno.EDQUOT: "free some space or ",
+    errno.EFBIG: "raise `ulimit -f` or ",
+    errno.EROFS: "",
+    errno.EACCES: "",
+    errno.EPERM: "",
+    errno.EIO: "check the disk or ",
 }
 
 
@@ -48,23 +45,11 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def refuse_file(folder: Path, output: Path | str) -> None:
-    """Raise StorageError naming ``output`` where a folder cannot be, since it or one above it is a file or a device."""
-    # Where links lead; Path.resolve raises RuntimeError for those that lead in a circle.
-    folder = Path(os.path.realpath(folder))
-    for place in (folder, *folder.parents):
-        try:
-            place.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise disk_fault(error, place) or StorageError(
-                f"{output} cannot be an output: {reason}; choose another one"
-            ) from error
-        if not place.is_dir():
-            raise StorageError(f"{output}: {place} is a file or a device, not a folder: choose another output")
-        return
+def refuse_file(folder: Path) -> None:
+    """Raise StorageError where a folder cannot be made, since it or one above it is a file."""
+    place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not os.path.isdir(place):  # noqa: PTH112  pathlib's raises where it may not look
+        raise StorageError(f"{folder}: {place} is not a folder: choose another output")
 
 
 def free_bytes(path: Path) -> int:
@@ -93,12 +78,12 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def system_errno(error: BaseException) -> int | None:
+def _errno(error: BaseException) -> int | None:
     """The errno behind an exception: of an OSError, of what caused it, or named in a Rust library's message."""
-    seen: set[int] = set()  # `raise error from error` makes a circle
+    seen: list[BaseException] = []  # `raise error from error` makes a circle
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    while current is not None and current not in seen:
+        seen.append(current)
         if isinstance(current, OSError) and current.errno:
             return current.errno
         if match := _OS_ERROR.search(str(current)):
@@ -112,14 +97,24 @@ def disk_fault(error: BaseException, path: Path | str, needed: int | None = None
 
     path: where it was written to (an OSError that names its own file wins). needed: bytes to be written, if known.
     """
-    code = system_errno(error)
+    code = _errno(error)
     if code not in _ADVICE:
         return None
     where = Path(path)
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         where = Path(os.fsdecode(error.filename))
     wanted = "" if needed is None else f"{human(needed)} needed, "
-    return StorageError(f"{where}: {os.strerror(code)} ({wanted}{human(free_bytes(where))} free); {_ADVICE[code]}")
+    free = human(free_bytes(where))
+    return StorageError(f"{where}: {os.strerror(code)} ({wanted}{free} free): {_ADVICE[code]}write elsewhere")
+
+
+@contextmanager
+def disk_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
+    """Raise an OSError of the body as a StorageError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_fault(error, path) or StorageError(f"{path} {what}: {error}") from error
 
 
 @contextmanager
@@ -132,90 +127,51 @@ def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
     lock_file = output.parent / f".{output.name}.fusekit.lock"
     # Beside the lock, not in it: some versions of filelock truncate the lock file of another process.
     holder = lock_file.with_suffix(".holder")
-    temporary = holder.with_suffix(".tmp")
-    about = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    refuse_file(output.parent)
     lock = filelock.FileLock(lock_file, timeout=patience)
-    try:
-        refuse_file(output.parent, output)
+    with disk_errors(output, "cannot be locked"):
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            temporary.write_text(json.dumps(about), encoding="utf-8")
-            temporary.replace(holder)
         except filelock.Timeout:
-            if not lock_file.exists():  # some file systems refuse in a way that filelock takes for a wait
-                raise StorageError(
-                    f"{output}: cannot be locked: no file can be made in {output.parent}; choose another output"
-                ) from None
+            known = (holder.read_text(encoding="utf-8") if holder.is_file() else "") or "another process"
             raise StorageError(
-                f"{output}: already being written by {_described(holder)}. Wait for it or choose another folder."
+                f"{output}: already being written by {known}. Wait for it or choose another folder."
             ) from None
-        except OSError as error:
-            raise disk_fault(error, output.parent) or StorageError(f"{output}: cannot be locked: {error}") from error
+    try:
+        with disk_errors(holder):
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}", "utf-8")
         yield
     finally:
-        if lock.is_locked:
-            for path in (holder, temporary):  # on a full disk the description is not written
-                with suppress(OSError):
-                    path.unlink()
-            lock.release()
-
-
-def _described(holder: Path) -> str:
-    try:
-        found: Any = json.loads(holder.read_text(encoding="utf-8"))
-        return f"process {found['pid']} on {found['host']} since {found['since']}: {found['command']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process (it has just started, or its description cannot be read)"
-
-
-@dataclass
-class Staging:
-    """A folder that is being built. path: where to write. final: where ``publish`` moves it."""
-
-    path: Path
-    final: Path
-
-    def publish(self) -> None:
-        """Make everything durable and move it to the final path in one step, replacing what is there.
-
-        After a crash at any moment the final path holds the old folder, whole, or the new one, whole. Raises
-        StorageError with the path and the free bytes when the disk fails.
-        """
-        aside = None
-        try:
-            sync_tree(self.path)
-            if not self.final.exists():
-                self.path.rename(self.final)
-            elif not _exchange(self.path, self.final):
-                aside = self.final.parent / f".{self.final.name}.previous-{uuid.uuid4().hex[:8]}"
-                self.final.rename(aside)
-                self.path.rename(self.final)
-            if aside is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-            _sync(self.final.parent)
-        except OSError as error:
-            raise disk_fault(error, self.final) or StorageError(f"{self.final}: cannot publish: {error}") from error
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
 
 
 @contextmanager
-def staging(final: Path) -> Iterator[Staging]:
-    """A new, empty staging folder beside ``final``; removed at the end, whether it was published or not.
+def staging(final: Path) -> Iterator[Path]:
+    """A new folder beside ``final``, which takes its place in one step once the body is done without an error.
 
-    The caller holds ``output_lock(final)``. Raises StorageError when the folder cannot be made.
+    After a crash at any moment the final path holds the old folder, whole, or the new one, whole. The caller holds
+    ``output_lock(final)``. Raises StorageError with the path and the free bytes when the disk fails.
     """
     path = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
-    try:
+    with disk_errors(path, "cannot be made"):
         path.mkdir()
-    except OSError as error:
-        raise disk_fault(error, final.parent) or StorageError(f"{path}: cannot be made: {error}") from error
     try:
-        yield Staging(path, final)
+        yield path
+        with disk_errors(final, "cannot be published"):
+            sync_tree(path)
+            if not final.exists():
+                path.rename(final)
+            elif not _exchange(path, final):
+                aside = final.parent / f".{final.name}.previous-{uuid.uuid4().hex[:8]}"
+                final.rename(aside)
+                path.rename(final)
+                shutil.rmtree(aside, ignore_errors=True)
+            _sync(final.parent)
     finally:
         # After an exchange the former output is here.
         shutil.rmtree(path, ignore_errors=True)
@@ -273,17 +229,17 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 0) -> None:
+def commit_file(path: Path, data: bytes, *, rank: int = 0) -> None:
     """Write a file beside its path, make it durable, and move it there in one step.
 
     After a crash at any moment the path holds what it held before, or all of the new. rank: of the process, by which
     :func:`sweep` tells what it left behind. Raises StorageError with the bytes free when the disk fails.
     """
     temporary = path.with_name(f".{path.name}.{rank}.tmp")
-    try:
+    with disk_errors(path):
         try:
             with temporary.open("wb") as file:
-                write(file)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -291,27 +247,20 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object], *, rank: int = 
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be written: {error}") from error
 
 
-def sweep(folder: Path, rank: int = 0, world: int = 1) -> list[Path]:
-    """Remove what earlier processes of this rank left half-written in a folder; returns those files.
+def sweep(folder: Path, rank: int = 0, world: int = 1) -> None:
+    """Remove what earlier processes of this rank left half-written in a folder.
 
     Rank 0 also removes what ranks beyond this ``world`` left.
     """
-    swept = []
     for path in sorted(folder.glob(".*.tmp")):
         owner = path.name.split(".")[-2]
         if owner.isdecimal() and (int(owner) == rank or (rank == 0 and int(owner) >= world)):
             remove(path)
-            swept.append(path)
-    return swept
 
 
 def remove(path: Path) -> None:
     """Remove a file that may have gone already. Raises StorageError when the disk refuses."""
-    try:
+    with disk_errors(path, "cannot be removed"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be removed: {error}") from error

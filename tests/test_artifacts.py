@@ -39,8 +39,7 @@ def test_publish(tmp_path, before):
     if before == "a folder":
         put(final, "old")
     with staging(final) as stage:
-        put(stage.path, "new")
-        stage.publish()
+        put(stage, "new")
     assert read(final) == "new"
     assert list(tmp_path.iterdir()) == [final]
 
@@ -51,7 +50,7 @@ def test_what_is_not_published_leaves_no_trace(tmp_path):
 
     def build():
         with staging(final) as stage:
-            put(stage.path, "new")
+            put(stage, "new")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -88,8 +87,7 @@ def die_between_the_renames(final: Path) -> None:
     disk._exchange = lambda one, other: False
     sys.addaudithook(hook)
     with staging(final) as stage:
-        put(stage.path, "new")
-        stage.publish()
+        put(stage, "new")
 
 
 def test_death_between_the_two_renames_is_repaired(tmp_path):
@@ -127,11 +125,10 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(tmp_path):
         real_rename(one, other, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, staging(final) as stage:
-        put(stage.path, "new")
+        put(stage, "new")
         patch.setattr(os, "fsync", sync)
         patch.setattr(os, "rename", rename)
-        path = str(stage.path)
-        stage.publish()
+        path = str(stage)
     assert events == [f"{path}/sub", f"{path}/sub/file", path, "rename", str(tmp_path)]
 
 
@@ -158,26 +155,16 @@ def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_names_its_place():
-    for out in ("/proc/out", "/dev/null/out"):
-        with pytest.raises(StorageError, match=f"{out}.*choose another"), output_lock(Path(out)):
+    for out in ("/dev/null/out", "/dev/null/deep/out"):
+        with pytest.raises(StorageError, match="/dev/null is not a folder: choose another"), output_lock(Path(out)):
             pass
-    with pytest.raises(StorageError, match="/dev/null is"), output_lock(Path("/dev/null/deep/out")):
-        pass
 
 
 @pytest.mark.parametrize("name", ["circle", "circle/out"])
 def test_links_in_a_circle_are_no_output(tmp_path, name):
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(StorageError, match="choose another"):
-        refuse_file(tmp_path / name, name)
-
-
-def test_a_holder_file_that_cannot_be_read_does_not_hide_the_error(tmp_path):
-    first, second = output_lock(tmp_path / "out"), output_lock(tmp_path / "out")
-    with first:
-        (tmp_path / ".out.fusekit.holder").write_text("{")
-        with pytest.raises(StorageError, match="already being written by another process"), second:
-            pass
+        refuse_file(tmp_path / name)
 
 
 def test_sizes_as_people_read_them(tmp_path):

@@ -60,7 +60,7 @@ def keep(folder: Path, model: str, seed: int | None, scores: Scores) -> None:
     file = file_of(folder, model, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps({"model": model, "seed": seed, "scores": scores}, indent=1).encode()
-    commit_file(file, lambda out: out.write(data))
+    commit_file(file, data)
 
 
 def file_of(folder: Path, model: str, seed: int | None) -> Path:
@@ -88,7 +88,7 @@ def write(file: Path, figures: Iterable[Figure]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Figure._fields)
     writer.writerows((*figure[:-1], f"{figure.value:.6g}") for figure in figures)
-    commit_file(file, lambda out: out.write(text.getvalue().encode()))
+    commit_file(file, text.getvalue().encode())
 
 
 def read(file: Path) -> list[Figure]:

@@ -92,7 +92,7 @@ def prepare(study: Study, say: Say) -> None:
         before = json.loads(known.read_bytes())
         changed = [f"{name}: {before[name]} before, {facts[name]} now" for name in facts if before[name] != facts[name]]
         raise FusekitError(f"{study.folder} was made otherwise ({'; '.join(changed)}): choose another folder")
-    commit_file(known, lambda file: file.write(data))
+    commit_file(known, data)
     write_all(study.folder / "rows", study.rows, study.questions)
     run(recipe, study.captured.out, until="capture", say=say, quiet=True)
     context = Context(recipe)

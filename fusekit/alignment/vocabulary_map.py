@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import zipfile
@@ -248,7 +249,8 @@ def _remembered(pivot: Surfaces, source: Surfaces, method: str, counted: Mapping
     targets = _targets(pivot, source, method, counted)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        commit_file(path, lambda file: np.savez(file, targets=targets), rank=os.getpid())
+        np.savez(data := io.BytesIO(), targets=targets)
+        commit_file(path, data.getvalue(), rank=os.getpid())
     except (OSError, StorageError) as error:
         log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
     return targets

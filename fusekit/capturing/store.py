@@ -145,7 +145,7 @@ def _json(model: BaseModel) -> bytes:
 
 def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
     """Commit a model as JSON. Raises StorageError when the disk fails."""
-    commit_file(path, lambda file: file.write(_json(model)), rank=rank)
+    commit_file(path, _json(model), rank=rank)
 
 
 def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:

@@ -118,7 +118,7 @@ class StoreWriter:
             )
         path = self.path / shard_name(plan.index)
         data = shard_bytes(encoded, self.codec.exact)
-        commit_file(path, lambda file: file.write(data), rank=self.rank)
+        commit_file(path, data, rank=self.rank)
         record = ShardRecord(
             file=path.name,
             size=len(data),

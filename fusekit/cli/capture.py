@@ -82,7 +82,7 @@ def capture(**options: Any) -> None:
     from fusekit.devices import Processes
 
     drop_noise()
-    refuse_file(options["out"], options["out"])
+    refuse_file(options["out"])
     processes = Processes.started(options["rank"], options["world"])
     silent, out = options["quiet"] or not processes.is_first, options["out"]
 

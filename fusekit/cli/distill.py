@@ -80,7 +80,7 @@ def distill(pivot: str, out: Path, **options: Any) -> None:
         raise click.UsageError("give --data, the examples that the stores were captured from")
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
-    refuse_file(out, out)
+    refuse_file(out)
     from fusekit.devices import Processes
     from fusekit.distillation.run import distill as run
 

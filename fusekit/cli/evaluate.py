@@ -59,4 +59,4 @@ def evaluate(models: tuple[str, ...], *, chat_template: str, json_file: Path | N
     click.echo(table(document))
     if json_file is not None:
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        commit_file(json_file, lambda out: out.write(text.encode()))
+        commit_file(json_file, text.encode())

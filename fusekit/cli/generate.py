@@ -13,8 +13,8 @@ import click
 
 from fusekit.artifacts import differences
 from fusekit.cli.common import given, options_of
-from fusekit.disk import disk_fault, output_lock
-from fusekit.errors import DataError, StorageError
+from fusekit.disk import disk_errors, output_lock
+from fusekit.errors import DataError
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 from fusekit.recipe.sections import Load
 
@@ -110,13 +110,10 @@ def _example(prompt: Any, answer: Generation, raw: bool) -> dict[str, Any]:
 
 def _append(file: Path, record: dict[str, Any]) -> None:
     """Add a durable line to a file of answers."""
-    try:
-        with file.open("ab") as lines:
-            lines.write(json.dumps(record).encode() + b"\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-    except OSError as error:
-        raise disk_fault(error, file) or StorageError(f"{file}: cannot be written: {error}") from error
+    with disk_errors(file), file.open("ab") as lines:
+        lines.write(json.dumps(record).encode() + b"\n")
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
 def answered(file: Path, prompts: Sequence[Any], made: Mapping[str, Any], *, raw: bool) -> int:
@@ -124,13 +121,11 @@ def answered(file: Path, prompts: Sequence[Any], made: Mapping[str, Any], *, raw
 
     Raises GenerationError for answers to other prompts, or made with other models or settings.
     """
-    try:
+    with disk_errors(file, "cannot be read"):
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
             os.truncate(file, sum(map(len, lines[:-1])))
             lines.pop()
-    except OSError as error:
-        raise disk_fault(error, file) or StorageError(f"{file}: cannot be read: {error}") from error
     for number, line in enumerate(lines):
         where = f"{file}, line {number + 1}"
         prompt = prompts[number] if number < len(prompts) else None

@@ -87,7 +87,7 @@ def begin_overwriting(targets: Sequence[Target]) -> None:
         shutil.rmtree(target.work, ignore_errors=True)
         if target.folder.exists():
             target.work.mkdir()
-            commit_file(target.work / OVERWRITING, lambda _: None)
+            commit_file(target.work / OVERWRITING, b"")
 
 
 def is_former(target: Target) -> bool:
@@ -154,7 +154,7 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
         raise disk_fault(error, checkpoint) or StorageError(f"{checkpoint}: cannot be made durable: {error}") from error
     content = {"facts": facts, "files": files}
     data = json.dumps({**content, "xxh3": _digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
-    commit_file(checkpoint / LISTING, lambda file: file.write(data))
+    commit_file(checkpoint / LISTING, data)
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:

@@ -222,18 +222,17 @@ class _Work:
             "log": [line for line in trainer.state.log_history if "train_runtime" not in line],
         }
         _refuse_occupied(target)  # what came there while this was training
-        with staging(target.folder) as stage:
+        with staging(target.folder) as folder:
             try:
-                outputs.write_result(model, state, opened.checkpoint, opened.settings.training, stage.path)
-                opened.tokenizer.save_pretrained(stage.path)
+                outputs.write_result(model, state, opened.checkpoint, opened.settings.training, folder)
+                opened.tokenizer.save_pretrained(folder)
                 text = json.dumps(record, indent=1, default=str) + "\n"
-                (stage.path / outputs.RECORD).write_text(text, encoding="utf-8")
+                (folder / outputs.RECORD).write_text(text, encoding="utf-8")
                 # In the manifest alone, so that equal runs leave equal files.
                 made = {"fusekit": fusekit.__version__, "seconds": seconds}
-                artifact.seal(stage.path, STAGE, self.facts, made)
+                artifact.seal(folder, STAGE, self.facts, made)
             except Exception as error:
-                raise disk_fault(error, stage.path) or error from None
-            stage.publish()
+                raise disk_fault(error, folder) or error from None
         (target.work / outputs.OVERWRITING).unlink(missing_ok=True)  # or the new one would be taken for the former
         shutil.rmtree(target.work, ignore_errors=True)
 
@@ -259,7 +258,7 @@ def _begin(target: Target, facts: Mapping[str, Any]) -> None:
     """Say what the checkpoints to come are made from."""
     target.work.mkdir(parents=True, exist_ok=True)
     data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
-    commit_file(target.work / outputs.FACTS, lambda file: file.write(data))
+    commit_file(target.work / outputs.FACTS, data)
 
 
 Facts = dict[str, Any]

@@ -343,8 +343,7 @@ def _write(job: _Job, plan: Plan, needs: list[Need], loaders: list[CheckingLoade
     donor = next(model for model in job.models if model.pinned == job.config.donor)
     if not has_tokenizer(donor.folder):  # mergekit would log a traceback
         options = options.model_copy(update={"copy_tokenizer": False})
-    with staging(job.final) as stage, record_coefficients() as record:
-        folder = stage.path
+    with staging(job.final) as folder, record_coefficients() as record:
         try:
             with progress(plan.read_bytes, "merging", "byte", quiet=job.options.quiet) as bar:
                 for loader in loaders:
@@ -364,7 +363,6 @@ def _write(job: _Job, plan: Plan, needs: list[Need], loaders: list[CheckingLoade
             raise
         except Exception as error:
             raise _explain(error, job.final, plan, needs) from error
-        stage.publish()
 
 
 def _write_card(job: _Job, folder: Path, record: MergeRecord) -> None:

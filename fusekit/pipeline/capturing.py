@@ -23,7 +23,7 @@ from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
 from fusekit.devices import Need, disk_need
-from fusekit.disk import commit_file, counted
+from fusekit.disk import commit_file, counted, recover
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError, StorageError
 from fusekit.gguf import SUFFIX
@@ -369,7 +369,7 @@ def timed(context: Context, name: str) -> Iterator[None]:
         known = json.loads(path.read_bytes())
     known = known if isinstance(known, dict) else {}  # times are for people: a damaged file starts over
     text = json.dumps(known | {name: context.made(started)}, indent=1, ensure_ascii=False) + "\n"
-    commit_file(path, lambda file: file.write(text.encode()))
+    commit_file(path, text.encode())
 
 
 def describe(context: Context) -> None:
@@ -504,6 +504,7 @@ def _measure_worth(context: Context, source: str) -> None:
     if how.as_they_are or how.vocabulary == "grouped":
         return
     path, folder = context.layout.worth(source), context.layout.alignment(source)
+    recover(folder)
     shards = [artifact.joined_hash(record.xxh3 for record in store.records) for store in stores]
     of = {"alignment": how.model_dump(mode="json"), "pivot": shards[0], "source": shards[1]}
     try:

@@ -102,7 +102,7 @@ class Evaluate(Stage):
                 figures[name] = _lm_eval(context, section.lm_eval, name, model, identity)
         document = document_of(scores, figures)
         data = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-        commit_file(context.layout.results, lambda file: file.write(data))
+        commit_file(context.layout.results, data)
 
     def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
         """Held-out examples that are missing or cannot be read, as far as they are read, and impossible tasks.

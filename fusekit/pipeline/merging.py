@@ -125,7 +125,7 @@ class Merge(Stage):
         data = text(f"The merge of this run. {by_itself}", [str(folder) for folder in folders.values()]).encode()
         # Where the merge is done it may be gone, or name the places that they had before.
         if not layout.merge_recipe.is_file() or layout.merge_recipe.read_bytes() != data:
-            commit_file(layout.merge_recipe, lambda file: file.write(data))
+            commit_file(layout.merge_recipe, data)
         if done:
             return
         started, made_of = time.monotonic(), self.inputs(context, name, {})

@@ -94,7 +94,7 @@ def _in_shards(
 
 
 def _commit(path: Path, value: Any) -> None:
-    commit_file(path, lambda file: file.write(json.dumps(value).encode()))
+    commit_file(path, json.dumps(value).encode())
 
 
 def _json(path: Path) -> Any:

@@ -256,12 +256,8 @@ def make_plan(recipe: Recipe, name: str, out: Path | None = None) -> Plan:
 
 def layout_of(out: Path | str) -> Layout:
     """The layout of an output that need not exist. Raises StorageError for a path that cannot be a folder."""
-    try:
-        path = Path(out).resolve()
-        refuse_file(path, out)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{out} cannot be an output: {reason}; choose another one") from error
+    path = Path(os.path.realpath(out))  # Path.resolve raises for links in a circle
+    refuse_file(path)
     return Layout(path)
 
 
@@ -278,7 +274,7 @@ def _claim(context: Context, chosen: list[str]) -> None:
         _save(layout, recipe)
     elif layout.recipe.read_bytes() != _text(recipe):
         layout.logs.mkdir(exist_ok=True)
-        commit_file(layout.begun, lambda file: file.write(_text(recipe)))
+        commit_file(layout.begun, _text(recipe))
 
 
 def _refuse_other_recipe(layout: Layout, recipe: Recipe) -> None:
@@ -308,7 +304,7 @@ def foreign_to_runs(layout: Layout) -> str | None:
 
 def _save(layout: Layout, recipe: Recipe) -> None:
     """Save the recipe with every value written out: by now it is that of what is there."""
-    commit_file(layout.recipe, lambda file: file.write(_text(recipe)))
+    commit_file(layout.recipe, _text(recipe))
     remove(layout.begun)
 
 

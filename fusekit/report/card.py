@@ -79,7 +79,7 @@ def write_report(out: Path, *, with_card: bool = True) -> list[str]:
         return said
     # Without the lock another process may be writing the page: the temporary file then has a name of its own. One that
     # a killed process leaves is overwritten by the next that has the lock, or removed by `fusekit clean`.
-    commit_file(path, lambda file: file.write(data), rank=0 if with_card else uuid.uuid4().int)
+    commit_file(path, data, rank=0 if with_card else uuid.uuid4().int)
     return [*said, str(path)]
 
 

@@ -495,4 +495,4 @@ def write_models(path: Path, facts: Mapping[str, ModelFacts]) -> None:
     plain = {name: found.model_dump(mode="json", exclude_defaults=True) for name, found in facts.items()}
     data = (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()
     if not path.is_file() or path.read_bytes() != data:
-        commit_file(path, lambda file: file.write(data))
+        commit_file(path, data)
