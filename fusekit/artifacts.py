@@ -230,8 +230,8 @@ def refuse_foreign(folder: Path) -> None:
     if folder.exists() and (found := foreign(folder)):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise StorageError(
-            f"{folder} holds {found[0]}{more}, which no {MANIFEST} lists: move it away, or remove it if a run may lose "
-            "it, or choose another output; nothing was touched"
+            f"{folder} holds {found[0]}{more}, which no {MANIFEST} lists: move it away, or choose another output; "
+            "nothing was touched"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _append(file: Path, record: dict[str, Any]) -> None:
         os.fsync(lines.fileno())
 
 
-def answered(file: Path, prompts: Sequence[Any], made: Mapping[str, Any], *, raw: bool) -> int:
+def answered(file: Path, prompts: Sequence[Any], made: dict[str, Any], *, raw: bool) -> int:
     """How many of the prompts a file of answers has; half a line, of a process that died, is cut off.
 
     Raises GenerationError for answers to other prompts, or made with other models or settings.

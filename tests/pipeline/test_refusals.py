@@ -56,7 +56,7 @@ def test_a_file_beside_merged_weights_is_not_lost_when_they_are_made_anew(finish
     mine.write_text("mine")
     go(recipe, out)  # they stay, and so does it
     two = with_sources(recipe, ["llama", "neox"])
-    said = r"merged is to be replaced, but holds model-q4\.gguf, which its manifest\.json does not list"
+    said = r"merged holds model-q4\.gguf, which no manifest\.json lists"
     foreign(two, out, said, "merge linear")
     refused(two, out, said, start="capture")
     assert not (out / "captures" / "neox").exists()
@@ -87,7 +87,7 @@ def test_a_file_that_comes_while_a_target_is_trained_is_not_lost(finished):
             target.mkdir()
             (target / "notes.txt").write_text("mine")
 
-    with pytest.raises(FusekitError, match=r"targets/llama has no manifest\.json, but holds notes\.txt"):
+    with pytest.raises(FusekitError, match=r"targets/llama holds notes\.txt"):
         run(load_recipe(recipe), out, until="distill", say=say)
     assert (target / "notes.txt").read_text() == "mine"
     shutil.rmtree(target)
@@ -101,7 +101,7 @@ def test_a_file_beside_scores_is_not_lost_when_they_are_made_anew(finished):
     (out / "evaluation" / "pivot" / "mine.csv").write_text("mine")
     go(recipe, out, only="evaluate")
     refused(
-        recipe, out, r"evaluation/pivot is to be replaced, but holds mine\.csv", "evaluate.limit=2", only="evaluate"
+        recipe, out, r"evaluation/pivot holds mine\.csv", "evaluate.limit=2", only="evaluate"
     )
 
 

@@ -179,7 +179,7 @@ def test_what_is_missing_or_foreign_is_said(tmp_path):
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["report.html", "thesis.tex"]
 
 
-@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "x" * 300, "recipe.yml", "recipe.yml/x/y"])
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "recipe.yml", "recipe.yml/x/y"])
 def test_an_output_that_cannot_be_a_folder_is_named(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, ["llama"])
@@ -232,7 +232,7 @@ def test_a_merged_model_of_other_targets_is_made_anew_one_of_other_settings_refu
     assert json.loads(manifest.read_text())["inputs"] == whole["inputs"]
     refused(path, out, r"merge\.dtype: 'float32', now 'bfloat16'", "merge.dtype=bfloat16", only="merge")
     manifest.unlink()
-    refused(path, out, r"merged has no manifest\.json, but holds README\.md \(and \d more\): move", only="merge")
+    refused(path, out, r"merged holds README\.md \(and \d more\), ", only="merge")
 
 
 def test_a_baseline_that_is_missing_or_of_other_settings_is_refused_before_anything_is_trained(finished):
