@@ -118,7 +118,7 @@ def _write_at_exit(record: MergeRecord, path: Path) -> None:
     try:
         if record.tensors:
             path.parent.mkdir(parents=True, exist_ok=True)
-            commit_file(path, lambda file: file.write(record.to_json().encode()))
+            commit_file(path, record.to_json().encode())
     except (OSError, StorageError) as error:
         print(
             f"fusekit: the coefficients could not be written to {path}, which {ENVIRONMENT_VARIABLE} names: {error}. "
