@@ -28,6 +28,7 @@ from fusekit.merging.models import Model, OrderedConfiguration, instances
 from fusekit.yaml import Problems, nearest
 
 MAX_REPORTED = 8
+"""Problems of tensors after which the rest is taken for the same."""
 ANY = -1
 """A dimension that is not known before the tokenizer is built."""
 
@@ -61,9 +62,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge as mergekit plans it. name: of the method; method: its pretty name. base: its name, None without one;
+    """A merge as mergekit plans it. name: of the method; method: its pretty name. base: its name, None without one.
+
     models: those that are merged (into it). generation_config: the file that the merged model gets, if there is one.
-    read_bytes: of all inputs; nbytes: of the result."""
+    """
 
     name: str
     method: str
@@ -95,11 +97,11 @@ def make_plan(config: OrderedConfiguration, models: Iterable[Model], options: Me
     saves = [task for task in tasks if isinstance(task, SaveTensor)]
     donor = by_pin[config.donor]
     built = _built_shapes(out_config)
-    tensors = [_planned_tensor(save, by_pin, built, problems) for save in saves]
-    if len(problems.found) > MAX_REPORTED:
-        rest = len(problems.found) - MAX_REPORTED
-        last = max(line for line, _, _ in problems.found[:MAX_REPORTED])
-        problems.found[MAX_REPORTED:] = [(last, f"and {rest} more of the same kind", ())]
+    tensors = []
+    for save in saves:
+        tensors.append(_planned_tensor(save, by_pin, built, problems))
+        if len(problems.found) >= MAX_REPORTED:
+            break
     problems.raise_if_any(MergeError)
     _check_sizes(built, tensors, donor, problems)
     check_tokenizers(config, by_pin, options.copy_tokenizer, problems)
@@ -173,12 +175,11 @@ def _planned_tensor(save: Any, by_pin: dict[Any, Model], built: Shapes, problems
         promoted = reduce(torch.promote_types, [getattr(torch, name) for name in loaded.values()])
         dtype = str(save.dtype or promoted).removeprefix("torch.")
     sizes = {pinned: header.elements * _itemsize(loaded[pinned]) for pinned, header in inputs.items()}
-    adapters = {pinned: by_pin[pinned].adapter for pinned in inputs}
-    adapted = {pinned for pinned, lora in adapters.items() if lora and gather.weight_info[pinned].name in lora.names}
-    copies = {pinned for pinned, header in inputs.items() if loaded[pinned] != header.dtype} | adapted | {*converted}
-    copied = sum(sizes[pinned] for pinned in copies & sizes.keys())
-    if adapted:
-        copied += 8 * max(header.elements for header in inputs.values())  # B A, and B A times s, of one model at a time
+    copied = sum(
+        sizes[pinned]
+        for pinned, header in inputs.items()
+        if loaded[pinned] != header.dtype or by_pin[pinned].adapter or pinned in converted
+    )
     optional = save.optional and len(inputs) < len(gather.weight_info)
     shape = shape if known else None
     return PlannedTensor(
@@ -258,6 +259,7 @@ def same_shape(planned: tuple[int, ...], found: tuple[int, ...]) -> bool:
 
 
 def _unmatched_filters(config: OrderedConfiguration, saves: list[Any]) -> list[str]:
+    """A warning for every filter of a parameter that no tensor's name contains."""
     names = {save.tensor_name for save in saves}
     names |= {weight.name for save in saves for weight in _gather(save).weight_info.values()}
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
