@@ -40,19 +40,7 @@ def capture_job(
     quiet: bool = False,
     **settings: Any,
 ) -> Capture:
-    """What :func:`capture` does, before it is done; the arguments are the same.
-
-    counts: what the reader of ``dataset`` counts; the rest is counted there too.
-
-    A process that is given one share after the other runs them with one model:
-
-    >>> from fusekit.api import capture_job
-    >>> from fusekit.devices import Processes
-    >>> texts = [{"text": "2+2="}, {"text": "3+3="}]
-    >>> job = capture_job("demo/models/numbers", texts, folder, rows_per_shard=1, quiet=True)
-    >>> [job.run(Processes.separate(rank, 2)).complete for rank in (1, 0)]
-    [False, True]
-    """
+    """What :func:`capture` does, before it is done. counts: what the reader of ``dataset`` counts."""
     if not isinstance(model, (str, PathLike, ModelChoice)):
         raise ModelError(f"model is {type(model).__name__}: give its name on the hub, its folder or a ModelChoice")
     known = (*CUTS, *CaptureSettings.model_fields)

@@ -122,10 +122,7 @@ class Opened:
     projections: dict[str, Projection]
 
     def examples(self, sources: Sequence[str]) -> tuple[FusionDataset, FusionDataset | None]:
-        """Those of a target that these sources teach, and of a schedule the answers, each taught by its writer.
-
-        Raises DistillationError: a schedule without answers, or with a source that is scored on the fly.
-        """
+        """Those of a target that these sources teach, and of a schedule the answers, each taught by its writer."""
         given, training = self.inputs.responses, self.settings.training
         of = partial(
             FusionDataset,
@@ -154,10 +151,8 @@ class Opened:
 def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str], say: Say = lambda _: None) -> Opened:
     """Find the pivot, open the stores of ``sources``, and make their vocabulary maps.
 
-    Raises CaptureError: a model or tokenizer cannot be found; StorageError: a store is damaged or not complete;
-    DistillationError: stores of another temperature, pivot or tokenizer than the run's.
+    Raises DistillationError: stores of another temperature, pivot or tokenizer than the run's.
     """
-    _refuse_rewards(settings)
     if settings.training.lm_weighting == "relative" and inputs.pivot_store is None and sources:
         raise DistillationError(
             "lm_weighting relative compares the teachers with the pivot, but there is no store of the pivot: capture "
@@ -188,14 +183,6 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
     return Opened(inputs, settings, checkpoint, fingerprint, tokenizer, own, stores, projections)
 
 
-def _refuse_rewards(settings: DistillSettings) -> None:
-    if settings.fusion.function == "reward_softmax":
-        raise DistillationError(
-            "reward_softmax needs a reward per example and model, which no store has: use it from Python "
-            "(FusionDataset(rewards=...)), or choose min_ce or avg_ce"
-        )
-
-
 def _refuse_temperatures(stores: Mapping[str, Store | LiveTeacher], settings: DistillSettings) -> None:
     for name, store in stores.items():
         if store.spec.temperature != settings.training.temperature:
@@ -212,7 +199,7 @@ def _projections(
     stores: Mapping[str, Store | LiveTeacher],
     sources: Mapping[str, Source],
 ) -> dict[str, Projection]:
-    """How the rows of each store come to stand at the pivot's positions. Raises what :func:`projection_of` raises."""
+    """How the rows of each store come to stand at the pivot's positions."""
     by_key, processes, found = {row.key: row for row in rows}, Processes.current(), {}
     for name, store in stores.items():
         source = sources.get(name, Source(None))
@@ -265,11 +252,7 @@ class Reading(NamedTuple):
 def projection_of(
     how: AlignmentSettings, ours: Reading, theirs: Reading, rows: Sequence[Row], folder: Path | None = None
 ) -> Projection:
-    """How a source's rows come to stand at the pivot's positions. folder: of the vocabulary map; None to make it.
-
-    Raises StorageError: the map is not there, damaged or another; DistillationError: it has fewer ids than the source's
-    store.
-    """
+    """How a source's rows come to stand at the pivot's positions. folder: of the vocabulary map; None to make it."""
     if how.map_method is None:
         return Projection(None)
     if folder is not None:
@@ -286,9 +269,6 @@ def projection_of(
     return Projection(made, tokens, how.tail, how.conditioning, how.one_hot, how.collisions)
 
 
-# What a trainer is given.
-
-
 def fusion_dataset(
     student: Loaded,
     dataset: Any,
@@ -301,12 +281,8 @@ def fusion_dataset(
     """Examples for a student to train on, with the targets that its teachers give: see :class:`~fusekit.FusionTrainer`.
 
     fits: refuses what takes too much memory, told the tokens of the longest example and the teachers that are loaded.
-
-    Raises DataError: no example that can be read; DistillationError: a teacher of a wrong kind, or one without the
-    examples; CaptureError, StorageError: a capture fails.
     """
     settings, given, own = args.settings, _named(teachers), None
-    _refuse_rewards(settings)
     refuse_names(given)
     stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
     # A template that prints the day prints that of the captures that are there.
@@ -347,7 +323,7 @@ def fusion_dataset(
 
 
 def text_dataset(student: Loaded, dataset: Any, args: FusionConfig) -> FusionDataset:
-    """Examples whose text alone a student is evaluated on. Arguments and errors as :func:`fusion_dataset`."""
+    """Examples whose text alone a student is evaluated on."""
     reader = RowTokenizer(student.tokenizer)
     return FusionDataset(_prepared(dataset, reader, args), tokenizer=reader, fusion=args.settings.fusion)
 
@@ -394,7 +370,6 @@ def capture_student(
 
 
 def own_folder(args: OneDevice) -> Path:
-    """Where :func:`capture_student` puts it."""
     return Path(args.output_dir) / CAPTURES / PIVOT
 
 
@@ -406,17 +381,11 @@ class OnPolicy:
     exceptions, since what the trained model said before training about a new text is not known: it is no candidate, and
     the mass outside a teacher's entries is shared as by ``tail: listed_share``.
 
-    Args:
-        data: the examples, whose questions are asked, with their teachers; one that is a store is loaded.
-        tokenizer: the trained model's, which reads conversations under its own template unless ``data`` reads them.
-        settings: ``on_policy``, ``max_new_tokens`` and ``seed``.
-        max_length: most tokens of a question with its answer, for any of the models; longer ones are cut.
-        sources: of teachers that are stores, where more is known than the stores say: the model, and how it reads.
-        say: told what a user should know.
-
-    Raises:
-        CaptureError: a teacher cannot be loaded.
-        DistillationError: nothing to ask, or nobody to teach; a model or its template is not that of a store.
+    data: the examples, whose questions are asked, with their teachers; one that is a store is loaded. tokenizer: the
+    trained model's, which reads conversations under its own template unless ``data`` reads them. max_length: most
+    tokens of a question with its answer, for any of the models. sources: of teachers that are stores, where more is
+    known than the stores say. Raises DistillationError: nothing to ask, or nobody to teach; a model or its template is
+    not that of a store.
     """
 
     def __init__(
@@ -481,7 +450,7 @@ class OnPolicy:
         """New examples in place of those with these numbers; a blank where no answer can be learned from.
 
         The same weights, numbers and ``step`` (of the run) give the same answers, and nothing else draws from another
-        random state. model: that is trained, unwrapped. indices: into ``data``; numbers beyond are blanks.
+        random state. model: unwrapped. indices: into ``data``; numbers beyond are blanks.
         """
         questions = [question for i in indices if i < len(self.data) for question in questions_of([self.data.rows[i]])]
         if not questions:

@@ -45,10 +45,10 @@ AT_ONCE = 64
 class LiveTeacher:
     """What a loaded model says about examples, in place of a :class:`~fusekit.Store`: nothing is written.
 
-    The log-probabilities are the model's own; those of a store are rounded, within its ``max_error``. Every epoch
-    scores the examples again. load: what scores them, called once, and kept until :meth:`close`. rows: each once, cut
-    as this model reads them. spec: what a store of it would be made from. max_quarantined: share of the examples that
-    may have NaN or infinite logits; one always may. checkpoint: the model's files, if it was not given loaded.
+    Every epoch scores the examples again. load: what scores them, called once, and kept until :meth:`close`. rows: each
+    once, cut as this model reads them. spec: what a store of it would be made from. max_quarantined: share of the
+    examples that may have NaN or infinite logits; one always may. checkpoint: the model's files, if it was not given
+    loaded.
     """
 
     records: tuple[()] = ()  # of shards, which a store has
@@ -87,17 +87,16 @@ class LiveTeacher:
         return self._scored.get(key)
 
     def tokens(self, key: str) -> TokenizedRow:
-        """An example as the model reads it."""
         return self.reader.tokenize(self._rows[key])
 
     def score(self, keys: Iterable[str]) -> None:
-        """Score these examples together, and forget all others. Raises CaptureError as :meth:`said`."""
+        """Score these examples together, and forget all others."""
         self._scored = self.said([self._rows[key] for key in keys if key in self._rows])
 
     def said(self, rows: Sequence[Row]) -> dict[str, CapturedRow]:
         """What the model says about any examples, by key, without those whose logits are not finite.
 
-        Raises CaptureError: an example does not fit into memory; too many of them have NaN or infinite logits.
+        Raises CaptureError: too many of them are not.
         """
         self.open()
         assert self._scorer is not None
@@ -114,13 +113,11 @@ class LiveTeacher:
         return found
 
     def open(self) -> None:
-        """Load the model, if it is not. Raises CaptureError where it cannot be loaded, or does not fit."""
         with self._lock:
             if self._scorer is None:
                 self._scorer = self._load()
 
     def close(self) -> None:
-        """Let the model go."""
         self._scorer, self._scored = None, {}
         gc.collect()
 
@@ -211,10 +208,7 @@ class Loaded:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None, *, dtype: str = "auto", name: str = "model") -> Loaded:
-        """From a name, a path, a ModelChoice or a loaded model; on the CPU where it is loaded here.
-
-        name: of the argument. Raises DistillationError for anything else, CaptureError for what cannot be loaded.
-        """
+        """From a name, a path, a ModelChoice or a loaded model. name: of the argument, for messages."""
         if isinstance(model, (str, Path)):
             model = ModelChoice(str(model), dtype=dtype)
         if isinstance(model, ModelChoice):
@@ -290,9 +284,8 @@ def live_teacher(
 ) -> LiveTeacher:
     """A teacher that is scored on the fly, on this process's device, once it is opened.
 
-    model: its name or path, a ModelChoice (which may name an engine), or a loaded model. settings: what is kept of its
-    distributions. max_length: most tokens of an example, if they are not cut for this model. reader: its tokenizer and
-    template; by default its own. Raises CaptureError: it cannot be found; DistillationError: it is no model.
+    model: its name or path, a ModelChoice (which may name an engine), or a loaded model. max_length: most tokens of an
+    example, if they are not cut for this model. reader: its tokenizer and template; by default its own.
     """
     processes, settings = Processes.current(), settings.model_copy(update={"max_error": 0.0, "rows_per_shard": 1})
     choice = ModelChoice(str(model)) if isinstance(model, (str, Path)) else model

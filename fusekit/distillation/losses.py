@@ -39,10 +39,9 @@ class FusionLoss(NamedTuple):
     Attributes:
         total: scalar, float32 (float64 for float64 logits): Σ lm_weight · lm + Σ fusion_weight · fusion. The only one
             that carries gradients.
-        lm: scalar, float64, detached: the sum of the labels' negative log-likelihoods, nats, at temperature 1.
-        fusion: scalar, float64, detached: the sum of the distances over the taught labels, T² included.
-        labels: how many labels.
-        taught: how many of them have a target.
+        lm: scalar, float64: the sum of the labels' negative log-likelihoods, nats, at temperature 1.
+        fusion: scalar, float64: the sum of the distances over the taught labels, T² included.
+        labels, taught: how many labels, and how many of them have a target.
     """
 
     total: Tensor
@@ -91,27 +90,22 @@ def fusion_loss(
     Args:
         logits: float16, bfloat16, float32 or float64 [..., V]; best contiguous. -inf (padding ids) is fine.
         labels: int64 [n], :data:`IGNORE` for those that are none.
-        targets: n rows, in ids below V (``uld_topk``: any vocabulary, the source's unprojected rows), captured at
-            ``temperature``; None for the likelihood alone. ``grouped_kl`` and ``p_kl``: in ids of ``members``.
+        targets: n rows, in ids below V (``uld_topk``: any vocabulary; ``grouped_kl`` and ``p_kl``: ids of ``members``),
+            captured at ``temperature``; None for the likelihood alone.
         positions: int64 [n], increasing: which rows of the logits, flattened to [-1, V], predict the labels. None: all
             of them, in order. Passing whole logits and positions spares the copy that slicing makes.
         loss: one of :data:`LOSSES` (docs/losses.md).
         truncation: ``tail``: everything that the target does not list is one more outcome, on both sides.
-            ``renormalize``: the listed probabilities are scaled to 1 and the student keeps its whole softmax, as
-            published; biased towards peaked students, and not for ``reverse_kl``, which is infinite then.
+            ``renormalize``: the listed probabilities are scaled to 1 and the student keeps its whole softmax.
         temperature: T; the student's logits are divided by it in the distance (not in the likelihood), and the distance
             is multiplied by T², so that its gradient keeps its size (arXiv 1503.02531).
         lm_weight, fusion_weight: a number, or float [n] per label.
         overwrite_logits: let the gradient take the logits' memory. The logits are useless after the call; where
-            autograd needs them elsewhere, it says so in ``backward``. Ignored where no gradient is wanted.
+            autograd needs them elsewhere, it says so in ``backward``.
         chunk: logits per chunk, for measurements.
 
-    Returns:
-        :class:`FusionLoss`. Without labels, zeros, connected to the logits. A target with mass on a logit of -inf
-        gives an infinite loss. ``backward`` works once; double backward is refused.
-
-    Raises:
-        DistillationError: anything that does not fit together, naming it.
+    Without labels zeros, connected to the logits. A target with mass on a logit of -inf gives an infinite loss.
+    ``backward`` works once. Raises DistillationError for what does not fit together.
     """
     _refuse_settings(loss, truncation, temperature)
     flat, where = _flattened(logits, labels, positions), positions
@@ -167,18 +161,14 @@ def _refuse_settings(loss: str, truncation: str, temperature: float) -> None:
 
 def _flattened(logits: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
     """The logits as [-1, V]. Raises DistillationError for labels and positions that do not fit them."""
-    if not logits.is_floating_point() or logits.ndim < 2:
-        raise DistillationError(f"logits are {logits.dtype} {tuple(logits.shape)}: they must be floating [..., V]")
     flat = logits.reshape(-1, logits.shape[-1])
     if labels.dtype != torch.int64 or labels.ndim != 1:
         raise DistillationError(f"labels are {labels.dtype} {tuple(labels.shape)}: they must be int64 [n]")
     if positions is None and len(labels) != len(flat):
         raise DistillationError(f"{len(labels)} labels for {len(flat)} rows of logits: pass the positions that predict")
     if positions is not None and (positions.shape != labels.shape or positions.dtype != torch.int64):
-        raise DistillationError(
-            f"positions are {positions.dtype} {tuple(positions.shape)}: they must be int64, one for each of "
-            f"{len(labels)} labels"
-        )
+        found = f"{positions.dtype} {tuple(positions.shape)}"
+        raise DistillationError(f"positions are {found}: they must be int64, one for each of {len(labels)} labels")
     wrong = ((labels < 0) | (labels >= flat.shape[1])) & (labels != IGNORE)
     astray = torch.zeros_like(wrong)
     if positions is not None and len(positions):
@@ -197,7 +187,7 @@ def _flattened(logits: Tensor, labels: Tensor, positions: Tensor | None) -> Tens
 
 
 def _ids_below(loss: str, targets: SparseTargets, flat: Tensor) -> int | None:
-    """How many ids targets may have, None for any. Raises DistillationError where members are missing or too many."""
+    """How many ids targets may have, None for any."""
     if (loss in ("grouped_kl", "p_kl")) != (targets.members is not None):
         needs = "needs members, the tokens that stand for each id" if targets.members is None else "takes no members"
         raise DistillationError(f"the loss {loss} {needs}")

@@ -6,11 +6,10 @@ aligned: stores of the answers, of any ``top_k``, are all that is needed of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits
 from fusekit.distillation.inputs import capture_student, own_folder
 from fusekit.distillation.live import Loaded
 from fusekit.errors import DataError, DistillationError
-from fusekit.types import FloatArray, Part, Row, TokenizedRow
+from fusekit.types import FloatArray
 
 ANSWERS = ("chosen", "rejected")
 
@@ -40,60 +39,38 @@ def answers(pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     >>> answers([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}])
     [{'prompt': '2+2=', 'completion': '4'}, {'prompt': '2+2=', 'completion': '5'}]
 
-    Args:
-        pairs: records as TRL has them, such as a ``datasets.Dataset``: ``chosen`` and ``rejected``, text or lists of
-            messages, with a ``prompt`` of the same kind or, where they are messages, as the messages that both begin
-            with.
+    pairs: records as TRL has them, such as a ``datasets.Dataset``: ``chosen`` and ``rejected``, text or lists of
+    messages, with a ``prompt`` of the same kind or, where they are messages, as the messages that both begin with.
 
-    Raises DataError: a pair without a prompt, without one of the answers, or with two equal ones; no pairs at all, such
-        as text.
+    Raises DataError: a pair without a prompt, without one of the answers, or with two equal ones.
     """
-    if isinstance(pairs, (str, Path, Mapping, NoneType)):
-        kind = type(pairs).__name__
-        raise DataError(f"the pairs are {kind}: give a list of records with prompt, chosen and rejected")
     examples = []
     for number, pair in enumerate(pairs, 1):
-        if not isinstance(pair, Mapping):
-            raise DataError(f"pair {number} is {_shown(pair)}: give a record with prompt, chosen and rejected")
-        found: list[Any] = [pair.get(name) for name in ANSWERS]
+        found = [pair.get(name) for name in ANSWERS] if isinstance(pair, Mapping) else [None, None]
         chosen, rejected = found
-        if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)) or chosen == rejected:
-            raise DataError(
-                f"pair {number}: chosen is {_shown(chosen)} and rejected {_shown(rejected)}: give two different "
-                "answers, both text or both lists of messages"
-            )
-        prompt = pair.get("prompt")
-        if isinstance(chosen, list) and not isinstance(prompt, list):
+        prompt = pair.get("prompt") if isinstance(pair, Mapping) else None
+        alike = type(chosen) is type(rejected) and isinstance(chosen, (str, list)) and chosen != rejected
+        if alike and isinstance(chosen, list) and not isinstance(prompt, list):
             both = takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))
             prompt = [message for message, _ in both]
             found = [answer[len(prompt) :] for answer in found]
-        if not prompt or type(prompt) is not type(chosen) or not all(found):
+        if not alike or not prompt or type(prompt) is not type(chosen) or not all(found):
             raise DataError(
-                f"pair {number}: the prompt is {_shown(prompt)}, the answers after it are {_shown(found[0])} and "
-                f"{_shown(found[1])}: none may be empty"
+                f"pair {number} is {str(pair)[:200]}: give a record with a prompt and two different answers, chosen "
+                "and rejected, all text or all lists of messages, and none empty"
             )
         examples += [{"prompt": prompt, "completion": answer} for answer in found]
     return examples
 
 
-def _shown(value: object) -> str:
-    return "missing" if value is None else repr(value)[:60]
-
-
 def fused_reference(pivot: FloatArray, sources: FloatArray, *, preferred: bool, clip: bool = True) -> FloatArray:
     """What the models together think of answers: for each answer, the model that differs most from the pivot.
 
-    Args:
-        pivot: float64 [n], log-probabilities of n answers per token, nats, of the model before training.
-        sources: float64 [K, n], the same of K sources, each per token of its own.
-        preferred: whether they are the chosen answers.
-        clip: a source counts as the pivot where it thinks less of a chosen answer than the pivot does, or more of a
-            rejected one. What is left is the highest of all K + 1 values for chosen answers, the lowest for rejected.
-
-    Returns:
-        float64 [n]; ``pivot`` where there is no source. Of sources that differ alike the first counts.
-
-    Source: probability clipping and max-margin fusion of InfiFPO (arXiv 2505.13878).
+    pivot: float64 [n], log-probabilities of n answers per token, nats, of the model before training. sources: float64
+    [K, n], the same of K sources, each per token of its own. preferred: whether they are the chosen answers. clip: a
+    source counts as the pivot where it thinks less of a chosen answer than the pivot does, or more of a rejected one.
+    Returns float64 [n]; of sources that differ alike the first counts. Probability clipping and max-margin fusion of
+    InfiFPO (arXiv 2505.13878).
     """
     if not len(sources):
         return pivot
@@ -105,14 +82,10 @@ def fused_reference(pivot: FloatArray, sources: FloatArray, *, preferred: bool, 
 
 
 def preference_loss(margins: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
-    """-log σ(β (margin - reference)), the mean over pairs.
+    """-log σ(β (margin - reference)), the mean over pairs: DPO (arXiv 2305.18290, eq. 7), normalised by length.
 
-    Args:
-        margins: float [n], log-probability per token of the chosen answer less that of the rejected one, nats.
-        reference: float [n], the same of the reference model.
-        beta: how far a pair pulls the model from the reference.
-
-    Source: DPO (arXiv 2305.18290, eq. 7), with length-normalised log-probabilities.
+    margins: float [n], log-probability per token of the chosen answer less that of the rejected one, nats. reference:
+    float [n], the same of the reference model.
     """
     return -functional.logsigmoid(beta * (margins - reference)).mean()
 
@@ -135,10 +108,8 @@ class PreferenceConfig(OneDevice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.beta, (int, float)) or not (0 < self.beta < float("inf")):
+        if not 0 < self.beta < float("inf"):
             raise DistillationError(f"beta is {self.beta!r}: give a finite number above 0")
-        if not isinstance(self.clip, bool):
-            raise DistillationError(f"clip is {self.clip!r}: give True or False")
         self.remove_unused_columns = False  # what the loss needs is no argument of the model
 
 
@@ -168,9 +139,8 @@ class PreferenceTrainer(Trainer):
         kwargs: as in transformers (callbacks, optimizers); there is no evaluation.
 
     Raises:
-        DataError: a pair that cannot be read. DistillationError: a pair is too long, a store lacks an answer or has
-            another part of it, or an argument is something else.
-        CaptureError, StorageError: the model's own capture fails, or a store is damaged.
+        DataError: a pair that cannot be read.
+        DistillationError: a pair is too long, or a store lacks an answer.
     """
 
     def __init__(
@@ -188,11 +158,6 @@ class PreferenceTrainer(Trainer):
             raise DistillationError(f"args is {type(args).__name__}: give a PreferenceConfig")
         if not isinstance(sources, Mapping | None):
             raise DistillationError(f"sources is {type(sources).__name__}: give stores by name, {{name: store}}")
-        if kwargs.get("eval_dataset") is not None:
-            raise DistillationError("eval_dataset cannot be given: a PreferenceTrainer does not evaluate")
-        for name, store in (sources or {}).items():
-            if not isinstance(store, (Store, str, Path)):
-                raise DistillationError(f"the source {name} is {type(store).__name__}: give a Store or the path of one")
         stores = {
             name: store if isinstance(store, Store) else Store.open(store) for name, store in (sources or {}).items()
         }
@@ -200,14 +165,10 @@ class PreferenceTrainer(Trainer):
         # A template that prints the day prints that of the capture that is there.
         reader = RowTokenizer(student.tokenizer, date=date_of(own_folder(args)))
         rows = list(rows_of(answers(train_dataset), DataCounts()))
-        if not rows:
-            raise DistillationError("train_dataset has no pairs")
         prepared = prepare(rows, [reader], args.max_length, "drop")
         own = capture_student(student, reader, prepared.rows, args, CaptureSettings(top_k=1))
         keys = [row.key for row in rows]
         pivot, *others = (_per_token(name, store, keys) for name, store in {"the model": own, **stores}.items())
-        for name, store in stores.items():
-            _refuse_other_parts(name, store, own, rows)
         known = np.array(others).reshape(len(others), len(rows))
         chosen, rejected = (
             fused_reference(pivot[at::2], known[:, at::2], preferred=not at, clip=args.clip) for at in (0, 1)
@@ -251,11 +212,7 @@ class PreferenceTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds TRL's ``rewards/accuracies`` to a line of training, the share of pairs that the model is ahead in.
-
-        It is ahead where it prefers the chosen answer more than the reference does; of this process's pairs since the
-        line before.
-        """
+        """Adds TRL's ``rewards/accuracies``: the share of this process's pairs where it is ahead of the reference."""
         if "loss" in logs and self._ahead:
             logs["rewards/accuracies"] = float(torch.stack(self._ahead).mean())
             self._ahead = []
@@ -274,43 +231,12 @@ class _Pairs:
 
 
 def _per_token(name: str, store: Store, keys: list[str]) -> FloatArray:
-    """Log-probabilities per token of the examples of these keys, float64 [n]. Raises DistillationError."""
+    """Log-probabilities per token of the examples of these keys, float64 [n]."""
     if missing := [key for key in keys if key not in store]:
-        raise DistillationError(f"{name} lacks {len(missing)} of {len(keys)} answers ({missing[0]}): {_LACKS}")
+        raise DistillationError(
+            f"{name} lacks {len(missing)} of {len(keys)} answers ({missing[0]}): they are longer than max_length, or "
+            "it was captured from other examples; capture it from answers(pairs), with the same max_length"
+        )
     at = [store.position(key) for key in keys]
     found: FloatArray = -store.summary.cross_entropy[at] / store.summary.labels[at]
     return found
-
-
-def _refuse_other_parts(name: str, store: Store, own: Store, rows: Sequence[Row]) -> None:
-    """Raise DistillationError where a source was captured on other messages than the model, or on cut answers.
-
-    A template that drops how an answer begins is no reason: the source judges what it has read.
-    """
-    other = []
-    for row in rows:
-        theirs, ours = store.position(row.key), own.position(row.key)
-        if store.summary.bytes[theirs] == own.summary.bytes[ours]:
-            continue
-        said, read = store[theirs].tokens, own[ours].tokens
-        if {*said.message[said.labels]} != {*read.message[read.labels]} or _is_cut(row, said):
-            other.append(row.key)
-    if other:
-        raise DistillationError(
-            f"{name} has another part of {len(other)} of {len(rows)} answers ({other[0]}): it was captured with a "
-            "smaller max_length, which cuts them, or with train_on all; capture it from answers(pairs), with the same "
-            "max_length"
-        )
-
-
-def _is_cut(row: Row, tokens: TokenizedRow) -> bool:
-    """Whether the tokens of the last message end before its text does."""
-    last = len(row.messages) - 1
-    ends = tokens.ends[(tokens.message == last) & (tokens.part == Part.CONTENT)]
-    return bool(len(ends)) and int(ends.max()) < len(row.messages[last].content.rstrip().encode())
-
-
-_LACKS = (
-    "they are longer than max_length, its chat template refuses them or leaves nothing of them to learn, or it was "
-    "captured from other examples; capture it from answers(pairs), with the same max_length"
-)

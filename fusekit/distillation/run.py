@@ -291,9 +291,7 @@ def facts_of_run(
 ) -> Facts:
     """Everything that decides the weights of a distilled model, and nothing else.
 
-    What it does not use is not among them: of plain fine-tuning how sources are fused, of ``dtw`` what only
-    ``span`` reads. How sources are aligned is stated for each of them, in ``projections``. pivot: fingerprint of its
-    weights. rows: to train on, in order. writers: of a schedule, who wrote the answers, by key, in order.
+    pivot: fingerprint of its weights. writers: of a schedule, who wrote the answers, by key, in order.
     """
     unused = _FREE | ({"loss", "truncation", "temperature"} if settings.plain else set())
     unused |= {"schedule"} if settings.training.schedule is None else {"num_train_epochs"}

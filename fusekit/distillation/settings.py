@@ -144,7 +144,7 @@ class AlignmentSettings(_Section):
 
     @property
     def map_method(self) -> str | None:
-        """How the vocabulary map is made, as :func:`fusekit.alignment.build_vocabulary_map` takes it; None for none."""
+        """How the vocabulary map is made, as :func:`fusekit.alignment.build_vocabulary_map` takes it."""
         made_by = {"none": None, "grouped": "prefix", "matched": "em", "pieces": "em", "chunks": "em"}
         return made_by.get(self.vocabulary, self.vocabulary)
 
@@ -337,12 +337,23 @@ def clashes(
     if schedule is not None and fusion.mode != "joint":
         says = "a schedule trains one model on the answers of the best of all models: set fusion.mode to joint"
         yield _clash(says, "training.schedule", "fusion.mode")
-    if training.on_policy > 0:
-        yield from _on_policy_clashes(training)
     ordered = [name for name in ("train_sampling_strategy", "data_seed") if name in training.trainer]
     if schedule is not None and ordered:
         says = f"a schedule has an order of its own, which follows from seed: leave {' and '.join(ordered)} out"
         yield _clash(says, f"training.{ordered[0]}", "training.schedule")
+    if training.on_policy > 0:
+        order = training.trainer.get("train_sampling_strategy", "random")
+        clash = {
+            "schedule": schedule is not None,
+            "dataloader_num_workers": training.dataloader_num_workers > 0,
+            "lm_weight": training.plain,
+            "train_sampling_strategy": order not in ("random", "sequential"),
+        }
+        says = (
+            "on_policy asks the models during training and learns from teachers alone, so it goes with no schedule, no "
+            "dataloader_num_workers, no lm_weight 1 and no train_sampling_strategy but random and sequential"
+        )
+        yield from (_clash(says, "training.on_policy", f"training.{name}") for name, found in clash.items() if found)
     with_it = f"with vocabulary {vocabulary}"
     if raw and fusion.metric == "projected_ce":
         says = f"{with_it} no row is projected, so metric projected_ce does not exist: use bits_per_byte"
@@ -354,40 +365,15 @@ def clashes(
         says = f"{with_it} rows are taken where tokens is span, not {alignment.tokens}"
         yield _clash(says, "alignment.tokens", "alignment.vocabulary")
     if raw and (fusion.function != "min_ce" or fusion.level != "sequence"):
-        says = (
-            f"{with_it} the candidates' entries are of different vocabularies, so function {fusion.function} at level "
-            f"{fusion.level} cannot add or compare them: use min_ce at level sequence"
-        )
+        says = f"{with_it} the candidates' entries cannot be added or compared: use min_ce at level sequence, not"
         field = "level" if fusion.function == "min_ce" else "function"
-        yield _clash(says, f"fusion.{field}", "alignment.vocabulary")
+        yield _clash(f"{says} {getattr(fusion, field)}", f"fusion.{field}", "alignment.vocabulary")
     if vocabulary in ("pieces", "chunks") and fusion.include_pivot:
         says = f"{with_it} rows are of stretches of text, and the pivot's own are not: set include_pivot to false"
         yield _clash(says, "fusion.include_pivot", "alignment.vocabulary")
     if vocabulary in ("grouped", "pieces") and fusion.mode == "joint" and sources > 1:
-        says = (
-            f"loss {loss} compares in the vocabulary of one source, and {sources} sources are to teach one distilled "
-            "model: use mode pairwise"
-        )
+        says = f"loss {loss} compares in the vocabulary of one source, not of {sources}: use mode pairwise"
         yield _clash(says, "fusion.mode", "alignment.vocabulary")
-
-
-def _on_policy_clashes(training: TrainingSettings) -> Iterator[Clash]:
-    if training.schedule is not None:
-        says = "on_policy asks the model that is trained, a schedule all models before training: give one of them"
-        yield _clash(says, "training.on_policy", "training.schedule")
-    if training.dataloader_num_workers > 0:
-        says = "on_policy needs the models, which loader processes do not have: set dataloader_num_workers to 0"
-        yield _clash(says, "training.on_policy", "training.dataloader_num_workers")
-    if training.plain:
-        says = (
-            "on_policy learns from teachers alone, and lm_weight 1 from the text alone: lower lm_weight, or set "
-            "on_policy to 0"
-        )
-        yield _clash(says, "training.on_policy", "training.lm_weight")
-    order = training.trainer.get("train_sampling_strategy", "random")
-    if order not in ("random", "sequential"):
-        says = f"train_sampling_strategy is {order}, whose order on_policy cannot foresee: use random or sequential"
-        yield _clash(says, "training.train_sampling_strategy", "training.on_policy")
 
 
 class DistillSettings(_Section):
@@ -411,14 +397,9 @@ class DistillSettings(_Section):
 
     @classmethod
     def of(cls, preset: str = "fusekit", changes: Mapping[str, Mapping[str, Any]] | None = None) -> DistillSettings:
-        """A preset with changes.
+        """A preset of :data:`PRESETS` with changes, section to field to value.
 
-        Args:
-            preset: a name in :data:`fusekit.distillation.settings.PRESETS`.
-            changes: section to field to value.
-
-        Raises:
-            DistillationError: unknown preset, section or field, with the nearest name; a value that cannot be.
+        Raises DistillationError: an unknown preset, section or field, with the nearest name; a value that cannot be.
         """
         if preset not in PRESETS:
             raise DistillationError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")

@@ -47,34 +47,22 @@ def test_all_forms_of_a_pair_are_read_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "named"),
-    [(None, "NoneType"), ("pairs.jsonl", "str"), (PAIRS[0], "dict"), ([*PAIRS[:1], 3], "pair 2 is 3")],
-)
-def test_what_holds_no_pairs_is_refused(pairs: Any, named: str) -> None:
-    with pytest.raises(DataError, match=named):
-        answers(pairs)
-
-
-@pytest.mark.parametrize(
-    ("pair", "named"),
+    "pair",
     [
-        ({"prompt": "a", "chosen": "b"}, "missing"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'b'"),
-        ({"prompt": "a", "chosen": "b", "rejected": messages("a", "c")}, "'b'"),
-        ({"chosen": "b", "rejected": "c"}, "missing"),
-        ({"prompt": "", "chosen": "b", "rejected": "c"}, "''"),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, "''"),
-        ({"chosen": messages("a", "b"), "rejected": messages("a", "b", "c")}, "[]"),
-        ({"chosen": messages("x", "b"), "rejected": messages("y", "c")}, "[]"),
-        ({"prompt": "a", "chosen": 3, "rejected": 4}, "3"),
-        ("pairs.jsonl", "pairs.jsonl"),
+        {"prompt": "a", "chosen": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": messages("a", "c")},
+        {"chosen": "b", "rejected": "c"},
+        {"prompt": "", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        {"chosen": messages("x", "b"), "rejected": messages("y", "c")},
+        "pairs.jsonl",
     ],
+    ids=str,
 )
-def test_a_pair_that_is_none_is_refused_by_its_number(pair: Any, named: str) -> None:
-    with pytest.raises(DataError) as error:
+def test_a_pair_that_is_none_is_refused_by_its_number(pair: Any) -> None:
+    with pytest.raises(DataError, match="pair 2 is"):
         answers([PAIRS[0], pair])
-    assert "pair 2" in str(error.value)
-    assert named in str(error.value)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -155,43 +143,19 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
         trainer(tmp_path / "a", {"neox": store}, [*PAIRS, *other])
     with pytest.raises(DistillationError, match="the model lacks 1 of 34"):
         trainer(tmp_path / "b", pairs=[*PAIRS, other[0] | {"rejected": "long " * 60}], max_length=64)
-    for sources, named in (([store], "sources is list"), ({"neox": 3}, "the source neox is int")):
-        with pytest.raises(DistillationError, match=named):
-            PreferenceTrainer(PIVOT, PreferenceConfig(str(tmp_path)), PAIRS, sources)
-    for fields in ({"beta": 0.0}, {"beta": math.inf}, {"beta": "a"}, {"clip": "no"}):
-        with pytest.raises(DistillationError, match=repr(*fields.values())):
-            PreferenceConfig(str(tmp_path), **fields)
+    with pytest.raises(DistillationError, match="sources is Store"):
+        trainer(tmp_path / "c", store)
+    with pytest.raises(DistillationError, match="inf"):
+        PreferenceConfig(str(tmp_path), beta=math.inf)
 
 
-@pytest.mark.parametrize("how", [{"max_length": 20}, {"train_on": "all"}])
-def test_a_store_of_another_part_of_the_answers_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
-    pairs = [*PAIRS, {"prompt": "Say:", "chosen": "a b " * 20, "rejected": "z " * 20}]
-    other = capture(NEOX, answers(pairs), tmp_path / "other", top_k=1, quiet=True, **how)
-    with pytest.raises(DistillationError, match=r"neox has another part of \d+ of 34"):
-        trainer(tmp_path / "out", {"neox": other}, pairs)
-    whole = capture(NEOX, answers(pairs), tmp_path / "whole", top_k=1, quiet=True)
-    assert len(trainer(tmp_path / "out", {"neox": whole}, pairs).train_dataset) == 17
-
-
-def test_an_argument_that_cannot_be_used_is_refused_at_once(store: Store, tmp_path: Path) -> None:
-    config = PreferenceConfig(str(tmp_path))
-    with pytest.raises(DistillationError, match="Store"):
-        PreferenceTrainer(PIVOT, config, PAIRS, store)  # type: ignore[arg-type]
-    with pytest.raises(DistillationError, match="eval_dataset"):
-        PreferenceTrainer(PIVOT, config, PAIRS, eval_dataset=PAIRS)
-
-
-def test_an_adapter_of_the_output_embedding_is_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [["lm_head"], "all-linear"])
+def test_an_adapter_is_trained_alone(modules: Any, tmp_path: Path) -> None:
+    """Also one of the output embedding, whose input is picked."""
     how: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dtype": "float32"}
     config = PreferenceConfig(str(tmp_path), max_steps=1, **how)
-    made = PreferenceTrainer(PIVOT, config, PAIRS, peft_config={"r": 2, "target_modules": ["lm_head"]})
+    made = PreferenceTrainer(PIVOT, config, PAIRS, peft_config={"r": 2, "target_modules": modules})
     assert made.train().training_loss == pytest.approx(math.log(2), rel=1e-4)
-
-
-def test_an_adapter_is_trained_alone(store: Store, tmp_path: Path) -> None:
-    config = PreferenceConfig(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
-    made = PreferenceTrainer(PIVOT, config, PAIRS, {"neox": store}, peft_config={"r": 2})
-    made.train()
     trained = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)

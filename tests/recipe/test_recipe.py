@@ -259,8 +259,8 @@ def test_a_path_alone_is_a_model_or_data(write, data):
             [],
             ["line 6: distill.loss: .*the loss is kl and the vocab.* matched"],
         ),
-        ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*at level token"]),
-        ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*so function avg_ce"]),
+        ("preset: uld\nfusion: {mode: joint,\n  level: token}\n", [], ["line 6: fusion.level: .*sequence, not token"]),
+        ("preset: uld\nfusion:\n  function: avg_ce\n", [], ["line 6: fusion.function: .*not avg_ce"]),
         ("distill:\n  loss: reverse_kl\npreset: fusellm\n", [], ["line 5: distill.loss: .* renormalize is infinite"]),
         (
             "preset: grouped_kl\n",
