@@ -37,10 +37,9 @@ from fusekit.alignment.vocabulary_map import (
 )
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.distillation.targets import Members
-from fusekit.errors import DistillationError, StorageError
+from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, Row, TokenizedRow, TokenizedText, TopK
 
-TOKENS = ("chunks", "dtw", "grouped", "matched", "pieces", "span")
 _RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
 
 
@@ -67,12 +66,6 @@ class Projection:
     conditioning: bool = True
     one_hot: bool = False
     collisions: str = "add"
-
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise DistillationError(f"unknown token alignment {self.tokens!r}: there are {', '.join(TOKENS)}")
-        if self.vocabulary_map is None and self.tokens != "span":
-            raise DistillationError(f"without a vocabulary map rows are taken where tokens='span', not {self.tokens!r}")
 
     @property
     def vocabulary(self) -> str:
@@ -140,8 +133,7 @@ class Projection:
             return _at_links(alignment, TopK(*said.rows))
         if self.tokens == "dtw":
             rule = _RULE_OF_MAP.get(into.method, "em")
-            warping = warp_tokens(alignment, into)
-            return project_rows_by_rule(warping, into, said.rows, rule, collisions=self.collisions)
+            return project_rows_by_rule(_warped(alignment, into), into, said.rows, rule, collisions=self.collisions)
         if self.tokens == "matched" or self.of_chunks:
             rows = checked_rows(said.rows, len(into.targets))
             if self.tokens == "matched":
@@ -211,16 +203,8 @@ def label_rows(
 
     The row that predicts the label at position p stands at p - 1, on either side. Both sides of a message are aligned
     from the token before its content to its end; labels outside that, which only a template writes, have no teacher.
-
-    Args:
-        row: the messages that both have read.
-        pivot: the row as the pivot reads it.
-        source: what the source said about the same row; it may end earlier.
-        projection: how.
-        own: what the pivot said about the row, with these tokens; a projection whose ``tail`` is the pivot's needs it.
-
-    Raises:
-        AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
+    The source may end earlier than the pivot. own: what the pivot said, for a projection whose ``tail`` is the pivot's.
+    Raises AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
     """
     theirs_of = _Asked(source, np.nan if projection.of_chunks else 0.0)
     ours_of = None if own is None else _Asked(own, np.nan)
@@ -355,18 +339,11 @@ def _means(rows: TopK, stretches: list[slice], how: Projection) -> TopK:
     return merge_entries(np.where(known, ids, -1), mass, tail + np.where(~known, mass, 0.0).sum(axis=1))
 
 
-def warp_tokens(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> TokenAlignment:
-    """The alignment by dynamic time warping of tokens that :func:`fusekit.alignment.align_tokens` has aligned.
+def _warped(alignment: TokenAlignment, vocabulary_map: VocabularyMap) -> TokenAlignment:
+    """The alignment by dynamic time warping of a content's tokens, opened and perhaps closed on either side.
 
-    The tokens before a content correspond by their place, and so do the tokens that end it where both sides have one:
+    The tokens before the content correspond by their place, and so do the tokens that end it where both sides have one:
     the papers compare strings, and role strings of two templates have nothing to compare.
-
-    Args:
-        alignment: of a message's content, opened and perhaps closed on either side.
-        vocabulary_map: made with the same tokenizers; tells the tokens' strings.
-
-    Raises:
-        AlignmentError: a text too long for the quadratic table.
     """
     size = len(alignment.text.encode())
     (ours, pivot), (theirs, source) = _inside(alignment.pivot, size), _inside(alignment.source, size)

@@ -89,28 +89,19 @@ class SparseTargets:
         return self._changed(lambda tensor: tensor[rows])
 
     def check(self, labels: int, vocabulary: int | None, temperature: float, *, without_ids: bool = False) -> None:
-        """Refuse targets that a loss cannot mean anything with.
+        """Raise DistillationError unless these are targets for a loss over so many labels at a temperature.
 
-        Args:
-            labels: n, how many labels they are for.
-            vocabulary: ids are below it; None for ids of another model's vocabulary.
-            temperature: of the loss.
-            without_ids: whether the loss compares entries without an id.
-
-        Raises:
-            DistillationError: shapes or dtypes that do not fit, another temperature, ids outside the vocabulary or
-                twice in a row, values that are no probabilities.
+        vocabulary: ids are below it; None for ids of another model's vocabulary. without_ids: whether the loss compares
+        entries without an id.
         """
         ids, logprobs, tail, taught = self.ids, self.logprobs, self.tail, self.taught
-        if ids.ndim != 2 or logprobs.shape != ids.shape or tail.shape != ids.shape[:1] or taught.shape != ids.shape[:1]:
+        fits = logprobs.shape == ids.shape == (labels, *ids.shape[1:2]) and tail.shape == taught.shape == (labels,)
+        if not fits or ids.dtype != torch.int64 or taught.dtype != torch.bool:
+            given = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in (ids, logprobs, tail, taught))
             raise DistillationError(
-                "targets need ids [n, k], logprobs [n, k], tail [n] and taught [n], not "
-                f"{tuple(ids.shape)}, {tuple(logprobs.shape)}, {tuple(tail.shape)} and {tuple(taught.shape)}"
+                f"targets of {labels} labels need ids int64 [n, k], logprobs [n, k], tail [n] and taught bool [n], one "
+                f"row for every label, not {given}"
             )
-        if len(ids) != labels:
-            raise DistillationError(f"{len(ids)} rows of targets for {labels} labels: there is one row for every label")
-        if ids.dtype != torch.int64 or taught.dtype != torch.bool:
-            raise DistillationError(f"ids are {ids.dtype} and taught is {taught.dtype}: they must be int64 and bool")
         if not math.isclose(self.temperature, temperature, rel_tol=1e-6):
             raise DistillationError(
                 f"the targets were captured at temperature {self.temperature:g} and the loss is asked for at "
@@ -128,12 +119,9 @@ class SparseTargets:
         found = torch.stack([(outside & taught).any(), twice.any(), wrong.any()]).tolist()  # one wait for the device
         if found[0]:
             row, entry = (int(x) for x in (outside & taught).nonzero()[0])
-            out = "were the targets projected into another vocabulary?"
-            if int(ids[row, entry]) == NO_ID:
-                out = "that is an entry without an id, which only the loss gold compares; others need a vocabulary map"
             raise DistillationError(
                 f"row {row} of the targets lists token id {int(ids[row, entry])}, the logits have {vocabulary} "
-                f"columns: {out}"
+                f"columns: were they projected into another vocabulary? Only the loss gold takes the id {NO_ID}"
             )
         if found[1]:
             row, entry = (int(x) for x in twice.nonzero()[0])

@@ -172,7 +172,6 @@ def test_real_rows(pivot, source):
 @pytest.mark.parametrize(
     ("text", "method", "words"),
     [
-        (b"bytes", "span", ["bytes", "not str"]),
         ("a\ud800b", "span", ["lone surrogate", "character 1"]),
         ("a", "dwt", ["'dwt'", "dtw", "span"]),
         ("a long enough text to align", "dtw", ["cells", "more than 10"]),

@@ -16,7 +16,7 @@ from fusekit.alignment.ends import tokenize
 from fusekit.alignment.rows import NO_ID, Case
 from fusekit.alignment.vocabulary_map import VocabularyMap, pivot_groups, source_pieces
 from fusekit.distillation.projections import LabelRows, Projection, label_rows
-from fusekit.errors import AlignmentError, DistillationError
+from fusekit.errors import AlignmentError
 from fusekit.types import FRAGMENT, TEXT, CapturedRow, Message, Part, Row, TokenizedRow, TopK
 from tests.distillation import worlds
 
@@ -230,13 +230,6 @@ def test_matched_entries_of_equal_strings_are_added_and_others_are_not() -> None
         Projection(made, tokens="matched").apply(
             alignment, Predictions(said.rows._replace(ids=ids + len(SOURCE) - 13), np.zeros(2))
         )
-
-
-def test_what_cannot_be_projected_is_refused() -> None:
-    with pytest.raises(DistillationError, match="unknown token alignment 'words'"):
-        Projection(MAP, tokens="words")
-    with pytest.raises(DistillationError, match="without a vocabulary map"):
-        Projection(None, tokens="dtw")
 
 
 SIDES = pytest.mark.parametrize("sides", [(PIVOT, SOURCE), (SOURCE, PIVOT)], ids=["finer", "coarser"])
