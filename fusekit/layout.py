@@ -33,7 +33,6 @@ class Layout:
         self.merged = out / MERGED
         self.logs = out / "logs"  # what runs said, with times; no artifact
         self.begun = out / "logs" / "begun.yml"  # a recipe that was begun, until all that is there is of it
-        self.times = out / "logs" / "captures.json"  # how long captures took, for the report
         self.results = out / "results.json"  # the scores of all models
         self.models = out / "models.json"  # what is known of the pivot and the sources, for the report
         self.report = out / "report.html"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -244,8 +244,7 @@ class Capture(Stage):
             for line in context.checkpoint(name).notices:
                 say(name, line)
             rows, settings = rows_of(context, name), context.recipe.capture
-            with timed(context, name):
-                store = captured(context, name, rows, folder, settings, notify=partial(say, name))
+            store = captured(context, name, rows, folder, settings, notify=partial(say, name))
             say(name, f"{counted(len(store), 'example')} in {store.path}")
         context.processes.first_then_all(partial(describe, context))
 
@@ -354,38 +353,22 @@ def captured(
     return Capture(context.checkpoint(name), context.reader(name), rows, out, settings, **options).run()
 
 
-@contextmanager
-def timed(context: Context, name: str) -> Iterator[None]:
-    """Note down how long the capture of a model takes in the run that finishes it; stores keep no times."""
-    started, first = time.monotonic(), context.processes.is_first
-    before = read_json(context.layout.store(name) / artifact.MANIFEST, Manifest) if first else None
-    yield
-    if not first or (before is not None and before.complete):
-        return
-    path = context.layout.times
-    path.parent.mkdir(exist_ok=True)
-    known: Any = {}
-    with suppress(OSError, ValueError, RecursionError):
-        known = json.loads(path.read_bytes())
-    known = known if isinstance(known, dict) else {}  # times are for people: a damaged file starts over
-    text = json.dumps(known | {name: context.made(started)}, indent=1, ensure_ascii=False) + "\n"
-    commit_file(path, text.encode())
-
-
 def describe(context: Context) -> None:
-    """Note down what is known of the pivot and the sources while they are at hand; what was known of one stays."""
-    from fusekit.report.facts import ModelFacts, facts_of, write_models
+    """Describe the pivot and the sources for the report; of a model that is gone, what was known stays."""
+    from fusekit.report.facts import ModelFacts, facts_of
 
-    known: dict[str, ModelFacts] = {}
+    path, known = context.layout.models, {}
     with suppress(OSError, ValueError):
-        known = TypeAdapter(dict[str, ModelFacts]).validate_json(context.layout.models.read_bytes())
+        known = TypeAdapter(dict[str, ModelFacts]).validate_json(path.read_bytes())
     for name in context.names:
-        before = known.get(name)
-        with suppress(FusekitError):  # it has served, and may be gone
+        with suppress(FusekitError):
             checkpoint = context.checkpoint(name)
-            if before is None or None in (before.parameters, before.tokenizer) or before.commit != checkpoint.commit:
+            if name not in known or known[name].commit != checkpoint.commit:
                 known[name] = facts_of(checkpoint, context.reader(name).tokenizer)
-    write_models(context.layout.models, {name: known[name] for name in context.names if name in known})
+    found = {name: known[name].model_dump(exclude_defaults=True) for name in context.names if name in known}
+    data = (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode()
+    if not path.is_file() or path.read_bytes() != data:
+        commit_file(path, data)
 
 
 def alignment_of(context: Context, source: str) -> AlignmentSettings:

@@ -41,7 +41,6 @@ SUMMARIES = {
     "models.json",
     "report.html",
     "logs/run.log",
-    "logs/captures.json",
     "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
 }
 
@@ -201,16 +200,6 @@ def test_scores_that_are_damaged_are_made_anew(finished):
     said = go(path, out, only="evaluate")
     assert [line.split(":")[0] for line in said] == ["evaluate pivot", "evaluate merged"]
     assert (out / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("found", ["[]", "5", "{", "[" * 100_000])
-def test_times_that_are_damaged_are_begun_anew(found, tmp_path):
-    context = Context(None, Layout(tmp_path))
-    context.layout.logs.mkdir()
-    context.layout.times.write_text(found)
-    with capturing.timed(context, "pivot"):
-        pass
-    assert json.loads(context.layout.times.read_text()).keys() == {"pivot"}
 
 
 def test_an_output_that_was_moved_has_a_merge_recipe_of_its_own_places(finished):

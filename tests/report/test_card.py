@@ -8,14 +8,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
 from fusekit.cli import cli
-from fusekit.errors import StorageError
 from fusekit.report.card import write_report
 from tests.processes import kill_at
 from tests.processes import run as run_process
@@ -46,8 +44,7 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
     values = [tensor["coefficients"]["/home/me/out/targets/one"] for tensor in tensors.values()]
     for said in (
         "pivot: [org/pivot](https://huggingface.co/org/pivot)",
-        f"commit `{'c' * 40}`",
-        "source `one`: `one` (7.24 B parameters)",
+        "source `one`: `one` (7.24 B parameters), weights `xxh3 1`",
         "https://arxiv.org/abs/2408.07990",
         "| merged model | **1.500** | **1.510** | **1.520** | **1.510** |",
         "24 of 27 examples used",
@@ -56,16 +53,12 @@ def test_the_card_says_what_hubs_and_people_ask(run: Path) -> None:
         "apply_chat_template",
         "Licence",
         f"xxh3 `{weights_hash(run / 'merged')}`",
-        f"| one | {sum(values) / len(values):.4f} | {min(values):.4f} | {max(values):.4f} | 20.0 % |",
-        "10.0 % of the elements",
+        f"| one | {sum(values) / len(values):.4f} | {min(values):.4f} | {max(values):.4f} |",
     ):
         assert said in text
     assert "/home/me" not in text  # paths of this machine stay here
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(blocks[0])["merge"]["parameters"] == {"select_topk": 1.0, "variant": "paper"}
-    merge = yaml.safe_load(blocks[1])
-    assert [entry["model"] for entry in merge["models"]] == ["targets/one", "targets/two"]
-    assert merge["base_model"] == "org/pivot"
 
 
 NAMES = ("a|b<img src=x onerror=alert(1)>", "`c`|[d](javascript:x)*_~#&amp;")
@@ -96,8 +89,8 @@ def test_whatever_comes_from_data_is_text_on_the_card_and_on_the_page(tmp_path: 
     assert all(page.text.count(name) > 10 for name in NAMES)
     assert page.text.count("source " + NAMES[0]) >= 2  # a row in the table of each metric
     shown = HOSTILE.replace("\u202e", "\\u202e")
-    assert page.text.count(shown) > 25  # recipe, models, skills, data, keys, refusals, quarantine, samples, ...
-    for before in ("org/pivot", "NaN at label 2", "no system turn", "machine", "norm", "to", "a", "rows"):
+    assert page.text.count(shown) > 20  # recipe, models, skills, keys, refusals, quarantine, samples, ...
+    for before in ("org/pivot", "NaN at label 2", "no system turn", "machine", "norm", "to", "latin"):
         assert before + shown[:20] in page.text, before
 
 

@@ -18,7 +18,6 @@ from fusekit.capturing.writer import StoreWriter
 from fusekit.distillation.worth import TeacherWorth
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.recipe import Recipe
-from fusekit.report.facts import ModelFacts, Tokenizer, write_models
 from tests.capture.rows import captured, key
 
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
@@ -78,20 +77,10 @@ def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
 
 
 def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
-    facts = {
-        "pivot": ModelFacts(
-            model=f"org/pivot{evil}",
-            repository="org/pivot",
-            commit="c" * 40,
-            architecture=f"LlamaForCausalLM{evil}",
-            layers=LAYERS,
-            width=64,
-            parameters=1_234_567,
-            tokenizer=Tokenizer(model="BPE", form="byte-level", tokens=768, normalises=[f"NFC{evil}"]),
-        )
-    }
-    facts |= {name: ModelFacts(model=f"/home/me/{name}", parameters=7_240_000_000) for name in sources}
-    write_models(out / "models.json", facts)
+    pivot = {"model": f"org/pivot{evil}", "repository": "org/pivot", "commit": "c" * 40, "parameters": 1_234_567}
+    pivot |= {"architecture": f"LlamaForCausalLM{evil}", "tokenizer": f"byte-level BPE, NFC{evil}"}
+    facts = {name: {"model": f"/home/me/{name}", "parameters": 7_240_000_000} for name in sources}
+    _json(out / "models.json", {"pivot": pivot, **facts})
     keys = [key(number) for number in range(ROWS)]
     for number, name in enumerate(("pivot", *sources)):
         folder = out / "captures" / name
@@ -139,9 +128,6 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
     record = {
         "target": name,
         "sources": list(sources),
-        "settings": {"fusion": {"function": "min_ce", "level": "sequence", "metric": "bits_per_byte"}},
-        "made_from": {"target": name},
-        "rows": [f"{ROWS} examples of data{evil}"],
         "unmatched": {source: [key(5)] for source in sources[:1]},
         "counts": counts | {f"chosen/{source}": 36.0 for source in sources},
         "skipped_steps": 1,
@@ -171,12 +157,6 @@ def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any])
 
     inputs = {"targets": {name: weights_hash(out / "targets" / name) for name in sources}}
     artifact.publish(out / "merged", "merge", inputs, write, made)
-    merge = {
-        "models": [{"model": path} for path in ids],
-        "base_model": "/home/me/pivot",
-        "merge_method": "fusechat_sce",
-    }
-    (out / "merge.yml").write_text(yaml.safe_dump(merge | {"dtype": f"bfloat16{evil}"}))
 
 
 def _evaluate(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
