@@ -131,7 +131,7 @@ def answered(file: Path, prompts: Sequence[Any], made: dict[str, Any], *, raw: b
         prompt = prompts[number] if number < len(prompts) else None
         try:
             record = json.loads(line)
-            if changed := differences(record["made"], made):
+            if changed := differences(record["made"], dict(made)):
                 raise GenerationError(f"{where} was made otherwise ({'; '.join(changed)}): choose another file")
             known = record["text"] if raw else record["messages"][:-1]
             same = known.startswith(_messages(prompt)[0]["content"]) if raw else known == _messages(prompt)
