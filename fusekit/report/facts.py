@@ -247,7 +247,7 @@ class Facts:
 
         kept = {name: scores for name, scores in found.models.items() if is_current(name)}
         if gone := [name for name in found.models if name not in kept]:
-            self.left_out.append(f"The scores of {text.listed(gone)} are left out: those models are not here any more.")
+            self.left_out.append(f"The scores of {text.listed(gone)} are left out: the run has those models no longer.")
         return found.model_copy(update={"models": kept})
 
     def _tried(self, path: Path, load: Callable[[Path], Loaded]) -> Loaded | None:
@@ -273,7 +273,7 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any) -> ModelFacts:
     """Describe a model by its configuration, the size of its weights, and its tokenizer."""
     from fusekit.alignment import vocabulary_surfaces
     from fusekit.alignment.surfaces import Form, Kind
-    from fusekit.capturing import estimate
+    from fusekit.capturing import models
 
     try:
         surfaces = vocabulary_surfaces(tokenizer)
@@ -287,6 +287,6 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any) -> ModelFacts:
         repository=checkpoint.repository,
         commit=checkpoint.commit,
         architecture=next(iter(checkpoint.config.get("architectures") or ()), ""),
-        parameters=checkpoint.gguf.parameters if checkpoint.gguf else estimate.parameters(checkpoint),
+        parameters=checkpoint.gguf.parameters if checkpoint.gguf else models.parameters(checkpoint),
         tokenizer=reads,
     )
