@@ -8,12 +8,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from click.testing import CliRunner
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
 from fusekit.cli import cli
+from fusekit.errors import StorageError
 from fusekit.report.card import write_report
 from tests.processes import kill_at
 from tests.processes import run as run_process
