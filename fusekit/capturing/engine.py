@@ -61,13 +61,9 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of rows of similar length: indices into ``lengths``, the same for the same rows.
+    """Batches of rows of similar length, padding included, as indices into ``lengths``; rows of length 0 are in none.
 
-    The longest come first, so that memory runs out at the start if it does.
-
-    Args:
-        lengths: tokens of each row; rows of length 0 are in no batch.
-        batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
+    The longest come first, so that memory runs out at the start if it does; one above ``batch_tokens`` is alone.
     """
     batches: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,13 @@ import torch
 
 from fusekit.capturing.engine import Teacher, batch_tokens_on, head_dtype, plan_batches
 from fusekit.capturing.models import Checkpoint, load_model, longest_input, parameters, stored_dtype, valid_ids
-from fusekit.capturing.server import NO_LABELS, Identity, Reply, Scorer, Servers, Vocabulary, captured, prompt_of
+from fusekit.capturing.server import NO_LABELS, Identity, Reply, Scorer, Servers, captured, prompt_of
 from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.store import Setting, Store
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import release
 from fusekit.errors import CaptureError
-from fusekit.types import CapturedRow, Row, TokenizedRow
+from fusekit.types import BoolArray, CapturedRow, Row, TokenizedRow
 
 CHECKED = 4
 """Examples that are scored by both."""
@@ -61,7 +62,7 @@ class Opening:
         self.checkpoint, self.tokenizer, self.settings, self.notify = checkpoint, tokenizer, settings, notify
         self.engine = checkpoint.choice.engine
         self._valid = valid_ids(tokenizer.tokenizer)
-        self._vocabulary = Vocabulary(self._valid, vocabulary)
+        self._is_token = np.isin(np.arange(vocabulary), self._valid)
         dtype = checkpoint.choice.dtype if checkpoint.choice.dtype != "auto" else stored_dtype(checkpoint)
         usual = TOLERANCE if dtype.removeprefix("torch.") == "float32" else ROUNDED_TOLERANCE
         self.tolerance = self.engine.tolerance or usual
@@ -92,7 +93,7 @@ class Opening:
             invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
             known = Identity("vllm", vllm_version(), str(self.checkpoint.folder), HEAD_DTYPE, invariant)
         else:
-            known = self._servers().identity
+            known = self._servers.identity
         found: dict[str, Setting] = {
             "engine_version": f"{known.kind} {known.version}",
             "engine_head_dtype": known.head_dtype,
@@ -128,20 +129,21 @@ class Opening:
             engine = Vllm(
                 self.checkpoint,
                 selection,
-                self._vocabulary,
+                self._is_token,
                 longest=max([longest, *(len(row.tokens) for row in reference)]),
                 batch_tokens=self.settings.batch_tokens or batch_tokens_on(device.type),
                 notify=self.notify,
             )
         else:
-            engine = self._servers()
+            engine = self._servers
         what = f"{self.engine.kind} {' '.join(self.engine.url)}".strip()
         found = check(engine, reference, tolerance, f"{self.checkpoint.choice.model} in {what}")
         self.notify(f"{what} and transformers on {len(reference)} examples: {found}")
         return engine
 
+    @cached_property
     def _servers(self) -> Servers:
-        return Servers(self.engine, self.settings.selection, self._vocabulary, self.tolerance, self.notify)
+        return Servers(self.engine, self.settings.selection, self._is_token, self.tolerance, self.notify)
 
     def _teacher(self, device: torch.device, float32_head: bool = True) -> Teacher:
         return Teacher(
@@ -248,16 +250,16 @@ class Vllm:
         self,
         checkpoint: Checkpoint,
         selection: Selection,
-        vocabulary: Vocabulary,
+        is_token: BoolArray,
         *,
         longest: int,
         batch_tokens: int,
         notify: Callable[[str], None],
     ) -> None:
         vllm_version()
-        self.checkpoint, self.selection, self.vocabulary, self.notify = checkpoint, selection, vocabulary, notify
+        self.checkpoint, self.selection, self._is_token, self.notify = checkpoint, selection, is_token, notify
         self.longest, self.batch_tokens = longest, max(batch_tokens, longest)
-        self.step_tokens = max(FEWEST_TOKENS, min(batch_tokens, LOGITS_BYTES // (4 * vocabulary.size)))
+        self.step_tokens = max(FEWEST_TOKENS, min(batch_tokens, LOGITS_BYTES // (4 * len(is_token))))
         self._llm: Any = None
         self._start()
 
@@ -272,7 +274,7 @@ class Vllm:
         for batch in [unlabelled, *plan_batches(lengths, self.batch_tokens)]:
             replies = [NO_LABELS] * len(batch) if batch is unlabelled else self._score([rows[i] for i in batch])
             yield [
-                (i, captured(rows[i], names[i], reply, self.selection, self.vocabulary))
+                (i, captured(rows[i], names[i], reply, self.selection, self._is_token))
                 for i, reply in zip(batch, replies, strict=True)
             ]
 

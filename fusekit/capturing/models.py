@@ -33,7 +33,6 @@ from fusekit.hub import DTYPES
 from fusekit.types import IntArray
 from fusekit.yaml import nearest
 
-_HASHED_AT_A_TIME = 16 << 20
 _ITEMSIZES = dict(DTYPES.values())
 TRANSFORMERS = EngineSettings()
 
@@ -138,13 +137,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
 
-        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Call it after :meth:`fetch`.
+        Of a GGUF file the commit and its name, or the xxh3-128 of the file.
         """
         if self.identity is not None:
             return self.identity
         if self.snapshot:
             return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
-        path = self.folder
         try:
             if self.gguf is not None:
                 return f"xxh3 {artifact.file_hash(self.folder / self.gguf.file)}"
@@ -153,13 +151,12 @@ class Checkpoint:
             digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
             for name in sorted(self.weights):
                 digest.update(f"\0{name}\0".encode())
-                path = self.folder / name
-                with path.open("rb") as file:
-                    while piece := file.read(_HASHED_AT_A_TIME):
+                with (self.folder / name).open("rb") as file:
+                    while piece := file.read(16 << 20):
                         digest.update(piece)
             return f"xxh3 {digest.hexdigest()}"
         except OSError as error:
-            raise CaptureError(f"{self.choice.model}: {path} cannot be read: {error}") from error
+            raise CaptureError(f"{self.choice.model}: its weights cannot be read: {error}") from error
 
 
 def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool = True) -> Checkpoint:
@@ -338,16 +335,24 @@ def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -
 
     Raises CaptureError: memory, a package that is missing, weights that do not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    choice = checkpoint.choice
+    choice, header = checkpoint.choice, checkpoint.gguf
+    dtype = header.dtype if header is not None and choice.dtype == "auto" else choice.dtype
+    how: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     device_map: Any = choice.device_map
     if device_map is None and device.type != "cpu":
         device_map = {"": device}  # weights go there straight from the file
     with _explained(checkpoint, "the model"):
-        model, report = (kind or AutoModelForCausalLM).from_pretrained(
+        if header is None:
+            how["quantization_config"] = _quantization(choice.quantization)
+        else:  # its configuration would be read again, which takes seconds
+            how |= {"gguf_file": header.file, "config": transformers.AutoConfig.for_model(**checkpoint.config)}
+            if hasattr(transformers, "GgufConfig"):  # versions before 5.23 always dequantise
+                how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, report = (kind or transformers.AutoModelForCausalLM).from_pretrained(
             checkpoint.folder,
-            **_weights_of(checkpoint),
+            **how,
             device_map=device_map,
             attn_implementation=choice.attn_implementation,
             trust_remote_code=choice.trust_remote_code,
@@ -454,23 +459,6 @@ def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None
             raise
         found = str(known.inputs.get("gguf"))
     return {"gguf": found, "dtype": choice.dtype}
-
-
-def _weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of ``from_pretrained``: file, dtype and quantization of the weights."""
-    import transformers
-
-    choice, header = checkpoint.choice, checkpoint.gguf
-    if header is None:
-        dtype = choice.dtype if choice.dtype == "auto" else getattr(torch, choice.dtype)
-        return {"dtype": dtype, "quantization_config": _quantization(choice.quantization)}
-    config = transformers.AutoConfig.for_model(**checkpoint.config)  # it would be read again, which takes seconds
-    found = {"gguf_file": header.file, "config": config}
-    found["dtype"] = getattr(torch, header.dtype if choice.dtype == "auto" else choice.dtype)
-    # Versions before 5.23 have no such class, and always dequantise.
-    if hasattr(transformers, "GgufConfig"):
-        found["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return found
 
 
 def _quantization(fields: dict[str, Any] | None) -> Any:

@@ -58,31 +58,22 @@ NO_LABELS = Reply(np.zeros((0, 1), np.int64), np.zeros((0, 1)), np.zeros(0))
 """About an example without labels, which no engine is asked for."""
 
 
-class Vocabulary:
-    """The ids that an engine may list. valid: int64, those that are tokens. size: every id is below it."""
-
-    def __init__(self, valid: IntArray, size: int) -> None:
-        self.is_token: BoolArray = np.zeros(size, bool)
-        self.is_token[valid[valid < size]] = True
-        self.size, self.tokens = size, int(self.is_token.sum())
-
-
 def prompt_of(row: TokenizedRow) -> list[int]:
     """The tokens up to the last label, whose log-probability an engine reports with its prompt's."""
     return row.ids[: int(row.label_positions[-1]) + 1].tolist() if row.labels.any() else []
 
 
 def captured(
-    row: TokenizedRow, dataset: str, reply: Reply, selection: Selection, vocabulary: Vocabulary
+    row: TokenizedRow, dataset: str, reply: Reply, selection: Selection, is_token: BoolArray
 ) -> CapturedRow | str:
-    """The captured row, or why the engine gives no distribution for it.
+    """The captured row, or why the engine gives no distribution for it. is_token: of every id of the vocabulary.
 
     The remaining mass is 1 minus the listed ones in float64, where float32 log-probabilities leave an error of about
     1e-6; it is never negative, and 0 where every token is listed. Ids that are no tokens count towards it.
 
     Raises CaptureError where ids that are no tokens, or are outside the vocabulary, hold more than MOST_PADDING.
     """
-    n, k = len(reply.actual), selection.k
+    n, k, tokens = len(reply.actual), selection.k, int(is_token.sum())
     reply = Reply(reply.ids, np.minimum(reply.logprobs, 0.0), np.minimum(reply.actual, 0.0))
     ids, logprobs = _ordered(reply)
     if np.isnan(logprobs).any() or not np.isfinite(reply.actual).all():
@@ -90,14 +81,14 @@ def captured(
     mass = np.exp(logprobs)
     if n and (most := float(mass.sum(1).max())) > MOST_MASS:
         return f"the listed probabilities of a label add up to {most:.4f}"
-    outside = ids >= vocabulary.size
-    padding = (ids >= 0) & (outside | ~vocabulary.is_token[np.where(outside, 0, ids)])
+    outside = ids >= len(is_token)
+    padding = (ids >= 0) & (outside | ~is_token[np.where(outside, 0, ids)])
     if n and (most := float(np.where(padding, mass, 0.0).sum(1).max())) > MOST_PADDING:
         worst = int(ids[padding][np.argmax(mass[padding])])
         raise CaptureError(
             f"example {row.key}: {most:.4f} of the probability of a label is on ids that are no tokens of the "
-            f"tokenizer (id {worst}; it has {vocabulary.tokens} tokens), more than {MOST_PADDING:g}. An engine "
-            "cannot mask them: capture this model with the engine transformers, or check that the tokenizer is its own"
+            f"tokenizer (id {worst}; it has {tokens} tokens), more than {MOST_PADDING:g}. An engine cannot mask them: "
+            "capture this model with the engine transformers, or check that the tokenizer is its own"
         )
     logprobs = np.where(padding, -np.inf, logprobs)
     ids, logprobs = _ordered(Reply(np.where(padding, -1, ids), logprobs, reply.actual))
@@ -106,7 +97,7 @@ def captured(
     if selection.keep_mass < 1:
         logprobs = np.where(mass.cumsum(1) - mass < selection.keep_mass, logprobs, -np.inf)
     ids = np.where(logprobs > -np.inf, ids, -1)
-    tail = np.where((ids >= 0).sum(1) == vocabulary.tokens, 0.0, np.maximum(0.0, 1 - np.exp(logprobs).sum(1)))
+    tail = np.where((ids >= 0).sum(1) == tokens, 0.0, np.maximum(0.0, 1 - np.exp(logprobs).sum(1)))
     wide = [(0, 0), (0, k - ids.shape[1])]
     rows = TopK(np.pad(ids, wide, constant_values=-1), np.pad(logprobs, wide, constant_values=-np.inf), tail)
     return CapturedRow(row, dataset, rows, reply.actual, -float(reply.actual.sum()))
@@ -171,11 +162,11 @@ class Servers:
         self,
         settings: EngineSettings,
         selection: Selection,
-        vocabulary: Vocabulary,
+        is_token: BoolArray,
         tolerance: float,
         notify: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self.settings, self.selection, self.vocabulary, self.notify = settings, selection, vocabulary, notify
+        self.settings, self.selection, self._is_token, self.notify = settings, selection, is_token, notify
         self.tolerance = tolerance
         self._probe: tuple[TokenizedRow, Reply] | None = None
         self._stopped, self._lock = threading.Event(), threading.Lock()
@@ -203,7 +194,7 @@ class Servers:
                 if not flying:
                     break
                 index, reply = flying.popleft()
-                yield [(index, captured(rows[index], names[index], reply.result(), self.selection, self.vocabulary))]
+                yield [(index, captured(rows[index], names[index], reply.result(), self.selection, self._is_token))]
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)

@@ -103,10 +103,7 @@ class Manifest(Strict):
     made: dict[str, Setting] = Field(default_factory=dict)
 
     def changes(self, made_from: Inputs, keys: Sequence[str]) -> list[str]:
-        """A line for each difference from what the store would be made from now: ``top_k: 10, now 50``.
-
-        made_from: fields of a spec. keys: of the rows.
-        """
+        """A line for each difference from what the store would be made from now, fields of a spec and keys of rows."""
         changed = differences(self.spec.model_dump(), made_from)
         if not changed and len(keys) != self.bounds[-1]:
             return [f"rows: {self.bounds[-1]}, now {len(keys)}"]
@@ -163,10 +160,7 @@ def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
 
 
 def date_of(store: Path) -> datetime.date | None:
-    """The day that the chat template printed when a capture was begun, to be printed again; None where there is none.
-
-    Raises StorageError for a damaged manifest.
-    """
+    """The day that the chat template printed when a capture began, to be printed again; None where there is none."""
     from fusekit.data.templates import kept_date
 
     known = read_json(store / MANIFEST, Manifest)

@@ -5,13 +5,11 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,7 +23,7 @@ from fusekit.cli import cli
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, demo_rows, write_rows
 from tests.capture.store_processes import listing
-from tests.processes import ENVIRONMENT, Process, command, free_port, kill_at, ranks, run
+from tests.processes import Process, command, free_port, kill_at, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -167,42 +165,6 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "shard-00000.parquet").stat().st_ino == first
     assert Store.open(tmp_path / "out", verify=True).complete
-
-
-def test_two_processes_of_a_launcher_make_the_store_of_one(tmp_path, monkeypatch):
-    """torchrun itself; and one refusal, which only the first process prints."""
-    write_rows(tmp_path / "rows.jsonl", 20)
-    arguments = [str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fusekit.cli",
-    ]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "capture", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("complete") == 1
-    store = Store.open(tmp_path / "out", verify=True)
-    assert len(store) == 20
-    monkeypatch.chdir(tmp_path)
-    arguments[2] = "alone"
-    assert CliRunner().invoke(cli, ["capture", *arguments]).exit_code == 0
-    for one, other in zip(store, Store.open("alone"), strict=True):
-        assert np.array_equal(one.rows.ids, other.rows.ids)
-        assert np.array_equal(one.actual, other.actual)
 
 
 def test_a_refusal_stops_every_process_and_is_said_once(tmp_path):

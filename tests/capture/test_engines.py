@@ -15,7 +15,7 @@ import fusekit
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.engines import Opening
 from fusekit.capturing.models import ModelChoice, find_checkpoint
-from fusekit.capturing.server import Reply, Vocabulary, captured
+from fusekit.capturing.server import Reply, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
@@ -265,7 +265,7 @@ def test_replies_become_rows(seed):
         ids[:, 1] = ids[:, 0]
         ids[rng.random(n) < 0.3, 2] = -1
     entries = np.take_along_axis(logprobs, np.maximum(ids, 0), 1)
-    tokens = Vocabulary(np.arange(49), V)
+    tokens = np.arange(V) < 49
     actual = logprobs[np.arange(n), row.ids[row.labels] % 49]
     keep_mass = float(rng.choice([1.0, 0.7]))
     found = captured(row, "d", Reply(ids, entries, actual), Selection(k, keep_mass), tokens)
@@ -282,7 +282,7 @@ def test_no_distribution_is_quarantined_and_padding_with_mass_refused():
     rng = np.random.default_rng(1)
     row = row_of(12, rng)
     n = int(row.labels.sum())
-    tokens, selection = Vocabulary(np.arange(49), 50), Selection(2)
+    tokens, selection = np.arange(50) < 49, Selection(2)
 
     def reply(ids, p, actual=-1.0):
         return Reply(np.tile(ids, (n, 1)), np.log(np.tile(p, (n, 1))), np.full(n, actual))

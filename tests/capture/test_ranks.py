@@ -126,14 +126,6 @@ def test_refused(machines, tmp_path, options, named):
     assert named in refused.output
 
 
-def test_a_rank_with_other_settings_is_refused(machines, tmp_path):
-    out = tmp_path / "out"
-    captured(out, "--rank", "1", "--world", "2", machine=machines[0])
-    refused = capturing(out, "--rank", "0", "--world", "2", "--top-k", "5", machine=machines[0]).wait()
-    assert refused.exitcode == 1
-    assert "top_k: 10, now 5" in refused.output
-
-
 def test_one_capture_runs_for_several_ranks_with_one_model(machines, tmp_path, monkeypatch):
     """As a worker of a scheduler does, which is given one share after the other."""
     rows = str(machines[0] / "rows.jsonl")
