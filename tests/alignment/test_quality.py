@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from fusekit.alignment.quality import (
 from fusekit.alignment.rows import HAS_ROW, Case
 from fusekit.cli import cli
 from fusekit.distillation.worth import TeacherWorth
-from fusekit.errors import AlignmentError, DataError
+from fusekit.errors import AlignmentError
 from fusekit.report.page import alignment_page
 from tests.alignment.tokenizers import EDGE_CASES, load
 
@@ -51,24 +50,7 @@ def test_scripts(character, script):
     assert script_of(character) == script
 
 
-class Outline(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.words: list[str] = []
-        self.titles: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.titles += [value for name, value in attrs if name == "title"]
-        inline = ("href", "data:,")  # the empty icon, so that no browser asks for one
-        assert not any(name in ("src", "href") or name.startswith("on") for name, _ in set(attrs) - {inline})
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
+def test_the_page_escapes_everything(tmp_path):
     text = "<script>alert(1)</script> & \"quotes\" 'x' </title><img src=x onerror=y>"
     alignment = align(text, load("mistral"), load("qwen"))
     quality = AlignmentQuality("<b>pivot</b>", "source&")
@@ -80,12 +62,9 @@ def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
     worth = TeacherWorth("<em>")
     cases, pivot = np.array([Case.SAME, Case.UNLINKED]), np.ones(2)
     worth.add(cases, cases == Case.SAME, teacher=pivot * 4.25, pivot=pivot, source=4.0, carried=np.array([0.5]))
-    html, outline = alignment_page(quality, [sample], worth), Outline()
-    outline.feed(html)
-    assert not {"script", "img", "i", "em", "iframe"} & set(outline.tags)
-    assert "<b>pivot</b>" in "".join(outline.words)
-    tokens = [title for title in outline.titles if "ends at byte" in title]
-    assert len(tokens) == len(alignment.pivot_ids) + len(alignment.source_ids)
+    html = alignment_page(quality, [sample], worth)
+    assert not any(tag in html for tag in ("<script", "<img", "<em>", "<b>pivot"))
+    assert html.count("ends at byte") == len(alignment.pivot_ids) + len(alignment.source_ids)
     assert all(word in html for word in ("4.250", "1.000", "worse than the pivot", "&lt;em&gt;"))
 
 
@@ -122,39 +101,13 @@ def test_inspect_alignment(folders, tmp_path):
     assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize(
-    ("content", "name", "kind", "words"),
-    [
-        ('{"text": "a"}\n{"text": ', "x.jsonl", DataError, ["line 2", "JSON"]),
-        ('{"other": 1}', "x.json", DataError, ["messages"]),
-        ("a,b", "x.csv", DataError, [".csv", ".jsonl"]),
-        ("", "x.txt", AlignmentError, ["no text"]),
-    ],
-)
-def test_data_that_cannot_be_read(folders, tmp_path, content, name, kind, words):
-    file = tmp_path / name
-    file.write_text(content)
-    result = run(folders / "bert", folders / "bert", "--data", file)
-    assert type(result.exception) is kind
-    assert all(word in str(result.exception) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--text", "a", "--stores", ".", "."], "--data"),
-        (["--text", "a", "--tail", "keep"], "--tail"),
-        (["--text", "a", "--vocabulary", "em"], "--vocabulary"),
-    ],
-)
-def test_options_that_need_each_other(folders, options, word):
-    result = run(folders / "bert", folders / "bert", *options)
+def test_options_that_need_each_other(folders):
+    result = run(folders / "bert", folders / "bert", "--text", "a", "--tail", "keep")
     assert result.exit_code == 2
-    assert word in result.output
+    assert "--tail" in result.output
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
     result = run(tmp_path / "missing", tmp_path / "missing", "--text", "a")
     assert isinstance(result.exception, AlignmentError)
     assert "cannot be loaded" in str(result.exception)
-    assert run(tmp_path, tmp_path).exit_code == 2

@@ -68,22 +68,13 @@ def _tiktoken(file: Path, name: str, specials: list[str], pattern: str | None = 
     return fast(TikTokenConverter(str(file), extra_special_tokens=specials, **options).converted(), name, **roles)
 
 
-def _mistral(name: str, file: str) -> LlamaTokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(package_file("mistral_common", f"data/{file}"), Path(folder) / "tokenizer.model")
-        tokenizer = LlamaTokenizer.from_pretrained(folder)
-    tokenizer.name_or_path = name
-    return tokenizer
-
-
 def mistral() -> LlamaTokenizer:
     """SentencePiece BPE, 32,000 entries, byte fallback, dummy prefix."""
-    return _mistral("mistral-v1", "tokenizer.model.v1")
-
-
-def mistral_v3() -> LlamaTokenizer:
-    """SentencePiece BPE, 32,768 entries."""
-    return _mistral("mistral-v3", "mistral_instruct_tokenizer_240323.model.v3")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(package_file("mistral_common", "data/tokenizer.model.v1"), Path(folder) / "tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.name_or_path = "mistral-v1"
+    return tokenizer
 
 
 def tekken() -> Any:
@@ -226,8 +217,7 @@ def byte_fallback(*normalizer: Any, added: bool | None = None) -> Tokenizer:
 
 REAL = {f.__name__: f for f in (mistral, tekken, llama3, qwen, deepseek, anthropic, cl100k)}
 MADE = {f.__name__: f for f in (bert, unigram, legacy_llama, lowercase)}
-EXTRA = {f.__name__: f for f in (mistral_v3,)}
-ALL = REAL | MADE | EXTRA
+ALL = REAL | MADE
 
 
 @functools.cache

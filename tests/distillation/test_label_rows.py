@@ -143,24 +143,6 @@ def test_only_the_common_beginning_is_taught() -> None:
     assert (given.cases[ends > 20] == Case.UNLINKED).any()
 
 
-@pytest.mark.parametrize("tokens", ["span", "dtw"])
-def test_papers_put_a_one_hot_where_there_is_no_row(tokens: str) -> None:
-    into = MAP if tokens == "span" else worlds.vocabulary_map("em")
-    how = Projection(into, tokens=tokens, conditioning=False, one_hot=True)
-    pivot, source = worlds.read(LEARN, PIVOT), worlds.guessing(worlds.read(LEARN, SOURCE), len(SOURCE))
-    given = label_rows(LEARN, pivot, source, how)
-    filled = np.flatnonzero(given.cases == Case.ONE_HOT)
-    assert given.taught.all()
-    assert 0 < len(filled) < len(given.taught)
-    assert (given.rows.ids[filled, 0] == pivot.ids[pivot.label_positions][filled]).all()
-    assert (given.rows.tail[filled] == 0).all()
-    if tokens == "span":
-        bare = label_rows(LEARN, pivot, source, replace(how, one_hot=False))
-        assert filled.tolist() == np.flatnonzero(~bare.taught).tolist()
-    else:
-        assert given.taught.all()
-
-
 def test_warping_takes_the_rows_of_equal_tokens() -> None:
     """With one tokenizer the papers' rule finds all tokens equal, also the one before the content and the end."""
     same = worlds.vocabulary_map("em", source=PIVOT)
