@@ -28,7 +28,7 @@ from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.live import Loaded
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import CaptureError, DataError, DistillationError, ModelError
+from fusekit.errors import CaptureError, DataError, DistillationError
 from tests.merging.hub_server import Hub, Repository
 from tests.processes import program
 
@@ -121,17 +121,10 @@ def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
     assert Loaded.of(model).fingerprint() != before
 
 
-def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
-    trainer = FusionTrainer(PIVOT, config(tmp_path, max_steps=1, preset="sft", lm_weight=1.0), RECORDS)
-    assert trainer.train().global_step == 1
-    assert not (tmp_path / "captures").exists()
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"loss": "kll"}, ("kll", "kl")),
-        ({"loss": "random"}, ("random", "loss")),
         ({"lm_weight": 2.0}, ("lm_weight", "2.0")),
         ({"alignment": {"tial": "drop"}}, ("tial", "tail")),
         ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),
@@ -149,19 +142,15 @@ def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"args": {}}, DistillationError, ("dict", "FusionConfig")),
         ({"args": TrainingArguments("out", use_cpu=True)}, DistillationError, ("TrainingArguments", "FusionConfig")),
         ({"model": 3}, DistillationError, ("int", "name or path")),
         ({"model": "no/such-model-at-all"}, CaptureError, ("no/such-model-at-all",)),
         ({"teachers": {"neox": 3}}, DistillationError, ("neox", "int", "Store")),
         ({"teachers": [NEOX]}, DistillationError, ("list", "mapping")),
         ({"train_dataset": [{"quest": "1", "reply": "2"}]}, DataError, ("'quest'", "messages")),
-        ({"train_dataset": {"prompt": "1"}}, DataError, ("dict", "messages")),
         ({"train_dataset": []}, DistillationError, ("no example",)),
         ({}, DistillationError, ("no source", "sft")),
-        ({"teachers": {"pivot": NEOX}}, DistillationError, ("'pivot'",)),
         ({"teachers": {"../neox": NEOX}}, DistillationError, ("'../neox'",)),
-        ({"teachers": {3: NEOX}}, DistillationError, ("cannot be called 3",)),
     ],
     ids=str,
 )
@@ -175,8 +164,6 @@ def test_wrong_arguments_say_what_was_given_and_what_is_wanted(
 
 
 def test_teachers_that_cannot_teach_these_examples_are_refused(teacher: Store, tmp_path: Path) -> None:
-    with pytest.raises(DistillationError, match="reward_softmax"):
-        FusionTrainer(PIVOT, config(tmp_path, fusion={"function": "reward_softmax"}), RECORDS, {"neox": teacher})
     made = FusionTrainer(PIVOT, config(tmp_path), RECORDS, {"neox": teacher}).train_dataset.data
     with pytest.raises(DistillationError, match="teachers"):
         FusionTrainer(PIVOT, config(tmp_path), made, {"neox": teacher})
@@ -235,12 +222,6 @@ def test_wrong_settings_of_a_capture(settings: dict[str, Any], tmp_path: Path) -
         capture(NEOX, RECORDS, tmp_path / "store", **settings)
     assert next(iter(settings)) in str(error.value)
     assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize("model", [None, 3])
-def test_a_capture_of_no_model_says_what_was_given(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"model is {type(model).__name__}: give its name"):
-        capture(model, RECORDS, tmp_path / "store")
 
 
 def test_importing_is_light_and_every_name_is_there() -> None:

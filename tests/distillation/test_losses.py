@@ -18,7 +18,6 @@ from tests.distillation.targets import (
     N,
     U,
     V,
-    in_chunks,
     in_groups,
     labels,
     logits,
@@ -91,11 +90,6 @@ def test_values_and_gradients_are_the_dense_ones(monkeypatch, case, loss, trunca
     for temperature in (0.5, 3.7) if case == "ordinary" else ():
         other = replace(targets, temperature=temperature)
         assert wrong(x.to(dtype), y, other, temperature=temperature, **settings) == []
-
-
-def test_the_references_differ_from_each_other():
-    values = {c: float(reference.fusion_loss(*made("ordinary", c[0]), *c)[2]) for c in COMBINATIONS}
-    assert len({round(value, 6) for value in values.values()}) == len(COMBINATIONS)
 
 
 class TestTeacherIsStudent:
@@ -324,17 +318,6 @@ def test_nothing_but_the_gradient_is_as_large_as_the_logits(loss, truncation, dt
     assert [size_ for size_ in sizes if size_ > 2 * size * 4] == ([] if overwrite else [N * size * dtype.itemsize])
 
 
-def test_under_autocast():
-    x, y, targets = ordinary()
-    x = x.bfloat16()
-    expected, gradient = run(x, y, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, found = run(x, y, targets)
-    assert loss.total.dtype == torch.float32
-    torch.testing.assert_close(tuple(loss), tuple(expected))
-    torch.testing.assert_close(found, gradient)
-
-
 def test_uld_takes_any_vocabulary():
     x, y = logits(1, size=5), labels(2, size=5)
     teacher = top(logits(3, 0.5), 8)  # more entries than the student has ids
@@ -418,38 +401,22 @@ def test_alm_of_large_tau_is_the_divergence_of_two_poisson_rates():
     assert found == pytest.approx(nats * math.log(nats / float(own)) + float(own) - nats, rel=0.05)
 
 
-def test_targets_move_with_their_members():
-    moved = in_chunks(ordinary()[2], "p_kl").to("meta")
-    assert {moved.members.tokens.device.type, moved.chunks.device.type, moved.ids.device.type} == {"meta"}
-
-
 class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "loss", "message"),
         [
             (lambda t: {"ids": t.ids + V}, "ce", "lists token id .* the logits have 61 columns"),
-            *[
-                (lambda t: {"ids": t.ids * 0 - 2}, loss, r"token id -2.* gold")
-                for loss in TOKENWISE
-                if loss not in ("gold", "uld_topk", "grouped_kl")
-            ],
+            (lambda t: {"ids": t.ids * 0 - 2}, "ce", r"token id -2.* gold"),
             (lambda t: {"ids": t.ids[:, [0, 1, 2, 3, 1]]}, "ce", "twice"),
             (lambda t: {"logprobs": t.logprobs + 9}, "ce", "no distribution"),
-            (lambda t: {"logprobs": t.logprobs * math.nan}, "ce", "no distribution"),
-            (lambda t: {"tail": -t.tail}, "ce", "no distribution"),
             (lambda t: {"tail": t.tail * math.nan}, "ce", "no distribution"),
-            (lambda t: {"ids": t.ids.int()}, "ce", "int32"),
-            (lambda t: {"tail": t.tail[:3]}, "ce", r"\(3,\)"),
             (lambda _: {"temperature": 2.0}, "ce", "captured at temperature 2 .* asked for at 1"),
             (lambda t: vars(t.select(torch.arange(5))), "ce", "targets of 7 labels"),
-            (lambda t: {"ids": t.ids * 0 - 2, "logprobs": t.logprobs + 9}, "gold", "no distribution"),
             (lambda t: {"ids": t.ids * 0 - 3}, "gold", "token id -3"),
             (lambda _: {}, "grouped_kl", "grouped_kl needs members"),
-            (lambda _: {"chunks": torch.zeros(N).long()}, "p_kl", "p_kl needs members"),
             (lambda t: vars(in_groups(t)), "kl", "kl takes no members"),
             (lambda t: vars(in_groups(t)), "p_kl", "targets have none"),
             (lambda t: {**vars(in_groups(t)), "chunks": torch.zeros(N).long()}, "p_kl", "needs the shares"),
-            (lambda _: {}, "alm", "targets have none"),
             (lambda t: {**vars(in_groups(t)), "ids": torch.full((N, 5), U)}, "grouped_kl", f"token id {U}"),
         ],
     )
@@ -462,16 +429,12 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"loss": "mse"}, "no loss 'mse': it is one of ce, kl"),
-            ({"truncation": "none"}, "no truncation 'none'"),
             ({"loss": "reverse_kl", "truncation": "renormalize"}, "infinite"),
-            ({"temperature": 0.0}, "temperature is 0.0"),
             ({"lm_weight": torch.ones(3)}, r"lm_weight has shape \(3,\)"),
             ({"positions": torch.tensor([0, 1, 2, 2, 3, 4, 5])}, "position 3 is 2"),
             ({"positions": torch.tensor([0, 1, 2, 3, 4, 5, 7])}, "stay below 7"),
-            ({"positions": torch.arange(6)}, "one for each of 7 labels"),
             ({"labels": labels(2) + V}, "label 0 is token id"),
             ({"labels": labels(2)[:6]}, "6 labels for 7 rows"),
-            ({"labels": labels(2).int()}, "int32"),
         ],
     )
     def test_settings(self, settings, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch.utils.data import Dataset, Subset
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.settings import Selection
-from fusekit.distillation.batching import EpochSampler, FusionCollator
+from fusekit.distillation import outputs
+from fusekit.distillation.batching import EpochSampler, FusionCollator, Scheduled
 from fusekit.distillation.dataset import FusionDataset
+from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import FusionSettings, TrainingSettings
+from fusekit.distillation.settings import FusionSettings, ScheduleStage, TrainingSettings
 from fusekit.distillation.trainer import label_weights
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model
@@ -260,7 +263,7 @@ def test_a_teacher_that_is_the_pivot_teaches_nothing_new(own: bool, tmp_path: Pa
     rows = worlds.conversations(6)
     teacher = Teacher(model if own else random_model("llama", seed=1), selection=Selection(k=10))
     said = teacher.score([worlds.read(row, pivot) for row in rows]).rows
-    same = build_vocabulary_map(pivot, pivot, method="prefix", source_size=teacher.vocabulary, pivot_size=515)
+    same = build_vocabulary_map(pivot, pivot, method="prefix", source_size=teacher.vocabulary)
     data = FusionDataset(
         rows,
         sources={"s": worlds.by_key(said)},
@@ -318,10 +321,178 @@ def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, he
     assert all(math.isfinite(line["loss"]) for line in runs.lines(made))
 
 
-def test_deepspeed_may_have_no_norm(tmp_path: Path) -> None:
-    """It steps on its own, and its engine does not always tell the norm."""
-    made = runs.trainer(tmp_path)
-    made.is_deepspeed_enabled = True
-    made.accelerator.clip_grad_norm_ = lambda *_: None
-    assert made._get_grad_norm(made.model) is None
-    assert made.skipped == 0
+FILES = (
+    "config.json",
+    "fusekit.json",
+    "generation_config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with the checkpoints of its last two steps, the last over what another run left there."""
+    out = tmp_path_factory.mktemp("trained")
+    stale = out / "checkpoint-6" / "model-00001-of-00002.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another run")
+    runs.long_run(out, facts={"made_from": {"pivot": "p"}}).train()
+    return out
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def test_the_latest_whole_checkpoint_is_used(trained: Path) -> None:
+    said: list[str] = []
+    assert [step for step, _ in outputs.checkpoints(trained)] == [6, 5]
+    assert outputs.last_good(trained, said.append) == trained / "checkpoint-6"
+    assert said == []
+    assert tuple(sorted(path.name for path in (trained / "checkpoint-6").iterdir())) == FILES
+    facts = outputs.facts_of(trained / "checkpoint-6")
+    assert (facts["made_from"], facts["step"], facts["skipped"]) == ({"pivot": "p"}, 6, 0)
+    assert facts["counts"]["labels"] > 0  # what a resumed run goes on counting from
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, folder: Path) -> None:
+    path = folder / "checkpoint-6" / name
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+    said: list[str] = []
+    assert outputs.last_good(folder, said.append) == folder / "checkpoint-5"
+    assert len(said) == 1
+    assert "checkpoint-6 is not used" in said[0]
+    assert name in said[0]
+
+
+def test_rotation_never_deletes_the_last_good_one(folder: Path) -> None:
+    (folder / "checkpoint-6" / "scheduler.pt").unlink()
+    (folder / "checkpoint-7").mkdir()  # begun, not finished
+    assert outputs.rotate(folder, keep=1) == []
+    assert outputs.last_good(folder) == folder / "checkpoint-5"
+    (folder / "checkpoint-5" / "scheduler.pt").unlink()
+    assert outputs.rotate(folder, keep=1) == []
+    assert outputs.last_good(folder) is None
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former checkpoint may go only once the new one is recorded, also when one is all that is kept."""
+    seal = outputs.seal
+
+    def dying(checkpoint: Path, facts: dict[str, Any]) -> None:
+        if checkpoint.name == "checkpoint-2":
+            raise OSError("the power went")
+        seal(checkpoint, facts)
+
+    monkeypatch.setattr(outputs, "seal", dying)
+    with pytest.raises(OSError, match="the power went"):
+        runs.long_run(tmp_path, save_total_limit=1).train()
+    assert [step for step, _ in outputs.checkpoints(tmp_path)] == [2, 1]
+    assert outputs.last_good(tmp_path) == tmp_path / "checkpoint-1"
+
+
+STAGES = [ScheduleStage(epochs=1, responses=1.0), ScheduleStage(epochs=2, responses=0.1, data=1.0)]
+
+
+def scheduled(stages: list[ScheduleStage] = STAGES, step: int = 4) -> Scheduled:
+    """Twelve examples of data and six answers."""
+    return Scheduled(runs.data(12), runs.data(6, seed=5), stages, 3, step)
+
+
+def train_schedule(out: Path, examples: Scheduled, **arguments: Any) -> Any:
+    model = random_model("llama", attention_dropout=0.3 if "save_steps" in arguments else 0.0)
+    return runs.trainer(out, model, examples, train_sampling_strategy="sequential", **arguments)
+
+
+def test_the_worked_example() -> None:
+    """arXiv 2408.04998: P_S = (.7 .2 .1), P_T = (.5 .3 .2), label 0: SFT .69315, KL .08512, with beta 1 .77827."""
+    targets = SparseTargets(
+        torch.tensor([[0, 1, 2]]), torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.zeros(1), torch.tensor([True])
+    )
+    logits, labels = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0])
+    for truncation in ("tail", "renormalize"):
+        found = fusion_loss(logits, labels, targets, loss="kl", truncation=truncation, lm_weight=1.0, fusion_weight=1.0)
+        assert float(found.lm) == pytest.approx(0.69315, abs=5e-6)
+        assert float(found.fusion) == pytest.approx(0.08512, abs=5e-6)
+        assert float(found.total) == pytest.approx(0.77827, abs=5e-6)
+
+
+def test_every_epoch_has_the_examples_of_its_stage_once_and_ends_with_a_step() -> None:
+    found = scheduled()
+    answers, both, again = found.order[:8], found.order[8:28], found.order[28:]
+    assert sorted(answers) == [-1, -1, *range(12, 18)]
+    assert sorted(both) == sorted(again) == [-1, -1, *range(18)]
+    assert list(both) != list(again)
+    assert len(found) == 48
+    weights = {0: [], 1: []}
+    for at in range(8, 28):
+        example = found[at]
+        if "part" in example:
+            weights[example["part"]].append(example["weight"])
+            part = found.parts[example["part"]]
+            np.testing.assert_array_equal(
+                example["input_ids"], part[found.order[at] - 12 * example["part"]]["input_ids"]
+            )
+    assert weights == {0: [1.0] * 12, 1: [0.1] * 6}
+    assert len(found[8]["counts"]) == len(found.count_names)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
+def test_a_step_is_the_weighted_sum_of_the_means_of_its_parts(batch: int, accumulation: int, tmp_path: Path) -> None:
+    examples = scheduled([ScheduleStage(responses=0.1, data=1.0)], 8)
+    step = [examples[at] for at in range(8)]
+    assert {example["part"] for example in step} == {0, 1}
+    model = random_model("llama")
+    before, expected = runs.weights(model), runs.weights(model)
+    for part, weight in enumerate((1.0, 0.1)):
+        chosen = [example for example in step if example["part"] == part]
+        for name, gradient in gradients_by_loop(copy.deepcopy(model), chosen, 0.7).items():
+            expected[name] = expected[name] - weight * gradient
+    how = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    made = train_schedule(
+        tmp_path, examples, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **how
+    )
+    made.train()
+    found = runs.weights(made.model)
+    assert runs.different({name: found[name] for name in before}, expected, CLOSE) == []
+
+
+def test_a_resumed_schedule_ends_in_the_same_weights(tmp_path: Path) -> None:
+    how = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine"}
+    how["gradient_accumulation_steps"] = 2
+    whole = train_schedule(tmp_path, scheduled(), **how)
+    whole.train()
+    assert whole.state.global_step == 12
+    for step in (1, 5):  # of the first stage and of the second
+        resumed = train_schedule(tmp_path / "again", scheduled(), **how)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert runs.different(whole.model.state_dict(), resumed.model.state_dict()) == []
+
+
+def test_an_answer_is_taught_by_its_writer() -> None:
+    """The pivot has read it too, and knows it better."""
+    given = runs.data()
+    key = given.rows[0].key
+    for writer, chosen in (("pivot", [1.0, 0.0]), ("other", [0.0, 1.0])):
+        said = {"pivot": given.pivot, "sources": given.sources, "projections": given.projections}
+        made = FusionDataset(given.rows, **said, writers={key: writer})
+        counts = dict(zip(made.count_names, made[0]["counts"], strict=True))
+        assert [counts["chosen/pivot"], counts["chosen/other"]] == chosen
+        assert len(made[0]["cross_entropies"]) == 1
+        assert len(made[1]["cross_entropies"]) == 2
