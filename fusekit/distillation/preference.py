@@ -46,7 +46,7 @@ def answers(pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     examples = []
     for number, pair in enumerate(pairs, 1):
-        found = [pair.get(name) for name in ANSWERS] if isinstance(pair, Mapping) else [None, None]
+        found: list[Any] = [pair.get(name) for name in ANSWERS] if isinstance(pair, Mapping) else [None, None]
         chosen, rejected = found
         prompt = pair.get("prompt") if isinstance(pair, Mapping) else None
         alike = type(chosen) is type(rejected) and isinstance(chosen, (str, list)) and chosen != rejected
