@@ -117,7 +117,8 @@ class TokenizedText:
 
     def opened(self, id_: int) -> TokenizedText:
         """With a token before the text that stands for none of it (bos): it ends at 0."""
-        return self._joined([id_], self.ids, np.concatenate([[0], self.ends]), np.concatenate([[0], self.lows]))
+        ends, lows = (np.concatenate([[0], side]).astype(np.int64) for side in (self.ends, self.lows))
+        return self.of(np.concatenate([[id_], self.ids]), ends, lows)
 
     def closed(self, id_: int) -> TokenizedText:
         """With a token after the text that stands for its end (eos, end of turn).
@@ -126,12 +127,7 @@ class TokenizedText:
         leaves the link of the last token of text alone.
         """
         end = (int(self.ends[-1]) if len(self) else 0) + 1
-        return self._joined(self.ids, [id_], np.append(self.ends, end), np.append(self.lows, end))
-
-    def _joined(self, first: Any, last: Any, ends: IntArray, lows: IntArray) -> TokenizedText:
-        ids = np.concatenate([first, last]).astype(np.int64)
-        ends = ends.astype(np.int64)
-        return TokenizedText(ids, ends, ends if self.exact else lows.astype(np.int64))
+        return self.of(np.append(self.ids, id_), np.append(self.ends, end), np.append(self.lows, end))
 
 
 class TopK(NamedTuple):
