@@ -85,6 +85,10 @@ def test_the_cut_is_as_late_as_the_first_model_allows():
     assert cut.key == source.key
     (again,) = prepare([cut], readers(), 64).rows
     assert again.cut == cut.cut
+    faces = row("q", "🤖👾" * 60)  # of several tokens each
+    for length in range(40, 46):
+        (cut,) = prepare([faces], readers(), length).rows
+        assert cut.cut.size % 4 == 0
 
 
 def test_a_turn_that_just_fits_keeps_its_end():

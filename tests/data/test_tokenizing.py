@@ -79,6 +79,12 @@ def test_the_last_end_is_learnt_or_all_but_the_first_token(name):
     assert np.flatnonzero(~whole.labels).tolist() == [0]
 
 
+def test_the_first_token_is_no_label():
+    bare = ChatTemplate("bare", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokens = RowTokenizer(tokenizer_for("qwen"), bare).tokenize(row([("assistant", "Hi there")]))
+    assert tokens.labels.tolist() == [False] + [True] * (len(tokens) - 1)
+
+
 def test_an_eos_that_is_also_the_padding_is_learnt():
     tokenizer = extended("mistral", [], scheme="always")
     tokenizer.pad_token = tokenizer.eos_token

@@ -216,7 +216,7 @@ def slow_reply(model, reads: RowTokenizer, question: Question) -> str:
 
 @torch.inference_mode()
 def test_batches_give_what_a_loop_over_tokens_gives(loaded):
-    questions = asked(loaded[1], 4, 5, 6, 7, 8, 9)
+    questions = asked(loaded[1], 1, 2, 3, 4, 5, 6)
     expected = [slow_reply(*loaded, question) for question in questions]
     assert len(set(expected)) > 3
     for batch_tokens in (100_000, 60, 1):  # all at once, a few, one by one
