@@ -23,7 +23,7 @@ COMMANDS = {
     "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
     "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
     "generate": ("fusekit.cli.generate", "generate", "Let several models write each answer together."),
-    "inspect": ("fusekit.cli.inspect", "inspect", "Look at an alignment or a store."),
+    "inspect": ("fusekit.cli.inspect", "inspect", "Look at the alignment of two tokenizers."),
     "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
     "new": ("fusekit.cli.recipe", "new", "Write a minimal fusion recipe to start from."),

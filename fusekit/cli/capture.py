@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.cli.common import JSON, command_again, drop_noise, given, interruptible, options_of, print_json
 from fusekit.data.settings import DataSettings
-from fusekit.disk import refuse_file
+from fusekit.disk import counted, human, refuse_file
 from fusekit.errors import CaptureError
 from fusekit.recipe.sections import Load
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fusekit.capturing.store import Store
     from fusekit.data.reading import DataCounts
 
+_SHOWN_QUARANTINED = 5
 _QUANTIZATIONS = {
     "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
     "8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -78,7 +80,6 @@ def capture(**options: Any) -> None:
     those of `srun`, which start and end when they like. `fusekit run RECIPE OUT --until capture` captures all models
     of a recipe.
     """
-    from fusekit.cli.inspect import figures, summary_lines
     from fusekit.devices import Processes
 
     drop_noise()
@@ -99,7 +100,7 @@ def capture(**options: Any) -> None:
     if options["as_json"]:
         print_json(figures(store) | {"data": dataclasses.asdict(counts)})
     else:
-        click.echo("\n".join(summary_lines(store)))
+        click.echo(summary(store))
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, DataCounts]:
@@ -122,3 +123,51 @@ def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) ->
     settings = data.model_dump(include=set(CUTS)) | given(options, CaptureSettings)
     job = capture_job(choice, rows, options["out"], counts=counts, say=say, **asked, **settings)
     return job.run(processes), counts
+
+
+def figures(store: Store) -> dict[str, Any]:
+    """What is in a store, in plain types: in all, and by data set."""
+    summary = store.summary
+
+    def share(rows: Any) -> dict[str, Any]:
+        labels, content = int(summary.labels[rows].sum()), int(summary.bytes[rows].sum())
+        nats = float(summary.cross_entropy[rows].sum())
+        return {
+            "rows": int(summary.labels[rows].size),
+            "tokens": int(summary.tokens[rows].sum()),
+            "labels": labels,
+            "content_bytes": content,
+            "cross_entropy_per_label": nats / max(labels, 1),
+            "bits_per_byte": nats / math.log(2) / max(content, 1),
+        }
+
+    return {
+        "path": str(store.path),
+        "complete": store.complete,
+        "made_from": store.spec.model_dump(),
+        "total": share(slice(None)),
+        "datasets": {name: share(summary.dataset == number) for number, name in enumerate(summary.datasets)},
+        "shards": len(store.records),
+        "file_bytes": sum(record.size for record in store.records),
+        "quarantined": {row.key: row.reason for row in store.quarantined},
+    }
+
+
+def summary(store: Store) -> str:
+    """A table of a store by data set, and the examples that have no distribution."""
+    found, spec = figures(store), store.spec
+    size = f"{counted(found['shards'], 'shard')}, {human(found['file_bytes'])}"
+    width = max(len(name) for name in ("all", *found["datasets"]))
+    lines = [
+        f"{store.path}: top {spec.top_k} of {spec.vocabulary} ids from {spec.model}, {size}",
+        f"  {'':<{width}}  {'examples':>8} {'tokens':>10} {'labels':>10} {'nats/label':>10} {'bits/byte':>9}",
+    ]
+    for name, share in [*found["datasets"].items(), ("all", found["total"])]:
+        lines.append(
+            f"  {name:<{width}}  {share['rows']:>8} {share['tokens']:>10} {share['labels']:>10} "
+            f"{share['cross_entropy_per_label']:>10.4f} {share['bits_per_byte']:>9.4f}"
+        )
+    if found["quarantined"]:
+        lines.append(f"  {counted(len(found['quarantined']), 'example')} without a distribution:")
+        lines += [f"    {key}  {reason}" for key, reason in list(found["quarantined"].items())[:_SHOWN_QUARANTINED]]
+    return "\n".join(lines)

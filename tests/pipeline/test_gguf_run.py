@@ -62,7 +62,6 @@ def test_report_and_card_name_the_files(world):
     out = world / "out"
     models = json.loads((out / "models.json").read_text())
     assert models["pivot"]["model"].endswith("pivot.Q8_0.gguf")
-    assert models["llama.F16"]["dtype"] == "GGUF F16"
     assert models["llama.F16"]["architecture"] == "LlamaForCausalLM"
     assert models["llama.F16"]["parameters"] > 0
     card = (out / "merged" / "README.md").read_text()
@@ -125,8 +124,7 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
 
     done("capture", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
     done("capture", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
-    assert "no rows shown" not in done("inspect", "store", tmp_path / "source")
-    linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
+    linked = done("inspect", pivot, source, "--text", "12+34=46")
     assert "linked      100.0 %" in linked or "with a row" in linked
     done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metrics", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
