@@ -36,9 +36,6 @@ from fusekit.generation.respond import questions_of, respond
 from fusekit.generation.settings import RespondSettings
 from fusekit.types import Part, Row, TokenizedRow
 
-CAPTURES = "captures"
-"""Folder of a trainer's output in which the model's own predictions are captured before training."""
-
 Say = Callable[[str], None]
 
 
@@ -282,7 +279,10 @@ def fusion_dataset(
 
     fits: refuses what takes too much memory, told the tokens of the longest example and the teachers that are loaded.
     """
-    settings, given, own = args.settings, _named(teachers), None
+    settings, own = args.settings, None
+    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        raise DistillationError(f"teachers is {with_article(type(teachers).__name__)}: give a mapping from names")
+    given = dict(teachers) if isinstance(teachers, Mapping) else {} if teachers is None else {"teacher": teachers}
     refuse_names(given)
     stores = {name: Store.open(teacher) if _is_store(teacher) else teacher for name, teacher in given.items()}
     # A template that prints the day prints that of the captures that are there.
@@ -338,39 +338,27 @@ def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig, say: Say =
     return prepared.rows
 
 
-def _named(teachers: Any) -> dict[str, Any]:
-    if isinstance(teachers, Mapping):
-        return dict(teachers)
-    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
-        raise DistillationError(
-            f"teachers is {with_article(type(teachers).__name__)}: give a mapping from names to teachers"
-        )
-    return {} if teachers is None else {"teacher": teachers}
-
-
 def _is_store(teacher: Any) -> bool:
     """Whether a path is that of a store. A model that a run made has a manifest too, which names a stage."""
     return isinstance(teacher, (str, Path)) and (Path(teacher) / MANIFEST).is_file() and not is_stage(Path(teacher))
 
 
+def own_folder(args: OneDevice) -> Path:
+    """Where a trainer's model is captured before training."""
+    return Path(args.output_dir) / "captures" / PIVOT
+
+
 def capture_student(
     student: Loaded, reader: RowTokenizer, rows: Sequence[Row], args: OneDevice, how: CaptureSettings
 ) -> Store:
-    """What the student says about the rows before training, in ``captures/`` of the output folder."""
+    """What the student says about the rows before training, in :func:`own_folder`."""
     spec, training = student.spec(reader, rows, how), student.model.training
     student.model.to(args.device)
-
-    def load() -> Any:
-        return student.teacher(how, spec.top_k, "the model", lambda _: None)
-
+    load = partial(student.teacher, how, spec.top_k, "the model", lambda _: None)
     try:
         return capture_rows(rows, reader, load, own_folder(args), lambda: spec, quiet=args.disable_tqdm)
     finally:
         student.model.train(training)
-
-
-def own_folder(args: OneDevice) -> Path:
-    return Path(args.output_dir) / CAPTURES / PIVOT
 
 
 class OnPolicy:
