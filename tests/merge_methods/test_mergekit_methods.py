@@ -185,6 +185,16 @@ def test_units_of_state_dicts(granularity, aggregation):
         np.testing.assert_allclose(list(record.tensors[name].coefficients.values()), weights)
 
 
+def test_units_of_state_dicts_are_measured_in_the_dtype_of_the_merge():
+    models, found = state_dicts(), []
+    cast = [{name: tensor.bfloat16() for name, tensor in model.items()} for model in models]
+    for inputs in (models, cast):
+        with record_coefficients() as record:
+            merge_state_dicts(inputs, "varm", base=0, dtype=torch.bfloat16, parameters={"granularity": "model"})
+        found.append(record.as_dict())
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("granularity", UNITS)
 def test_one_tensor_alone_has_no_unit(granularity):
     tensors = [torch.zeros(3), torch.ones(3)]
