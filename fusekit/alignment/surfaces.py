@@ -78,8 +78,12 @@ class TokenizerView:
 
     def normalize(self, text: str) -> str:
         """The text as the normaliser changes it, without a dummy space."""
-        normalized = str(self.backend.normalizer.normalize_str(text))
+        normalized = str(self._normalizer.normalize_str(text))
         return normalized[1:] if self.prepends and normalized.startswith(_DUMMY_SPACES) else normalized
+
+    @cached_property
+    def _normalizer(self) -> Any:
+        return self.backend.normalizer  # made anew whenever it is asked for
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
