@@ -40,7 +40,7 @@ class Encoder:
     """Encodes texts of parts with one tokenizer.
 
     Args:
-        tokenizer: of ``transformers`` or ``tokenizers``.
+        tokenizer: of ``transformers``.
         control: ids of further added tokens that are control tokens, beside those marked special and those with a role:
             what the template writes. All other added tokens are part of the vocabulary, in contents too.
 
