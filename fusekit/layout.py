@@ -9,12 +9,12 @@ PIVOT, BASELINE, MERGED = "pivot", "baseline", "merged"
 STAGES = ("data", "respond", "judge", "capture", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
-SHARDS = ".work"
-"""Ending of a folder of shards, beside the artifact that they become."""
+WORK = ".work"
+"""Ending of a folder of unfinished work, beside the artifact that it becomes."""
 
 _FOLDERS = ("data", "responses", "judged", "winners", "captures", "alignment", "targets", "baselines", "evaluation")
 _FILES = ("recipe.resolved.yml", "merge.yml", "results.json", "models.json", "report.html")
-NAMES = {PIVOT, MERGED, f"judged{SHARDS}", "logs", *_FOLDERS, *_FILES}
+NAMES = {PIVOT, MERGED, f"judged{WORK}", "logs", *_FOLDERS, *_FILES}
 """What a run may have at the top of its output."""
 
 
@@ -38,9 +38,9 @@ class Layout:
         self.report = out / "report.html"
 
     @staticmethod
-    def shards(folder: Path) -> Path:
-        """Where the shards of answers or scores are until they become an artifact."""
-        return folder.with_name(folder.name + SHARDS)
+    def work(folder: Path) -> Path:
+        """Where answers or scores are until they become an artifact."""
+        return folder.with_name(folder.name + WORK)
 
     def responses(self, name: str) -> Path:
         """What a model answers to the questions of the data."""

@@ -1,8 +1,7 @@
 """YAML for files that somebody else may have written: ``yaml.safe_load`` with limits, and the line of every key.
 
-Refused beside what ``yaml.safe_load`` refuses: tags (``!!float``, ``!mine``), duplicate keys (the last one wins
-silently), aliases that expand to billions of values, values that contain themselves, nesting that exhausts the stack,
-and integers that take minutes to convert. Every error is a RecipeError with the line.
+Also refused are tags (``!!float``, ``!mine``), duplicate keys, of which the last would win silently, aliases that
+expand to billions of values, values that contain themselves, and nesting that exhausts the stack.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from yaml.constructor import SafeConstructor
-from yaml.events import AliasEvent, NodeEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fusekit.errors import FusekitError, RecipeError
@@ -24,15 +22,12 @@ from fusekit.errors import FusekitError, RecipeError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_NODES = 50_000
-MAX_TYPED_SCALAR = 200
 
-_STRING = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 
 KeyPath = tuple[str | int, ...]
 TRUTH = ": put the word in quotes, since YAML reads no, off, yes and on as truth values"
-SHOWN_NAMES = 40
-"""Known names that an error lists where none is near; of more it gives none."""
+SHOWN_NAMES = 40  # in an error where no known name is near
 
 
 class Settings(BaseModel):
@@ -45,28 +40,16 @@ class Settings(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = str(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
-            raise ValueError(
-                f"{str(value).lower()} is a truth value, which this setting does not take{TRUTH * ('str' in kinds)}"
-            )
+            raise ValueError(f"{str(value).lower()} is a truth value{TRUTH}")
         return value
-
-
-class Place(NamedTuple):
-    """Where a value was written: the name of a file or an option, and the line from 1, 0 where there is none."""
-
-    name: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, line {self.line}" if self.line else self.name
 
 
 @dataclass(frozen=True)
 class Document:
     """A parsed YAML document.
 
-    data: what ``yaml.safe_load`` returns. text: the source. name: what errors call the file. lines: the line (from 1)
-    of every key and list item, by its path of keys and indices, e.g. ``("models", 0, "parameters", "weight")``.
+    text: the source. name: what errors call the file. lines: the line (from 1) of every key and list item, by its path
+    of keys and indices, such as ``("models", 0, "parameters", "weight")``.
     """
 
     data: Any
@@ -75,7 +58,7 @@ class Document:
     lines: dict[KeyPath, int] = field(repr=False)
 
     def line(self, path: KeyPath) -> int:
-        """Line of ``path``, or of the nearest enclosing key that has one (1 for the whole document)."""
+        """Line of a path, or of the nearest enclosing key that has one."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
@@ -88,10 +71,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        if not isinstance(event, AliasEvent) and isinstance(event, NodeEvent):
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                raise _Refused(f"YAML tags are not allowed here, found {tag!r}", event.start_mark)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _Refused(f"YAML tags are not allowed here, found {tag!r}", event.start_mark)
         if self.depth >= MAX_DEPTH:
             raise _Refused(f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
         self.depth += 1
@@ -107,13 +88,9 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 def load(path: Path | str) -> Document:
-    """Read and parse a YAML file of at most MAX_BYTES bytes, ``-`` being the standard input.
-
-    Raises RecipeError naming the file and the line.
-    """
-    path = Path("/dev/stdin" if str(path) == "-" else path)
+    """Read and parse a YAML file of at most MAX_BYTES bytes. Raises RecipeError naming the file and the line."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -127,24 +104,16 @@ def load(path: Path | str) -> Document:
 
 
 def loads(text: str, name: str = "<recipe>") -> Document:
-    """Parse one YAML document as ``yaml.safe_load`` would, within the limits of this module.
-
-    Raises RecipeError, with the line, for anything that is not valid YAML or that the limits refuse.
-    """
-    if len(text) > MAX_BYTES:
-        raise RecipeError(f"{name}: larger than {MAX_BYTES} bytes; is this really a recipe?")
+    """Parse one YAML document as ``yaml.safe_load`` would. Raises RecipeError with the line."""
     try:
         loader = _Loader(text)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return Document(None, text, name, {})
-            lines: dict[KeyPath, int] = {}
-            _check(root, loader)
-            _collect_lines(root, (), lines)
-            return Document(loader.construct_document(root), text, name, lines)
-        finally:
-            loader.dispose()
+        root = loader.get_single_node()
+        if root is None:
+            return Document(None, text, name, {})
+        lines: dict[KeyPath, int] = {}
+        _check(root, loader)
+        _collect_lines(root, (), lines)
+        return Document(loader.construct_document(root), text, name, lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -158,9 +127,9 @@ def loads(text: str, name: str = "<recipe>") -> Document:
 
 
 def _check(root: Node, loader: _Loader) -> None:
-    """Refuse a document that has more than MAX_NODES values once aliases are written out, or that contains itself.
+    """Refuse more than MAX_NODES values once aliases are written out, and values that contain themselves.
 
-    Every node is looked at once, however many aliases point at it, so that a bomb costs no more than its own text.
+    Every node is visited once, however many aliases point at it.
     """
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -177,8 +146,6 @@ def _check(root: Node, loader: _Loader) -> None:
         elif isinstance(node, MappingNode):
             _check_keys(node, loader)
             children = [child for pair in node.value for child in pair]
-        elif node.tag != _STRING and len(node.value) > MAX_TYPED_SCALAR:
-            raise _Refused(f"a number or date of {len(node.value)} characters", node.start_mark)
         total = 1 + sum(size(child) for child in children)
         open_nodes.discard(id(node))
         if total > MAX_NODES:
@@ -194,7 +161,7 @@ def _check_keys(node: MappingNode, loader: _Loader) -> None:
     for key_node, _ in node.value:
         if not isinstance(key_node, ScalarNode):
             raise _Refused("a key must be a plain value, not a list or a mapping", key_node.start_mark)
-        if key_node.tag == _MERGE or (key_node.tag != _STRING and len(key_node.value) > MAX_TYPED_SCALAR):
+        if key_node.tag == _MERGE:
             continue
         key = SafeConstructor.construct_object(loader, key_node)
         if key in first:
@@ -204,7 +171,7 @@ def _check_keys(node: MappingNode, loader: _Loader) -> None:
 
 
 def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
-    """Record the line of every path below ``node``; what an alias or ``<<`` brings in has the line of its anchor."""
+    """Record the line of every path below a node; what an alias or ``<<`` brings in has the line of its anchor."""
     if isinstance(node, SequenceNode):
         for index, child in enumerate(node.value):
             here = (*path, index)
@@ -226,14 +193,12 @@ def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``: did you mean 'models'?`` when a known name is near, else the list of the known names."""
+    """``; did you mean 'models'?`` where a known name is near, else the list of them."""
     names = sorted(known)
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    if len(names) > SHOWN_NAMES:
-        return f"; none of the {len(names)} known names is near it"
-    return f"; known here: {', '.join(names)}" if names else "; nothing is accepted here"
+    return f"; known here: {', '.join(names)}" if 0 < len(names) <= SHOWN_NAMES else ""
 
 
 def together(name: str, problems: Sequence[str]) -> str:
@@ -245,7 +210,7 @@ def together(name: str, problems: Sequence[str]) -> str:
 
 @dataclass
 class Problems:
-    """Collects what is wrong with one document; ``raise_if_any`` reports all of it in the order of the lines."""
+    """Collects what is wrong with one document."""
 
     document: Document
     found: list[tuple[int, str, KeyPath]] = field(default_factory=list)
@@ -271,7 +236,7 @@ class Problems:
         return [f"{self.document.name}, line {line}: {message}" for line, message, _ in rows]
 
     def raise_if_any(self, kind: type[FusekitError] = RecipeError) -> None:
-        """Raise one error with every problem and its line; return if there is none."""
+        """Raise one error with every problem and its line, if there is any."""
         lines = self.lines()
         named = f"{self.document.name}, " if len(lines) > 1 else ""
         if lines:
@@ -279,12 +244,12 @@ class Problems:
 
 
 def reasons(error: ValidationError) -> list[str]:
-    """What a pydantic error says, one line each, without its links and input dumps."""
+    """What a pydantic error says, one line each."""
     return [" ".join(str(detail["msg"]).split()) for detail in error.errors(include_url=False, include_context=False)]
 
 
 def by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
-    """Messages of a pydantic error by the path in the recipe: the names of union members are not part of it."""
+    """Messages of a pydantic error by the path in the recipe."""
     places: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False, include_context=False):
         missing = detail["type"] == "missing"
@@ -296,8 +261,7 @@ def by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
 
 
 def path_in(data: Any, location: Sequence[int | str]) -> KeyPath:
-    """The part of a pydantic location that is in the data: names of union members, and what a short form leaves out,
-    are not."""
+    """The part of a pydantic location that is in the data: names of union members are not."""
     path: KeyPath = ()
     for part in location:
         if isinstance(data, Mapping) and part in data:

@@ -18,11 +18,11 @@ from fusekit import artifacts
 from fusekit.cli import COMMANDS, cli, main
 from fusekit.cli.common import given, options_of
 from fusekit.errors import RecipeError
-from fusekit.recipe import load_recipe, reference
+from fusekit.recipe import load_recipe, shipped
 from tests.capture.store_processes import write
 from tests.processes import fusekit
 
-RECIPES = reference.recipes()
+RECIPES = shipped.recipes()
 FUSIONS = [name for name, path in RECIPES.items() if "\npivot:" in path.read_text()]
 
 
@@ -42,10 +42,10 @@ def check_header(name, ends, command):
 def test_a_fusion_recipe_opens_with_what_one_needs_to_know_follows_the_schema_and_loads(name):
     text = check_header(name, "\npreset:", "fusekit run")
     assert text.splitlines()[0] == "# yaml-language-server: $schema=./fusion.schema.json"
-    wrong = jsonschema.Draft202012Validator(reference.document()).iter_errors(yaml.safe_load(text))
+    wrong = jsonschema.Draft202012Validator(shipped.schema()).iter_errors(yaml.safe_load(text))
     assert [error.message for error in wrong] == []
     assert load_recipe(RECIPES[name]).sources
-    assert reference.title(RECIPES[name]) == text.splitlines()[1].removeprefix("# ")
+    assert shipped.title(RECIPES[name]) == text.splitlines()[1].removeprefix("# ")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in FUSIONS])
@@ -110,7 +110,7 @@ def test_cp_writes_the_recipe_and_spares_what_is_there(tmp_path):
 def test_cp_of_a_fusion_recipe_puts_its_schema_beside_it(tmp_path):
     schema = tmp_path / "fusion.schema.json"
     assert invoke("cp", "demo", str(tmp_path)).output.splitlines() == [str(tmp_path / "demo.yml"), str(schema)]
-    assert schema.read_bytes() == reference.schema().read_bytes()
+    assert schema.read_bytes() == (shipped.folder() / shipped.SCHEMA).read_bytes()
     assert invoke("cp", "demo", str(tmp_path / "mine.yml")).output.splitlines() == [str(tmp_path / "mine.yml")]
     schema.write_text("{}")
     said = invoke("cp", "demo", str(tmp_path / "other.yml")).output

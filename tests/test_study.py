@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,10 @@ from benchmarks.fusion import scores, tables
 from benchmarks.fusion.arms import ARMS, MERGES, merges_of, recipe_of
 from benchmarks.fusion.claims import CLAIMS, Claim
 from benchmarks.fusion.memory import examples_in_memory
-from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.outputs import targets_of
-from fusekit.distillation.settings import PRESETS, FusionSettings
+from fusekit.distillation.settings import FusionSettings
 from fusekit.merging.lint import lint
 from fusekit.yaml import loads
 from tests.distillation import runs
@@ -36,17 +34,6 @@ def test_a_recipe_of_an_arm_loads_and_makes_the_targets_that_are_merged(arm, mon
     assert (recipe.distill.seed, recipe.distill.num_train_epochs) == (5, 1)
 
 
-@pytest.mark.parametrize(("arm", "preset"), [("fusechat", "fusechat"), ("fusellm", "fusellm")])
-def test_an_arm_of_a_paper_has_its_presets_loss(arm, preset):
-    recipe, demo_recipe = recipe_of(arm, ()), recipe_of(None, ())
-    for section, name in product(("alignment", "fusion", "distill"), ("vocabulary", "metric", "lm_weight", "loss")):
-        known = PRESETS[preset]["training" if section == "distill" else section]
-        if name in known:
-            assert getattr(getattr(recipe, section), name) == known[name]
-    assert recipe.distill.learning_rate == demo_recipe.distill.learning_rate
-    assert recipe.distill.num_train_epochs == demo_recipe.distill.num_train_epochs
-
-
 @pytest.mark.parametrize("name", MERGES)
 def test_a_recipe_of_a_merge_is_one_that_mergekit_reads(name, tmp_path):
     document = MERGES[name].recipe(tmp_path / "pivot", [tmp_path / "a", tmp_path / "b"])
@@ -55,16 +42,6 @@ def test_a_recipe_of_a_merge_is_one_that_mergekit_reads(name, tmp_path):
     assert not warnings
     assert len(config.models) == 2
     assert ("base_model" in document) == (name != "linear")
-
-
-def test_training_rows_meet_no_held_out_question(monkeypatch):
-    skills = [skill for skill in demo("rows").SKILLS if skill != "code"]  # whose text takes seconds to collect
-    monkeypatch.setattr(demo("rows"), "SKILLS", skills)
-    rows = training_set(40)
-    assert len(rows) == 40 * len(skills)
-    held_out = {row.prompt for skill in skills for row in demo("tasks").held_out_rows(skill, 50)}
-    assert not {row["messages"][0]["content"] for row in rows} & held_out
-    assert sum(row["noisy"] for row in rows) == 3 * 12
 
 
 def test_every_claim_is_about_models_that_the_study_makes():
@@ -115,13 +92,6 @@ def test_orderings_are_of_seeds_in_pairs():
     )
     assert tables.verdict([-1.0]) == "one seed"
     assert "| -0.875 ± 0.177 |" in tables.orderings(results)
-
-
-def test_a_seed_that_is_not_done_is_left_out_of_differences():
-    rest = [figure for figure in figures() if (figure.model, figure.seed) != ("plain", "1")]
-    results = tables.Results.from_figures(rest)
-    assert tables.differences(results, Claim("", "fusellm", "plain"), "bits_per_byte") == [-1.0]
-    assert tables.differences(results, Claim("", "joint-ms", "plain"), "bits_per_byte") == []
 
 
 def test_the_readmes_tables_are_those_of_the_committed_figures():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from fusekit import yaml as safe_yaml
 from fusekit.cli.common import drop_noise, print_json, show
 from fusekit.disk import human
 from fusekit.errors import RecipeError
-from fusekit.recipe import reference
+from fusekit.recipe import shipped
 from fusekit.recipe.loading import kind_of, load_recipe
 from fusekit.yaml import Document
 
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from fusekit.pipeline.plan import Plan
     from fusekit.pipeline.stage import Step
 
-recipe_argument = click.argument(
-    "recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-)
+recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. distill.loss=kl."
 )
@@ -35,9 +32,9 @@ overrides = click.option(
 @recipe_argument
 @overrides
 @click.option("--resolved", is_flag=True, help="Print every value, presets and defaults written out.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, not_looked_at, read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: valid, problems, not_looked_at.")
 def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
-    """Check a recipe: every mistake at once, with its line and the nearest known name. - is standard input.
+    """Check a recipe: every mistake at once, with its line and the nearest known name.
 
     Local models, templates and data are looked for as well, and the first 10,000 examples are read; what is on the hub
     is not looked at. Of a mergekit recipe it prints what `fusekit merge --check` does.
@@ -49,7 +46,6 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
     from fusekit.disk import counted
     from fusekit.pipeline.capturing import not_looked_at
     from fusekit.pipeline.run import mistakes
-    from fusekit.pipeline.stage import look
 
     drop_noise()
     try:
@@ -61,15 +57,9 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
         print_json({"valid": False, "problems": more or [first]})
         sys.exit(1)
     unseen, names = not_looked_at(loaded), [source.label for source in loaded.sources]
-    sections = {"data": loaded.data, "evaluate": loaded.evaluate}
-    read = {name: look(section) for name, section in sections.items() if section is not None}
-    looked = {name: found for name, found in read.items() if found is not None}
     if as_json:
-        counts = {name: found._asdict() for name, found in looked.items()}
-        print_json({"valid": True, "problems": [], "not_looked_at": unseen, "read": counts})
+        print_json({"valid": True, "problems": [], "not_looked_at": unseen})
         return
-    for name, found in looked.items():
-        click.echo(f"{name}: {found}", err=True)
     if unseen:
         click.echo(f"not here, so taken for names on the hub, which is not asked: {', '.join(unseen)}", err=True)
     if resolved:
@@ -94,10 +84,9 @@ def check_merge(document: Document, out: Path | None, overrides: tuple[str, ...]
 
 
 @click.command()
-@click.option("--markdown", is_flag=True, help="Print the page of every key and preset instead.")
-def schema(markdown: bool) -> None:
+def schema() -> None:
     """Print the JSON schema of fusion recipes, for editors."""
-    click.echo(reference.markdown() if markdown else reference.schema_text(), nl=False)
+    click.echo(shipped.schema_text(), nl=False)
 
 
 @click.command()
@@ -105,21 +94,21 @@ def schema(markdown: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def new(file: Path, force: bool) -> None:
     """Write a minimal fusion recipe with comments to FILE, and the schema for editors beside it."""
-    _write(file, reference.NEW.encode(), force)
-    _copy_schema(file.with_name(reference.SCHEMA))
+    _write(file, shipped.NEW.encode(), force)
+    _copy_schema(file.with_name(shipped.SCHEMA))
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object of names and paths.")
 def ls(as_json: bool) -> None:
     """List the shipped recipes. `fusekit cp NAME` copies one."""
-    known = reference.recipes()
+    known = shipped.recipes()
     if as_json:
         print_json({name: str(path) for name, path in known.items()})
         return
     width = max(map(len, known))
     for name, path in known.items():
-        click.echo(f"{name:<{width}}  {reference.title(path)}")
+        click.echo(f"{name:<{width}}  {shipped.title(path)}")
 
 
 @click.command()
@@ -131,13 +120,13 @@ def cp(name: str, file: Path | None, force: bool) -> None:
 
     Beside a fusion recipe goes the schema that its first line names to editors, unless one is there.
     """
-    source = reference.find(name)
+    source = shipped.find(name)
     target = file or Path(source.name)
     if target.is_dir():
         target = target / source.name
     _write(target, source.read_bytes(), force)
-    if source.read_text(encoding="utf-8").startswith(reference.EDITORS):
-        _copy_schema(target.with_name(reference.SCHEMA))
+    if source.read_text(encoding="utf-8").startswith(shipped.EDITORS):
+        _copy_schema(target.with_name(shipped.SCHEMA))
 
 
 def _write(target: Path, data: bytes, force: bool) -> None:
@@ -153,7 +142,7 @@ def _write(target: Path, data: bytes, force: bool) -> None:
 
 def _copy_schema(target: Path) -> None:
     """Write the schema of fusion recipes; one that is there stays, as it may serve other recipes."""
-    wanted = reference.schema().read_bytes()
+    wanted = (shipped.folder() / shipped.SCHEMA).read_bytes()
     try:
         if not target.exists():
             target.write_bytes(wanted)
@@ -187,7 +176,7 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     document = safe_yaml.load(recipe)
     check_merge(document, out, overrides, as_json=as_json)
     drop_noise()
-    loaded = load_recipe(document, overrides, partial(mistakes, files=False))  # which the plan itself looks for
+    loaded = load_recipe(document, overrides, mistakes)
     found = make_plan(loaded, str(recipe), out)
     if as_json:
         print_json(found.as_dict())
@@ -208,10 +197,8 @@ def table(plan: Plan) -> str:
         cells = [f"{_cut(cell, width):{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
         lines.append("  ".join(cells).rstrip())
     lines.append("")
-    lines += _section("machine", [_machine(plan)])
-    lines += _section("notes", [f"{step.stage} {step.name}: {note}" for step in plan.steps for note in step.notes])
+    lines += _section("notes", [f"{step.stage} {step.name}: {step.note}" for step in plan.steps if step.note])
     lines += _section("needed and free", _shown([need for need in plan.needs if need.fits]))
-    lines += _section("figures", plan.basis)
     lines += _section("not known, so totals are at least", plan.unknown)
     lines += _section("does not fit", _shown(plan.lacking))
     lines += _section("would be refused", plan.refused)
@@ -254,15 +241,6 @@ def _count(number: int) -> str:
         if number >= size and number >= 10_000:
             return f"{number / size:.1f} {unit}"
     return f"{number:,}"
-
-
-def _machine(plan: Plan) -> str:
-    found = plan.machine
-    gpus = ", ".join(f"{gpu['name']} ({human(gpu['free'])} free)" for gpu in found["gpus"]) or "no GPU"
-    return (
-        f"{found['cores']} cores, {human(found['memory_free'])} of memory {found['memory_of']}, {gpus}; "
-        f"{human(found['disk_free'])} free on the disk of {found['disk_of']}"
-    )
 
 
 def _shown(needs: list[Need]) -> list[str]:

@@ -16,19 +16,14 @@ from fusekit.capturing.writer import OF_STORES
 from fusekit.disk import disk_fault, output_lock
 from fusekit.distillation.outputs import OVERWRITING
 from fusekit.errors import StorageError
-from fusekit.layout import NAMES, SHARDS, Layout, folders_in
+from fusekit.layout import NAMES, WORK, Layout, folders_in
 from fusekit.pipeline.run import TABLE
 from fusekit.pipeline.stage import Context
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
-WORK = ".training"
-_OF_WORK = {
-    SHARDS: re.compile(r"made_from\.json|(judge-\d+-)?shard-\d+\.json|\..*\.\d+\.tmp"),
-    WORK: re.compile(r"made_from\.json|checkpoint-\d+|trainer_state\.json|runs|\..*\.\d+\.tmp"),
-}
-"""What may be in folders of unfinished work, by their ending."""
+TRAINING = ".training"
 
 
 @dataclass(frozen=True)
@@ -79,25 +74,20 @@ def claimed(out: Path | str) -> Iterator[Layout]:
 
 
 def unneeded(layout: Layout, recipe: Recipe | None = None) -> Findings:
-    """What the output holds that a run of the recipe does not use: all of it can go, and nothing is made again for it.
+    """What the output holds that a run of the recipe does not use.
 
     recipe: None for the one that made what is there, and the one of a run that has begun since and is not finished.
-
-    Raises RecipeError, StorageError.
     """
     recipes = [recipe] if recipe is not None else [load_recipe(p) for p in (layout.recipe, layout.begun) if p.is_file()]
-    wanted: set[Path] = set()
-    for context in (Context(known, layout) for known in recipes):
-        wanted.update(*(stage.wanted(context) for stage in TABLE.values()))
+    wanted = {path for known in recipes for stage in TABLE.values() for path in stage.wanted(Context(known, layout))}
     found = Findings()
     for path in _left_behind(layout):
         found.add(layout, path, "left behind by a process that died")
     for path in chain.from_iterable(stage.made(layout) for stage in TABLE.values()):
-        result = path.with_name(path.name.removesuffix(WORK).removesuffix(SHARDS))
-        finished = path.suffix == WORK and (result / artifact.MANIFEST).is_file() and not (path / OVERWRITING).exists()
+        result = path.with_name(path.name.removesuffix(TRAINING).removesuffix(WORK))
         if path.is_dir() and result not in wanted:
             found.add(layout, path, "the recipe does not ask for it")
-        elif finished:
+        elif path.suffix == TRAINING and (result / artifact.MANIFEST).is_file() and not (path / OVERWRITING).exists():
             found.add(layout, path, "checkpoints of a training that is finished")
     return found
 
@@ -112,10 +102,7 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
 
 
 def remove(items: Iterable[Item]) -> None:
-    """Remove items. A folder is renamed first, so that no half of it is ever taken for the whole.
-
-    Raises StorageError naming what could not be removed; what was removed before stays so.
-    """
+    """Remove items. A folder is renamed first, so that no half of it is taken for the whole. Raises StorageError."""
     for item in items:
         try:
             if item.path.is_dir():
@@ -142,28 +129,17 @@ def _left_behind(layout: Layout) -> list[Path]:
                 if ".previous-" not in path.name or (place / match["name"]).exists():
                     found.append(path)
             elif path.is_dir() and not path.is_symlink() and (place != layout.out or path.name in NAMES):
-                places += [] if path.name.endswith(WORK) else [path]
+                places += [] if path.name.endswith(TRAINING) else [path]
     return sorted(found)
 
 
 def _foreign(layout: Layout, path: Path) -> list[str]:
     """What is not of a run in something that one of its stages made."""
-    if not path.is_dir() or _LEFT_BEHIND.fullmatch(path.name):
+    if not path.is_dir() or _LEFT_BEHIND.fullmatch(path.name) or (path / "made_from.json").is_file():
         return []
     if path.parent in (layout.store(""), layout.winners("")):
-        return _foreign_to_stores(path)
-    if path.suffix in _OF_WORK:
-        stores = [store.name for store in folders_in(path) if not _foreign_to_stores(store)] * (path.suffix == SHARDS)
-        names = (file.name for file in sorted(path.iterdir()))  # a judgement by bits per byte makes stores
-        return [name for name in names if name not in stores and not _OF_WORK[path.suffix].fullmatch(name)]
+        return [file.name for file in sorted(path.iterdir()) if not OF_STORES.fullmatch(file.name)]
     try:
         return artifact.foreign(path)
     except StorageError:
         return [artifact.MANIFEST]
-
-
-def _foreign_to_stores(folder: Path) -> list[str]:
-    names = [path.name for path in sorted(folder.iterdir())]
-    if not any(name.startswith(("manifest", "shard-")) for name in names):
-        return names
-    return [name for name in names if not OF_STORES.fullmatch(name)]

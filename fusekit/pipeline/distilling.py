@@ -1,33 +1,175 @@
-"""The stage ``distill``: a model per source, or one of all, and plain fine-tuning to compare them with."""
+"""The stages ``align`` and ``distill``: a model per source, or one of all, and plain fine-tuning beside them."""
 
 from __future__ import annotations
 
+import json
+import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.models import Checkpoint, find_checkpoint
+from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Need
+from fusekit.disk import recover
 from fusekit.distillation import outputs
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
-from fusekit.distillation.settings import DistillSettings
-from fusekit.errors import FusekitError
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.errors import FusekitError, StorageError
 from fusekit.gguf import SUFFIX
 from fusekit.hub import is_repository
 from fusekit.layout import BASELINE, PIVOT, Layout
-from fusekit.pipeline.capturing import alignment_of, rows_of, store_facts
+from fusekit.pipeline.capturing import rows_of, store_facts
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.responding import winners_of
 from fusekit.pipeline.stage import BEGUN, DONE, Context, Stage, Status, Step, choice_of, compared, made_from
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Data, Mistake
 
-SMALL_FILES = 2 << 20
-"""Bytes of a checkpoint besides its weights, where they are not at hand to be added up."""
+ALIGNED_TEXTS = 2000
+"""Texts of which the quality of a pair is counted, at most."""
+SHOWN_TEXTS, SHOWN_GROUPS = 8, 60
+"""In the report of an alignment, at most: texts, groups of each text."""
+WORTH_EXAMPLES = 256
+"""Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
+PAGE_BYTES, MAP_BYTES = 110_000, 8
+"""Bytes of an alignment's figures, page and samples; of its vocabulary map, per token of the source."""
+
+
+def alignment_of(context: Context, source: str) -> AlignmentSettings:
+    """How a source's rows come into the pivot's vocabulary."""
+    return context.recipe.alignment_of(next(known for known in context.recipe.sources if known.label == source))
+
+
+class Align(Stage):
+    """Vocabulary map and quality of each source with the pivot."""
+
+    name = "align"
+    places = ("alignment/",)
+    needs = ("data",)
+
+    def artifacts(self, context: Context) -> dict[str, Path]:
+        return {source.label: context.layout.alignment(source.label) for source in context.recipe.sources}
+
+    def inputs(self, context: Context, source: str, _before: Inputs) -> Inputs:
+        from fusekit.capturing.capture import vocabulary_size
+
+        theirs = context.reader(source)
+        return {
+            "pivot": context.reader(PIVOT).fingerprint,
+            "source": theirs.fingerprint,
+            "vocabulary": alignment_of(context, source).vocabulary,
+            "ids": vocabulary_size(context.checkpoint(source), theirs),
+            "data": artifact.joined_hash(f"{row.key} {row.cut}" for row in context.rows),
+        }
+
+    def make(self, context: Context) -> None:
+        """Align each source with the pivot, and measure what it is worth as a teacher where both are captured."""
+        for source in self.artifacts(context):
+            if not self.status(context, source).is_done():
+                self.make_one(context, source)
+            _measure_worth(context, source)
+
+    def make_one(self, context: Context, source: str) -> None:
+        """Make the vocabulary map that a pair is distilled with, and count what its alignment links and loses."""
+        from fusekit.alignment import align, vocabulary_surfaces
+        from fusekit.alignment.quality import AlignmentQuality, sample_of, write_samples
+        from fusekit.distillation.projections import write_map
+
+        started, pivot, theirs = time.monotonic(), context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
+        made = _vocabulary_map(context, source)
+        quality = AlignmentQuality(context.recipe.pivot.path, context.model(source).path)
+        texts = [
+            message.content
+            for row in context.rows
+            for message in row.messages
+            if message.content and (row.is_text or message.role == "assistant")
+        ][:ALIGNED_TEXTS]
+        shown = []
+        for number, text in enumerate(texts):
+            found = align(text, pivot, theirs)
+            quality.add(found)
+            if number % max(1, len(texts) // SHOWN_TEXTS) == 0:
+                shown.append(found)
+
+        def write(into: Path) -> None:
+            if made is not None:
+                write_map(into, made)
+            (into / "quality.json").write_text(json.dumps(quality.to_dict(), indent=2) + "\n", encoding="utf-8")
+            surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(theirs)
+            drawn = [sample_of(sample, surfaces, SHOWN_GROUPS) for sample in shown[:SHOWN_TEXTS]]
+            write_samples(into / "samples.json", drawn)
+
+        inputs = self.inputs(context, source, {})
+        artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
+        share = quality.total.to_dict()
+        context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
+
+    def estimate(self, planner: Planner, step: Step) -> list[Need]:
+        if step.work:
+            step.disk = PAGE_BYTES + MAP_BYTES * planner.vocabulary(step.name)
+            step.rows = min(planner.rows.rows, ALIGNED_TEXTS) if planner.rows.rows is not None else None
+        return []
+
+
+def _vocabulary_map(context: Context, source: str) -> Any:
+    """The map of a source into the pivot's vocabulary; None where the recipe wants none. It needs no captures."""
+    from fusekit.capturing.capture import vocabulary_size
+    from fusekit.distillation.inputs import Reading, projection_of
+    from fusekit.distillation.projections import SAMPLED
+
+    def reading(name: str) -> Reading:
+        reader = context.reader(name)
+        sample = [(row, reader.tokenize(row)) for row in context.rows[:SAMPLED]]
+        return Reading(name, reader.tokenizer, sample, vocabulary_size(context.checkpoint(name), reader))
+
+    how = alignment_of(context, source)
+    return projection_of(how, reading(PIVOT), reading(source), context.rows).vocabulary_map
+
+
+def _measure_worth(context: Context, source: str) -> None:
+    """Measure, say and keep what a source's projected rows know; nothing where a model is not captured as it reads now.
+
+    The result is a file of the pair's alignment, which itself needs no captures; it is made again when what it was
+    measured on has changed. Raises StorageError for a damaged store, DistillationError for unusable rows.
+    """
+    from fusekit.distillation.worth import measure_stores
+
+    how, stores = alignment_of(context, source), []
+    for name in (PIVOT, source):
+        folder, reader = context.layout.store(name), context.reader(name)
+        if not (folder / artifact.MANIFEST).is_file():
+            return
+        store = Store.open(folder, incomplete=True)
+        of_run = store.spec.tokenizer == reader.fingerprint and any(row.key in store for row in context.rows)
+        if not store.complete or not of_run:
+            return
+        stores.append(store)
+    if how.as_they_are or how.vocabulary == "grouped":
+        return
+    path, folder = context.layout.worth(source), context.layout.alignment(source)
+    recover(folder)
+    shards = [artifact.joined_hash(record.xxh3 for record in store.records) for store in stores]
+    of = {"alignment": how.model_dump(mode="json"), "pivot": shards[0], "source": shards[1]}
+    try:
+        if json.loads(path.read_bytes()).get("of") == of:
+            return
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(f"{path} is damaged: {error}; remove it, and the stage `align` makes it again") from error
+    tokenizers = context.reader(PIVOT).tokenizer, context.reader(source).tokenizer
+    pair = (stores[0], stores[1])
+    worth = measure_stores(context.rows, (PIVOT, source), tokenizers, pair, how, folder=folder, most=WORTH_EXAMPLES)
+    text = json.dumps({**worth.to_dict(), "of": of}, indent=1) + "\n"
+    artifact.replace_file(folder, path.name, text.encode())
+    context.say(f"align {source}: {worth.summary}")
+    if worth.warnings:
+        context.say(f"warning: align {source}: {'; '.join(worth.warnings)}")
 
 
 def settings_of(context: Context, name: str) -> DistillSettings:
@@ -105,7 +247,7 @@ class Distill(Stage):
         return kept | facts
 
     def status(self, context: Context, name: str) -> Status:
-        """As far as what is at hand can tell: captures may be on another machine. The prepared examples are needed."""
+        """As far as what is at hand can tell: captures may be on another machine."""
         folder = self.artifacts(context)[name]
         target = Target(folder.name, folder, ())
         if outputs.is_former(target):
@@ -117,12 +259,11 @@ class Distill(Stage):
             return status
         for step, path in outputs.checkpoints(target.work):
             if not outputs.problems_of(path, hashes=False):
-                note = f"resumes at step {step}; its figures are those of the whole training"
-                return Status(folder, BEGUN, note=note)
+                return Status(folder, BEGUN, note=f"resumes at step {step}")
         return Status(folder)
 
     def make(self, context: Context) -> None:
-        """Train what is missing. Models whose inputs changed are refused before any other is trained for hours."""
+        """Train what is missing. Models whose inputs changed are refused before any other is trained."""
         from fusekit.distillation.inputs import Inputs as TrainingInputs
         from fusekit.distillation.inputs import Responses, Source
         from fusekit.distillation.run import distill
@@ -221,7 +362,7 @@ class Distill(Stage):
         settings = settings_of(planner.context, step.name)
         values = settings.training
         step.rows, step.tokens = found.rows, found.of(found.tokens, PIVOT)
-        step.disk = step.disk_at_most = pivot.weight_bytes + _small_files(pivot)
+        step.disk = pivot.weight_bytes
         if step.tokens is not None:
             # Forward 2 and backward 4 per parameter and token; 2 more to compute activations again; an adapter leaves
             # out the gradients of the weights.
@@ -240,11 +381,3 @@ class Distill(Stage):
         needs = memory_needs(pivot, values, longest, planner.processes, loaded)
         step.memory = needs[0].needed
         return needs
-
-
-def _small_files(checkpoint: Checkpoint) -> int:
-    """Bytes of a checkpoint's files besides its weights: tokenizer, configuration."""
-    if not checkpoint.folder.is_dir():
-        return SMALL_FILES
-    files = (path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
-    return sum(path.stat().st_size for path in files if path.is_file())

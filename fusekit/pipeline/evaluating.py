@@ -25,8 +25,9 @@ from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation.settings import LmEval, check_tasks, held_out_rows
 from fusekit.evaluation.table import LM_EVAL, document_of
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
+from fusekit.pipeline.capturing import hash_of, unreadable
 from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, hash_of, unreadable
+from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
@@ -134,7 +135,7 @@ class Evaluate(Stage):
             return sum(self.status(context, name).state == DONE for name in names)
 
         if done := planner.there and planner.tried(step, look):
-            step.notes.append(f"{done} have scores, which are kept unless the model or the examples changed")
+            step.note = f"{done} have scores, which stay unless the model or the examples changed"
         self.estimate(planner, step)
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:

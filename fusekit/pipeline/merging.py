@@ -12,11 +12,9 @@ import yaml
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs, weights_hash
 from fusekit.capturing import models as capture
-from fusekit.capturing.models import Checkpoint
 from fusekit.devices import Need
 from fusekit.disk import commit_file, output_lock, recover
-from fusekit.errors import StorageError
-from fusekit.hub import DTYPES, Headers, TensorHeader
+from fusekit.hub import Headers
 from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, STALE, Context, Stage, Status, Step, made_from
@@ -65,38 +63,26 @@ class Merge(Stage):
         }
 
     def check_place(self, context: Context, _name: str) -> None:
-        """Refuse a merged model that is to be replaced, but holds files that are not of the run."""
+        """Refuse a folder that the merge will replace, but that holds files which are not of the run."""
         final, known = context.layout.merged, artifact.read(context.layout.merged)
-        if known is None:
-            artifact.refuse_foreign(final)
-            if content := sorted(final.iterdir()) if final.is_dir() else []:
-                raise StorageError(
-                    f"{final} holds {content[0].name}, a folder that no run made: move it away, or choose another "
-                    "output; nothing was touched"
-                )
-            return
-        merged = dict(known.inputs.get("targets") or {})
+        merged = dict(known.inputs.get("targets") or {}) if known is not None else {}
         there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
         # A model that is to be trained again may come out as the one that was merged: the merge asks once it is there.
-        if merged.keys() != {path.name for path in context.targets} or any(
-            merged[name] != there[name] for name in there
-        ):
+        names = {path.name for path in context.targets}
+        if known is None or merged.keys() != names or any(merged[name] != found for name, found in there.items()):
             artifact.refuse_foreign(final)
 
     def status(self, context: Context, name: str) -> Status:
-        """One of other models is out of date, and to be replaced; one of the same, but merged otherwise, is stale."""
+        """A merge of other models is out of date, and replaced; one of the same, but otherwise, is stale."""
         status, before = super().status(context, name), made_from(context.layout.merged)
         if status.state != STALE or before is None:
             return status
         if before.get("targets") == self.inputs(context, name, {})["targets"]:
             return status
-        return Status(status.folder, note="a merge of other models is there; it is replaced in one step")
+        return Status(status.folder, note="a merge of other models is there, and is replaced")
 
     def make(self, context: Context) -> None:
-        """Merge the distilled models into one, and leave the recipe that does it behind.
-
-        Each of them is read through first: one whose bytes are not those that were committed is refused.
-        """
+        """Merge the distilled models, each of which is read through first, and leave the recipe that does it behind."""
         recipe, layout, targets = context.recipe, context.layout, context.targets
         if recipe.merge is None:
             return
@@ -170,9 +156,12 @@ class Merge(Stage):
         checkpoint, section = planner.models.get(PIVOT), planner.recipe.merge
         if not step.work or checkpoint is None or section is None:
             return []
-        needs = expected_needs(checkpoint, section, len(planner.recipe.targets), planner.place / "merged")
-        step.disk = step.disk_at_most = needs[0].needed
-        step.memory = needs[1].needed
+        headers = checkpoint.headers()
+        if headers is None:
+            step.disk = checkpoint.weight_bytes
+            return []
+        needs = expected_needs(headers, section, len(planner.recipe.targets), planner.place / "merged")
+        step.disk, step.memory = needs[0].needed, needs[1].needed
         return needs
 
 
@@ -185,7 +174,7 @@ def _folders(context: Context, targets: Sequence[Path]) -> dict[str, Path]:
     return folders
 
 
-def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
+def expected_needs(headers: Headers, section: Mapping[str, Any], targets: int, final: Path) -> list[Need]:
     """Disk and memory of a merge of a pivot and ``targets`` models like it, as the merge itself will estimate them."""
     from mergekit.options import MergeOptions
 
@@ -193,7 +182,7 @@ def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: 
     from fusekit.merging.plan import PlannedTensor, estimate
 
     tensors = []
-    for name, header in _headers(checkpoint).items():
+    for name, header in headers.items():
         dtype = str(section.get("dtype") or header.dtype)
         inputs = dict.fromkeys(range(targets + 1), header)
         loaded = len(inputs) * header.elements * capture.itemsize(dtype)
@@ -202,21 +191,6 @@ def expected_needs(checkpoint: Checkpoint, section: Mapping[str, Any], targets: 
         tensors.append(PlannedTensor(name, header.shape, out, False, inputs, loaded, copied))
     method = str(section.get("merge_method"))
     return estimate(MergePlan(method, method, tensors, []), [], MergeOptions(quiet=True), final)
-
-
-def _headers(checkpoint: Checkpoint) -> Headers:
-    """Headers of the checkpoint's tensors, or such as make up its size where its files are not here."""
-    if (known := checkpoint.headers()) is not None:
-        return known
-    found: Headers = {}
-    shape, dtype = capture.shape_of(checkpoint.config), capture.stored_dtype(checkpoint)
-    size = dict(DTYPES.values()).get(dtype, 4)
-    left = checkpoint.weight_bytes // size
-    while left > 0:
-        rows = max(1, min(shape.wide if found else shape.vocabulary, left // shape.hidden))
-        found[f"tensor {len(found)}"] = TensorHeader(dtype, (rows, shape.hidden), "(not here)", size)
-        left -= rows * shape.hidden
-    return found
 
 
 def _models(section: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,11 @@ from fusekit.artifacts import Inputs
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.devices import Need, progress, refuse_lacking
-from fusekit.disk import commit_file, counted, sweep
+from fusekit.disk import commit_file, counted, disk_errors, sweep
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.hub import is_repository
-from fusekit.layout import PIVOT, SHARDS, Layout
+from fusekit.layout import PIVOT, WORK, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import (
@@ -48,74 +49,66 @@ _BEGUN = "made_from.json"
 _LOADED = ("dtype", "quantization", "attn_implementation")
 _OF_MODEL = {"model", "model_fingerprint", "tokenizer", *(f"details.{name}" for name in _LOADED)}
 
-Item = TypeVar("Item")
 
-
-def _in_shards(
+def _made_lines(
     context: Context,
-    folder: Path,
+    path: Path,
     inputs: Inputs,
-    items: Sequence[Item],
-    how: Callable[[Sequence[Item]], list[Any]],
+    items: Sequence[Any],
+    how: Callable[[Sequence[Any]], list[Any]],
     *,
     label: str,
-    prefix: str = "",
 ) -> list[Any]:
-    """JSON values for all items, committed shard by shard before they become an artifact; a shard that is there stays.
+    """A JSON value for each item, a line of a file that grows until it becomes an artifact; what is there stays.
 
-    Args:
-        folder: where the shards are.
-        inputs: what they are made from, for whoever resumes; compared by the caller.
-        how: makes values, one for each item.
-        label: of the progress.
-        prefix: of the shards' names, where the folder has those of several makers.
-
-    Raises:
-        StorageError: a shard is damaged; the disk fails.
+    inputs: what they are made from, compared by the caller. how: makes values, one for each item.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    if _json(folder / _BEGUN) is None:
-        _commit(folder / _BEGUN, artifact.plain(inputs))
-    found: list[Any] = []
-    size = _section(context).prompts_per_shard
-    with progress(len(items), label, "question", quiet=context.quiet) as bar:
-        for start in range(0, len(items), size):
-            some, path = items[start : start + size], folder / f"{prefix}shard-{start // size:05d}.json"
-            records = _json(path)
-            if records is None:
-                records = how(some)
-                _commit(path, records)
-            if not isinstance(records, list) or len(records) != len(some):
-                raise StorageError(f"{path} does not hold {len(some)} records: remove it, and it is made again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    commit_file(path.parent / _BEGUN, json.dumps(artifact.plain(inputs)).encode())
+    found, size = _lines_of(path) if path.is_file() else [], _section(context).prompts_per_shard
+    if len(found) < len(items):
+        del found[len(found) // size * size :]  # so that batches are those of a run that nobody interrupted
+    commit_file(path, b"".join(map(_line, found)))
+    with progress(len(items), label, "question", quiet=context.quiet) as bar, path.open("ab") as file:
+        bar.update(len(found))
+        for start in range(len(found), len(items), size):
+            records = how(items[start : start + size])
+            with disk_errors(path):
+                file.writelines(map(_line, records))
+                file.flush()
+                os.fsync(file.fileno())
             found += records
             bar.update(len(records))
     return found
 
 
-def _commit(path: Path, value: Any) -> None:
-    commit_file(path, json.dumps(value).encode())
-
-
-def _json(path: Path) -> Any:
+def _lines_of(path: Path) -> list[Any]:
+    """The values of a file's lines, without one that was cut off."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} cannot be read: {error}; remove {path.parent} to start over") from error
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is damaged: {error}; remove it, and it is made again") from error
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
-    """The status of an artifact that is made in shards. inputs: given the former ones, those that are known now."""
-    known, work = made_from(folder), Layout.shards(folder)
-    begun = _json(work / _BEGUN) if known is None else None
-    before = known if begun is None else begun
-    status = compared(folder if begun is None else work, before, lambda before: before | inputs(before))
-    if begun is None or status.state == STALE:
+    """The status of an artifact that grows line by line. inputs: given the former ones, those that are known now."""
+    known, work = made_from(folder), Layout.work(folder)
+    if known is not None or not (work / _BEGUN).is_file():
+        return compared(folder, known, lambda before: before | inputs(before))
+    try:
+        begun = json.loads((work / _BEGUN).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{work / _BEGUN} cannot be read: {error}; remove {work} to start over") from error
+    status = compared(work, begun, lambda before: before | inputs(before))
+    if status.state == STALE:
         return status
     total = len(_questions(context)) * makers
-    done = min(_section(context).prompts_per_shard * len(list(work.glob("*shard-*.json"))), total)
+    done = sum(path.read_bytes().count(b"\n") for path in work.glob("*.jsonl"))
     return Status(folder, BEGUN, note=f"{done} of {counted(total, 'question')} done", left=total - done)
 
 
@@ -180,7 +173,9 @@ class Respond(Stage):
         def answer(some: Sequence[Any]) -> list[Any]:
             return [list(answer) for answer in respond(model(), context.reader(name), some, section)]
 
-        answers = _in_shards(context, Layout.shards(folder), inputs, questions, answer, label=f"{name} answers")
+        answers = _made_lines(
+            context, Layout.work(folder) / ANSWERS, inputs, questions, answer, label=f"{name} answers"
+        )
 
         def write(into: Path) -> None:
             with (into / ANSWERS).open("w", encoding="utf-8", newline="\n") as file:
@@ -189,7 +184,7 @@ class Respond(Stage):
                     file.write(json.dumps(record) + "\n")
 
         artifact.publish(folder, "respond", inputs, write, context.made(started))
-        shutil.rmtree(Layout.shards(folder))
+        shutil.rmtree(Layout.work(folder))
         finishes = Counter(finish for _, finish in answers)
         said = ", ".join(f"{number} {finish}" for finish, number in finishes.most_common())
         context.say(f"respond {name}: {counted(len(answers), 'answer')} ({said})")
@@ -198,7 +193,6 @@ class Respond(Stage):
         return planner.done("data") and name in planner.models
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        """How long the answers will be is not known."""
         step.rows = step.rows if step.rows is not None else planner.rows.rows
         return []
 
@@ -207,7 +201,7 @@ class Judging(Stage):
     """The votes, and a store of every model over the winners' answers: of the pivot over all, else over its own."""
 
     name = "judge"
-    places = ("judged", f"judged{SHARDS}", "winners/")
+    places = ("judged", f"judged{WORK}", "winners/")
     needs = ("data", "respond")
     shared = True
 
@@ -247,7 +241,6 @@ class Judging(Stage):
         return facts
 
     def status(self, context: Context, name: str) -> Status:
-        """Of the votes, or of a model's store over the winners' answers; those need the votes."""
         judges = len(_section(context).judges)
         votes = _status(context, context.layout.judged, partial(self.inputs, context, name), judges)
         if name == "votes":
@@ -270,10 +263,7 @@ class Judging(Stage):
                 captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
 
     def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
-        """Judges that cannot be found.
-
-        layout: of the run, whose votes are kept although a judge may be gone.
-        """
+        """Judges that cannot be found; none where the votes are there."""
         from fusekit.generation.respond import called
 
         if recipe.respond is None or (layout is not None and (layout.judged / artifact.MANIFEST).is_file()):
@@ -356,9 +346,9 @@ def _scores(
         scores: list[Any] = scorer()([question for question, _ in some], [of for _, of in some])
         return scores
 
-    folder, prefix = Layout.shards(context.layout.judged), f"judge-{section.judges.index(judge)}-"
+    path = Layout.work(context.layout.judged) / f"judge-{section.judges.index(judge)}.jsonl"
     items = [(question, {name: row.messages[-1].content for name, row in of.items()}) for question, of in asked]
-    return _in_shards(context, folder, inputs, items, score, label=f"judge {judge.label}", prefix=prefix)
+    return _made_lines(context, path, inputs, items, score, label=f"judge {judge.label}")
 
 
 def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, Row]]) -> list[dict[str, float]]:
@@ -366,7 +356,7 @@ def _bits(context: Context, rows: Sequence[Row], written: Sequence[Mapping[str, 
     how = context.recipe.capture.model_copy(update={"top_k": 1, "keep_mass": 1.0, "temperature": 1.0})
     bits: dict[str, dict[str, float]] = {}
     for name in context.names:
-        store = captured(context, name, rows, Layout.shards(context.layout.judged) / name, how)
+        store = captured(context, name, rows, Layout.work(context.layout.judged) / name, how)
         known = store.summary.cross_entropy / (np.maximum(store.summary.bytes, 1) * np.log(2.0))
         bits[name] = dict(zip(store.keys, known.tolist(), strict=True))
 
@@ -414,5 +404,5 @@ def _publish(
         write_json(into / COUNTS, {"votes": counts, "won": {name: won[name] for name in names}})
 
     artifact.publish(folder, "judge", inputs, write, context.made(started))
-    shutil.rmtree(Layout.shards(folder), ignore_errors=True)
+    shutil.rmtree(Layout.work(folder), ignore_errors=True)
     context.say(f"judge: {', '.join(f'{name} {number}' for name, number in won.most_common())}")

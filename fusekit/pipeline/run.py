@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 import fusekit
-from fusekit import artifacts as artifact
 from fusekit.devices import Processes
 from fusekit.disk import commit_file, disk_fault, output_lock, refuse_file, remove
 from fusekit.errors import RecipeError, StorageError
@@ -29,7 +28,7 @@ from fusekit.pipeline.stage import BEGUN, MISSING, NOWHERE, Context, Stage
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 from fusekit.recipe.sections import Mistake
-from fusekit.yaml import Document, nearest
+from fusekit.yaml import Document, nearest, together
 
 
 class Report(Stage):
@@ -56,7 +55,7 @@ _STAGES: tuple[Stage, ...] = (
     responding.Respond(),
     responding.Judging(),
     capturing.Capture(),
-    capturing.Align(),
+    distilling.Align(),
     distilling.Distill(),
     merging.Merge(),
     evaluating.Evaluate(),
@@ -65,14 +64,8 @@ _STAGES: tuple[Stage, ...] = (
 TABLE: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
 """The stages by name, in order: those of :data:`STAGES`, and before them the plain checkpoint of a GGUF pivot."""
 
-HASHED_BYTES = 40 << 30
-"""Weights in folders are read through to be compared with what an artifact was made from, up to this size."""
-
 _DECIDE = {"data", "distill", "merge"}
 """Stages that tell, done or checked, that what is there is of the recipe."""
-
-_LOOK_FOR_FILES = {"capture", "judge"}
-"""Stages whose mistakes are models, templates and data that are not there."""
 
 
 def chosen_stages(only: str | Collection[str] | None, start: str | None, until: str | None) -> list[str]:
@@ -91,19 +84,14 @@ def chosen_stages(only: str | Collection[str] | None, start: str | None, until: 
     return list(STAGES[first : last + 1])
 
 
-def mistakes(
-    recipe: Recipe, stages: Collection[str] = STAGES, layout: Layout | None = None, *, files: bool = True
-) -> list[Mistake]:
-    """What is wrong with a recipe that can be read.
+def mistakes(recipe: Recipe, stages: Collection[str] = STAGES, layout: Layout | None = None) -> list[Mistake]:
+    """What is wrong with a recipe that can be read. layout: of the run, None where it has no folder yet."""
+    return [mistake for name in TABLE if name in stages for mistake in TABLE[name].mistakes(recipe, layout)]
 
-    Args:
-        recipe: what is to be done.
-        stages: those that are to be done.
-        layout: of the run, None where it has no folder yet.
-        files: whether models, templates and data are looked for.
-    """
-    chosen = [stage for name, stage in TABLE.items() if name in stages and (files or name not in _LOOK_FOR_FILES)]
-    return [mistake for stage in chosen for mistake in stage.mistakes(recipe, layout)]
+
+def _refuse(found: Sequence[Mistake]) -> None:
+    if found:
+        raise RecipeError(together("recipe", [f"{'.'.join(map(str, m.paths[0]))}: {m.says}" for m in found]))
 
 
 def _require(context: Context, stage: str, *, baseline: bool) -> None:
@@ -180,15 +168,12 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = in_first(partial(load_recipe, recipe, overrides, check))
     else:
-        in_first(lambda: recipe.refuse(check(recipe)))
-    heading: list[str] = []
+        in_first(partial(_refuse, check(recipe)))
 
     def tell(line: str) -> None:
         if processes.is_first:
-            for text in (*heading, line):
-                write_log(layout.logs, text)
-                say(text)
-            heading.clear()
+            write_log(layout.logs, line)
+            say(line)
 
     context = Context(recipe, layout, tell, quiet, merge_options or {}, ignore_estimates)
     needed = {need for name in chosen for need in TABLE[name].needs}
@@ -205,19 +190,15 @@ def run(
             in_first(partial(TABLE[PIVOT].make, context))
         for name in STAGES:
             stage = TABLE[name]
-            if name == "report" and name in chosen:
-                in_first(partial(_save if decided else _refuse_other_recipe, layout, recipe))
             if name in chosen:
-                if len(chosen) > 1:  # and if it has anything to say
-                    heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]
                 if stage.shared:
                     stage.make(context)
                 else:
                     in_first(partial(stage.make, context))
             elif name in needed:
                 in_first(partial(_require, context, name, baseline="evaluate" in chosen))
-        if decided:
-            in_first(partial(_save, layout, recipe))
+            if name == "merge" and decided:
+                in_first(partial(_save, layout, recipe))
     results = None
     if "evaluate" in chosen and recipe.evaluate is not None:
         results = json.loads(layout.results.read_text(encoding="utf-8"))
@@ -227,31 +208,16 @@ def run(
 
 
 def make_plan(recipe: Recipe, name: str, out: Path | None = None) -> Plan:
-    """Say what ``fusekit run`` would do. Writes nothing.
-
-    Args:
-        recipe: what is to be run.
-        name: what the plan calls it.
-        out: the output to compare with, which need not exist.
-
-    Raises FusekitError for settings that no run could have.
-    """
-    plan, layout = Plan(name, str(out) if out is not None else None), NOWHERE
-    if out is not None:
-        try:
-            layout = layout_of(out)
-            if layout.out.is_dir() and (why := foreign_to_runs(layout)):
-                plan.refused.append(why)
-        except StorageError as error:
-            plan.refused.append(str(error))
-        except OSError as error:
-            plan.refused.append(f"{out} cannot be read: {error.strerror or error}")
-    planner = Planner(Context(recipe, layout, most_hashed=HASHED_BYTES), plan)
+    """Say what ``fusekit run`` would do. Writes nothing. out: the output to compare with, which need not exist."""
+    layout = layout_of(out) if out is not None else NOWHERE
+    if layout.out.is_dir():
+        refuse_other_output(layout)
+    planner = Planner(Context(recipe, layout), Plan(name, str(out) if out is not None else None))
     planner.find_models()
     for stage in TABLE.values():
         stage.plan(planner)
     planner.sum_up()
-    return plan
+    return planner.plan
 
 
 def layout_of(out: Path | str) -> Layout:
@@ -265,8 +231,7 @@ def _claim(context: Context, chosen: list[str]) -> None:
     """Refuse a folder that holds something else; save the recipe of the first run."""
     layout, recipe = context.layout, context.recipe
     layout.out.mkdir(parents=True, exist_ok=True)
-    if foreign := foreign_to_runs(layout):
-        raise StorageError(foreign)
+    refuse_other_output(layout)
     for stage in (PIVOT, *chosen):
         for name in TABLE[stage].artifacts(context):
             TABLE[stage].check_place(context, name)
@@ -277,29 +242,21 @@ def _claim(context: Context, chosen: list[str]) -> None:
         commit_file(layout.begun, _text(recipe))
 
 
-def _refuse_other_recipe(layout: Layout, recipe: Recipe) -> None:
-    """Let the report be of the recipe that made what is there. Raises StorageError for another one."""
-    before = load_recipe(layout.recipe)
-    if changed := artifact.differences(before.model_dump(mode="json"), recipe.model_dump(mode="json")):
-        raise StorageError(
-            f"{layout.out} was made by another recipe, so it cannot be reported with this one:\n  "
-            + "\n  ".join(changed)
-            + f"\nRun the other stages first, or make the report of what is there: fusekit report {layout.out}"
-        )
-
-
-def foreign_to_runs(layout: Layout) -> str | None:
-    """Why a folder that exists is not the output of a run, None where it is one or empty. Raises OSError.
+def refuse_other_output(layout: Layout) -> None:
+    """Refuse a folder that is neither the output of a run nor empty. Raises StorageError.
 
     Files of a run are there only beside its recipe; folders with names of a run's are examined by the stages.
     """
     if layout.recipe.exists():
-        return None
-    there = sorted(path for path in layout.out.iterdir() if not path.name.startswith("."))
-    foreign = [path.name for path in there if path.name not in NAMES or path.is_file()]
-    if not foreign:
-        return None
-    return f"{layout.out} is not the output of a run, but holds {foreign[0]!r}: choose another folder, or empty it"
+        return
+    try:
+        there = sorted(path for path in layout.out.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise StorageError(f"{layout.out} cannot be read: {error.strerror or error}") from error
+    if foreign := [path.name for path in there if path.name not in NAMES or path.is_file()]:
+        raise StorageError(
+            f"{layout.out} is not the output of a run, but holds {foreign[0]!r}: choose another folder, or empty it"
+        )
 
 
 def _save(layout: Layout, recipe: Recipe) -> None:

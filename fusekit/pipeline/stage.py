@@ -8,23 +8,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
-from fusekit.data.reading import DataCounts, files_of, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate, kept_date
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need, Processes
-from fusekit.errors import DataError, FusekitError, StorageError
+from fusekit.errors import DataError, StorageError
 from fusekit.layout import PIVOT, Layout, folders_in
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import UNREAD, Data, Evaluate, Mistake, Pivot
+from fusekit.recipe.sections import Mistake, Pivot
 from fusekit.types import Row
-from fusekit.yaml import KeyPath
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Planner
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
 ROWS = "rows.jsonl"
 NOWHERE = Layout(Path("/nonexistent"))
 """The output of a recipe that is not run."""
-LOOKED_AT = 10_000
-"""Examples of local data that are read to check a recipe."""
 
 
 def choice_of(model: Pivot) -> ModelChoice:
@@ -48,13 +43,10 @@ class Context:
     """What every stage gets: the recipe, where things go, and the models, each of which is looked up once.
 
     Attributes:
-        layout: has the plain checkpoint of a pivot that is a GGUF file, and the date that templates print.
         say: gets a line of plain text for the user.
         quiet: no progress of captures.
         merge_options: fields of mergekit's MergeOptions that were asked for.
         ignore_estimates: start stages although disk or memory do not seem to suffice.
-        most_hashed: bytes of a model's weights in a folder that are read to find out whether they changed; those of a
-            larger one are taken to be the same. None for no limit.
     """
 
     recipe: Recipe
@@ -63,14 +55,12 @@ class Context:
     quiet: bool = False
     merge_options: Mapping[str, Any] = field(default_factory=dict)
     ignore_estimates: bool = False
-    most_hashed: int | None = None
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def processes(self) -> Processes:
-        """Those of the run."""
         return Processes.current()
 
     @cached_property
@@ -164,75 +154,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class Looked(NamedTuple):
-    """How far local data were read. all: whether ``examples`` are all that are used. skipped: unusable ones."""
-
-    examples: int
-    all: bool
-    skipped: int
-
-    def __str__(self) -> str:
-        much = f"all {self.examples:,} examples that are used" if self.all else f"the first {self.examples:,} examples"
-        also = f", {self.skipped:,} more are skipped" if self.skipped else ""
-        return f"{much} can be read{also}" + ("" if self.all else "; the others were not read")
-
-
-def look(section: Data | Evaluate) -> Looked | None:
-    """Read the first :data:`LOOKED_AT` examples of a section's local data; None where it has none.
-
-    Raises FusekitError for one that cannot be read.
-    """
-    local = [path for path in section.paths if not is_on_hub(path)]
-    if not local:
-        return None
-    counts = DataCounts(section.on_bad_row if isinstance(section, Data) else "error")
-    if isinstance(section, Data):
-        rows = read_rows(local, limit=section.limit, counts=counts)
-    else:
-        files = [file for path in local for file in files_of(path)]
-        rows = chain.from_iterable(read_rows(file, limit=section.limit, counts=counts) for file in files)
-    examples = sum(1 for _ in islice(rows, LOOKED_AT))
-    return Looked(examples, next(rows, None) is None, counts.reasons.get("unusable", 0))
-
-
-def unreadable(section: Data | Evaluate, place: KeyPath) -> list[Mistake]:
-    """What is wrong with a section's data: missing, without examples, or with one that cannot be read.
-
-    Local data are read as far as :func:`look` does; the hub is not asked.
-    """
-    found, on_bad_row = [], section.on_bad_row if isinstance(section, Data) else "error"
-    for path in section.paths:
-        if path.startswith(UNREAD) or is_on_hub(path):
-            continue
-        try:
-            first = next(read_rows(path, limit=1, counts=DataCounts(on_bad_row)), None)
-            says = f"there are no examples in {path}" if first is None else None
-        except FusekitError as error:
-            says = str(error)
-        if says is not None:
-            found.append(Mistake(says, place))
-    try:
-        if not found:
-            look(section)
-    except FusekitError as error:
-        found.append(Mistake(str(error), place))
-    return found
-
-
-def hash_of(path: str) -> str | None:
-    """xxh3-128 of a local file, or of the files of a folder; None for a data set on the hub. Raises FusekitError."""
-    local = Path(path).expanduser()
-    try:
-        if local.is_file():
-            return artifact.file_hash(local)
-        if local.is_dir():
-            files = sorted(file for file in local.iterdir() if file.is_file())
-            return artifact.joined_hash(f"{file.name} {artifact.file_hash(file)}" for file in files)
-    except OSError as error:
-        raise FusekitError(f"{path}: cannot be read: {error}") from error
-    return None
-
-
 MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
 """States of an artifact: not there; a part of it is there; there and up to date; there, but its inputs changed."""
 
@@ -241,12 +162,8 @@ MISSING, BEGUN, DONE, STALE = "to do", "resumes", "done", "refused"
 class Status:
     """State of one artifact of a run.
 
-    Attributes:
-        folder: of the artifact.
-        state: MISSING, BEGUN, DONE or STALE.
-        changed: of a stale one, a line per input that differs, with both values.
-        note: for people: what is there of one that is to be made.
-        left: of one that was begun, how many examples are still to do.
+    changed: of a stale one, a line per input that differs, with both values. note: what is there of one that is to be
+    made. left: examples that one which was begun still lacks.
     """
 
     folder: Path
@@ -262,13 +179,7 @@ class Status:
 
 
 def compared(folder: Path, before: Inputs | None, inputs: Callable[[Inputs], Inputs]) -> Status:
-    """The status of an artifact by its inputs.
-
-    Args:
-        folder: of the artifact.
-        before: what the one that is there was made from, None where there is none.
-        inputs: given ``before``, what it would be made from now. With ``before`` among them, nothing is missed.
-    """
+    """The status of an artifact. before: what it was made from, or None. inputs: what it would be made from now."""
     if before is None:
         return Status(folder)
     changed = artifact.differences(before, inputs(before))
@@ -283,16 +194,15 @@ def made_from(folder: Path) -> Inputs | None:
 
 @dataclass
 class Step:
-    """An artifact of the run, or the scores of all models.
+    """An artifact of the run, or the scores of all models, in a plan.
 
     Attributes:
         stage: ``pivot`` (of a GGUF file), or one of :data:`STAGES`.
         name: of the model or pair.
         state: ``to do``, ``resumes``, ``done`` or ``refused``.
-        notes: what is there, what differs, what a figure leaves out.
+        note: what is there, or what differs.
         rows, tokens: what is still to be read, None where it is not known.
         disk: bytes that will be written and stay.
-        disk_at_most: bytes that the stage asks for before it starts.
         memory: bytes that the stage asks for.
         pflop: floating point operations of the arithmetic alone, 1e15.
     """
@@ -300,11 +210,10 @@ class Step:
     stage: str
     name: str
     state: str = MISSING
-    notes: list[str] = field(default_factory=list)
+    note: str = ""
     rows: int | None = None
     tokens: int | None = None
     disk: int | None = None
-    disk_at_most: int | None = None
     memory: int | None = None
     pflop: float | None = None
 
@@ -318,7 +227,6 @@ class Stage:
     """One step of a run. Its artifacts have names: of models, pairs or distilled models.
 
     Attributes:
-        name: of the stage.
         places: in an output, of what it may have made, whatever recipe asked for it; with a slash, of folders in it.
         needs: the stages whose artifacts it reads.
         shared: whether every process takes part in :meth:`make`, not the first alone.
@@ -338,16 +246,16 @@ class Stage:
         return list(self.artifacts(context).values())
 
     def made(self, layout: Layout) -> list[Path]:
-        """What it may have made: its ``places``."""
+        """What it may have made."""
         found = ((place, layout.out / place) for place in self.places)
         return [path for place, at in found for path in (folders_in(at) if place.endswith("/") else [at])]
 
     def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
-        """What an artifact is made from. before: the same of the one that is there, empty where there is none."""
+        """What an artifact is made from. before: the same of the one that is there, or nothing."""
         raise NotImplementedError
 
     def status(self, context: Context, name: str) -> Status:
-        """Of one artifact; those of ``needs`` have to be there. Raises StorageError for a damaged manifest."""
+        """The status of an artifact, where those of ``needs`` are there. Raises StorageError for a damaged manifest."""
         folder = self.artifacts(context)[name]
         return compared(folder, made_from(folder), partial(self.inputs, context, name))
 
@@ -362,10 +270,7 @@ class Stage:
         raise NotImplementedError
 
     def check_place(self, context: Context, name: str) -> None:
-        """Refuse the folder of an artifact, if it holds what no run made: it would be lost.
-
-        Raises StorageError naming the folder, a file in it, and the way out; also for a damaged manifest.
-        """
+        """Raise StorageError for the folder of an artifact that holds what no run made, and would be lost."""
         artifact.refuse_occupied(self.artifacts(context)[name])
 
     def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:  # noqa: ARG002
@@ -382,5 +287,5 @@ class Stage:
         return all(planner.done(need) for need in self.needs)
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:  # noqa: ARG002
-        """Set the figures of a step; returns what has to be free before it is begun."""
+        """Set the figures of a step. Returns what has to be free before it is begun."""
         return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -12,13 +13,11 @@ from pydantic import BaseModel, ValidationError
 from fusekit import yaml as safe_yaml
 from fusekit.distillation.settings import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
-from fusekit.recipe.sections import UNREAD, Layers, Mistake, Recipe, in_full, plain
-from fusekit.yaml import Document, KeyPath, nearest, path_in
+from fusekit.recipe.sections import UNREAD, Mistake, Recipe
+from fusekit.yaml import Document, KeyPath, nearest, path_in, together
 
-MAX_INCLUDES = 16
 FUSION = ("pivot", "sources", "include", "preset")  # keys at the top that only fusion recipes have,
 MERGEKIT = ("merge_method", "models", "slices", "modules")  # and that only mergekit's have
-RENAMED = {"represent": "capture"}  # former names of sections, and what they are called now
 
 
 def _sce(select_topk: float, variant: str) -> dict[str, Any]:
@@ -35,13 +34,36 @@ _AROUND: dict[str, dict[str, Any]] = {
     "profuser": {"respond": {}, "merge": _sce(1.0, "paper")},
 }
 
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"distill" if section == "training" else section: dict(values) for section, values in sections.items()}
+    | _AROUND.get(name, {})
+    for name, sections in DISTILLATION.items()
+}
 
-def _preset(name: str, sections: Mapping[str, Any]) -> dict[str, Any]:
-    renamed = {"distill" if section == "training" else section: dict(values) for section, values in sections.items()}
-    return renamed | _AROUND.get(name, {})
 
+@dataclass
+class _Written:
+    """What files, later ones on top, and ``--set`` say, and where each value was written."""
 
-PRESETS: dict[str, dict[str, Any]] = {name: _preset(name, sections) for name, sections in DISTILLATION.items()}
+    top: Document
+    data: dict[str, Any] = field(default_factory=dict)
+    files: list[tuple[Document, dict[str, Any]]] = field(default_factory=list)
+    overrides: list[tuple[KeyPath, str]] = field(default_factory=list)
+
+    def place(self, paths: Sequence[KeyPath]) -> tuple[str, int]:
+        """The file and line of a value, or of the nearest that encloses it; of values that clash, of one of them."""
+        path = max((path_in(self.data, path) for path in paths), key=len)
+        for at, name in reversed(self.overrides):
+            if path[: len(at)] == at:
+                return name, 0
+        document = next(document for document, data in reversed(self.files) if path_in(data, path) == path)
+        return document.name, document.line(path)
+
+    def report(self, mistakes: Iterable[Mistake]) -> str:
+        """The text of an error with every mistake and its place, in the order of files and lines."""
+        rows = sorted((*self.place(mistake.paths), mistake.says) for mistake in mistakes)
+        lines = [f"{name}, line {line}: {says}" if line else f"{name}: {says}" for name, line, says in rows]
+        return together(self.top.name, list(dict.fromkeys(lines)))
 
 
 def load_recipe(
@@ -52,8 +74,8 @@ def load_recipe(
     """Read a fusion recipe.
 
     Args:
-        source: a YAML file, ``-`` for the standard input, or what was read from one. ``include: [other.yml]`` takes
-            what other files in its folder say, its own values on top.
+        source: a YAML file, or what was read from one. ``include: [other.yml]`` takes what other files in its folder
+            say, its own values on top.
         overrides: ``a.b=value`` each, value in YAML, on top of everything; a number is an index into a list.
         check: what else is wrong with a recipe. It gets the recipe without its mistakes, and what it finds is reported
             together with them.
@@ -62,104 +84,100 @@ def load_recipe(
         RecipeError: every mistake with its file and line: unknown keys with the nearest known ones, values of a wrong
             kind or out of range, missing keys, includes that leave the folder or include each other.
     """
-    top = source if isinstance(source, Document) else safe_yaml.load(source)  # once: it may be a pipe
-    layers, path = Layers(top), Path(top.name)
-    # A pipe includes files of the working folder.
-    beside = path.parent if path.is_file() or not path.exists() else Path()
-    _include(layers, top, beside, beside.resolve(), ())
-    if layers.data.keys() & set(MERGEKIT) and not layers.data.keys() & set(FUSION):
+    top = source if isinstance(source, Document) else safe_yaml.load(source)
+    if kind_of(top) == "mergekit":
         raise RecipeError(
-            f"{path} is a mergekit recipe, which merges models of one architecture: `fusekit merge {path} OUT` runs "
-            "it. A fusion recipe names a pivot and sources"
+            f"{top.name} is a mergekit recipe, which merges models of one architecture: `fusekit merge {top.name} OUT` "
+            "runs it. A fusion recipe names a pivot and sources"
         )
+    written = _Written(top)
+    written.data = _included(written, top, Path(top.name).parent.resolve(), ())
     for override in overrides:
-        _override(layers, override)
-    return _checked(layers, check)
+        written.overrides.append((_override(written.data, override), f"--set {override}"))
+    return _checked(written, check)
 
 
-def _include(layers: Layers, document: Document, beside: Path, folder: Path, through: tuple[Path, ...]) -> None:
-    """Add a file on top of what it includes. beside: where its includes are looked for, within ``folder``."""
-    path = document.name
+def _included(written: _Written, document: Document, folder: Path, through: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file says on top of what it includes. folder: which no include may leave."""
+    path, own = Path(document.name), Path(document.name).resolve()
     if not isinstance(document.data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with `pivot`, `sources` and `data`")
-    data, own = dict(document.data), Path(path).resolve()
+    data = in_full(document.data)
+    found: dict[str, Any] = {}
     includes = data.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
-    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+    if not isinstance(includes, list) or not all(isinstance(name, str) and "\0" not in name for name in includes):
         raise RecipeError(f"{path}, line {document.line(('include',))}: include is a file name or a list of them")
     for index, name in enumerate(includes):
-        where = f"{path}, line {document.line(('include', index))}"
-        included = (beside / name.replace("\0", "")).resolve()
+        where, included = f"{path}, line {document.line(('include', index))}", (path.parent / name).resolve()
         if not included.is_relative_to(folder):
             raise RecipeError(f"{where}: {name} is outside the recipe's folder {folder}: copy it there")
-        if "\0" in name or not included.is_file():  # no file system has \0
-            raise RecipeError(f"{where}: there is no file {name!r} in {beside}")
+        if not included.is_file():
+            raise RecipeError(f"{where}: there is no file {name!r} in {path.parent}")
         if included in (*through, own):
             raise RecipeError(f"{where}: {name} includes itself: take the line out")
-        if len(through) >= MAX_INCLUDES:
-            raise RecipeError(f"{where}: includes are nested more than {MAX_INCLUDES} deep")
-        _include(layers, safe_yaml.load(beside / name), (beside / name).parent, folder, (*through, own))
-    layers.add(document, in_full(data))
+        found = _merged(found, _included(written, safe_yaml.load(path.parent / name), folder, (*through, own)))
+    written.files.append((document, data))
+    return _merged(found, data)
 
 
-def _override(layers: Layers, override: str) -> None:
+def _override(data: dict[str, Any], override: str) -> KeyPath:
+    """Set a value; returns its path."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {override}: write it as section.key=value")
-    document = safe_yaml.loads(text, name=f"--set {override}")
-    path: KeyPath = tuple(key.strip().split("."))
-    target: Any = layers.data
-    for depth, part in enumerate(path):
-        if not isinstance(target, (dict, list)):
-            raise RecipeError(f"--set {override}: {'.'.join(map(str, path[:depth]))} is {target!r}, not a section")
-        at: Any = part
-        if isinstance(target, list):
-            if not str(part).isdigit() or int(part) >= len(target):
-                items = f"a list of {len(target)}; they count from 0"
-                raise RecipeError(f"--set {override}: {part!r} is not an item of {items}")
-            at = int(part)
-        if depth == len(path) - 1:
-            target[at] = document.data
-        else:
-            target = target[at] if isinstance(target, list) else target.setdefault(at, {})
-    layers.documents[tuple(int(p) if str(p).isdigit() else p for p in path)] = document
+    value = safe_yaml.loads(text, name=f"--set {override}").data
+    target: Any = data
+    path: list[Any] = []
+    try:
+        *within, last = key.strip().split(".") if equals else [""]
+        for part in within:
+            path.append(int(part) if isinstance(target, list) else part)
+            target = target[path[-1]] if isinstance(target, list) else target.setdefault(part, {})
+        path.append(int(last) if isinstance(target, list) else last)
+        if not last or (isinstance(target, list) and path[-1] not in range(len(target))):
+            raise IndexError
+        target[path[-1]] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise RecipeError(
+            f"--set {override}: {key!r} names no value: write section.key=value, and for an item of a list its number, "
+            "counted from 0"
+        ) from None
+    return tuple(path)
 
 
-def _checked(layers: Layers, check: Callable[[Recipe], Iterable[Mistake]]) -> Recipe:
-    """The recipe that the layers make. Raises RecipeError with one line per mistake, in the order of the files."""
-    layers.data = in_full(layers.data)
+def _checked(written: _Written, check: Callable[[Recipe], Iterable[Mistake]]) -> Recipe:
+    """The recipe that was written. Raises RecipeError with one line per mistake."""
+    written.data = in_full(written.data)
     found: list[Mistake] = []
-    name = layers.data.get("preset", "fusekit")
+    name = written.data.get("preset", "fusekit")
     if not isinstance(name, str) or name not in PRESETS:
         found.append(Mistake(f"unknown preset {name!r}{nearest(str(name), PRESETS)}", ("preset",)))
-        name = layers.data["preset"] = "fusekit"
-    recipe, wrong = _validated(layers.data, PRESETS[name])
+        name = "fusekit"
+    recipe, wrong = _validated(written.data | {"preset": name}, PRESETS[name])
     found += wrong
     if recipe is not None:
-        recipe._layers = layers
         found += check(recipe)
-    if found:
-        raise RecipeError(layers.report(found))
-    assert recipe is not None
+    if found or recipe is None:
+        raise RecipeError(written.report(found))
     return recipe
 
 
-def _validated(written: Mapping[str, Any], preset: Mapping[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
+def _validated(data: Mapping[str, Any], preset: Mapping[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
     """A recipe without what is wrong with it, None where too much is; and the mistakes."""
+    left = plain(data)
     found: list[Mistake] = []
     for _ in range(4):
         try:
-            return Recipe.model_validate(_with_preset(written, preset)), found
+            recipe = Recipe.model_validate(_with_preset(left, preset))
+            if not (wrong := list(recipe.clashes())):
+                return recipe, found
         except ValidationError as error:
-            grouped: dict[tuple[KeyPath, ...], list[str]] = {}
-            for detail in error.errors(include_url=False):
-                paths, message = _mistake(detail, written)
-                if message not in grouped.setdefault(paths, []):
-                    grouped[paths].append(message)
-        found += [Mistake("; or ".join(messages), *paths) for paths, messages in grouped.items()]
-        written = plain(written)
-        for paths in grouped:
-            _take_out(written, max(paths, key=lambda path: len(path_in(written, path))))
+            messages: dict[KeyPath, list[str]] = {}  # several where a value may be of several kinds
+            for path, message in (_mistake(detail, left) for detail in error.errors(include_url=False)):
+                messages.setdefault(path, []).append(message)
+            wrong = [Mistake("; or ".join(dict.fromkeys(said)), path) for path, said in messages.items()]
+        found += wrong
+        for mistake in wrong:
+            _take_out(left, max(mistake.paths, key=lambda path: len(path_in(left, path))))
     return None, found
 
 
@@ -183,58 +201,59 @@ def _take_out(data: Any, path: KeyPath) -> None:
         data.update({key: stand_ins[key]} if key in stand_ins else {})
 
 
+def in_full(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with its short forms written out: a pivot or source that is a path, data that are one or several."""
+    found: dict[str, Any] = plain(data)
+    if isinstance(found.get("pivot"), str):
+        found["pivot"] = {"model": found["pivot"]}
+    if isinstance(found.get("sources"), list):
+        found["sources"] = [{"model": s} if isinstance(s, str) else s for s in found["sources"]]
+    if isinstance(found.get("data"), (str, list)):
+        found["data"] = {"path": found["data"]}
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A deep copy with keys as text, so that no two layers share an object."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(child) for key, child in value.items()}
+    return [plain(child) for child in value] if isinstance(value, list) else value
+
+
 def _with_preset(data: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    per_source = preset.get("source", {})
     result = _merged({key: value for key, value in preset.items() if key != "source"}, data)
     if isinstance(result.get("sources"), list):
+        per_source = preset.get("source", {})
         result["sources"] = [_merged(per_source, s) if isinstance(s, dict) else s for s in result["sources"]]
     return result
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    result = {key: plain(value) for key, value in below.items()}
+    """Mappings are merged key by key; anything else, lists too, replaces what was there."""
+    result: dict[str, Any] = plain(below)
     for key, value in above.items():
         known = result.get(key)
         result[key] = plain(value)
         if isinstance(value, Mapping) and isinstance(known, dict):
             method = known.get("merge_method")
-            # A recipe that names another merge method does not want the preset's parameters for its own.
+            # Another merge method has other parameters.
             if key != "merge" or value.get("merge_method", method) == method:
                 result[key] = _merged(known, value)
     return result
 
 
-def _mistake(detail: Any, data: Any) -> tuple[tuple[KeyPath, ...], str]:
+def _mistake(detail: Any, data: Any) -> tuple[KeyPath, str]:
     """Where a mistake that pydantic found is, and what it is."""
-    if "paths" in detail.get("ctx", {}):  # several, where values clash
-        paths: tuple[KeyPath, ...] = tuple(detail["ctx"]["paths"])
-        written = max(paths, key=lambda path: len(path_in(data, path)))
-        label = ".".join(map(str, path_in(data, written)))
-        return paths, f"{label}: {detail['msg']}"
     path = path_in(data, detail["loc"])
     label = ".".join(map(str, path)) or "recipe"
     *within, key = detail["loc"] or ("",)
     if detail["type"] == "missing":
-        return ((*path, key),), f"`{key}` is missing{' in ' + label if path else ''}"
+        return (*path, key), f"`{key}` is missing{' in ' + label if path else ''}"
     if detail["type"] == "extra_forbidden":
-        now = RENAMED.get(str(key))
-        hint = f": it is called {now!r} now" if now else nearest(str(key), _fields(within))
-        return (path if path[-1:] == (key,) else (*path, key),), f"unknown key {key!r}{hint}"
-    return (path,), _worded(detail, label)
-
-
-def _worded(detail: Any, label: str) -> str:
-    """What pydantic says of the value that ``label`` names, in the words of a recipe where its own are of Python."""
-    if detail["type"] == "model_type":
-        return f"{label}: write a mapping with keys such as {', '.join(_fields(detail['loc'])[:3])}"
-    if detail["type"] == "too_short":
-        return f"{label} is empty: name at least one"
-    if detail["type"] == "string_pattern_mismatch" and detail["loc"][-1] == "name":
-        said = "begin with a letter or a digit, and use no others than a-z, A-Z, 0-9, '.', '_' and '-'"
-        return f"{label} is {detail['input']!r}, which becomes the name of a folder: {said}"
-    text, value = " ".join(str(detail["msg"]).removeprefix("Value error, ").split()), detail["input"]
-    is_short = isinstance(value, (str, int, float, NoneType)) and len(repr(value)) <= 60
-    return f"{label}: {text}" + (f", not {value!r}" if text.startswith("Input should") and is_short else "")
+        return path, f"unknown key {key!r}{nearest(str(key), _fields(within))}"
+    text, value = " ".join(detail["msg"].removeprefix("Value error, ").split()), detail["input"]
+    is_short = isinstance(value, (str, int, float)) and len(repr(value)) <= 60
+    return path, f"{label}: {text}" + (f", not {value!r}" if text.startswith("Input should") and is_short else "")
 
 
 def _fields(location: Sequence[int | str]) -> list[str]:

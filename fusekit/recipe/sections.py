@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field
 
 from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.data.settings import DataSettings
@@ -19,32 +18,16 @@ from fusekit.distillation.settings import (
     TrainingSettings,
     clashes,
 )
-from fusekit.errors import RecipeError
 from fusekit.evaluation.settings import PATH, EvaluateSettings
 from fusekit.generation.settings import RespondSettings
 from fusekit.gguf import SUFFIX
-from fusekit.yaml import Document, KeyPath, Place, Settings, together
+from fusekit.yaml import KeyPath, Settings
 
 _Count = Annotated[int, Field(gt=0)]
-_LONGEST_NAME = 100
 _OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and models
 _WORK = (".training", ".work")  # endings of folders of unfinished work
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
-
-
-def in_full(data: Any) -> Any:
-    """A recipe with its short forms written out: a pivot or source that is a path, data that are one or several."""
-    if not isinstance(data, Mapping):
-        return data
-    found = dict(data)
-    if isinstance(found.get("pivot"), str):
-        found["pivot"] = {"model": found["pivot"]}
-    if isinstance(found.get("sources"), list):
-        found["sources"] = [{"model": s} if isinstance(s, str) else s for s in found["sources"]]
-    if isinstance(found.get("data"), (str, list)):
-        found["data"] = {"path": found["data"]}
-    return found
 
 
 class Load(Settings):
@@ -110,20 +93,6 @@ class Pivot(Settings):
     def path(self) -> str:
         """The model, or the GGUF file in it."""
         return self.model if self.gguf_file is None else f"{self.model.rstrip('/')}/{self.gguf_file}"
-
-    @model_validator(mode="after")
-    def _gguf(self) -> Pivot:
-        file = self.gguf_file
-        if file is not None and (not file.endswith(SUFFIX) or file.startswith("/") or ".." in file.split("/")):
-            raise ValueError(f"gguf_file is {file!r}: it is the name of a {SUFFIX} file in {self.model}")
-        if file is not None and self.model.endswith(SUFFIX):
-            raise ValueError(f"model is the GGUF file {self.model} already: leave out gguf_file ({file})")
-        if self.path.endswith(SUFFIX) and self.load.quantization:
-            raise ValueError(
-                f"{self.path} is a GGUF file, which is dequantised when it is loaded: leave out load.quantization, or "
-                "name the original model"
-            )
-        return self
 
 
 def _as_recipe(key: str) -> Any:
@@ -195,71 +164,6 @@ class Mistake:
         self.says, self.paths = says, paths
 
 
-class Layers:  # noqa: PLW1641  # what may change has no hash
-    """Values from several documents, later ones on top, and where each was written; ``top`` is the recipe itself.
-
-    Recipes that say the same are equal, wherever they say it.
-    """
-
-    def __init__(self, top: Document | None = None) -> None:
-        self.top = top
-        self.data: dict[str, Any] = {}
-        self.documents: dict[KeyPath, Document] = {}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layers)
-
-    def add(self, document: Document, data: Mapping[str, Any], at: KeyPath = ()) -> None:
-        """Mappings are merged key by key; anything else, lists too, replaces what was there."""
-        target: Any = self.data
-        for key in at:
-            target = target[key]
-        for key, value in data.items():
-            path = (*at, str(key))
-            if isinstance(value, Mapping) and isinstance(target.get(str(key)), dict):
-                self.add(document, value, path)
-            else:
-                target[str(key)] = plain(value)
-                for known in [known for known in self.documents if known[: len(path)] == path]:
-                    del self.documents[known]
-            self.documents[path] = document
-
-    def _written(self, path: KeyPath) -> KeyPath:
-        """As much of a path as there is."""
-        found: Any = self.data
-        for length, part in enumerate(path):
-            items = dict(enumerate(found)) if isinstance(found, list) else found
-            if not isinstance(items, dict) or part not in items:
-                return path[:length]
-            found = items[part]
-        return path
-
-    def place(self, *paths: KeyPath) -> Place:
-        """Where a value, or the nearest that encloses it, was written; its path where that is not known.
-
-        paths: of the value; several where values clash, of which the recipe may have written only one.
-        """
-        if self.top is None:
-            return Place(".".join(map(str, paths[0])), 0)
-        path = max(map(self._written, paths), key=len)
-        enclosing = (path[:length] for length in range(len(path), 0, -1))
-        document = next((self.documents[at] for at in enclosing if at in self.documents), self.top)
-        return Place(document.name, 0 if document.name.startswith("--") else document.line(path))
-
-    def report(self, mistakes: Sequence[Mistake]) -> str:
-        """The text of an error with every mistake and its place, in the order of files and lines."""
-        rows = sorted((self.place(*mistake.paths), mistake.says) for mistake in mistakes)
-        name = "recipe" if self.top is None else self.top.name
-        return together(name, list(dict.fromkeys(f"{place}: {says}" for place, says in rows)))
-
-
-def plain(value: Any) -> Any:
-    """A deep copy with keys as text, so that no layer shares an object with another."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(child) for key, child in value.items()}
-    return [plain(child) for child in value] if isinstance(value, list) else value
-
-
 class Recipe(Settings):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
@@ -286,62 +190,32 @@ class Recipe(Settings):
     )
     evaluate: Evaluate | None = Field(default=None, description="Held-out examples to score every model on.")
 
-    _layers: Layers = PrivateAttr(default_factory=Layers)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, data: Any) -> Any:
-        return in_full(data)
-
-    def refuse(self, mistakes: Sequence[Mistake]) -> None:
-        """Raise RecipeError with every mistake and where it was written, if there is one."""
-        if mistakes:
-            raise RecipeError(self._layers.report(mistakes))
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
-        found = [*self._wrong_names(), *self._clashes()]
+    def clashes(self) -> Iterator[Mistake]:
+        """Values, each right by itself, that do not go together, and names that clash."""
+        labels = [source.label for source in self.sources]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", ("sources", index))
+            if label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
+                why = "which cannot be a folder of its own in the output: give it another `name`"
+                yield Mistake(f"no source may be called {label!r}, {why}", ("sources", index))
         if (self.respond is None) != (self.distill.schedule is None):
             has, lacks = ("distill.schedule", "respond") if self.respond is None else ("respond", "distill.schedule")
             says = f"{has} is given, but not {lacks}: a schedule trains on answers, which nothing else reads"
-            found.append(Mistake(says, ("respond",), ("distill", "schedule")))
-        if found:  # the context has all paths: the recipe may have written only one of them
-            kinds = [PydanticCustomError("clash", "{says}", {"says": m.says, "paths": m.paths}) for m in found]
-            details = [InitErrorDetails(type=k, loc=m.paths[0], input=self) for k, m in zip(kinds, found, strict=True)]
-            raise ValidationError.from_exception_data("Recipe", details)
-        return self
-
-    def _clashes(self) -> Iterator[Mistake]:
-        said: set[str] = set()
+            yield Mistake(says, ("respond",), ("distill", "schedule"))
         sections: list[tuple[KeyPath, AlignmentSettings]] = [(("alignment",), self.alignment)]
         for index, source in enumerate(self.sources):
             sections.append((("sources", index, "alignment"), self.alignment_of(source)))
             if source.on_the_fly and self.distill.schedule is not None:
                 says = f"a schedule reads stores, but {source.label} is scored on the fly: leave out either of them"
                 yield Mistake(says, ("sources", index, "on_the_fly"), ("distill", "schedule"))
+        said: set[str] = set()
         for at, alignment in sections:
             places: dict[str, KeyPath] = {"training": ("distill",), "alignment": at}
             for clash in clashes(alignment, self.fusion, self.distill, len(self.sources)):
                 if clash.says not in said:
                     yield Mistake(clash.says, *((*places.get(name, (name,)), key) for name, key in clash.values))
                 said.add(clash.says)
-
-    def _wrong_names(self) -> Iterator[Mistake]:
-        labels = [source.label for source in self.sources]
-        for index, (source, label) in enumerate(zip(self.sources, labels, strict=True)):
-            if label in labels[:index]:
-                says = f"two sources are called {label!r}: give one a `name` of its own"
-            elif label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
-                why = "which cannot be a folder of its own in the output: give it another `name`"
-                says = f"no source may be called {label!r}, {why}"
-            elif len(label) > _LONGEST_NAME:
-                much = f"a name of {len(label)} characters: give it a `name` of at most {_LONGEST_NAME}"
-                says = f"the source {label[:20]}... has {much}"
-            elif (source.path, source.revision) == (self.pivot.path, self.pivot.revision):
-                says = f"the source {label!r} is the pivot itself, which it has nothing to teach: remove it"
-            else:
-                continue
-            yield Mistake(says, ("sources", index))
 
     @property
     def settings(self) -> DistillSettings:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from fusekit import artifacts as artifact
 from fusekit.capturing.store import Store
 from fusekit.errors import CaptureError, RecipeError, StorageError
 from fusekit.layout import Layout
@@ -150,27 +149,29 @@ def test_a_model_that_does_not_fit_is_not_loaded_to_answer(world: Path) -> None:
     assert not (Layout(world / "out").responses("pivot")).exists()
 
 
-def test_a_damaged_shard_is_named(world: Path) -> None:
+def test_answers_that_are_half_written_are_gone_on_with_and_damaged_ones_named(finished: Path, world: Path) -> None:
     recipe, out = Path("recipe.yml"), Path("out").resolve()
     folder = Layout(out).responses("pivot")
-    shard = Layout.shards(folder) / "shard-00000.json"
-    killed = child(world, *RUN, "--until", "respond", before=kill_at_second_shard)
+    lines = Layout.work(folder) / "answers.jsonl"
+    killed = child(world, *RUN, "--until", "respond", before=kill_before_publishing)
     assert killed.exitcode == -signal.SIGKILL
+    whole = lines.read_bytes().splitlines(keepends=True)
+    lines.write_bytes(b"".join([*whole[:4], whole[4][:5]]))
     plan = make_plan(load_recipe(recipe), "recipe.yml", out)
     [step] = [step for step in plan.steps if (step.stage, step.name) == ("respond", "pivot")]
-    assert (step.state, step.rows) == ("resumes", 5)
-    shard.write_text("[]")
-    with pytest.raises(StorageError, match=str(shard)):
+    assert (step.state, step.rows) == ("resumes", 4)
+    lines.write_bytes(b"[" + lines.read_bytes())
+    with pytest.raises(StorageError, match=str(lines)):
         go(recipe, out, until="respond")
-    shard.unlink()
+    lines.write_bytes(lines.read_bytes()[1:])
     go(recipe, out, until="respond")
-    assert artifact.problems(folder) == []
-    assert not Layout.shards(folder).exists()
+    assert differences(finished / "out" / "responses", out / "responses") == []
+    assert not Layout.work(folder).exists()
 
 
-def kill_at_second_shard() -> None:
+def kill_before_publishing() -> None:
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "os.rename" and str(args[1]).endswith("shard-00001.json"):
+        if event == "os.rename" and str(args[1]).endswith("/responses/pivot"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

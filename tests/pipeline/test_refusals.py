@@ -67,14 +67,6 @@ def test_a_file_beside_merged_weights_is_not_lost_when_they_are_made_anew(finish
     assert artifact.problems(out / "merged") == []
 
 
-def test_a_folder_in_the_place_of_the_merged_model_is_told_at_the_start(finished):
-    recipe, out = finished
-    shutil.rmtree(out / "merged")
-    (out / "merged" / "notes").mkdir(parents=True)
-    foreign(recipe, out, "merged holds notes, a folder that no run made", "merge linear")
-    assert (out / "merged" / "notes").is_dir()
-
-
 def test_a_file_that_comes_while_a_target_is_trained_is_not_lost(finished):
     """Nor is one beside the merged model, which the target that is trained again may still be of."""
     recipe, out = finished

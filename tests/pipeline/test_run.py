@@ -18,7 +18,7 @@ from fusekit.errors import StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline import capturing
 from fusekit.pipeline.evaluating import Evaluate
-from fusekit.pipeline.run import logged, make_plan
+from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import STALE, Context
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
@@ -238,24 +238,6 @@ def test_held_out_rows_that_are_not_there_are_missed_at_the_start(finished, tmp_
     assert not (tmp_path / "new" / "data").exists()
     plan = make_plan(load_recipe(finished[0], ["evaluate.path=nowhere.jsonl"]), "recipe.yml", finished[1])
     assert [line.startswith("evaluate: nowhere.jsonl does not exist") for line in plan.refused] == [True]
-
-
-def test_the_report_is_of_the_recipe_that_made_what_is_there(finished):
-    path, out = finished
-    said = r"another recipe.*\n  distill.num_train_epochs: 4.0, now 9.0\n"
-    refused(path, out, said, "distill.num_train_epochs=9", only="report")
-    go(path, out, only="report")
-
-
-def test_a_log_that_cannot_be_written_does_not_hide_what_stopped_a_run(tmp_path):
-    def stopped() -> None:
-        with logged(tmp_path / "logs"):
-            shutil.rmtree(tmp_path / "logs")
-            (tmp_path / "logs").write_text("no folder any more")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
 
 
 def test_rows_are_cut_for_the_tokenizer_that_a_name_stands_for_now(first):
