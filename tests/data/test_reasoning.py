@@ -11,8 +11,7 @@ from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.types import Cut, Message, Part, Row
-from tests.capture.models import extended, tokenizer_for
-from tests.data.spans import assert_spans
+from tests.capture.models import extended
 
 TURN = "<|im_start|>{role}\n"
 PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -178,13 +177,3 @@ def test_rows_are_cut_within_reasoning(name):
         assert tokens.ends[inside[-1]] == size or content[tokens.ends[inside[-1]] : size].strip() == b""
         assert len(tokens) <= len(whole)
         assert (tokens.ends[tokens.message == 1] <= size).all()
-
-
-def test_plain_answers_and_plain_templates_are_as_before():
-    reader = reader_of("empty one")
-    turns = [("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
-    tokens = reader.tokenize(row(turns))
-    assert learned(tokens, reader, 1) == "a<|im_end|>"
-    assert learned(tokens, reader, 3) == "<think>\n\n</think>\n\nb<|im_end|>"
-    chatml = RowTokenizer(tokenizer_for("qwen"), ChatTemplate.named("chatml"))
-    assert_spans(row(TWO), chatml.tokenize(row(TWO)), chatml, "<|im_end|>")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from pydantic import ValidationError
 
 from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice
@@ -22,7 +21,7 @@ from fusekit.data.prepare import pack_text
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
+from fusekit.evaluation import bits_per_byte, exact_match, metrics
 from fusekit.evaluation import table as results
 from fusekit.evaluation.metrics import Question, _text, evaluate_model, replies
 from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
@@ -358,21 +357,6 @@ def test_command(tmp_path):
     assert f"| {NUMBERS} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
-
-
-def test_evaluate_from_python_is_what_the_command_writes(tmp_path):
-    data = tmp_path / "sums.jsonl"
-    turns = [{"role": "user", "content": "57+68="}, {"role": "assistant", "content": "125"}]
-    data.write_text(json.dumps({"messages": turns}))
-    model = NUMBERS
-    found = evaluate(Path(model), data, metrics=["exact_match", "bits_per_byte"], load={"dtype": "float32"})
-    assert found[model]["exact_match"] == {"sums": 1.0}
-    alone = evaluate_model(ModelChoice(model, dtype="float32"), [row("57+68=", "125", "sums")])
-    assert found[model]["bits_per_byte"] == {"sums": pytest.approx(alone["bits_per_byte"]["sums"])}
-    with pytest.raises(DataError):
-        evaluate(model)
-    with pytest.raises(ValidationError, match="metrics"):
-        evaluate(model, data, metrics=["accuracy"])
 
 
 def test_the_examples_in_docstrings_run(tmp_path, monkeypatch):
