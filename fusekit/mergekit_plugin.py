@@ -11,17 +11,13 @@ def register() -> None:
     """Make fusekit's merge methods known to mergekit. Calling it again is harmless.
 
     While `fusekit.merge_methods` is being imported (its own imports load mergekit, whose registry calls this), nothing
-    happens yet: that package calls again when it is complete. Raises MergeError if mergekit is too old, or if another
-    package has taken one of the names.
+    happens yet: that package calls again when it is complete. Raises MergeError if another package has taken a name.
     """
     package = sys.modules.get("fusekit.merge_methods")
     if package is not None and getattr(package.__spec__, "_initializing", False) and not hasattr(package, "__all__"):
         return
-    try:
-        from mergekit.merge_methods import registry
-        from mergekit.merge_methods.base import GroupMergeMethod  # noqa: F401 - arrived with the registry of 0.1.5
-    except ImportError as error:
-        raise MergeError(f"mergekit 0.1.5 or newer is needed ({error}); pip install -U 'mergekit>=0.1.5'") from error
+    from mergekit.merge_methods import registry
+
     from fusekit.merge_methods.mergekit_methods import METHODS
     from fusekit.merge_methods.provenance import record_to_environment_path
 
