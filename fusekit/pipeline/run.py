@@ -19,7 +19,7 @@ import yaml
 
 import fusekit
 from fusekit.devices import Processes
-from fusekit.disk import commit_file, disk_fault, output_lock, refuse_file, remove
+from fusekit.disk import commit_file, disk_errors, output_lock, refuse_file, remove
 from fusekit.errors import RecipeError, StorageError
 from fusekit.layout import BASELINE, NAMES, PIVOT, STAGES, Layout
 from fusekit.pipeline import capturing, distilling, evaluating, merging, responding
@@ -271,18 +271,12 @@ def _text(recipe: Recipe) -> bytes:
 
 
 def write_log(folder: Path, text: str) -> None:
-    """Add a text to ``run.log``, which is for people, each of its lines under the time; at once, whatever happens next.
-
-    Raises StorageError when the disk fails.
-    """
-    path, now = folder / "run.log", datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
-    lines = "".join(f"{now} {line}\n" for line in text.splitlines() or [""])
-    try:
+    """Add a text to ``run.log``, each of its lines under the time. Raises StorageError when the disk fails."""
+    now = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+    with disk_errors(folder / "run.log"):
         folder.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(lines)
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be written: {error}") from error
+        with (folder / "run.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{now} {line}\n" for line in text.splitlines() or [""])
 
 
 @contextmanager

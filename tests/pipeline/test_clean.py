@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
 import yaml
 from click.testing import CliRunner
 
@@ -135,18 +134,6 @@ def test_a_stage_is_removed_to_be_made_anew(finished):
     assert "merge.yml  " in said
     go(path, out, start="merge", until="merge")
     assert (out / "merged" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [(["--stage", "merge", "--recipe", "R"], "--recipe says what is needed"), (["--set", "seed=1"], "give both")],
-)
-def test_options_that_clash_are_refused(options, said, first):
-    folder, out = first
-    options = [str(folder / "recipe.yml") if option == "R" else option for option in options]
-    result = CliRunner().invoke(cli, ["clean", str(out), *options])
-    assert result.exit_code == 2
-    assert said in result.output
 
 
 def test_a_folder_that_is_no_run_or_in_use_is_not_touched(tmp_path, first):

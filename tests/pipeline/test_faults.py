@@ -85,38 +85,6 @@ def inodes(folder: Path, pattern: str) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_ino for path in sorted(folder.glob(pattern))}
 
 
-def output(folder: Path, weights: bytes = b"weights", seconds: float = 1.0, **inputs: object) -> Path:
-    def write(into: Path) -> None:
-        (into / "model.safetensors").write_bytes(weights)
-        (into / "where.json").write_text(json.dumps({"out": str(folder)}))
-
-    artifact.publish(folder / "targets" / "one", "distill", dict(inputs), write, {"seconds": seconds})
-    (folder / "logs").mkdir()
-    (folder / "logs" / "run.log").write_text(str(seconds))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda out: (out / "targets/one/model.safetensors").write_bytes(b"Weights"), "one/model.safetensors: its con"),
-        (lambda out: (out / "targets/one/where.json").write_text('{"out": "x"}'), "where.json: out: 'OUT', now 'x'"),
-        (lambda out: (out / "targets/one/where.json").unlink(), "targets/one/where.json: only in "),
-        (lambda out: (out / "targets/.two.staging-1").mkdir(), "targets/.two.staging-1/: only in "),
-        (lambda out: (out / "targets/.x.0.tmp").touch(), "targets/.x.0.tmp: only in "),
-    ],
-)
-def test_the_comparison_of_outputs_notices_what_it_is_there_for(tmp_path, change, said):
-    """Times, places, logs and locks do not count."""
-    a, b = output(tmp_path / "a"), output(tmp_path / "b", seconds=2.0)
-    assert differences(a, b) == []
-    change(b)
-    (line,) = differences(a, b)
-    assert said in line
-    other = differences(a, output(tmp_path / "c", b"others", learning_rate=2))
-    assert any(line.startswith("targets/one/manifest.json: inputs.learning_rate: not given, now 2") for line in other)
-
-
 # Killed
 
 
@@ -381,17 +349,3 @@ def test_fuzzed_files_of_a_run_raise_only_our_errors(name: str, target: Target, 
     finally:
         path.write_bytes(whole)
     READERS[name](target)
-
-
-@pytest.mark.parametrize("found", ["5", "[]", '"x"', "null", "{"])
-def test_a_training_whose_facts_are_damaged_says_so(found: str, target: Target) -> None:
-    path = target.work / "made_from.json"
-    whole = path.read_bytes()
-    path.write_text(found)
-    try:
-        with pytest.raises(
-            FusekitError, match=r"made_from\.json cannot be read.*; remove .*two\.training to start over"
-        ):
-            resumed(target)
-    finally:
-        path.write_bytes(whole)

@@ -149,16 +149,6 @@ def test_the_baseline_learns_from_the_text_alone_whatever_the_weighting(first, w
     assert ones.wants_baseline == (weighting == "soft") == (not ones.settings.plain)
 
 
-def test_a_weighting_by_rows_has_a_baseline_too(captured):
-    path, out = captured
-    go(path, out, "distill.lm_weighting=soft", "distill.num_train_epochs=1", start="align", until="distill")
-    record = json.loads((out / "baselines" / "sft" / "training.json").read_text())
-    assert record["sources"] == []
-    assert record["settings"]["training"]["lm_weight"] == 1
-    assert not any(line.get("fusion_loss") for line in record["log"])
-    assert json.loads((out / "targets" / "llama" / "training.json").read_text())["sources"] == ["llama"]
-
-
 def test_a_source_may_bring_code_of_its_own_to_every_stage(tmp_path):
     path, model, out = write_recipe(tmp_path, ["llama"]), tmp_path / "llama", tmp_path / "out"
     shutil.copytree(DEMO / "sources" / "llama", model)
