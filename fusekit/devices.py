@@ -234,7 +234,10 @@ class Limit:
 def memory_limits() -> list[Limit]:
     """Every limit that applies: free memory of the machine, cgroups (containers), ``ulimit -v``."""
     limits = [Limit(psutil.virtual_memory().available, "free on this machine")]
-    limits += cgroup_limits(Path("/sys/fs/cgroup"), _cgroup_paths())
+    with suppress(OSError):
+        limits += cgroup_limits(
+            Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        )
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         used = psutil.Process().memory_info().vms
@@ -247,50 +250,22 @@ def taken_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _cgroup_paths() -> dict[str, str]:
-    """controller -> path of this process; the unified hierarchy of cgroup 2 has the name ``""``."""
-    paths: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            paths |= dict.fromkeys(controllers.split(","), path)
-    return paths
+def cgroup_limits(root: Path, path: str) -> list[Limit]:
+    """The tightest memory limit of the cgroups (version 2) that enclose a process, as a list of one or none.
 
-
-def cgroup_limits(root: Path, paths: dict[str, str]) -> list[Limit]:
-    """The tightest memory limit of the cgroups that enclose a process, as a list of one or none.
-
-    root: where cgroups are mounted. paths: as in /proc/self/cgroup, by controller. The page cache of inactive files
-    counts as free: the kernel drops it first.
+    root: where cgroups are mounted. path: as in /proc/self/cgroup. The page cache of inactive files counts as free: the
+    kernel drops it first.
     """
     found: list[int] = []
-    for base, path, limit, usage, inactive in (
-        (root, paths.get(""), "memory.max", "memory.current", "inactive_file"),
-        (
-            root / "memory",
-            paths.get("memory"),
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        if path is None:
-            continue
-        relative = Path(path.lstrip("/"))
-        # In a container the path may be the host's: then only the mount's own root is visible.
-        for folder in [base / relative, *(base / parent for parent in relative.parents), base]:
-            with suppress(OSError, ValueError):
-                most = int((folder / limit).read_text())  # "max" is a ValueError: no limit here
-                if most < 1 << 60:
-                    used = int((folder / usage).read_text())
-                    found.append(max(0, most - used + _stat(folder / "memory.stat", inactive)))
+    relative = Path(path.lstrip("/"))
+    # In a container the path may be the host's: then only the mount's own root is visible.
+    for folder in [root / relative, *(root / parent for parent in relative.parents), root]:
+        with suppress(OSError, ValueError):
+            most = int((folder / "memory.max").read_text())  # "max" is a ValueError: no limit here
+            used = int((folder / "memory.current").read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found.append(max(0, most - used + int(statistics.get("inactive_file", 0))))
     return [Limit(min(found), "left of the container's memory limit (cgroup)")] if found else []
-
-
-def _stat(file: Path, key: str) -> int:
-    with suppress(OSError, ValueError):
-        return int(dict(line.split() for line in file.read_text().splitlines()).get(key, 0))
-    return 0
 
 
 @dataclass(frozen=True)

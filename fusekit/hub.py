@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,25 +55,16 @@ class Snapshot:
             return
         try:
             with _progress_bars(bar):
+                # By the revision, whose commit the client then notes for when there is no network.
                 huggingface_hub.snapshot_download(
-                    self.repository, revision=self.commit, cache_dir=self.cache, allow_patterns=patterns
+                    self.repository, revision=self.revision, cache_dir=self.cache, allow_patterns=patterns
                 )
-            self._remember_revision()
         except Exception as error:
             needed = sum(self.sizes[name] for name in self.missing(self.sizes) if name in patterns)
-            raise disk_fault(error, self.cache, needed or None) or explain(error, self.repository, None) from error
-
-    def _remember_revision(self) -> None:
-        """Note which commit the revision meant, as the client does when it looks the revision up itself."""
-        note = self.folder.parent.parent / "refs" / self.revision
-        if self.revision != self.commit and (not note.is_file() or note.read_text() != self.commit):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_name(f"{note.name}.{os.getpid()}")
-            temporary.write_text(self.commit)
-            temporary.replace(note)
+            raise disk_fault(error, self.cache, needed or None) or explain(error, self.repository) from error
 
     def headers(self, file: str) -> Headers:
-        """Headers of one safetensors file, by range requests. Raises ModelError with a hint."""
+        """Headers of one safetensors file, by range requests. Raises ModelError."""
         try:
             metadata = huggingface_hub.HfApi().parse_safetensors_file_metadata(
                 self.repository, file, revision=self.commit, timeout=TIMEOUT
@@ -84,7 +74,7 @@ class Snapshot:
                 for name, info in metadata.tensors.items()
             }
         except Exception as error:
-            raise explain(error, self.repository, None) from error
+            raise explain(error, self.repository) from error
 
 
 @dataclass(frozen=True)
@@ -162,13 +152,13 @@ class Files:
         leave: the option that allows them.
         """
         entry = weight_entry(self.names)
-        absent = "not there"
+        absent = "not there: is it downloaded?"
         if self.snapshot and not self.snapshot.online:
             absent = "not in the cache, and the hub cannot be reached"
-        if entry is None and absent != "not there":
-            raise ModelError(f"{self.label}: its weights are {absent}")
         if entry is None:
-            raise ModelError(f"{self.label} has no weights: no model.safetensors or its index in {self.folder}")
+            raise ModelError(
+                f"{self.label} has no weights: model.safetensors or its index in {self.folder} is {absent}"
+            )
         files = [entry]
         if entry.endswith(".index.json"):
             files = sorted(set(read_index(self.folder / entry, self.label).values()))
@@ -185,7 +175,7 @@ class Files:
             sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
         for name in files:
             if name not in sizes:
-                raise ModelError(f"{self.label}: the weight file {self.folder / name} is {absent}: is it downloaded?")
+                raise ModelError(f"{self.label}: the weight file {self.folder / name} is {absent}")
         return {name: sizes[name] for name in files}
 
 
@@ -194,8 +184,6 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
 
     Raises ModelError, with a way out: no such folder, a file, a revision of a folder, and whatever :func:`find` does.
     """
-    if "\0" in name:
-        raise ModelError(f"{name!r} is not the name of a model")
     try:
         local = Path(name).expanduser()
         if name and local.is_dir():
@@ -204,14 +192,10 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
             return Files(name, local.resolve())
         if name and local.exists():
             raise ModelError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
-    except (OSError, RuntimeError) as error:  # of a name that is too long, of a home that does not exist
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that does not exist
         raise ModelError(f"{name!r} cannot be read: {error}") from error
-    if "://" in name:
-        way_out = "/".join(name.split("://", 1)[1].split("/")[1:3]) or "owner/name"
-        raise ModelError(f"{name} is a web address: give the model's name on the hub, {way_out}")
     if _is_path(name):
-        where = local if name.startswith("~") else f"looked from {Path.cwd()}"
-        raise ModelError(f"there is no folder {name or repr(name)} ({where})")
+        raise ModelError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
     snapshot = find(name, revision, cache, notices)
     return Files(name, snapshot.folder, snapshot)
 
@@ -239,7 +223,7 @@ def find(repository: str, revision: str | None, cache: Path | None, notices: lis
     except Exception as error:
         cached = _cached(repository, revision, cache) if unreachable(error) else None
         if cached is None:
-            raise explain(error, repository, revision) from error
+            raise explain(error, repository) from error
         notices.append(f"{repository}: the hub cannot be reached, the cached commit {cached.commit[:10]} is used")
         return cached
     name = str(info.id or repository)
@@ -281,31 +265,28 @@ def unreachable(error: BaseException) -> bool:
     )
 
 
-def explain(error: BaseException, repository: str, revision: str | None) -> ModelError:
+def explain(error: BaseException, repository: str) -> ModelError:
     """A ModelError that says what to do about an exception of the hub client."""
-    page = f"{constants.ENDPOINT}/{repository}"
-    token = "a token is set" if huggingface_hub.get_token() else "no token is set"
-    if isinstance(error, hub_errors.OfflineModeIsEnabled) or constants.is_offline_mode():
-        text = f"is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set: unset it, or fetch the "
-        text += f"model where there is a network with `hf download {repository}`"
-    elif isinstance(error, hub_errors.GatedRepoError):
-        text = f"is gated: accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN ({token})"
-    elif isinstance(error, hub_errors.RevisionNotFoundError):
-        text = f"has no revision {revision!r}: see {page}/commits/main"
-    elif isinstance(error, hub_errors.RepositoryNotFoundError):
-        text = f"is not a local folder and not a model on {constants.ENDPOINT}: check the spelling; if it is private, "
-        text += f"log in with `hf auth login` or set HF_TOKEN ({token})"
-    elif isinstance(error, hub_errors.HFValidationError):
-        text = "is neither a local folder nor a hub id (owner/name)"
-    elif isinstance(error, hub_errors.EntryNotFoundError):
-        text = f"lacks a file that was expected: {error}"
+    login = f"log in with `hf auth login` or set HF_TOKEN ({'a' if huggingface_hub.get_token() else 'no'} token is set)"
+    text = f"{repository} cannot be fetched from {constants.ENDPOINT}: {' '.join(str(error).split())}"
+    if constants.is_offline_mode():
+        text = (
+            f"{repository} is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set: unset it, or "
+            f"fetch the model where there is a network with `hf download {repository}`"
+        )
     elif unreachable(error):
-        text = f"is not in the cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} does not answer "
-        text += f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
-    else:
-        text = f"cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {error}"
-    kind = HubUnreachableError if unreachable(error) else ModelError
-    return kind(f"{repository} {' '.join(text.split())}")
+        text = (
+            f"{repository} is not in the cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} does not answer "
+            f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
+        )
+    elif isinstance(error, hub_errors.GatedRepoError):
+        text = f"{repository} is gated: accept its licence at {constants.ENDPOINT}/{repository}, then {login}"
+    elif isinstance(error, hub_errors.RepositoryNotFoundError):
+        text = (
+            f"{repository} is not a local folder and not a model on {constants.ENDPOINT}: check the spelling; if it is "
+            f"private, {login}"
+        )
+    return HubUnreachableError(text) if unreachable(error) else ModelError(text)
 
 
 MAX_HEADER_BYTES = 100 << 20  # what safetensors itself accepts
@@ -370,7 +351,6 @@ def read_headers(path: Path, label: str) -> Headers:
 
     safetensors itself maps the whole file for that, which a limit of the address space may forbid.
     """
-    interrupted = "Was the download or copy interrupted?"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -379,7 +359,7 @@ def read_headers(path: Path, label: str) -> Headers:
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ModelError(
                     f"{label}: {path} is not a whole safetensors file: {size} bytes, of which the header alone "
-                    f"needs {length + 8}. {interrupted}"
+                    f"needs {length + 8}. Was the download or copy interrupted?"
                 )
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
@@ -396,7 +376,8 @@ def read_headers(path: Path, label: str) -> Headers:
         raise ModelError(f"{label}: {path} has a damaged safetensors header: {error}") from error
     if 8 + length + end != size:
         raise ModelError(
-            f"{label}: {path} is damaged: {size} bytes, but its header describes {8 + length + end}. {interrupted}"
+            f"{label}: {path} is damaged: {size} bytes, but its header describes {8 + length + end}. Was the "
+            "download or copy interrupted?"
         )
     return headers
 

@@ -156,19 +156,14 @@ def test_cgroup_limits(tmp_path: Path):
         for name, text in files.items():
             (tmp_path / folder / name.replace("__", ".")).write_text(text)
 
-    def available(**paths: str) -> list[int]:
-        by_controller = {name.removeprefix("unified"): path for name, path in paths.items()}
-        return [limit.available for limit in cgroup_limits(tmp_path, by_controller)]
+    def available(path: str) -> list[int]:
+        return [limit.available for limit in cgroup_limits(tmp_path, path)]
 
-    assert available(unified="/a/b") == []
-    write("a/b", memory__max="max\n", memory__current="100\n")
-    assert available(unified="/a/b") == []
+    assert available("/a/b") == []
+    write("a/b", memory__max="max\n", memory__current="100\n", memory__stat="anon 5\n")
+    assert available("/a/b") == []
     write("a", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 200\n")
-    assert available(unified="/a/b") == [500]
+    assert available("/a/b") == [500]
     # Inside a container the path of the host is not there, the limit stands at the root of the mount.
-    write(".", memory__max="400\n", memory__current="300\n")
-    assert available(unified="/docker/xyz") == [100]
-    write("memory/c", memory__limit_in_bytes="50\n", memory__usage_in_bytes="20\n")
-    assert available(memory="/c") == [30]
-    write("memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="20\n")
-    assert available(memory="/c", unified="/a") == [30]
+    write(".", memory__max="400\n", memory__current="300\n", memory__stat="anon 5\n")
+    assert available("/docker/xyz") == [100]
