@@ -24,7 +24,7 @@ from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import FusionSettings, ScheduleStage, TrainingSettings
-from fusekit.distillation.trainer import label_weights
+from fusekit.distillation.trainer import Tally, label_weights
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model
 from tests.distillation import runs, worlds
@@ -189,6 +189,14 @@ def test_a_loss_that_is_no_number_skips_its_step(tmp_path: Path) -> None:
     good.train()
     assert runs.different(runs.weights(made.model), runs.weights(good.model)) == []
     assert all(torch.isfinite(tensor).all() for tensor in runs.weights(made.model).values())
+
+
+def test_labels_whose_loss_is_no_number_are_not_in_the_log() -> None:
+    tally = Tally((), lambda vector: vector)
+    for losses in ((math.nan, 1.0, 1.0), (4.0, 3.0, 1.0)):
+        tally.add([torch.tensor(loss) for loss in losses], 2, None)
+    assert tally.line() == {"loss": 2.0, "lm_loss": 1.5, "fusion_loss": 0.5}
+    assert tally.line() == {}
 
 
 def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path: Path) -> None:
