@@ -94,20 +94,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def options_of(
     settings: type[BaseModel], *names: str, defaults: bool = True, prefix: str = ""
 ) -> Callable[[Command], Command]:
-    """A decorator that adds an option for each named field of a pydantic model, in their order.
+    """A decorator that adds an option for each named field of a pydantic model, in their order; no name: for all.
 
     A truth value becomes ``--name/--no-name``, a ``Literal`` a choice, a bounded number a range, a list an option that
     may be repeated, and a mapping JSON. An option that is not given is None, so that presets and defaults stay where
-    they are declared (:func:`given`).
-
-    Args:
-        settings: the model.
-        names: of its fields; none for all of them.
-        defaults: whether the help shows the fields' defaults; not where a preset may replace them.
-        prefix: of a section, ``engine_`` for ``--engine-url``; its field ``name`` is ``--engine``.
-
-    Raises:
-        KeyError: a name that is no field.
+    they are declared (:func:`given`). defaults: whether the help shows them; not where a preset may replace them.
+    prefix: of a section, ``engine_`` for ``--engine-url``; its field ``name`` is ``--engine``.
     """
     chosen = names or tuple(settings.model_fields)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ import click
 from fusekit import __version__
 from fusekit.artifacts import installed
 from fusekit.cli.common import print_json
+from fusekit.disk import human
 
 PACKAGES = ("mergekit", "transformers", "torch", "safetensors", "tokenizers", "numpy", "huggingface_hub")
 METHODS = ("fusechat_sce", "varm", "widen")
@@ -46,37 +46,29 @@ def doctor(as_json: bool) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Installed versions of fusekit and what it stands on, by name; "not installed" where something is missing."""
     there = {name: installed(name) or "not installed" for name in PACKAGES}
     return {"python": f"{platform.python_version()} ({sys.executable})", "fusekit": __version__, **there}
 
 
 def _devices() -> list[str]:
-    """CPU, memory and accelerators, a line each."""
     import psutil
     import torch
 
     memory = psutil.virtual_memory()
-    lines = [
+    cuda = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
         f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; "
-        f"memory: {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+        f"memory: {human(memory.total)}, {human(memory.available)} available",
+        *(f"CUDA {index}: {found.name}, {human(found.total_memory)}" for index, found in enumerate(cuda)),
     ]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        lines.append(f"CUDA {index}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
-    return lines if torch.cuda.is_available() else [*lines, "CUDA: none"]
 
 
 def _other_fusekit() -> list[str]:
     """Lines about another project's distribution called `fusekit` that is installed here; empty if there is none."""
-    try:
-        found = importlib.metadata.distribution("fusekit")
-    except importlib.metadata.PackageNotFoundError:
+    if (found := installed("fusekit")) is None:
         return []
-    if any(file.name == "_fusekit_autoload.py" for file in found.files or ()):
-        return []  # a checkout of this project from before it was called mergekit-fusekit
     return [
-        f"The distribution fusekit {found.version} is installed. It is another project, whose files and this one's",
+        f"The distribution fusekit {found} is installed. It is another project, whose files and this one's",
         "(mergekit-fusekit) overwrite each other. To mend it:",
         "pip uninstall fusekit mergekit-fusekit && pip install mergekit-fusekit",
     ]
@@ -88,25 +80,17 @@ def _autoload() -> tuple[bool, list[str]]:
     hook = next((folder / "fusekit.pth" for folder in folders if (folder / "fusekit.pth").is_file()), None)
     seen, complaint = _ask()
     if seen == set(METHODS):
-        return True, [
-            f"sees fusekit: merge_method {', '.join(METHODS)} are known.",
-            f"How: {hook or 'another import'} lets Python watch for mergekit's registry and registers the methods",
-            "when it is imported. It imports nothing before that. FUSEKIT_AUTOLOAD=0 turns it off.",
-        ]
+        return True, [f"sees fusekit through {hook or 'another import'}: merge_method {', '.join(METHODS)} are known."]
     if "No module named 'mergekit'" in complaint:
-        reason = ["mergekit is not installed for this Python: pip install 'mergekit>=0.1.5,<0.2'"]
+        reason = "mergekit is not installed for this Python: pip install 'mergekit>=0.1.5,<0.2'"
     elif os.environ.get("FUSEKIT_AUTOLOAD") == "0":
-        reason = ["the environment variable FUSEKIT_AUTOLOAD=0 turns it off: unset it"]
+        reason = "the environment variable FUSEKIT_AUTOLOAD=0 turns it off: unset it"
     elif hook is None:
-        reason = [
-            "fusekit.pth is in no site-packages folder of this Python: fusekit is used from a folder, a zip file or a",
-            "`pip install --target`, where Python reads no .pth files. Install it into the environment of mergekit.",
-        ]
+        reason = "fusekit.pth is in no site-packages folder of this Python: install fusekit into mergekit's environment"
     else:
-        reason = [f"{hook} is in place, but mergekit did not get the methods:", complaint or "no message was printed"]
+        reason = f"{hook} is in place, but mergekit did not get the methods: {complaint or 'no message was printed'}"
     return False, [
-        "does not see fusekit's merge methods, because",
-        *reason,
+        f"does not see fusekit's merge methods, because {reason}",
         "Ways without it: `fusekit merge RECIPE OUT`, `python -m fusekit.mergekit_yaml RECIPE OUT`,",
         "or `import fusekit.merge_methods` in your own Python code.",
     ]

@@ -9,23 +9,17 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from huggingface_hub import constants
-from mergekit.options import MergeOptions, PrettyPrintHelp
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from fusekit import yaml as safe_yaml
-from fusekit.cli.merge import drop_warning, merge_options
+from fusekit.cli.merge import drop_warning
 from fusekit.cli.run import run_options, run_recipe
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.run import check_options
 from fusekit.recipe import Recipe, load_recipe
 
-REFUSED = {
-    "lora_merge_cache": "the distilled models of a fusion are whole, so no adapter is merged into one: leave it out",
-    "lora_merge_dtype": "the distilled models of a fusion are whole, so no adapter is merged into one: leave it out",
-    "lazy_unpickle": "distilled models are safetensors, which are read lazily anyway: leave it out",
-    "unsafe_truncate_embeddings": "all distilled models have the pivot's vocabulary: leave it out",
-    "allow_crimes": "all distilled models have the pivot's architecture, so there is nothing to allow: leave it out",
-}
-"""Why an option of mergekit has no meaning for a run, by its name."""
+REFUSED = {"lora_merge_cache", "lora_merge_dtype", "lazy_unpickle", "unsafe_truncate_embeddings", "allow_crimes"}
+"""Options of mergekit that have no meaning for a run, whose models are whole, safetensors and alike."""
 
 OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
 """Options for every stage, not only the merge."""
@@ -33,7 +27,7 @@ OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
 
 @click.command("mergekit-fuse", cls=PrettyPrintHelp)
 @run_options
-@merge_options
+@add_merge_options
 @click.pass_context
 def fuse(
     context: click.Context,
@@ -74,8 +68,11 @@ def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str,
         for name in MergeOptions.model_fields
         if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
     }
-    for name in sorted(given & REFUSED.keys()):
-        raise RecipeError(f"--{name.replace('_', '-')} with a fusion recipe: {REFUSED[name]}")
+    if refused := sorted(given & REFUSED):
+        raise RecipeError(
+            f"--{refused[0].replace('_', '-')} means nothing for a fusion recipe: its distilled models are whole, in "
+            "safetensors, and of the pivot's architecture and vocabulary; leave it out"
+        )
     check_options(options)
     if given & {"gpu_rich", "cuda"}:
         given |= {"device"}

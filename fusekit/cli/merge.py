@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, add_merge_options
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from fusekit import yaml as safe_yaml
 from fusekit.cli.common import interruptible, show
@@ -18,27 +17,6 @@ from fusekit.merging.run import check as run_check
 from fusekit.merging.run import check_options
 from fusekit.merging.run import merge as run
 from fusekit.recipe.loading import kind_of
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class _ShardSize(ShardSizeParamType):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(value, param, ctx)
-        except ValueError:
-            self.fail(f"{value!r} is not a size: give a whole number with K, M or B, such as 5B", param, ctx)
-
-
-def merge_options(command: Command) -> Command:
-    """mergekit's own options, with an error in place of a traceback for values that mean nothing."""
-    command = add_merge_options(command)
-    for option in command.__click_params__:  # type: ignore[attr-defined]
-        if option.name == "out_shard_size":
-            option.type = _ShardSize()
-        elif option.name in ("num_threads", "write_threads"):
-            option.type = click.IntRange(min=1)
-    return command
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -50,7 +28,7 @@ def merge_options(command: Command) -> Command:
 @click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
 @click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Read pickled weights of this model (repeatable)")
 @click.option("--allow-remote-code", multiple=True, metavar="MODEL", help="Run Python code of this model (repeatable)")
-@merge_options
+@add_merge_options
 def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_options: MergeOptions, **how: Any) -> None:
     """Merge the models of a mergekit RECIPE into the folder OUT.
 

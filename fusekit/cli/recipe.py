@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,20 +143,14 @@ def _write(target: Path, data: bytes, force: bool) -> None:
 
 def _copy_schema(target: Path) -> None:
     """Write the schema of fusion recipes; one that is there stays, as it may serve other recipes."""
-    wanted = (shipped.folder() / shipped.SCHEMA).read_bytes()
-    try:
-        if not target.exists():
-            target.write_bytes(wanted)
-            click.echo(f"{target}")
-        elif target.read_bytes() != wanted:
-            click.echo(f"{target} is another one and stays; `fusekit schema` prints this version's", err=True)
-    except OSError as error:
-        raise RecipeError(f"cannot write {target}: {error.strerror}") from error
+    if not target.exists():
+        _write(target, (shipped.folder() / shipped.SCHEMA).read_bytes(), force=False)
 
 
 WIDTH = 100
 _HEAD = ("what", "state", "examples", "tokens", "disk", "memory", "operations")
 _ALIGN = "<<>>>>>"
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @click.command()
@@ -191,74 +186,58 @@ def table(plan: Plan) -> str:
     rows = [_HEAD, *map(_row, plan.steps), _total(plan)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = _section(f"plan of {plan.recipe}" + (f" into {plan.out}" if plan.out else ""), ["nothing is written"])
-    lines.append("")
+    lines = []
     for row in rows:
-        cells = [f"{_cut(cell, width):{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
+        cells = [f"{cell[:width]:{side}{width}}" for cell, width, side in zip(row, widths, _ALIGN, strict=True)]
         lines.append("  ".join(cells).rstrip())
+    sections = {
+        "notes": [f"{step.stage} {step.name}: {step.note}" for step in plan.steps if step.note],
+        "needed and free": _largest([need for need in plan.needs if need.fits]),
+        "not known, so totals are at least": plan.unknown,
+        "does not fit": _largest(plan.lacking),
+        "would be refused": plan.refused,
+    }
     lines.append("")
-    lines += _section("notes", [f"{step.stage} {step.name}: {step.note}" for step in plan.steps if step.note])
-    lines += _section("needed and free", _shown([need for need in plan.needs if need.fits]))
-    lines += _section("not known, so totals are at least", plan.unknown)
-    lines += _section("does not fit", _shown(plan.lacking))
-    lines += _section("would be refused", plan.refused)
+    for title, said in sections.items():
+        for number, line in enumerate(dict.fromkeys(said)):
+            text = f"{title}: {line}" if number == 0 else f"  {line}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent="    ")
     lines.append("it can run" if plan.can_run else "it cannot run as it is, or not here")
     return "\n".join(lines)
 
 
 def _row(step: Step) -> tuple[str, ...]:
-    name = f"{step.stage} {step.name}"
-    if not step.work:
-        return (name, step.state, "", "", "", "", "")
-    return (
-        name,
-        step.state,
-        f"{step.rows:,}" if step.rows is not None else ("" if step.stage in ("pivot", "merge") else "?"),
-        _count(step.tokens) if step.tokens is not None else ("" if step.stage in ("pivot", "align", "merge") else "?"),
-        human(step.disk) if step.disk is not None else "?",
-        human(step.memory) if step.memory is not None else ("" if step.stage in ("data", "align", "evaluate") else "?"),
-        _operations(step.pflop) if step.pflop is not None else "",
-    )
+    figures: list[tuple[float | None, Callable[[float], str]]] = [
+        (step.rows, _count),
+        (step.tokens, _count),
+        (step.disk, human),
+        (step.memory, human),
+        (step.pflop, _operations),
+    ]
+    shown = [form(figure) if step.work and figure is not None else "" for figure, form in figures]
+    return (f"{step.stage} {step.name}", step.state, *shown)
 
 
 def _total(plan: Plan) -> tuple[str, ...]:
     (disk, whole), (memory, _), (pflop, _) = (plan.total(figure) for figure in ("disk", "memory", "pflop"))
-    resumed = sum(step.state == "resumes" for step in plan.steps)
-    state = f"{sum(step.work for step in plan.steps)} of {len(plan.steps)}" + (f", {resumed} begun" if resumed else "")
+    state = f"{sum(step.work for step in plan.steps)} of {len(plan.steps)}"
     return ("total to do", state, "", "", ("" if whole else "over ") + human(disk), human(memory), _operations(pflop))
 
 
 def _operations(pflop: float) -> str:
-    for unit in ("PFLOP", "TFLOP", "GFLOP"):
-        if pflop >= 1 or unit == "GFLOP":
-            break
-        pflop *= 1000
-    return f"{pflop:,.3g} {unit}" if pflop < 1000 else f"{pflop:,.0f} {unit}"
+    return f"{_count(pflop * 1e15)}FLOP" if pflop else ""
 
 
-def _count(number: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size and number >= 10_000:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:,}"
+def _count(number: float) -> str:
+    """``24.8 k``, ``1.66 T``."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if number >= size), (1, ""))
+    return f"{number / size:,.3g} {unit}" if number >= 10_000 else f"{number:,.0f}"
 
 
-def _shown(needs: list[Need]) -> list[str]:
+def _largest(needs: list[Need]) -> list[str]:
     """Per place and kind, the largest need, and how many others there are."""
     by_kind: dict[tuple[str, str], list[Need]] = {}
     for need in needs:
         by_kind.setdefault((need.where, need.what.split()[0]), []).append(need)
     worst = [(max(some, key=lambda need: need.needed), len(some) - 1) for some in by_kind.values()]
     return [f"{need} (and {others} smaller)" if others else str(need) for need, others in worst]
-
-
-def _section(title: str, lines: list[str]) -> list[str]:
-    found = []
-    for number, line in enumerate(dict.fromkeys(lines)):
-        text = f"{title}: {line}" if number == 0 else f"  {line}"
-        found += textwrap.wrap(text, WIDTH, subsequent_indent="    ")
-    return found
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

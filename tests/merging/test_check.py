@@ -79,8 +79,6 @@ def test_the_command_exits_with_1_and_prints_json(recipe, workshop):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["out", "-j", "-1"], ["-1"]),
-        (["out", "--out-shard-size", "big"], ["'big'"]),
         (["out", "--device", "cuda:99"], ["cuda:99"]),
         (["out", "--no-safe-serialization"], ["safetensors only"]),
         (["out", "--lora-merge-dtype", "float16"], ["--lora-merge-dtype"]),

@@ -52,24 +52,12 @@ def test_its_options_reach_the_merge(finished):
     assert again.exit_code == 0, again.exception
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            ["--lora-merge-cache", "x"],
-            "--lora-merge-cache with a fusion recipe: the distilled models of a fusion are whole",
-        ),
-        (["--allow-crimes"], "--allow-crimes with a fusion recipe: all distilled models have the pivot's architecture"),
-        (["--lazy-unpickle"], "--lazy-unpickle with a fusion recipe: distilled models are safetensors"),
-        (["--unsafe-truncate-embeddings"], "all distilled models have the pivot's vocabulary"),
-        (["--no-safe-serialization"], "fusekit publishes safetensors only"),
-    ],
-)
-def test_an_option_that_can_mean_nothing_is_refused_with_a_sentence(options, said, first, tmp_path):
+@pytest.mark.parametrize("option", [["--lora-merge-cache", "x"], ["--allow-crimes"], ["--no-safe-serialization"]])
+def test_an_option_that_can_mean_nothing_is_refused(option, first, tmp_path):
     folder, _ = first
-    result = CliRunner().invoke(fuse, [str(folder / "recipe.yml"), str(tmp_path / "out"), *options])
+    result = CliRunner().invoke(fuse, [str(folder / "recipe.yml"), str(tmp_path / "out"), *option])
     assert isinstance(result.exception, FusekitError)
-    assert said in str(result.exception)
+    assert "safetensors" in str(result.exception)
     assert not (tmp_path / "out").exists()
     assert not set(REFUSED) & set(OF_THE_RUN)
     assert {*REFUSED, *OF_THE_RUN} <= set(MergeOptions.model_fields)
