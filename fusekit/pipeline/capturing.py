@@ -255,7 +255,7 @@ class Capture(Stage):
         context.processes.first_then_all(partial(describe, context))
 
     def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
-        """Local models, templates and data that are missing or cannot be used, and ways of loading that are not there.
+        """Models, templates and data here that are missing or cannot be used, and ways of loading that are not there.
 
         layout: of the run, whose captures and rows stay although what they were made from may be gone.
         """

@@ -132,10 +132,9 @@ def _vocabulary_map(context: Context, source: str) -> Any:
 
 
 def _measure_worth(context: Context, source: str) -> None:
-    """Measure, say and keep what a source's projected rows know; nothing where a model is not captured as it reads now.
+    """Measure what a source's projected rows know, where both models are captured as they read now, and keep it.
 
-    The result is a file of the pair's alignment, which itself needs no captures; it is made again when what it was
-    measured on has changed. Raises StorageError for a damaged store, DistillationError for unusable rows.
+    It is a file of the pair's alignment, and made again when what it was measured on has changed.
     """
     from fusekit.distillation.worth import measure_stores
 
@@ -311,10 +310,7 @@ class Distill(Stage):
             train(alone, settings_of(context, BASELINE), layout.baselines, (len(context.targets), 0))
 
     def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
-        """Settings that no training on this machine can have.
-
-        The rows of a step have to be divided among the processes that are there now.
-        """
+        """Settings that no training on this machine, in the processes that are there now, can have."""
         from fusekit.distillation.arguments import problems
 
         values, captured = recipe.distill, recipe.capture.temperature

@@ -106,10 +106,7 @@ class Evaluate(Stage):
         commit_file(context.layout.results, data)
 
     def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
-        """Held-out examples that are missing or cannot be read, as far as they are read, and impossible tasks.
-
-        The hub is not asked.
-        """
+        """Held-out examples that are missing or cannot be read, and impossible tasks."""
         section = recipe.evaluate
         if section is None:
             return []

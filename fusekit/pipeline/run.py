@@ -32,7 +32,7 @@ from fusekit.yaml import Document, nearest, together
 
 
 class Report(Stage):
-    """``report.html`` and the card of the merged model: reads what is there of all others, and says what is not."""
+    """``report.html`` and the card of the merged model."""
 
     name = "report"
     places = ("report.html", "models.json")
@@ -41,7 +41,6 @@ class Report(Stage):
         return {}
 
     def make(self, context: Context) -> None:
-        """Does nothing where they are as they would be."""
         from fusekit.report.card import write_report
 
         capturing.describe(context)
