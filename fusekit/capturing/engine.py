@@ -15,6 +15,7 @@ from fusekit.capturing.forward import (
     Scores,
     block_width,
     group_bytes,
+    padding_error,
     plain_logits,
     score_blocks,
     score_logits,
@@ -60,16 +61,17 @@ def rows_per_shard(parameters: int, row_tokens: float, device: str) -> int:
     return min(1 << int(math.log2(max(tokens / max(row_tokens, 1), 1))), ROWS_PER_SHARD)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True) -> list[list[int]]:
     """Batches of rows of similar length, padding included, as indices into ``lengths``; rows of length 0 are in none.
 
     The longest come first, so that memory runs out at the start if it does; one above ``batch_tokens`` is alone.
+    padding: whether the rows of a batch may have different lengths.
     """
     batches: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
         batch = batches[-1] if batches else []
         longest = lengths[batch[0]] if batch else 0  # the first row of a batch is its longest
-        if batch and longest * (len(batch) + 1) <= batch_tokens:
+        if batch and longest * (len(batch) + 1) <= batch_tokens and (padding or longest == lengths[index]):
             batch.append(index)
         else:
             batches.append([index])
@@ -132,9 +134,16 @@ class Teacher:
             ids = ids.to(self.device)
             self.vocabulary: int = plain_logits(model, ids, torch.ones_like(ids)).shape[-1]
             self._split, why = split_forward(model, ids, float32_head)
+            error = padding_error(model, ids)
         if self._split is None:
             notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
             self.batch_tokens = min(self.batch_tokens, max(1, chunk_bytes // (4 * self.vocabulary)))
+        self._padding = not error
+        if error:
+            notify(
+                f"{name}: padding beside an example changes what it predicts by {error:.2g} nats: it ignores the "
+                "attention mask. Only examples of one length share a batch"
+            )
         padding = np.setdiff1d(np.arange(self.vocabulary), sample)
         self._invalid = torch.from_numpy(padding).to(self.device) if len(padding) else None
 
@@ -162,7 +171,7 @@ class Teacher:
         nothing = np.zeros((0, self.selection.k))
         unlabelled = TopK(nothing.astype(np.int64), nothing, nothing[:, 0]), nothing[:, 0], 0.0
         yield [(i, CapturedRow(rows[i], names[i], *unlabelled)) for i, length in enumerate(lengths) if not length]
-        for batch in self._fitting(plan_batches(lengths, self.batch_tokens), lengths):
+        for batch in self._fitting(plan_batches(lengths, self.batch_tokens, self._padding), lengths):
             with torch.inference_mode():
                 scores = self._score_batch([rows[i] for i in batch])
             yield [(i, _captured(rows[i], names[i], one)) for i, one in zip(batch, scores, strict=True)]

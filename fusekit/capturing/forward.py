@@ -13,6 +13,9 @@ from fusekit.capturing.settings import Selection
 ULPS = 64
 """A head over fewer rows adds up its products in another order: so many last places of the largest logit."""
 
+PADDING_BOUND, HALF_PADDING_BOUND = 0.02, 0.5
+"""Nats by which padding may change the log-probabilities of an example, in float32 and in 16 bits: rounding."""
+
 
 class OtherForwardError(Exception):
     """A model's forward is not a decoder followed by a head."""
@@ -190,6 +193,20 @@ def _agree(plain: torch.Tensor, found: torch.Tensor) -> bool:
     return plain.shape == found.shape and torch.allclose(
         plain, found, rtol=precision, atol=precision * scale, equal_nan=True
     )
+
+
+def padding_error(model: Any, ids: torch.Tensor) -> float:
+    """Nats by which padding changes the most probable ids of an example, 0 within rounding.
+
+    A model that ignores the attention mask, and is not causal, reads it. ids: int64 [2, T], without padding.
+    """
+    length, mask = max(1, ids.shape[1] // 3), torch.ones_like(ids)
+    mask[1, length:] = 0
+    alone = plain_logits(model, ids[1:, :length], mask[1:, :length])
+    beside = plain_logits(model, ids, mask)[1:, :length].float().log_softmax(2)
+    best, at = alone.float().log_softmax(2).topk(min(10, alone.shape[2]), dim=2)
+    error = float(torch.nan_to_num(beside.gather(2, at) - best, nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+    return error if error > (PADDING_BOUND if alone.dtype == torch.float32 else HALF_PADDING_BOUND) else 0.0
 
 
 @contextmanager

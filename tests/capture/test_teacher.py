@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import CpmAntConfig, CpmAntForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fusekit.capturing import engine as teacher_module
@@ -87,6 +88,28 @@ def test_a_float32_head_adds_no_rounding_to_that_of_the_hidden_states(architectu
         np.testing.assert_allclose(found.actual, expected, atol=1e-4, rtol=0)
         worst = max(worst, float(np.abs(other.actual - expected.numpy()).max()))
     assert worst > 2e-4  # what the float32 head saves
+
+
+def test_a_model_that_reads_its_padding_gets_batches_of_one_length():
+    """CPM-Ant ignores the attention mask and is not causal within its context: padding changes what it says."""
+    config = CpmAntConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=8,
+    )
+    torch.manual_seed(0)
+    model, said = CpmAntForCausalLM(config).eval(), []
+    rows = random_rows(LENGTHS, vocabulary=300)
+    found = Teacher(model, selection=Selection(4), batch_tokens=64, name="ant", notify=said.append).score(rows)
+    assert any("ant: padding" in line for line in said)
+    alone = Teacher(model, selection=Selection(4), batch_tokens=1).score(rows)
+    for one, other in zip(found.rows, alone.rows, strict=True):
+        np.testing.assert_allclose(one.actual, other.actual, atol=FLOAT32_BOUND)
+    assert plan_batches([5, 3, 5, 3, 2], 100, padding=False) == [[0, 2], [1, 3], [4]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
