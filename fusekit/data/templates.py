@@ -148,6 +148,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PADDING = " \n\t"
 _STAND_IN = "\U000fae01"
 _OPEN, _CLOSE = "<think>", "</think>"
+_CONTINUED = re.compile(r"\S\s*\n</think>\s*\n")  # of reasoning that the prompt opened, so that the answer does not
+# As long as what they stand for, so that no position changes.
+_HIDDEN = {_OPEN: "\U000fae02" * len(_OPEN), _CLOSE: "\U000fae03" * len(_CLOSE)}
 
 Span = tuple[int, int]
 
@@ -189,6 +192,13 @@ class Renderer:
 
     def render(self, messages: Sequence[Message], key: str = "") -> Rendered:
         """Render a conversation. key: the row's, for errors. Raises DataError where the template refuses it."""
+        rendered = self._render([_hidden(message) for message in messages], key)
+        text = rendered.text
+        for tag, private in _HIDDEN.items():
+            text = text.replace(private, tag)
+        return rendered._replace(text=text)
+
+    def _render(self, messages: Sequence[Message], key: str) -> Rendered:
         text, spans = self._jinja(messages, key)
         roles = tuple(message.role for message in messages)
         if roles not in self._samples:
@@ -334,6 +344,16 @@ def _tagged(message: Message) -> bool:
 def _is_reasoning(message: Message) -> bool:
     """Whether an answer begins with reasoning."""
     return message.role == "assistant" and message.content.lstrip().startswith(_OPEN) and _CLOSE in message.content
+
+
+def _hidden(message: Message) -> Message:
+    """An answer that only mentions tags of reasoning, without them: a template would take it for reasoning."""
+    content = message.content
+    if not _tagged(message) or _is_reasoning(message) or _CONTINUED.search(content):
+        return message
+    for tag, private in _HIDDEN.items():
+        content = content.replace(tag, private)
+    return Message(message.role, content)
 
 
 def _standing(content: str, text: str, floor: int, stop: int) -> list[tuple[int, int, int]]:

@@ -59,6 +59,7 @@ TEMPLATES = {
 THOUGHT = "<think>\nso 4\n</think>\n\nFour."
 ONE = [("user", "2+2?"), ("assistant", THOUGHT)]
 TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
+MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
 
 
 @functools.cache
@@ -154,6 +155,20 @@ def test_ends_count_the_bytes_of_the_content():
     ]  # fmt: skip
     assert text.ends.tolist() == [0, 8, 11, 21, 21, 23, 24]
     assert text.lows.tolist() == [0, 7, 10, 19, 19, 23, 24]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("mention", MENTIONS)
+def test_an_answer_that_mentions_a_tag_is_text(name, mention):
+    reader = reader_of(name)
+    think = reader.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    for turns in ([("user", "q"), ("assistant", mention)], [("user", "q"), ("assistant", mention), *ONE]):
+        tokens = reader.tokenize(row(turns))
+        assert learned(tokens, reader, 1).endswith(mention + "<|im_end|>")
+        inside = (tokens.message == 1) & (tokens.part == Part.CONTENT)
+        assert spelled(tokens, reader, inside) == mention
+        assert not set(tokens.ids[inside].tolist()) & set(think)
+    assert prepare([row([("user", "q"), ("assistant", mention)])], [reader], 500).counts.reasons == {}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
