@@ -349,7 +349,8 @@ def _is_reasoning(message: Message) -> bool:
 def _hidden(message: Message) -> Message:
     """An answer that only mentions tags of reasoning, without them: a template would take it for reasoning."""
     content = message.content
-    if not _tagged(message) or _is_reasoning(message) or _CONTINUED.search(content):
+    continued = content.count(_CLOSE) == 1 and _OPEN not in content and _CONTINUED.search(content)
+    if not _tagged(message) or _is_reasoning(message) or continued:
         return message
     for tag, private in _HIDDEN.items():
         content = content.replace(tag, private)

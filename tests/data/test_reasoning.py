@@ -60,6 +60,7 @@ THOUGHT = "<think>\nso 4\n</think>\n\nFour."
 ONE = [("user", "2+2?"), ("assistant", THOUGHT)]
 TWO = [("user", "1+1?"), ("assistant", "<think>\nso 2\n</think>\n\nTwo."), *ONE]
 MENTIONS = ["The tag </think> ends it.", "Write <think> first.", "a </think> b </think> c", "</think>", "<think>"]
+MENTIONS += ["a\n<think>\nx\n</think>\ny"]
 
 
 @functools.cache
