@@ -1,4 +1,4 @@
-"""`fusekit inspect`: what an alignment of two tokenizers links and loses, and why."""
+"""`fusekit inspect alignment`: what an alignment of two tokenizers links and loses, and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 _STORE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command()
+@click.group()
+def inspect() -> None:
+    """Look at the alignment of two tokenizers."""
+
+
+@inspect.command()
 @click.argument("pivot")
 @click.argument("source")
 @click.option("--text", "texts", multiple=True, help="A text to align; may be given several times.")
@@ -39,7 +44,7 @@ _STORE = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Measure what the source is worth as a teacher, over the examples of --data that both stores have.",
 )
 @options_of(AlignmentSettings, "vocabulary", "tail")
-def inspect(
+def alignment(
     pivot: str,
     source: str,
     *,

@@ -77,7 +77,7 @@ def folders(tmp_path_factory):
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(cli, ["inspect", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["inspect", "alignment", *map(str, arguments)])
 
 
 def test_inspect_alignment(folders, tmp_path):

@@ -192,13 +192,13 @@ NOT_HERE = pytest.mark.skipif(REAL not in os.environ, reason=f"{REAL} names no f
     ids=["demo", "real"],
 )
 def test_a_pair_of_models_obeys_the_chain_rule(pair: list[Path], records: list[str], tmp_path: Path) -> None:
-    """And ``fusekit inspect`` warns of every case of many labels whose teacher is worse than the pivot."""
+    """And ``fusekit inspect alignment`` warns of every case of many labels whose teacher is worse than the pivot."""
     data, stores = tmp_path / "rows.jsonl", [tmp_path / "pivot", tmp_path / "source"]
     data.write_text("\n".join(records))
     for model, store in zip(pair, stores, strict=True):
         invoke("capture", model, data, store, "--top-k", 32, "--max-length", 256, "--quiet")
     to = ["--data", data, "--stores", *stores, "--json", tmp_path / "found.json"]
-    output = invoke("inspect", *pair, *to)
+    output = invoke("inspect", "alignment", *pair, *to)
     found = json.loads((tmp_path / "found.json").read_text())["worth"]
     assert all(f"warning: {line}" in output for line in found["warnings"])
     assert (found["vocabulary"], found["tail"], found["examples"]) == ("prefix", "back_off", len(records))

@@ -116,7 +116,7 @@ def test_commands_take_the_path_of_a_file(world, tmp_path):
 
     done("capture", source, rows, tmp_path / "source", "--quiet", "--with", pivot)
     done("capture", pivot, rows, tmp_path / "pivot", "--quiet", "--with", source)
-    linked = done("inspect", pivot, source, "--text", "12+34=46")
+    linked = done("inspect", "alignment", pivot, source, "--text", "12+34=46")
     assert "linked      100.0 %" in linked or "with a row" in linked
     done("evaluate", source, pivot, "--data", world / "held_out.jsonl", "--metrics", "bits_per_byte")
     distil = ["distill", pivot, tmp_path / "out", "--data", rows, "--pivot-store", tmp_path / "pivot"]
