@@ -111,11 +111,8 @@ def replace_file(folder: Path, name: str, data: bytes) -> bool:
     files = dict(sorted({**artifact.files, name: new}.items()))
     with staging(folder) as copy, disk_errors(folder):
         shutil.copytree(folder, copy, copy_function=_link, symlinks=True, dirs_exist_ok=True)
-        for changed in (
-            copy / name,
-            copy / MANIFEST,
-        ):  # both are links: their content is also that of the former folder
-            changed.unlink(missing_ok=True)
+        for changed in (name, MANIFEST):  # links: their content is also that of the former folder
+            (copy / changed).unlink(missing_ok=True)
         (copy / name).write_bytes(data)
         _write(copy, artifact.model_copy(update={"files": files}))
     return True

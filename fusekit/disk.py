@@ -134,6 +134,10 @@ def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout:
+            if not lock_file.exists():  # in /proc, filelock takes the refusal for a wait
+                raise StorageError(
+                    f"{output}: cannot be locked: no file can be made in {output.parent}; choose another output"
+                ) from None
             known = (holder.read_text(encoding="utf-8") if holder.is_file() else "") or "another process"
             raise StorageError(
                 f"{output}: already being written by {known}. Wait for it or choose another folder."

@@ -55,9 +55,13 @@ class Snapshot:
             return
         try:
             with _progress_bars(bar):
-                # By the revision, whose commit the client then notes for when there is no network.
+                # The small files by the revision, whose commit the client then notes for when there is no network.
+                small = set(SMALL_FILES) <= set(patterns)
                 huggingface_hub.snapshot_download(
-                    self.repository, revision=self.revision, cache_dir=self.cache, allow_patterns=patterns
+                    self.repository,
+                    revision=self.revision if small else self.commit,
+                    cache_dir=self.cache,
+                    allow_patterns=patterns,
                 )
         except Exception as error:
             needed = sum(self.sizes[name] for name in self.missing(self.sizes) if name in patterns)
@@ -195,7 +199,9 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
     except (OSError, RuntimeError) as error:  # a name that is too long, a home that does not exist
         raise ModelError(f"{name!r} cannot be read: {error}") from error
     if _is_path(name):
-        raise ModelError(f"there is no folder {name or repr(name)} (looked from {Path.cwd()})")
+        raise ModelError(
+            f"there is no folder {name or repr(name)} (looked from {Path.cwd()}); on the hub, models are OWNER/NAME"
+        )
     snapshot = find(name, revision, cache, notices)
     return Files(name, snapshot.folder, snapshot)
 

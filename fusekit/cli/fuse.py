@@ -9,10 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from huggingface_hub import constants
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, PrettyPrintHelp
 
 from fusekit import yaml as safe_yaml
-from fusekit.cli.merge import drop_warning
+from fusekit.cli.merge import drop_warning, merge_options
 from fusekit.cli.run import run_options, run_recipe
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.merging.run import check_options
@@ -27,7 +27,7 @@ OF_THE_RUN = ("quiet", "verbosity", "trust_remote_code", "transformers_cache")
 
 @click.command("mergekit-fuse", cls=PrettyPrintHelp)
 @run_options
-@add_merge_options
+@merge_options
 @click.pass_context
 def fuse(
     context: click.Context,

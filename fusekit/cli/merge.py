@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, PrettyPrintHelp, ShardSizeParamType, add_merge_options
 
 from fusekit import yaml as safe_yaml
 from fusekit.cli.common import interruptible, show
@@ -17,6 +18,26 @@ from fusekit.merging.run import check as run_check
 from fusekit.merging.run import check_options
 from fusekit.merging.run import merge as run
 from fusekit.recipe.loading import kind_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _ShardSize(ShardSizeParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            size = super().convert(value, param, ctx)
+        except ValueError:
+            size = -1
+        return size if size >= 0 else self.fail(f"{value!r} is not a size, such as 500M or 5B", param, ctx)
+
+
+def merge_options(command: Command) -> Command:
+    """mergekit's own options, with an error in place of a traceback for numbers that mean nothing."""
+    command = add_merge_options(command)
+    types = {"out_shard_size": _ShardSize(), "num_threads": click.IntRange(1), "write_threads": click.IntRange(1)}
+    for option in command.__click_params__:  # type: ignore[attr-defined]
+        option.type = types.get(option.name, option.type)
+    return command
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -28,7 +49,7 @@ from fusekit.recipe.loading import kind_of
 @click.option("--ignore-estimates", is_flag=True, help="Start even if disk or memory seem too small")
 @click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Read pickled weights of this model (repeatable)")
 @click.option("--allow-remote-code", multiple=True, metavar="MODEL", help="Run Python code of this model (repeatable)")
-@add_merge_options
+@merge_options
 def merge(recipe: str, out: str | None, *, check: bool, as_json: bool, merge_options: MergeOptions, **how: Any) -> None:
     """Merge the models of a mergekit RECIPE into the folder OUT.
 

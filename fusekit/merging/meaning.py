@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import transformers
 from mergekit.architecture import arch_info_for_config
 
 from fusekit.errors import MergeError
-from fusekit.merging.models import Model, OrderedConfiguration, check_tokenizer, has_tokenizer
+from fusekit.merging.models import Model, OrderedConfiguration, has_tokenizer, tokens_of
 from fusekit.yaml import KeyPath, Problems
 
 # Weights of one shape that are read differently: merging them gives a model that is whole and wrong.
@@ -21,6 +22,8 @@ SAME_MEANING = (
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
 )
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+RENAMED = 0.01
+"""Share of the ids up to which a fine-tune may name tokens otherwise: special tokens given a use."""
 SMALL_RATIO = 10.5
 """Of two epsilons of a norm: up to here (1e-6 and 1e-5) they are small against the variances of activations."""
 
@@ -134,16 +137,43 @@ def _text_config(config: Any, key: str) -> Any:
 
 
 def check_tokenizers(config: OrderedConfiguration, models: dict[Any, Model], copied: bool, problems: Problems) -> None:
-    """Report tokenizers that do not load, and a donor without one. copied: whether mergekit copies the donor's."""
+    """Report tokenizers that do not load, a donor without one, and models whose ids stand for other tokens than its.
+
+    copied: whether mergekit copies the donor's.
+    """
     donor = models[config.donor]
     built = bool(config.tokenizer or config.tokenizer_source)
     for model in models.values() if built else [donor] * copied:
         try:
-            check_tokenizer(model.folder, model.name)
+            tokens_of(model.folder, model.name)
         except MergeError as error:
             problems.add(model.place, str(error))
     if copied and not built and not has_tokenizer(donor.folder):
         problems.warn(donor.place, f"{donor.name} has no tokenizer, so the merged model will have none")
+    if not built:
+        _check_ids(donor, [model for model in models.values() if model.weights], problems)
+
+
+def _check_ids(donor: Model, models: list[Model], problems: Problems) -> None:
+    """Warn of embeddings whose rows belong to other tokens."""
+    file = donor.folder / "tokenizer.json"
+    for model in models:
+        other = model.folder / file.name
+        if not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
+            continue
+        try:
+            tokens, theirs = tokens_of(donor.folder, donor.name), tokens_of(model.folder, model.name)
+        except MergeError:  # that of the donor is reported; another is not used
+            continue
+        differ = [number for number, token in theirs.items() if tokens.get(number, token) != token]
+        if len(differ) > RENAMED * len(theirs):
+            number = min(differ)
+            problems.warn(
+                model.place,
+                f"{model.name} has another tokenizer than {donor.name}: {len(differ):,} of {len(theirs):,} ids stand "
+                f"for other tokens ({number} is {theirs[number]!r}, in {donor.name} {tokens[number]!r}), so embeddings "
+                "are merged that do not belong together; `tokenizer: {source: union}` brings them together",
+            )
 
 
 def generation_config(config: OrderedConfiguration, models: dict[Any, Model], problems: Problems) -> Path | None:

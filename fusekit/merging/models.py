@@ -202,6 +202,15 @@ def resolve(
             raise
         except MergeError as error:
             problems.add(place, str(error))
+    first: dict[Any, Model] = {}
+    for model in models.values():
+        other = first.setdefault((model.folder, model.adapter and model.adapter.file), model)
+        if other is not model and model.weights and other.weights:
+            problems.add(
+                model.place,
+                f"{model.name!r} and {other.name!r} are the same model ({model.folder}), but mergekit would merge them "
+                "as two: spell it the same way in both places",
+            )
     problems.raise_if_any(MergeError)
     return models
 
@@ -309,14 +318,14 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def check_tokenizer(folder: Path, label: str) -> None:
-    """Raise MergeError for a tokenizer.json that does not load."""
+def tokens_of(folder: Path, label: str) -> dict[int, str]:
+    """The tokens in the tokenizer.json of a model by id, none without one. Raises MergeError if it does not load."""
     path = folder / "tokenizer.json"
     try:
-        if path.is_file():
-            Tokenizer.from_file(str(path))
+        ids = Tokenizer.from_file(str(path)).get_vocab() if path.is_file() else {}
     except Exception as error:
         raise MergeError(f"{label}: the tokenizer {path} does not load: {error}") from error
+    return {number: token for token, number in ids.items()}
 
 
 # ---------------------------------------------------------------- reading
@@ -446,6 +455,8 @@ def first_not_finite(tensor: Tensor) -> str | None:
     """Value and index of the first NaN or infinity in a tensor, such as ``nan at [3, 5]``, None if all are finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or is_finite(tensor):
         return None
-    for index in torch.nonzero(~torch.isfinite(tensor)).tolist():
-        return f"{float(tensor[tuple(index)])} at {index}"
-    return None  # on an accelerator finite values may have a sum that overflows
+    finite = torch.isfinite(tensor)
+    if finite.all():  # on an accelerator finite values may have a sum that overflows
+        return None
+    index = [int(each) for each in torch.unravel_index(finite.byte().argmin(), tensor.shape)]  # the first
+    return f"{float(tensor[tuple(index)])} at {index}"

@@ -33,11 +33,11 @@ from fusekit.merging.models import (
     Model,
     OrderedConfiguration,
     Settings,
-    check_tokenizer,
     first_not_finite,
     has_tokenizer,
     registered,
     resolve,
+    tokens_of,
     with_models,
 )
 from fusekit.merging.plan import ANY, Plan, estimate, make_plan, same_shape
@@ -258,15 +258,17 @@ def final_path(out: Path | str, *, overwrite: bool) -> Path:
     Raises MergeError when it is a file, a mount point (nothing can be renamed over it), not empty without
     ``overwrite``, or holds something else than a model (config.json is the sign), which overwriting would delete.
     """
+    if not str(out):  # which would be the working directory
+        raise MergeError("the output has an empty name: give a folder for the merged model")
     final = Path(out).resolve()
-    if final.exists() and not final.is_dir():
-        raise MergeError(f"{out} is a file: give a folder for the merged model")
-    if final.is_mount():
-        raise MergeError(f"{out} is a mount point, so a finished model cannot be moved there: give a folder below it")
     try:
+        if final.exists() and not final.is_dir():
+            raise MergeError(f"{out} is a file: give a folder for the merged model")
+        if final.is_mount():
+            raise MergeError(f"{out} is a mount point, to which no finished model can be moved: give a folder below it")
         content = sorted(path.name for path in final.iterdir()) if final.exists() else []
     except OSError as error:
-        raise MergeError(f"{out} cannot be read: {error.strerror or error}") from error
+        raise MergeError(f"{out} cannot be an output: {error.strerror or error}") from error
     if content and not overwrite:
         raise MergeError(f"{out} is not empty ({', '.join(content[:3])}): choose another folder or give --overwrite")
     if content and "config.json" not in content:
@@ -298,14 +300,16 @@ class _Job:
         return make_plan(self.config, self.models, self.mergekit_options, problems)
 
     def check_apart(self) -> None:
-        """Raise MergeError if publishing would replace something that is still needed."""
+        """Raise MergeError if publishing would replace or change something that is still needed."""
         kept = [("the recipe", Path(self.document.name))]
         kept += [(f"the input model {model.name}", model.folder) for model in self.models]
         kept += [(f"the adapter of {model.name}", model.adapter.file) for model in self.models if model.adapter]
         for label, path in kept:
             place = path.resolve()
-            if self.final in (place, *place.parents):
-                raise MergeError(f"the output {self.final} is, or holds, {label} ({place}): choose another folder")
+            if self.final in (place, *place.parents) or place in self.final.parents:
+                raise MergeError(
+                    f"the output {self.final} is, holds or lies in {label} ({place}): choose another folder"
+                )
 
 
 def _prepare(
@@ -434,7 +438,7 @@ def check_result(folder: Path, plan: Plan, *, trust_remote_code: bool, tokenizer
                         f"{headers[name].dtype}; set `dtype: float32` (and `out_dtype`) in the recipe"
                     )
     _check_config(folder, headers, plan, trust_remote_code)
-    check_tokenizer(folder, "the result")
+    tokens_of(folder, "the result")
     if tokenizer and not has_tokenizer(folder):
         raise MergeError("the result has no tokenizer, although the input has one; run with -v to see why")
 

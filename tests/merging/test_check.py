@@ -79,6 +79,11 @@ def test_the_command_exits_with_1_and_prints_json(recipe, workshop):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        ([""], ["empty name"]),
+        (["a" * 300], ["File name too long"]),
+        (["/proc/out"], ["no file can be made in /proc"]),
+        (["out", "-j", "-1"], ["-1"]),
+        (["out", "--out-shard-size", "-1"], ["'-1' is not a size"]),
         (["out", "--device", "cuda:99"], ["cuda:99"]),
         (["out", "--no-safe-serialization"], ["safetensors only"]),
         (["out", "--lora-merge-dtype", "float16"], ["--lora-merge-dtype"]),

@@ -9,10 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 
+from fusekit.hub import SMALL_FILES, Snapshot
 from fusekit.merging import merge
 from tests.helpers import family, tiny_llama
 from tests.merging.conftest import QUIET, same_tensors
@@ -132,6 +134,16 @@ def test_what_is_cached_is_not_downloaded_again(online):
     again = online[0]["again"]
     assert again.status == 0, again.output
     assert "download" not in again.output
+
+
+def test_weights_are_of_the_commit_that_was_planned(tmp_path, monkeypatch):
+    """A branch may move while weights are fetched; the small files tell the cache which commit it meant."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **how: asked.append(how["revision"]))
+    snapshot = Snapshot("org/one", "main", "c0ffee", tmp_path, {}, online=True, cache=tmp_path)
+    snapshot.fetch([*SMALL_FILES, "*.py"])
+    snapshot.fetch(["model.safetensors"])
+    assert asked == ["main", "c0ffee"]
 
 
 def test_models_that_do_not_fit_are_refused_before_their_weights_are_fetched(world, online):

@@ -17,6 +17,7 @@ from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, check, merge
 from fusekit.merging.models import first_not_finite
+from tests.capture.conftest import DEMO
 from tests.helpers import edit_tensors
 from tests.merging.conftest import (
     OVERWRITE,
@@ -133,6 +134,12 @@ BEFORE_READING = {
     "an output head that would be lost": case(
         made("tied", tie=True), says=["target1", "tie_word_embeddings", "would be lost"], base_model="tied"
     ),
+    "another spelling of the base": case(
+        lambda shop: (shop / "link").symlink_to("base"),
+        says=["'link'", "'base'", "same model"],
+        base_model="link",
+        models=[{"model": "base"}, {"model": "target1"}],
+    ),
     "layers that do not exist": case(says=["layer_range [0, 9]", "has 2 layers"], **sliced(9)),
     "another depth": case(made("target1", num_hidden_layers=3), says=["target1 has 3 layers", "base has 2"]),
     "all models at once": case(
@@ -208,6 +215,7 @@ def test_first_not_finite_agrees_with_the_obvious(dtype):
     limits = torch.finfo(dtype)
     for value in (limits.max, limits.min, limits.tiny, -0.0):  # the sums of the first two overflow
         assert first_not_finite(torch.full((5,), value, dtype=dtype)) is None
+    assert first_not_finite(torch.full((7, 11), NAN, dtype=dtype)) == "nan at [0, 0]"
 
 
 # ---------------------------------------------------------------- files
@@ -370,6 +378,7 @@ EVERYONE = ("base", "target1", "target2")
             written("target1/pytorch_model.bin", "old"),
             written("target1/pytorch_model.bin.index.json", '{"weight_map": {}}'),
         ],
+        [written("target2/tokenizer.json", "{}")],
     ],
 )
 def test_what_means_the_same_is_no_difference(recipe, workshop, changes):
@@ -407,6 +416,23 @@ def test_a_model_without_a_tokenizer_is_merged_and_that_is_said(recipe, workshop
     merge(recipe, "out", settings=Settings(say=lines.append))
     assert any("warning" in line and "base has no tokenizer" in line for line in lines)
     assert "Failed to copy tokenizer" not in caplog.text
+
+
+@pytest.mark.parametrize(("renamed", "warned"), [(0, False), (2, False), (300, True)])
+def test_ids_that_mean_other_tokens_are_warned_of(write_recipe, workshop, renamed, warned):
+    """A fine-tune may give special tokens another name; the tokenizer of another model is a mistake."""
+    shutil.copytree(DEMO / "numbers", workshop / "numbers")
+    file = workshop / "numbers" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = sorted(vocabulary, key=vocabulary.__getitem__)[768 - renamed :]
+    vocabulary |= dict(zip(last, [vocabulary[token] for token in last[1:] + last[:1]], strict=True))
+    file.write_text(json.dumps(tokenizer, indent=1))
+    models = [{"model": "numbers"}, {"model": str(DEMO / "facts")}]
+    found = check(write_recipe(base_model=str(DEMO / "pivot"), models=models))
+    said = [line for line in found.warnings if "tokenizer" in line]
+    assert bool(said) == warned
+    assert all(named in line for line in said for named in ("numbers", "pivot", f"{renamed} of 768"))
 
 
 @pytest.mark.parametrize(

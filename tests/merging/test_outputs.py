@@ -54,14 +54,14 @@ def test_a_failed_overwrite_leaves_the_old_model(recipe, workshop):
     assert content(workshop / "out") == before
 
 
-@pytest.mark.parametrize("out", ["./target1", "link", "holder"])
-def test_an_output_that_is_or_holds_an_input_is_refused(write_recipe, workshop, out):
+@pytest.mark.parametrize("out", ["./target1", "link", "holder", "target1/merged"])
+def test_an_output_that_is_holds_or_lies_in_an_input_is_refused(write_recipe, workshop, out):
     (workshop / "link").symlink_to("base")
     shutil.copytree(workshop / "base", workshop / "holder")
     shutil.move(workshop / "target2", workshop / "holder/target2")
     recipe = write_recipe(models=[{"model": "target1"}, {"model": "holder/target2"}])
     before = content(workshop)
-    with pytest.raises(MergeError, match="is, or holds, the input model"):
+    with pytest.raises(MergeError, match="is, holds or lies in the input model"):
         merge(recipe, out, settings=OVERWRITE)
     after = content(workshop)
     assert {name: after[name] for name in before} == before
