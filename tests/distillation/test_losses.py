@@ -318,6 +318,17 @@ def test_nothing_but_the_gradient_is_as_large_as_the_logits(loss, truncation, dt
     assert [size_ for size_ in sizes if size_ > 2 * size * 4] == ([] if overwrite else [N * size * dtype.itemsize])
 
 
+def test_under_autocast():
+    x, y, targets = ordinary()
+    x = x.bfloat16()
+    expected, gradient = run(x, y, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, found = run(x, y, targets)
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(tuple(loss), tuple(expected))
+    torch.testing.assert_close(found, gradient)
+
+
 def test_uld_takes_any_vocabulary():
     x, y = logits(1, size=5), labels(2, size=5)
     teacher = top(logits(3, 0.5), 8)  # more entries than the student has ids

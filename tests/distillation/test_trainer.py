@@ -199,6 +199,14 @@ def test_labels_whose_loss_is_no_number_are_not_in_the_log() -> None:
     assert tally.line() == {}
 
 
+def test_deepspeed_may_have_no_norm(tmp_path: Path) -> None:
+    made = runs.trainer(tmp_path)
+    made.is_deepspeed_enabled = True
+    made.accelerator.clip_grad_norm_ = lambda *_: None
+    assert made._get_grad_norm(made.model) is None
+    assert made.skipped == 0
+
+
 def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path: Path) -> None:
     made = runs.trainer(
         tmp_path,
@@ -399,6 +407,14 @@ def test_rotation_never_deletes_the_last_good_one(folder: Path) -> None:
     assert outputs.last_good(folder) is None
 
 
+def test_rotation_keeps_as_many_as_asked_and_the_best(folder: Path) -> None:
+    for step in (1, 2, 3):
+        shutil.copytree(folder / "checkpoint-5", folder / f"checkpoint-{step}")
+    deleted = outputs.rotate(folder, keep=2, also=folder / "checkpoint-1")
+    assert [path.name for path in deleted] == ["checkpoint-3", "checkpoint-2"]
+    assert [step for step, _ in outputs.checkpoints(folder)] == [6, 5, 1]
+
+
 def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The former checkpoint may go only once the new one is recorded, also when one is all that is kept."""
     seal = outputs.seal
@@ -479,6 +495,15 @@ def test_a_step_is_the_weighted_sum_of_the_means_of_its_parts(batch: int, accumu
     made.train()
     found = runs.weights(made.model)
     assert runs.different({name: found[name] for name in before}, expected, CLOSE) == []
+
+
+def test_the_logged_loss_is_that_of_the_stage(tmp_path: Path) -> None:
+    losses = {}
+    for stage in (ScheduleStage(responses=1.0), ScheduleStage(data=1.0), ScheduleStage(responses=0.1, data=1.0)):
+        made = train_schedule(tmp_path, scheduled([stage], 18), per_device_train_batch_size=18, max_steps=1)
+        made.train()
+        losses[stage.responses, stage.data] = made.state.log_history[0]["loss"]
+    assert losses[0.1, 1.0] == pytest.approx(0.1 * losses[1.0, 0.0] + losses[0.0, 1.0], rel=1e-5)
 
 
 def test_a_resumed_schedule_ends_in_the_same_weights(tmp_path: Path) -> None:
