@@ -111,6 +111,12 @@ def test_a_student_and_a_teacher_come_from_the_hub(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "hub" / "models--demo--numbers").is_dir()
 
 
+def test_nothing_but_the_text_needs_no_teacher(tmp_path: Path) -> None:
+    trainer = FusionTrainer(PIVOT, config(tmp_path, max_steps=1, preset="sft", lm_weight=1.0), RECORDS)
+    assert trainer.train().global_step == 1
+    assert not (tmp_path / "captures").exists()
+
+
 def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
     """A tensor without dimensions too."""
     model = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.bfloat16)

@@ -14,6 +14,7 @@ from benchmarks.fusion import scores, tables
 from benchmarks.fusion.arms import ARMS, MERGES, merges_of, recipe_of
 from benchmarks.fusion.claims import CLAIMS, Claim
 from benchmarks.fusion.memory import examples_in_memory
+from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.outputs import targets_of
@@ -42,6 +43,15 @@ def test_a_recipe_of_a_merge_is_one_that_mergekit_reads(name, tmp_path):
     assert not warnings
     assert len(config.models) == 2
     assert ("base_model" in document) == (name != "linear")
+
+
+def test_training_rows_meet_no_held_out_question(monkeypatch):
+    skills = [skill for skill in demo("rows").SKILLS if skill != "code"]  # whose text takes seconds to collect
+    monkeypatch.setattr(demo("rows"), "SKILLS", skills)
+    rows = training_set(40)
+    assert len(rows) == 40 * len(skills)
+    held_out = {row.prompt for skill in skills for row in demo("tasks").held_out_rows(skill, 50)}
+    assert not {row["messages"][0]["content"] for row in rows} & held_out
 
 
 def test_every_claim_is_about_models_that_the_study_makes():

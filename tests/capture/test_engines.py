@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fusekit
 from fusekit.capturing.capture import Capture
-from fusekit.capturing.engines import Opening
+from fusekit.capturing.engines import Opening, difference
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.server import Reply, captured
 from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
@@ -276,6 +276,19 @@ def test_replies_become_rows(seed):
         assert found.rows.ids[at].shape == (k,)
         assert found.rows.tail[at] == pytest.approx(tail, abs=1e-12)
     assert found.cross_entropy == pytest.approx(-actual.sum())
+
+
+def test_a_missing_entry_counts_with_its_distance_to_the_last():
+    row = row_of(12, np.random.default_rng(2))
+    n = int(row.labels.sum())
+
+    def one(ids, p):
+        reply = Reply(np.tile(ids, (n, 1)), np.log(np.tile(p, (n, 1))), np.full(n, -1.0))
+        return [captured(row, "", reply, Selection(2), np.ones(50, bool))]
+
+    for ids, p, expected in (([1, 3], [0.5, 0.2], 0), ([1, 3], [0.5, 0.1], 2), ([1, 2], [0.25, 0.2], 2)):
+        found = difference(one([1, 2], [0.5, 0.2]), one(ids, p)).largest
+        assert found == pytest.approx(math.log(expected) if expected else 0)
 
 
 def test_no_distribution_is_quarantined_and_padding_with_mass_refused():

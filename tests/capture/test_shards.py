@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusekit.alignment.rows import checked_rows
+from fusekit.alignment.rows import MASS_TOLERANCE, checked_rows
 from fusekit.capturing.shards import Codec, shard_bytes
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow, TokenizedRow, TopK
@@ -151,6 +151,13 @@ def test_a_label_whose_value_is_not_its_entry_keeps_its_own():
     back = Codec(50, 50).decode(Codec(50, 50).encode(other))
     assert np.all(np.abs(back.actual - other.actual) <= 0.2)
     assert np.array_equal(back.tokens.ids, row.tokens.ids)
+
+
+def test_masses_within_the_tolerance_are_normalised():
+    row = captured(np.random.default_rng(4), 1000, 10, 20)
+    off = dataclasses.replace(row, rows=row.rows._replace(tail=row.rows.tail + 0.9 * MASS_TOLERANCE))
+    back = Codec(1000, 10).decode(Codec(1000, 10).encode(off))
+    np.testing.assert_allclose(np.exp(back.rows.logprobs).sum(axis=1) + back.rows.tail, 1, rtol=1e-12)
 
 
 def test_probabilities_just_above_one_are_one():

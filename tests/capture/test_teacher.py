@@ -221,6 +221,11 @@ def test_the_head_runs_on_the_positions_of_labels_only():
     assert max(seen) <= 8
 
 
+def test_ids_that_the_model_does_not_have_are_refused():
+    with pytest.raises(CaptureError, match=f"token id {VOCABULARY}, but small has {VOCABULARY} embeddings"):
+        Teacher(random_model("llama"), name="small").score([row_of([1, VOCABULARY, 2], [2])])
+
+
 class _RunsOut:
     """Runs out of memory above so many tokens, as an allocator would say it."""
 

@@ -23,7 +23,7 @@ from fusekit.distillation.batching import EpochSampler, FusionCollator, Schedule
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import FusionSettings, ScheduleStage, TrainingSettings
+from fusekit.distillation.settings import DistillSettings, FusionSettings, ScheduleStage, TrainingSettings
 from fusekit.distillation.trainer import Tally, label_weights
 from fusekit.errors import DistillationError
 from tests.capture.random_models import random_model
@@ -442,6 +442,13 @@ def scheduled(stages: list[ScheduleStage] = STAGES, step: int = 4) -> Scheduled:
 def train_schedule(out: Path, examples: Scheduled, **arguments: Any) -> Any:
     model = random_model("llama", attention_dropout=0.3 if "save_steps" in arguments else 0.0)
     return runs.trainer(out, model, examples, train_sampling_strategy="sequential", **arguments)
+
+
+def test_the_preset_has_the_weights_of_the_paper() -> None:
+    settings = DistillSettings.of("profuser").training
+    assert settings.passes == 3
+    assert [(stage.responses, stage.data) for stage in settings.schedule or []] == [(1.0, 0.0), (0.1, 1.0)]
+    assert (1 - settings.lm_weight) / settings.lm_weight == 1.0
 
 
 def test_the_worked_example() -> None:

@@ -21,7 +21,7 @@ from fusekit.data.prepare import pack_text
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.evaluation import bits_per_byte, exact_match, metrics
+from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
 from fusekit.evaluation import table as results
 from fusekit.evaluation.metrics import Question, _text, evaluate_model, replies
 from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
@@ -357,6 +357,15 @@ def test_command(tmp_path):
     assert f"| {NUMBERS} | 100.0 | 0.0 | 50.0 |" in result.output
     result = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "none"), "--data", str(data)])
     assert result.exit_code != 0
+
+
+def test_evaluate_from_python(tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "57+68=", "completion": "125"}))
+    found = evaluate(NUMBERS, tmp_path / "sums.jsonl", metrics=["exact_match", "bits_per_byte"])
+    alone = evaluate_model(ModelChoice(NUMBERS), [row("57+68=", "125", "sums")])
+    assert found == {NUMBERS: {"exact_match": {"sums": 1.0}, "bits_per_byte": alone["bits_per_byte"]}}
+    with pytest.raises(DataError):
+        evaluate(NUMBERS)
 
 
 def test_the_examples_in_docstrings_run(tmp_path, monkeypatch):

@@ -91,6 +91,31 @@ def test_merge_tensors_is_the_pure_function(dtype, device):
     assert torch.equal(merge_tensors(tensors, "varm", base_index=0), varm(tensors[0], tensors[1:]).tensor)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_dtypes_are_those_that_mergekit_promises(method):
+    """Each weight is promoted by itself, buffers are copied, autocast around a merge changes nothing."""
+    dtypes = {"low": [torch.bfloat16] * 3, "mixed": [torch.bfloat16, torch.float16, torch.bfloat16]}
+    dtypes |= {"double": [torch.float64, torch.float32, torch.float64], "norm": [torch.float32] * 3}
+    made = {name: random_case((6, 6), 2, seed=seed) for seed, name in enumerate(dtypes)}
+    models = [
+        {name: [base, *targets][i].to(dtypes[name][i]) for name, (base, targets) in made.items()}
+        | {"counter": torch.tensor(7)}
+        for i in range(3)
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = merge_state_dicts(models, method, base=0)
+    of = {"low": torch.bfloat16, "mixed": torch.float32, "double": torch.float64, "norm": torch.float32}
+    for name, dtype in of.items():
+        expected = merge_tensors([model[name].to(dtype) for model in models], method, base_index=0)
+        assert merged[name].dtype == dtype
+        assert torch.equal(merged[name], expected)
+    assert (merged["counter"], merged["counter"].dtype) == (7, torch.int64)
+    for dtype, out_dtype in ((torch.bfloat16, None), (None, torch.bfloat16), (torch.float64, torch.float32)):
+        found = merge_state_dicts(models, method, base=0, dtype=dtype, out_dtype=out_dtype)["norm"]
+        expected = merge_tensors([m["norm"].to(dtype or torch.float32) for m in models], method, base_index=0)
+        assert torch.equal(found, expected.to(out_dtype or expected.dtype))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("variant", ["paper", "renormalized", "fuseai"])
 def test_cuda_selects_and_merges_as_the_cpu_does(variant):
@@ -224,6 +249,12 @@ def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method
     models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
     assert_equal(merged, merge_state_dicts(models, method, base=0, parameters=parameters))
     assert ("lm_head.weight" in merged) == (not tie)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_listed_among_the_models_changes_nothing(tmp_path, method, base, targets):
+    one = run(recipe_of(base, targets, method), tmp_path / "one")
+    assert_equal(run(recipe_of(base, [base, *targets], method), tmp_path / "other"), one)
 
 
 @pytest.mark.parametrize("granularity", UNITS)

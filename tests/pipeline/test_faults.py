@@ -85,6 +85,27 @@ def inodes(folder: Path, pattern: str) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_ino for path in sorted(folder.glob(pattern))}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("targets/llama/model.safetensors", b"x", "model.safetensors: its content differs"),
+        ("results.json", b'{"models": {}}', "results.json: models.pivot"),
+        ("targets/.two.staging-1/x", b"", "only in "),
+        ("logs/run.log", b"of another day", ""),
+        ("data/manifest.json", b'{"x": 1}', "data/manifest.json: "),
+    ],
+)
+def test_the_comparison_of_outputs_notices_what_it_is_there_for(name, content, said, finished, tmp_path):
+    out = tmp_path / "elsewhere"
+    shutil.copytree(finished / "out", out)
+    before = differences(finished / "out", out)  # merge.yml, which names the first output
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(content)
+    found = [line for line in differences(finished / "out", out) if line not in before]
+    assert bool(found) == bool(said)
+    assert said in "\n".join(found)
+
+
 # Killed
 
 
