@@ -164,7 +164,7 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
         # Its offsets may be trimmed of spaces by the post-processor, so they are no way out.
         raise AlignmentError(
             f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
-            f"({', '.join(sorted(surfaces.view.types('normalizer')))}) changes the text in a way that cannot be undone"
+            f"({', '.join(sorted(surfaces.view.types('normalizer'))) or 'none'}) changes the text in a way that cannot be undone"
         )
     return _by_offsets(text, data, ids, offsets(), surfaces)
 

@@ -191,8 +191,8 @@ def _improve(
 def mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
     """MinED over characters: the pivot's id of least distance to each surface, the lowest of several.
 
-    Pivot entries that are no UTF-8 compare as bytes. Surfaces that are none go by their longest prefix in the pivot.
-    Returns int64 [len(surfaces)], -1 for none.
+    Pivot entries that are no UTF-8 compare as bytes. Surfaces that are none go by their longest prefix in the pivot, or
+    where it has none by their distance over bytes. Returns int64 [len(surfaces)].
     """
     options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
     readable = [surface for surface in surfaces if decoded(surface) is not None]
@@ -205,6 +205,10 @@ def mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
         best, least = np.where(better, ids, best), np.where(better, distance, least)
     by_text = dict(zip(readable, best.tolist(), strict=True))
     found = [by_text[surface] if surface in by_text else pivot.longest_prefix(surface) for surface in surfaces]
+    lone = [i for i, id_ in enumerate(found) if id_ < 0]
+    index, _ = nearest([_as_bytes(surfaces[i]) for i in lone], [_as_bytes(surface) for _, surface in options])
+    for i, at in zip(lone, index.tolist(), strict=True):
+        found[i] = options[at][0]
     return np.array(found, np.int64)
 
 

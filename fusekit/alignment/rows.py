@@ -238,6 +238,11 @@ class AlignedRows:
         """bool [n]: whether the position has a row."""
         return np.isin(self.cases, list(HAS_ROW))
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many positions are of each case, by its lower-case name."""
+        return {case.name.lower(): int((self.cases == case).sum()) for case in Case}
+
 
 def project_rows(
     alignment: TokenAlignment,

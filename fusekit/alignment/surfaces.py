@@ -91,12 +91,12 @@ class TokenizerView:
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """:meth:`encode` of many short texts at once."""
-        with _unlimited(self.backend):
+        with _unlimited(self.tokenizer, self.backend):
             return [list(e.ids) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], IntArray]:
         """Token ids and their character spans ``[n, 2]`` in ``text``."""
-        with _unlimited(self.backend):
+        with _unlimited(self.tokenizer, self.backend):
             encoding = self.backend.encode(text, add_special_tokens=False)
         return list(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
@@ -123,9 +123,11 @@ def _leaves(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _unlimited(backend: Tokenizer) -> Iterator[None]:
+def _unlimited(tokenizer: Any, backend: Tokenizer) -> Iterator[None]:
     """Within it the backend neither truncates nor pads; its settings are put back afterwards."""
     truncation, padding = backend.truncation, backend.padding
+    # Calls of a tokenizer of transformers leave their own value behind.
+    backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens)
     if truncation is not None:
         backend.no_truncation()
     if padding is not None:

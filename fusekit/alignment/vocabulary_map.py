@@ -222,6 +222,8 @@ def build_vocabulary_map(
         if not isinstance(statistics, MappingStatistics):
             statistics = count_mappings(statistics, pivot_tokenizer, source_tokenizer)
         counted = statistics
+        if counted.counts.shape != (len(source), len(pivot)):
+            raise AlignmentError(f"the statistics are of other tokenizers than {source.name} and {pivot.name}")
     if not cache or method == "em":  # em is quicker to make than to look up
         targets = _targets(pivot, source, method, counted)
     else:

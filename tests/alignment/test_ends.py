@@ -17,7 +17,7 @@ from fusekit.alignment.ends import Mark, marked_ends
 from fusekit.alignment.surfaces import Kind
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
-from tests.alignment.tokenizers import EDGE_CASES, MADE, REAL, byte_fallback, deepseek, legacy_llama, load
+from tests.alignment.tokenizers import EDGE_CASES, MADE, REAL, byte_fallback, deepseek, fast, legacy_llama, load, sharing
 from tests.capture.models import extended, tokenizer_for
 
 
@@ -83,6 +83,10 @@ def test_settings_of_a_tokenizer_are_neither_obeyed_nor_changed():
     assert tokenize(text, backend).ids.tolist() == free.ids.tolist()
     assert backend.truncation["max_length"] == 3
     assert backend.padding["length"] == 64
+    tokenizer = fast(sharing(load("qwen").backend_tokenizer), "qwen")
+    ids = tokenize("a<|im_end|>", tokenizer).ids.tolist()
+    tokenizer("a", split_special_tokens=True)  # transformers leaves that in the backend
+    assert tokenize("a<|im_end|>", tokenizer).ids.tolist() == ids
 
 
 def test_tokens_added_later_are_seen_and_may_swallow_the_space_around_them():

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
+from scipy import sparse
 
-from fusekit.alignment import build_vocabulary_map, count_mappings, vocabulary_surfaces
-from fusekit.alignment.papers import nearest
+from fusekit.alignment import MappingStatistics, build_vocabulary_map, count_mappings, vocabulary_surfaces
+from fusekit.alignment.papers import mined, nearest
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.tokenizers import EDGE_CASES, byte_fallback, fast, load, sharing, target, unigram, vocabulary_map
@@ -86,6 +87,14 @@ def test_a_mined_map_is_the_first_minimum_over_a_small_pivot():
     for surface, id_ in vocabulary_surfaces(load("unigram")).id_of.items():
         distances = [reference.levenshtein(surface.decode(), other.decode()) for _, other in theirs]
         assert target(made, id_) == theirs[distances.index(min(distances))][0], surface
+
+
+def test_mined_bytes_that_the_pivot_cannot_begin_to_spell_go_to_the_nearest_bytes():
+    pivot, strange = vocabulary_surfaces(load("bert")), [b"\xf0\x9f", b"\xc3", b"\x80the"]
+    theirs = sorted((i, s.decode("latin-1")) for s, i in pivot.id_of.items())
+    for surface, found in zip(strange, mined(strange, pivot).tolist(), strict=True):
+        distances = [reference.levenshtein(surface.decode("latin-1"), other) for _, other in theirs]
+        assert found == theirs[distances.index(min(distances))][0]
 
 
 def is_text(surface: bytes) -> bool:
@@ -230,6 +239,7 @@ def test_rows_that_are_no_distributions_are_refused(arguments, words):
     [
         ({"method": "mind"}, ["'mind'", "mined"]),
         ({"method": "ms"}, ["statistics"]),
+        ({"method": "ms", "statistics": MappingStatistics(sparse.csr_matrix((2, 2)))}, ["of other tokenizers", "qwen"]),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(options, words):
