@@ -162,9 +162,10 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
             return TokenizedText.of(ids, highs, lows)
     if surfaces.form is Form.BYTE_LEVEL:
         # Its offsets may be trimmed of spaces by the post-processor, so they are no way out.
+        steps = ", ".join(sorted(surfaces.view.types("normalizer"))) or "none"
         raise AlignmentError(
             f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
-            f"({', '.join(sorted(surfaces.view.types('normalizer'))) or 'none'}) changes the text in a way that cannot be undone"
+            f"({steps}) changes the text in a way that cannot be undone"
         )
     return _by_offsets(text, data, ids, offsets(), surfaces)
 

@@ -96,7 +96,7 @@ class SparseTargets:
         """
         ids, logprobs, tail, taught = self.ids, self.logprobs, self.tail, self.taught
         fits = logprobs.shape == ids.shape == (labels, *ids.shape[1:2]) and tail.shape == taught.shape == (labels,)
-        if not fits or ids.dtype != torch.int64 or taught.dtype != torch.bool:
+        if ids.ndim != 2 or not fits or ids.dtype != torch.int64 or taught.dtype != torch.bool:
             given = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in (ids, logprobs, tail, taught))
             raise DistillationError(
                 f"targets of {labels} labels need ids int64 [n, k], logprobs [n, k], tail [n] and taught bool [n], one "

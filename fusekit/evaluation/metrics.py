@@ -210,6 +210,8 @@ def exact_match(
     Raises:
         DataError: an example does not end with an answer, or is too long for the model.
     """
+    if tokenizer.train_on != "assistant":  # what comes before an answer is given, not asked for
+        tokenizer = RowTokenizer(tokenizer.tokenizer, tokenizer.template, date=tokenizer.date)
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
     questions = [_question(row, read, longest) for row, read in zip(rows, tokens, strict=True)]

@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "bits_per_byte": Metric("Bits per byte", "bits per byte of held-out answers", lower=True),
+    "bits_per_byte": Metric("Bits per byte", "bits per byte of held-out answers and their ends of turn", lower=True),
     "exact_match": Metric("Exact match in per cent", "per cent of held-out questions answered exactly", share=True),
     LM_EVAL: Metric("Tasks of lm-eval", ""),
 }

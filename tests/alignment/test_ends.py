@@ -17,7 +17,17 @@ from fusekit.alignment.ends import Mark, marked_ends
 from fusekit.alignment.surfaces import Kind
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
-from tests.alignment.tokenizers import EDGE_CASES, MADE, REAL, byte_fallback, deepseek, fast, legacy_llama, load, sharing
+from tests.alignment.tokenizers import (
+    EDGE_CASES,
+    MADE,
+    REAL,
+    byte_fallback,
+    deepseek,
+    fast,
+    legacy_llama,
+    load,
+    sharing,
+)
 from tests.capture.models import extended, tokenizer_for
 
 

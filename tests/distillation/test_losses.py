@@ -423,6 +423,7 @@ class TestRefusals:
             (lambda t: {"tail": t.tail * math.nan}, "ce", "no distribution"),
             (lambda _: {"temperature": 2.0}, "ce", "captured at temperature 2 .* asked for at 1"),
             (lambda t: vars(t.select(torch.arange(5))), "ce", "targets of 7 labels"),
+            (lambda t: {"ids": t.ids[:, 0], "logprobs": t.logprobs[:, 0]}, "ce", "targets of 7 labels"),
             (lambda t: {"ids": t.ids * 0 - 3}, "gold", "token id -3"),
             (lambda _: {}, "grouped_kl", "grouped_kl needs members"),
             (lambda t: vars(in_groups(t)), "kl", "kl takes no members"),

@@ -99,7 +99,7 @@ def test_bits_per_byte_of_several_turns_and_an_empty_answer(pivot):
 
 
 @torch.inference_mode()
-def test_with_train_on_all_every_token_counts(pivot):
+def test_with_train_on_all_every_token_counts_and_an_answer_is_still_asked_for_after_its_header(pivot):
     model, tokenizer = pivot
     everything = RowTokenizer(tokenizer.tokenizer, train_on="all")
     one = row("57+68=", "125")
@@ -108,6 +108,7 @@ def test_with_train_on_all_every_token_counts(pivot):
     nats = -sum(float(logprobs[at - 1, tokens.ids[at]]) for at in range(1, len(tokens)))
     found = bits_per_byte(model, everything, [one])["add"]
     assert found == pytest.approx(nats / math.log(2) / len("57+68=125"), rel=1e-5)
+    assert exact_match(model, everything, [one]) == exact_match(model, tokenizer, [one]) == {"add": 1.0}
 
 
 TEXTS = ["Lima is the capital of Peru. 57+68=125, 11+12=23", "Reverse: abc", "sort 3 1 2"]
