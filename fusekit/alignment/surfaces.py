@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -274,11 +275,16 @@ class Surfaces:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, hex, of everything that a vocabulary map depends on: entries, roles and how text is cut."""
+        digest = hashlib.sha256(b"fusekit surfaces 1")
+        for surface, kind in zip(self.of, self.kinds.tolist(), strict=True):
+            digest.update(struct.pack("<IB", len(surface), kind) + surface)
         state = json.loads(self.view.backend.to_str())
-        for other in ("truncation", "padding", "post_processor"):
-            del state[other]
-        told = json.dumps([state, self.view.roles], sort_keys=True)
-        return hashlib.sha256(told.encode() + self.kinds.tobytes()).hexdigest()
+        for name in ("vocab", "merges"):
+            digest.update(json.dumps(state["model"].pop(name, None)).encode())
+        told = {name: state[name] for name in ("added_tokens", "model", *_COMPONENTS)}
+        told |= {"roles": sorted(self.view.roles.items()), "form": int(self.form)}
+        digest.update(json.dumps(told, sort_keys=True).encode())
+        return digest.hexdigest()
 
 
 @functools.cache

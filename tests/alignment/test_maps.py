@@ -281,7 +281,8 @@ def test_a_changed_tokenizer_has_another_fingerprint():
         change(tokenizer)
         prints.append(vocabulary_surfaces(tokenizer).fingerprint)
     assert len(set(prints)) == 3
-    assert vocabulary_surfaces(unigram()).fingerprint == prints[0]
+    # Another one would have every store captured again.
+    assert prints[0] == "c8442cc36ccefe63f3e7d880c00e6018c9112f4975939cff9f09463319c82ed0"
 
 
 def counted_by_hand(pivot: str, source: str, texts: list[str]) -> dict[tuple[int, int], int]:
