@@ -13,6 +13,7 @@ from typing import Protocol
 
 import xxhash
 
+from fusekit.artifacts import differences, refuse_changes
 from fusekit.capturing.engine import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.engines import Opening, spread
 from fusekit.capturing.models import Checkpoint, ModelChoice, loading_mistakes, parameters, valid_ids
@@ -177,6 +178,9 @@ class Capture:
     def _load(self) -> Scorer:
         assert self._processes is not None
         if self._scorer is None:
+            if self._spec is not None:  # made from what a whole store says, of which a shard turned out to be damaged
+                changed = differences(self._spec.details, self._spec.details | self._opening.details())
+                refuse_changes(self.out, changed, f"remove {self.out} to start over")
             self.checkpoint.fetch()
             self._scorer = self._opening.start(self.rows, self._processes.device)
         return self._scorer

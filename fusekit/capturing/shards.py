@@ -77,12 +77,13 @@ class ShardRecord(Strict):
 
     def is_there(self, folder: Path) -> bool:
         """Whether the file is there, as far as its size tells. Raises StorageError when the disk fails."""
+        path = folder / self.file
         try:
-            return (folder / self.file).stat().st_size == self.size
+            return path.stat().st_size == self.size
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise disk_fault(error, folder / self.file) or error from error
+            raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
 
 
 # Steps grow as 1 / sqrt(p) from a quarter of the largest at p = 1, until p = 1/16.

@@ -165,6 +165,18 @@ def test_another_model_in_the_middle_is_refused_before_its_shard_is_kept(data, t
     assert [path.name for path in (tmp_path / "out").glob("shard-*.parquet")] == ["shard-00000.parquet"]
 
 
+def test_a_damaged_shard_is_not_written_by_another_engine(data, tmp_path):
+    out = tmp_path / "out"
+    with EngineServer(DEMO / "numbers") as server:
+        run(data, out, server.url)
+    shard = out / "shard-00001.parquet"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with EngineServer(DEMO / "numbers", "sglang") as server:
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"engine_version: 'vllm .*', now 'sglang "):
+                run(data, out, server.url)
+
+
 def test_servers_of_two_models_are_refused(data, tmp_path):
     both = EngineServer(DEMO / "numbers"), EngineServer(DEMO / "pivot")
     with both[0] as one, both[1] as other, pytest.raises(CaptureError, match=r"pivot.*numbers"):
