@@ -75,6 +75,7 @@ class Tally:
         if not labels:
             said = {}
         if counts:
+            said["linked_share"] = counts["linked"] / max(counts["asked"], 1.0)
             said["taught_share"] = counts["taught"] / max(counts["labels"], 1.0)
             rows = max(counts["rows"], 1.0)
             said |= {name: value / rows for name, value in counts.items() if name.startswith(CHOSEN)}

@@ -301,6 +301,7 @@ def test_the_log_says_what_taught(tmp_path: Path) -> None:
     made.train()
     line = made.state.log_history[0]
     counts = dict(zip(runs.data().count_names, sum(runs.data()[i]["counts"] for i in range(12)), strict=True))
+    assert line["linked_share"] == pytest.approx(counts["linked"] / counts["asked"])
     assert line["taught_share"] == pytest.approx(counts["taught"] / counts["labels"])
     assert line["chosen/other"] == pytest.approx(counts["chosen/other"] / 12)
     assert line["chosen/other"] + line["chosen/pivot"] == pytest.approx(1)
