@@ -86,7 +86,7 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
             start, size = reader.at, len(data)
     except OSError as error:
         raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, struct.error) as error:
+    except (ValueError, KeyError, OverflowError, struct.error) as error:
         raise ModelError(f"{label}: {path} is no GGUF file, or a damaged one: {error}") from error
     if metadata.get("split.count", 1) > 1:
         raise ModelError(

@@ -112,6 +112,10 @@ def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
         (lambda data: b"GGML" + data[4:], "no GGUF file"),
         (lambda data: data[:4] + b"\x01" + data[5:], "version is 1"),
         (lambda data: data[:8] + b"\xff" * 8 + data[16:], "damaged"),
+        (
+            lambda data: re.sub(rb"(ggml\.tokens.{16}).{8}", rb"\1" + b"\xff" * 8, data, count=1, flags=re.DOTALL),
+            "damaged",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused_and_named(files, tmp_path, change, says):
