@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusekit.alignment.alignment import align as align
     from fusekit.alignment.vocabulary_map import build_vocabulary_map as build_vocabulary_map
-    from fusekit.api import capture as capture
+    from fusekit.capturing.capture import capture as capture
     from fusekit.capturing.store import Store as Store
     from fusekit.distillation.arguments import FusionConfig as FusionConfig
     from fusekit.distillation.losses import fusion_loss as fusion_loss
@@ -37,7 +37,7 @@ _HOMES = {
     "Store": "capturing.store",
     "align": "alignment",
     "build_vocabulary_map": "alignment",
-    "capture": "api",
+    "capture": "capturing.capture",
     "evaluate": "evaluation",
     "fusion_loss": "distillation.losses",
     "generate": "generation",

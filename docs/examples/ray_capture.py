@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from fusekit.api import capture_job
+from fusekit.capturing.capture import capture_job
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes
 

@@ -104,7 +104,7 @@ def capture(**options: Any) -> None:
 
 
 def _run(options: dict[str, Any], processes: Any, say: Callable[[str], None]) -> tuple[Store, DataCounts]:
-    from fusekit.api import CUTS, capture_job
+    from fusekit.capturing.capture import CUTS, capture_job
     from fusekit.capturing.models import ModelChoice
     from fusekit.data.reading import DataCounts, read_rows
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fusekit.api import capture_job
+from fusekit.capturing.capture import capture_job
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes
 from tests.capture.conftest import DEMO, write_rows
