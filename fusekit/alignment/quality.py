@@ -19,6 +19,9 @@ from fusekit.alignment.surfaces import Surfaces
 from fusekit.errors import AlignmentError
 from fusekit.types import BoolArray, TokenizedText
 
+WORST = 10
+"""Texts that are kept of those that lose most."""
+
 
 @dataclass
 class Share:
@@ -50,7 +53,8 @@ class AlignmentQuality:
         total: over all pivot positions.
         cases: pivot positions by :class:`~fusekit.alignment.rows.Case`, lower-case names.
         groups: groups between common ends by shape: ``1-1``, ``1-n``, ``n-1``, ``m-n``.
-        scripts: shares by the script of the token's first character.
+        scripts, data: shares by the script of the token's first character, and by the name given to :meth:`add`.
+        worst: the texts that lose most, each with the share of its positions that get a row.
     """
 
     pivot: str
@@ -62,15 +66,19 @@ class AlignmentQuality:
     cases: Counter[str] = field(default_factory=Counter)
     groups: Counter[str] = field(default_factory=Counter)
     scripts: dict[str, Share] = field(default_factory=dict)
+    data: dict[str, Share] = field(default_factory=dict)
+    worst: list[tuple[float, str]] = field(default_factory=list)
 
-    def add(self, alignment: TokenAlignment) -> None:
-        """Count one text, aligned by the method ``span``."""
+    def add(self, alignment: TokenAlignment, data: str = "") -> None:
+        """Count one text, aligned by the method ``span``. data: the source of data that it comes from."""
         cases = plan_rows(alignment).cases
         linked, rows = alignment.source_at >= 0, np.isin(cases, list(HAS_ROW))
         self.texts += 1
         self.pivot_tokens += len(cases)
         self.source_tokens += len(alignment.source)
         self.total.add(linked, rows)
+        self.data.setdefault(data, Share()).add(linked, rows)
+        self.worst = sorted([*self.worst, (int(rows.sum()) / max(len(cases) - 1, 1), alignment.text)])[:WORST]
         self.cases.update(Case(case).name.lower() for case in cases.tolist())
         for p, s in alignment.groups:
             n, m = p.stop - p.start, s.stop - s.start
@@ -91,6 +99,8 @@ class AlignmentQuality:
             "cases": {case.name.lower(): self.cases[case.name.lower()] for case in Case},
             "groups": dict(self.groups.most_common()),
             "scripts": {name: share.to_dict() for name, share in sorted(self.scripts.items())},
+            "data": {name: share.to_dict() for name, share in sorted(self.data.items())},
+            "worst": [{"row_share": share, "text": text} for share, text in self.worst],
         }
 
 

@@ -77,10 +77,10 @@ def alignment(
     tokenizers = load_tokenizer(pivot), load_tokenizer(source)
     quality = AlignmentQuality(pivot, source)
     shown: list[TokenAlignment] = []
-    contents = [message.content for row in rows for message in row.messages if message.content]
-    for text in [*texts, *contents]:
+    contents = [(message.content, row.dataset) for row in rows for message in row.messages if message.content]
+    for text, dataset in [*((text, "--text") for text in texts), *contents]:
         found = align(text, *tokenizers)
-        quality.add(found)
+        quality.add(found, dataset)
         if len(shown) < SHOWN:
             shown.append(found)
     if not quality.texts:

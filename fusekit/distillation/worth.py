@@ -40,8 +40,7 @@ class TeacherWorth:
         teacher: float64 [cases], nats of the projected rows on the labels, where taught.
         pivot: float64 [cases], the pivot's own nats on the same labels.
         source: the source's own nats over the same text.
-        rows, carried: how many rows of the source there were, and the sum over them of the share of the listed mass
-            that the map carries over.
+        carried: of each example, the share of the listed mass of its rows that the map carries over.
     """
 
     vocabulary: str
@@ -53,8 +52,7 @@ class TeacherWorth:
     teacher: FloatArray = field(default_factory=lambda: np.zeros(len(Case)))
     pivot: FloatArray = field(default_factory=lambda: np.zeros(len(Case)))
     source: float = 0.0
-    rows: int = 0
-    carried: float = 0.0
+    carried: list[FloatArray] = field(default_factory=list)
 
     def add(
         self,
@@ -84,8 +82,7 @@ class TeacherWorth:
         self.teacher += np.bincount(cases, np.where(taught, np.minimum(teacher, MOST_NATS), 0.0), minlength=size)
         self.pivot += np.bincount(cases, np.minimum(pivot, MOST_NATS), minlength=size)
         self.source += source
-        self.rows += len(carried)
-        self.carried += float(carried.sum())
+        self.carried.append(carried)
 
     @property
     def ratio(self) -> float | None:
@@ -125,11 +122,19 @@ class TeacherWorth:
     def summary(self) -> str:
         """How much the teacher knows, in a sentence."""
         known = f"{self.ratio:.2f} times the source's own nats" if self.ratio is not None else "no nats to compare"
-        carried = f"{self.carried / self.rows:.1%}" if self.rows else "nothing"
+        mean = self.mass_carried["mean"]
+        carried = "nothing" if mean is None else f"{mean:.1%}"
         return (
             f"Over {self.examples:,} examples with {int(self.labels.sum()):,} labels of the pivot, the projected "
             f"teacher has {known}; the vocabulary map ({self.vocabulary}) carries {carried} of a row's listed mass."
         )
+
+    @property
+    def mass_carried(self) -> dict[str, float | None]:
+        """The share of a row's listed mass that the map carries over: mean and percentiles, None without rows."""
+        shares = np.concatenate([*self.carried, np.zeros(0)])
+        figures = [shares.mean(), *np.percentile(shares, (1, 10, 50))] if len(shares) else [None] * 4
+        return dict(zip(("mean", "p1", "p10", "p50"), map(_rounded, figures), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -148,7 +153,7 @@ class TeacherWorth:
             "ratio": _rounded(self.ratio),
             "source_nats": _rounded(self.source),
             "cases": cases,
-            "mass_carried": _rounded(self.carried / self.rows if self.rows else None),
+            "mass_carried": self.mass_carried,
             "summary": self.summary,
             "warnings": self.warnings,
         }
@@ -156,7 +161,7 @@ class TeacherWorth:
 
 def _rounded(value: float | None) -> float | None:
     """Without the last digits, which depend on how a machine adds."""
-    return None if value is None else round(value, 6)
+    return None if value is None else round(float(value), 6)
 
 
 def measure_stores(

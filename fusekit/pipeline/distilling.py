@@ -84,15 +84,15 @@ class Align(Stage):
         made = _vocabulary_map(context, source)
         quality = AlignmentQuality(context.recipe.pivot.path, context.model(source).path)
         texts = [
-            message.content
+            (message.content, row.dataset)
             for row in context.rows
             for message in row.messages
             if message.content and (row.is_text or message.role == "assistant")
         ][:ALIGNED_TEXTS]
         shown = []
-        for number, text in enumerate(texts):
+        for number, (text, dataset) in enumerate(texts):
             found = align(text, pivot, theirs)
-            quality.add(found)
+            quality.add(found, dataset)
             if number % max(1, len(texts) // SHOWN_TEXTS) == 0:
                 shown.append(found)
 

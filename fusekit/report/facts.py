@@ -68,6 +68,13 @@ class Share(_Record):
     row_share: float
 
 
+class Worst(_Record):
+    """A text that loses much, and the share of its positions that get a row."""
+
+    row_share: float
+    text: str
+
+
 class Quality(Share):
     """``alignment/SOURCE/quality.json`` (:class:`fusekit.alignment.quality.AlignmentQuality`)."""
 
@@ -76,6 +83,8 @@ class Quality(Share):
     source_tokens: int
     cases: dict[str, int]
     scripts: dict[str, Share] = {}
+    data: dict[str, Share] = {}
+    worst: list[Worst] = []
 
 
 class CaseWorth(_Record):

@@ -27,8 +27,8 @@ from tests.alignment.tokenizers import EDGE_CASES, load
 def test_figures_equal_a_loop():
     quality = AlignmentQuality("mistral", "qwen")
     alignments = [align(text, load("mistral"), load("qwen")) for text in EDGE_CASES.values()]
-    for alignment in alignments:
-        quality.add(alignment)
+    for n, alignment in enumerate(alignments):
+        quality.add(alignment, f"set {n % 2}")
     found = json.loads(json.dumps(quality.to_dict()))
     positions = sum(len(a.pivot_ids) for a in alignments)
     assert found["positions"] == found["pivot_tokens"] == positions
@@ -40,6 +40,11 @@ def test_figures_equal_a_loop():
     assert found["groups"] == shapes
     assert sum(share["positions"] for share in found["scripts"].values()) == positions
     assert sum(found["cases"].values()) == positions
+    assert found["data"]["set 0"]["positions"] == sum(len(a.pivot_ids) for a in alignments[::2])
+    assert found["data"]["set 0"]["linked"] + found["data"]["set 1"]["linked"] == found["linked"]
+    taught = [sum(c in HAS_ROW for c in plan_rows(a).cases) / max(len(a.pivot_ids) - 1, 1) for a in alignments]
+    assert [worst["row_share"] for worst in found["worst"]] == sorted(taught)[:10]
+    assert {worst["text"] for worst in found["worst"]} <= {*EDGE_CASES.values()}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +59,7 @@ def test_the_page_escapes_everything(tmp_path):
     text = "<script>alert(1)</script> & \"quotes\" 'x' </title><img src=x onerror=y>"
     alignment = align(text, load("mistral"), load("qwen"))
     quality = AlignmentQuality("<b>pivot</b>", "source&")
-    quality.add(alignment)
+    quality.add(alignment, "<i>data</i>")
     sample = sample_of(alignment, (vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))))
     write_samples(tmp_path / "samples.json", [sample])
     assert read_samples(tmp_path / "samples.json") == [sample]
@@ -63,7 +68,7 @@ def test_the_page_escapes_everything(tmp_path):
     cases, pivot = np.array([Case.SAME, Case.UNLINKED]), np.ones(2)
     worth.add(cases, cases == Case.SAME, teacher=pivot * 4.25, pivot=pivot, source=4.0, carried=np.array([0.5]))
     html = alignment_page(quality, [sample], worth)
-    assert not any(tag in html for tag in ("<script", "<img", "<em>", "<b>pivot"))
+    assert not any(tag in html for tag in ("<script", "<img", "<em>", "<b>pivot", "<i>data"))
     assert html.count("ends at byte") == len(alignment.pivot_ids) + len(alignment.source_ids)
     assert all(word in html for word in ("4.250", "1.000", "worse than the pivot", "&lt;em&gt;"))
 

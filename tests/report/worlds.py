@@ -105,6 +105,8 @@ def _align(into: Path, number: int, evil: str) -> None:
     quality.total = Share(100, 80, 90)
     quality.cases.update({"same": 90, "unlinked": 10})
     quality.scripts = {f"latin{evil}": quality.total}
+    quality.data = {f"a{evil}": quality.total, "b": quality.total}
+    quality.worst = [(0.5, f"text{evil}")]
     _json(into / "quality.json", quality.to_dict())
     token = Token(shown=f"to{evil}", size=2, about=f"id 7{evil}")
     lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
