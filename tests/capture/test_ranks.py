@@ -126,6 +126,15 @@ def test_refused(machines, tmp_path, options, named):
     assert named in refused.output
 
 
+def test_ranks_without_a_launcher_are_separate_processes(monkeypatch):
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert Processes.started() == Processes.separate(2, 3)
+    assert Processes.started(5, 6) == Processes.separate(5, 6)
+    monkeypatch.delenv("RANK")
+    assert Processes.started() == Processes.separate(0, 4)
+
+
 def test_one_capture_runs_for_several_ranks_with_one_model(machines, tmp_path, monkeypatch):
     """As a worker of a scheduler does, which is given one share after the other."""
     rows = str(machines[0] / "rows.jsonl")

@@ -221,7 +221,9 @@ def test_the_head_runs_on_the_positions_of_labels_only():
     assert max(seen) <= 8
 
 
-def test_ids_that_the_model_does_not_have_are_refused():
+def test_rows_that_the_model_was_not_made_for_are_refused():
+    with pytest.raises(CaptureError, match="has 4 tokens, but small was made for 3"):
+        Teacher(random_model("llama"), name="small", longest=3).score([row_of([1, 2, 3, 4], [2])])
     with pytest.raises(CaptureError, match=f"token id {VOCABULARY}, but small has {VOCABULARY} embeddings"):
         Teacher(random_model("llama"), name="small").score([row_of([1, VOCABULARY, 2], [2])])
 
