@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import doctest
 import inspect
 import json
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -175,26 +173,6 @@ def test_teachers_that_cannot_teach_these_examples_are_refused(teacher: Store, t
         FusionTrainer(PIVOT, config(tmp_path), made, {"neox": teacher})
     with pytest.raises(DistillationError, match="neox has none of"):
         FusionTrainer(PIVOT, config(tmp_path / "other"), [{"prompt": "1", "response": "2"}], {"neox": teacher})
-
-
-def test_a_template_that_prints_the_day_keeps_the_day_of_the_capture(tmp_path: Path) -> None:
-    """A capture that is resumed on another day, and a student that is read beside it, print the day it was begun on."""
-    template = tmp_path / "dated.jinja"
-    plain = (ROOT / "demo/models/pivot/chat_template.jinja").read_text()
-    template.write_text("{{ strftime_now('%d %b %Y') }}" + plain)
-    begun = capture(PIVOT, RECORDS, tmp_path / "store", chat_template=str(template), quiet=True)
-
-    class OtherDay(datetime.date):
-        @classmethod
-        def today(cls) -> datetime.date:
-            return cls(2001, 2, 3)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusekit.data.tokenize.datetime", SimpleNamespace(date=OtherDay))
-        again = capture(PIVOT, RECORDS, tmp_path / "store", chat_template=str(template), quiet=True)
-        other = capture(PIVOT, RECORDS[:3], tmp_path / "new", chat_template=str(template), quiet=True)
-    assert again.spec.details["date"] == begun.spec.details["date"]
-    assert other.spec.details["date"] == "2001-02-03"
 
 
 def test_evaluation_without_teachers_is_the_likelihood_of_the_text(teacher: Store, tmp_path: Path) -> None:

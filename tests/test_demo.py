@@ -92,14 +92,6 @@ def test_documents_to_train_on_and_held_out_documents_are_disjoint(tasks):
     assert not set(trained) & set(held_out)
 
 
-@pytest.mark.parametrize("skill", SKILLS)
-def test_rows_are_the_same_in_every_call_and_differ_by_seed(tasks, skill):
-    first, again = (list(islice(tasks.training_rows(skill, 0), 50)) for _ in range(2))
-    assert first == again
-    assert first != list(islice(tasks.training_rows(skill, 1), 50))
-    assert tasks.held_out_rows(skill, 20) == tasks.held_out_rows(skill, 20)
-
-
 def test_answers_of_generated_rows_are_right(tasks):
     rng = random.Random(7)
     for _ in range(300):
@@ -114,13 +106,6 @@ def test_answers_of_generated_rows_are_right(tasks):
         low, high = (int(word) for word in row.prompt.rstrip(".").split() if word.isdigit())
         assert row.answers == tuple(str(n) for n in range(10, 100) if low < n < high)
         assert row.answer in row.answers
-
-
-def test_exact_match_wants_the_whole_answer(tasks):
-    row = tasks.Row("pick", "k", "Pick a number between 20 and 23.", "21", ("21", "22"))
-    assert tasks.exact_match(row, "21")
-    assert tasks.exact_match(row, " 22\n")
-    assert not any(tasks.exact_match(row, wrong) for wrong in ("", "20", "2", "211", "21 22", "2 1"))
 
 
 def test_the_shipped_files_fit():

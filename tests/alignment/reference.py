@@ -11,20 +11,9 @@ import math
 import unicodedata
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-def gpt2_bytes() -> dict[str, int]:
-    """The byte-level alphabet, character -> byte (the printable ranges of GPT-2, the rest shifted to 256 and up)."""
-    table, shifted = {}, 0
-    for byte in range(256):
-        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            table[chr(byte)] = byte
-        else:
-            table[chr(256 + shifted)] = byte
-            shifted += 1
-    return table
-
-
-ALPHABET = gpt2_bytes()
+ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 @functools.cache

@@ -342,19 +342,9 @@ def test_stores_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None
             distill(given, settings(), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("training", "message"),
-    [
-        ({"adam_beta3": 1}, "adam_beta3 is no setting .* did you mean 'adam_beta"),
-        ({"save_only_model": True}, "save_only_model cannot be set"),
-        ({"optim": "sgdd"}, "transformers refuses the training arguments"),
-        ({"lora": {"target_modules": ["nothing"]}}, "peft refuses the lora settings"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be_are_refused(training: Any, message: str, world: Path, tmp_path: Path) -> None:
-    with pytest.raises(FusekitError, match=message):
-        distill(inputs(world), settings(training=training), tmp_path / "out")
+def test_settings_that_cannot_be_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(FusekitError, match="save_only_model cannot be set"):
+        distill(inputs(world), settings(training={"save_only_model": True}), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
 

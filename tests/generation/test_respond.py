@@ -66,14 +66,6 @@ def test_answers_in_batches_are_the_greedy_ones(folder: str) -> None:
         assert (answer.text.strip(), answer.finish) == alone(model, reader, question, 9)
 
 
-def test_a_models_settings_of_generation_change_no_answer() -> None:
-    model, reader = loaded("models/pivot")
-    how = RespondSettings(max_new_tokens=8)
-    plain = respond(model, reader, QUESTIONS[:3], how)
-    model.generation_config.update(no_repeat_ngram_size=1, min_new_tokens=7, repetition_penalty=4.0)
-    assert respond(model, reader, QUESTIONS[:3], how) == plain
-
-
 def test_samples_are_those_of_the_seed_whatever_was_answered_before() -> None:
     model, reader = loaded("models/pivot")
     how = RespondSettings(max_new_tokens=12, temperature=1.0, top_p=0.9, batch_size=4)

@@ -15,9 +15,9 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
-from fusekit.errors import MergeError, RecipeError
+from fusekit.errors import MergeError
 from fusekit.pipeline import clean as cleaning
-from fusekit.pipeline.run import make_plan, mistakes
+from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import DONE, MISSING, STALE
 from fusekit.recipe.loading import load_recipe
 from tests.gguf_files import write_gguf
@@ -56,19 +56,9 @@ def test_a_run_of_gguf_files_leaves_what_any_run_leaves(world):
     }
     scores = json.loads((out / "results.json").read_text())["models"]
     assert {"pivot", "sources/llama.F16", "targets/llama.F16", "merged", "baseline"} == set(scores)
-
-
-def test_report_and_card_name_the_files(world):
-    out = world / "out"
-    models = json.loads((out / "models.json").read_text())
-    assert models["pivot"]["model"].endswith("pivot.Q8_0.gguf")
-    assert models["llama.F16"]["architecture"] == "LlamaForCausalLM"
-    assert models["llama.F16"]["parameters"] > 0
     card = (out / "merged" / "README.md").read_text()
-    assert "`pivot.Q8_0.gguf`" in card
-    assert "`llama.F16.gguf`" in card
+    assert all(f"`{name}.gguf`" in card for name in ("pivot.Q8_0", "llama.F16"))
     assert str(world) not in card
-    assert "pivot.Q8_0.gguf" in (out / "report.html").read_text()
 
 
 def test_a_rerun_does_nothing_and_a_pivot_of_another_file_is_refused_by_run_and_plan(world, tmp_path):
@@ -97,12 +87,6 @@ def test_a_rerun_does_nothing_and_a_pivot_of_another_file_is_refused_by_run_and_
     verified = CliRunner().invoke(commands, ["verify", str(out)])
     assert verified.exit_code == 0, verified.output
     assert f"{out / 'pivot'}: " in verified.output
-
-
-def test_a_quantization_of_a_gguf_file_is_refused(world):
-    override = "sources.0.load.quantization={quant_method: bitsandbytes}"
-    with pytest.raises(RecipeError, match=r"llama\.F16\.gguf"):
-        load_recipe(world / "recipe.yml", [override], mistakes)
 
 
 def test_commands_take_the_path_of_a_file(world, tmp_path):
