@@ -35,6 +35,7 @@ def capturing(out: Path, *options: str, machine: Path, environment=None, before=
 def captured(out: Path, *options: str, machine: Path) -> None:
     done = capturing(out, *options, machine=machine).wait()
     assert done.exitcode == 0, done.output
+    assert ("not finished" in done.output) is not Store.open(out, incomplete=True).complete
 
 
 @pytest.fixture(scope="module")
