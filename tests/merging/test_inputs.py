@@ -154,6 +154,9 @@ BEFORE_READING = {
     "an adapter alone": case(
         adapter_alone, says=["tuned is an adapter", "org/pivot+tuned"], models=[{"model": "tuned"}]
     ),
+    "the page of a model": case(
+        says=["no folder https://", "OWNER/NAME"], base_model="https://huggingface.co/org/name"
+    ),
     "a broken tokenizer": case(written("base/tokenizer.json", "{"), says=["base", "tokenizer.json"]),
     "a broken tokenizer of a union": case(
         written("target2/tokenizer.json", "{}"), says=["target2", "tokenizer.json"], tokenizer={"source": "union"}
