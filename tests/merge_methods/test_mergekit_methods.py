@@ -145,31 +145,6 @@ def test_parameters_of_modules_are_merged_and_the_result_has_no_gradient(method)
     assert torch.equal(merged, merge_tensors([m.weight.detach() for m in modules], method, base_index=0))
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"), [("fusechat_sce", {}), ("varm", {}), ("varm", {"granularity": "model"})]
-)
-def test_each_weight_is_promoted_by_itself_and_buffers_are_copied(method, parameters):
-    half, single = torch.bfloat16, torch.float32
-    dtypes = {"low": [half] * 3, "mixed": [half, single, half], "norm": [single] * 3}
-    models = [
-        {name: torch.randn(5).to(each[i]) for name, each in dtypes.items()} | {"counter": torch.tensor(7)}
-        for i in range(3)
-    ]
-    merged = merge_state_dicts(models, method, base=0, parameters=parameters)
-    assert {name: t.dtype for name, t in merged.items()} == {
-        "low": half,
-        "mixed": single,
-        "norm": single,
-        "counter": torch.int64,
-    }
-    assert merged["counter"] == 7
-    assert models[0]["mixed"].dtype == half
-    cast = merge_state_dicts(models, method, base=0, parameters=parameters, dtype=torch.float64, out_dtype=half)
-    wide = [{name: t.double() for name, t in model.items() if name != "counter"} for model in models]
-    expected = merge_state_dicts(wide, method, base=0, parameters=parameters)
-    assert all(torch.equal(cast[name], tensor.to(half)) for name, tensor in expected.items())
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path, base, targets):
     recipe = recipe_of(base, targets, method)
