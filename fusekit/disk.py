@@ -46,7 +46,12 @@ def existing_parent(path: Path) -> Path:
 
 
 def refuse_file(folder: Path) -> None:
-    """Raise StorageError where a folder cannot be made, since it or one above it is a file."""
+    """Raise StorageError where a folder cannot be made: it or one above it is a file, or its name is too long."""
+    try:
+        os.lstat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise StorageError(f"{folder}: {error.strerror}: choose another output") from error
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not os.path.isdir(place):  # noqa: PTH112  pathlib's raises where it may not look
         raise StorageError(f"{folder}: {place} is not a folder: choose another output")

@@ -52,6 +52,7 @@ def test_training_rows_meet_no_held_out_question(monkeypatch):
     assert len(rows) == 40 * len(skills)
     held_out = {row.prompt for skill in skills for row in demo("tasks").held_out_rows(skill, 50)}
     assert not {row["messages"][0]["content"] for row in rows} & held_out
+    assert sum(row["noisy"] for row in rows) == 3 * 12
 
 
 def test_every_claim_is_about_models_that_the_study_makes():

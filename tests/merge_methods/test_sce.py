@@ -214,6 +214,7 @@ BASE, TARGETS = random_case((4, 4), 2)
         ({"base": BASE.long(), "targets": [t.long() for t in TARGETS]}, ["torch.int64"]),
         ({"targets": []}, ["no targets"]),
         ({"targets": [TARGETS[0], TARGETS[1][:, :3]]}, ["target 1", "[4, 3]", "base", "[4, 4]"]),
+        ({"targets": TARGETS[0]}, ["target 0", "[4]", "base", "[4, 4]"]),
         ({"targets": [TARGETS[0].float(), TARGETS[1]]}, ["target 0", "torch.float32", "torch.float64"]),
         ({"weights": [1.0]}, ["1 weights", "2 targets"]),
         ({"weights": [1.0, math.nan]}, ["nan"]),

@@ -178,7 +178,7 @@ def test_what_is_missing_or_foreign_is_said(tmp_path):
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["report.html", "thesis.tex"]
 
 
-@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "recipe.yml", "recipe.yml/x/y"])
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "recipe.yml", "recipe.yml/x/y", "x" * 300])
 def test_an_output_that_cannot_be_a_folder_is_named(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, ["llama"])
