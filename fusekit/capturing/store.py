@@ -20,6 +20,7 @@ from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.capturing.shards import (
     SCALARS,
     Codec,
+    Columns,
     Count,
     Group,
     Hash,
@@ -250,6 +251,10 @@ class Store:
 
     def __getitem__(self, row: int) -> CapturedRow:
         """Row number ``row``, as :class:`Codec` decodes it. Raises IndexError, or StorageError for a damaged one."""
+        return self.codec.decode(self.columns(row))
+
+    def columns(self, row: int) -> Columns:
+        """Row number ``row`` as it is stored."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.path} has {len(self)} rows, not {row}")
         row %= len(self)
@@ -263,7 +268,7 @@ class Store:
         self._groups[number, which] = group
         while self._cached > CACHE_BYTES and len(self._groups) > 1:
             self._cached -= self._groups.pop(next(iter(self._groups))).size
-        return self.codec.decode(group[at - int(shard.starts[which])])
+        return group[at - int(shard.starts[which])]
 
     def get(self, key: str) -> CapturedRow:
         """The row of a key. Raises StorageError for a key that is not there."""

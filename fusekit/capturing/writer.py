@@ -16,12 +16,13 @@ from pathlib import Path
 import xxhash
 
 import fusekit
-from fusekit.artifacts import refuse_changes
+from fusekit.artifacts import differences, refuse_changes
 from fusekit.capturing.shards import Codec, Columns, Quarantined, ShardRecord, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import (
     MANIFEST,
     CommittedShard,
     Manifest,
+    Store,
     StoreSpec,
     keys_hash,
     own_record,
@@ -198,6 +199,33 @@ class StoreWriter:
             made={"by": f"fusekit {fusekit.__version__}"},
         )
         write_json(self.path / MANIFEST, manifest, self.rank)
+
+
+def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
+    """Write the rows of complete stores whose specs differ in ``data`` at most into one, as they are stored.
+
+    A row that several hold comes from the first; one is quarantined only if none holds it. The same call resumes.
+
+    Raises StorageError: specs differ (says how); the disk failed.
+    """
+    stores = [Store.open(path) for path in paths]
+    data = xxhash.xxh3_128_hexdigest("\n".join(store.spec.data for store in stores).encode())
+    specs = [store.spec.model_copy(update={"data": data}) for store in stores]
+    for store, spec in zip(stores, specs, strict=True):
+        changed = differences(specs[0].model_dump(), spec.model_dump())
+        refuse_changes(store.path, changed, f"leave it out: it is not made as {stores[0].path} is")
+    holders: dict[str, tuple[Store, int]] = {}
+    for store in stores:
+        for at, key in enumerate(store.keys):
+            holders.setdefault(key, (store, at))
+    reasons = {row.key: row.reason for store in stores for row in store.quarantined if row.key not in holders}
+    writer = StoreWriter(out, specs[0], [*holders, *reasons])
+    for plan in writer.missing_shards():
+        keys = writer.keys[plan.start : plan.stop]
+        rows = (store.columns(at) for store, at in (holders[key] for key in keys if key in holders))
+        writer.write_shard(plan, rows, {key: reasons[key] for key in keys if key in reasons})
+    writer.finish()
+    return Store.open(out)
 
 
 def remove_store(folder: Path) -> None:

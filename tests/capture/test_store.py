@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from fusekit.capturing import store as reading
 from fusekit.capturing.shards import Codec
 from fusekit.capturing.store import Store
-from fusekit.capturing.writer import StoreWriter, remove_store
+from fusekit.capturing.writer import StoreWriter, combine_stores, remove_store
 from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
-from tests.capture.rows import key
+from tests.capture.rows import captured, key
 from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
 from tests.processes import CONTEXT
 
@@ -329,3 +329,26 @@ def test_a_store_of_nothing_or_of_quarantined_rows_alone(tmp_path, keys):
     store = Store.open(tmp_path, verify=True)
     assert (len(store), store.keys, store.summary.labels.shape) == (0, [], (0,))
     assert [row.key for row in store.quarantined] == keys
+
+
+def test_stores_are_combined_without_rounding_again(tmp_path):
+    """The second has all rows but one, in another order, and one that the first quarantines."""
+    write(tmp_path / "a")
+    held = {row.tokens.key: row for row in rows()} | {KEYS[4]: captured(np.random.default_rng(4), 60, 4, 12, number=4)}
+    keys = KEYS[:0:-1]
+    other = StoreWriter(tmp_path / "b", SPEC.model_copy(update={"data": "more"}), keys)
+    for plan in other.missing_shards():
+        other.write_shard(plan, [held[name] for name in keys[plan.start : plan.stop]])
+    other.finish()
+    store = combine_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert sorted(store.keys) == sorted(KEYS)
+    assert store.quarantined == store.verify() == []
+    for name in KEYS:
+        same(store.get(name), Store.open(tmp_path / ("b" if name == KEYS[4] else "a")).get(name))
+    before = listing(tmp_path / "c")
+    combine_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert listing(tmp_path / "c") == before
+    assert [row.key for row in combine_stores([tmp_path / "a"], tmp_path / "d").quarantined] == [KEYS[4]]
+    write(tmp_path / "e", spec=SPEC.model_copy(update={"model": "other"}))
+    with refused(tmp_path / "e", "model: 'model', now 'other'"):
+        combine_stores([tmp_path / "a", tmp_path / "e"], tmp_path / "f")
