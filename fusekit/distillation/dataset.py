@@ -93,6 +93,7 @@ class FusionDataset(Dataset[Example]):
         projections: name to how its rows come into the pivot's vocabulary; there may be more than sources.
         tokenizer: reads examples that ``pivot`` lacks; without it those are left out.
         fusion: what becomes of several models' rows; ``mode`` is the caller's business.
+        rewards: candidate to key to a reward model's number, for ``reward_softmax``.
         relative: whether ``lm_weighting`` is relative, which needs the ``typical`` bits per byte of examples. Live
             teachers score all examples for it first.
         writers: key to the one model that teaches an example, since it wrote it; others teach what they have.
@@ -117,11 +118,13 @@ class FusionDataset(Dataset[Example]):
         projections: Mapping[str, Projection] | None = None,
         tokenizer: Tokenizes | None = None,
         fusion: FusionSettings | None = None,
+        rewards: Mapping[str, Mapping[str, float]] | None = None,
         relative: bool = True,
         writers: Mapping[str, str] | None = None,
     ) -> None:
         self.pivot, self.tokenizer = pivot, tokenizer
         self.sources, how = dict(sources or {}), projections or {}
+        self.rewards = rewards or {}
         self.fusion, self.writers, self.relative = fusion or FusionSettings(), dict(writers or {}), relative
         if PIVOT in self.sources:
             raise DistillationError(f"a source cannot be called {PIVOT!r}: that is the pivot's own opinion")
@@ -261,7 +264,7 @@ class FusionDataset(Dataset[Example]):
         else:
             metrics = metrics_of([said for said, _, _ in heard.values()], self.fusion.metric)
         candidates = [
-            Candidate(name, given.rows, given.taught, metric, nll)
+            Candidate(name, given.rows, given.taught, metric, nll, self.rewards.get(name, {}).get(row.key))
             for (name, (_, given, nll)), metric in zip(heard.items(), metrics, strict=True)
         ]
         fused = FUSION_FUNCTIONS[self.fusion.function](candidates, level=self.fusion.level)

@@ -34,6 +34,7 @@ class Candidate:
         taught: bool [n], where it has something to say.
         cross_entropy: of the whole row, by one metric for every candidate (:func:`projected_ce`, :func:`metrics_of`).
         label_nll: float64 [n], minus the log-probability it gives each label; only read at ``token`` level.
+        reward: a reward model's number for the row, higher is better; only read by ``reward_softmax``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Candidate:
     taught: BoolArray
     cross_entropy: float
     label_nll: FloatArray | None = None
+    reward: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +86,18 @@ def avg_ce(candidates: Sequence[Candidate], level: str = "sequence") -> Fused:
     stays in the mixture's tail. arXiv 2401.10491.
     """
     scores = _scores(candidates, level)
-    logits = np.where(np.isfinite(scores), np.exp(-scores), -np.inf)
-    powers = np.exp(logits - np.maximum(logits.max(axis=1, keepdims=True), 0.0))
-    return mixture(candidates, powers / np.maximum(powers.sum(axis=1, keepdims=True), 1.0))  # 0 where nobody speaks
+    return mixture(candidates, _softmax(np.exp(-scores), scores))
 
 
-FUSION_FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce}
+def reward_softmax(candidates: Sequence[Candidate], level: str = "sequence") -> Fused:
+    """The mixture with weights softmax_j(reward_j). Inputs as :func:`avg_ce`, at ``sequence`` level, with rewards."""
+    if level != "sequence" or any(candidate.reward is None for candidate in candidates):
+        raise DistillationError("reward_softmax needs level sequence, and a reward of every model for every example")
+    rewards = np.array([[candidate.reward for candidate in candidates]], np.float64)
+    return mixture(candidates, _softmax(rewards, _scores(candidates, level)))
+
+
+FUSION_FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce, "reward_softmax": reward_softmax}
 
 
 def constant(weight: float, cross_entropies: Sequence[float], progress: float) -> float:
@@ -142,6 +150,14 @@ def _scores(candidates: Sequence[Candidate], level: str) -> FloatArray:
         scores = np.stack([np.where(c.taught, c.label_nll, np.inf) for c in candidates], axis=1)  # type: ignore[arg-type]
     finite: FloatArray = np.where(np.isfinite(scores), scores, np.inf)
     return finite
+
+
+def _softmax(logits: FloatArray, scores: FloatArray) -> FloatArray:
+    """Over the candidates whose score is finite; zeros where none is."""
+    logits = np.where(np.isfinite(scores), logits, -np.inf)
+    powers = np.exp(logits - np.nan_to_num(logits.max(axis=1, keepdims=True), neginf=0.0))
+    shares: FloatArray = powers / np.maximum(powers.sum(axis=1, keepdims=True), 1.0)
+    return shares
 
 
 def mixture(candidates: Sequence[Candidate], weights: FloatArray) -> Fused:

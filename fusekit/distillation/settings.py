@@ -354,6 +354,9 @@ def clashes(
             "dataloader_num_workers, no lm_weight 1 and no train_sampling_strategy but random and sequential"
         )
         yield from (_clash(says, "training.on_policy", f"training.{name}") for name, found in clash.items() if found)
+    if fusion.function == "reward_softmax":
+        says = "reward_softmax needs rewards, which no recipe or store has: give FusionDataset rewards, or use avg_ce"
+        yield _clash(says, "fusion.function")
     with_it = f"with vocabulary {vocabulary}"
     if raw and fusion.metric == "projected_ce":
         says = f"{with_it} no row is projected, so metric projected_ce does not exist: use bits_per_byte"

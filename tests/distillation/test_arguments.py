@@ -68,6 +68,7 @@ PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
         ("profuser", {"training": {"data_seed": 1}}, "leave data_seed out"),
         ("profuser", {"training": {"schedule": [{"epochs": 1}]}}, "0"),
         ("profuser", {"fusion": {"mode": "pairwise"}}, "joint"),
+        ("fusekit", {"fusion": {"function": "reward_softmax"}}, "give FusionDataset rewards"),
     ],
 )
 def test_values_that_cannot_be_had_together_are_refused(preset: str, changes: dict, message: str) -> None:

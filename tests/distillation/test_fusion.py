@@ -161,7 +161,21 @@ class TestAvgCE:
         assert fused.weights[0].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", FUSION_FUNCTIONS)
+def test_rewards_weigh_by_their_softmax():
+    weighed = FUSION_FUNCTIONS["reward_softmax"]
+    for rewards, second in (((1.0, 3.0), 1 / (1 + math.exp(-2))), ((-1e5, -2e5), 0.0)):
+        models = [replace(model, reward=reward) for model, reward in zip((PIVOT, SOURCE), rewards, strict=True)]
+        fused = weighed(models)
+        assert fused.weights[0].tolist() == pytest.approx([1 - second, second])
+        assert fused.weights[2].tolist() == [1, 0]  # only the pivot speaks of it
+    silent = [replace(model, taught=np.zeros(3, bool)) for model in models]
+    assert not weighed(silent).weights.any()
+    for wrong in ({"candidates": [PIVOT, models[1]]}, {"candidates": models, "level": "token"}):
+        with pytest.raises(DistillationError, match="a reward of every model"):
+            weighed(**wrong)
+
+
+@pytest.mark.parametrize("name", ["min_ce", "avg_ce"])
 class TestAll:
     def test_nobody_speaks(self, name):
         silent = [replace(c, taught=np.zeros(3, bool)) for c in (PIVOT, SOURCE)]

@@ -151,6 +151,13 @@ def test_the_better_model_of_a_row_teaches_it() -> None:
         assert example["target_taught"].any()
 
 
+def test_rewards_say_who_teaches_a_row() -> None:
+    rewards = {"pivot": {row.key: 0.0 for row in ROWS}, "s": {row.key: 1e5 * (-1) ** i for i, row in enumerate(ROWS)}}
+    data = dataset(ROWS, {"s": captured(ROWS)}, fusion=FusionSettings(function="reward_softmax"), rewards=rewards)
+    chosen = data.count_names.index("chosen/s")
+    assert [data[i]["counts"][chosen] for i in range(3)] == [1.0, 0.0, 1.0]
+
+
 def entries(ids: np.ndarray, logprobs: np.ndarray) -> dict[int, float]:
     return {int(a): float(b) for a, b in zip(ids, logprobs, strict=True) if a >= 0}
 
