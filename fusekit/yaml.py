@@ -22,8 +22,10 @@ from fusekit.errors import FusekitError, RecipeError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_NODES = 50_000
+MAX_NUMBER = 1000
 
 _MERGE = "tag:yaml.org,2002:merge"
+_STRING = "tag:yaml.org,2002:str"
 
 KeyPath = tuple[str | int, ...]
 TRUTH = ": put the word in quotes, since YAML reads no, off, yes and on as truth values"
@@ -146,6 +148,8 @@ def _check(root: Node, loader: _Loader) -> None:
         elif isinstance(node, MappingNode):
             _check_keys(node, loader)
             children = [child for pair in node.value for child in pair]
+        elif node.tag != _STRING and len(node.value) > MAX_NUMBER:
+            raise _Refused(f"a number or date of {len(node.value)} characters: put it in quotes", node.start_mark)
         total = 1 + sum(size(child) for child in children)
         open_nodes.discard(id(node))
         if total > MAX_NODES:

@@ -24,6 +24,7 @@ from fusekit.gguf import SUFFIX
 from fusekit.yaml import KeyPath, Settings
 
 _Count = Annotated[int, Field(gt=0)]
+_LONGEST_NAME = 100
 _OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and models
 _WORK = (".training", ".work")  # endings of folders of unfinished work
 UNREAD = "?"
@@ -193,12 +194,18 @@ class Recipe(Settings):
     def clashes(self) -> Iterator[Mistake]:
         """Values, each right by itself, that do not go together, and names that clash."""
         labels = [source.label for source in self.sources]
-        for index, label in enumerate(labels):
+        for index, (source, label) in enumerate(zip(self.sources, labels, strict=True)):
             if label in labels[:index]:
                 yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", ("sources", index))
             if label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
                 why = "which cannot be a folder of its own in the output: give it another `name`"
                 yield Mistake(f"no source may be called {label!r}, {why}", ("sources", index))
+            if len(label) > _LONGEST_NAME:
+                says = f"the source {label[:20]}... has a name of {len(label)} characters: give it a `name` of at most"
+                yield Mistake(f"{says} {_LONGEST_NAME}", ("sources", index))
+            if (source.path, source.revision) == (self.pivot.path, self.pivot.revision):
+                says = f"the source {label!r} is the pivot itself, which it has nothing to teach: remove it"
+                yield Mistake(says, ("sources", index))
         if (self.respond is None) != (self.distill.schedule is None):
             has, lacks = ("distill.schedule", "respond") if self.respond is None else ("respond", "distill.schedule")
             says = f"{has} is given, but not {lacks}: a schedule trains on answers, which nothing else reads"

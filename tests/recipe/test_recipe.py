@@ -273,6 +273,8 @@ def test_one_target_has_nothing_to_select_by(write, changed):
         ("[{model: a/b.training}]", "'b.training'"),
         ("[{model: ../..}]", r"'\.\.'"),
         ("[]", "sources"),
+        (f"[{{model: a/{'b' * 300}}}]", "300 characters"),
+        ("[{model: p}]", "the pivot itself"),
         ("[{model: a, name: ../up}]", r"sources\.0\.name"),
     ],
 )
