@@ -145,20 +145,28 @@ def _names(weight: Any) -> list[str]:
     return [weight.name, *(weight.aliases or ()), *(weight.tied_names or ())]
 
 
+def _is_tied(config: Any) -> bool:
+    """Whether a model's output head is its embedding, by its config or that of its text model."""
+    return any(getattr(each, "tie_word_embeddings", True) for each in (config, config.get_text_config()))
+
+
 def _planned_tensor(save: Any, by_pin: dict[Any, Model], built: Shapes, problems: Problems) -> PlannedTensor:
     gather, task = _gather(save), save.tensor_task
     inputs: dict[Any, TensorHeader] = {}
     converted = []
     for pinned, weight in gather.weight_info.items():
         model = by_pin[pinned]
-        header = next((model.headers[name] for name in _names(weight) if name in model.headers), None)
+        # mergekit would take the embedding for an output head that is missing, whatever the config says.
+        apart = "embed" not in weight.name and not _is_tied(model.config)
+        names = _names(weight.model_copy(update={"tied_names": None}) if apart else weight)
+        header = next((model.headers[name] for name in names if name in model.headers), None)
         if header is not None:
             inputs[pinned] = header
         elif can_convert_checkpoint_keys(model.config.model_type, set(model.headers), weight.name):
             converted.append(pinned)
             if (whole := _whole(model, built.get(save.tensor_name))) is not None:
                 inputs[pinned] = whole
-        elif not weight.optional:
+        elif not weight.optional or (apart and weight.tied_names):
             problems.add(
                 model.place,
                 f"{model.name} lacks the tensor {weight.name}: is a shard missing, or is it another architecture?",

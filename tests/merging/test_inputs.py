@@ -110,6 +110,9 @@ BEFORE_READING = {
     "a missing tensor": case(
         with_tensor("target1", Q_PROJ, None), says=["target1", Q_PROJ, "lacks the tensor", "line 4"]
     ),
+    "a missing output head": case(
+        with_tensor("target1", "lm_head.weight", None), says=["target1 lacks the tensor lm_head.weight", "line 4"]
+    ),
     "another shape": case(
         with_tensor("target2", Q_PROJ, torch.zeros(16, 20)),
         says=["target2", "base", Q_PROJ, "[16, 16]", "[16, 20]", "not a fine-tune"],
