@@ -157,7 +157,7 @@ def summary(store: Store) -> str:
     """A table of a store by data set, and the examples that have no distribution."""
     found, spec = figures(store), store.spec
     size = f"{counted(found['shards'], 'shard')}, {human(found['file_bytes'])}"
-    size += "" if store.complete else ", not finished: the other ranks have not written theirs"
+    size += "" if store.complete else ", not finished"
     width = max(len(name) for name in ("all", *found["datasets"]))
     lines = [
         f"{store.path}: top {spec.top_k} of {spec.vocabulary} ids from {spec.model}, {size}",

@@ -1,9 +1,11 @@
-"""`fusekit inspect alignment`: what an alignment of two tokenizers links and loses, and why."""
+"""`fusekit inspect`: what an alignment of two tokenizers links and loses, and why; what a store holds."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from fusekit.alignment import TokenAlignment
     from fusekit.alignment.quality import AlignmentQuality
     from fusekit.distillation.worth import TeacherWorth
+    from fusekit.types import CapturedRow
 
 SHOWN = 3
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -26,7 +29,7 @@ _STORE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @click.group()
 def inspect() -> None:
-    """Look at the alignment of two tokenizers."""
+    """Look at the alignment of two tokenizers, or at a store."""
 
 
 @inspect.command()
@@ -106,6 +109,38 @@ def alignment(
         page = alignment_page(quality, [sample_of(found, surfaces) for found in shown], worth)
         html.write_text(page, encoding="utf-8", errors="backslashreplace")
         click.echo(f"page: {html}")
+
+
+@inspect.command()
+@click.argument("path", type=_STORE)
+@click.option("--rows", default=2, show_default=True, type=click.IntRange(min=0), help="Examples to show.")
+@click.option("--tokenizer", help="The model's tokenizer, if it is no longer where it was.")
+def store(path: Path, *, rows: int, tokenizer: str | None) -> None:
+    """Show what the store PATH holds: sizes, cross-entropy by source of data, and examples with what was expected."""
+    from fusekit.capturing.store import Store
+    from fusekit.cli.capture import summary
+
+    opened = Store.open(path, incomplete=True)
+    click.echo(summary(opened))
+    reads = load_tokenizer(tokenizer or opened.spec.model) if rows else None
+    for i in range(min(rows, len(opened))):
+        click.echo("\n" + "\n".join(_row_lines(opened[i], reads)))
+
+
+def _row_lines(row: CapturedRow, tokenizer: Any) -> Iterator[str]:
+    """An example's text, and of its first labels the probability and the most probable tokens."""
+
+    def shown(ids: Sequence[int], most: int = 24) -> str:
+        # Control characters of somebody's data do not reach the terminal.
+        return repr(tokenizer.decode(ids, skip_special_tokens=False))[:most]
+
+    tokens, entries = row.tokens, zip(*row.rows[:2], row.actual.tolist(), strict=True)
+    yield f"row {tokens.key} ({row.dataset}), {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
+    yield f"  {shown(tokens.ids.tolist(), 600)}"
+    for position, (ids, logprobs, actual) in zip(tokens.label_positions[:12].tolist(), entries, strict=False):
+        best = zip(ids[:SHOWN].tolist(), map(math.exp, logprobs[:SHOWN]), strict=True)
+        expected = ", ".join(f"{shown([id_])} {p:.3f}" for id_, p in best if id_ >= 0)
+        yield f"  {position:>6} {shown([int(tokens.ids[position])]):<16} {math.exp(actual):.3f}   {expected}"
 
 
 def load_tokenizer(name: str) -> Any:

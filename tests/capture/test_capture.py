@@ -11,7 +11,7 @@ from fusekit.capturing import engine as batches
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, parameters
 from fusekit.capturing.settings import CaptureSettings
-from fusekit.capturing.store import Manifest, read_json
+from fusekit.capturing.store import Manifest, Store, read_json
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError
@@ -238,6 +238,11 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     assert figures["data"]["kept"] == 20
     assert "20 of 20 examples kept" in made.stderr
     assert "20 examples in 3 shards, all as committed" in invoke("verify", tmp_path).output
+    page, first = invoke("inspect", "store", out, "--rows", 1).output, Store.open(out)[0]
+    assert f"{figures['datasets']['add']['bits_per_byte']:.4f}" in page
+    assert f"row {first.tokens.key}" in page
+    assert "<|assistant|>" in page
+    assert f"{np.exp(first.actual[0]):.3f}   " in page
     shard = out / "shard-00002.parquet"
     content = bytearray(shard.read_bytes())
     content[500] ^= 1
