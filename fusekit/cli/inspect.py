@@ -167,10 +167,11 @@ def load_tokenizer(name: str) -> Any:
 def _summary(quality: AlignmentQuality) -> str:
     from fusekit.alignment.quality import MEANING
     from fusekit.alignment.rows import Case
+    from fusekit.disk import counted
 
     total = quality.total.to_dict()
     lines = [
-        f"{quality.texts} texts, {quality.pivot_tokens} pivot and {quality.source_tokens} source tokens",
+        f"{counted(quality.texts, 'text')}, {quality.pivot_tokens} pivot and {quality.source_tokens} source tokens",
         f"  linked      {100 * total['linked_share']:5.1f} %   of the pivot's positions",
         f"  with a row  {100 * total['row_share']:5.1f} %",
         "by case:",

@@ -15,7 +15,7 @@ import click
 from fusekit import artifacts as artifact
 from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
 from fusekit.cli.recipe import overrides, recipe_argument
-from fusekit.disk import counted
+from fusekit.disk import counted, human
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import STAGES
 from fusekit.yaml import Document
@@ -108,7 +108,6 @@ def clean(
     out), checkpoints of trainings that are finished, and what processes that died left behind. With --stage or --from
     it is what these stages made, so that the next run makes it again. Nothing that is not of the run is touched.
     """
-    from fusekit.disk import counted, human
     from fusekit.pipeline import clean as cleaning
     from fusekit.pipeline.run import write_log
     from fusekit.recipe.loading import load_recipe

@@ -93,11 +93,6 @@ class Table:
             return None
         return cells[-1]
 
-    def wins(self, model: str, reference: str) -> int:
-        """At how many skills a model is better than a reference."""
-        cells = self.lines[model][: self.skills]
-        return sum(reference in cell.changes and cell.changes[reference].better is True for cell in cells)
-
     @property
     def best(self) -> str | None:
         """The model with the best mean; of equals the last, since the merged model comes last."""

@@ -87,7 +87,7 @@ def _card(facts: Facts) -> str:
         left_out=left_out(facts),
         versions={name: str(known[name]) for name in versions if name in known},
         weights=weights_hash(facts.layout.merged),
-        stages={place: held for place, (held, _) in stages(facts).items()},
+        stages={place: held for place, (held, *_) in stages(facts).items()},
         heat=heat_map(facts),
         values=yaml.safe_dump(_portable(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
     )

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fusekit.alignment.quality import LOST, MEANING, Sample
+from fusekit.artifacts import joined_hash
 from fusekit.data.reading import DROPPED, REASONS
 from fusekit.disk import counted, human
 from fusekit.distillation.dataset import CHOSEN
@@ -203,21 +204,23 @@ def left_out(facts: Facts) -> list[dict[str, Any]]:
     return found
 
 
-def stages(facts: Facts) -> dict[str, tuple[str, float | None]]:
-    """What each artifact holds, by its place and in the order of the stages, and the seconds that it took."""
+def stages(facts: Facts) -> dict[str, tuple[str, str, float | None]]:
+    """What each artifact holds, by its place and in the order of the stages, its hash, and the seconds that it took."""
 
     def held(count: int, noun: str, sizes: Iterable[int]) -> str:
         return f"{counted(count, noun)}, {human(sum(sizes))}"
 
-    found: dict[str, tuple[str, float | None]] = {}
+    found: dict[str, tuple[str, str, float | None]] = {}
     for place, known in facts.artifacts.items():
         # The card is left out: it is written when everything else is known.
-        sizes = (file.size for name, file in known.files.items() if name != CARD)
-        found[place] = held(len(known.files), "file", sizes), known.made.get("seconds")
-    captures = {
-        f"captures/{name}": (held(len(store), "example", (record.size for record in store.records)), None)
-        for name, store in facts.stores.items()
-    }
+        files = {name: file for name, file in known.files.items() if name != CARD}
+        content = joined_hash(f"{name} {file.xxh3}" for name, file in files.items())
+        holds = held(len(known.files), "file", (file.size for file in files.values()))
+        found[place] = holds, content, known.made.get("seconds")
+    captures = {}
+    for name, store in facts.stores.items():
+        holds = held(len(store), "example", (record.size for record in store.records))
+        captures[f"captures/{name}"] = holds, joined_hash(record.xxh3 for record in store.records), None
     data = {"data": found.pop("data")} if "data" in found else {}
     return data | captures | found
 

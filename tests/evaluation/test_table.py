@@ -27,7 +27,6 @@ def test_changes_have_a_sign_and_a_word_and_the_best_is_marked() -> None:
     assert bits.mean("targets/x") is None
     assert bits.mean("merged") == merged[-1]
     assert (merged[-1].value, bits.best) == (1.0, "merged")
-    assert (bits.wins("merged", "pivot"), bits.wins("merged", "baseline")) == (2, 1)
     (match,) = exact.lines["merged"]
     assert (match.shown, match.changes["baseline"].shown) == ("62.5", "−12.5 points")
     assert (match.changes["baseline"].word, match.changes["pivot"].word) == ("worse", "better")

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusekit import artifacts as artifact
-from fusekit.artifacts import weights_hash
+from fusekit.artifacts import joined_hash, weights_hash
+from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import StorageError
@@ -339,6 +340,25 @@ def test_coefficients_are_arranged_by_layer_and_module(run: Path) -> None:
     assert found["cells"]["two"]["model.norm", None] == 0.5
     assert found["reach"] == pytest.approx(0.4)
     assert found["figures"]["one"] == pytest.approx((0.42, 0.1, 0.9))
+
+
+def test_one_distilled_model_needs_no_map_of_coefficients(run: Path) -> None:
+    tensors = {"model.norm.weight": {"method": "fusechat_sce", "coefficients": {"/out/one": 1.0}}}
+    (run / "merged" / "coefficients.json").write_text(json.dumps({"tensors": tensors}))
+    text = shown(run)
+    assert "all of every matrix comes from it" in text
+    assert "Coefficients by distilled model" not in text
+
+
+def test_every_artifact_has_the_hash_of_its_files(run: Path) -> None:
+    known = artifact.read(run / "data")
+    store = Store.open(run / "captures" / "one", incomplete=True)
+    assert known is not None
+    for content in (
+        joined_hash(f"{name} {file.xxh3}" for name, file in known.files.items()),
+        joined_hash(record.xxh3 for record in store.records),
+    ):
+        assert content in shown(run)
 
 
 def test_numbers_and_names_as_people_read_them() -> None:
