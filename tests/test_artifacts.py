@@ -160,8 +160,8 @@ def test_a_lock_that_cannot_be_made_names_its_place():
             pass
 
 
-@pytest.mark.parametrize("name", ["circle", "circle/out"])
-def test_links_in_a_circle_are_no_output(tmp_path, name):
+@pytest.mark.parametrize("name", ["circle", "circle/out", "a" * 300])
+def test_links_in_a_circle_and_long_names_are_no_output(tmp_path, name):
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(StorageError, match="choose another"):
         refuse_file(tmp_path / name)

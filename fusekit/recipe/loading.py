@@ -56,8 +56,11 @@ class _Written:
         for at, name in reversed(self.overrides):
             if path[: len(at)] == at:
                 return name, 0
-        document = next(document for document, data in reversed(self.files) if path_in(data, path) == path)
-        return document.name, document.line(path)
+        for document, data in reversed(self.files):
+            if path_in(data, path) == path:
+                return document.name, document.line(path)
+        # A section that overrides alone made.
+        return next((name for at, name in self.overrides if at[: len(path)] == path), self.top.name), 0
 
     def report(self, mistakes: Iterable[Mistake]) -> str:
         """The text of an error with every mistake and its place, in the order of files and lines."""

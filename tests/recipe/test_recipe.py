@@ -324,6 +324,11 @@ def test_overrides_reach_into_lists_and_are_yaml(write):
     assert recipe.distill.lora == {"r": 8}
 
 
+def test_a_section_that_only_overrides_give_is_blamed_on_them(write):
+    with pytest.raises(RecipeError, match=r"--set distill\.optim=sgdd: .*sgdd"):
+        checked(write(SMALL), "distill.optim=sgdd")
+
+
 @pytest.mark.parametrize("override", ["novalue", "=3", "sources.7.name=x", "sources.x.name=y", "data.path.deep=1"])
 def test_overrides_that_name_nothing(write, override):
     with pytest.raises(RecipeError, match="--set"):
