@@ -36,6 +36,7 @@ _ADVICE = {
     errno.EIO: "check the disk or ",
 }
 
+
 def existing_parent(path: Path) -> Path:
     """The nearest folder on the way up from ``path`` (itself included) that exists."""
     path = path.resolve()
@@ -54,8 +55,6 @@ def refuse_file(folder: Path) -> None:
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not os.path.isdir(place):  # noqa: PTH112  pathlib's raises where it may not look
         raise StorageError(f"{folder}: {place} is not a folder: choose another output")
-    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
-        raise StorageError(f"{folder} has a name that is too long: choose another output")
 
 
 def free_bytes(path: Path) -> int:
