@@ -248,15 +248,19 @@ class Facts:
         places = {f"targets/{name}": f"targets/{name}" for name in self.wanted} | {BASELINE: "baselines/sft"}
         places |= {MERGED: MERGED} if MERGED in self.artifacts else {}
 
-        def is_current(name: str) -> bool:
+        def is_current(name: str, shown: dict[str, dict[str, float | None]]) -> bool:
+            own = self._record(self.layout.evaluation(name) / "scores.json", dict[str, dict[str, float | None]]) or {}
+            if any(json.dumps(shown.get(metric, of)) != json.dumps(of) for metric, of in own.items()):
+                return False  # scored again, by a run that did not come to writing all results
             scores = self.artifacts.get(f"evaluation/{name}")
             if name in given or name not in places or scores is None:
                 return name in given
             return not self._changed(places[name], scores.inputs.get("model"))
 
-        kept = {name: scores for name, scores in found.models.items() if is_current(name)}
+        kept = {name: scores for name, scores in found.models.items() if is_current(name, scores)}
         if gone := [name for name in found.models if name not in kept]:
-            self.left_out.append(f"The scores of {text.listed(gone)} are left out: the run has those models no longer.")
+            why = "the run has other models or newer scores"
+            self.left_out.append(f"The scores of {text.listed(gone)} are left out: {why}.")
         return found.model_copy(update={"models": kept})
 
     def _tried(self, path: Path, load: Callable[[Path], Loaded]) -> Loaded | None:

@@ -350,6 +350,14 @@ def test_one_distilled_model_needs_no_map_of_coefficients(run: Path) -> None:
     assert "Coefficients by distilled model" not in text
 
 
+def test_scores_that_were_measured_again_are_not_shown_as_they_were(run: Path) -> None:
+    scores = run / "evaluation" / "targets" / "one" / "scores.json"
+    known = json.loads(scores.read_text())
+    skill = next(iter(known["bits_per_byte"]))
+    scores.write_text(json.dumps(known | {"bits_per_byte": {**known["bits_per_byte"], skill: 9.875}}))
+    assert "The scores of targets/one are left out" in shown(run)
+
+
 def test_every_artifact_has_the_hash_of_its_files(run: Path) -> None:
     known = artifact.read(run / "data")
     store = Store.open(run / "captures" / "one", incomplete=True)
