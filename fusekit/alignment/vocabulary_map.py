@@ -261,7 +261,7 @@ def _remembered(pivot: Surfaces, source: Surfaces, method: str, counted: Mapping
 def read_targets(path: Path, pivot: Surfaces, source: Surfaces) -> IntArray:
     """The targets of a map between these vocabularies that ``np.savez(file, targets=...)`` wrote.
 
-    Raises FileNotFoundError; StorageError for a damaged file (a zip archive has checksums), or a map of others.
+    Raises FileNotFoundError; StorageError for a damaged file (a zip archive has checksums), or ids that they lack.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:

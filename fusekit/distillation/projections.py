@@ -413,7 +413,7 @@ def write_map(folder: Path, made: VocabularyMap) -> None:
 
 
 def read_map(folder: Path, method: str, pivot: Any, source: Any) -> VocabularyMap:
-    """The map that :func:`write_map` wrote, of these tokenizers by this method. Raises StorageError where it is not."""
+    """The map that :func:`write_map` wrote, of these tokenizers by this method. StorageError: missing or damaged."""
     surfaces = vocabulary_surfaces(pivot), vocabulary_surfaces(source)
     try:
         return VocabularyMap(read_targets(folder / NAME, *surfaces), method, *surfaces)
