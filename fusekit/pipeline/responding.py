@@ -70,11 +70,11 @@ def _made_lines(
     if len(found) < len(items):
         del found[len(found) // size * size :]  # so that batches are those of a run that nobody interrupted
     commit_file(path, b"".join(map(_line, found)))
-    with progress(len(items), label, "question", quiet=context.quiet) as bar, path.open("ab") as file:
+    with progress(len(items), label, "question", quiet=context.quiet) as bar:
         bar.update(len(found))
         for start in range(len(found), len(items), size):
             records = how(items[start : start + size])
-            with disk_errors(path):
+            with disk_errors(path), path.open("ab") as file:  # closing one that a full disk failed fails again
                 file.writelines(map(_line, records))
                 file.flush()
                 os.fsync(file.fileno())
@@ -87,7 +87,7 @@ def _lines_of(path: Path) -> list[Any]:
     """The values of a file's lines, without one that was cut off."""
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged: {error}; remove it, and it is made again") from error
 
 
@@ -101,8 +101,8 @@ def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], 
     if known is not None or not (work / _BEGUN).is_file():
         return compared(folder, known, lambda before: before | inputs(before))
     try:
-        begun = json.loads((work / _BEGUN).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        begun = dict(json.loads((work / _BEGUN).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{work / _BEGUN} cannot be read: {error}; remove {work} to start over") from error
     status = compared(work, begun, lambda before: before | inputs(before))
     if status.state == STALE:

@@ -17,7 +17,9 @@ from fusekit.capturing.store import Store
 from fusekit.errors import CaptureError, RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.clean import made_by, unneeded
+from fusekit.pipeline.responding import _made_lines
 from fusekit.pipeline.run import make_plan
+from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
 from tests.pipeline.test_faults import RUN, child, killed_again_and_again, write_world
 from tests.pipeline.worlds import differences, go, refused
@@ -167,6 +169,26 @@ def test_answers_that_are_half_written_are_gone_on_with_and_damaged_ones_named(f
     go(recipe, out, until="respond")
     assert differences(finished / "out" / "responses", out / "responses") == []
     assert not Layout.work(folder).exists()
+
+
+def test_a_disk_that_fills_up_under_answers_is_named_and_whole_ones_stay(mounted: Any, world: Path) -> None:
+    recipe = load_recipe("recipe.yml")
+    disk, context = mounted("size=384k"), Context(recipe, quiet=True)
+    path = disk / "work" / "answers.jsonl"
+    (disk / "ballast").write_bytes(bytes(320 << 10))
+
+    def made(text: str) -> list[Any]:
+        return _made_lines(context, path, {}, range(60), lambda some: [[text, n] for n in some], label="")
+
+    with pytest.raises(StorageError, match=rf"{path}: No space left on device \(.* free\)"):
+        made("a" * 3000)
+    *whole, cut = path.read_bytes().splitlines(keepends=True)
+    assert not cut.endswith(b"\n")
+    (disk / "ballast").unlink()
+    made("b")
+    kept = len(whole) // 3 * 3  # in batches of three
+    assert kept > 9
+    assert path.read_bytes().splitlines(keepends=True)[: kept + 1] == [*whole[:kept], b'["b", %d]\n' % kept]
 
 
 def kill_before_publishing() -> None:
