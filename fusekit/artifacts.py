@@ -19,7 +19,7 @@ import xxhash
 from pydantic import BaseModel, Field
 
 from fusekit import __version__
-from fusekit.disk import disk_errors, recover, staging
+from fusekit.disk import disk_errors, recover, refuse_file, staging
 from fusekit.errors import FusekitError, StorageError
 
 MANIFEST = "manifest.json"
@@ -150,11 +150,9 @@ def is_stage(folder: Path) -> bool:
 def read(folder: Path) -> Artifact | None:
     """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
     try:
         with disk_errors(path, "cannot be read"):
-            return Artifact.model_validate_json(path.read_bytes())
+            return Artifact.model_validate_json(path.read_bytes()) if path.exists() else None
     except (ValueError, RecursionError) as error:
         raise StorageError(
             f"{path} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run of fusekit "
@@ -224,6 +222,7 @@ def refuse_foreign(folder: Path) -> None:
 
     A file that the manifest lists does not count, whatever it holds by now.
     """
+    refuse_file(folder)
     if folder.exists() and (found := foreign(folder)):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise StorageError(

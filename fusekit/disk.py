@@ -23,8 +23,8 @@ import filelock
 
 from fusekit.errors import StorageError
 
-# Rust libraries (safetensors, tokenizers) report the system's error as text.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# Rust libraries (safetensors, tokenizers) and shutil.copytree report the system's error as text.
+_OS_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 
 _ADVICE = {
     errno.ENOSPC: "free some space or ",
@@ -143,15 +143,18 @@ def output_lock(output: Path, patience: float = 0) -> Iterator[None]:
                 raise StorageError(
                     f"{output}: cannot be locked: no file can be made in {output.parent}; choose another output"
                 ) from None
-            known = (holder.read_text(encoding="utf-8") if holder.is_file() else "") or "another process"
+            by = ""
+            with suppress(OSError):  # it has just begun, or ended
+                by = holder.read_text("utf-8", "replace")
             raise StorageError(
-                f"{output}: already being written by {known}. Wait for it or choose another folder."
+                f"{output}: already being written by {by or 'another process'}. Wait for it or choose another folder."
             ) from None
     try:
         with disk_errors(holder):
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}", "utf-8")
+            text = f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}"
+            holder.write_text(text, "utf-8", "backslashreplace")  # names of files may be no UTF-8
         yield
     finally:
         with suppress(OSError):

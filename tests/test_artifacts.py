@@ -154,6 +154,18 @@ def test_two_outputs_in_one_folder_do_not_meet(tmp_path):
         pass
 
 
+def test_the_holder_is_named_whatever_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fusekit", "a\udcff"])  # a name of a file that is no UTF-8
+    first, second = output_lock(tmp_path / "a"), output_lock(tmp_path / "a")
+    with first:
+        with pytest.raises(StorageError, match=r"fusekit a\\udcff\. Wait"), second:
+            pass
+        (tmp_path / ".a.fusekit.holder").unlink()
+        third = output_lock(tmp_path / "a")
+        with pytest.raises(StorageError, match="already being written by another process"), third:
+            pass
+
+
 def test_a_lock_that_cannot_be_made_names_its_place():
     for out in ("/dev/null/out", "/dev/null/deep/out"):
         with pytest.raises(StorageError, match="/dev/null is not a folder: choose another"), output_lock(Path(out)):

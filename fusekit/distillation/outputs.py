@@ -16,7 +16,7 @@ import xxhash
 
 from fusekit.artifacts import File, differing, files_of
 from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
-from fusekit.disk import commit_file, disk_fault, sync_tree
+from fusekit.disk import commit_file, disk_errors, disk_fault, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
@@ -86,8 +86,9 @@ def begin_overwriting(targets: Sequence[Target]) -> None:
     for target in targets:
         shutil.rmtree(target.work, ignore_errors=True)
         if target.folder.exists():
-            target.work.mkdir()
-            commit_file(target.work / OVERWRITING, b"")
+            with disk_errors(target.work):
+                target.work.mkdir()
+                commit_file(target.work / OVERWRITING, b"")
 
 
 def is_former(target: Target) -> bool:

@@ -12,7 +12,7 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
-from fusekit.disk import commit_file
+from fusekit.disk import commit_file, output_lock
 from fusekit.layout import MERGED, PIVOT
 from fusekit.report import text
 from fusekit.report.facts import Facts
@@ -54,8 +54,9 @@ def write_report(out: Path, *, with_card: bool = True) -> list[str]:
     facts, said = Facts(out), []
     if with_card and MERGED in facts.artifacts:
         try:
-            if artifact.replace_file(facts.layout.merged, CARD, _encoded(_card(facts))):
-                said.append(str(facts.layout.merged / CARD))
+            with output_lock(facts.layout.merged):  # `fusekit merge` may be writing there
+                if artifact.replace_file(facts.layout.merged, CARD, _encoded(_card(facts))):
+                    said.append(str(facts.layout.merged / CARD))
         except artifact.ChangedError as error:
             said.append(f"warning: {error}")
     path, data = facts.layout.report, _encoded(page(facts))

@@ -315,6 +315,13 @@ def test_an_overwrite_that_was_interrupted_goes_on(rate: float, world: Path, tra
         distill(inputs(world), settings(training={**TWICE, "learning_rate": 0.5}), out, resume=True)
 
 
+def test_checkpoints_that_cannot_be_forgotten_are_named(world: Path, trained: Train, tmp_path: Path) -> None:
+    shutil.copytree(trained(**TWICE), tmp_path / "out" / "source1")
+    (tmp_path / "out" / "source1.training").write_text("no folder")
+    with pytest.raises(StorageError, match=r"source1\.training cannot be written: .*File exists"):
+        distill(inputs(world), settings(training=TWICE), tmp_path / "out", overwrite=True)
+
+
 def test_a_second_run_names_the_first(world: Path, tmp_path: Path) -> None:
     with output_lock((tmp_path / "out").resolve()), pytest.raises(StorageError, match="already being written"):
         distill(inputs(world), settings(), tmp_path / "out")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from click.testing import CliRunner
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
 from fusekit.cli import cli
+from fusekit.disk import output_lock, staging
 from fusekit.errors import StorageError
 from fusekit.report.card import write_report
 from tests.processes import kill_at
@@ -156,6 +160,40 @@ def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> 
         left = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert left == {path.name: path.read_bytes() for path in whole.iterdir()}, number
     assert cards == {b"old", b"new card"}
+
+
+def test_the_card_waits_for_a_merge_into_the_same_folder(run: Path) -> None:
+    merged = run / "merged"
+    with output_lock(merged), staging(merged) as other:
+        with pytest.raises(StorageError, match="already being written"):
+            write_report(run)
+        (other / "config.json").write_text("{}")
+    assert [path.name for path in merged.iterdir()] == ["config.json"]
+
+
+def test_a_disk_without_links_is_written_to_and_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder = tmp_path / "merged"
+    artifact.publish(folder, "merge", {}, lambda into: (into / "model.bin").write_bytes(b"w"))
+    assert artifact.replace_file(folder, "README.md", b"added")
+    assert artifact.problems(folder) == []
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(StorageError, match=r"merged: No space left on device \(.* free\)"):
+        artifact.replace_file(folder, "README.md", b"changed")
+    assert (folder / "README.md").read_bytes() == b"added"
+
+
+def test_a_file_where_an_artifact_is_to_come_stays(tmp_path: Path) -> None:
+    (tmp_path / "merged").write_text("mine")
+    with pytest.raises(StorageError, match="is not a folder"):
+        artifact.publish(tmp_path / "merged", "merge", {}, lambda into: (into / "x").write_bytes(b""))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("merged", "mine")]
 
 
 def test_a_file_is_added_and_others_are_not_of_the_artifact(tmp_path: Path) -> None:
