@@ -6,7 +6,7 @@ aligned: stores of the answers, of any ``top_k``, are all that is needed of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -27,7 +27,7 @@ from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits
 from fusekit.distillation.inputs import capture_student, own_folder
 from fusekit.distillation.live import Loaded
 from fusekit.errors import DataError, DistillationError
-from fusekit.types import FloatArray
+from fusekit.types import FloatArray, Part, Row, TokenizedRow
 
 ANSWERS = ("chosen", "rejected")
 
@@ -140,7 +140,7 @@ class PreferenceTrainer(Trainer):
 
     Raises:
         DataError: a pair that cannot be read.
-        DistillationError: a pair is too long, or a store lacks an answer.
+        DistillationError: a pair is too long, or a store lacks an answer or has another part of it.
     """
 
     def __init__(
@@ -169,6 +169,8 @@ class PreferenceTrainer(Trainer):
         own = capture_student(student, reader, prepared.rows, args, CaptureSettings(top_k=1))
         keys = [row.key for row in rows]
         pivot, *others = (_per_token(name, store, keys) for name, store in {"the model": own, **stores}.items())
+        for name, store in stores.items():
+            _refuse_other_parts(name, store, own, rows)
         known = np.array(others).reshape(len(others), len(rows))
         chosen, rejected = (
             fused_reference(pivot[at::2], known[:, at::2], preferred=not at, clip=args.clip) for at in (0, 1)
@@ -240,3 +242,31 @@ def _per_token(name: str, store: Store, keys: list[str]) -> FloatArray:
     at = [store.position(key) for key in keys]
     found: FloatArray = -store.summary.cross_entropy[at] / store.summary.labels[at]
     return found
+
+
+def _refuse_other_parts(name: str, store: Store, own: Store, rows: Sequence[Row]) -> None:
+    """Raise DistillationError where a source was captured on other messages than the model, or on cut answers.
+
+    A template that drops how an answer begins is no reason: the source judges what it has read.
+    """
+    other = []
+    for row in rows:
+        theirs, ours = store.position(row.key), own.position(row.key)
+        if store.summary.bytes[theirs] == own.summary.bytes[ours]:
+            continue
+        said, read = store[theirs].tokens, own[ours].tokens
+        if {*said.message[said.labels]} != {*read.message[read.labels]} or _is_cut(row, said):
+            other.append(row.key)
+    if other:
+        raise DistillationError(
+            f"{name} has another part of {len(other)} of {len(rows)} answers ({other[0]}): it was captured with a "
+            "smaller max_length, which cuts them, or with train_on all; capture it from answers(pairs), with the same "
+            "max_length"
+        )
+
+
+def _is_cut(row: Row, tokens: TokenizedRow) -> bool:
+    """Whether the tokens of the last message end before its text does."""
+    last = len(row.messages) - 1
+    ends = tokens.ends[(tokens.message == last) & (tokens.part == Part.CONTENT)]
+    return bool(len(ends)) and int(ends.max()) < len(row.messages[last].content.rstrip().encode())

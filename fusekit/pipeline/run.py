@@ -169,10 +169,14 @@ def run(
     else:
         in_first(partial(_refuse, check(recipe)))
 
+    heading: list[str] = []  # of a stage that has not said anything yet
+
     def tell(line: str) -> None:
         if processes.is_first:
-            write_log(layout.logs, line)
-            say(line)
+            for text in (*heading, line):
+                write_log(layout.logs, text)
+                say(text)
+            heading.clear()
 
     context = Context(recipe, layout, tell, quiet, merge_options or {}, ignore_estimates)
     needed = {need for name in chosen for need in TABLE[name].needs}
@@ -190,6 +194,8 @@ def run(
         for name in STAGES:
             stage = TABLE[name]
             if name in chosen:
+                if len(chosen) > 1:
+                    heading[:] = [f"stage {chosen.index(name) + 1} of {len(chosen)}: {name}"]
                 if stage.shared:
                     stage.make(context)
                 else:

@@ -159,3 +159,13 @@ def test_an_adapter_is_trained_alone(modules: Any, tmp_path: Path) -> None:
     trained = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)
+
+
+@pytest.mark.parametrize("how", [{"max_length": 20}, {"train_on": "all"}])
+def test_a_store_of_another_part_of_the_answers_is_refused(how: dict[str, Any], tmp_path: Path) -> None:
+    pairs = [*PAIRS, {"prompt": "Say:", "chosen": "a b " * 20, "rejected": "z " * 20}]
+    other = capture(NEOX, answers(pairs), tmp_path / "other", top_k=1, quiet=True, **how)
+    with pytest.raises(DistillationError, match=r"neox has another part of \d+ of 34"):
+        trainer(tmp_path / "out", {"neox": other}, pairs)
+    whole = capture(NEOX, answers(pairs), tmp_path / "whole", top_k=1, quiet=True)
+    assert len(trainer(tmp_path / "out", {"neox": whole}, pairs).train_dataset) == 17

@@ -70,6 +70,7 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     lines = (out / "logs" / "run.log").read_text().splitlines()
     assert all(line[:4].isdecimal() and line[10] == "T" for line in lines)
     assert any("distill llama: step 16 of 16: loss " in line for line in lines)
+    assert any(re.search(r"stage \d of \d: distill$", line) for line in lines)
     assert lines[-1].endswith(" done")
 
 
