@@ -42,7 +42,9 @@ class Settings(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = str(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
-            raise ValueError(f"{str(value).lower()} is a truth value{TRUTH}")
+            raise ValueError(
+                f"{str(value).lower()} is a truth value{TRUTH if 'str' in kinds or 'Literal' in kinds else ''}"
+            )
         return value
 
 

@@ -200,7 +200,8 @@ def _message(turn: Any, where: str) -> Turn:
     written = turn.get("from") if turn.get("role") is None else turn["role"]
     role = ROLES.get(str(written).lower())
     if role is None:
-        raise DataError(f"{where} has the role {str(written)[:40]!r}: known are {', '.join(ROLES)}")
+        has = "no role" if written is None else f"the role {str(written)[:40]!r}"
+        raise DataError(f"{where} has {has}: known are {', '.join(ROLES)}")
     _refuse_lost(turn, where)
     content = _text(turn, "value" if "value" in turn and turn.get("content") is None else "content", where)
     thoughts = {key: _text(turn, key, where).strip() for key in REASONING if not _is_empty(turn.get(key))}
