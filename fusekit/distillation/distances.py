@@ -124,8 +124,8 @@ def p_kl(logits: Tensor, labels: Tensor, chunks: _Chunks) -> Tensor:  # noqa: AR
     entry, place = members.of(ids[at].reshape(-1))
     row = entry // k
     logs = log_p[row, members.tokens[place]] + members.shares[place].to(log_p.dtype).log()
-    listed = _log_sums(logs, at[row] * k + entry % k, c * k).view(c, k)
-    whole = _log_sums((log_p + log_reach.to(log_p.dtype)).logsumexp(1), at, c)  # the means' divisors cancel
+    listed = log_sums(logs, at[row] * k + entry % k, c * k).view(c, k)
+    whole = log_sums((log_p + log_reach.to(log_p.dtype)).logsumexp(1), at, c)  # the means' divisors cancel
     log_q = log_q.masked_fill(ids < 0, -math.inf)
     log_q = log_q - log_q.logsumexp(1, keepdim=True)
     return torch.where(log_q > -math.inf, log_q.exp() * (log_q - listed + whole[:, None]), 0.0).sum(1)
@@ -144,7 +144,7 @@ def alm(logits: Tensor, labels: Tensor, chunks: _Chunks) -> Tensor:
     return ALM_TEMPERATURE * (a.exp() * (a - b) - a.expm1() * (rest_a - rest_b))
 
 
-def _log_sums(logs: Tensor, at: Tensor, size: int) -> Tensor:
+def log_sums(logs: Tensor, at: Tensor, size: int) -> Tensor:
     """The log-sum-exp of the numbers that go to one place. logs, at: [m]. Returns [size], -inf where none goes."""
     top = logs.new_full((size,), -math.inf).scatter_reduce(0, at, logs.detach(), "amax")
     top = torch.where(top == -math.inf, 0.0, top)

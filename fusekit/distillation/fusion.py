@@ -12,16 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusekit.alignment.rows import NO_ID, Case, merge_entries
+from fusekit.alignment.rows import NO_ID, AlignedRows, Case, merge_entries
 from fusekit.errors import DistillationError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, Part, TokenizedRow, TopK
-
-if TYPE_CHECKING:  # scipy and rapidfuzz, which checking a recipe does not need
-    from fusekit.alignment.rows import AlignedRows
 
 
 @dataclass(frozen=True, eq=False)

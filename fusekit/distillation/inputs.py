@@ -384,7 +384,7 @@ class OnPolicy:
         max_length: int,
         *,
         sources: Mapping[str, Source] | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        say: Say = lambda _: None,
     ) -> None:
         self.data, self.settings, self.max_length = data, settings, max_length
         self.reader = data.tokenizer if isinstance(data.tokenizer, RowTokenizer) else RowTokenizer(tokenizer)
@@ -407,7 +407,7 @@ class OnPolicy:
         }
         self._fusion = data.fusion.model_copy(update={"include_pivot": False})
 
-    def _loaded(self, name: str, spec: StoreSpec, source: Source | None, say: Callable[[str], None]) -> LiveTeacher:
+    def _loaded(self, name: str, spec: StoreSpec, source: Source | None, say: Say) -> LiveTeacher:
         dtype = spec.details.get("dtype")
         choice = ModelChoice(spec.model, dtype=dtype if isinstance(dtype, str) else "auto")
         if source is not None:

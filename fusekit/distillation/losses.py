@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusekit.devices import side_by_side
-from fusekit.distillation.distances import CHUNK_LOSSES, DISTANCES, chunk_loss, with_ranked
+from fusekit.distillation.distances import CHUNK_LOSSES, DISTANCES, chunk_loss, log_sums, with_ranked
 from fusekit.distillation.targets import Members, SparseTargets
 from fusekit.errors import DistillationError
 
@@ -89,7 +89,7 @@ def fusion_loss(
 
     Args:
         logits: float16, bfloat16, float32 or float64 [..., V]; best contiguous. -inf (padding ids) is fine.
-        labels: int64 [n], :data:`IGNORE` for those that are none.
+        labels: int64 [n], :data:`IGNORE` for those that are ignored.
         targets: n rows, in ids below V (``uld_topk``: any vocabulary; ``grouped_kl`` and ``p_kl``: ids of ``members``),
             captured at ``temperature``; None for the likelihood alone.
         positions: int64 [n], increasing: which rows of the logits, flattened to [-1, V], predict the labels. None: all
@@ -469,11 +469,7 @@ class _Groups:
     def take(self, z: Tensor) -> Tensor:
         self.logits = z[self.row, self.token]
         z[self.row, self.token] = -math.inf
-        top = self.logits.new_full((self.shape.numel(),), -math.inf)
-        top.scatter_reduce_(0, self.group, self.logits, "amax")
-        finite = torch.where(top == -math.inf, 0.0, top)
-        sums = torch.zeros_like(top).index_add_(0, self.group, (self.logits - finite[self.group]).exp())
-        self.total = sums.log() + finite
+        self.total = log_sums(self.logits, self.group, self.shape.numel())
         return self.total.view(self.shape)
 
     def put(self, z: Tensor, slopes: Tensor) -> None:

@@ -16,7 +16,7 @@ import xxhash
 
 from fusekit.artifacts import File, differing, files_of
 from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
-from fusekit.disk import commit_file, disk_errors, disk_fault, sync_tree
+from fusekit.disk import commit_file, disk_errors, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
@@ -148,11 +148,9 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Make a checkpoint durable and write the list of its files, with what it was made under (``facts``)."""
-    try:
+    with disk_errors(checkpoint, "cannot be made durable"):
         sync_tree(checkpoint)
         files = {name: file.model_dump() for name, file in files_of(checkpoint).items() if name != LISTING}
-    except OSError as error:
-        raise disk_fault(error, checkpoint) or StorageError(f"{checkpoint}: cannot be made durable: {error}") from error
     content = {"facts": facts, "files": files}
     data = json.dumps({**content, "xxh3": _digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
     commit_file(checkpoint / LISTING, data)
@@ -170,11 +168,10 @@ def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:
     """What is wrong with a checkpoint, file by file. hashes: read every file through, beyond looking at its size."""
     try:
         files = {name: File(**said) for name, said in _listing(checkpoint)["files"].items()}
-        return differing(checkpoint, files, hashes=hashes)
     except StorageError as error:
         return [str(error)]
-    except OSError as error:
-        raise disk_fault(error, checkpoint) or StorageError(f"{checkpoint}: cannot be read: {error}") from error
+    with disk_errors(checkpoint, "cannot be read"):
+        return differing(checkpoint, files, hashes=hashes)
 
 
 def _listing(checkpoint: Path) -> dict[str, Any]:

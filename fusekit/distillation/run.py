@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from fusekit.distillation import outputs
 from fusekit.distillation.arguments import disk_needs, memory_needs, problems, refuse_needs, training_arguments
 from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import PIVOT, FusionDataset
-from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, open_inputs
+from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, Say, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.outputs import Target
 from fusekit.distillation.projections import Projection
@@ -35,8 +35,6 @@ from fusekit.gguf import split
 from fusekit.types import Row
 
 STAGE = "distill"
-
-Say = Callable[[str], None]
 
 
 def distill(

@@ -208,14 +208,13 @@ class FusionTrainer(Trainer):
         args.prediction_loss_only = True
         # Older checkpoints go once the newest is sealed, not before.
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
-        pad_id = getattr(processing_class, "pad_token_id", None)
         super().__init__(
             model=model,
             args=args,
             train_dataset=WithBlanks(train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=FusionCollator(pad_id if pad_id is not None else 0),
+            data_collator=FusionCollator(getattr(processing_class, "pad_token_id", None) or 0),
             callbacks=[*(callbacks or []), _Steps(self, label)],
         )
         self.remove_callback(PrinterCallback)  # its lines are said

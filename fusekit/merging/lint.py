@@ -134,11 +134,12 @@ def _check_inputs(data: dict[str, Any], spec: MergeMethodSpec, problems: Problem
         spec.contract.validate_ids(names, base)
     except ValueError as error:
         problems.add(("models",), f"{spec.name} cannot merge these models: {error}")
-    shares = [(here, setting) for here, name, setting, _ in _parameters(data) if name == "select_topk"]
-    for place, value in (found for here, setting in shares for found in _values(setting, here)):
-        if spec.name == "fusechat_sce" and len(names) == 2 and isinstance(value, float):
+    if spec.name != "fusechat_sce" or len(names) != 2:
+        return
+    for here, name, setting, _ in _parameters(data):
+        for place, value in _values(setting, here) if name == "select_topk" else ():
             try:
-                check_parameters(1, value, "paper")
+                check_parameters(1, float(value), "paper")
             except MergeError as error:
                 problems.add(place, str(error))
 
