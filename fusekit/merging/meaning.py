@@ -157,12 +157,14 @@ def check_tokenizers(config: OrderedConfiguration, models: dict[Any, Model], cop
 def _check_ids(donor: Model, models: list[Model], problems: Problems) -> None:
     """Warn of embeddings whose rows belong to other tokens."""
     file = donor.folder / "tokenizer.json"
+    tokens: dict[int, str] = {}
     for model in models:
         other = model.folder / file.name
-        if not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
+        if model is donor or not (file.is_file() and other.is_file()) or filecmp.cmp(file, other, shallow=False):
             continue
         try:
-            tokens, theirs = tokens_of(donor.folder, donor.name), tokens_of(model.folder, model.name)
+            tokens = tokens or tokens_of(donor.folder, donor.name)
+            theirs = tokens_of(model.folder, model.name)
         except MergeError:  # that of the donor is reported; another is not used
             continue
         differ = [number for number, token in theirs.items() if tokens.get(number, token) != token]
