@@ -31,7 +31,7 @@ from fusekit.devices import Need, Processes, disk_need, main_memory, refuse_lack
 from fusekit.disk import human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
-from fusekit.yaml import TRUTH, KeyPath, nearest
+from fusekit.yaml import TRUTH, KeyPath, nearest, reasons
 
 # Fields that the settings have under another name, or that the trainer decides.
 _ELSEWHERE = {
@@ -155,8 +155,13 @@ class FusionConfig(OneDevice):
         self.training = self.settings.training
         for name in own:
             setattr(self, name, getattr(self.training, name))
-        self.top_k = (CaptureSettings() if self.top_k is None else CaptureSettings(top_k=self.top_k)).top_k
-        self.max_length = self.max_length or DataSettings.model_fields["max_length"].default
+        for section, name in ((CaptureSettings, "top_k"), (DataSettings, "max_length")):
+            value = getattr(self, name)
+            try:
+                value = section.model_fields[name].default if value is None else _read(name, value, section)
+            except ValidationError as error:
+                raise DistillationError(f"{name} is {value!r}: {'; '.join(reasons(error))}") from error
+            setattr(self, name, value)
 
 
 def training_arguments(settings: TrainingSettings, folder: Path) -> OneDevice:
@@ -197,9 +202,9 @@ def _accumulation(settings: TrainingSettings) -> int:
     return settings.batch_size // (each * world)
 
 
-def _read(name: str, value: Any) -> Any:
-    """A field of TrainingArguments as its type says; YAML reads 1e-8 as text."""
-    return TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+def _read(name: str, value: Any, owner: type = TrainingArguments) -> Any:
+    """A field of a class as its type says; YAML reads 1e-8 as text. Raises ValidationError."""
+    return TypeAdapter(get_type_hints(owner, include_extras=True)[name]).validate_python(value)
 
 
 def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:

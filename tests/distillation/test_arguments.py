@@ -93,6 +93,13 @@ def test_numbers_without_a_meaning_are_refused_when_they_are_read(field: dict[st
         TrainingSettings(**field)
 
 
+@pytest.mark.parametrize("field", [{"top_k": 0}, {"max_length": 0}, {"max_length": -3}], ids=str)
+def test_a_trainers_own_numbers_are_checked_as_a_recipes(field: dict[str, Any], tmp_path: Path) -> None:
+    ((name, value),) = field.items()
+    with pytest.raises(DistillationError, match=f"{name} is {value}: "):
+        FusionConfig(str(tmp_path), **field)
+
+
 @pytest.mark.parametrize(
     ("settings", "place", "named"),
     [
