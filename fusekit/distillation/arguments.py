@@ -28,7 +28,7 @@ from fusekit.capturing.models import (
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.settings import DataSettings
 from fusekit.devices import Need, Processes, disk_need, main_memory, refuse_lacking
-from fusekit.disk import human
+from fusekit.disk import counted, human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
 from fusekit.yaml import TRUTH, KeyPath, nearest, reasons
@@ -41,13 +41,13 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "set by --resume",
 }
 _IMPOSSIBLE = {
-    "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the room",
+    "save_only_model": "such checkpoints cannot be resumed from; save_strategy: 'no' saves the disk space",
     "label_smoothing_factor": "fusekit computes the loss",
     "auto_find_batch_size": "it would change the examples of an optimizer step",
-    "use_liger_kernel": "it computes a loss of its own",
+    "use_liger_kernel": "it replaces the loss",
 }
 _IMPOSSIBLE_IN_RUNS = _IMPOSSIBLE | {
-    "remove_unused_columns": "what the loss needs is no argument of the model",
+    "remove_unused_columns": "the loss needs columns that the model does not take",
     "eval_strategy": "nothing is held out while training; the section evaluate scores the models",
 }
 _DEFAULTS: dict[str, Any] = {
@@ -76,6 +76,7 @@ class OneDevice(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
+        """At most one."""
         return min(int(super().n_gpu), 1)
 
 
@@ -217,7 +218,7 @@ def wrong_fields(trainer: Mapping[str, Any]) -> dict[str, str]:
             wrong[name] = f"{name} cannot be set: {_IMPOSSIBLE_IN_RUNS[name]}"
         elif name not in _KNOWN:
             near = nearest(name, {*_KNOWN, *TrainingSettings.model_fields})
-            wrong[name] = f"{name} is no setting of fusekit and no field of TrainingArguments{near}"
+            wrong[name] = f"{name} is neither a setting of fusekit nor a field of TrainingArguments{near}"
         else:
             try:
                 _read(name, value)
@@ -321,7 +322,7 @@ _LOGITS_COPIES = 2  # and their gradient; under autocast accelerate makes float3
 _LINEARS_OF_HIDDEN, _LINEARS_OF_WIDE = 4, 3  # of a layer, for the size of an adapter
 
 _HEAP = 0.05
-"""Of what a training takes on a CPU: freed tensors of a few MB that the C library's heap keeps."""
+"""Share of what a training takes on a CPU: freed tensors of a few MB that the C library's heap keeps."""
 
 # Bytes per trained parameter that an optimizer keeps; AdamW's two moments in the dtype of the weights where unnamed.
 _OPTIMIZERS = {"adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0, "8bit": 2.0, "lion": 4.0}
@@ -352,7 +353,7 @@ def states(checkpoint: Checkpoint, settings: TrainingSettings) -> States:
 
 
 def activation_bytes(checkpoint: Checkpoint, settings: TrainingSettings, row_tokens: int) -> int:
-    """Bytes of a micro-batch of rows of so many tokens: what the layers keep, and the logits with their gradient."""
+    """Bytes of a micro-batch of examples of so many tokens: what the layers keep, and the logits and their gradient."""
     shape, width = shape_of(checkpoint.config), _width(checkpoint, settings)
     computes = "16 bits" if width == 2 else "autocast" if settings.bf16 else "float32"
     layer = _HIDDEN_BYTES[computes] * shape.hidden + _WIDE_BYTES[computes] * shape.wide
@@ -386,8 +387,8 @@ def memory_needs(
 ) -> list[Need]:
     """Of training on this process's device, and on a GPU of the weights in main memory, where they are loaded first.
 
-    row_tokens: of the longest row. teachers: that stay loaded beside the model. loaded: kind of the device that has the
-    model's weights already, "cpu" or "cuda".
+    row_tokens: of the longest example. teachers: that stay loaded beside the model. loaded: kind of the device that has
+    the model's weights already, "cpu" or "cuda".
     """
     held, kind = states(checkpoint, settings), processes.device.type
     batch = activation_bytes(checkpoint, settings, row_tokens) + head_gradient_bytes(checkpoint, settings)
@@ -400,7 +401,7 @@ def memory_needs(
     what = (
         f"memory of training {checkpoint.choice.model} ({human(held.weights)} of weights, {human(held.gradients)} of "
         f"gradients, {human(held.optimizer)} of optimizer{f', over {shares} processes' if shares > 1 else ''}; "
-        f"{human(batch)} for {settings.per_device_train_batch_size} rows of {row_tokens} tokens"
+        f"{human(batch)} for {counted(settings.per_device_train_batch_size, 'example')} of {row_tokens} tokens"
         f"{f'; {human(beside)} for teachers that are scored on the fly' if beside else ''})"
     )
     weights = parameters(checkpoint) * _width(checkpoint, settings)

@@ -33,13 +33,13 @@ BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.in
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the rows from the seed and the epoch alone, filled up with blanks to a multiple of ``multiple``.
+    """A permutation of the examples from seed and epoch alone, filled up with blanks to a multiple of ``multiple``.
 
-    accelerate makes the batches of all processes equal by training the first rows of the epoch once more, so the number
-    of processes would change what is learned. Blanks (numbers from ``len(data)`` on) weigh nothing.
+    accelerate makes the batches of all processes equal by training the first examples of the epoch once more, so the
+    number of processes would change what is learned. Blanks (numbers from ``len(data)`` on) weigh nothing.
 
-    seed: None for the data's own order. lengths: of each row, in any unit; the rows of an optimizer step (``step``) are
-    then taken from the longest to the shortest, so that micro-batches have little padding.
+    seed: None for the data's own order. lengths: of each example, in any unit; those of an optimizer step (``step``)
+    are then taken from the longest to the shortest, so that micro-batches have little padding.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Examples to train on: data met with what several models say about them, fused into one target per label."""
+"""Examples to train on: data met with what several models say about them, fused into one distribution per label."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 PIVOT = "pivot"
 CHOSEN = "chosen/"
 KEPT_BYTES = 128 << 20
-"""Of examples that a process keeps from the first epoch on; a row beyond that is made again every time."""
+"""Of examples that a process keeps from the first epoch on; one beyond that is made again every time."""
 
 Captures = Store | LiveTeacher | Mapping[str, CapturedRow]
 """What a model said about examples, by their keys."""
@@ -146,7 +146,7 @@ class FusionDataset(Dataset[Example]):
 
     def _refuse_what_does_not_fit(self) -> None:
         if self.pivot is None and self.tokenizer is None:
-            raise DistillationError("the rows need the pivot's tokens: give its store, or its tokenizer")
+            raise DistillationError("the examples need the pivot's tokens: give its store, or its tokenizer")
         if self.pivot is None and self.sources:
             needs = ["fusion.include_pivot"] if self.fusion.include_pivot else []
             needs += [f"alignment.tail {how.tail} for {s}" for s, how in self.projections.items() if needs_pivot(how)]
@@ -158,7 +158,7 @@ class FusionDataset(Dataset[Example]):
         if len(self.sources) > 1 and any(how.own_ids for how in self.projections.values()):
             raise DistillationError(
                 f"the rows of {' and '.join(self.sources)} are in groups or vocabularies of their own, which cannot be "
-                "taught to one target: use mode pairwise"
+                "taught to one distilled model: use mode pairwise"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class FusionDataset(Dataset[Example]):
             try:
                 projected = label_rows(row, tokens, captured, how, own)
             except AlignmentError as error:
-                raise DistillationError(f"row {row.key} of {name}: {error}") from error
+                raise DistillationError(f"example {row.key} of {name}: {error}") from error
             heard[name] = captured, projected, how.nll(projected.rows, labels)
             counts["asked"] += len(labels)
             counts["linked"] += int(projected.linked.sum())

@@ -119,7 +119,7 @@ class Opened:
     projections: dict[str, Projection]
 
     def examples(self, sources: Sequence[str]) -> tuple[FusionDataset, FusionDataset | None]:
-        """Those of a target that these sources teach, and of a schedule the answers, each taught by its writer."""
+        """Those of the model that these sources teach, and of a schedule the answers, each taught by its writer."""
         given, training = self.inputs.responses, self.settings.training
         of = partial(
             FusionDataset,

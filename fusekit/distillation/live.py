@@ -87,6 +87,7 @@ class LiveTeacher:
         return self._scored.get(key)
 
     def tokens(self, key: str) -> TokenizedRow:
+        """An example as the model reads it."""
         return self.reader.tokenize(self._rows[key])
 
     def score(self, keys: Iterable[str]) -> None:
@@ -113,11 +114,13 @@ class LiveTeacher:
         return found
 
     def open(self) -> None:
+        """Load what scores, if it is not loaded."""
         with self._lock:
             if self._scorer is None:
                 self._scorer = self._load()
 
     def close(self) -> None:
+        """Free what scores; the next use loads it again."""
         self._scorer, self._scored = None, {}
         gc.collect()
 

@@ -40,7 +40,7 @@ class Target:
 
 
 def refuse_names(sources: Iterable[str]) -> None:
-    """Names of sources become folders of the output. Raises DistillationError."""
+    """Raise DistillationError for names of sources that cannot be those of folders of the output."""
     for name in sources:
         taken = name in ("", JOINT, PLAIN, "pivot")
         if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
@@ -48,12 +48,13 @@ def refuse_names(sources: Iterable[str]) -> None:
 
 
 def refuse_nobody(settings: DistillSettings, sources: Collection[str]) -> None:
+    """Raise DistillationError for settings that learn from sources where there is none."""
     if not sources and not settings.plain:
         raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
 
 
 def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
-    """The models that settings ask for: one per source, one from all, or of plain settings one from the text alone."""
+    """The models that settings ask for: one per source, one from all, or (plain settings) one from the text."""
     refuse_names(sources)
     refuse_nobody(settings, sources)
     if settings.plain:
@@ -78,11 +79,11 @@ def facts_begun(target: Target) -> dict[str, Any] | None:
 
 
 OVERWRITING = "overwriting"
-"""In the folder of a target's checkpoints while the target that stands is a former one, which is to be replaced."""
+"""In the folder of a model's checkpoints while the one that is published is a former one, which is to be replaced."""
 
 
 def begin_overwriting(targets: Sequence[Target]) -> None:
-    """Forget checkpoints, and mark the targets that stand: whoever resumes makes those again."""
+    """Delete checkpoints, and mark the models that are published: a run that resumes makes those again."""
     for target in targets:
         shutil.rmtree(target.work, ignore_errors=True)
         if target.folder.exists():
@@ -92,7 +93,7 @@ def begin_overwriting(targets: Sequence[Target]) -> None:
 
 
 def is_former(target: Target) -> bool:
-    """Whether a target is one that was to be replaced, and has not been yet."""
+    """Whether the published model is one that was to be replaced, and has not been yet."""
     return target.folder.exists() and (target.work / OVERWRITING).exists()
 
 

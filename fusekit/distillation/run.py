@@ -57,8 +57,8 @@ def distill(
     Args:
         inputs: the pivot, the rows and what each model said about them.
         settings: see :class:`fusekit.distillation.settings.DistillSettings`.
-        out: folder for the targets.
-        resume: continue what is there: targets that are published stay, others continue from their last good
+        out: folder for the distilled models.
+        resume: continue what is there: models that are published stay, others continue from their last good
             checkpoint.
         overwrite: start over, replacing what is there.
         ignore_estimates: start although disk or memory do not seem to suffice.
@@ -82,7 +82,7 @@ def distill(
         if found := problems(settings.training, find_checkpoint(inputs.pivot)):
             raise DistillationError("; ".join(says for _, says in found))
         processes.first_then_all(lambda: _claim(stack, out, targets, resume, overwrite))
-        if split(inputs.pivot.model) is not None and inputs.pivot.dequantised is None:  # each target begins as it
+        if split(inputs.pivot.model) is not None and inputs.pivot.dequantised is None:  # each model begins as it
             choice, options = inputs.pivot, {"overwrite": overwrite, "ignore_estimates": ignore_estimates}
             processes.first_then_all(lambda: dequantise(choice, out / PIVOT, **options, say=tell))
             inputs = replace(inputs, pivot=replace(choice, dequantised=out / PIVOT))

@@ -96,7 +96,7 @@ _LOSSES = ("ce", "kl", "reverse_kl", "js", "grouped_kl", "uld_topk", "gold", "p_
 VOCABULARIES = {"gold": "matched", "grouped_kl": "grouped", "p_kl": "pieces", "alm": "chunks"}
 """Which vocabulary a loss needs, and no other loss can have."""
 CHECKPOINTS_KEPT = 2
-"""Of a run, unless ``save_total_limit`` says otherwise."""
+"""Checkpoints that a run keeps, unless ``save_total_limit`` says otherwise."""
 
 
 class _Section(Settings):
@@ -138,8 +138,8 @@ class AlignmentSettings(_Section):
     )
     collisions: Literal["add", "max"] = Field(
         default="add",
-        description="Of source entries that meet on one pivot token: the sum of their probabilities, or the largest "
-        "(the papers').",
+        description="What source entries that meet on one pivot token become: the sum of their probabilities, or the "
+        "largest (the papers').",
     )
 
     @property
@@ -230,7 +230,7 @@ class TrainingSettings(_Section):
         description="What is done about the mass outside the entries: one more outcome, or the entries renormalised "
         "(the papers').",
     )
-    temperature: float = Field(default=1.0, gt=0, description="Of L_fusion; captures have to be of the same.")
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of L_fusion; captures must have the same.")
     num_train_epochs: float = Field(
         default=3.0, gt=0, description="Passes over the examples; `schedule` has its own instead."
     )
@@ -339,7 +339,7 @@ def clashes(
         yield _clash(says, "training.schedule", "fusion.mode")
     ordered = [name for name in ("train_sampling_strategy", "data_seed") if name in training.trainer]
     if schedule is not None and ordered:
-        says = f"a schedule has an order of its own, which follows from seed: leave {' and '.join(ordered)} out"
+        says = f"a schedule orders the examples itself, by seed: leave {' and '.join(ordered)} out"
         yield _clash(says, f"training.{ordered[0]}", "training.schedule")
     if training.on_policy > 0:
         order = training.trainer.get("train_sampling_strategy", "random")
@@ -350,8 +350,8 @@ def clashes(
             "train_sampling_strategy": order not in ("random", "sequential"),
         }
         says = (
-            "on_policy asks the models during training and learns from teachers alone, so it goes with no schedule, no "
-            "dataloader_num_workers, no lm_weight 1 and no train_sampling_strategy but random and sequential"
+            "on_policy asks the models during training and learns from teachers alone, so it works with no schedule, "
+            "no dataloader_num_workers, no lm_weight 1 and no train_sampling_strategy but random and sequential"
         )
         yield from (_clash(says, "training.on_policy", f"training.{name}") for name, found in clash.items() if found)
     if fusion.function == "reward_softmax":

@@ -235,6 +235,7 @@ class FusionVectors:
         return add_in_order(for_each_chunk(sums, self.numel, self.device))
 
     def empty_result(self) -> Tensor:
+        """Uninitialised memory for a merged tensor, flat."""
         return torch.empty_like(self.targets[0], memory_format=torch.contiguous_format)
 
 

@@ -246,7 +246,7 @@ def _locate(path: Any, settings: Settings, options: MergeOptions) -> hub.Files:
     name = path.path
     if (known := settings.folders.get(str(path))) is not None:
         if not known.is_dir():
-            raise MergeError(f"{name} is said to be in {known}, and there is no such folder")
+            raise MergeError(f"the folder given for {name} does not exist: {known}")
         return hub.Files(name, known.resolve())
     if gguf.split(name) is not None:
         raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
@@ -259,7 +259,7 @@ def _locate(path: Any, settings: Settings, options: MergeOptions) -> hub.Files:
 
 
 def _read_weights(model: Model, files: hub.Files, config: dict[str, Any], *, pickles: bool) -> None:
-    """Read the headers of a model's weights; refuse pickles without leave, two sets of weights, and quantised ones."""
+    """Read the headers of a model's weights; refuse two sets of them, quantised ones, unpermitted pickles."""
     entry = weight_entry(files.names) or ""
     single = entry.removesuffix(".index.json")
     # An index of one file is what MLX writes beside it.

@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_loaded
     rows = list(rows_of([{"prompt": "1+1=", "response": "2"}]))
     inputs = Inputs(PIVOT.choice, rows, row_tokenizer=RowTokenizer(load_tokenizer(PIVOT)))
     huge = {"training": {"per_device_train_batch_size": 10**9, "batch_size": 10**9}}
-    says = r"does not fit:\n.*10{9} rows of \d+ tokens\): about .* needed, .* free"
+    says = r"does not fit:\n.*1,000,000,000 examples of \d+ tokens\): about .* needed, .* free"
     with pytest.raises(DistillationError, match=says):
         distill(inputs, DistillSettings.of("sft", huge), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
@@ -286,7 +286,8 @@ def test_a_trainer_estimates_its_own_training_with_its_teachers(tmp_path):
     rows = [{"prompt": f"{n}+1=", "response": str(n + 1)} for n in range(4)]
     huge = FusionConfig(str(tmp_path), per_device_train_batch_size=10**9)
     how = {"teachers": {"numbers": "demo/models/numbers"}}
-    with pytest.raises(DistillationError, match=r"does not fit:\n.*10{9} rows of \d+ tokens; .* for teachers"):
+    says = r"does not fit:\n.*1,000,000,000 examples of \d+ tokens; .* for teachers"
+    with pytest.raises(DistillationError, match=says):
         FusionTrainer(PIVOT.choice.model, huge, rows, **how)
     assert not list(tmp_path.iterdir())  # before anything is captured
     FusionTrainer(PIVOT.choice.model, huge, rows, **how, ignore_estimates=True)
