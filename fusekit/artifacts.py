@@ -64,7 +64,6 @@ def publish(
     """
     recover(final)
     refuse_foreign(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
     with staging(final) as folder, disk_errors(final):
         write(folder)
         return seal(folder, stage, inputs, made)

@@ -171,7 +171,7 @@ def staging(final: Path) -> Iterator[Path]:
     """
     path = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
     with disk_errors(path, "cannot be made"):
-        path.mkdir()
+        path.mkdir(parents=True)
     try:
         yield path
         with disk_errors(final, "cannot be published"):

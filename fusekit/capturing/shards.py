@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fusekit.alignment.rows import MASS_TOLERANCE
 from fusekit.artifacts import file_hash
 from fusekit.capturing.settings import DEFAULT_MAX_ERROR
-from fusekit.disk import disk_fault
+from fusekit.disk import disk_errors, disk_fault
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TokenizedRow, TopK
 
@@ -78,12 +78,9 @@ class ShardRecord(Strict):
     def is_there(self, folder: Path) -> bool:
         """Whether the file is there, as far as its size tells. Raises StorageError when the disk fails."""
         path = folder / self.file
-        try:
+        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
             return path.stat().st_size == self.size
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
+        return False
 
 
 # Steps grow as 1 / sqrt(p) from a quarter of the largest at p = 1, until p = 1/16.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,7 +33,7 @@ from fusekit.capturing.shards import (
     hash_of,
     schema,
 )
-from fusekit.disk import commit_file, disk_fault
+from fusekit.disk import commit_file, disk_errors
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 
@@ -149,15 +150,13 @@ def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
 def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
     """A model from JSON, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
+            return kind.model_validate_json(path.read_bytes())
         return None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise StorageError(f"{path} is damaged, or of another version: {where}: {first['msg']}") from error
-    except OSError as error:
-        raise disk_fault(error, path) or StorageError(f"{path}: cannot be read: {error}") from error
 
 
 def date_of(store: Path) -> datetime.date | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 import fusekit
-from fusekit.artifacts import differences, refuse_changes
+from fusekit.artifacts import differences, joined_hash, refuse_changes
 from fusekit.capturing.shards import Codec, Columns, Quarantined, ShardRecord, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import (
     MANIFEST,
@@ -31,7 +31,7 @@ from fusekit.capturing.store import (
     shard_name,
     write_json,
 )
-from fusekit.disk import commit_file, disk_fault, remove, sweep
+from fusekit.disk import commit_file, disk_errors, remove, sweep
 from fusekit.errors import StorageError
 from fusekit.types import CapturedRow
 
@@ -65,10 +65,8 @@ class StoreWriter:
 
     def __init__(self, path: Path | str, spec: StoreSpec, keys: Sequence[str], rank: int = 0, world: int = 1) -> None:
         self.path, self.keys, self.rank, self.world = Path(path), list(keys), rank, world
-        try:
+        with disk_errors(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_fault(error, self.path) or StorageError(f"{self.path}: cannot be made: {error}") from error
         manifest = read_json(self.path / MANIFEST, Manifest)
         if manifest is None:
             remove_store(self.path)  # what an interrupted --overwrite left of one
@@ -209,7 +207,7 @@ def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
     Raises StorageError: specs differ (says how); the disk failed.
     """
     stores = [Store.open(path) for path in paths]
-    data = xxhash.xxh3_128_hexdigest("\n".join(store.spec.data for store in stores).encode())
+    data = joined_hash(store.spec.data for store in stores)
     specs = [store.spec.model_copy(update={"data": data}) for store in stores]
     for store, spec in zip(stores, specs, strict=True):
         changed = differences(specs[0].model_dump(), spec.model_dump())
