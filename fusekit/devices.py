@@ -55,10 +55,7 @@ class Processes:
         from accelerate import PartialState
 
         # Without the flag accelerate leaves the processes of a machine without accelerators on their own.
-        on_cpu = (
-            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
-        )
-        state: Any = PartialState(cpu=on_cpu, timeout=PATIENCE)
+        state: Any = PartialState(cpu=_accelerator() is None, timeout=PATIENCE)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         return cls(state.process_index, state.num_processes, local, torch.device(state.device))
 
@@ -68,8 +65,7 @@ class Processes:
         if not 0 <= rank < world:
             raise CaptureError(f"rank is {rank}, but ranks are from 0 to {world - 1} (world is {world})")
         local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-        kind = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+        kind = _accelerator()
         device = (
             torch.device("cpu") if kind is None else torch.device(kind.type, local % torch.accelerator.device_count())
         )
@@ -129,9 +125,16 @@ class Processes:
             torch.distributed.barrier()
 
 
+def _accelerator() -> torch.device | None:
+    """The kind of accelerator to use, None for the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return None
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def missing_device(name: str | int) -> str | None:
     """Why torch cannot compute on a device here, None where it can. name: ``cpu``, ``cuda``, ``cuda:1``, an index."""
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if there is not None else 0
     try:
         device = torch.device(name)
@@ -235,9 +238,8 @@ def memory_limits() -> list[Limit]:
     """Every limit that applies: free memory of the machine, cgroups (containers), ``ulimit -v``."""
     limits = [Limit(psutil.virtual_memory().available, "free on this machine")]
     with suppress(OSError):
-        limits += cgroup_limits(
-            Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        )
+        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        limits += cgroup_limits(Path("/sys/fs/cgroup"), path)
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         used = psutil.Process().memory_info().vms

@@ -73,10 +73,7 @@ class Snapshot:
             metadata = huggingface_hub.HfApi().parse_safetensors_file_metadata(
                 self.repository, file, revision=self.commit, timeout=TIMEOUT
             )
-            return {
-                name: TensorHeader(DTYPES[info.dtype][0], tuple(info.shape), file, DTYPES[info.dtype][1])
-                for name, info in metadata.tensors.items()
-            }
+            return {name: _tensor_header(vars(info), file) for name, info in metadata.tensors.items()}
         except Exception as error:
             raise explain(error, self.repository) from error
 

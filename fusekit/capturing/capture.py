@@ -25,6 +25,7 @@ from fusekit.capturing.models import (
     load_tokenizer,
     loading_mistakes,
     parameters,
+    text_config,
     valid_ids,
 )
 from fusekit.capturing.server import Scorer
@@ -397,8 +398,7 @@ def data_fingerprint(rows: Sequence[Row]) -> str:
 
 def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
     """Above every id that can be stored: the configuration's, or the tokenizer's where that has more."""
-    config = checkpoint.config | (checkpoint.config.get("text_config") or {})
-    return max(config.get("vocab_size") or 0, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
+    return max(text_config(checkpoint.config).get("vocab_size") or 0, int(valid_ids(tokenizer.tokenizer)[-1]) + 1)
 
 
 _ROW_BYTES = 64

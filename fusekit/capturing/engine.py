@@ -21,13 +21,7 @@ from fusekit.capturing.forward import (
     score_logits,
     split_forward,
 )
-from fusekit.capturing.models import (
-    Checkpoint,
-    itemsize,
-    loaded_bytes,
-    shape_of,
-    stored_dtype,
-)
+from fusekit.capturing.models import Checkpoint, device_of, itemsize, loaded_bytes, shape_of, stored_dtype
 from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.store import ROWS_PER_SHARD
 from fusekit.devices import Need, Processes, is_out_of_memory, main_memory, memory_limits, release
@@ -124,8 +118,7 @@ class Teacher:
         self.selection = selection or Selection()
         self.name, self.notify = name, notify
         self.longest, self._chunk_bytes = longest, chunk_bytes
-        # With layers offloaded some parameters are on no device: the first that is on one takes the input.
-        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.device = device_of(model)
         self.batch_tokens = batch_tokens or batch_tokens_on(self.device.type)
         self.input_rows: int = model.get_input_embeddings().weight.shape[0]
         sample = np.arange(self.input_rows) if valid_ids is None else valid_ids[valid_ids < self.input_rows]

@@ -18,22 +18,13 @@ import xxhash
 from fusekit import artifacts as artifact
 from fusekit import gguf, hub
 from fusekit.capturing.settings import EngineSettings
-from fusekit.devices import (
-    Need,
-    disk,
-    is_out_of_memory,
-    main_memory,
-    missing_device,
-    refuse_lacking,
-)
+from fusekit.devices import Need, disk, is_out_of_memory, main_memory, missing_device, refuse_lacking
 from fusekit.disk import counted
 from fusekit.errors import CaptureError
-from fusekit.gguf import GgufHeader, split
-from fusekit.hub import DTYPES
 from fusekit.types import IntArray
 from fusekit.yaml import nearest
 
-_ITEMSIZES = dict(DTYPES.values())
+_ITEMSIZES = dict(hub.DTYPES.values())
 TRANSFORMERS = EngineSettings()
 
 
@@ -50,8 +41,8 @@ class ModelChoice:
         attn_implementation: as for ``from_pretrained``.
         trust_remote_code: run Python code that comes with this model.
         allow_pickle: read pickled weights of this model (still with ``weights_only``).
-        dequantised: folder of a plain checkpoint that :func:`dequantise` makes of a GGUF
-            file; read in its place once it is there.
+        dequantised: folder of a plain checkpoint that :func:`dequantise` makes of a GGUF file; read in its place once
+            it is there.
         engine: what runs the model when it is captured; everything else runs it with transformers.
     """
 
@@ -251,9 +242,14 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the fields of its language model, which one of several modalities has in a part."""
+    return {**config, **(config.get("text_config") or {})}
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The shape that a config.json describes, whatever names it uses; a 7B model's where it says nothing."""
-    known = {**config, **(config.get("text_config") or {})}
+    known = text_config(config)
 
     def first(*names: str) -> int | None:
         return next((value for name in names if isinstance(value := known.get(name), int) and value > 0), None)
@@ -311,7 +307,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _gguf_tokenizer(folder: Path, header: GgufHeader, name: str, _size: int) -> Any:
+def _gguf_tokenizer(folder: Path, header: gguf.GgufHeader, name: str, _size: int) -> Any:
     """The tokenizer in a GGUF file, which takes seconds: half a minute of a large vocabulary."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
@@ -392,9 +388,14 @@ def valid_ids(tokenizer: Any) -> IntArray:
     return np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the input of a loaded model goes: with layers offloaded some parameters are on no device."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
 def longest_input(checkpoint: Checkpoint) -> int | None:
     """Tokens that the model's configuration allows for, None where it does not say."""
-    known = checkpoint.config | (checkpoint.config.get("text_config") or {})
+    known = text_config(checkpoint.config)
     return known.get("max_position_embeddings", known.get("n_positions"))
 
 
@@ -422,7 +423,7 @@ def dequantise(
         StorageError: ``folder`` was made from other inputs (says which), is damaged, or holds other files.
     """
     choice, folder = ModelChoice(choice) if isinstance(choice, str) else choice, Path(folder)
-    if split(choice.model) is None:
+    if gguf.split(choice.model) is None:
         raise CaptureError(f"{choice.model} is no GGUF file: there is nothing to dequantise")
     choice = replace(choice, dequantised=None, device_map=None)
     if (known := artifact.read(folder)) is not None:

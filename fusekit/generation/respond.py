@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from fusekit.capturing.models import Checkpoint, load_model, load_tokenizer, longest_input
+from fusekit.capturing.models import Checkpoint, device_of, load_model, load_tokenizer, longest_input
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.generation.settings import GenerationError, Judge, RespondSettings
 from fusekit.types import Cut, Message, Part, Row
@@ -58,11 +58,6 @@ def limits_of(model: Any, tokenizer: Any) -> tuple[int, set[int]]:
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     eos = getattr(tokenizer, "eos_token_id", None)
     return int(most or 1 << 40), {*eos_ids(model), *([int(eos)] if eos is not None else [])}
-
-
-def device_of(model: Any) -> torch.device:
-    """Where the input goes: with layers offloaded some parameters are on no device."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 @contextmanager
