@@ -254,6 +254,15 @@ def reasons(error: ValidationError) -> list[str]:
     return [" ".join(str(detail["msg"]).split()) for detail in error.errors(include_url=False, include_context=False)]
 
 
+def setting_problem(detail: Any) -> str:
+    """``training.epochs = 0: Input should be greater than 0``: what pydantic found at a setting.
+
+    detail: one of the ``errors()`` of a ValidationError.
+    """
+    where, says = ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")
+    return f"{where} = {detail['input']!r}: {says}" if where else says
+
+
 def by_place(error: ValidationError, data: Any) -> dict[KeyPath, list[str]]:
     """Messages of a pydantic error by the path in the recipe."""
     places: dict[KeyPath, list[str]] = {}

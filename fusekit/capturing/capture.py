@@ -42,7 +42,7 @@ from fusekit.devices import Need, Processes, disk, progress, refuse_lacking, wor
 from fusekit.disk import counted, output_lock, remove
 from fusekit.errors import CaptureError, DataError, ModelError
 from fusekit.types import Row, TokenizedRow
-from fusekit.yaml import nearest
+from fusekit.yaml import nearest, setting_problem
 
 _SAMPLED_ROWS = 200
 
@@ -454,8 +454,7 @@ def capture_job(
         urls = [engine] if isinstance(engine, str) else list(engine)
         where = EngineSettings(**({"url": urls} if "://" in urls[0] else {"name": urls[0]}))
     except ValidationError as error:
-        wrong = [f"{found['loc'][0]} is {found['input']!r}: {found['msg']}" for found in error.errors()]
-        raise DataError("; ".join(wrong)) from error
+        raise DataError("; ".join(map(setting_problem, error.errors()))) from error
     choice = model if isinstance(model, ModelChoice) else ModelChoice(str(model), engine=where)
     checkpoint = find_checkpoint(choice)
     beside = [find_checkpoint(ModelChoice(name), weights=False) for name in others]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import DistillationError
-from fusekit.yaml import Settings, nearest
+from fusekit.yaml import Settings, nearest, setting_problem
 
 Preset = dict[str, dict[str, Any]]
 
@@ -423,10 +423,9 @@ class DistillSettings(_Section):
 
 def _explained(problem: Any) -> str:
     """A problem that pydantic found; an unknown key with the nearest known one."""
-    where, says = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
-        return f"{where} = {problem['input']!r}: {says}" if where else says
+        return setting_problem(problem)
     *sections, key = problem["loc"]
     known: Any = DistillSettings.model_fields
     known = known[sections[0]].annotation.model_fields if sections else known
-    return f"unknown setting {where}{nearest(key, known)}"
+    return f"unknown setting {'.'.join(map(str, problem['loc']))}{nearest(key, known)}"

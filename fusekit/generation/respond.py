@@ -294,7 +294,10 @@ def scorer_of(judge: Judge, checkpoint: Checkpoint | None, device: torch.device,
 def _checked(judge: str, scores: Any, answers: Mapping[str, str]) -> dict[str, float]:
     if not isinstance(scores, Mapping) or set(scores) != set(answers):
         raise GenerationError(f"the judge {judge} returned {scores!r:.80}: it scores {', '.join(answers)}")
-    found = {name: float(scores[name]) for name in answers}
+    try:
+        found = {name: float(scores[name]) for name in answers}
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"the judge {judge} returned {scores!r:.80}: {error}") from error
     if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
         raise GenerationError(f"the judge {judge} gave {wrong[0]} the score {found[wrong[0]]}: it has to be finite")
     return found

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import FusekitError
-from fusekit.yaml import Settings
+from fusekit.yaml import Settings, setting_problem
 
 
 class GenerationError(FusekitError):
@@ -59,12 +59,7 @@ class GenerationSettings(Settings):
         try:
             return cls(**fields)
         except ValidationError as error:
-            problems = []
-            for problem in error.errors(include_url=False):
-                name = ".".join(map(str, problem["loc"]))
-                what = f"{name} = {problem['input']!r}: " if name else ""
-                problems.append(what + problem["msg"].removeprefix("Value error, "))
-            raise GenerationError("; ".join(problems)) from error
+            raise GenerationError("; ".join(map(setting_problem, error.errors()))) from error
 
 
 class Judge(Settings):

@@ -137,10 +137,12 @@ def test_a_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "    return dict.fromkeys(answers, float('nan'))\n"
         "def fewer(messages, answers, references):\n"
         "    return {}\n"
+        "def nothing(messages, answers, references):\n"
+        "    return dict.fromkeys(answers)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert called("shortest:score")(QUESTIONS[:1], [{"a": "12", "b": "1"}]) == [{"a": -2.0, "b": -1.0}]
-    for name, said in (("wrong", "nan"), ("fewer", "a")):
+    for name, said in (("wrong", "nan"), ("fewer", "a"), ("nothing", "None")):
         with pytest.raises(GenerationError, match=said):
             called(f"shortest:{name}")(QUESTIONS[:1], [{"a": "1"}])
     for name in ("shortest:none", "no_such_module:score"):
