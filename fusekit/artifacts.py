@@ -60,7 +60,7 @@ def publish(
     """Make an artifact: ``write`` fills a folder beside ``final``, which is moved there in one step.
 
     The caller holds the lock of the run. What a process that died left behind is removed first. ``final`` is as it was
-    when the disk fails, when it holds files that are not its own (StorageError), and after whatever ``write`` raises.
+    when the disk fails, when it holds files that no manifest lists (StorageError), and after whatever ``write`` raises.
     """
     recover(final)
     refuse_foreign(final)
@@ -88,7 +88,7 @@ def files_of(folder: Path) -> dict[str, File]:
 
 
 def replace_file(folder: Path, name: str, data: bytes) -> bool:
-    """Replace, or add, a file of an artifact, which is published anew; returns whether anything had to be done.
+    """Replace, or add, a file of an artifact, which is published again; returns whether anything had to be done.
 
     The other files are the same ones (hard links). The caller holds the lock of the run. Raises ChangedError when
     somebody else wrote the file, which is left as it is; StorageError when there is no artifact or the disk fails.
@@ -201,7 +201,7 @@ def require_whole(folder: Path) -> None:
     if wrong:
         raise StorageError(
             f"{folder} is not what was committed:\n  " + "\n  ".join(wrong) + "\nIt is not used. Restore it, or "
-            f"remove {folder} and give the same command again: it alone is made again"
+            f"remove {folder} and run the same command again: it alone is made again"
         )
 
 
@@ -301,7 +301,7 @@ def weights_hash(folder: Path) -> str:
     known = read(folder)
     if known is None:
         raise StorageError(
-            f"{folder} has no {MANIFEST}: remove it and give the same command again, which makes it again"
+            f"{folder} has no {MANIFEST}: remove it and run the same command again, which makes it again"
         )
     names = sorted(name for name in known.files if "/" not in name and Path(name).suffix in (".safetensors", ".jinja"))
     names += [name for name in ("config.json", "tokenizer.json", "tokenizer_config.json") if name in known.files]

@@ -51,7 +51,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """As accelerate sees it; with several processes it connects them, by NCCL between GPUs and by gloo else."""
+        """As accelerate sees it; it connects several processes, by NCCL between GPUs and otherwise by gloo."""
         from accelerate import PartialState
 
         # Without the flag accelerate leaves the processes of a machine without accelerators on their own.
@@ -139,10 +139,10 @@ def missing_device(name: str | int) -> str | None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        return f"{name!r} is no device of torch: name cpu, cuda, cuda:0 or the like"
+        return f"{name!r} is not a torch device: give cpu, cuda, cuda:0 or the like"
     if device.type == "cpu" or (there is not None and there.type == device.type and (device.index or 0) < count):
         return None
-    return f"there is no device {name} on this machine, which has {f'{count} of {there}' if there else 'a CPU alone'}"
+    return f"there is no device {name} on this machine, which has {f'{count} of {there}' if there else 'only a CPU'}"
 
 
 def side_by_side(
@@ -182,7 +182,7 @@ def side_by_side(
 
 
 class _PlainLines(tqdm):
-    """A bar where nothing can be redrawn: a line of its own now and then, and none of what is over at once."""
+    """Progress where no line can be redrawn: a new line every half minute, and none for what ends sooner."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}{postfix}, {remaining} left"

@@ -51,7 +51,7 @@ class GgufHeader:
 
 
 def split(model: str) -> tuple[str, str] | None:
-    """The folder or hub repository of a GGUF file, and its name there; None for a model that is no GGUF file.
+    """The folder or hub repository of a GGUF file, and its name there; None for a model that is not a GGUF file.
 
     ``models/x.gguf`` is in ``models``; ``owner/name/x.gguf`` is in the repository ``owner/name``, if there is no folder
     of that name here.
@@ -87,7 +87,7 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
     except OSError as error:
         raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, OverflowError, struct.error) as error:
-        raise ModelError(f"{label}: {path} is no GGUF file, or a damaged one: {error}") from error
+        raise ModelError(f"{label}: {path} is not a GGUF file, or is damaged: {error}") from error
     if metadata.get("split.count", 1) > 1:
         raise ModelError(
             f"{label}: {path} is one of the {metadata['split.count']} parts of a GGUF file: join them with "

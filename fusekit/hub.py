@@ -91,7 +91,7 @@ class Files:
 
     @cached_property
     def names(self) -> set[str]:
-        """Of all files, also those that are not fetched yet."""
+        """Names of all files, also of those that are not fetched yet."""
         return set(self.snapshot.sizes) if self.snapshot else {path.name for path in self.folder.iterdir()}
 
     @property
@@ -192,7 +192,7 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
                 raise ModelError(f"{name} is a local folder: the revision {revision!r} has no meaning there")
             return Files(name, local.resolve())
         if name and local.exists():
-            raise ModelError(f"{name} is a file, and no GGUF file (.gguf): give the folder of the model")
+            raise ModelError(f"{name} is a file, but not a GGUF file (.gguf): give the folder of the model")
     except (OSError, RuntimeError) as error:  # a name that is too long, a home that does not exist
         raise ModelError(f"{name!r} cannot be read: {error}") from error
     if _is_path(name):

@@ -314,7 +314,7 @@ def _capture_shards(
     seen, total = 0, sum(plan.stop - plan.start for plan in missing)
     label = "capturing" if processes.world == 1 else f"capturing (process {processes.rank} of {processes.world})"
     # Encoded as they come, beside the next batch: the rows of a shard take a third of the memory then.
-    with progress(total, label, "row", quiet=quiet or not processes.is_first) as bar, ThreadPoolExecutor(1) as pool:
+    with progress(total, label, "example", quiet=quiet or not processes.is_first) as bar, ThreadPoolExecutor(1) as pool:
         for plan in missing:
             own = rows[plan.start : plan.stop]
             tokenized = [tokenizer.tokenize(row) for row in own]
@@ -404,7 +404,7 @@ def vocabulary_size(checkpoint: Checkpoint, tokenizer: RowTokenizer) -> int:
 _ROW_BYTES = 64
 _TOKEN_BYTES = 12
 _VALUE_BITS = 10
-"""Of a stored row: beside its entries; per token (id, coordinates, label); of one stored log-probability."""
+"""Sizes in a store: of an example beside its tokens; of a token (id, coordinates, label); of a log-probability."""
 
 
 def refuse(needs: Sequence[Need]) -> None:
@@ -489,7 +489,7 @@ def capture_job(
 
 
 def capture(model: str | Path | ModelChoice, dataset: Any, out: str | Path, **options: Any) -> Store:
-    """Capture what a model says about examples: its top-k rows at every label. A store that is begun is resumed.
+    """Capture what a model says about examples: its top-k rows at every label. An unfinished store is resumed.
 
     >>> from fusekit import capture
     >>> messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]

@@ -31,10 +31,10 @@ from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
 
 BATCH_TOKENS = 16384
 CPU_BATCH_TOKENS = 2048
-"""Of a forward pass on an accelerator, and on a CPU, where a larger batch takes more memory and no less time."""
+"""Tokens of a forward pass on an accelerator, and on a CPU, where more take more memory and no less time."""
 
 SHARD_SECONDS = 120.0
-"""Of work, about, that an interruption may cost."""
+"""Seconds of work that an interruption may cost, about."""
 
 FLOPS, CPU_FLOPS = 1e14, 5e10
 """Operations a second that are assumed of an accelerator, and of a CPU: a shard has to be the same on every machine."""
@@ -73,7 +73,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool = True
 
 
 CHUNK_BYTES = 256 << 20
-"""Of float32 logits at a time."""
+"""Bytes of float32 logits at a time."""
 
 
 class Scored(NamedTuple):
@@ -129,7 +129,7 @@ class Teacher:
             self._split, why = split_forward(model, ids, float32_head)
             error = padding_error(model, ids)
         if self._split is None:
-            notify(f"{name}: {why}; the logits of all positions are computed, a few rows at a time")
+            notify(f"{name}: {why}; the logits of all positions are computed, a few examples at a time")
             self.batch_tokens = min(self.batch_tokens, max(1, chunk_bytes // (4 * self.vocabulary)))
         self._padding = not error
         if error:
@@ -240,7 +240,7 @@ class Teacher:
 
     @property
     def _row_bytes(self) -> int:
-        """Of float32 at a time to score one position."""
+        """Bytes of float32 at a time to score one position."""
         if self._split is None or self._split.head is None:
             return 4 * self.vocabulary
         return group_bytes(self.vocabulary, self.selection.k)
@@ -281,17 +281,17 @@ def padded(rows: list[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _BLOCK_COPIES = 3
-"""Of a block of logits: themselves, their exponentials, and the head's weights or what the model makes of them."""
+"""Copies of a block of logits: itself, its exponentials, and the head's weights or what the model makes of it."""
 
 _GROUP_BYTES = 28
-"""Of a group of ids while the best groups of a position are sought."""
+"""Bytes for a group of ids while the best groups of a position are sought."""
 
 _HIDDEN_COPIES = 6
 """Tensors as wide as the hidden states that live at one time within a layer, its residual included."""
 
 
 def memory_needs(checkpoint: Checkpoint, settings: CaptureSettings, processes: Processes) -> list[Need]:
-    """Of the loaded model and one batch: on this process's device, or on all of them together for a device map."""
+    """Memory for the loaded model and one batch: on this process's device, or on all together for a device map."""
     batch_tokens = settings.batch_tokens or batch_tokens_on(processes.device.type)
     weights = loaded_bytes(checkpoint)
     working = working_bytes(checkpoint, batch_tokens, processes.device.type, settings.top_k)

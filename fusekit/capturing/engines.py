@@ -36,10 +36,10 @@ TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.5
 """Nats, in float32 and in a dtype that rounds; vLLM's sums in bfloat16 depend on the batch by up to about 0.3."""
 
 LOGITS_BYTES = 1 << 30
-"""Of float32 logits of one step of the engine, which are outside its own memory profile: bounds the step's tokens."""
+"""Bytes of float32 logits of one step, which vLLM's memory profile leaves out: they bound the step's tokens."""
 
 FEWEST_TOKENS = 256
-"""Of a step."""
+"""Fewest tokens of a step."""
 
 HEAD_DTYPE = "float32"
 
@@ -176,7 +176,7 @@ def spread(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 class Difference(NamedTuple):
-    """Of log-probabilities, in nats: the largest, the mean, and over how many values."""
+    """Differences of log-probabilities, in nats: the largest, the mean, and over how many values."""
 
     largest: float
     mean: float
@@ -227,7 +227,7 @@ def check(engine: Scorer, reference: Sequence[CapturedRow], tolerance: float, wh
 
 
 def vllm_version() -> str:
-    """Of the vLLM that is installed. Raises CaptureError where there is none."""
+    """The version of vLLM that is installed. Raises CaptureError where there is none."""
     try:
         import vllm
     except ImportError as error:

@@ -227,16 +227,16 @@ GROUP = 128
 """Ids of a group: a vector register's worth of loads, and a thousand maxima of a vocabulary of 152 k."""
 
 CACHED_BYTES = 8 << 20
-"""Of a block of float32 logits on a CPU, which then stays in the cache for all that is done with it."""
+"""Bytes of a block of float32 logits on a CPU, which then stays in the cache for all that is done with it."""
 
 _PIECE_BYTES = 512 << 10
-"""Of its exponentials at a time."""
+"""Bytes of its exponentials at a time."""
 
 _HELD = 3
 """Times k groups whose logits are held, on average over the rows, before those that are no longer among the best go."""
 
 _RANGE = 64.0
-"""Of exponents: sums of exponentials of up to this much above their shift stay far from float32's overflow."""
+"""Range of exponents: sums of exponentials of up to this much above their shift stay far from float32's overflow."""
 
 _LOWEST = -3e38
 _LOW_32_BITS = (1 << 32) - 1

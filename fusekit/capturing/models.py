@@ -92,7 +92,7 @@ class Checkpoint:
 
     @property
     def repository(self) -> str | None:
-        """On the hub; None for a model in a folder."""
+        """The name on the hub; None for a model in a folder."""
         if self.snapshot:
             return self.snapshot.repository
         parts = gguf.split(self.choice.model)
@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def commit(self) -> str | None:
-        """On the hub, also of the GGUF file that a plain checkpoint was made of."""
+        """The commit on the hub, also of the GGUF file that a plain checkpoint was made of."""
         if self.snapshot:
             return self.snapshot.commit
         kind, _, rest = (self.identity or "").partition(" ")
@@ -234,7 +234,7 @@ def _gguf_config(folder: Path, file: str, label: str, architecture: str, _size: 
 
 
 class Shape(NamedTuple):
-    """Of a decoder: width of its hidden states and of its feed-forward, layers, vocabulary."""
+    """A decoder: width of its hidden states and of its feed-forward, layers, vocabulary."""
 
     hidden: int
     wide: int
@@ -288,7 +288,7 @@ def loaded_bytes(checkpoint: Checkpoint) -> int:
 
 
 def dequantise_needs(checkpoint: Checkpoint, folder: Path) -> list[Need]:
-    """Of the dequantised weights of a GGUF file: in main memory, and on the disk of ``folder``."""
+    """What the dequantised weights of a GGUF file need: main memory, and the disk of ``folder``."""
     name, size = checkpoint.choice.model, loaded_bytes(checkpoint)
     return [main_memory(f"main memory to dequantise {name}", size), *disk([(folder, size, f"{name}, dequantised")])]
 
@@ -358,8 +358,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device, kind: Any = None) -
         )
     if missing := sorted(report["missing_keys"]):
         raise CaptureError(
-            f"{choice.model} lacks {counted(len(missing), 'tensor')}, which would be random: {missing[0]}: are its "
-            "weights of another model?"
+            f"{choice.model} lacks {counted(len(missing), 'tensor')}, which would be random: {missing[0]}: are the "
+            "weights those of another model?"
         )
     return model.eval()
 
@@ -419,12 +419,12 @@ def dequantise(
         say: told what is done.
 
     Raises:
-        CaptureError: it is no GGUF file, does not fit, or cannot be loaded.
+        CaptureError: it is not a GGUF file, does not fit, or cannot be loaded.
         StorageError: ``folder`` was made from other inputs (says which), is damaged, or holds other files.
     """
     choice, folder = ModelChoice(choice) if isinstance(choice, str) else choice, Path(folder)
     if gguf.split(choice.model) is None:
-        raise CaptureError(f"{choice.model} is no GGUF file: there is nothing to dequantise")
+        raise CaptureError(f"{choice.model} is not a GGUF file: there is nothing to dequantise")
     choice = replace(choice, dequantised=None, device_map=None)
     if (known := artifact.read(folder)) is not None:
         changed = artifact.differences(known.inputs, dequantised_from(choice, known))

@@ -86,9 +86,9 @@ def captured(
     if n and (most := float(np.where(padding, mass, 0.0).sum(1).max())) > MOST_PADDING:
         worst = int(ids[padding][np.argmax(mass[padding])])
         raise CaptureError(
-            f"example {row.key}: {most:.4f} of the probability of a label is on ids that are no tokens of the "
+            f"example {row.key}: {most:.4f} of the probability of a label is on ids that are not tokens of the "
             f"tokenizer (id {worst}; it has {tokens} tokens), more than {MOST_PADDING:g}. An engine cannot mask them: "
-            "capture this model with the engine transformers, or check that the tokenizer is its own"
+            "capture this model with the engine transformers, or check that the tokenizer belongs to it"
         )
     logprobs = np.where(padding, -np.inf, logprobs)
     ids, logprobs = _ordered(Reply(np.where(padding, -1, ids), logprobs, reply.actual))

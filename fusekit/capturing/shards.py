@@ -210,7 +210,7 @@ class Codec:
 
     def _check(self, row: CapturedRow, ids: IntArray, logprobs: FloatArray, used: BoolArray) -> None:
         """ids, logprobs: int64 and float64 [n, m], 0 and -inf where there is no entry."""
-        wrong, tail = f"row {row.tokens.key}: ", row.rows.tail
+        wrong, tail = f"example {row.tokens.key}: ", row.rows.tail
         every = np.concatenate([row.tokens.ids, ids.ravel()])
         if len(outside := every[(every < 0) | (every >= self.vocabulary)]):
             raise StorageError(f"{wrong}token id {outside[0]} is outside the vocabulary of {self.vocabulary}")
@@ -238,7 +238,7 @@ class Codec:
             rows, actual = self._decode_entries(columns, ids[is_label])
             return CapturedRow(tokens, columns["dataset"], rows, actual, columns["cross_entropy"])
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-            raise StorageError(f"row {columns.get('key')}: its columns do not fit together: {error}") from error
+            raise StorageError(f"example {columns.get('key')}: its columns do not fit together: {error}") from error
 
     def _decode_entries(self, columns: Columns, labels: IntArray) -> tuple[TopK, FloatArray]:
         """Rows of n labels with the ids ``labels`` [n], and their own log-probabilities [n]."""

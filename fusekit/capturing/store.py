@@ -43,7 +43,7 @@ ROWS_PER_SHARD = 1024
 """Unless something else is asked for; what chooses by model and device takes no more."""
 
 CACHE_BYTES = 128 << 20
-"""Of row groups that a store keeps in memory once they are read."""
+"""Bytes of row groups that a store keeps in memory once they are read."""
 
 _OPEN_SHARDS = 64
 
@@ -108,9 +108,9 @@ class Manifest(Strict):
         """A line for each difference from what the store would be made from now, fields of a spec and keys of rows."""
         changed = differences(self.spec.model_dump(), made_from)
         if not changed and len(keys) != self.bounds[-1]:
-            return [f"rows: {self.bounds[-1]}, now {len(keys)}"]
+            return [f"examples: {self.bounds[-1]}, now {len(keys)}"]
         if not changed and keys_hash(keys) != self.keys_xxh3:
-            return ["rows: others, or in another order"]
+            return ["examples: others, or in another order"]
         return changed
 
 
@@ -255,7 +255,7 @@ class Store:
     def columns(self, row: int) -> Columns:
         """Row number ``row`` as it is stored."""
         if not -len(self) <= row < len(self):
-            raise IndexError(f"{self.path} has {len(self)} rows, not {row}")
+            raise IndexError(f"{self.path} has {len(self)} examples, not {row}")
         row %= len(self)
         number = int(np.searchsorted(self._starts, row, "right")) - 1
         shard, at = self._shard(number), row - int(self._starts[number])
@@ -277,7 +277,7 @@ class Store:
         """The number of a key's row. Raises StorageError for a key that is not there."""
         if key not in self._positions:
             why = "".join(f": quarantined, {row.reason}" for row in self.quarantined if row.key == key)
-            raise StorageError(f"{self.path} has no row {key}{why}")
+            raise StorageError(f"{self.path} has no example {key}{why}")
         return self._positions[key]
 
     def __contains__(self, key: str) -> bool:
@@ -308,7 +308,7 @@ class Store:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Of all rows, in order."""
+        """The keys of all rows, in order."""
         keys: list[str] = self._facts.column("key").to_pylist()
         return keys
 

@@ -112,8 +112,8 @@ class StoreWriter:
         if wanted != given:
             odd = sorted(set(wanted) ^ set(given)) or given
             raise StorageError(
-                f"the rows of {shard_name(plan.index)} are not those of its keys in their order: {odd[0]} is missing, "
-                "repeated, out of order or of another shard"
+                f"the examples of {shard_name(plan.index)} are not those of its keys in their order: {odd[0]} is "
+                "missing, repeated, out of order or of another shard"
             )
         path = self.path / shard_name(plan.index)
         data = shard_bytes(encoded, self.codec.exact)
@@ -248,4 +248,5 @@ def refuse_foreign(path: Path) -> None:
     """Refuse a folder that holds what is not of a store: StorageError."""
     foreign = sorted(file.name for file in path.iterdir() if not OF_STORES.fullmatch(file.name))
     if foreign:
-        raise StorageError(f"{path} is no store, but holds {foreign[0]} (of {len(foreign)}): choose another folder")
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise StorageError(f"{path} holds {foreign[0]}{more}, which is not part of a store: choose another folder")

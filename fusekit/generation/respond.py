@@ -181,7 +181,7 @@ def _answer(reader: RowTokenizer, tokens: Sequence[int], ends: set[int], lead: b
 
 
 Scores = Mapping[str, float]
-"""Of the answers to one question, by the models that wrote them: higher is better. Empty: the judge does not vote."""
+"""Scores of the answers to one question by their models: higher is better. Empty: the judge does not vote."""
 Scorer = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[dict[str, float]]]
 """(questions, answers to each by model) -> scores of each."""
 

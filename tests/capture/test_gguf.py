@@ -109,7 +109,7 @@ def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
     ("change", "says"),
     [
         (lambda data: data[:-1], "is cut off: .* bytes"),
-        (lambda data: b"GGML" + data[4:], "no GGUF file"),
+        (lambda data: b"GGML" + data[4:], "not a GGUF file"),
         (lambda data: data[:4] + b"\x01" + data[5:], "version is 1"),
         (lambda data: data[:8] + b"\xff" * 8 + data[16:], "damaged"),
         (
@@ -201,7 +201,7 @@ def test_a_plain_checkpoint_of_another_file_dtype_or_content_is_refused(files, t
         file.write(b"\xff")
     with pytest.raises(StorageError, match=r"model\.safetensors: its content"):
         dequantise(str(mine), folder)
-    with pytest.raises(CaptureError, match="no GGUF file"):
+    with pytest.raises(CaptureError, match="not a GGUF file"):
         dequantise(str(PIVOT), tmp_path / "x")
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_stored_is_named(changes, message):
     ids[0, 0], tail[0] = changes.get("ids", ids[0, 0]), changes.get("tail", tail[0])
     if "wide" in changes:
         ids, logprobs = np.c_[ids, ids[:, 0] ^ 1], np.c_[logprobs, np.full(len(ids), -30.0)]
-    with pytest.raises(StorageError, match=f"row .*{message}"):
+    with pytest.raises(StorageError, match=f"example .*{message}"):
         Codec(1000, 4).encode(dataclasses.replace(row, rows=TopK(ids, logprobs, tail), actual=actual))
 
 

@@ -151,9 +151,9 @@ def test_the_same_rows_make_the_same_files_and_a_complete_store_is_left_alone(pa
 @pytest.mark.parametrize(
     ("spec", "keys", "named"),
     [
-        (SPEC, KEYS[: ROWS - 1], ["rows: 10, now 9"]),
-        (SPEC, [*KEYS[:ROWS], key(77)], ["rows: 10, now 11"]),
-        (SPEC, KEYS[ROWS - 1 :: -1], ["rows: others"]),
+        (SPEC, KEYS[: ROWS - 1], ["examples: 10, now 9"]),
+        (SPEC, [*KEYS[:ROWS], key(77)], ["examples: 10, now 11"]),
+        (SPEC, KEYS[ROWS - 1 :: -1], ["examples: others"]),
         (
             SPEC.model_copy(update={"top_k": 5, "tokenizer": "other", "details": {"dtype": "bfloat16"}}),
             KEYS,
