@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from fusekit.alignment.rows import AlignedRows, Case, RowsLike, checked_rows, placed_rows
-from fusekit.alignment.surfaces import Surfaces
+from fusekit.alignment.surfaces import Surfaces, decoded
 from fusekit.errors import AlignmentError
 from fusekit.types import IntArray
 
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 # A table of int32 for two rows of this many cells is 400 MB; beyond it the method is not worth waiting for.
 MAX_CELLS = 100_000_000
 BLOCK_CELLS = 32_000_000  # distances held at once: 32 MB for short strings, 128 MB for strings over 254 characters
-
-
-def decoded(surface: bytes) -> str | None:
-    """A surface's text, None where it is no UTF-8."""
-    try:
-        return surface.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _as_bytes(surface: bytes) -> str:

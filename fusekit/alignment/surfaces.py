@@ -242,10 +242,8 @@ class Surfaces:
 
     def _emitted(self, surface: bytes, ids: list[int]) -> int:
         """Which of ``ids``, which all have this surface, stands for it in a text."""
-        try:
-            encoded = self.view.encode(surface.decode())
-        except UnicodeDecodeError:
-            encoded = []
+        text = decoded(surface)
+        encoded = [] if text is None else self.view.encode(text)
         if encoded and encoded[-1] in ids:
             return encoded[-1]
         # A string with a space is in a form that such a pre-tokenizer never produces.
@@ -285,6 +283,14 @@ class Surfaces:
         told |= {"roles": sorted(self.view.roles.items()), "form": int(self.form)}
         digest.update(json.dumps(told, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+def decoded(surface: bytes) -> str | None:
+    """A surface's text, None where it is not UTF-8."""
+    try:
+        return surface.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from scipy import sparse
 from fusekit.alignment.alignment import TokenAlignment, align
 from fusekit.alignment.papers import COUNTING, mined
 from fusekit.alignment.rows import checked_rows, merge_entries
-from fusekit.alignment.surfaces import ROLES, Form, Surfaces, vocabulary_surfaces
+from fusekit.alignment.surfaces import ROLES, Form, Surfaces, decoded, vocabulary_surfaces
 from fusekit.disk import commit_file
 from fusekit.errors import AlignmentError, StorageError
 from fusekit.types import FloatArray, IntArray, TopK
@@ -317,12 +317,7 @@ def _first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
     takes its longest prefix, as does one whose tokenisation does not begin with its bytes (a normaliser changed it).
     """
     found = np.full(len(strings), -1, np.int64)
-    texts: dict[int, str] = {}
-    for i, string in enumerate(strings):
-        try:
-            texts[i] = string.decode()
-        except UnicodeDecodeError:
-            continue
+    texts = {i: text for i, string in enumerate(strings) if (text := decoded(string)) is not None}
     # With a dummy space in front no string would come back as it is, so none is tried.
     plain = surfaces.view.encode_many(list(texts.values())) if surfaces.form is not Form.METASPACE else []
     for i, ids in zip(list(texts), plain, strict=False):
@@ -403,10 +398,9 @@ def source_pieces(into: VocabularyMap) -> tuple[IntArray, IntArray, FloatArray]:
         surface = pivot.of[id_]
         if (same := source.id_of.get(surface)) is not None:
             spelled[id_] = [same]
-            continue
-        try:
-            texts[id_] = surface.decode()
-        except UnicodeDecodeError:
+        elif (text := decoded(surface)) is not None:
+            texts[id_] = text
+        else:
             spelled[id_] = _longest_pieces(surface, source)
     for id_, ids in zip(texts, source.view.encode_many(list(texts.values())), strict=True):
         whole = b"".join(source.of[i] for i in ids) == pivot.of[id_]
