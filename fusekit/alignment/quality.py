@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fusekit.alignment.alignment import TokenAlignment, pieces, visible
 from fusekit.alignment.rows import HAS_ROW, Case, plan_rows
 from fusekit.alignment.surfaces import Surfaces
-from fusekit.errors import AlignmentError
 from fusekit.types import BoolArray, TokenizedText
 
 WORST = 10
@@ -186,9 +185,6 @@ class Sample(_Value):
     left_out: int = 0
 
 
-_SAMPLES = TypeAdapter(list[Sample])
-
-
 def sample_of(alignment: TokenAlignment, surfaces: tuple[Surfaces, Surfaces], most: int | None = None) -> Sample:
     """What is shown of an alignment of method ``span``: at most so many groups.
 
@@ -227,14 +223,4 @@ def _readable(text: bytes) -> str:
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write samples as JSON."""
-    path.write_bytes(_SAMPLES.dump_json(list(samples), indent=1, exclude_defaults=True))
-
-
-def read_samples(path: Path) -> list[Sample]:
-    """The samples that :func:`write_samples` wrote, none where there is no file. Raises AlignmentError: damaged."""
-    try:
-        return _SAMPLES.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValidationError) as error:
-        raise AlignmentError(f"{path} cannot be read: {error}") from error
+    path.write_bytes(TypeAdapter(list[Sample]).dump_json(list(samples), indent=1, exclude_defaults=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fusekit import artifacts as artifact
-from fusekit.alignment.quality import read_samples
+from fusekit.alignment.quality import Sample
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.store import Store
 from fusekit.errors import FusekitError, StorageError
@@ -188,7 +188,7 @@ class Facts:
             self.sources, lambda name: self._record(layout.alignment(name) / "quality.json", Quality)
         )
         self.samples = self._each(
-            self.sources, lambda name: self._tried(layout.alignment(name) / "samples.json", read_samples)
+            self.sources, lambda name: self._record(layout.alignment(name) / "samples.json", list[Sample])
         )
         self.worths = self._each(self.sources, lambda name: self._record(layout.worth(name), Worth))
         self.targets = self._each(

@@ -7,15 +7,10 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from pydantic import TypeAdapter
 
 from fusekit.alignment import align, plan_rows, vocabulary_surfaces
-from fusekit.alignment.quality import (
-    AlignmentQuality,
-    read_samples,
-    sample_of,
-    script_of,
-    write_samples,
-)
+from fusekit.alignment.quality import AlignmentQuality, Sample, sample_of, script_of, write_samples
 from fusekit.alignment.rows import HAS_ROW, Case
 from fusekit.cli import cli
 from fusekit.distillation.worth import TeacherWorth
@@ -62,7 +57,8 @@ def test_the_page_escapes_everything(tmp_path):
     quality.add(alignment, "<i>data</i>")
     sample = sample_of(alignment, (vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))))
     write_samples(tmp_path / "samples.json", [sample])
-    assert read_samples(tmp_path / "samples.json") == [sample]
+    written = json.loads((tmp_path / "samples.json").read_bytes())
+    assert TypeAdapter(list[Sample]).validate_python(written) == [sample]
     assert "worth" not in alignment_page(quality, [sample])
     worth = TeacherWorth("<em>")
     cases, pivot = np.array([Case.SAME, Case.UNLINKED]), np.ones(2)
