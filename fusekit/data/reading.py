@@ -153,8 +153,8 @@ def parse_record(record: Any, where: str, dataset: str, counts: DataCounts) -> R
         turns = _with_system(turns, record, where)
         used |= set(SYSTEM)
     unused = {str(key) for key in record.keys() - used if not _is_empty(record[key])}
-    for key in used & {*CHATS, "prompt", "completion"}:
-        for turn in record[key] if isinstance(record[key], list) else ():
+    for key in used.difference(MARKS, {"dataset"}):  # what is a list there is one of messages
+        for turn in record[key] if isinstance(record.get(key), list) else ():
             unused |= {f"{key}.{name}" for name in turn.keys() - OF_MESSAGES if not _is_empty(turn[name])}
     for name in sorted(unused):
         counts.unused[name] = counts.unused.get(name, 0) + 1

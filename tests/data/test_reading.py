@@ -179,10 +179,11 @@ def test_fields_that_are_not_used_are_counted():
         {"messages": [U, A], "id": 2, "system": "S"},
         {"instruction": "q", "output": "a", "context": "c", "text": "t"},
         {"prompt": [U], "completion": [A], "context": "c"},
+        {"question": [U | {"name": "x"}], "answer": [A]},
     ]
     counts = DataCounts()
-    assert len(list(rows_of(records, counts))) == 4
-    assert counts.unused == {"id": 2, "messages.name": 1, "weight": 1, "context": 2, "text": 1}
+    assert len(list(rows_of(records, counts))) == 5
+    assert counts.unused == {"id": 2, "messages.name": 1, "question.name": 1, "weight": 1, "context": 2, "text": 1}
     assert "id (2)" in counts.lines[1]
 
 
