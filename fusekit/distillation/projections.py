@@ -40,8 +40,6 @@ from fusekit.distillation.targets import Members
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, Row, TokenizedRow, TokenizedText, TopK
 
-_RULE_OF_MAP = {"em": "em", "mined": "mined", "ms": "ms", "ms_released": "ms"}
-
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -51,7 +49,8 @@ class Projection:
         vocabulary_map: from the source's vocabulary into the pivot's. None: rows stay as they are, taken where both
             have read the same bytes, whatever comes next.
         tokens: ``span``: where both have read the same bytes, exact. ``dtw``: the papers' time warping with the
-            position rule of the map's method; positions without a row get a one-hot on the label, as there.
+            position rule of the map's method (``em`` for ``prefix``); positions without a row get a one-hot on the
+            label, as there.
             ``grouped``: as ``span``, over groups of the pivot's tokens that the source cannot tell apart
             (:func:`fusekit.alignment.vocabulary_map.pivot_groups`), for the loss ``grouped_kl``.
             ``matched``: rows as they are, as without a map; an entry that maps nowhere stays as one without an id.
@@ -132,7 +131,7 @@ class Projection:
         if into is None:
             return _at_links(alignment, TopK(*said.rows))
         if self.tokens == "dtw":
-            rule = _RULE_OF_MAP.get(into.method, "em")
+            rule = {"mined": "mined", "ms": "ms", "ms_released": "ms"}.get(into.method, "em")
             return project_rows_by_rule(_warped(alignment, into), into, said.rows, rule, collisions=self.collisions)
         if self.tokens == "matched" or self.of_chunks:
             rows = checked_rows(said.rows, len(into.targets))

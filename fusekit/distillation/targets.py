@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusekit.alignment.rows import NO_ID
+from fusekit.alignment.rows import MASS_TOLERANCE, NO_ID
 from fusekit.errors import DistillationError
 
 
@@ -111,14 +111,16 @@ class SparseTargets:
         taught = taught[:, None]
         outside = ids < (NO_ID if without_ids else -1)
         if vocabulary is not None:
-            outside = outside | (ids >= vocabulary)
+            outside |= ids >= vocabulary
+        outside &= taught
         in_order = torch.where(taught, ids, -1).sort(dim=1).values
         twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
         # Written so that NaN is wrong too.
-        wrong = (ids != -1) & taught & ~(logprobs <= 1e-2) | (taught & ~((tail >= 0) & (tail <= 1 + 1e-2))[:, None])
-        found = torch.stack([(outside & taught).any(), twice.any(), wrong.any()]).tolist()  # one wait for the device
+        is_share = (tail >= 0) & (tail <= 1 + MASS_TOLERANCE)
+        wrong = taught & (((ids != -1) & ~(logprobs <= MASS_TOLERANCE)) | ~is_share[:, None])
+        found = torch.stack([outside.any(), twice.any(), wrong.any()]).tolist()  # one wait for the device
         if found[0]:
-            row, entry = (int(x) for x in (outside & taught).nonzero()[0])
+            row, entry = (int(x) for x in outside.nonzero()[0])
             raise DistillationError(
                 f"row {row} of the targets lists token id {int(ids[row, entry])}, the logits have {vocabulary} "
                 f"columns: were they projected into another vocabulary? Only the loss gold takes the id {NO_ID}"
@@ -132,6 +134,6 @@ class SparseTargets:
         if found[2]:
             row = int(wrong.any(dim=1).nonzero()[0])
             raise DistillationError(
-                f"row {row} of the targets is no distribution: logprobs {logprobs[row].tolist()}, tail "
+                f"row {row} of the targets is not a distribution: logprobs {logprobs[row].tolist()}, tail "
                 f"{float(tail[row]):g}; logprobs are natural logarithms, tail is a probability"
             )
