@@ -75,7 +75,7 @@ class Row:
         messages = tuple(Message(*message) for message in record["messages"])
         cut = Cut(*record["cut"]) if record["cut"] else None
         if not all(isinstance(text, str) for text in [record["dataset"], *chain.from_iterable(messages)]):
-            raise TypeError("the data set, a role or a content is no text")
+            raise TypeError("the data set, a role or a content is not text")
         row = cls(messages, record["dataset"], cut, tuple(record.get("context", ())))
         if row.key != record["key"]:
             raise ValueError(f"its key is {row.key}, not {record['key']}")

@@ -148,7 +148,7 @@ def align(text: str, pivot_tokenizer: Any, source_tokenizer: Any, method: str = 
             the method is unknown.
     """
     if method not in ("dtw", "span"):
-        raise AlignmentError(f"unknown alignment method {method!r}: there are dtw, span")
+        raise AlignmentError(f"unknown alignment method {method!r}: choose one of dtw, span")
     surfaces = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     pivot, source = (tokenize(text, side) for side in surfaces)
     return warped(text, pivot, source, surfaces) if method == "dtw" else align_tokens(text, pivot, source)
@@ -196,7 +196,7 @@ _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
 def visible(piece: bytes) -> str:
-    """``piece`` with what cannot be seen made visible, and bytes that are no UTF-8 as ``\\xNN``; ``∅`` if empty."""
+    """``piece`` with what cannot be seen made visible, and bytes that are not UTF-8 as ``\\xNN``; ``∅`` if empty."""
 
     def shown(character: str) -> str:
         # Joiners and other spaces cannot be seen either; variation selectors could only be seen on what is before them.

@@ -38,7 +38,7 @@ def _joins_previous(character: str) -> bool:
     if character < "\u0300":
         return False
     first = unicodedata.normalize("NFKD", character)[0]
-    # Jamo vowels and final consonants compose into Hangul syllables and are no combining characters.
+    # Jamo vowels and final consonants compose into Hangul syllables and are not combining characters.
     jamo = "\u1160" <= first <= "\u11ff" or "\ud7b0" <= first <= "\ud7fb"
     return jamo or unicodedata.category(first)[0] == "M" or unicodedata.combining(first) != 0
 
@@ -161,7 +161,7 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
             highs[-1] = len(data)
             return TokenizedText.of(ids, highs, lows)
     if surfaces.form is Form.BYTE_LEVEL:
-        # Its offsets may be trimmed of spaces by the post-processor, so they are no way out.
+        # Its offsets may be trimmed of spaces by the post-processor, so they cannot be used instead.
         steps = ", ".join(sorted(surfaces.view.types("normalizer"))) or "none"
         raise AlignmentError(
             f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "

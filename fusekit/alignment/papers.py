@@ -33,7 +33,7 @@ def _as_bytes(surface: bytes) -> str:
 
 
 def _comparable(a: bytes, b: bytes) -> tuple[str, str]:
-    """Two surfaces without word-start marks, unless nothing else is left; as bytes where one of them is no UTF-8."""
+    """Two surfaces without word-start marks, unless nothing else is left; as bytes where one of them is not UTF-8."""
     stripped = a.removeprefix(b" "), b.removeprefix(b" ")
     if stripped[0] and stripped[1]:
         a, b = stripped
@@ -50,7 +50,7 @@ def _distance(a: bytes, b: bytes) -> int:
 def cost_matrix(pivot: Sequence[bytes], source: Sequence[bytes]) -> IntArray:
     """Levenshtein distances of token surfaces without word-start marks: int64 [n, m].
 
-    Over characters; over bytes where one of the two is no UTF-8. Where one of the two is nothing but the mark, neither
+    Over characters; over bytes where one of the two is not UTF-8. Where one of the two is nothing but the mark, neither
     loses it.
     """
     # Different strings once.
@@ -183,8 +183,8 @@ def _improve(
 def mined(surfaces: list[bytes], pivot: Surfaces) -> IntArray:
     """MinED over characters: the pivot's id of least distance to each surface, the lowest of several.
 
-    Pivot entries that are no UTF-8 compare as bytes. Surfaces that are none go by their longest prefix in the pivot, or
-    where it has none by their distance over bytes. Returns int64 [len(surfaces)].
+    Pivot entries that are not UTF-8 compare as bytes. Surfaces that are not UTF-8 go by their longest prefix in the
+    pivot, or by their distance over bytes if it has none. Returns int64 [len(surfaces)].
     """
     options = sorted((id_, surface) for surface, id_ in pivot.id_of.items())
     readable = [surface for surface in surfaces if decoded(surface) is not None]
@@ -253,7 +253,7 @@ def source_positions(alignment: TokenAlignment, vocabulary_map: VocabularyMap, r
         AlignmentError: unknown rule.
     """
     if rule not in _RULES:
-        raise AlignmentError(f"unknown position rule {rule!r}: there are {', '.join(sorted(_RULES))}")
+        raise AlignmentError(f"unknown position rule {rule!r}: choose one of {', '.join(sorted(_RULES))}")
     pivot = [vocabulary_map.pivot.of[i] for i in alignment.pivot_ids.tolist()]
     source = [vocabulary_map.source.of[i] for i in alignment.source_ids.tolist()]
     targets = vocabulary_map.targets[alignment.source_ids]

@@ -19,7 +19,7 @@ from fusekit.alignment.surfaces import Surfaces
 from fusekit.types import BoolArray, TokenizedText
 
 WORST = 10
-"""Texts that are kept of those that lose most."""
+"""How many of the texts that lose most are kept."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ def script_of(character: str) -> str:
 
 
 def _scripts(alignment: TokenAlignment) -> list[str]:
-    """The script of each pivot token: of the first character that it touches and that is no space, if there is one."""
+    """The script of each pivot token: of the first character that it touches and that is not a space, if any."""
     data = alignment.text.encode()
     names = []
     start = 0

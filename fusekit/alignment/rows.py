@@ -160,7 +160,7 @@ def checked_rows(rows: RowsLike, vocabulary: int, side: str = "source") -> TopK:
     wrong = np.flatnonzero(~np.isfinite(mass) | ~(tail >= 0) | ~(mass + tail <= 1 + MASS_TOLERANCE))
     if len(wrong):
         raise AlignmentError(
-            f"row {wrong[0]} is no distribution: its entries hold {mass[wrong[0]]:.6g} and its tail "
+            f"row {wrong[0]} is not a distribution: its entries hold {mass[wrong[0]]:.6g} and its tail "
             f"{tail[wrong[0]]:.6g}; logprobs are natural logarithms, tail is a probability"
         )
     return TopK(ids, logprobs, tail)
@@ -180,7 +180,7 @@ def merge_entries(targets: IntArray, mass: FloatArray, tail: FloatArray, collisi
         AlignmentError: unknown ``collisions``.
     """
     if collisions not in ("add", "max"):
-        raise AlignmentError(f"unknown way with collisions {collisions!r}: there are add, max")
+        raise AlignmentError(f"unknown collisions {collisions!r}: choose one of add, max")
     T, e = targets.shape
     if not targets.size:
         return TopK(np.full((T, 0), -1, np.int64), np.full((T, 0), -np.inf), tail)
@@ -288,11 +288,11 @@ def project_rows(
         :class:`AlignedRows`. Where a source is certain of the text, its row is certain of the pivot's label.
 
     Raises:
-        AlignmentError: rows that do not fit the alignment or are no distributions, an unknown ``tail``, or one that
+        AlignmentError: rows that do not fit the alignment or are not distributions, an unknown ``tail``, or one that
             needs ``pivot`` without it.
     """
     if tail not in TAILS:
-        raise AlignmentError(f"unknown tail {tail!r}: there are {', '.join(TAILS)}")
+        raise AlignmentError(f"unknown tail {tail!r}: choose one of {', '.join(TAILS)}")
     if tail in NEED_PIVOT and pivot is None:
         raise AlignmentError(f"tail {tail!r} needs the pivot's own predictions: pass pivot, or use 'listed_share'")
     if alignment.method != "span":
@@ -484,7 +484,7 @@ def _carry(
         return targets, mass, rest
     consumed, ids, source = steps.consumed[at[within]], entries.ids[within], vocabulary_map.source
     keep = _begins_with(source, alignment.source_ids[steps.base[at[within]] + 1], consumed, ids)
-    # A special token is no text to be continued.
+    # A special token is not text that another token continues.
     keep &= source.is_text[np.clip(ids, 0, len(source) - 1)]
     left = np.full(ids.shape, -1, np.int64)
     rows, columns = np.nonzero(keep)
@@ -493,7 +493,7 @@ def _carry(
         unique, inverse = np.unique(triples, axis=1, return_inverse=True)
         remains = [b" " * space + source.of[id_][length:] for id_, length, space in unique.T.tolist()]
         left[rows, columns] = vocabulary_map.remainders(remains)[inverse.ravel()]
-    # Where nothing was read yet, what is no text goes to the tail; where something was, the text has ruled it out.
+    # Where nothing was read yet, what is not text goes to the tail; where something was, the text has ruled it out.
     left_mass = np.where(keep | (spaced[at[within]][:, None] & (ids >= 0)), entries.mass[within], 0.0)
     targets[within], mass[within] = left, np.where(left >= 0, left_mass, 0.0)
     rest[within] = np.where(left < 0, left_mass, 0.0).sum(axis=1)

@@ -84,7 +84,7 @@ class TokenizerView:
 
     @cached_property
     def _normalizer(self) -> Any:
-        return self.backend.normalizer  # made anew whenever it is asked for
+        return self.backend.normalizer  # the backend makes a new object at every access
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
@@ -263,7 +263,7 @@ class Surfaces:
         return -1
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that tokens spell, special and unknown ones left out; bytes that are no UTF-8 become U+FFFD.
+        """The text that tokens spell, special and unknown ones left out; bytes that are not UTF-8 become U+FFFD.
 
         A dummy space in front stays. A decoder of ``tokenizers`` takes an added token for a piece of its own alphabet.
         """
@@ -416,7 +416,7 @@ def vocabulary_surfaces(tokenizer: Any) -> Surfaces:
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise AlignmentError(
-            f"{name} is no fast tokenizer of transformers or tokenizers: load it with transformers.AutoTokenizer; a "
+            f"{name} is not a fast tokenizer of transformers or tokenizers: load it with transformers.AutoTokenizer; a "
             "tokenizer that is written in Python gives no offsets and cannot be aligned exactly"
         )
     try:

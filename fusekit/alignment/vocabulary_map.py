@@ -125,7 +125,7 @@ class VocabularyMap:
 
     @property
     def special(self) -> IntArray:
-        """The source tokens that are no text and map somewhere, by their role: int64, ascending."""
+        """The source tokens that are not text and map somewhere, by their role: int64, ascending."""
         return np.flatnonzero((self.targets[: len(self.source)] >= 0) & ~self.source.is_text)
 
     def spread(self, ids: IntArray, mass: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
@@ -150,7 +150,7 @@ class VocabularyMap:
             :class:`TopK` ``(ids, logprobs, tail)`` over the pivot's vocabulary.
 
         Raises:
-            AlignmentError: an id outside the map, a row that is no distribution, unknown ``collisions``.
+            AlignmentError: an id outside the map, a row that is not a distribution, unknown ``collisions``.
         """
         rows = checked_rows((ids, logprobs, tail), len(self.targets))
         targets, mass, lost = self.spread(rows.ids, np.exp(rows.logprobs))
@@ -198,7 +198,7 @@ def build_vocabulary_map(
         pivot_tokenizer, source_tokenizer: see :func:`fusekit.alignment.align`.
         method: for tokens that the pivot does not have:
             ``em``: nowhere. ``mined``: the token of least Levenshtein distance over characters, the first of several;
-            entries that are no UTF-8 by their longest byte prefix (FuseLLM, arXiv 2401.10491, MinED).
+            entries that are not UTF-8 by their longest byte prefix (FuseLLM, arXiv 2401.10491, MinED).
             ``prefix``: the first token of the pivot's own tokenisation, which is what it would have to predict next.
             ``ms``: for all tokens seen in a corpus, the pivot token most often aligned with it, the nearest of equally
             frequent ones (FuseChat, arXiv 2408.07990, MS); unseen ones as ``em``. ``ms_released``: with the released
@@ -213,7 +213,7 @@ def build_vocabulary_map(
     """
     if method not in _METHODS.keys() | COUNTING.keys():
         known = ", ".join(sorted(_METHODS.keys() | COUNTING.keys()))
-        raise AlignmentError(f"unknown vocabulary map {method!r}: there are {known}")
+        raise AlignmentError(f"unknown vocabulary map {method!r}: choose one of {known}")
     pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     counted = None
     if method in COUNTING:
@@ -254,14 +254,14 @@ def _remembered(pivot: Surfaces, source: Surfaces, method: str, counted: Mapping
         np.savez(data := io.BytesIO(), targets=targets)
         commit_file(path, data.getvalue(), rank=os.getpid())
     except (OSError, StorageError) as error:
-        log.warning("vocabulary map is not kept: %s cannot be written (%s)", path, error)
+        log.warning("the vocabulary map is not kept: %s cannot be written (%s)", path, error)
     return targets
 
 
 def read_targets(path: Path, pivot: Surfaces, source: Surfaces) -> IntArray:
     """The targets of a map between these vocabularies that ``np.savez(file, targets=...)`` wrote.
 
-    Raises FileNotFoundError; StorageError for a damaged file (a zip archive has checksums), or ids that they lack.
+    Raises FileNotFoundError; StorageError for a damaged file (a zip archive has checksums), or one of other ids.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -313,7 +313,7 @@ def _counted_targets(
 def _first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
     """Ids of the first token of the vocabulary's own tokenisation of each string, -1 for none: int64.
 
-    The tokenisation is that within a text, without a dummy space. A string that is no UTF-8 cannot be tokenised and
+    The tokenisation is that within a text, without a dummy space. A string that is not UTF-8 cannot be tokenised and
     takes its longest prefix, as does one whose tokenisation does not begin with its bytes (a normaliser changed it).
     """
     found = np.full(len(strings), -1, np.int64)

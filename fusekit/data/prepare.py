@@ -151,7 +151,7 @@ def pack_text(documents: Iterable[Row], tokenizers: Sequence[RowTokenizer], bloc
         block_tokens: the most tokens of a block.
 
     Raises:
-        DataError: a row is no plain text, a model has no eos, or a block is too small for a single character.
+        DataError: an example is not plain text, a model has no eos, or a block is too small for a single character.
     """
     block = _Block(tokenizers, block_tokens)
     for document in documents:
@@ -217,7 +217,7 @@ def _pack(document: Message, dataset: str, block: _Block) -> Iterator[Row]:
         if (left <= 2 * block.room + 8).all():  # by itself it may take fewer tokens, or more, than in its document
             rest = Message(document.role, data[start:].decode())
             if block.take(rest, dataset, None if start else left + (document.role == TEXT)):
-                if document.role == FRAGMENT:  # nothing may follow it as if it went on so
+                if document.role == FRAGMENT:  # what follows would look like its continuation
                     yield block.close()
                 return
         first = int(np.searchsorted(borders, start, side="right"))

@@ -22,12 +22,12 @@ REASONS = {
     "empty": "no message with any text",
     "duplicate": "the same messages as an earlier example",
     "overlong": "longer than max_length for some model, dropped",
-    "no_label": "no supervised token for some model, by the example's own marks or since the cut left none",
+    "no_label": "no supervised token for some model, because of the example's marks or the cut",
     "refused": "a template refuses it, or a model cannot encode it",
     "cut": "kept up to where the first model reached max_length",
     "unlinked": "kept, with a message that some template rewrites: its tokens link to nothing",
     "shortened": "kept, with an answer whose beginning some template drops (earlier reasoning): it is not learned",
-    "unended": "kept, with an answer whose end of turn is no control token of some model: it links to nothing",
+    "unended": "kept, with an answer whose end of turn is not a control token of some model: it links to nothing",
 }
 """Why an example is not used, or not as it is."""
 
@@ -177,9 +177,8 @@ def _turns_of(record: Mapping[str, Any], where: str) -> tuple[list[Turn], set[st
         question = _text(record, asked, where)
         if not _is_empty(record.get(about)):
             question += "\n\n" + _text(record, about, where)
-        return [(Message("user", question), True), (Message("assistant", _text(record, answered, where)), True)], {
-            *pair
-        }
+        answer = _text(record, answered, where)
+        return [(Message("user", question), True), (Message("assistant", answer), True)], set(pair)
     text = given & {TEXT, FRAGMENT}
     if len(text) == 1 and not given & ANSWERS:
         role = text.pop()
@@ -242,7 +241,7 @@ def _supervised(message: Message, key: str, mark: Any, where: str) -> bool:
         raise DataError(f"{where} has {key} {mark!r}: 0 and false mark context, 1 and true what is supervised")
     if mark and message.role in ("system", "user"):
         raise DataError(
-            f"{where} has {key} {mark!r} and is of the {message.role}: only answers are supervised one by one "
+            f"{where} has {key} {mark!r} and the role {message.role}: a mark can only make an answer supervised "
             "(train_on: all supervises every message that has no mark)"
         )
     return bool(mark)
@@ -263,8 +262,8 @@ def _refuse_lost(record: Mapping[str, Any], where: str) -> None:
     for key in LOST:
         if not _is_empty(record.get(key)):
             raise DataError(
-                f"{where} has {key!r}, which fusekit does not render, so the models would read another example: write "
-                "it into the contents, or leave the example out (data.on_bad_row: skip)"
+                f"{where} has {key!r}, which fusekit does not render, so the models would read a different example: "
+                "write it into the contents, or leave the example out (data.on_bad_row: skip)"
             )
 
 
@@ -303,7 +302,7 @@ def read_rows(
             document), a folder of such files (in order of their names), or the id of a data set on the hub; or several
             of these, one after the other.
         split, revision, name, streaming: of the data set on the hub; ``name`` is its configuration.
-        limit: read at most so many rows; None for all.
+        limit: most examples to read; None for all.
         counts: counts unusable examples (where its ``on_bad_row`` is ``skip``) and unused fields.
 
     Returns:
@@ -505,6 +504,6 @@ def hub_records(
             hint = "check the network, a proxy, or HF_ENDPOINT"
         said = " ".join(str(error).split())
         raise DataError(
-            f"{repository} is no file or folder here, and cannot be read from {constants.ENDPOINT}: "
+            f"{repository} is not a file or folder here, and cannot be read from {constants.ENDPOINT}: "
             f"{type(error).__name__}: {said}; {hint}"
         ) from error

@@ -203,7 +203,7 @@ def label_rows(
     The row that predicts the label at position p stands at p - 1, on either side. Both sides of a message are aligned
     from the token before its content to its end; labels outside that, which only a template writes, have no teacher.
     The source may end earlier than the pivot. own: what the pivot said, for a projection whose ``tail`` is the pivot's.
-    Raises AlignmentError: the captured rows are no distributions, or of another vocabulary than the map's.
+    Raises AlignmentError: the captured rows are not distributions, or of another vocabulary than the map's.
     """
     theirs_of = _Asked(source, np.nan if projection.of_chunks else 0.0)
     ours_of = None if own is None else _Asked(own, np.nan)
@@ -417,6 +417,6 @@ def read_map(folder: Path, method: str, pivot: Any, source: Any) -> VocabularyMa
     try:
         return VocabularyMap(read_targets(folder / NAME, *surfaces), method, *surfaces)
     except FileNotFoundError:
-        raise StorageError(f"{folder / NAME} is not there: the stage `align` comes first") from None
+        raise StorageError(f"{folder / NAME} is missing: the stage `align` comes first") from None
     except StorageError as error:
         raise StorageError(f"{error}; remove {folder}, and the stage `align` makes it again") from error

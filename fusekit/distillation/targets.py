@@ -122,8 +122,8 @@ class SparseTargets:
         if found[0]:
             row, entry = (int(x) for x in outside.nonzero()[0])
             raise DistillationError(
-                f"row {row} of the targets lists token id {int(ids[row, entry])}, the logits have {vocabulary} "
-                f"columns: were they projected into another vocabulary? Only the loss gold takes the id {NO_ID}"
+                f"row {row} of the targets lists token id {int(ids[row, entry])}, but the logits have {vocabulary} "
+                f"columns: were the targets projected into another vocabulary? Only the loss gold takes the id {NO_ID}"
             )
         if found[1]:
             row, entry = (int(x) for x in twice.nonzero()[0])

@@ -119,7 +119,7 @@ def evaluate_model(
         DataError, CaptureError: the model does not load, an example cannot be used, or there is none.
     """
     if not rows:
-        raise DataError("there is no held-out example to evaluate on")
+        raise DataError("there are no held-out examples to evaluate on")
     model, reader, longest = _load(choice, template, rows, date)
     return {name: METRICS[name](model, reader, rows, batch_tokens=batch_tokens, longest=longest) for name in metrics}
 

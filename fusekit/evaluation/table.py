@@ -44,6 +44,7 @@ class Change:
 
     @property
     def word(self) -> str:
+        """``better``, ``worse`` or ``same``."""
         return "same" if self.better is None else "better" if self.better else "worse"
 
 
@@ -73,6 +74,7 @@ class Table:
 
     @property
     def direction(self) -> str:
+        """Which values are better, for a heading."""
         return {True: "lower is better", False: "higher is better", None: "each column says which is better"}[
             self.lower
         ]
@@ -84,6 +86,7 @@ class Table:
 
     @property
     def references(self) -> list[str]:
+        """Those of :data:`REFERENCES` that have a line."""
         return [model for model in self.lines if model in REFERENCES]
 
     def mean(self, model: str) -> Cell | None:

@@ -324,5 +324,5 @@ def test_offline_and_unreachable_hubs_fail_fast_with_a_hint(tmp_path):
             ({"HF_ENDPOINT": hub.url}, "hf auth login"),  # which it does not have
         ):
             for said in ask(tmp_path, **environment):
-                assert said.startswith("DataError: org/data is no file or folder here")
+                assert said.startswith("DataError: org/data is not a file or folder here")
                 assert hint in said
