@@ -252,9 +252,8 @@ def capture_rows(
 
     with ExitStack() as held:
         if not processes.connected:
-            held.enter_context(
-                output_lock(path.with_name(f"{path.name}.rank{rank}"))
-            )  # the same rank does not run twice
+            # The same rank does not run twice.
+            held.enter_context(output_lock(path.with_name(f"{path.name}.rank{rank}")))
             made_from = spec()  # each reads its own copy of the weights: not while the others wait for the lock
             with output_lock(path, PATIENCE):
                 writer = StoreWriter(path, made_from, keys, rank, world)
