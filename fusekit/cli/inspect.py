@@ -135,7 +135,8 @@ def _row_lines(row: CapturedRow, tokenizer: Any) -> Iterator[str]:
         return repr(tokenizer.decode(ids, skip_special_tokens=False))[:most]
 
     tokens, entries = row.tokens, zip(*row.rows[:2], row.actual.tolist(), strict=True)
-    yield f"row {tokens.key} ({row.dataset}), {row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
+    figures = f"{row.token_ce:.4f} nats per label, {row.bits_per_byte:.4f} bits per byte"
+    yield f"example {tokens.key} ({row.dataset}), {figures}"
     yield f"  {shown(tokens.ids.tolist(), 600)}"
     for position, (ids, logprobs, actual) in zip(tokens.label_positions[:12].tolist(), entries, strict=False):
         best = zip(ids[:SHOWN].tolist(), map(math.exp, logprobs[:SHOWN]), strict=True)

@@ -210,7 +210,7 @@ def measure(
         try:
             taught = label_rows(row, own.tokens, said, projection, own)
         except AlignmentError as error:
-            raise DistillationError(f"row {row.key}: {error}") from error
+            raise DistillationError(f"example {row.key}: {error}") from error
         mass = np.where(said.rows.ids >= 0, np.exp(said.rows.logprobs), 0.0)
         listed, lost = mass.sum(axis=1), into.spread(said.rows.ids, mass)[2]
         worth.add(

@@ -240,7 +240,7 @@ def test_the_commands_on_one_store(rows_file, tmp_path):
     assert "20 examples in 3 shards, all as committed" in invoke("verify", tmp_path).output
     page, first = invoke("inspect", "store", out, "--rows", 1).output, Store.open(out)[0]
     assert f"{figures['datasets']['add']['bits_per_byte']:.4f}" in page
-    assert f"row {first.tokens.key}" in page
+    assert f"example {first.tokens.key}" in page
     assert "<|assistant|>" in page
     assert f"{np.exp(first.actual[0]):.3f}   " in page
     shard = out / "shard-00002.parquet"
