@@ -167,7 +167,7 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = in_first(partial(load_recipe, recipe, overrides, check))
     else:
-        in_first(partial(_refuse, check(recipe)))
+        in_first(lambda: _refuse(check(recipe)))
 
     heading: list[str] = []  # of a stage that has not said anything yet
 
