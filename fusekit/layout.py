@@ -9,8 +9,8 @@ PIVOT, BASELINE, MERGED = "pivot", "baseline", "merged"
 STAGES = ("data", "respond", "judge", "capture", "align", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 
-WORK = ".work"
-"""Ending of a folder of unfinished work, beside the artifact that it becomes."""
+TRAINING, WORK = ".training", ".work"
+"""Endings of folders of unfinished work, beside the artifacts that they become: of a distilled model, and of others."""
 
 _FOLDERS = ("data", "responses", "judged", "winners", "captures", "alignment", "targets", "baselines", "evaluation")
 _FILES = ("recipe.resolved.yml", "merge.yml", "results.json", "models.json", "report.html")

@@ -81,7 +81,7 @@ def _options_for_run(context: click.Context, options: MergeOptions) -> dict[str,
 
 def _trusting(recipe: Recipe) -> list[str]:
     """Overrides that let every model's code run; says so, whatever else is quiet."""
-    names = ", ".join([recipe.pivot.path, *(source.path for source in recipe.sources)])
+    names = ", ".join(model.path for model in recipe.models.values())
     click.echo(
         f"warning: --trust-remote-code: Python code that comes with any of these models may run: {names}. To allow it "
         "for one model, set `trust_remote_code: true` there in the recipe",

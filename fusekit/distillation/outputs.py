@@ -20,6 +20,7 @@ from fusekit.disk import commit_file, disk_errors, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
+from fusekit.layout import TRAINING
 
 FACTS = "made_from.json"
 JOINT, PLAIN = "joint", "sft"
@@ -36,7 +37,7 @@ class Target:
     @property
     def work(self) -> Path:
         """Where its checkpoints are until it is published."""
-        return self.folder.parent / f"{self.name}.training"
+        return self.folder.parent / f"{self.name}{TRAINING}"
 
 
 def refuse_names(sources: Iterable[str]) -> None:

@@ -265,9 +265,8 @@ class Capture(Stage):
             return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
 
         found: list[Mistake] = []
-        for index, model in enumerate((recipe.pivot, *recipe.sources), -1):
+        for index, (name, model) in enumerate(recipe.models.items(), -1):
             at: KeyPath = ("pivot",) if index < 0 else ("sources", index)
-            name = PIVOT if index < 0 else recipe.sources[index].label
             found += [Mistake(says, (*at, "load", key)) for key, says in loading_mistakes(model.load)]
             if model.chat_template != PIVOT or index < 0:
                 try:
@@ -318,7 +317,7 @@ class Capture(Stage):
 
 def not_looked_at(recipe: Recipe) -> list[str]:
     """What of a recipe is on the hub, where :meth:`Capture.mistakes` does not look."""
-    models = [model.path for model in (recipe.pivot, *recipe.sources) if is_repository(model.path)]
+    models = [model.path for model in recipe.models.values() if is_repository(model.path)]
     data = [*recipe.data.paths, *(recipe.evaluate.paths if recipe.evaluate is not None else [])]
     return list(dict.fromkeys([*models, *filter(is_on_hub, data)]))
 

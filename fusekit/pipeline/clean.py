@@ -13,17 +13,16 @@ from pathlib import Path
 
 from fusekit import artifacts as artifact
 from fusekit.capturing.writer import OF_STORES
-from fusekit.disk import disk_fault, output_lock
+from fusekit.disk import disk_errors, output_lock
 from fusekit.distillation.outputs import OVERWRITING
 from fusekit.errors import StorageError
-from fusekit.layout import NAMES, WORK, Layout, folders_in
+from fusekit.layout import NAMES, TRAINING, WORK, Layout, folders_in
 from fusekit.pipeline.run import TABLE
 from fusekit.pipeline.stage import Context
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(staging-[0-9a-f]{8}|previous-[0-9a-f]{8}|\d+\.tmp)")
-TRAINING = ".training"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def made_by(layout: Layout, stages: Iterable[str]) -> Findings:
 def remove(items: Iterable[Item]) -> None:
     """Remove items. A folder is renamed first, so that no half of it is taken for the whole. Raises StorageError."""
     for item in items:
-        try:
+        with disk_errors(item.path, "cannot be removed"):
             if item.path.is_dir():
                 name = item.path.name
                 stale = _LEFT_BEHIND.fullmatch(name) is not None
@@ -113,8 +112,6 @@ def remove(items: Iterable[Item]) -> None:
                 shutil.rmtree(aside)
             else:
                 item.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise disk_fault(error, item.path) or StorageError(f"{item.path} cannot be removed: {error}") from error
 
 
 def _left_behind(layout: Layout) -> list[Path]:

@@ -81,11 +81,11 @@ class Context:
     @property
     def names(self) -> list[str]:
         """``pivot``, then the sources in the order of the recipe."""
-        return [PIVOT, *(source.label for source in self.recipe.sources)]
+        return list(self.recipe.models)
 
     def model(self, name: str) -> Pivot:
         """What the recipe says of a model."""
-        return dict(zip(self.names, (self.recipe.pivot, *self.recipe.sources), strict=True))[name]
+        return self.recipe.models[name]
 
     def choice(self, name: str) -> ModelChoice:
         """How a model is loaded."""

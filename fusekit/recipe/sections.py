@@ -21,12 +21,12 @@ from fusekit.distillation.settings import (
 from fusekit.evaluation.settings import PATH, EvaluateSettings
 from fusekit.generation.settings import RespondSettings
 from fusekit.gguf import SUFFIX
+from fusekit.layout import PIVOT, TRAINING, WORK
 from fusekit.yaml import KeyPath, Settings
 
 _Count = Annotated[int, Field(gt=0)]
 _LONGEST_NAME = 100
-_OTHER_FOLDERS = ("pivot", "joint", "sft")  # what a run calls its other stores and models
-_WORK = (".training", ".work")  # endings of folders of unfinished work
+_OTHER_FOLDERS = (PIVOT, "joint", "sft")  # what a run calls its other stores and models
 UNREAD = "?"
 """What stands for the name of a model or of data that could not be read, as if it were on the hub."""
 
@@ -197,7 +197,7 @@ class Recipe(Settings):
         for index, (source, label) in enumerate(zip(self.sources, labels, strict=True)):
             if label in labels[:index]:
                 yield Mistake(f"two sources are called {label!r}: give one a `name` of its own", ("sources", index))
-            if label in _OTHER_FOLDERS or label.endswith(_WORK) or not label or label.startswith("."):
+            if label in _OTHER_FOLDERS or label.endswith((TRAINING, WORK)) or not label or label.startswith("."):
                 why = "which cannot be a folder of its own in the output: give it another `name`"
                 yield Mistake(f"no source may be called {label!r}, {why}", ("sources", index))
             if len(label) > _LONGEST_NAME:
@@ -223,6 +223,11 @@ class Recipe(Settings):
                 if clash.says not in said:
                     yield Mistake(clash.says, *((*places.get(name, (name,)), key) for name, key in clash.values))
                 said.add(clash.says)
+
+    @property
+    def models(self) -> dict[str, Pivot]:
+        """The pivot by the name ``pivot``, then the sources by theirs, in order."""
+        return {PIVOT: self.pivot} | {source.label: source for source in self.sources}
 
     @property
     def settings(self) -> DistillSettings:

@@ -14,9 +14,8 @@ from fusekit.alignment.quality import Sample
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.store import Store
 from fusekit.errors import FusekitError, StorageError
-from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
+from fusekit.layout import BASELINE, MERGED, PIVOT, TRAINING, Layout
 from fusekit.recipe import load_recipe
-from fusekit.recipe.sections import Pivot
 from fusekit.report import text
 
 if TYPE_CHECKING:
@@ -172,9 +171,7 @@ class Facts:
             raise StorageError(f"{layout.out} is not the output of a run: it has no {layout.recipe.name}")
         self.recipe = load_recipe(layout.recipe)
         self.sources = [source.label for source in self.recipe.sources]
-        self.entries: dict[str, Pivot] = {PIVOT: self.recipe.pivot} | dict(
-            zip(self.sources, self.recipe.sources, strict=True)
-        )
+        self.entries = self.recipe.models
         self.wanted = self.recipe.targets
         self.left_out: list[str] = []
         self.problems: list[str] = []
@@ -194,7 +191,7 @@ class Facts:
         self.targets = self._each(
             self.wanted, lambda name: self._record(layout.targets / name / "training.json", Training)
         )
-        begun = [name for name in self.wanted if (layout.targets / f"{name}.training").is_dir()]
+        begun = [name for name in self.wanted if (layout.targets / f"{name}{TRAINING}").is_dir()]
         self.training = [name for name in begun if name not in self.targets]
         self.baseline = self._record(layout.baselines / "sft" / "training.json", Training)
         self.artifacts = self._each(self._places(), self._manifest)
