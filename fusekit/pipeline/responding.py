@@ -16,7 +16,7 @@ import numpy as np
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.models import ModelChoice, find_checkpoint
+from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.devices import Need, progress, refuse_lacking
 from fusekit.disk import commit_file, counted, disk_errors, sweep
@@ -97,14 +97,18 @@ def _line(value: Any) -> bytes:
 
 def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
     """The status of an artifact that grows line by line. inputs: given the former ones, those that are known now."""
+
+    def now(before: Inputs) -> Inputs:
+        return before | inputs(before)
+
     known, work = made_from(folder), Layout.work(folder)
     if known is not None or not (work / _BEGUN).is_file():
-        return compared(folder, known, lambda before: before | inputs(before))
+        return compared(folder, known, now)
     try:
         begun = dict(json.loads((work / _BEGUN).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{work / _BEGUN} cannot be read: {error}; remove {work} to start over") from error
-    status = compared(work, begun, lambda before: before | inputs(before))
+    status = compared(work, begun, now)
     if status.state == STALE:
         return status
     total = len(_questions(context)) * makers
@@ -224,7 +228,7 @@ class Judging(Stage):
             if judge.reward_model is not None:
                 key = f"judges.{judge.label}.fingerprint"
                 try:
-                    facts[key] = find_checkpoint(_choice(judge)).fingerprint()
+                    facts[key] = _checkpoint(context, judge).fingerprint()
                 except CaptureError:
                     if key not in before:
                         raise
@@ -248,7 +252,7 @@ class Judging(Stage):
         model, store = name.removeprefix("answers of "), self.artifacts(context)[name]
         if votes.state != DONE:
             return Status(store)
-        rows = _rows_of(context, model)
+        rows = _rows_of(model, *winners_of(context))
         return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it has won no question")
 
     def make(self, context: Context) -> None:
@@ -258,8 +262,9 @@ class Judging(Stage):
         in_first = context.processes.first_then_all
         if not in_first(lambda: self.status(context, "votes").is_done()):
             _judge(context, in_first(lambda: self.inputs(context, "votes", {})))
+        won = winners_of(context)
         for name in context.names:
-            if rows := _rows_of(context, name):
+            if rows := _rows_of(name, *won):
                 captured(context, name, rows, context.layout.winners(name), context.recipe.capture)
 
     def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:
@@ -286,6 +291,10 @@ def _choice(judge: Judge) -> ModelChoice:
     return ModelChoice(str(judge.reward_model), **how)
 
 
+def _checkpoint(context: Context, judge: Judge) -> Checkpoint:
+    return context.checkpoint(f"judges/{judge.label}", _choice(judge))  # a source's name has no slash
+
+
 def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:
     """The winners' answers, as prepared rows, and by their keys who wrote them. Raises StorageError."""
     folder = context.layout.judged
@@ -298,8 +307,8 @@ def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:
         raise StorageError(f"{path} is damaged: {error!r}; remove {folder} and run again") from error
 
 
-def _rows_of(context: Context, name: str) -> list[Row]:
-    rows, writers = winners_of(context)
+def _rows_of(name: str, rows: Sequence[Row], writers: Mapping[str, str]) -> list[Row]:
+    """The winners' answers that a model is captured over."""
     return [row for row in rows if name in (PIVOT, writers[row.key])]
 
 
@@ -337,7 +346,7 @@ def _scores(
 
     @cache
     def scorer() -> Any:
-        checkpoint = find_checkpoint(_choice(judge)) if judge.reward_model is not None else None
+        checkpoint = _checkpoint(context, judge) if judge.reward_model is not None else None
         if checkpoint is not None:
             checkpoint.fetch(bar=not context.quiet)
         return scorer_of(judge, checkpoint, context.processes.device, section.batch_size)

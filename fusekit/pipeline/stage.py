@@ -91,10 +91,10 @@ class Context:
         """How a model is loaded."""
         return replace(choice_of(self.model(name)), dequantised=self.layout.pivot if name == PIVOT else None)
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """The model on disk or on the hub. Raises CaptureError."""
+    def checkpoint(self, name: str, choice: ModelChoice | None = None) -> Checkpoint:
+        """The model on disk or on the hub. Raises CaptureError. choice: of one that is neither pivot nor source."""
         if name not in self.checkpoints:
-            self.checkpoints[name] = find_checkpoint(self.choice(name))
+            self.checkpoints[name] = find_checkpoint(choice or self.choice(name))
         return self.checkpoints[name]
 
     def fingerprint(self, name: str) -> str:
