@@ -261,6 +261,14 @@ def commit_file(path: Path, data: bytes, *, rank: int = 0) -> None:
             raise
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file, and make it durable. Raises StorageError with the bytes free when the disk fails."""
+    with disk_errors(path), path.open("ab") as file:  # closing one that a full disk failed fails again
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sweep(folder: Path, rank: int = 0, world: int = 1) -> None:
     """Remove what earlier processes of this rank left half-written in a folder.
 

@@ -13,7 +13,7 @@ import click
 
 from fusekit.artifacts import differences
 from fusekit.cli.common import given, options_of
-from fusekit.disk import disk_errors, output_lock
+from fusekit.disk import append, disk_errors, output_lock
 from fusekit.errors import DataError
 from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
 from fusekit.recipe.sections import Load
@@ -37,7 +37,7 @@ COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the answers to a JSONL file that a recipe's data.path reads; one that is begun is continued.",
+    help="Also write the answers to a JSONL file that a recipe's data.path reads; an unfinished one is resumed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt, with its segments and scores.")
 def generate(
@@ -91,7 +91,8 @@ def generate(
         [answer] = write(readers, [one], on_segment=None if as_json else show, first=number, **settings.model_dump())
         segments = [segment._asdict() for segment in answer.segments]
         if out is not None:
-            _append(out, {**_example(one, answer, settings.raw), "segments": segments, "made": made})
+            record = {**_example(one, answer, settings.raw), "segments": segments, "made": made}
+            append(out, json.dumps(record).encode() + b"\n")
         record = {"prompt": one, **answer._asdict(), "segments": segments}
         click.echo(json.dumps(record, ensure_ascii=False) if as_json else "")
 
@@ -106,14 +107,6 @@ def _example(prompt: Any, answer: Generation, raw: bool) -> dict[str, Any]:
         return {"text": _messages(prompt)[0]["content"] + answer.text, "finish": answer.finish}
     said = [*_messages(prompt), {"role": "assistant", "content": answer.text}]
     return {"messages": said, "finish": answer.finish}
-
-
-def _append(file: Path, record: dict[str, Any]) -> None:
-    """Add a durable line to a file of answers."""
-    with disk_errors(file), file.open("ab") as lines:
-        lines.write(json.dumps(record).encode() + b"\n")
-        lines.flush()
-        os.fsync(lines.fileno())
 
 
 def answered(file: Path, prompts: Sequence[Any], made: dict[str, Any], *, raw: bool) -> int:
@@ -132,13 +125,13 @@ def answered(file: Path, prompts: Sequence[Any], made: dict[str, Any], *, raw: b
         try:
             record = json.loads(line)
             if changed := differences(record["made"], dict(made)):
-                raise GenerationError(f"{where} was made otherwise ({'; '.join(changed)}): choose another file")
+                raise GenerationError(f"{where} was made differently ({'; '.join(changed)}): choose another file")
             known = record["text"] if raw else record["messages"][:-1]
             same = known.startswith(_messages(prompt)[0]["content"]) if raw else known == _messages(prompt)
         except (ValueError, KeyError, TypeError) as error:
-            raise GenerationError(f"{where} is no answer to {prompt!r:.80}: choose another file") from error
+            raise GenerationError(f"{where} is not an answer to {prompt!r:.80}: choose another file") from error
         if not same:
-            raise GenerationError(f"{where} is no answer to {prompt!r:.80}, but {line[:80]!r}: choose another file")
+            raise GenerationError(f"{where} is not an answer to {prompt!r:.80}, but {line[:80]!r}: choose another file")
     return len(lines)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusekit.cli.common import given, options_of
+from fusekit.disk import counted
 from fusekit.distillation.settings import AlignmentSettings
 from fusekit.errors import AlignmentError
 from fusekit.gguf import split
@@ -168,7 +169,6 @@ def load_tokenizer(name: str) -> Any:
 def _summary(quality: AlignmentQuality) -> str:
     from fusekit.alignment.quality import MEANING
     from fusekit.alignment.rows import Case
-    from fusekit.disk import counted
 
     total = quality.total.to_dict()
     lines = [

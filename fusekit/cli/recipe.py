@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import yaml
 
 from fusekit import yaml as safe_yaml
 from fusekit.cli.common import drop_noise, print_json, show
-from fusekit.disk import human
+from fusekit.disk import counted, human
 from fusekit.errors import RecipeError
 from fusekit.recipe import shipped
 from fusekit.recipe.loading import kind_of, load_recipe
@@ -42,9 +43,6 @@ def validate(recipe: Path, *, overrides: tuple[str, ...], resolved: bool, as_jso
     """
     document = safe_yaml.load(recipe)
     check_merge(document, None, overrides, as_json=as_json)
-    import yaml
-
-    from fusekit.disk import counted
     from fusekit.pipeline.capturing import not_looked_at
     from fusekit.pipeline.run import mistakes
 
@@ -138,7 +136,7 @@ def _write(target: Path, data: bytes, force: bool) -> None:
         raise RecipeError(f"{target} exists already; --force replaces it") from None
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from error
-    click.echo(f"{target}")
+    click.echo(str(target))
 
 
 def _copy_schema(target: Path) -> None:
@@ -166,7 +164,6 @@ def plan(recipe: Path, out: Path | None, *, overrides: tuple[str, ...], as_json:
     prints what `fusekit merge --check` does.
     """
     from fusekit.pipeline.run import make_plan, mistakes
-    from fusekit.recipe.loading import load_recipe
 
     document = safe_yaml.load(recipe)
     check_merge(document, out, overrides, as_json=as_json)

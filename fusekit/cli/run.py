@@ -15,9 +15,10 @@ import click
 from fusekit import artifacts as artifact
 from fusekit.cli.common import command_again, drop_noise, interruptible, print_json
 from fusekit.cli.recipe import overrides, recipe_argument
-from fusekit.disk import counted, human
+from fusekit.disk import counted, human, output_lock
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import STAGES
+from fusekit.recipe.loading import load_recipe
 from fusekit.yaml import Document
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -110,7 +111,6 @@ def clean(
     """
     from fusekit.pipeline import clean as cleaning
     from fusekit.pipeline.run import write_log
-    from fusekit.recipe.loading import load_recipe
 
     if (stages or first) and recipe:
         raise click.UsageError("--recipe says what is needed, --stage and --from what to make again: give one of both")
@@ -147,7 +147,6 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
     OUT may be unfinished: the report says what is missing. While a run is writing OUT, the report shows what is there
     so far and the card is not changed.
     """
-    from fusekit.disk import output_lock
     from fusekit.report.card import write_report
     from fusekit.report.facts import Facts
 
@@ -164,9 +163,6 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
                 click.echo(line, err=line.startswith("warning"))
     if not quiet:
         click.echo(f"report: {out / 'report.html'}")
-
-
-MANIFEST = "manifest.json"
 
 
 @click.command()
@@ -196,9 +192,10 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     elif problems:
         click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}", err=True)
     elif not found:
+        where = ", ".join(map(str, paths))
         click.echo(
-            f"fusekit: nothing under {', '.join(map(str, paths))} has a {MANIFEST}, which stores and the stages of a "
-            "run have: nothing to compare with. What `fusekit merge` writes is checked before it is published",
+            f"fusekit: nothing under {where} has a {artifact.MANIFEST}, which stores and the stages of a run have: "
+            "nothing to compare with. What `fusekit merge` writes is checked before it is published",
             err=True,
         )
     if problems or not found:
@@ -209,7 +206,7 @@ def _artifacts(path: Path) -> Iterator[Path]:
     """The folders with a manifest at or below a path, in order."""
     for name, below, files in os.walk(path if path.is_dir() else path.parent):
         below.sort()
-        if MANIFEST in files:
+        if artifact.MANIFEST in files:
             yield Path(name)
 
 

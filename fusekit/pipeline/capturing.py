@@ -15,7 +15,10 @@ from pydantic import TypeAdapter
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
-from fusekit.capturing.models import find_checkpoint
+from fusekit.capturing.capture import Capture as CaptureJob
+from fusekit.capturing.capture import data_fingerprint, details_of, store_bytes, vocabulary_size
+from fusekit.capturing.engine import memory_needs
+from fusekit.capturing.models import dequantise, dequantise_needs, dequantised_from, find_checkpoint, loading_mistakes
 from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Manifest, Store, read_json
 from fusekit.data.prepare import pack_text, prepare
@@ -27,7 +30,7 @@ from fusekit.errors import CaptureError, DataError, FusekitError, RecipeError
 from fusekit.gguf import SUFFIX
 from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, Layout
-from fusekit.pipeline.plan import Planner
+from fusekit.pipeline.plan import Planner, count_rows
 from fusekit.pipeline.stage import (
     BEGUN,
     DONE,
@@ -61,20 +64,14 @@ class DequantisedPivot(Stage):
         return {"dequantised": context.layout.pivot} if context.recipe.pivot.path.endswith(SUFFIX) else {}
 
     def inputs(self, context: Context, _name: str, _before: Inputs) -> Inputs:
-        from fusekit.capturing.models import dequantised_from
-
         return dequantised_from(context.choice(PIVOT), artifact.read(context.layout.pivot))
 
     def make(self, context: Context) -> None:
-        from fusekit.capturing.models import dequantise
-
         for name, folder in self.artifacts(context).items():
             self.status(context, name).is_done()
             dequantise(context.choice(PIVOT), folder, ignore_estimates=context.ignore_estimates, say=context.say)
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.capturing.models import dequantise_needs
-
         checkpoint = planner.models.get(PIVOT)
         if not step.work or checkpoint is None:
             return []
@@ -127,8 +124,6 @@ class Data(Stage):
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
         """Count examples and tokens; the run's own examples, where they are there."""
-        from fusekit.pipeline.plan import count_rows
-
         prepared = planner.tried(step, lambda: planner.context.rows) if step.state == DONE else None
         planner.rows = found = count_rows(planner.recipe.data, planner.tokenizers, prepared)
         planner.plan.refused += found.problems
@@ -197,8 +192,6 @@ def store_facts(context: Context, name: str, before: Mapping[str, Any], *, thoro
 
     before: the same of what is there, as far as it is known.
     """
-    from fusekit.capturing.capture import details_of, vocabulary_size
-
     section, choice = context.recipe.capture, context.choice(name)
     details = details_of(choice, context.recipe.data.train_on, section)
     facts: Inputs = {
@@ -259,7 +252,6 @@ class Capture(Stage):
 
         layout: of the run, whose captures and rows stay although what they were made from may be gone.
         """
-        from fusekit.capturing.models import loading_mistakes
 
         def kept(folder: str) -> bool:
             return layout is not None and (layout.out / folder / artifact.MANIFEST).is_file()
@@ -287,9 +279,6 @@ class Capture(Stage):
         return planner.done("data") and name in planner.tokenizers
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.capturing.capture import store_bytes
-        from fusekit.capturing.engine import memory_needs
-
         if not step.work:
             return []
         name, found, settings = step.name, planner.rows, planner.recipe.capture
@@ -332,8 +321,6 @@ def check_store_place(folder: Path) -> None:
 
 def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
     """Of a store of a model over some rows. Raises StorageError for a damaged one."""
-    from fusekit.capturing.capture import data_fingerprint
-
     manifest = read_json(folder / artifact.MANIFEST, Manifest)
     if manifest is None:
         return Status(folder)
@@ -352,10 +339,8 @@ def captured(
     context: Context, name: str, rows: Sequence[Row], out: Path, settings: CaptureSettings, **options: Any
 ) -> Store:
     """What a model of the run says about some examples, captured where it is missing."""
-    from fusekit.capturing.capture import Capture
-
     options |= {"ignore_estimates": context.ignore_estimates, "quiet": context.quiet}
-    return Capture(context.checkpoint(name), context.reader(name), rows, out, settings, **options).run()
+    return CaptureJob(context.checkpoint(name), context.reader(name), rows, out, settings, **options).run()
 
 
 def describe(context: Context) -> None:

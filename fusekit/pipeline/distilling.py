@@ -12,11 +12,13 @@ from typing import Any
 
 from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
+from fusekit.capturing.capture import vocabulary_size
 from fusekit.capturing.models import find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Need
 from fusekit.disk import recover
 from fusekit.distillation import outputs
+from fusekit.distillation.arguments import disk_needs, memory_needs, problems
 from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings
 from fusekit.errors import FusekitError, StorageError
@@ -56,8 +58,6 @@ class Align(Stage):
         return {source.label: context.layout.alignment(source.label) for source in context.recipe.sources}
 
     def inputs(self, context: Context, source: str, _before: Inputs) -> Inputs:
-        from fusekit.capturing.capture import vocabulary_size
-
         theirs = context.reader(source)
         return {
             "pivot": context.reader(PIVOT).fingerprint,
@@ -118,7 +118,6 @@ class Align(Stage):
 
 def _vocabulary_map(context: Context, source: str) -> Any:
     """The map of a source into the pivot's vocabulary; None where the recipe wants none. It needs no captures."""
-    from fusekit.capturing.capture import vocabulary_size
     from fusekit.distillation.inputs import Reading, projection_of
     from fusekit.distillation.projections import SAMPLED
 
@@ -311,8 +310,6 @@ class Distill(Stage):
 
     def mistakes(self, recipe: Recipe, _layout: Layout | None = None) -> list[Mistake]:
         """Settings that no training on this machine, in the processes that are there now, can have."""
-        from fusekit.distillation.arguments import problems
-
         values, captured = recipe.distill, recipe.capture.temperature
         section, pivot = recipe.data, None
         if not is_repository(recipe.pivot.path) and not recipe.pivot.path.endswith(SUFFIX):
@@ -337,8 +334,6 @@ class Distill(Stage):
         return found
 
     def plan(self, planner: Planner) -> None:
-        from fusekit.distillation.arguments import disk_needs
-
         steps = [planner.step(self, name) for name in self.artifacts(planner.context)]
         needs = [found for step in steps if (found := self.estimate(planner, step))]
         if needs:  # one is trained after the other
@@ -350,8 +345,6 @@ class Distill(Stage):
         return planner.done("data")
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        from fusekit.distillation.arguments import memory_needs
-
         pivot, found = planner.models.get(PIVOT), planner.rows
         if not step.work or pivot is None:
             return []

@@ -27,7 +27,7 @@ from fusekit.evaluation.table import LM_EVAL, document_of
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.pipeline.capturing import hash_of, unreadable
 from fusekit.pipeline.plan import Planner
-from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step
+from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, write_json
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
 from fusekit.types import Row
@@ -136,11 +136,7 @@ class Evaluate(Stage):
         self.estimate(planner, step)
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
-        section, reader, names = (
-            planner.recipe.evaluate,
-            planner.tokenizers.get(PIVOT),
-            list(models_of(planner.context)),
-        )
+        section, reader = planner.recipe.evaluate, planner.tokenizers.get(PIVOT)
         assert section is not None
         try:
             here = [path for path in section.paths if not is_on_hub(path)]
@@ -154,6 +150,7 @@ class Evaluate(Stage):
         if not rows:
             planner.plan.unknown.append("evaluate: how many examples are held out")
             return []
+        names = list(models_of(planner.context))
         step.rows, step.disk = len(rows), SCORE_BYTES * len(names)
         each = [name.removeprefix("sources/") if name.startswith("sources/") else PIVOT for name in names]
         if step.tokens is not None and all(name in planner.models for name in each):
@@ -215,10 +212,10 @@ def _kept(context: Context, folder: Path, inputs: Inputs, score: Callable[[], di
     if not artifact.is_kept(folder, inputs):
         artifact.refuse_foreign(folder)  # now, not once the scores are there
         started = time.monotonic()
-        text = json.dumps(score(), indent=1, ensure_ascii=False) + "\n"
+        scores = score()
 
         def write(into: Path) -> None:
-            (into / "scores.json").write_text(text, encoding="utf-8")
+            write_json(into / "scores.json", scores)
 
         artifact.publish(folder, "evaluate", inputs, write, context.made(started))
     found: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))

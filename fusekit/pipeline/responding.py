@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from fusekit.artifacts import Inputs
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint
 from fusekit.data.prepare import prepare
 from fusekit.devices import Need, progress, refuse_lacking
-from fusekit.disk import commit_file, counted, disk_errors, sweep
+from fusekit.disk import append, commit_file, counted, sweep
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
 from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.hub import is_repository
@@ -74,10 +73,7 @@ def _made_lines(
         bar.update(len(found))
         for start in range(len(found), len(items), size):
             records = how(items[start : start + size])
-            with disk_errors(path), path.open("ab") as file:  # closing one that a full disk failed fails again
-                file.writelines(map(_line, records))
-                file.flush()
-                os.fsync(file.fileno())
+            append(path, b"".join(map(_line, records)))
             found += records
             bar.update(len(records))
     return found
