@@ -31,10 +31,10 @@ class Layout:
         self.baselines = out / "baselines"  # plain fine-tuning on the same examples, in `sft`
         self.merge_recipe = out / "merge.yml"  # which mergekit-yaml runs by itself
         self.merged = out / MERGED
-        self.logs = out / "logs"  # what runs said, with times; no artifact
-        self.begun = out / "logs" / "begun.yml"  # a recipe that was begun, until all that is there is of it
+        self.logs = out / "logs"  # what runs said, with times; not an artifact
+        self.begun = out / "logs" / "begun.yml"  # the recipe of an unfinished run, until all artifacts are of it
         self.results = out / "results.json"  # the scores of all models
-        self.models = out / "models.json"  # what is known of the pivot and the sources, for the report
+        self.models = out / "models.json"  # facts about the pivot and the sources, for the report
         self.report = out / "report.html"
 
     @staticmethod

@@ -17,20 +17,20 @@ from fusekit.errors import FusekitError
 # command -> (module, attribute, one line of help shown without importing the module)
 COMMANDS = {
     "capture": ("fusekit.cli.capture", "capture", "Capture what a model says about examples into a store."),
-    "clean": ("fusekit.cli.run", "clean", "Remove what a run no longer needs, or a stage to redo it."),
+    "clean": ("fusekit.cli.run", "clean", "Remove what a run no longer needs, or what stages made."),
     "cp": ("fusekit.cli.recipe", "cp", "Copy a shipped recipe to a file."),
     "distill": ("fusekit.cli.distill", "distill", "Train a pivot on what other models know."),
-    "doctor": ("fusekit.cli.doctor", "doctor", "Versions, devices, and whether mergekit sees fusekit."),
-    "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out rows, side by side."),
+    "doctor": ("fusekit.cli.doctor", "doctor", "Show versions, devices, and whether mergekit sees fusekit."),
+    "evaluate": ("fusekit.cli.evaluate", "evaluate", "Score models on held-out examples, side by side."),
     "generate": ("fusekit.cli.generate", "generate", "Let several models write each answer together."),
-    "inspect": ("fusekit.cli.inspect", "inspect", "Look at the alignment of two tokenizers."),
+    "inspect": ("fusekit.cli.inspect", "inspect", "Look at the alignment of two tokenizers, or at a store."),
     "ls": ("fusekit.cli.recipe", "ls", "List the shipped recipes."),
     "merge": ("fusekit.cli.merge", "merge", "Run a mergekit recipe safely: checked, estimated, published in one step."),
     "new": ("fusekit.cli.recipe", "new", "Write a minimal fusion recipe to start from."),
     "plan": ("fusekit.cli.recipe", "plan", "Show what a recipe would take: tokens, disk, memory."),
     "report": ("fusekit.cli.run", "report", "Make the report of a run again, finished or not."),
     "run": ("fusekit.cli.run", "run", "Run a fusion recipe: from sources to a merged, evaluated model."),
-    "schema": ("fusekit.cli.recipe", "schema", "The JSON schema of fusion recipes, for editors."),
+    "schema": ("fusekit.cli.recipe", "schema", "Print the JSON schema of fusion recipes, for editors."),
     "validate": ("fusekit.cli.recipe", "validate", "Check a recipe: every mistake at once."),
     "verify": ("fusekit.cli.run", "verify", "Compare artifacts on disk with what was committed."),
 }
@@ -69,7 +69,7 @@ def main() -> None:
     """Entry point of the `fusekit` script: a FusekitError, or a full disk under
     what is printed, becomes one message on stderr and exit status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         cli()
     except FusekitError as error:

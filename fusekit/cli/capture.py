@@ -91,7 +91,8 @@ def capture(**options: Any) -> None:
         if processes.is_first:
             shards = len(list(out.glob("shard-*.parquet"))) if out.is_dir() else 0
             again = command_again("--overwrite")  # which would throw away what is there
-            click.echo(f"fusekit: stopped; {shards} shards are whole in {out}. To resume:\n  {again}", err=True)
+            held = f"{out} has {counted(shards, 'whole shard')}"
+            click.echo(f"fusekit: stopped; {held}. To resume:\n  {again}", err=True)
 
     with interruptible(stopped):
         store, counts = _run(options, processes, lambda line: None if silent else click.echo(line, err=True))

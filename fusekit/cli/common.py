@@ -48,7 +48,7 @@ def interruptible(stopped: Callable[[], object]) -> Iterator[None]:
 
 
 def command_again(*left_out: str) -> str:
-    """The command line of this process, to be typed again; without the options that shall not be repeated.
+    """The command line of this process, to be typed again; without the options that must not be repeated.
 
     Under ``torchrun`` or ``accelerate launch`` it is what follows the launcher and its options.
     """
@@ -63,7 +63,7 @@ def command_again(*left_out: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """The result of a command for programs; escaped where the output cannot take it (names that are no UTF-8)."""
+    """The result of a command for programs; escaped where the output cannot take it (names that are not UTF-8)."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

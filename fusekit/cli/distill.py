@@ -13,7 +13,7 @@ import yaml
 from fusekit.cli.common import given, interruptible, options_of
 from fusekit.data.settings import DataSettings
 from fusekit.disk import refuse_file
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
+from fusekit.distillation.settings import PRESETS, AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
 
 if TYPE_CHECKING:
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     default=2048,
     show_default=True,
     type=click.IntRange(min=2),
-    help="Most tokens of a packed block, or of a question with its answer for --on-policy.",
+    help="Maximum tokens of a packed block, or of a question with its answer for --on-policy.",
 )
-@click.option("--pivot-store", type=click.Path(path_type=Path), help="Store of what the pivot said about the examples.")
+@click.option("--pivot-store", type=click.Path(path_type=Path), help="Store of the pivot over the examples.")
 @click.option(
     "--source-store",
     "sources",
     multiple=True,
     metavar="NAME=STORE[:TOKENIZER]",
-    help="What a source said, and its tokenizer if it is not that of the model that the store names (repeatable).",
+    help="Store of a source, and its tokenizer if it is not that of the model that the store names (repeatable).",
 )
 @click.option(
     "--preset",
     default="fusekit",
     show_default=True,
-    help="fusekit, fusechat, fusellm, uld, gold or sft: the values of every setting that is not given.",
+    help=f"{', '.join(PRESETS)}: the values of every setting that is not given.",
 )
 @options_of(FusionSettings, "mode", "function", "level", "metric", defaults=False)
 @options_of(AlignmentSettings, "tokens", "vocabulary", "tail", defaults=False)
@@ -62,10 +62,10 @@ if TYPE_CHECKING:
     "extra",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Any other setting of a recipe, as alignment.one_hot=true, or distill.optim=adafactor for a field of "
+    help="Any other setting of a recipe: alignment.one_hot=true, or distill.optim=adafactor for a field of "
     "TrainingArguments (repeatable).",
 )
-@click.option("--chat-template", help="For examples that no store has: own, a shipped name, or a file.")
+@click.option("--chat-template", help="Of a pivot without a store: own, a shipped name, or a jinja file.")
 @click.option("--resume", is_flag=True, help="Resume what is there.")
 @click.option("--overwrite", is_flag=True, help="Start over, replacing what is there.")
 @click.option("--ignore-estimates", is_flag=True, help="Start although disk or memory do not seem to suffice.")
@@ -79,7 +79,7 @@ def distill(pivot: str, out: Path, **options: Any) -> None:
     if not options["data"]:
         raise click.UsageError("give --data, the examples that the stores were captured from")
     if options["resume"] and options["overwrite"]:
-        raise click.UsageError("--resume continues what is there, --overwrite replaces it: give one")
+        raise click.UsageError("--resume keeps what is there, --overwrite replaces it: give one")
     refuse_file(out)
     from fusekit.devices import Processes
     from fusekit.distillation.run import distill as run
@@ -92,7 +92,7 @@ def distill(pivot: str, out: Path, **options: Any) -> None:
         if not options["quiet"]:
             click.echo(line, err=True)
 
-    kept = "checkpoints and finished models are kept. The same command with --resume continues."
+    kept = "checkpoints and finished models are kept. To resume, give the same command with --resume."
     with interruptible(lambda: say(f"fusekit: stopped; {kept}")):
         made = run(inputs, settings, out, say=say, **how)
     if Processes.current().is_first:
@@ -109,12 +109,12 @@ def _settings(options: dict[str, Any]) -> DistillSettings:
         name, equals, written = text.partition("=")
         section, dot, field = name.partition(".")
         if not equals or not dot:
-            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, for example distill.warmup_steps=0.1")
+            raise click.UsageError(f"--set {text}: write SECTION.FIELD=VALUE, such as distill.warmup_steps=0.1")
         try:  # YAML takes 1e-5 for a string
             is_power = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", written)
             changes.setdefault(section, {})[field] = float(written) if is_power else yaml.safe_load(written)
         except yaml.YAMLError as error:
-            raise click.UsageError(f"--set {text}: {written!r} is no YAML value: {error}") from error
+            raise click.UsageError(f"--set {text}: {written!r} is not a YAML value: {error}") from error
     changes["training"] = changes.pop("distill")
     return DistillSettings.of(options["preset"], changes)
 

@@ -38,7 +38,7 @@ def inspect() -> None:
 @click.argument("source")
 @click.option("--text", "texts", multiple=True, help="A text to align; may be given several times.")
 @click.option("--data", multiple=True, help="Examples to align: a file, a folder or a hub id; may be repeated.")
-@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="Most examples to read.")
+@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="Maximum examples to read.")
 @click.option("--html", type=_FILE, help="Write a page that shows both tokenisations.")
 @click.option("--json", "json_file", type=_FILE, help="Write the figures as JSON.")
 @click.option(

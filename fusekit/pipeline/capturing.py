@@ -51,7 +51,7 @@ from fusekit.yaml import KeyPath
 LOOKED_AT = 10_000
 """Examples of local data that are read to check a recipe."""
 ROW_BYTES, TOKEN_BYTES = 128, 4
-"""Bytes of a row as JSON beside its contents; of a token of text, about."""
+"""Bytes of an example as JSON beside its contents; of a token of text, about."""
 
 
 class DequantisedPivot(Stage):
@@ -81,7 +81,7 @@ class DequantisedPivot(Stage):
 
 
 class Data(Stage):
-    """The rows that all models read, filtered and cut alike."""
+    """The examples that all models read, filtered and cut alike."""
 
     name = "data"
     places = ("data",)
@@ -234,7 +234,7 @@ class Capture(Stage):
         return store_status(context, name, context.layout.store(name), rows_of(context, name))
 
     def make(self, context: Context) -> None:
-        """Capture what each model says about the examples, or what is missing of it; note down the models' facts."""
+        """Capture what each model says about the examples, or what is missing of it, and describe the models."""
 
         def say(name: str, line: str) -> None:
             context.say(f"capture {name}: {line}")
@@ -320,7 +320,7 @@ def check_store_place(folder: Path) -> None:
 
 
 def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
-    """Of a store of a model over some rows. Raises StorageError for a damaged one."""
+    """The status of a model's store over some examples. Raises StorageError for a damaged one."""
     manifest = read_json(folder / artifact.MANIFEST, Manifest)
     if manifest is None:
         return Status(folder)

@@ -1,4 +1,4 @@
-"""``fusekit clean``: what a run's output holds that the run no longer needs, or that a stage shall make again."""
+"""``fusekit clean``: what a run's output holds that the run no longer needs, or what stages made, to make it again."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Findings:
 
 @contextmanager
 def claimed(out: Path | str) -> Iterator[Layout]:
-    """The layout of a run whose locks are held. Raises StorageError for a folder that is no run, or one in use."""
+    """The layout of a run whose locks are held. Raises StorageError for a folder that is not a run, or is in use."""
     layout = Layout(Path(out).resolve())
     if not layout.recipe.is_file():
         raise StorageError(

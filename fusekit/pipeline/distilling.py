@@ -37,9 +37,9 @@ ALIGNED_TEXTS = 2000
 SHOWN_TEXTS, SHOWN_GROUPS = 8, 60
 """In the report of an alignment, at most: texts, groups of each text."""
 WORTH_EXAMPLES = 256
-"""Rows, evenly spaced, that the worth of a teacher is measured on: some ten thousands of labels."""
-PAGE_BYTES, MAP_BYTES = 110_000, 8
-"""Bytes of an alignment's figures, page and samples; of its vocabulary map, per token of the source."""
+"""Examples, evenly spaced, that the worth of a teacher is measured on: tens of thousands of labels."""
+FIGURES_BYTES, MAP_BYTES = 110_000, 8
+"""Bytes of an alignment's figures and samples; of its vocabulary map, per token of the source."""
 
 
 def alignment_of(context: Context, source: str) -> AlignmentSettings:
@@ -111,7 +111,7 @@ class Align(Stage):
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
         if step.work:
-            step.disk = PAGE_BYTES + MAP_BYTES * planner.vocabulary(step.name)
+            step.disk = FIGURES_BYTES + MAP_BYTES * planner.vocabulary(step.name)
             step.rows = min(planner.rows.rows, ALIGNED_TEXTS) if planner.rows.rows is not None else None
         return []
 
@@ -177,7 +177,7 @@ def settings_of(context: Context, name: str) -> DistillSettings:
 
 def plain(settings: DistillSettings) -> DistillSettings:
     """Settings with nothing but the text to learn from."""
-    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # soft has a weight of its own
+    alone = {"lm_weight": 1.0, "lm_weighting": "constant"}  # `soft` ignores lm_weight
     alone |= {"schedule": None, "on_policy": 0.0, "num_train_epochs": settings.training.passes}
     return settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
 
@@ -207,7 +207,7 @@ class Distill(Stage):
             super().check_place(context, name)
 
     def inputs(self, context: Context, name: str, before: Inputs) -> Inputs:
-        """What the recipe, its rows and the captures that are here determine; the rest is as it was before."""
+        """What the recipe, its examples and the captures that are here determine; the rest is as it was before."""
         from fusekit.distillation.dataset import join
         from fusekit.distillation.run import facts_of_alignment, facts_of_run
 
@@ -328,7 +328,7 @@ class Distill(Stage):
         if captured != values.temperature:
             says = (
                 f"capture.temperature is {captured}, but distill.temperature is {values.temperature}: the loss needs "
-                "rows of its own temperature, so set both to one value"
+                "rows captured at its temperature, so set both to one value"
             )
             found.append(Mistake(says, ("distill", "temperature"), ("capture", "temperature")))
         return found

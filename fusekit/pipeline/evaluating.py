@@ -1,4 +1,4 @@
-"""The stage ``evaluate``: scores of every model on held-out rows, and on tasks of lm-eval."""
+"""The stage ``evaluate``: scores of every model on held-out examples, and on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Evaluate(Stage):
         return [*(place for place in places if place not in hidden), layout.results]
 
     def status(self, context: Context, name: str) -> Status:
-        """Whether a model has scores. They are made again, not refused, if the model or the rows changed."""
+        """Whether a model has scores. They are made again, not refused, if the model or the examples changed."""
         folder = context.layout.evaluation(name)
         return Status(folder, MISSING if artifact.read(folder) is None else DONE)
 

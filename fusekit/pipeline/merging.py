@@ -82,7 +82,7 @@ class Merge(Stage):
         return Status(status.folder, note="a merge of other models is there, and is replaced")
 
     def make(self, context: Context) -> None:
-        """Merge the distilled models, each of which is read through first, and leave the recipe that does it behind."""
+        """Merge the distilled models, each of which is read through first, and write the recipe that repeats it."""
         recipe, layout, targets = context.recipe, context.layout, context.targets
         if recipe.merge is None:
             return

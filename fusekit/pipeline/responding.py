@@ -67,7 +67,7 @@ def _made_lines(
     commit_file(path.parent / _BEGUN, json.dumps(artifact.plain(inputs)).encode())
     found, size = _lines_of(path) if path.is_file() else [], _section(context).prompts_per_shard
     if len(found) < len(items):
-        del found[len(found) // size * size :]  # so that batches are those of a run that nobody interrupted
+        del found[len(found) // size * size :]  # so that batches are those of an uninterrupted run
     commit_file(path, b"".join(map(_line, found)))
     with progress(len(items), label, "question", quiet=context.quiet) as bar:
         bar.update(len(found))
@@ -249,7 +249,7 @@ class Judging(Stage):
         if votes.state != DONE:
             return Status(store)
         rows = _rows_of(model, *winners_of(context))
-        return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it has won no question")
+        return store_status(context, model, store, rows) if rows else Status(store, DONE, note="it won no question")
 
     def make(self, context: Context) -> None:
         """Judge the answers, and capture what the winners say about their own."""
@@ -292,7 +292,7 @@ def _checkpoint(context: Context, judge: Judge) -> Checkpoint:
 
 
 def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:
-    """The winners' answers, as prepared rows, and by their keys who wrote them. Raises StorageError."""
+    """The winners' answers as prepared examples, and by their keys who wrote them. Raises StorageError."""
     folder = context.layout.judged
     rows, path = read_rows_file(folder), folder / VOTES
     try:

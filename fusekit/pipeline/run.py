@@ -64,7 +64,7 @@ TABLE: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
 """The stages by name, in order: those of :data:`STAGES`, and before them the plain checkpoint of a GGUF pivot."""
 
 _DECIDE = {"data", "distill", "merge"}
-"""Stages that tell, done or checked, that what is there is of the recipe."""
+"""Stages after which, done or checked, the artifacts are known to be of the recipe."""
 
 
 def chosen_stages(only: str | Collection[str] | None, start: str | None, until: str | None) -> list[str]:
@@ -74,7 +74,7 @@ def chosen_stages(only: str | Collection[str] | None, start: str | None, until: 
         if stage is not None and stage not in STAGES:
             raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
     if alone and (start or until):
-        raise RecipeError("--only is one stage, --from and --until are the ends of several: give one or the other")
+        raise RecipeError("--only is one stage, --from and --until bound several: give one or the other")
     if alone:
         return [stage for stage in STAGES if stage in alone]
     first, last = STAGES.index(start or STAGES[0]), STAGES.index(until or STAGES[-1])
@@ -240,7 +240,7 @@ def _claim(context: Context, chosen: list[str]) -> None:
     for stage in (PIVOT, *chosen):
         for name in TABLE[stage].artifacts(context):
             TABLE[stage].check_place(context, name)
-    if not layout.recipe.exists():  # a later one that is refused shall not be said to have made what is there
+    if not layout.recipe.exists():  # a later recipe that is refused did not make what is there
         _save(layout, recipe)
     elif layout.recipe.read_bytes() != _text(recipe):
         layout.logs.mkdir(exist_ok=True)
@@ -265,7 +265,7 @@ def refuse_other_output(layout: Layout) -> None:
 
 
 def _save(layout: Layout, recipe: Recipe) -> None:
-    """Save the recipe with every value written out: by now it is that of what is there."""
+    """Save the recipe with every value written out, now that the artifacts are of it."""
     commit_file(layout.recipe, _text(recipe))
     remove(layout.begun)
 
@@ -286,13 +286,13 @@ def write_log(folder: Path, text: str) -> None:
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Write to the log who runs what before the body, and how it ended after it."""
+    """Write to the log what is run, and by which process, before the body; after it, how it ended."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     write_log(folder, f"fusekit {fusekit.__version__}, process {os.getpid()} on {socket.gethostname()}: {command}")
     try:
         yield
     except BaseException as error:
-        with suppress(StorageError):  # a disk that is full shall not hide what stopped the run
+        with suppress(StorageError):  # a full disk must not hide what stopped the run
             write_log(folder, f"stopped by {type(error).__name__}: {error}".rstrip(": "))
         raise
     write_log(folder, "done")

@@ -78,7 +78,7 @@ def load_recipe(
 
     Args:
         source: a YAML file, or what was read from one. ``include: [other.yml]`` takes what other files in its folder
-            say, its own values on top.
+            say, the recipe's own values on top.
         overrides: ``a.b=value`` each, value in YAML, on top of everything; a number is an index into a list.
         check: what else is wrong with a recipe. It gets the recipe without its mistakes, and what it finds is reported
             together with them.

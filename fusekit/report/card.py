@@ -62,7 +62,7 @@ def write_report(out: Path, *, with_card: bool = True) -> list[str]:
     path, data = facts.layout.report, _encoded(page(facts))
     if path.is_file() and path.read_bytes() == data:
         return said
-    # Without the lock another process may be writing the page: the temporary file then has a name of its own.
+    # Without the lock another process may be writing the page: the temporary file then has a unique name.
     commit_file(path, data, rank=0 if with_card else uuid.uuid4().int)
     return [*said, str(path)]
 

@@ -155,7 +155,7 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     ).wait()
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
-    assert "1 shards are whole in out" in stopped.output
+    assert "out has 1 whole shard" in stopped.output
     assert sorted(listing(tmp_path / "out")) == ["manifest.json", "shard-00000.json", "shard-00000.parquet"]
     first = (tmp_path / "out" / "shard-00000.parquet").stat().st_ino
     again = shlex.split(stopped.output.strip().splitlines()[-1])

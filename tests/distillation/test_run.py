@@ -424,7 +424,7 @@ def test_packed_text_is_met_by_packing_it_again(commanded: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--resume", "--overwrite"], "--resume continues what is there"),
+        (["--resume", "--overwrite"], "--resume keeps what is there"),
         (["--set", "warmup=1"], "write SECTION.FIELD=VALUE"),
         (["--source-store", "x"], "write NAME=STORE"),
         (["--lora", "{r"], "is not JSON"),
@@ -448,7 +448,7 @@ def test_a_terminated_run_says_how_it_is_resumed(commanded: Path, tmp_path: Path
         os.kill(process.pid, signal.SIGTERM)
     stopped = process.wait(60)
     assert stopped.exitcode == 143, stopped.output
-    assert "The same command with --resume continues" in stopped.output
+    assert "To resume, give the same command with --resume" in stopped.output
     assert sorted(path.name for path in out.iterdir()) == ["other.training"]
     assert last_good(out / "other.training") is not None
 
