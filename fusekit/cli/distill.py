@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     "--preset",
     default="fusekit",
     show_default=True,
-    help=f"{', '.join(PRESETS)}: the values of every setting that is not given.",
+    help=f"{', '.join(name for name in PRESETS if name != 'profuser')}: the values of every setting that is not given.",
 )
 @options_of(FusionSettings, "mode", "function", "level", "metric", defaults=False)
 @options_of(AlignmentSettings, "tokens", "vocabulary", "tail", defaults=False)
