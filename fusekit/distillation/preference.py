@@ -165,6 +165,8 @@ class PreferenceTrainer(Trainer):
         # A template that prints the day prints that of the capture that is there.
         reader = RowTokenizer(student.tokenizer, date=date_of(own_folder(args)))
         rows = list(rows_of(answers(train_dataset), DataCounts()))
+        if not rows:
+            raise DistillationError("train_dataset has no pairs")
         prepared = prepare(rows, [reader], args.max_length, "drop")
         own = capture_student(student, reader, prepared.rows, args, CaptureSettings(top_k=1))
         keys = [row.key for row in rows]

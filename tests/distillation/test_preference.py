@@ -139,6 +139,8 @@ def test_accumulated_batches_learn_what_one_batch_learns(store: Store, tmp_path:
 
 def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tmp_path: Path) -> None:
     other = [{"prompt": "Reverse: q q", "chosen": "q q", "rejected": "z"}]
+    with pytest.raises(DistillationError, match="no pairs"):
+        trainer(tmp_path / "none", pairs=[])
     with pytest.raises(DistillationError, match="neox lacks 2 of 34"):
         trainer(tmp_path / "a", {"neox": store}, [*PAIRS, *other])
     with pytest.raises(DistillationError, match="the model lacks 1 of 34"):
