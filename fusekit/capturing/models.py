@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,19 +128,15 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """The commit of a model on the hub; of a folder, the xxh3-128 of its configuration and all of its weights.
 
-        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Files are read once. Raises CaptureError.
+        Of a GGUF file the commit and its name, or the xxh3-128 of the file. Raises CaptureError.
         """
         if self.identity is not None:
             return self.identity
         if self.snapshot:
             return f"commit {self.snapshot.commit}{f' {self.gguf.file}' if self.gguf else ''}"
-        return f"xxh3 {self._hash}"
-
-    @cached_property
-    def _hash(self) -> str:
         try:
             if self.gguf is not None:
-                return artifact.file_hash(self.folder / self.gguf.file)
+                return "xxh3 " + artifact.file_hash(self.folder / self.gguf.file)
             # Without what changes when a configuration is only saved again.
             config = {key: self.config[key] for key in self.config.keys() - {"transformers_version", "_name_or_path"}}
             digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
@@ -149,7 +145,7 @@ class Checkpoint:
                 with (self.folder / name).open("rb") as file:
                     while piece := file.read(16 << 20):
                         digest.update(piece)
-            return digest.hexdigest()
+            return f"xxh3 {digest.hexdigest()}"
         except OSError as error:
             raise CaptureError(f"{self.choice.model}: its weights cannot be read: {error}") from error
 

@@ -1,8 +1,8 @@
 """Several models write one text: the three modes, and the function that runs them.
 
-UniTE (arXiv 2410.03777): the mean over the union of the models' top-k. SAFE (ICLR 2026): average only where the text ends at a token
-boundary of every model and the main one is unsure; boundaries are exact byte ends. Cool-Fusion (arXiv 2407.19807, ACL
-2025): all models write and score segments; all take the best.
+UniTE (arXiv 2410.03777): the mean over the union of the models' top-k. SAFE (ICLR 2026): average only where the text
+ends at a token boundary of every model and the main one is unsure; boundaries are exact byte ends. Cool-Fusion (arXiv
+2407.19807, ACL 2025): all models write and score segments; all take the best.
 """
 
 from __future__ import annotations

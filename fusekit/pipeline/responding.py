@@ -224,7 +224,8 @@ class Judging(Stage):
             if judge.reward_model is not None:
                 key = f"judges.{judge.label}.fingerprint"
                 try:
-                    facts[key] = _checkpoint(context, judge).fingerprint()
+                    _checkpoint(context, judge)
+                    facts[key] = context.fingerprint(_label(judge))
                 except CaptureError:
                     if key not in before:
                         raise
@@ -288,7 +289,11 @@ def _choice(judge: Judge) -> ModelChoice:
 
 
 def _checkpoint(context: Context, judge: Judge) -> Checkpoint:
-    return context.checkpoint(f"judges/{judge.label}", _choice(judge))  # a source's name has no slash
+    return context.checkpoint(_label(judge), _choice(judge))
+
+
+def _label(judge: Judge) -> str:
+    return f"judges/{judge.label}"  # a source's name has no slash
 
 
 def winners_of(context: Context) -> tuple[list[Row], dict[str, str]]:

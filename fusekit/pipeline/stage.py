@@ -57,6 +57,7 @@ class Context:
     ignore_estimates: bool = False
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     _readers: dict[str, RowTokenizer] = field(default_factory=dict)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def processes(self) -> Processes:
@@ -99,7 +100,9 @@ class Context:
 
     def fingerprint(self, name: str) -> str:
         """What identifies a model's weights; a folder is read from end to end, once. Raises CaptureError."""
-        return self.checkpoint(name).fingerprint()
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self.checkpoint(name).fingerprint()
+        return self._fingerprints[name]
 
     def reader(self, name: str) -> RowTokenizer:
         """How the model reads examples in this run. Raises CaptureError, DataError."""
