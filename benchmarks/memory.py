@@ -113,8 +113,8 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
             checkpoint, reader, _rows(reader, tokens, BATCHES * fields["per_device_train_batch_size"]), work, fields
         )
     from fusekit.capturing.capture import Capture
-    from fusekit.capturing.engine import memory_needs
-    from fusekit.capturing.settings import CaptureSettings
+    from fusekit.capturing.teacher import memory_needs
+    from fusekit.settings import CaptureSettings
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))

@@ -35,3 +35,7 @@ class ModelError(MergeError, CaptureError):
 
 class DistillationError(FusekitError):
     """Targets, losses or a training run are not what they have to be."""
+
+
+class GenerationError(FusekitError):
+    """Models, prompts or settings from which no text can be generated."""

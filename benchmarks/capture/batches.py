@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.alignment.timing import write
 from benchmarks.capture.capture import TOKENS, VOCABULARY, Tokens, random_llama
-from fusekit.capturing.engine import Teacher
-from fusekit.capturing.settings import Selection
+from fusekit.capturing.teacher import Teacher
+from fusekit.settings import Selection
 
 ROW_TOKENS = 512
 

@@ -23,10 +23,10 @@ import torch
 
 from benchmarks.alignment.timing import write
 from fusekit.capturing.capture import capture_rows
-from fusekit.capturing.engine import Teacher, padded, plan_batches
-from fusekit.capturing.settings import Selection
 from fusekit.capturing.store import StoreSpec
+from fusekit.capturing.teacher import Teacher, padded, plan_batches
 from fusekit.devices import Processes
+from fusekit.settings import Selection
 from fusekit.types import TEXT, Message, Part, Row, TokenizedRow
 
 VOCABULARY, TOKENS = 151_936, 151_665

@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.alignment.timing import write
 from fusekit.capturing.capture import capture_rows
-from fusekit.capturing.engine import Teacher, padded, plan_batches
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer
-from fusekit.capturing.settings import Selection
 from fusekit.capturing.store import StoreSpec
+from fusekit.capturing.teacher import Teacher, padded, plan_batches
 from fusekit.devices import Processes
+from fusekit.settings import Selection
 from fusekit.types import TEXT, CapturedRow, Message, Part, Row, TokenizedRow
 
 

@@ -16,7 +16,6 @@ import xxhash
 from pydantic import ValidationError
 
 from fusekit.artifacts import differences, refuse_changes
-from fusekit.capturing.engine import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.engines import Opening, spread
 from fusekit.capturing.models import (
     Checkpoint,
@@ -29,18 +28,18 @@ from fusekit.capturing.models import (
     valid_ids,
 )
 from fusekit.capturing.server import Scorer
-from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.capturing.shards import Columns
 from fusekit.capturing.store import MANIFEST, Manifest, Setting, Store, StoreSpec, date_of, read_json
+from fusekit.capturing.teacher import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, rows_of
-from fusekit.data.settings import DataSettings
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need, Processes, disk, progress, refuse_lacking, worth_saying
 from fusekit.disk import counted, output_lock, remove
 from fusekit.errors import CaptureError, DataError, ModelError
+from fusekit.settings import CaptureSettings, DataSettings, EngineSettings
 from fusekit.types import Row, TokenizedRow
 from fusekit.yaml import nearest, setting_problem
 
@@ -509,9 +508,9 @@ def capture(model: str | Path | ModelChoice, dataset: Any, out: str | Path, **op
         overwrite: start over where there is a store.
         ignore_estimates: start although disk or memory do not seem to suffice.
         quiet: show no progress.
-        settings: fields of :class:`~fusekit.capturing.settings.CaptureSettings` (top_k, temperature, ...), and
+        settings: fields of :class:`~fusekit.settings.CaptureSettings` (top_k, temperature, ...), and
             ``max_length``, ``overlong``, ``train_on``, ``on_bad_row`` and ``pack`` of
-            :class:`~fusekit.data.settings.DataSettings`.
+            :class:`~fusekit.settings.DataSettings`.
 
     Returns:
         The store, which :class:`~fusekit.FusionTrainer` takes as a teacher.

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fusekit.capturing.engine import Teacher, batch_tokens_on, head_dtype, plan_batches
 from fusekit.capturing.models import Checkpoint, load_model, longest_input, parameters, stored_dtype, valid_ids
 from fusekit.capturing.server import NO_LABELS, Identity, Reply, Scorer, Servers, captured, prompt_of
-from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.store import Setting, Store
+from fusekit.capturing.teacher import Teacher, batch_tokens_on, head_dtype, plan_batches
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import release
 from fusekit.errors import CaptureError
+from fusekit.settings import CaptureSettings, Selection
 from fusekit.types import BoolArray, CapturedRow, Row, TokenizedRow
 
 CHECKED = 4
@@ -266,7 +266,7 @@ class Vllm:
     def score_batches(
         self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
     ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
-        """As :meth:`fusekit.capturing.engine.Teacher.score_batches`. Raises CaptureError if the engine keeps dying."""
+        """As :meth:`fusekit.capturing.teacher.Teacher.score_batches`. Raises CaptureError if the engine keeps dying."""
         names = datasets or [""] * len(rows)
         lengths = [len(prompt_of(row)) for row in rows]
         unlabelled = [i for i, length in enumerate(lengths) if not length]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusekit.capturing.settings import Selection
+from fusekit.settings import Selection
 
 ULPS = 64
 """A head over fewer rows adds up its products in another order: so many last places of the largest logit."""

@@ -17,10 +17,10 @@ import xxhash
 
 from fusekit import artifacts as artifact
 from fusekit import gguf, hub
-from fusekit.capturing.settings import EngineSettings
 from fusekit.devices import Need, disk, is_out_of_memory, main_memory, missing_device, refuse_lacking
 from fusekit.disk import counted
 from fusekit.errors import CaptureError
+from fusekit.settings import EngineSettings
 from fusekit.types import IntArray
 from fusekit.yaml import nearest
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fusekit.capturing.settings import EngineSettings, Selection
 from fusekit.errors import CaptureError
+from fusekit.settings import EngineSettings, Selection
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TokenizedRow, TopK
 
 MOST_MASS = 1 + 1e-3
@@ -35,7 +35,7 @@ MOST_PADDING = 1e-3
 
 
 class Scorer(Protocol):
-    """Scores examples, as :class:`fusekit.capturing.engine.Teacher` does."""
+    """Scores examples, as :class:`fusekit.capturing.teacher.Teacher` does."""
 
     def score_batches(
         self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
@@ -179,7 +179,7 @@ class Servers:
     def score_batches(
         self, rows: Sequence[TokenizedRow], datasets: Sequence[str] | None = None
     ) -> Iterator[list[tuple[int, CapturedRow | str]]]:
-        """As :meth:`fusekit.capturing.engine.Teacher.score_batches`, example by example.
+        """As :meth:`fusekit.capturing.teacher.Teacher.score_batches`, example by example.
 
         Raises CaptureError: a server refuses a request, another model answers (at the end each is asked, so that
         nothing is kept of one that was replaced), or all fail for longer than ``settings.patience`` seconds.

@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fusekit.alignment.rows import MASS_TOLERANCE
 from fusekit.artifacts import file_hash
-from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.disk import disk_errors, disk_fault
 from fusekit.errors import StorageError
+from fusekit.settings import DEFAULT_MAX_ERROR
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, TokenizedRow, TopK
 
 LAYOUT = 1

@@ -17,7 +17,6 @@ import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
 from fusekit.artifacts import Inputs, differences
-from fusekit.capturing.settings import DEFAULT_MAX_ERROR
 from fusekit.capturing.shards import (
     SCALARS,
     Codec,
@@ -35,6 +34,7 @@ from fusekit.capturing.shards import (
 )
 from fusekit.disk import commit_file, disk_errors
 from fusekit.errors import StorageError
+from fusekit.settings import DEFAULT_MAX_ERROR
 from fusekit.types import CapturedRow
 
 MANIFEST = "manifest.json"

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from fusekit.capturing.settings import CaptureSettings, EngineSettings
 from fusekit.cli.common import JSON, command_again, drop_noise, given, interruptible, options_of, print_json
-from fusekit.data.settings import DataSettings
 from fusekit.disk import counted, human, refuse_file
 from fusekit.errors import CaptureError
 from fusekit.recipe.sections import Load
+from fusekit.settings import CaptureSettings, DataSettings, EngineSettings
 
 if TYPE_CHECKING:
     from fusekit.capturing.store import Store

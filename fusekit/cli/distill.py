@@ -11,10 +11,10 @@ import click
 import yaml
 
 from fusekit.cli.common import given, interruptible, options_of
-from fusekit.data.settings import DataSettings
 from fusekit.disk import refuse_file
 from fusekit.distillation.settings import PRESETS, AlignmentSettings, DistillSettings, FusionSettings, TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.settings import DataSettings
 
 if TYPE_CHECKING:
     from fusekit.data.tokenize import RowTokenizer

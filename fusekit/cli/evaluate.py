@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from fusekit.cli.common import drop_noise, given, options_of
 from fusekit.errors import RecipeError, StorageError
-from fusekit.evaluation.settings import EvaluateSettings
 from fusekit.recipe.sections import Load
+from fusekit.settings import EvaluateSettings
 
 _OPTIONS = ("split", "name", "revision", "metrics", "limit", "batch_tokens", "lm_eval")
 

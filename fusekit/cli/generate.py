@@ -7,16 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusekit.artifacts import differences
 from fusekit.cli.common import given, options_of
 from fusekit.disk import append, disk_errors, output_lock
-from fusekit.errors import DataError
-from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
+from fusekit.errors import DataError, GenerationError
 from fusekit.recipe.sections import Load
+from fusekit.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from fusekit.generation import Generation, Segment
 
 COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from fusekit.capturing.engine import batch_tokens_on, working_bytes
 from fusekit.capturing.models import (
     Checkpoint,
     itemsize,
@@ -25,12 +24,12 @@ from fusekit.capturing.models import (
     shape_of,
     stored_dtype,
 )
-from fusekit.capturing.settings import CaptureSettings
-from fusekit.data.settings import DataSettings
+from fusekit.capturing.teacher import batch_tokens_on, working_bytes
 from fusekit.devices import Need, Processes, disk_need, main_memory, refuse_lacking
 from fusekit.disk import counted, human
 from fusekit.distillation.settings import CHECKPOINTS_KEPT, DistillSettings, TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.settings import CaptureSettings, DataSettings
 from fusekit.yaml import TRUTH, KeyPath, nearest, reasons
 
 # Fields that the settings have under another name, or that the trainer decides.

@@ -17,7 +17,6 @@ from fusekit.alignment.ends import tokenize
 from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import Tokenizes, capture_rows
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import MANIFEST, Store, StoreSpec, date_of
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
@@ -33,7 +32,7 @@ from fusekit.distillation.projections import SAMPLED, Projection, make_map, need
 from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings, TrainingSettings
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
-from fusekit.generation.settings import RespondSettings
+from fusekit.settings import CaptureSettings, RespondSettings
 from fusekit.types import Part, Row, TokenizedRow
 
 Say = Callable[[str], None]

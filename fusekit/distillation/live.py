@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler, Dataset
 
 from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.capturing.capture import data_fingerprint, refuse_quarantined, store_spec, vocabulary_size
-from fusekit.capturing.engine import Teacher, head_dtype
 from fusekit.capturing.engines import Opening
 from fusekit.capturing.models import (
     Checkpoint,
@@ -29,13 +28,14 @@ from fusekit.capturing.models import (
     valid_ids,
 )
 from fusekit.capturing.server import Scorer
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import StoreSpec
+from fusekit.capturing.teacher import Teacher, head_dtype
 from fusekit.data.prepare import prepare
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes
 from fusekit.distillation.batching import BLANK, EpochSampler
 from fusekit.errors import DistillationError
+from fusekit.settings import CaptureSettings
 from fusekit.types import CapturedRow, Row, TokenizedRow
 
 AT_ONCE = 64

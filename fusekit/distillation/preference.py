@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Store, date_of
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
@@ -27,6 +26,7 @@ from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits
 from fusekit.distillation.inputs import capture_student, own_folder
 from fusekit.distillation.live import Loaded
 from fusekit.errors import DataError, DistillationError
+from fusekit.settings import CaptureSettings
 from fusekit.types import FloatArray, Part, Row, TokenizedRow
 
 ANSWERS = ("chosen", "rejected")

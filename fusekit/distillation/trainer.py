@@ -18,8 +18,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from fusekit.capturing.capture import refuse
-from fusekit.capturing.engine import memory_needs as scoring_needs
-from fusekit.capturing.settings import CaptureSettings
+from fusekit.capturing.teacher import memory_needs as scoring_needs
 from fusekit.devices import Processes, progress
 from fusekit.distillation import outputs
 from fusekit.distillation.arguments import FusionConfig, OneDevice, memory_needs, refuse_needs, with_adapter
@@ -31,6 +30,7 @@ from fusekit.distillation.live import Ahead, LiveTeacher, Loaded
 from fusekit.distillation.losses import SparseTargets, fusion_loss
 from fusekit.distillation.settings import TrainingSettings
 from fusekit.errors import DistillationError
+from fusekit.settings import CaptureSettings
 from fusekit.types import FloatArray
 
 

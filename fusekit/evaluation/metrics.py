@@ -11,22 +11,26 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fusekit.capturing.engine import BATCH_TOKENS, Teacher, plan_batches
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
-from fusekit.capturing.settings import Selection
+from fusekit.capturing.teacher import BATCH_TOKENS, Teacher, plan_batches
+from fusekit.data.reading import files_of, read_rows
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import DataError
-from fusekit.evaluation.settings import EvaluateSettings, LmEval, check_tasks, held_out_rows, task_manager
+from fusekit.errors import DataError, RecipeError
 from fusekit.evaluation.table import document_of
 from fusekit.generation.respond import continued, eos_ids, plain_generation, prompt_of
+from fusekit.settings import EvaluateSettings, LmEval, Selection
 from fusekit.types import Message, Part, Row, TokenizedRow
+from fusekit.yaml import nearest
 
 SLACK_TOKENS = 8
 """How much longer than the right answer a reply may be before it is stopped; it is wrong by then."""
@@ -50,7 +54,7 @@ def evaluate(
         data: files, folders or hub ids of held-out examples; may be left out where ``lm_eval`` names tasks.
         chat_template: ``own``, the name of a shipped template, or a jinja file.
         load: how to load the models, as fields of :class:`fusekit.capturing.models.ModelChoice`: ``dtype``, ...
-        settings: fields of :class:`fusekit.evaluation.settings.EvaluateSettings`: ``metrics``, ``limit``,
+        settings: fields of :class:`fusekit.settings.EvaluateSettings`: ``metrics``, ``limit``,
             ``lm_eval``, ...
 
     Returns:
@@ -166,7 +170,7 @@ def bits_per_byte(
 
     Raises:
         DataError: there is no byte to predict, an example is too long for the model, or its distribution is non-finite.
-        CaptureError: see :meth:`fusekit.capturing.engine.Teacher.score`.
+        CaptureError: see :meth:`fusekit.capturing.teacher.Teacher.score`.
     """
     tokens = [tokenizer.tokenize(row) for row in rows]
     _refuse_longer(rows, tokens, tokenizer.name, longest)
@@ -244,6 +248,13 @@ def _called(row: Row) -> str:
     return f"example {row.key} of {row.dataset!r} ({text[:47] + '...' if len(text) > 50 else text!r})"
 
 
+def held_out_rows(settings: EvaluateSettings, paths: list[str] | None = None) -> list[Row]:
+    """The held-out examples of all paths, or of some. Raises DataError as :func:`fusekit.data.reading.read_rows`."""
+    how: dict[str, Any] = settings.model_dump(include={"split", "revision", "name", "limit"})
+    files = chain.from_iterable(map(files_of, settings.paths if paths is None else paths))
+    return [row for file in files for row in read_rows(file, **how)]
+
+
 class Question(NamedTuple):
     """What a model is asked. prompt: token ids. longest: most tokens of its reply. ends: ids that end a turn."""
 
@@ -292,6 +303,29 @@ def _text(tokenizer: RowTokenizer, reply: list[int], ends: Collection[int]) -> s
 
 
 # ---- lm-eval
+
+
+def check_tasks(settings: LmEval, place: str = "evaluate.lm_eval") -> None:
+    """Refuse tasks that lm-eval does not have, before anything is loaded or downloaded.
+
+    place: what errors call the setting. Raises RecipeError: lm-eval is not installed, or a line for each unknown task.
+    """
+    if find_spec("lm_eval") is None:
+        raise RecipeError(f"{place}: lm-eval is not installed: pip install 'mergekit-fusekit[lm-eval]'")
+    if settings.include_path is not None and not Path(settings.include_path).expanduser().is_dir():
+        raise RecipeError(f"{place}: include_path: there is no folder {settings.include_path}")
+    known = task_manager(settings.include_path).all_tasks
+    unknown = [name for name in settings.tasks if name not in known]
+    if unknown:
+        raise RecipeError("\n".join(f"{place}: lm-eval has no task {name!r}{nearest(name, known)}" for name in unknown))
+
+
+@cache
+def task_manager(folder: str | None) -> Any:
+    """lm-eval's index of its own tasks and of those in a folder, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if folder is None else str(Path(folder).expanduser()))
 
 
 def lm_eval_figures(

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
+from fusekit.errors import GenerationError
+from fusekit.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from fusekit.generation.ensemble import generate
+    from fusekit.generation.ensemble import Generation, Segment, generate
 
 __all__ = ["Generation", "GenerationError", "GenerationSettings", "Segment", "generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "generate":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fusekit.generation.ensemble import generate  # imports torch, which takes a second
+    if name in __all__:
+        from fusekit.generation import ensemble  # imports torch, which takes a second
 
-    return generate
+        return getattr(ensemble, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,15 +10,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fusekit.alignment.vocabulary_map import VocabularyMap
+from fusekit.errors import GenerationError
 from fusekit.generation.reader import Cursor, Next, load_readers, unfinished
-from fusekit.generation.settings import Generation, GenerationError, GenerationSettings, Segment
+from fusekit.settings import GenerationSettings
 from fusekit.types import FloatArray, Message
+
+
+class Segment(NamedTuple):
+    """A piece of an answer, of whole characters.
+
+    model: who wrote it: in ``unite``, and where ``safe`` averages, the model that found it most probable. score:
+    ``cool``: mean perplexity, lower is better; else the probability that it was chosen with. scores: the same of every
+    model that took part.
+    """
+
+    text: str
+    model: str
+    score: float
+    scores: dict[str, float]
+
+
+class Generation(NamedTuple):
+    """An answer: the text of its segments together.
+
+    finish: ``end`` of turn, ``stop`` (a text of ``stop``), ``length`` (``max_new_tokens``), or ``context`` (a model can
+    read no more).
+    """
+
+    text: str
+    segments: list[Segment]
+    finish: str
+
 
 Prompt = str | Sequence[Message | dict[str, str]]
 Segments = Generator[Segment, None, str]

@@ -9,9 +9,9 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from fusekit.errors import GenerationError
 from fusekit.generation.ensemble import generate
 from fusekit.generation.reader import load_readers
-from fusekit.generation.settings import GenerationError
 
 _CHAT = "\0chat\0"
 """Before messages as JSON: each model reads them under a template of its own."""

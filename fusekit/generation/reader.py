@@ -21,9 +21,8 @@ from fusekit.alignment.surfaces import vocabulary_surfaces
 from fusekit.alignment.vocabulary_map import VocabularyMap, build_vocabulary_map
 from fusekit.capturing.models import ModelChoice, device_of, find_checkpoint, load_model, load_tokenizer
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import DataError
+from fusekit.errors import DataError, GenerationError
 from fusekit.generation.respond import Prompt, limits_of, prompt_of
-from fusekit.generation.settings import GenerationError
 from fusekit.types import FRAGMENT, Message, Row
 
 # In front of text that must not get a dummy space. Hardly any vocabulary joins the first one to what follows.

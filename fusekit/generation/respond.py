@@ -15,7 +15,8 @@ import xxhash
 
 from fusekit.capturing.models import Checkpoint, device_of, load_model, load_tokenizer, longest_input
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.generation.settings import GenerationError, Judge, RespondSettings
+from fusekit.errors import GenerationError
+from fusekit.settings import Judge, RespondSettings
 from fusekit.types import Cut, Message, Part, Row
 
 _STAND_IN = "x"

@@ -17,10 +17,9 @@ from fusekit import artifacts as artifact
 from fusekit.artifacts import Inputs
 from fusekit.capturing.capture import Capture as CaptureJob
 from fusekit.capturing.capture import data_fingerprint, details_of, store_bytes, vocabulary_size
-from fusekit.capturing.engine import memory_needs
 from fusekit.capturing.models import dequantise, dequantise_needs, dequantised_from, find_checkpoint, loading_mistakes
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Manifest, Store, read_json
+from fusekit.capturing.teacher import memory_needs
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, files_of, is_on_hub, read_rows
 from fusekit.data.templates import ChatTemplate
@@ -45,6 +44,7 @@ from fusekit.pipeline.stage import (
 )
 from fusekit.recipe import Recipe, sections
 from fusekit.recipe.sections import UNREAD, Mistake
+from fusekit.settings import CaptureSettings
 from fusekit.types import Row
 from fusekit.yaml import KeyPath
 

@@ -22,7 +22,7 @@ from fusekit.devices import Need
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.outputs import PLAIN
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.evaluation.settings import LmEval, check_tasks, held_out_rows
+from fusekit.evaluation.metrics import check_tasks, held_out_rows
 from fusekit.evaluation.table import LM_EVAL, document_of
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.pipeline.capturing import hash_of, unreadable
@@ -30,6 +30,7 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, write_json
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
+from fusekit.settings import LmEval
 from fusekit.types import Row
 
 SCORE_BYTES = 1000

@@ -20,7 +20,6 @@ from fusekit.data.prepare import prepare
 from fusekit.devices import Need, progress, refuse_lacking
 from fusekit.disk import append, commit_file, counted, sweep
 from fusekit.errors import CaptureError, FusekitError, RecipeError, StorageError
-from fusekit.generation.settings import Judge, RespondSettings
 from fusekit.hub import is_repository
 from fusekit.layout import PIVOT, WORK, Layout
 from fusekit.pipeline.capturing import captured, check_store_place, store_facts, store_status
@@ -41,6 +40,7 @@ from fusekit.pipeline.stage import (
 )
 from fusekit.recipe import Recipe
 from fusekit.recipe.sections import Mistake
+from fusekit.settings import Judge, RespondSettings
 from fusekit.types import Row
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
@@ -154,8 +154,8 @@ class Respond(Stage):
 
     def make_one(self, context: Context, name: str) -> None:
         """Let a model answer the questions, or what is missing of them."""
-        from fusekit.capturing.engine import memory_needs
         from fusekit.capturing.models import load_model
+        from fusekit.capturing.teacher import memory_needs
         from fusekit.generation.respond import respond
 
         section, folder, started = _section(context), context.layout.responses(name), time.monotonic()

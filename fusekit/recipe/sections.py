@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from fusekit.capturing.settings import CaptureSettings, EngineSettings
-from fusekit.data.settings import DataSettings
 from fusekit.distillation.settings import (
     AlignmentSettings,
     DistillSettings,
@@ -18,10 +16,9 @@ from fusekit.distillation.settings import (
     TrainingSettings,
     clashes,
 )
-from fusekit.evaluation.settings import PATH, EvaluateSettings
-from fusekit.generation.settings import RespondSettings
 from fusekit.gguf import SUFFIX
 from fusekit.layout import PIVOT, TRAINING, WORK
+from fusekit.settings import PATH, CaptureSettings, DataSettings, EngineSettings, EvaluateSettings, RespondSettings
 from fusekit.yaml import KeyPath, Settings
 
 _Count = Annotated[int, Field(gt=0)]

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from fusekit.capturing import engine as batches
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, parameters
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.capturing.store import Manifest, Store, read_json
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError
+from fusekit.settings import CaptureSettings
 from tests import reference
 from tests.capture.conftest import ALONE, DEMO, demo_rows
 from tests.capture.reference import error_bound

@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner
 
 from fusekit.capturing.capture import capture_rows
-from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, valid_ids
-from fusekit.capturing.settings import Selection
 from fusekit.capturing.store import Store, StoreSpec
+from fusekit.capturing.teacher import Teacher
 from fusekit.cli import cli
 from fusekit.devices import Processes
+from fusekit.settings import Selection
 from tests.capture.conftest import DEMO, demo_rows, write_rows
 from tests.capture.store_processes import listing
 from tests.processes import Process, command, free_port, kill_at, ranks, run

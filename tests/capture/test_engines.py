@@ -16,10 +16,10 @@ from fusekit.capturing.capture import Capture
 from fusekit.capturing.engines import Opening, difference
 from fusekit.capturing.models import ModelChoice, find_checkpoint
 from fusekit.capturing.server import Reply, captured
-from fusekit.capturing.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.errors import CaptureError, StorageError
+from fusekit.settings import CaptureSettings, EngineSettings, Selection
 from fusekit.types import TokenizedRow
 from tests.capture.conftest import ALONE, DEMO, demo_rows, write_rows
 from tests.capture.engine_server import EngineServer, load, serve

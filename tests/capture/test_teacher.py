@@ -9,10 +9,10 @@ from transformers import CpmAntConfig, CpmAntForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fusekit.capturing import engine as teacher_module
-from fusekit.capturing.engine import Teacher, plan_batches, rows_per_shard
 from fusekit.capturing.forward import SplitForward
-from fusekit.capturing.settings import Selection
+from fusekit.capturing.teacher import Teacher, plan_batches, rows_per_shard
 from fusekit.errors import CaptureError
+from fusekit.settings import Selection
 from tests import reference
 from tests.capture.random_models import ARCHITECTURES, VOCABULARY, random_model, random_rows, row_of
 from tests.processes import run

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.capturing.forward import GROUP, score_blocks, score_logits
-from fusekit.capturing.settings import Selection
+from fusekit.settings import Selection
 from tests import reference
 
 # More than two groups per entry, so that the groups are used, with a rest that is no whole group.

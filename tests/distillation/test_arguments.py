@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from fusekit import FusionConfig, FusionTrainer
 from fusekit.artifacts import differences
-from fusekit.capturing.engine import CHUNK_BYTES, working_bytes
 from fusekit.capturing.forward import GROUP, group_bytes
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer, shape_of
+from fusekit.capturing.teacher import CHUNK_BYTES, working_bytes
 from fusekit.data.reading import rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Processes, memory_limits, taken_bytes

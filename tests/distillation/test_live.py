@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from fusekit import FusionConfig, FusionTrainer, Store, capture
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_tokenizer
-from fusekit.capturing.settings import CaptureSettings
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.templates import ChatTemplate
@@ -33,6 +32,7 @@ from fusekit.errors import CaptureError, DistillationError
 from fusekit.pipeline.distilling import Distill
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
+from fusekit.settings import CaptureSettings
 from fusekit.types import TopK
 from tests.distillation.runs import different, lines
 from tests.pipeline.worlds import write_recipe

@@ -16,8 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, Subset
 
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
-from fusekit.capturing.engine import Teacher
-from fusekit.capturing.settings import Selection
+from fusekit.capturing.teacher import Teacher
 from fusekit.distillation import outputs
 from fusekit.distillation.batching import EpochSampler, FusionCollator, Scheduled
 from fusekit.distillation.dataset import FusionDataset
@@ -26,6 +25,7 @@ from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import DistillSettings, FusionSettings, ScheduleStage, TrainingSettings
 from fusekit.distillation.trainer import Tally, label_weights
 from fusekit.errors import DistillationError
+from fusekit.settings import Selection
 from tests.capture.random_models import random_model
 from tests.distillation import runs, worlds
 from tests.processes import Process

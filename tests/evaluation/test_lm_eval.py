@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from fusekit.capturing.models import ModelChoice
 from fusekit.cli import cli
 from fusekit.errors import DataError, RecipeError
-from fusekit.evaluation.metrics import lm_eval_figures
-from fusekit.evaluation.settings import LmEval, check_tasks
+from fusekit.evaluation.metrics import check_tasks, lm_eval_figures
 from fusekit.layout import Layout
 from fusekit.pipeline.evaluating import Evaluate
 from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
+from fusekit.settings import LmEval
 from tests.pipeline.worlds import write_recipe
 
 DEMO = Path(__file__).parents[2] / "demo"

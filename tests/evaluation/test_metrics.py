@@ -13,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fusekit.capturing.engine import Teacher
 from fusekit.capturing.models import ModelChoice
+from fusekit.capturing.teacher import Teacher
 from fusekit.cli import cli
 from fusekit.data import reading
 from fusekit.data.prepare import pack_text
@@ -23,11 +23,11 @@ from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
 from fusekit.evaluation import bits_per_byte, evaluate, exact_match, metrics
 from fusekit.evaluation import table as results
-from fusekit.evaluation.metrics import Question, _text, evaluate_model, replies
-from fusekit.evaluation.settings import EvaluateSettings, held_out_rows
+from fusekit.evaluation.metrics import Question, _text, evaluate_model, held_out_rows, replies
 from fusekit.generation.respond import eos_ids, prompt_of
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
+from fusekit.settings import EvaluateSettings
 from fusekit.types import Cut, Message, Row
 from tests import reference
 from tests.pipeline.conftest import finished, first  # noqa: F401

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import CaptureError
+from fusekit.errors import CaptureError, GenerationError
 from fusekit.generation.respond import (
     Question,
     called,
@@ -23,7 +23,7 @@ from fusekit.generation.respond import (
     votes_of,
     winner_of,
 )
-from fusekit.generation.settings import GenerationError, Judge, RespondSettings
+from fusekit.settings import Judge, RespondSettings
 from fusekit.types import FRAGMENT, Cut, Message, Row
 
 DEMO = Path(__file__).parents[2] / "demo"

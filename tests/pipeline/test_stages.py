@@ -20,13 +20,13 @@ from fusekit.distillation.fusion import LM_WEIGHTS
 from fusekit.distillation.inputs import Inputs, Source, open_inputs
 from fusekit.distillation.projections import NAME, read_map
 from fusekit.errors import RecipeError, StorageError
-from fusekit.evaluation.settings import LmEval
 from fusekit.layout import PIVOT, STAGES, Layout
 from fusekit.pipeline import evaluating
 from fusekit.pipeline.distilling import plain
 from fusekit.pipeline.run import TABLE, chosen_stages
 from fusekit.pipeline.stage import Context, choice_of
 from fusekit.recipe.loading import load_recipe
+from fusekit.settings import LmEval
 from tests.pipeline.worlds import DEMO, flip, go, refused, stamps, write_recipe
 
 

@@ -22,11 +22,11 @@ from fusekit.capturing.forward import (
     split_forward,
 )
 from fusekit.capturing.models import Checkpoint, device_of, itemsize, loaded_bytes, shape_of, stored_dtype
-from fusekit.capturing.settings import CaptureSettings, Selection
 from fusekit.capturing.store import ROWS_PER_SHARD
 from fusekit.devices import Need, Processes, is_out_of_memory, main_memory, memory_limits, release
 from fusekit.disk import counted, human
 from fusekit.errors import CaptureError
+from fusekit.settings import CaptureSettings, Selection
 from fusekit.types import CapturedRow, IntArray, TokenizedRow, TopK
 
 BATCH_TOKENS = 16384
