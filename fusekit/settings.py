@@ -10,10 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fusekit.errors import GenerationError
-from fusekit.yaml import Settings, setting_problem
+from fusekit.yaml import TRUTH, setting_problem
+
+
+class Settings(BaseModel):
+    """A section of settings: unknown keys and truth values for numbers are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
+            raise ValueError(
+                f"{str(value).lower()} is a truth value{TRUTH if 'str' in kinds or 'Literal' in kinds else ''}"
+            )
+        return value
 
 
 class DataSettings(Settings):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import ValidationError
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -30,22 +30,6 @@ _STRING = "tag:yaml.org,2002:str"
 KeyPath = tuple[str | int, ...]
 TRUTH = ": put the word in quotes, since YAML reads no, off, yes and on as truth values"
 SHOWN_NAMES = 40  # in an error where no known name is near
-
-
-class Settings(BaseModel):
-    """A section of settings: unknown keys and truth values for numbers are refused, values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and not ("bool" in kinds or "Any" in kinds):
-            raise ValueError(
-                f"{str(value).lower()} is a truth value{TRUTH if 'str' in kinds or 'Literal' in kinds else ''}"
-            )
-        return value
 
 
 @dataclass(frozen=True)

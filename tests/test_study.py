@@ -17,8 +17,7 @@ from benchmarks.fusion.memory import examples_in_memory
 from benchmarks.fusion.rows import demo, training_set
 from benchmarks.fusion.scores import Figure
 from fusekit.distillation.dataset import FusionDataset
-from fusekit.distillation.outputs import targets_of
-from fusekit.distillation.settings import FusionSettings
+from fusekit.distillation.settings import FusionSettings, targets_of
 from fusekit.merging.lint import lint
 from fusekit.yaml import loads
 from tests.distillation import runs

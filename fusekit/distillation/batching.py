@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fusekit.distillation.distances import SparseTargets
 from fusekit.distillation.settings import ScheduleStage
-from fusekit.distillation.targets import SparseTargets
 from fusekit.types import IntArray
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Example = dict[str, Any]
 """An example to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n
 labels ``target_ids`` int64 [n, k], ``target_logprobs`` float32 [n, k], ``target_tail`` float32 [n], ``target_taught``
 bool [n] and for losses of stretches of text ``target_chunks`` int64 [n]
-(:class:`fusekit.distillation.targets.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
+(:class:`fusekit.distillation.distances.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
 ``typical`` bits per byte of its data set, the pivot's and the best models', float64 [2] (empty without the pivot's)."""
 
 BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
@@ -116,7 +116,7 @@ class FusionCollator:
             ``input_ids``, ``attention_mask``, ``labels`` int64 [B, T] (``labels`` -100 where nothing is learned);
             ``predicting`` int64 [n], the places in the flattened [B * T] whose outputs predict the labels, row by row;
             ``label_ids`` int64 [n]; and where an example has any ``targets``
-            (:class:`~fusekit.distillation.targets.SparseTargets`). On the host, as numpy: ``sizes`` int64 [B], labels
+            (:class:`~fusekit.distillation.distances.SparseTargets`). On the host, as numpy: ``sizes`` int64 [B], labels
             of each row; ``cross_entropies`` and ``typical``, an array per row; ``counts``, the sum of the examples'
             counts; and of a schedule, for each label, ``part`` int64 [n] and ``weight`` float64 [n]; ``asked``, numbers
             of examples whose answers are to be written.

@@ -15,11 +15,11 @@ from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
 from fusekit.disk import counted
 from fusekit.distillation.batching import IGNORED, Example
+from fusekit.distillation.distances import Members
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.projections import LabelRows, Projection, label_rows, needs_pivot
 from fusekit.distillation.settings import FusionSettings
-from fusekit.distillation.targets import Members
 from fusekit.errors import AlignmentError, DistillationError
 from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 

@@ -27,9 +27,15 @@ from fusekit.distillation.arguments import FusionConfig, OneDevice
 from fusekit.distillation.batching import BLANK, Example
 from fusekit.distillation.dataset import PIVOT, FusionDataset, characters
 from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
-from fusekit.distillation.outputs import refuse_names, refuse_nobody
 from fusekit.distillation.projections import SAMPLED, Projection, make_map, needs_pivot, read_map
-from fusekit.distillation.settings import VOCABULARIES, AlignmentSettings, DistillSettings, TrainingSettings
+from fusekit.distillation.settings import (
+    VOCABULARIES,
+    AlignmentSettings,
+    DistillSettings,
+    TrainingSettings,
+    refuse_names,
+    refuse_nobody,
+)
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
 from fusekit.settings import CaptureSettings, RespondSettings

@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from fusekit.devices import side_by_side
-from fusekit.distillation.distances import CHUNK_LOSSES, DISTANCES, chunk_loss, log_sums, with_ranked
-from fusekit.distillation.targets import Members, SparseTargets
+from fusekit.distillation.distances import (
+    CHUNK_LOSSES,
+    DISTANCES,
+    Members,
+    SparseTargets,
+    chunk_loss,
+    log_sums,
+    with_ranked,
+)
 from fusekit.errors import DistillationError
 
 __all__ = ["IGNORE", "LOSSES", "TRUNCATIONS", "FusionLoss", "Members", "SparseTargets", "fusion_loss"]

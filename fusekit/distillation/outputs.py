@@ -6,8 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +17,10 @@ from fusekit.artifacts import File, differing, files_of
 from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
 from fusekit.disk import commit_file, disk_errors, sync_tree
 from fusekit.distillation.arguments import with_adapter
-from fusekit.distillation.settings import DistillSettings, TrainingSettings
+from fusekit.distillation.settings import Target, TrainingSettings
 from fusekit.errors import DistillationError, StorageError
-from fusekit.layout import TRAINING
 
 FACTS = "made_from.json"
-JOINT, PLAIN = "joint", "sft"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model that a run makes. ``sources`` are the names of those that teach it."""
-
-    name: str
-    folder: Path
-    sources: tuple[str, ...]
-
-    @property
-    def work(self) -> Path:
-        """Where its checkpoints are until it is published."""
-        return self.folder.parent / f"{self.name}{TRAINING}"
-
-
-def refuse_names(sources: Iterable[str]) -> None:
-    """Raise DistillationError for names of sources that cannot be those of folders of the output."""
-    for name in sources:
-        taken = name in ("", JOINT, PLAIN, "pivot")
-        if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
-            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
-
-
-def refuse_nobody(settings: DistillSettings, sources: Collection[str]) -> None:
-    """Raise DistillationError for settings that learn from sources where there is none."""
-    if not sources and not settings.plain:
-        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
-
-
-def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
-    """The models that settings ask for: one per source, one from all, or (plain settings) one from the text."""
-    refuse_names(sources)
-    refuse_nobody(settings, sources)
-    if settings.plain:
-        return [Target(PLAIN, out / PLAIN, ())]
-    if settings.fusion.mode == "joint":
-        return [Target(JOINT, out / JOINT, tuple(sources))]
-    return [Target(name, out / name, (name,)) for name in sources]
 
 
 def facts_begun(target: Target) -> dict[str, Any] | None:

@@ -35,8 +35,8 @@ from fusekit.alignment.vocabulary_map import (
     read_targets,
     source_pieces,
 )
+from fusekit.distillation.distances import Members
 from fusekit.distillation.settings import AlignmentSettings
-from fusekit.distillation.targets import Members
 from fusekit.errors import StorageError
 from fusekit.types import BoolArray, CapturedRow, FloatArray, IntArray, Part, Row, TokenizedRow, TokenizedText, TopK
 

@@ -26,9 +26,8 @@ from fusekit.distillation.batching import Scheduled
 from fusekit.distillation.dataset import PIVOT, FusionDataset
 from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, Say, open_inputs
 from fusekit.distillation.live import LiveTeacher
-from fusekit.distillation.outputs import Target
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.settings import AlignmentSettings, DistillSettings, Target, targets_of
 from fusekit.distillation.trainer import FusionTrainer
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
@@ -76,7 +75,7 @@ def distill(
     if resume and overwrite:
         raise DistillationError("resume continues what is there, overwrite replaces it: ask for one of them")
     out, processes = Path(out).resolve(), Processes.current()
-    targets = outputs.targets_of(settings, list(inputs.sources), out)
+    targets = targets_of(settings, list(inputs.sources), out)
     tell: Say = lambda line: say(line) if processes.is_first else None  # noqa: E731
     with ExitStack() as stack:
         if found := problems(settings.training, find_checkpoint(inputs.pivot)):

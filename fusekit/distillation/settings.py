@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import DistillationError
-from fusekit.yaml import Settings, nearest, setting_problem
+from fusekit.layout import TRAINING
+from fusekit.settings import Settings
+from fusekit.yaml import nearest, setting_problem
 
 Preset = dict[str, dict[str, Any]]
 
@@ -429,3 +433,45 @@ def _explained(problem: Any) -> str:
     known: Any = DistillSettings.model_fields
     known = known[sections[0]].annotation.model_fields if sections else known
     return f"unknown setting {'.'.join(map(str, problem['loc']))}{nearest(key, known)}"
+
+
+JOINT, PLAIN = "joint", "sft"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that a run makes. ``sources`` are the names of those that teach it."""
+
+    name: str
+    folder: Path
+    sources: tuple[str, ...]
+
+    @property
+    def work(self) -> Path:
+        """Where its checkpoints are until it is published."""
+        return self.folder.parent / f"{self.name}{TRAINING}"
+
+
+def refuse_names(sources: Iterable[str]) -> None:
+    """Raise DistillationError for names of sources that cannot be those of folders of the output."""
+    for name in sources:
+        taken = name in ("", JOINT, PLAIN, "pivot")
+        if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
+            raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
+
+
+def refuse_nobody(settings: DistillSettings, sources: Collection[str]) -> None:
+    """Raise DistillationError for settings that learn from sources where there is none."""
+    if not sources and not settings.plain:
+        raise DistillationError("there is no source to learn from: name one, or set lm_weight to 1 (preset sft)")
+
+
+def targets_of(settings: DistillSettings, sources: Sequence[str], out: Path) -> list[Target]:
+    """The models that settings ask for: one per source, one from all, or (plain settings) one from the text."""
+    refuse_names(sources)
+    refuse_nobody(settings, sources)
+    if settings.plain:
+        return [Target(PLAIN, out / PLAIN, ())]
+    if settings.fusion.mode == "joint":
+        return [Target(JOINT, out / JOINT, tuple(sources))]
+    return [Target(name, out / name, (name,)) for name in sources]

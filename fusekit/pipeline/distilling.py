@@ -19,8 +19,8 @@ from fusekit.devices import Need
 from fusekit.disk import recover
 from fusekit.distillation import outputs
 from fusekit.distillation.arguments import disk_needs, memory_needs, problems
-from fusekit.distillation.outputs import JOINT, PLAIN, Target, facts_begun
-from fusekit.distillation.settings import AlignmentSettings, DistillSettings
+from fusekit.distillation.outputs import facts_begun
+from fusekit.distillation.settings import JOINT, PLAIN, AlignmentSettings, DistillSettings, Target
 from fusekit.errors import FusekitError, StorageError
 from fusekit.gguf import SUFFIX
 from fusekit.hub import is_repository

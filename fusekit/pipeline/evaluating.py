@@ -20,7 +20,7 @@ from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need
 from fusekit.disk import commit_file, counted
-from fusekit.distillation.outputs import PLAIN
+from fusekit.distillation.settings import PLAIN
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluation.metrics import check_tasks, held_out_rows
 from fusekit.evaluation.table import LM_EVAL, document_of

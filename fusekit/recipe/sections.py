@@ -15,11 +15,20 @@ from fusekit.distillation.settings import (
     FusionSettings,
     TrainingSettings,
     clashes,
+    targets_of,
 )
 from fusekit.gguf import SUFFIX
 from fusekit.layout import PIVOT, TRAINING, WORK
-from fusekit.settings import PATH, CaptureSettings, DataSettings, EngineSettings, EvaluateSettings, RespondSettings
-from fusekit.yaml import KeyPath, Settings
+from fusekit.settings import (
+    PATH,
+    CaptureSettings,
+    DataSettings,
+    EngineSettings,
+    EvaluateSettings,
+    RespondSettings,
+    Settings,
+)
+from fusekit.yaml import KeyPath
 
 _Count = Annotated[int, Field(gt=0)]
 _LONGEST_NAME = 100
@@ -234,8 +243,6 @@ class Recipe(Settings):
     @property
     def targets(self) -> list[str]:
         """Names of the models that are trained: one per source, or one from all."""
-        from fusekit.distillation.outputs import targets_of
-
         return [target.name for target in targets_of(self.settings, [source.label for source in self.sources], Path())]
 
     @property

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
 from fusekit.disk import output_lock
-from fusekit.distillation.outputs import Target
 from fusekit.distillation.run import _begin, _start
+from fusekit.distillation.settings import Target
 from fusekit.errors import CaptureError, DistillationError, FusekitError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.stage import read_rows_file
