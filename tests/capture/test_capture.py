@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fusekit.capturing import engine as batches
+from fusekit.capturing import teacher as batches
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, parameters
 from fusekit.capturing.store import Manifest, Store, read_json

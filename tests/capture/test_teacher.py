@@ -8,7 +8,7 @@ import torch
 from transformers import CpmAntConfig, CpmAntForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fusekit.capturing import engine as teacher_module
+from fusekit.capturing import teacher as teacher_module
 from fusekit.capturing.forward import SplitForward
 from fusekit.capturing.teacher import Teacher, plan_batches, rows_per_shard
 from fusekit.errors import CaptureError
