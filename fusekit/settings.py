@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from fusekit.errors import GenerationError
 from fusekit.yaml import TRUTH, setting_problem
 
+Count = Annotated[int, Field(gt=0)]
+
 
 class Settings(BaseModel):
     """A section of settings: unknown keys and truth values for numbers are refused, values cannot be changed."""
@@ -42,7 +44,7 @@ class DataSettings(Settings):
     split: str = Field(default="train", description="Split of a data set on the hub.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     streaming: bool = Field(default=False, description="Read a data set on the hub without downloading all of it.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most examples to read; null: all.")
+    limit: Count | None = Field(default=None, description="Most examples to read; null: all.")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="What happens at an unusable example; skipped ones are counted and listed."
     )
@@ -74,7 +76,7 @@ class Selection:
 class CaptureSettings(Settings):
     """What is kept of a model's distributions, and how it is captured."""
 
-    top_k: Annotated[int, Field(gt=0)] = Field(default=10, description="Most entries per label.")
+    top_k: Count = Field(default=10, description="Most entries per label.")
     keep_mass: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Keep fewer entries once they hold this probability."
     )
@@ -87,14 +89,14 @@ class CaptureSettings(Settings):
         description="Compute the logits of a model in 16 bits in float32, or in the model's dtype, which rounds them; "
         "by default float32, unless the head is more than an eighth of the model.",
     )
-    batch_tokens: Annotated[int, Field(gt=0)] | None = Field(
+    batch_tokens: Count | None = Field(
         default=None, description="Most tokens of a batch, padding included; by default what suits the device."
     )
     max_error: Annotated[float, Field(ge=0, le=1)] = Field(
         default=DEFAULT_MAX_ERROR,
         description="Largest error of a stored log-probability in nats; 0 stores float32.",
     )
-    rows_per_shard: Annotated[int, Field(gt=0)] | None = Field(
+    rows_per_shard: Count | None = Field(
         default=None,
         description="Most examples that an interruption may cost; by default about two minutes of work.",
     )
@@ -163,7 +165,6 @@ class EngineSettings(Settings):
 
 
 PATH = "Files, folders or hub ids of examples that nothing is trained on."
-_Count = Annotated[int, Field(gt=0)]
 
 
 class LmEval(Settings):
@@ -172,7 +173,7 @@ class LmEval(Settings):
     tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
         description="Names of tasks, groups or tags of lm-eval."
     )
-    limit: _Count | None = Field(
+    limit: Count | None = Field(
         default=None, description="Most documents of each task, for a trial: figures of a part say little; null: all."
     )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
@@ -184,7 +185,7 @@ class LmEval(Settings):
     chat_template: bool = Field(
         default=False, description="Apply the model's chat template to prompts, with few-shot examples as turns."
     )
-    batch_size: _Count = Field(default=8, description="Requests per batch.")
+    batch_size: Count = Field(default=8, description="Requests per batch.")
 
     @model_validator(mode="before")
     @classmethod
@@ -212,10 +213,10 @@ class EvaluateSettings(Settings):
         default=["bits_per_byte"],
         description="What to measure; `exact_match` generates the answers and takes longer.",
     )
-    limit: _Count | None = Field(
+    limit: Count | None = Field(
         default=None, description="Most examples of each file, also of each file in a folder; null: all."
     )
-    batch_tokens: _Count | None = Field(
+    batch_tokens: Count | None = Field(
         default=None, description="Tokens per batch, padding included; null: what suits the device."
     )
     lm_eval: LmEval | None = Field(

@@ -198,6 +198,13 @@ def together(name: str, problems: Sequence[str]) -> str:
     return f"{name}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
+class Mistake:
+    """Something wrong with settings. says: what, with the way out. paths: of the value, of several where they clash."""
+
+    def __init__(self, says: str, *paths: KeyPath) -> None:
+        self.says, self.paths = says, paths
+
+
 @dataclass
 class Problems:
     """Collects what is wrong with one document."""

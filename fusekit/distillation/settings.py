@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import DistillationError
 from fusekit.layout import TRAINING
 from fusekit.settings import Settings
-from fusekit.yaml import nearest, setting_problem
+from fusekit.yaml import Mistake, nearest, setting_problem
 
 Preset = dict[str, dict[str, Any]]
 
@@ -311,21 +311,17 @@ class TrainingSettings(_Section):
         return name
 
 
-class Clash(NamedTuple):
-    """Values that cannot be had together. says: why, with the way out. values: section and field of each."""
-
-    says: str
-    values: tuple[tuple[str, str], ...]
-
-
-def _clash(says: str, *values: str) -> Clash:
-    return Clash(says, tuple((section, field) for section, _, field in (value.partition(".") for value in values)))
+def _clash(says: str, *values: str) -> Mistake:
+    return Mistake(says, *(tuple(value.split(".")) for value in values))
 
 
 def clashes(
     alignment: AlignmentSettings, fusion: FusionSettings, training: TrainingSettings, sources: int = 1
-) -> Iterator[Clash]:
-    """What of these sections, each right by itself, does not go together. sources: how many teach."""
+) -> Iterator[Mistake]:
+    """What of these sections, each right by itself, does not go together. sources: how many teach.
+
+    The paths are of section and field, ``("training", "loss")``.
+    """
     loss, vocabulary, raw, schedule = training.loss, alignment.vocabulary, alignment.as_they_are, training.schedule
     if loss == "reverse_kl" and training.truncation == "renormalize":
         says = "reverse_kl with renormalize is infinite: the renormalised target is zero where the student is not; use "

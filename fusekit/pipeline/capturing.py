@@ -43,10 +43,10 @@ from fusekit.pipeline.stage import (
     write_rows,
 )
 from fusekit.recipe import Recipe, sections
-from fusekit.recipe.sections import UNREAD, Mistake
+from fusekit.recipe.sections import UNREAD
 from fusekit.settings import CaptureSettings
 from fusekit.types import Row
-from fusekit.yaml import KeyPath
+from fusekit.yaml import KeyPath, Mistake
 
 LOOKED_AT = 10_000
 """Examples of local data that are read to check a recipe."""

@@ -30,7 +30,8 @@ from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.responding import winners_of
 from fusekit.pipeline.stage import BEGUN, DONE, Context, Stage, Status, Step, choice_of, compared, made_from
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Data, Mistake
+from fusekit.recipe.sections import Data
+from fusekit.yaml import Mistake
 
 ALIGNED_TEXTS = 2000
 """Texts of which the quality of a pair is counted, at most."""

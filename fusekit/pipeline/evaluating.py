@@ -29,9 +29,9 @@ from fusekit.pipeline.capturing import hash_of, unreadable
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, MISSING, Context, Stage, Status, Step, write_json
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake
 from fusekit.settings import LmEval
 from fusekit.types import Row
+from fusekit.yaml import Mistake
 
 SCORE_BYTES = 1000
 """Bytes of the scores of one model."""

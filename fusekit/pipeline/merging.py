@@ -19,8 +19,7 @@ from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.plan import Planner
 from fusekit.pipeline.stage import DONE, STALE, Context, Stage, Status, Step, made_from
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake
-from fusekit.yaml import loads
+from fusekit.yaml import Mistake, loads
 
 DRAWING = ("dare_", "della")
 """Beginnings of the names of mergekit's methods that draw random numbers."""

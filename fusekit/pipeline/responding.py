@@ -39,9 +39,9 @@ from fusekit.pipeline.stage import (
     write_rows,
 )
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake
 from fusekit.settings import Judge, RespondSettings
 from fusekit.types import Row
+from fusekit.yaml import Mistake
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
 _BEGUN = "made_from.json"

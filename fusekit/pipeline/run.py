@@ -27,8 +27,7 @@ from fusekit.pipeline.plan import Plan, Planner
 from fusekit.pipeline.stage import BEGUN, MISSING, NOWHERE, Context, Stage
 from fusekit.recipe import Recipe
 from fusekit.recipe.loading import load_recipe
-from fusekit.recipe.sections import Mistake
-from fusekit.yaml import Document, nearest, together
+from fusekit.yaml import Document, Mistake, nearest, together
 
 
 class Report(Stage):

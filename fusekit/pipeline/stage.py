@@ -20,8 +20,9 @@ from fusekit.devices import Need, Processes
 from fusekit.errors import DataError, StorageError
 from fusekit.layout import PIVOT, Layout, folders_in
 from fusekit.recipe import Recipe
-from fusekit.recipe.sections import Mistake, Pivot
+from fusekit.recipe.sections import Pivot
 from fusekit.types import Row
+from fusekit.yaml import Mistake
 
 if TYPE_CHECKING:
     from fusekit.pipeline.plan import Planner

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from fusekit import yaml as safe_yaml
 from fusekit.distillation.settings import PRESETS as DISTILLATION
 from fusekit.errors import RecipeError
-from fusekit.recipe.sections import UNREAD, Mistake, Recipe
-from fusekit.yaml import Document, KeyPath, nearest, path_in, together
+from fusekit.recipe.sections import UNREAD, Recipe
+from fusekit.yaml import Document, KeyPath, Mistake, nearest, path_in, together
 
 FUSION = ("pivot", "sources", "include", "preset")  # keys at the top that only fusion recipes have,
 MERGEKIT = ("merge_method", "models", "slices", "modules")  # and that only mergekit's have

@@ -22,15 +22,15 @@ from fusekit.layout import PIVOT, TRAINING, WORK
 from fusekit.settings import (
     PATH,
     CaptureSettings,
+    Count,
     DataSettings,
     EngineSettings,
     EvaluateSettings,
     RespondSettings,
     Settings,
 )
-from fusekit.yaml import KeyPath
+from fusekit.yaml import KeyPath, Mistake
 
-_Count = Annotated[int, Field(gt=0)]
 _LONGEST_NAME = 100
 _OTHER_FOLDERS = (PIVOT, "joint", "sft")  # what a run calls its other stores and models
 UNREAD = "?"
@@ -60,23 +60,23 @@ class ModelSize(Settings):
     The names are those of a config.json.
     """
 
-    parameters: _Count = Field(description="Number of parameters.")
-    active_parameters: _Count | None = Field(
+    parameters: Count = Field(description="Number of parameters.")
+    active_parameters: Count | None = Field(
         default=None, description="Number that takes part in one token, of a mixture of experts; null: all."
     )
-    vocab_size: _Count | None = Field(default=None, description="Rows of the embedding.")
-    hidden_size: _Count | None = Field(default=None, description="Width of the hidden states.")
-    intermediate_size: _Count | None = Field(default=None, description="Width of the feed-forward.")
-    num_hidden_layers: _Count | None = Field(default=None, description="How many layers.")
+    vocab_size: Count | None = Field(default=None, description="Rows of the embedding.")
+    hidden_size: Count | None = Field(default=None, description="Width of the hidden states.")
+    intermediate_size: Count | None = Field(default=None, description="Width of the feed-forward.")
+    num_hidden_layers: Count | None = Field(default=None, description="How many layers.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
 
 
 class DataSize(Settings):
     """How large the data are, for ``fusekit plan`` where they cannot be read."""
 
-    rows: _Count = Field(description="Number of examples.")
-    tokens: _Count | None = Field(default=None, description="Tokens of all, for the pivot.")
-    labels: _Count | None = Field(default=None, description="Labels among them; null: all.")
+    rows: Count = Field(description="Number of examples.")
+    tokens: Count | None = Field(default=None, description="Tokens of all, for the pivot.")
+    labels: Count | None = Field(default=None, description="Labels among them; null: all.")
 
 
 class Pivot(Settings):
@@ -164,13 +164,6 @@ class Evaluate(EvaluateSettings):
     baseline: bool = Field(default=True, description="Also train and evaluate plain fine-tuning on the same examples.")
 
 
-class Mistake:
-    """Something wrong with a recipe. says: what, with the way out. paths: of the value, of several where they clash."""
-
-    def __init__(self, says: str, *paths: KeyPath) -> None:
-        self.says, self.paths = says, paths
-
-
 class Recipe(Settings):
     """A fusion recipe: sources, data, and what happens to them on the way to one model."""
 
@@ -224,10 +217,10 @@ class Recipe(Settings):
                 yield Mistake(says, ("sources", index, "on_the_fly"), ("distill", "schedule"))
         said: set[str] = set()
         for at, alignment in sections:
-            places: dict[str, KeyPath] = {"training": ("distill",), "alignment": at}
+            places: dict[str | int, KeyPath] = {"training": ("distill",), "alignment": at, "fusion": ("fusion",)}
             for clash in clashes(alignment, self.fusion, self.distill, len(self.sources)):
                 if clash.says not in said:
-                    yield Mistake(clash.says, *((*places.get(name, (name,)), key) for name, key in clash.values))
+                    yield Mistake(clash.says, *((*places[section], *key) for section, *key in clash.paths))
                 said.add(clash.says)
 
     @property

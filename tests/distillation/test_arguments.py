@@ -81,7 +81,7 @@ def test_several_sources_have_no_vocabulary_in_common(preset: str) -> None:
     for mode, sources, clash in (("joint", 2, True), ("joint", 1, False), ("pairwise", 2, False)):
         made = DistillSettings.of(preset, {"fusion": {"mode": mode}})
         found = list(clashes(made.alignment, made.fusion, made.training, sources))
-        assert all("not of 2" in says for says, _ in found)
+        assert all("not of 2" in mistake.says for mistake in found)
         assert bool(found) == clash
 
 
