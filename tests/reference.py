@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fusekit.settings import Selection
+
 
 def flat(tensor: torch.Tensor) -> list[float]:
     return [float(x) for x in tensor.detach().double().reshape(-1)]
@@ -119,26 +121,33 @@ def unit_coefficients(units: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]
     return shares(energies)
 
 
-def teacher_row(
-    model: torch.nn.Module,
-    ids: Sequence[int],
-    label: int,
-    k: int,
-    temperature: float = 1.0,
-    valid: set[int] | None = None,
-) -> tuple[list[int], list[float], float, float, float]:
-    """(ids, log-probabilities, remaining mass, log-probability of the label, the same at temperature 1) at ``label``.
+LabelRow = tuple[list[int], list[float], float, float, float]
+"""ids, their log-probabilities, remaining mass, log-probability of the label, the same at temperature 1."""
 
-    One row, one plain forward in the model's own dtype, the softmax over the whole vocabulary in float64.
-    """
+
+def teacher_row(
+    model: torch.nn.Module, ids: Sequence[int], at: int, selection: Selection, valid: set[int] | None = None
+) -> LabelRow:
+    """What a model says about the label at a position: one row, one plain forward in the model's own dtype."""
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([list(ids)])).logits[0, label - 1].float().double()
-    scores = [float(x) if valid is None or i in valid else -math.inf for i, x in enumerate(logits)]
-    logprobs, at_one = log_softmax([x / temperature for x in scores]), log_softmax(scores)
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    kept = [i for i in order[:k] if scores[i] > -math.inf]
-    tail = math.fsum(math.exp(logprobs[i]) for i in range(len(scores)) if i not in set(kept))
-    return kept, [logprobs[i] for i in kept], tail, logprobs[ids[label]], at_one[ids[label]]
+        logits = model(input_ids=torch.tensor([list(ids)])).logits[0, at - 1].float()
+    return label_row(logits.tolist(), ids[at], selection, valid)
+
+
+def label_row(logits: Sequence[float], label: int, selection: Selection, valid: set[int] | None = None) -> LabelRow:
+    """The softmax over the whole vocabulary in float64. valid: the ids that are tokens, None for all."""
+    scores = [x if valid is None or i in valid else -math.inf for i, x in enumerate(logits)]
+    logprobs = log_softmax([x / selection.temperature for x in scores])
+    kept: list[int] = []
+    mass = 0.0
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: selection.k]:
+        if scores[i] == -math.inf or mass >= selection.keep_mass < 1:
+            break
+        kept.append(i)
+        mass += math.exp(logprobs[i])
+    left = set(range(len(scores))) - set(kept)
+    tail = math.fsum(math.exp(logprobs[i]) for i in left)
+    return kept, [logprobs[i] for i in kept], tail, logprobs[label], log_softmax(scores)[label]
 
 
 def log_softmax(scores: Sequence[float]) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import threading
 import time
 from collections import deque
@@ -74,16 +73,14 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def do_GET(self) -> None:
-        vllm = self.server.kind == "vllm"
-        answers = {
-            "/version": {"version": "0.32.0"} if vllm else None,
-            "/v1/models": {"object": "list", "data": [{"id": self.server.name, "root": self.server.name}]},
-            "/server_info": None
-            if vllm
-            else {"model_path": self.server.name, "version": "0.5.23", "dtype": "float32", "enable_fp32_lm_head": True},
-        }
-        answer = answers.get(self.path)
-        self.say(*((404, {"detail": "Not Found"}) if answer is None else (200, answer)))
+        answers: dict[str, Any] = {"/v1/models": {"data": [{"id": self.server.name, "root": self.server.name}]}}
+        if self.server.kind == "vllm":
+            answers["/version"] = {"version": "0.32.0"}
+        else:
+            about = {"version": "0.5.23", "dtype": "float32", "enable_fp32_lm_head": True}
+            answers["/server_info"] = {"model_path": self.server.name, **about}
+        found = self.path in answers
+        self.say(200 if found else 404, answers.get(self.path, {"detail": "Not Found"}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -109,26 +106,14 @@ class Handler(BaseHTTPRequestHandler):
             return 400, {"error": {"message": said, "type": "BadRequestError", "code": 400}}
         positions: list[Any] = [None]
         for id_, row in list(zip(ids, self.server.logprobs(ids), strict=True))[1:]:
-            order = np.argsort(-row, kind="stable")
-            chosen = dict.fromkeys([id_, *order[:k].tolist()])
-            positions.append(
-                {
-                    str(i): {
-                        "logprob": max(float(row[i]), -9999.0),
-                        "rank": int((row > row[i]).sum()) + 1,
-                        "decoded_token": "",
-                    }
-                    for i in chosen
-                }
-            )
+            order = np.argsort(-row, kind="stable")[:k].tolist()
+            said = {i: (max(float(row[i]), -9999.0), int((row > row[i]).sum()) + 1) for i in [id_, *order]}
+            positions.append({str(i): dict(zip(("logprob", "rank"), one, strict=True)) for i, one in said.items()})
         return 200, {"id": "cmpl-1", "choices": [{"index": 0, "text": "", "prompt_logprobs": positions}]}
 
     def sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
-        assert self.path == "/generate"
-        assert body["return_logprob"] is True
-        assert body["logprob_start_len"] == 0
-        assert body["return_flat_raw_top_logprobs_b64"] is True
-        assert body["sampling_params"]["max_new_tokens"] == 0
+        assert (self.path, body["logprob_start_len"], body["sampling_params"]["max_new_tokens"]) == ("/generate", 0, 0)
+        assert body["return_logprob"] is body["return_flat_raw_top_logprobs_b64"] is True
         ids, k = body["input_ids"], body["top_logprobs_num"]
         rows = self.server.logprobs(ids)[1:]
         order = np.argsort(-rows, axis=1, kind="stable")[:, :k]
@@ -162,7 +147,3 @@ def serve(model: str, kind: str, port: int, delay: float) -> None:
     with EngineServer(model, kind, port, delay) as server:
         print(server.url, flush=True)
         threading.Event().wait()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), 0.0)

@@ -1,6 +1,7 @@
 """Capture of the demo models, end to end: what the store holds is what one plain forward per row says."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusekit.settings import CaptureSettings
 from tests import reference
 from tests.capture.conftest import ALONE, DEMO, demo_rows
 from tests.capture.reference import error_bound
+from tests.capture.rows import by_id
 from tests.capture.store_processes import listing
 from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_tensors
@@ -60,34 +62,15 @@ def test_the_store_of_a_demo_model_is_what_plain_forwards_say(data, tmp_path, na
 
 
 def compare(found, model, selection, max_error):
-    total = 0.0
+    total, kept = 0.0, by_id(*found.rows[:2])
     for j, label in enumerate(found.tokens.label_positions.tolist()):
-        ids, logprobs, tail, actual, at_one = reference.teacher_row(
-            model, found.tokens.ids.tolist(), label, selection.k, selection.temperature
-        )
-        mass = np.cumsum(np.exp(logprobs))
-        kept = int(np.sum(mass - np.exp(logprobs) < selection.keep_mass)) if selection.keep_mass < 1 else selection.k
-        of = dict(zip(ids[:kept], logprobs[:kept], strict=True))
-        got = {int(i): float(p) for i, p in zip(found.rows.ids[j], found.rows.logprobs[j], strict=True) if i >= 0}
-        assert got.keys() == of.keys()
-        for id_, logprob in of.items():
-            assert abs(got[id_] - logprob) <= error_bound(logprob, max_error) + FLOAT32_BOUND
-        rest = tail + sum(np.exp(logprobs[kept:]))
-        bound = error_bound(np.log(rest), max_error) + FLOAT32_BOUND
-        assert abs(np.log(found.rows.tail[j]) - np.log(rest)) <= bound
-        assert abs(found.actual[j] - actual) <= error_bound(actual, max_error) + FLOAT32_BOUND
+        ids, logprobs, tail, actual, at_one = reference.teacher_row(model, found.tokens.ids.tolist(), label, selection)
+        assert kept[j].keys() == set(ids)
+        pairs = [(kept[j][i], p) for i, p in zip(ids, logprobs, strict=True)]
+        for stored, exact in [*pairs, (math.log(found.rows.tail[j]), math.log(tail)), (found.actual[j], actual)]:
+            assert abs(stored - exact) <= error_bound(exact, max_error) + FLOAT32_BOUND
         total -= at_one
     assert found.cross_entropy == pytest.approx(total, abs=FLOAT32_BOUND * len(found.actual))
-
-
-def test_the_same_command_again_loads_no_model_and_changes_no_byte(data, tmp_path, monkeypatch):
-    run(data, tmp_path / "out")
-    before = listing(tmp_path / "out")
-
-    monkeypatch.setattr("fusekit.capturing.engines.load_model", None)
-    monkeypatch.setattr("fusekit.capturing.models.Checkpoint.fetch", None)  # weights that are gone are not missed
-    assert len(run(data, tmp_path / "out")) == len(data[0])
-    assert listing(tmp_path / "out") == before
 
 
 def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tmp_path):
@@ -157,7 +140,10 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
             tensors["lm_head.weight"] = embedding.clone()
             embedding[id_].fill_(torch.nan)
 
-        model = with_config(tmp_path / f"model{id_}", tie_word_embeddings=False)
+        model = tmp_path / f"model{id_}"
+        shutil.copytree(DEMO / "numbers", model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         edit_tensors(model, poison)
         return find_checkpoint(ModelChoice(str(model), dtype="float32"))
 
@@ -173,14 +159,6 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
     store = run(data, tmp_path / "many", settings(max_quarantined=1.0), checkpoint=broken)
     assert store.complete
     assert len(store) + len(store.quarantined) == len(rows)
-
-
-def with_config(folder, **changes):
-    """A copy of the model with another configuration."""
-    shutil.copytree(DEMO / "numbers", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return folder
 
 
 def test_a_run_that_could_not_load_its_model_leaves_nothing_to_be_compared_with(data, tmp_path):
@@ -201,21 +179,19 @@ def test_a_store_larger_than_the_free_disk_is_refused_with_the_numbers(data, mou
 
 
 def test_what_does_not_fit_is_refused_unless_all_is_there(data, tmp_path, monkeypatch):
-    out, huge = tmp_path / "out", settings(batch_tokens=10**10)
-
-    def refused():
-        with monkeypatch.context() as patch:
-            patch.setattr("fusekit.capturing.engines.load_model", None)
-            with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
-                run(data, out, huge)
-
-    refused()
-    assert not (out / "manifest.json").exists()
+    out, new, huge = tmp_path / "out", tmp_path / "new", settings(batch_tokens=10**10)
     run(data, out)
     before = listing(out)
-    assert len(run(data, out, huge)) == 20
-    (out / "shard-00001.parquet").unlink()
-    refused()
+    with monkeypatch.context() as patch:
+        patch.setattr("fusekit.capturing.engines.load_model", None)
+        patch.setattr("fusekit.capturing.models.Checkpoint.fetch", None)  # weights that are gone are not missed
+        assert len(run(data, out, huge)) == 20
+        assert listing(out) == before
+        (out / "shard-00001.parquet").unlink()
+        for place in (out, new):
+            with pytest.raises(CaptureError, match=r"memory of .* needed, .* free on this machine"):
+                run(data, place, huge)
+    assert not (new / "manifest.json").exists()
     run(data, out)
     assert listing(out) == before
 

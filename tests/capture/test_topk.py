@@ -16,26 +16,15 @@ from tests import reference
 WIDE = 9 * GROUP + 5
 
 
-def truth(logits, label, k, temperature=1.0, invalid=()):
-    scores = [-math.inf if i in invalid else float(x) for i, x in enumerate(logits)]
-    logprobs = reference.log_softmax([x / temperature for x in scores])
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    kept = [i for i in order[:k] if scores[i] > -math.inf]
-    tail = math.fsum(math.exp(x) for i, x in enumerate(logprobs) if i not in kept)
-    return kept, [logprobs[i] for i in kept], tail, logprobs[label], -reference.log_softmax(scores)[label]
-
-
-def assert_true(logits, labels, selection, invalid=None):
-    found = score_logits(logits.clone(), labels, selection, invalid)
-    outside = set() if invalid is None else set(invalid.tolist())
+def assert_true(found, logits, labels, selection, invalid=()):
+    valid = set(range(logits.shape[1])) - set(map(int, invalid))
     for j, label in enumerate(labels.tolist()):
-        ids, logprobs, tail, actual, nll = truth(logits[j], label, selection.k, selection.temperature, outside)
-        kept = found.ids[j][found.ids[j] >= 0].tolist()
-        assert kept == ids
+        ids, logprobs, tail, actual, at_one = reference.label_row(logits[j].tolist(), label, selection, valid)
+        assert found.ids[j][found.ids[j] >= 0].tolist() == ids
         np.testing.assert_allclose(found.logprobs[j, : len(ids)], logprobs, atol=2e-6, rtol=1e-6)
         assert float(found.tail[j]) == pytest.approx(tail, rel=1e-5, abs=0)
         assert float(found.actual[j]) == pytest.approx(actual, abs=2e-6, rel=1e-6)
-        assert float(found.nll[j]) == pytest.approx(nll, abs=2e-6, rel=1e-6)
+        assert float(found.nll[j]) == pytest.approx(-at_one, abs=2e-6, rel=1e-6)
     assert found.finite.all()
 
 
@@ -45,7 +34,8 @@ def assert_true(logits, labels, selection, invalid=None):
 def test_rows_are_those_of_a_full_softmax(vocabulary, k, temperature):
     generator = torch.Generator().manual_seed(vocabulary + k)
     logits = torch.randn(3, vocabulary, generator=generator) * 4
-    assert_true(logits, torch.tensor([0, vocabulary - 1, vocabulary // 2]), Selection(k, temperature=temperature))
+    labels, selection = torch.tensor([0, vocabulary - 1, vocabulary // 2]), Selection(k, temperature=temperature)
+    assert_true(score_logits(logits.clone(), labels, selection), logits, labels, selection)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
@@ -60,14 +50,7 @@ def test_blocks_of_any_width_and_order_give_the_rows_of_the_whole(order, tempera
     labels, selection = torch.tensor([0, count // 2, count - 1]), Selection(3, temperature=temperature)
     for width in (GROUP, 7 * GROUP, 64 * GROUP):
         blocks = (logits[:, start : start + width].clone() for start in range(0, count, width))
-        found = score_blocks(blocks, labels, selection)
-        for j, label in enumerate(labels.tolist()):
-            ids, logprobs, tail, actual, nll = truth(logits[j], label, 3, temperature)
-            assert found.ids[j].tolist() == ids
-            np.testing.assert_allclose(found.logprobs[j], logprobs, atol=2e-6, rtol=1e-6)
-            assert float(found.tail[j]) == pytest.approx(tail, rel=1e-5, abs=1e-300)
-            assert float(found.actual[j]) == pytest.approx(actual, abs=2e-6, rel=1e-6)
-            assert float(found.nll[j]) == pytest.approx(nll, abs=2e-6, rel=1e-6)
+        assert_true(score_blocks(blocks, labels, selection), logits, labels, selection)
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,11 +70,11 @@ def test_padding_ids_and_holes_get_no_mass(vocabulary):
     logits = torch.randn(4, vocabulary)
     invalid = torch.tensor([2, 7, vocabulary - 2, vocabulary - 1])
     logits[:, invalid] = 50.0
-    assert_true(logits, torch.tensor([0, 3, 5, 11]), Selection(6), invalid)
-    everything = score_logits(logits.clone(), torch.tensor([0, 3, 5, 11]), Selection(vocabulary), invalid)
-    assert torch.equal((everything.ids >= 0).sum(1), torch.full((4,), vocabulary - 4))
-    assert not np.isin(everything.ids, invalid).any()
-    assert everything.tail.tolist() == [0.0] * 4  # all of the mass is listed, exactly
+    labels = torch.tensor([0, 3, 5, 11])
+    for selection in (Selection(6), Selection(vocabulary)):
+        found = score_logits(logits.clone(), labels, selection, invalid)
+        assert_true(found, logits, labels, selection, invalid)
+    assert found.tail.tolist() == [0.0] * 4  # all of the mass is listed, exactly
 
 
 def test_a_tiny_remaining_mass_keeps_its_precision():
@@ -113,8 +96,8 @@ def test_entries_are_kept_until_the_mass_is_reached():
 
 
 def test_half_precision_is_read_exactly_and_computed_with_in_float32():
-    logits = (torch.randn(5, WIDE) * 4).bfloat16()
-    assert_true(logits, torch.arange(5), Selection(5))
+    logits, labels = (torch.randn(5, WIDE) * 4).bfloat16(), torch.arange(5)
+    assert_true(score_logits(logits, labels, Selection(5)), logits, labels, Selection(5))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
