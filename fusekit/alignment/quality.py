@@ -26,9 +26,9 @@ WORST = 10
 class Share:
     """Counts over some pivot positions: how many there are, are linked, and get a row."""
 
-    positions: int = 0
-    linked: int = 0
-    rows: int = 0
+    positions: int
+    linked: int
+    rows: int
 
     def add(self, linked: BoolArray, rows: BoolArray) -> None:
         """Count more positions."""
@@ -36,10 +36,27 @@ class Share:
         self.linked += int(linked.sum())
         self.rows += int(rows.sum())
 
+    @property
+    def linked_share(self) -> float:
+        """The share of the positions that are linked."""
+        return self.linked / max(self.positions, 1)
+
+    @property
+    def row_share(self) -> float:
+        """The share of the positions that get a row."""
+        return self.rows / max(self.positions, 1)
+
     def to_dict(self) -> dict[str, float]:
-        """The counts, and the shares of positions that are linked and that get a row."""
-        total = max(self.positions, 1)
-        return {**vars(self), "linked_share": self.linked / total, "row_share": self.rows / total}
+        """The counts and the shares."""
+        return {**vars(self), "linked_share": self.linked_share, "row_share": self.row_share}
+
+
+@dataclass(frozen=True, order=True)
+class Worst:
+    """A text that loses much, and the share of its positions that get a row."""
+
+    row_share: float
+    text: str
 
 
 @dataclass
@@ -49,11 +66,10 @@ class AlignmentQuality:
     Attributes:
         pivot, source: names of the tokenizers.
         texts, pivot_tokens, source_tokens: totals.
-        total: over all pivot positions.
         cases: pivot positions by :class:`~fusekit.alignment.rows.Case`, lower-case names.
         groups: groups between common ends by shape: ``1-1``, ``1-n``, ``n-1``, ``m-n``.
         scripts, data: shares by the script of the token's first character, and by the name given to :meth:`add`.
-        worst: the texts that lose most, each with the share of its positions that get a row.
+        worst: the texts that lose most.
     """
 
     pivot: str
@@ -61,12 +77,17 @@ class AlignmentQuality:
     texts: int = 0
     pivot_tokens: int = 0
     source_tokens: int = 0
-    total: Share = field(default_factory=Share)
     cases: Counter[str] = field(default_factory=Counter)
     groups: Counter[str] = field(default_factory=Counter)
     scripts: dict[str, Share] = field(default_factory=dict)
     data: dict[str, Share] = field(default_factory=dict)
-    worst: list[tuple[float, str]] = field(default_factory=list)
+    worst: list[Worst] = field(default_factory=list)
+
+    @property
+    def total(self) -> Share:
+        """Over all pivot positions."""
+        of = self.scripts.values()
+        return Share(sum(s.positions for s in of), sum(s.linked for s in of), sum(s.rows for s in of))
 
     def add(self, alignment: TokenAlignment, data: str = "") -> None:
         """Count one text, aligned by the method ``span``. data: the source of data that it comes from."""
@@ -75,16 +96,16 @@ class AlignmentQuality:
         self.texts += 1
         self.pivot_tokens += len(cases)
         self.source_tokens += len(alignment.source)
-        self.total.add(linked, rows)
-        self.data.setdefault(data, Share()).add(linked, rows)
-        self.worst = sorted([*self.worst, (int(rows.sum()) / max(len(cases) - 1, 1), alignment.text)])[:WORST]
+        self.data.setdefault(data, Share(0, 0, 0)).add(linked, rows)
+        taught = Worst(int(rows.sum()) / max(len(cases) - 1, 1), alignment.text)
+        self.worst = sorted([*self.worst, taught])[:WORST]
         self.cases.update(Case(case).name.lower() for case in cases.tolist())
         for p, s in alignment.groups:
             n, m = p.stop - p.start, s.stop - s.start
             self.groups["1-1" if n == m == 1 else "1-n" if n == 1 else "n-1" if m == 1 else "m-n"] += 1
         names = np.array(_scripts(alignment))
         for script in sorted(set(names.tolist())):
-            self.scripts.setdefault(script, Share()).add(linked[names == script], rows[names == script])
+            self.scripts.setdefault(script, Share(0, 0, 0)).add(linked[names == script], rows[names == script])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -99,7 +120,7 @@ class AlignmentQuality:
             "groups": dict(self.groups.most_common()),
             "scripts": {name: share.to_dict() for name, share in sorted(self.scripts.items())},
             "data": {name: share.to_dict() for name, share in sorted(self.data.items())},
-            "worst": [{"row_share": share, "text": text} for share, text in self.worst],
+            "worst": [vars(worst) for worst in self.worst],
         }
 
 

@@ -170,11 +170,11 @@ def _summary(quality: AlignmentQuality) -> str:
     from fusekit.alignment.quality import MEANING
     from fusekit.alignment.rows import Case
 
-    total = quality.total.to_dict()
+    total = quality.total
     lines = [
         f"{counted(quality.texts, 'text')}, {quality.pivot_tokens} pivot and {quality.source_tokens} source tokens",
-        f"  linked      {100 * total['linked_share']:5.1f} %   of the pivot's positions",
-        f"  with a row  {100 * total['row_share']:5.1f} %",
+        f"  linked      {100 * total.linked_share:5.1f} %   of the pivot's positions",
+        f"  with a row  {100 * total.row_share:5.1f} %",
         "by case:",
     ]
     for name in (case.name.lower() for case in Case):
@@ -182,8 +182,7 @@ def _summary(quality: AlignmentQuality) -> str:
             lines.append(f"  {name:<15}{100 * count / quality.pivot_tokens:5.1f} %   {MEANING[name]}")
     lines.append("by script: positions, linked, with a row")
     for name, share in sorted(quality.scripts.items(), key=lambda item: -item[1].positions):
-        part = share.to_dict()
-        shares = f"{100 * part['linked_share']:5.1f} %  {100 * part['row_share']:5.1f} %"
+        shares = f"{100 * share.linked_share:5.1f} %  {100 * share.row_share:5.1f} %"
         lines.append(f"  {name:<15}{share.positions:7d}  {shares}")
     lines.append("groups: " + ", ".join(f"{shape} {count}" for shape, count in quality.groups.most_common()))
     return "\n".join(lines)

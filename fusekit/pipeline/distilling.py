@@ -107,8 +107,8 @@ class Align(Stage):
 
         inputs = self.inputs(context, source, {})
         artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
-        share = quality.total.to_dict()
-        context.say(f"align {source}: {share['row_share']:.1%} of {quality.pivot_tokens} pivot tokens get a row")
+        taught = quality.total.row_share
+        context.say(f"align {source}: {taught:.1%} of {quality.pivot_tokens} pivot tokens get a row")
 
     def estimate(self, planner: Planner, step: Step) -> list[Need]:
         if step.work:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fusekit import artifacts as artifact
-from fusekit.alignment.quality import Sample
+from fusekit.alignment.quality import AlignmentQuality, Sample
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.store import Store
+from fusekit.data.reading import DataCounts
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import BASELINE, MERGED, PIVOT, TRAINING, Layout
+from fusekit.merge_methods.provenance import MergeRecord
 from fusekit.recipe import load_recipe
 from fusekit.report import text
 
@@ -41,49 +43,11 @@ class ModelFacts(_Record):
     tokenizer: str = ""
 
 
-class Counts(_Record):
-    """``data/counts.json`` (:class:`fusekit.data.reading.DataCounts`)."""
-
-    seen: int
-    kept: int
-    reasons: dict[str, int] = {}
-    keys: dict[str, list[str]] = {}
-    first_refusal: str = ""
-    unused: dict[str, int] = {}
-
-
 class Judged(_Record):
     """``judged/counts.json``: votes by judge and model, and how many questions each model has won."""
 
     votes: dict[str, dict[str, int]]
     won: dict[str, int]
-
-
-class Share(_Record):
-    """Pivot positions: how many, and the shares that are linked and that get a row."""
-
-    positions: int
-    linked_share: float
-    row_share: float
-
-
-class Worst(_Record):
-    """A text that loses much, and the share of its positions that get a row."""
-
-    row_share: float
-    text: str
-
-
-class Quality(Share):
-    """``alignment/SOURCE/quality.json`` (:class:`fusekit.alignment.quality.AlignmentQuality`)."""
-
-    texts: int
-    pivot_tokens: int
-    source_tokens: int
-    cases: dict[str, int]
-    scripts: dict[str, Share] = {}
-    data: dict[str, Share] = {}
-    worst: list[Worst] = []
 
 
 class CaseWorth(_Record):
@@ -127,19 +91,6 @@ class Training(_Record):
         return next((value for _, value in reversed(self.points(name))), None)
 
 
-class Tensor(_Record):
-    """How one tensor was merged (:class:`fusekit.merge_methods.provenance.TensorRecord`)."""
-
-    method: str
-    coefficients: dict[str, float]
-
-
-class Coefficients(_Record):
-    """``merged/coefficients.json``."""
-
-    tensors: dict[str, Tensor]
-
-
 class Results(_Record):
     """``results.json``: model -> metric -> skill -> value; what each task of lm-eval measures."""
 
@@ -176,13 +127,14 @@ class Facts:
         self.left_out: list[str] = []
         self.problems: list[str] = []
         self.models = self._record(layout.models, dict[str, ModelFacts]) or {}
-        self.counts = self._record(layout.data / "counts.json", Counts)
+        self.counts = self._record(layout.data / "counts.json", DataCounts, "seen", "kept")
         self.judged = self._record(layout.judged / "counts.json", Judged) if self.recipe.respond else None
         self.stores = self._each(
             self.entries, lambda name: self._tried(layout.store(name), lambda path: Store.open(path, incomplete=True))
         )
+        needs = ("texts", "pivot_tokens", "source_tokens", "cases", "scripts")
         self.qualities = self._each(
-            self.sources, lambda name: self._record(layout.alignment(name) / "quality.json", Quality)
+            self.sources, lambda name: self._record(layout.alignment(name) / "quality.json", AlignmentQuality, *needs)
         )
         self.samples = self._each(
             self.sources, lambda name: self._record(layout.alignment(name) / "samples.json", list[Sample])
@@ -197,7 +149,9 @@ class Facts:
         self.artifacts = self._each(self._places(), self._manifest)
         self._leave_out_another_merge()
         merged = MERGED in self.artifacts
-        self.coefficients = self._record(layout.merged / "coefficients.json", Coefficients) if merged else None
+        self.coefficients = (
+            self._record(layout.merged / "coefficients.json", MergeRecord, "tensors") if merged else None
+        )
         self.results = self._results()
 
     @property
@@ -271,8 +225,17 @@ class Facts:
             self.problems.append(f"{path.relative_to(self.layout.out)}: {said.replace(f'{self.layout.out}/', '')}")
             return None
 
-    def _record(self, path: Path, kind: type[Loaded]) -> Loaded | None:
-        return self._tried(path, lambda file: TypeAdapter(kind).validate_python(json.loads(file.read_bytes())))
+    def _record(self, path: Path, kind: type[Loaded], *needs: str) -> Loaded | None:
+        """A value from JSON, unknown keys ignored. needs: keys that have to be there, whatever defaults it has."""
+
+        def load(file: Path) -> Loaded:
+            value = json.loads(file.read_bytes())
+            found = TypeAdapter(kind).validate_python(value)
+            if lacking := [name for name in needs if name not in value]:
+                raise ValueError(f"it lacks {text.listed(lacking)}")
+            return found
+
+        return self._tried(path, load)
 
     @staticmethod
     def _each(names: Iterable[str], load: Callable[[str], Loaded | None]) -> dict[str, Loaded]:

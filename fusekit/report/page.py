@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import TypeAdapter
 
-from fusekit.alignment.quality import LOST, MEANING, Sample
+from fusekit.alignment.quality import LOST, MEANING, AlignmentQuality, Sample
 from fusekit.artifacts import joined_hash
 from fusekit.data.reading import DROPPED, REASONS
 from fusekit.disk import counted, human
@@ -24,10 +25,9 @@ from fusekit.distillation.dataset import CHOSEN
 from fusekit.evaluation.table import Table, fixed, tables
 from fusekit.layout import BASELINE, MERGED, PIVOT
 from fusekit.report import text
-from fusekit.report.facts import Facts, Quality, Worth
+from fusekit.report.facts import Facts, Worth
 
 if TYPE_CHECKING:
-    from fusekit.alignment.quality import AlignmentQuality
     from fusekit.distillation.worth import TeacherWorth
 
 CARD = "README.md"
@@ -110,7 +110,7 @@ def alignment_page(quality: AlignmentQuality, samples: Sequence[Sample], worth: 
     return _rendered(
         "alignment.html.jinja",
         title=f"Alignment of {quality.source} with {quality.pivot}",
-        quality=Quality.model_validate(quality.to_dict()),
+        quality=TypeAdapter(AlignmentQuality).validate_python(quality.to_dict()),  # in the order of a run's
         worth=Worth.model_validate(worth.to_dict()) if worth is not None else None,
         name=quality.source,
         samples=samples,

@@ -24,6 +24,7 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import StorageError
+from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.report import text
 from fusekit.report.card import write_report
 from fusekit.report.facts import Facts
@@ -324,14 +325,16 @@ def test_a_chart_stays_in_its_frame_and_keeps_its_ends() -> None:
     assert chart({("a", "c1"): [(1.0, 2.0), (2.0, 2.0)]}) is not None
 
 
+def record_merge(run: Path, tensors: dict[str, dict[str, float]]) -> None:
+    """A merge of these coefficients, by tensor and model."""
+    record = MergeRecord(None, {name: TensorRecord("varm", {}, given) for name, given in tensors.items()})
+    (run / "merged" / "coefficients.json").write_text(record.to_json())
+
+
 def test_coefficients_are_arranged_by_layer_and_module(run: Path) -> None:
     shares = {"model.layers.10.mlp.experts.0.w1.weight": 0.2, "model.layers.10.mlp.experts.1.w1.weight": 0.4}
     shares |= {"model.layers.2.self_attn.q_proj.weight": 0.9, "model.norm.weight": 0.5, "model.layers.2.bias": 0.1}
-    tensors = {
-        name: {"method": "varm", "coefficients": {"/out/one": share, "/out/two": 1 - share}}
-        for name, share in shares.items()
-    }
-    (run / "merged" / "coefficients.json").write_text(json.dumps({"tensors": tensors}))
+    record_merge(run, {name: {"/out/one": share, "/out/two": 1 - share} for name, share in shares.items()})
     found = heat_map(Facts(run))
     assert found is not None
     assert (list(found["cells"]), found["layers"], found["tensors"]) == (["one", "two"], [2, 10], 5)
@@ -343,8 +346,7 @@ def test_coefficients_are_arranged_by_layer_and_module(run: Path) -> None:
 
 
 def test_one_distilled_model_needs_no_map_of_coefficients(run: Path) -> None:
-    tensors = {"model.norm.weight": {"method": "fusechat_sce", "coefficients": {"/out/one": 1.0}}}
-    (run / "merged" / "coefficients.json").write_text(json.dumps({"tensors": tensors}))
+    record_merge(run, {"model.norm.weight": {"/out/one": 1.0}})
     text = shown(run)
     assert "all of every matrix comes from it" in text
     assert "Coefficients by distilled model" not in text

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from fusekit import artifacts as artifact
-from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, Token, write_samples
+from fusekit.alignment.quality import AlignmentQuality, Group, Sample, Share, Token, Worst, write_samples
 from fusekit.alignment.rows import Case
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.store import StoreSpec
@@ -102,11 +102,11 @@ def _align(into: Path, number: int, evil: str) -> None:
     quality = AlignmentQuality(
         f"org/pivot{evil}", f"source{evil}", texts=7, pivot_tokens=100, source_tokens=90 + number
     )
-    quality.total = Share(100, 80, 90)
+    share = Share(100, 80, 90)
     quality.cases.update({"same": 90, "unlinked": 10})
-    quality.scripts = {f"latin{evil}": quality.total}
-    quality.data = {f"a{evil}": quality.total, "b": quality.total}
-    quality.worst = [(0.5, f"text{evil}")]
+    quality.scripts = {f"latin{evil}": share}
+    quality.data = {f"a{evil}": share, "b": share}
+    quality.worst = [Worst(0.5, f"text{evil}")]
     _json(into / "quality.json", quality.to_dict())
     token = Token(shown=f"to{evil}", size=2, about=f"id 7{evil}")
     lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
