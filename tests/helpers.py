@@ -1,17 +1,27 @@
-"""Tiny real checkpoints for tests: a Llama small enough to write in milliseconds, with a tokenizer that loads."""
+"""Errors by what they name; tiny real checkpoints: a Llama written in milliseconds, with a tokenizer that loads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 VOCABULARY_ROWS = 64
 """Rows of the embedding of a tiny model; its tokenizer uses fewer."""
+
+
+@contextmanager
+def refused(kind: type[Exception], *named: object) -> Iterator[None]:
+    """An error of this type is raised, and its message has each of these in it, in any order."""
+    with pytest.raises(kind) as error:
+        yield
+    assert [name for name in named if str(name) not in str(error.value)] == [], str(error.value)
 
 
 @cache

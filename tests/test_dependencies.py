@@ -56,7 +56,7 @@ def test_only_what_merges_imports_mergekit():
     [
         (
             "import fusekit.recipe, fusekit.hub, fusekit.cli.recipe, fusekit.cli.run, "
-            "fusekit.cli.capture, fusekit.cli.inspect",
+            "fusekit.cli.capture, fusekit.cli.inspect, fusekit.cli.generate",
             "mergekit torch transformers",
         ),
         ("from fusekit.recipe import load_recipe; load_recipe('recipes/demo.yml')", "scipy rapidfuzz lm_eval torch"),

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from fusekit.distillation.arguments import OneDevice
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection
-from fusekit.distillation.settings import FusionSettings, TrainingSettings
+from fusekit.distillation.settings import TrainingSettings
 from fusekit.distillation.trainer import FusionTrainer
 from tests.capture.random_models import random_model
 from tests.distillation import worlds
@@ -24,19 +23,20 @@ from tests.processes import Process, free_port
 
 
 @functools.cache
-def data(count: int = 12, seed: int = 0, include_pivot: bool = True) -> FusionDataset:
+def data(count: int = 12, seed: int = 0) -> FusionDataset:
     """Rows with a pivot and one source of another tokenizer, both of random opinions."""
-    pivot, source = worlds.PIVOT, worlds.SOURCE
     rows = worlds.conversations(count, seed)
-    own = [worlds.guessing(worlds.read(row, pivot), len(pivot), seed=1) for row in rows]
-    theirs = [worlds.guessing(worlds.read(row, source), len(source), seed=2, sharpness=2.0) for row in rows]
     return FusionDataset(
         rows,
-        pivot=worlds.by_key(own),
-        sources={"other": worlds.by_key(theirs)},
+        pivot=worlds.captured(rows, worlds.PIVOT, seed=1),
+        sources={"other": worlds.captured(rows, worlds.SOURCE, seed=2, sharpness=2.0)},
         projections={"other": Projection(worlds.vocabulary_map())},
-        fusion=FusionSettings(include_pivot=include_pivot),
     )
+
+
+def first(count: int) -> list[dict[str, Any]]:
+    """The first examples of :func:`data`."""
+    return [data()[number] for number in range(count)]
 
 
 def trainer(
@@ -63,6 +63,11 @@ def trainer(
     return FusionTrainer((random_model("llama") if model is None else model).train(), args, examples, **options)
 
 
+def counts_of(data: FusionDataset, *numbers: int) -> dict[str, float]:
+    """What is counted of these examples, by its name."""
+    return dict(zip(data.count_names, sum(data[number]["counts"] for number in numbers), strict=True))
+
+
 def lines(made: FusionTrainer) -> list[dict[str, float]]:
     """Of the log of a training, but its summary."""
     return [line for line in made.state.log_history if "loss" in line]
@@ -80,7 +85,7 @@ def different(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], atol
     return [name for name in a if not torch.allclose(a[name], b[name], atol=atol, rtol=rtol)]
 
 
-def one_step(out: Path, batch: int, accumulation: int, examples: Dataset[Any] | None = None) -> dict[str, torch.Tensor]:
+def one_step(out: Path, batch: int, accumulation: int, examples: Any = None) -> dict[str, torch.Tensor]:
     """The weights after one optimizer step of plain gradient descent."""
     made = trainer(
         out,
@@ -141,14 +146,10 @@ def _together(out: Path, environment: dict[str, str]) -> None:
     """One step over all rows and one over rows that the processes cannot share evenly; then a sharded model."""
     os.environ.update(environment)
     rank = environment["RANK"]
-    torch.save(one_step(out / "even", 4, 1, _first(8)), out / f"even-{rank}.pt")
-    torch.save(one_step(out / "odd", 2, 2, _first(7)), out / f"odd-{rank}.pt")
+    torch.save(one_step(out / "even", 4, 1, first(8)), out / f"even-{rank}.pt")
+    torch.save(one_step(out / "odd", 2, 2, first(7)), out / f"odd-{rank}.pt")
     _resume_together(out)
     _sharded(out)
-
-
-def _first(count: int) -> Dataset[Any]:
-    return torch.utils.data.Subset(data(), range(count))
 
 
 def _resume_together(out: Path) -> None:
@@ -177,8 +178,7 @@ def _sharded(out: Path) -> None:
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.lm_head.weight.to_local().shape[0] < model.lm_head.weight.shape[0]
     rank = int(os.environ["RANK"])
-    share = [data()[i] for i in range(rank * 4, rank * 4 + 4)]
-    batch = made.data_collator(share)
+    batch = made.data_collator(first(8)[rank * 4 : rank * 4 + 4])
     labels = torch.tensor(len(batch["label_ids"]))
     torch.distributed.all_reduce(labels)
     loss = made.compute_loss(model, batch, num_items_in_batch=int(labels))

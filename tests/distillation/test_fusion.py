@@ -13,6 +13,7 @@ from fusekit.distillation.fusion import FUSION_FUNCTIONS, LM_WEIGHTS, Candidate,
 from fusekit.errors import DistillationError
 from fusekit.types import TopK
 from tests.distillation import reference
+from tests.distillation.worlds import masses
 
 
 def rows(*entries: dict[int, float]) -> TopK:
@@ -23,11 +24,6 @@ def rows(*entries: dict[int, float]) -> TopK:
         for j, (id_, p) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
             ids[i, j], logprobs[i, j] = id_, math.log(p)
     return TopK(ids, logprobs, np.array([1 - math.fsum(row.values()) for row in entries]))
-
-
-def as_dict(fused: Fused, position: int) -> dict[int, float]:
-    listed = zip(fused.rows.ids[position], fused.rows.logprobs[position], strict=True)
-    return {int(id_): math.exp(lp) for id_, lp in listed if id_ >= 0}
 
 
 def chosen_of(fused: Fused) -> list[int]:
@@ -76,7 +72,7 @@ class TestMinCE:
     def test_what_is_not_taught_is_an_empty_row(self):
         fused = FUSION_FUNCTIONS["min_ce"]([PIVOT, SOURCE])
         assert chosen_of(fused) == [1, 1, -1]
-        assert as_dict(fused, 2) == {}
+        assert masses(fused.rows, 2) == {}
         assert fused.rows.tail.tolist() == pytest.approx([0.375, 0.0, 1.0])
         assert fused.weights.tolist() == [[0, 1], [0, 1], [0, 0]]
 
@@ -119,7 +115,7 @@ class TestMinCE:
                 assert fused.taught[i] == (chosen >= 0)
                 if chosen >= 0:
                     listed, tail = reference.mixture([candidates[chosen]], [1.0], i)
-                    assert as_dict(fused, i) == pytest.approx(listed)
+                    assert masses(fused.rows, i) == pytest.approx(listed)
                     assert fused.rows.tail[i] == pytest.approx(tail)
 
 
@@ -129,10 +125,10 @@ class TestAvgCE:
         fused = FUSION_FUNCTIONS["avg_ce"]([PIVOT, SOURCE])
         first, second = fused.weights[0]
         assert (first, second) == pytest.approx((0.4421, 0.5579), abs=5e-5)
-        assert as_dict(fused, 0) == pytest.approx({1: first / 2, 2: first / 4 + second / 2, 3: second / 8})
+        assert masses(fused.rows, 0) == pytest.approx({1: first / 2, 2: first / 4 + second / 2, 3: second / 8})
         assert fused.rows.tail[0] == pytest.approx(first * 0.25 + second * 0.375)
         assert fused.weights[2].tolist() == [1, 0]  # only the pivot speaks of it
-        assert as_dict(fused, 2) == pytest.approx({7: 0.6, 8: 0.4})
+        assert masses(fused.rows, 2) == pytest.approx({7: 0.6, 8: 0.4})
         assert chosen_of(fused) == [1, 1, 0]
 
     @pytest.mark.parametrize("level", ["sequence", "token"])
@@ -151,9 +147,9 @@ class TestAvgCE:
                 among = reference.avg_ce_weights([c.label_nll[i] for c in speaking])
                 weights = [among.pop(0) if c.taught[i] else 0.0 for c in candidates]
             listed, tail = reference.mixture(candidates, weights, i)
-            assert as_dict(fused, i) == pytest.approx(listed)
+            assert masses(fused.rows, i) == pytest.approx(listed)
             assert fused.rows.tail[i] == pytest.approx(tail)
-            assert math.fsum([*as_dict(fused, i).values(), fused.rows.tail[i]]) == pytest.approx(1)
+            assert math.fsum([*masses(fused.rows, i).values(), fused.rows.tail[i]]) == pytest.approx(1)
             assert sum(fused.weights[i]) == pytest.approx(1)
 
     def test_huge_cross_entropies(self):

@@ -153,9 +153,11 @@ def test_warping_takes_the_rows_of_equal_tokens() -> None:
         assert (given.cases == Case.RULE).all()
         assert given.linked.all()
         for j in range(len(given.taught)):
-            ordinary = {i: p for i, p in entry(given.rows, j)[0] if i >= len(worlds.SPECIALS)}
-            expected = {i: p for i, p in entry(source.rows, j)[0] if i >= len(worlds.SPECIALS)}
-            assert ordinary == pytest.approx(expected)
+            found, expected = (
+                {i: p for i, p in worlds.masses(rows, j).items() if i >= len(worlds.SPECIALS)}
+                for rows in (given.rows, source.rows)
+            )
+            assert found == pytest.approx(expected)
 
 
 def test_rows_without_a_map_are_the_sources_own() -> None:
@@ -273,15 +275,12 @@ def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
             at = int(alignment.source_at[place]) + start + 1
             number = asked[at]
             actual, expected, listed = int(said.tokens.ids[at]), {}, 0.0
-            pairs = dict(zip(said.rows.ids[number].tolist(), np.exp(said.rows.logprobs[number]).tolist(), strict=True))
-            pairs.setdefault(actual, math.exp(said.actual[number]))
-            for u, p in pairs.items():
+            for u, p in {actual: math.exp(said.actual[number]), **worlds.masses(said.rows, number)}.items():
                 v = int(tokens.ids[tokens.label_positions[j]]) if u == actual else int(carried[u])
                 if v >= 0 and how.groups[v] >= 0:
                     expected[int(how.groups[v])] = expected.get(int(how.groups[v]), 0.0) + p
                     listed += p
-            entries = zip(given.rows.ids[j].tolist(), np.exp(given.rows.logprobs[j]).tolist(), strict=True)
-            assert {i: p for i, p in entries if i >= 0} == pytest.approx(expected, abs=1e-9)
+            assert worlds.masses(given.rows, j) == pytest.approx(expected, abs=1e-9)
             assert given.rows.tail[j] == pytest.approx(1 - listed, abs=1e-9)
             rows_seen += 1
     assert rows_seen == expected_rows > 30
@@ -343,12 +342,11 @@ def test_rows_of_stretches_are_those_of_a_plain_loop(sides):
                 assert np.exp(nats.rows.logprobs[labels, 0]) == pytest.approx(math.exp(said.actual[rows].sum()))
                 expected: dict[int, float] = {}
                 for i in rows:
-                    for u, logprob in zip(said.rows.ids[i].tolist(), said.rows.logprobs[i].tolist(), strict=True):
+                    for u, p in worlds.masses(said.rows, i).items():
                         if u in known:
-                            expected[u] = expected.get(u, 0.0) + math.exp(logprob) / len(rows)
+                            expected[u] = expected.get(u, 0.0) + p / len(rows)
                 for j in labels:
-                    found = zip(means.rows.ids[j].tolist(), np.exp(means.rows.logprobs[j]).tolist(), strict=True)
-                    assert {u: p for u, p in found if u >= 0} == pytest.approx(expected)
+                    assert worlds.masses(means.rows, j) == pytest.approx(expected)
                     assert means.rows.tail[j] == pytest.approx(1 - sum(expected.values()))
                 several += len(labels) > 1 or len(rows) > 1
                 seen |= set(labels)

@@ -35,6 +35,7 @@ from fusekit.recipe.loading import load_recipe
 from fusekit.settings import CaptureSettings
 from fusekit.types import TopK
 from tests.distillation.runs import different, lines
+from tests.helpers import refused
 from tests.pipeline.worlds import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -98,12 +99,15 @@ def test_rows_are_those_of_a_store_within_its_bound(stores: dict[str, Store]) ->
             assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-5)
 
 
-def test_a_run_that_resumes_reads_the_same_numbers(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "lm_weighting": "constant"}
-    whole = trainer(tmp_path, {"neox": NEOX}, **how)
+@pytest.mark.parametrize(
+    ("step", "how"),
+    [(4, {"lm_weighting": "constant"}), (2, {"lm_weight": 0.0, "on_policy": 0.5, "max_new_tokens": 8})],
+)
+def test_a_run_that_resumes_reads_the_same_numbers(step: int, how: dict[str, Any], tmp_path: Path) -> None:
+    """And writes the same answers."""
+    whole, again = (trainer(tmp_path, {"neox": NEOX}, save_strategy="steps", save_steps=1, **how) for _ in range(2))
     whole.train()
-    again = trainer(tmp_path, {"neox": NEOX}, **how)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert different(whole.model.state_dict(), again.model.state_dict()) == []
 
 
@@ -147,15 +151,13 @@ def test_a_loaded_model_is_a_teacher_but_not_of_itself(tmp_path: Path) -> None:
     assert made.train().global_step == 1
     assert isinstance(made.train_dataset.data.sources["teacher"], LiveTeacher)
     own = AutoModelForCausalLM.from_pretrained(PIVOT, dtype=torch.float32)
-    with pytest.raises(DistillationError, match="neox"):
+    with refused(DistillationError, "neox"):
         FusionTrainer(own, FusionConfig(str(tmp_path)), RECORDS, teachers={"neox": own})
 
 
 def test_loader_processes_have_no_teachers(tmp_path: Path) -> None:
-    with pytest.raises(DistillationError) as error:
+    with refused(DistillationError, "dataloader_num_workers is 2", "neox"):
         trainer(tmp_path, {"neox": NEOX}, dataloader_num_workers=2)
-    assert "dataloader_num_workers is 2" in str(error.value)
-    assert "neox" in str(error.value)
 
 
 def test_examples_without_a_distribution_are_left_out_and_too_many_are_refused() -> None:
@@ -190,9 +192,8 @@ def test_a_recipe_may_score_a_source_on_the_fly(tmp_path: Path) -> None:
     assert (tmp_path / "true" / "captures" / "pivot").exists()
     for ours, theirs in zip(*logs[:2], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    with pytest.raises(DistillationError) as error:
+    with refused(DistillationError, "stores.llama"):
         run(load_recipe(path, ["sources.0.on_the_fly=true"]), tmp_path / "false", start="distill", until="distill")
-    assert "stores.llama" in str(error.value)
     workers = load_recipe(path, ["sources.0.on_the_fly=true", "distill.dataloader_num_workers=1"])
     assert any("llama" in mistake.says for mistake in Distill().mistakes(workers))
 
@@ -281,15 +282,6 @@ def test_steps_are_chosen_by_seed_and_epoch_and_own_answers_are_not_labels(tmp_p
     assert share == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_run_that_resumes_writes_the_same_answers(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "on_policy": 0.5}
-    whole = policy_trainer(tmp_path, **how)
-    whole.train()
-    again = policy_trainer(tmp_path, **how)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert different(whole.model.state_dict(), again.model.state_dict()) == []
-
-
 def test_a_store_names_the_model_that_judges_new_answers(tmp_path: Path) -> None:
     """Of a run without a recipe."""
     reader = RowTokenizer(load_tokenizer(find_checkpoint(ModelChoice(PIVOT))))
@@ -313,30 +305,20 @@ def test_a_model_that_changed_since_its_store_is_no_teacher(tmp_path: Path) -> N
     store = capture(str(tmp_path / "model"), RECORDS, tmp_path / "store", quiet=True)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(DistillationError) as error:
+    with refused(DistillationError, "neox", store.spec.model_fingerprint):
         policy_trainer(tmp_path / "out", {"neox": store})
-    assert "neox" in str(error.value)
-    assert store.spec.model_fingerprint in str(error.value)
 
 
 def test_a_teacher_reads_answers_under_the_template_of_its_store(tmp_path: Path) -> None:
     rows = prepare(rows_of(RECORDS), [RowTokenizer(load_tokenizer(find_checkpoint(NEOX)))], 2048).rows
     reader = RowTokenizer(load_tokenizer(find_checkpoint(NEOX)), ChatTemplate.chosen("chatml"))
     store = Capture(find_checkpoint(NEOX), reader, rows, tmp_path / "store", quiet=True).run()
-    with pytest.raises(DistillationError) as error:
+    with refused(DistillationError, "chatml", "neox"):
         policy_trainer(tmp_path / "out", {"neox": store})
-    assert "chatml" in str(error.value)
-    assert "neox" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"rows": [{"text": "No question."}] * 3}, "on_policy is 1"),
-        ({"on_policy": 1.5}, "on_policy"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(DistillationError) as error:
-        policy_trainer(tmp_path, **fields)
-    assert named in str(error.value)
+def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+    with refused(DistillationError, "on_policy is 1"):
+        policy_trainer(tmp_path, rows=[{"text": "No question."}] * 3)
+    with refused(DistillationError, "on_policy", 1.5):
+        policy_trainer(tmp_path, on_policy=1.5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -44,6 +46,16 @@ TOLERANCES = {
     torch.float16: (2e-6, 1e-3, 2e-7),
 }
 HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    configured = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(configured)
 
 
 def run(x: Tensor, y: Tensor, targets: SparseTargets | None, **settings) -> tuple[FusionLoss, Tensor]:
@@ -144,16 +156,12 @@ class TestTheSameSums:
     def test_chunks_and_threads(self, threads, dtype):
         x, y, targets = ordinary()
         expected, gradient = run(x.to(dtype), y, targets, chunk=V)
-        configured = torch.get_num_threads()
-        try:
-            torch.set_num_threads(threads)
+        with on_threads(threads):
             for chunk in (1, 2 * V, 3 * V + 5, 10**6):
                 loss, got = run(x.to(dtype), y, targets, chunk=chunk)
                 torch.testing.assert_close(tuple(loss), tuple(expected), rtol=1e-6, atol=0)
                 torch.testing.assert_close(got, gradient, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=1e-8)
             assert torch.get_num_threads() == threads
-        finally:
-            torch.set_num_threads(configured)
 
     @pytest.mark.parametrize("overwrite", [False, True])
     @pytest.mark.parametrize("loss", ["ce", "p_kl", "alm"])
@@ -175,20 +183,13 @@ class TestTheSameSums:
 
 
 class TestBackward:
-    def test_scales_with_the_incoming_gradient(self):
-        x, y, targets = ordinary()
-        _, gradient = run(x, y, targets)
-        leaf = x.clone().requires_grad_()
-        (fusion_loss(leaf, y, targets).total * -2.5).backward()
-        torch.testing.assert_close(leaf.grad, -2.5 * gradient)
-
-    def test_float16_keeps_small_weights(self):
+    def test_float16_keeps_small_weights_and_scales_with_the_incoming_gradient(self):
         x, y, targets = ordinary()
         leaf = x.half().requires_grad_()
         weight = 2.0**-20  # of a step of a million labels; the loss scaling of float16 training brings it back
-        (fusion_loss(leaf, y, targets, lm_weight=weight, fusion_weight=weight).total * 2.0**20).backward()
+        (fusion_loss(leaf, y, targets, lm_weight=weight, fusion_weight=weight).total * -(2.0**20)).backward()
         _, gradient = run(x.half(), y, targets)
-        torch.testing.assert_close(leaf.grad, gradient, rtol=2e-3, atol=1e-7)
+        torch.testing.assert_close(leaf.grad, -gradient, rtol=2e-3, atol=1e-7)
 
     def test_overwriting_takes_the_logits_memory(self):
         x, y, targets = ordinary()
@@ -304,13 +305,8 @@ def test_nothing_but_the_gradient_is_as_large_as_the_logits(loss, truncation, dt
     x = logits(1, 1 / 64, size=size).to(dtype).requires_grad_() * 1
     y, targets = labels(2, size=size), top(logits(3, 1 / 64, size=size), 5)
     how = {"loss": loss, "truncation": truncation, "overwrite_logits": overwrite, "chunk": size}
-    configured = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)  # a dispatch mode sees its own thread
-        with Storages() as storages:
-            value = fusion_loss(x, y, targets, **how)
-    finally:
-        torch.set_num_threads(configured)
+    with on_threads(1), Storages() as storages:  # a dispatch mode sees its own thread
+        value = fusion_loss(x, y, targets, **how)
     assert value.total.requires_grad
     assert len(storages.kept) > 20
     del storages.kept[x.untyped_storage().data_ptr()]
@@ -367,13 +363,6 @@ class TestGold:
         targets = replace(teacher, ids=ids)
         assert wrong(x, y, targets, chunk, loss="gold") == []
 
-    def test_all_matched_is_the_kl_divergence_and_none_sorts(self):
-        x, y, targets = ordinary()
-        torch.testing.assert_close(run(x, y, targets, loss="gold"), run(x, y, targets, loss="kl"))
-        whole = top(logits(3) * 0.7, V)
-        nameless = replace(whole, ids=torch.full_like(whole.ids, -2))
-        torch.testing.assert_close(run(x, y, nameless, loss="gold"), run(x, y, whole, loss="uld_topk"))
-
 
 def test_the_worked_example_of_groups_and_pieces():
     """Pivot tokens 2, 0, 1, 201; source tokens 2, 0, 1, x, which no token of the pivot begins with."""
@@ -394,12 +383,6 @@ def test_the_worked_example_of_groups_and_pieces():
     )
     chunks = replace(targets, members=shares, chunks=torch.zeros(1, dtype=torch.int64))
     assert float(fusion_loss(x, y, chunks, loss="p_kl").fusion) == pytest.approx(0.0500, abs=5e-5)
-
-
-def test_groups_of_one_token_are_the_kl_divergence():
-    x, y, targets = ordinary()
-    alone = replace(targets, members=Members(torch.arange(V + 1), torch.arange(V)))
-    torch.testing.assert_close(run(x, y, alone, loss="grouped_kl"), run(x, y, targets, loss="kl"))
 
 
 def test_alm_of_large_tau_is_the_divergence_of_two_poisson_rates():

@@ -22,20 +22,18 @@ PIVOT, SOURCE, MAP = worlds.PIVOT, worlds.SOURCE, worlds.vocabulary_map()
 ROWS = worlds.conversations(9)
 
 
-def captured(rows: list[Row], side: str = "source", sharpness: float = 1.0) -> dict[str, CapturedRow]:
-    tokenizer = PIVOT if side == "pivot" else SOURCE
-    seen = [worlds.guessing(worlds.read(row, tokenizer), len(tokenizer), 4, i, sharpness) for i, row in enumerate(rows)]
-    return worlds.by_key(seen)
+def captured(rows: list[Row] = ROWS, sharpness: float = 1.0) -> dict[str, CapturedRow]:
+    return worlds.captured(rows, SOURCE, seed=1, sharpness=sharpness)
 
 
 def dataset(rows: list[Row], sources: dict[str, dict[str, CapturedRow]], **options: object) -> FusionDataset:
-    given: dict[str, object] = {"pivot": captured(ROWS, "pivot"), "fusion": FusionSettings()}
+    given: dict[str, object] = {"pivot": worlds.captured(ROWS, PIVOT), "fusion": FusionSettings()}
     given |= {"projections": dict.fromkeys(sources, Projection(MAP))}
     return FusionDataset(rows, sources=sources, **given | options)  # type: ignore[arg-type]
 
 
 def test_rows_are_joined_by_key_whatever_their_order() -> None:
-    source = captured(ROWS)
+    source = captured()
     backwards = dict(reversed(source.items()))
     lacking = {key: row for key, row in source.items() if key != ROWS[4].key}
     extra = worlds.conversations(1, seed=99)[0]
@@ -51,19 +49,18 @@ def test_rows_are_joined_by_key_whatever_their_order() -> None:
 
 
 def test_a_row_that_a_source_lacks_is_not_taught_by_it() -> None:
-    source = captured(ROWS)
+    source = captured()
     del source[ROWS[4].key]
     example = dataset(ROWS, {"s": source}, fusion=FusionSettings(include_pivot=False))[4]
     assert "target_ids" not in example
     assert (example["labels"] >= 0).any()
-    own = dataset(ROWS, {"s": source})
-    counts = dict(zip(own.count_names, own[4]["counts"], strict=True))
+    counts = runs.counts_of(dataset(ROWS, {"s": source}), 4)
     assert counts["chosen/pivot"] == 1.0
     assert counts["asked"] == 0.0
 
 
 def test_duplicates_count_once() -> None:
-    joined = join([*ROWS, ROWS[3]], {"s": captured(ROWS)})
+    joined = join([*ROWS, ROWS[3]], {"s": captured()})
     assert [row.key for row in joined.rows] == [row.key for row in ROWS]
     assert joined.report == ["9 examples of data, 1 more are copies of them", "s: 9 examples matched"]
 
@@ -89,7 +86,7 @@ ALONE = {"pivot": None, "fusion": FusionSettings(include_pivot=False)}
 )
 def test_what_does_not_go_together_is_refused(sources: list[str], options: dict, message: str) -> None:
     with pytest.raises(DistillationError, match=message):
-        dataset(ROWS, dict.fromkeys(sources, captured(ROWS)), **options)
+        dataset(ROWS, dict.fromkeys(sources, captured()), **options)
 
 
 def test_a_model_of_other_data_is_refused() -> None:
@@ -101,9 +98,9 @@ def test_a_model_of_other_data_is_refused() -> None:
 
 
 def test_rows_that_the_pivots_store_lacks_are_read_or_left_out() -> None:
-    own = captured(ROWS[:5], "pivot")
-    assert len(dataset(ROWS, {"s": captured(ROWS)}, pivot=own)) == 5
-    read = dataset(ROWS, {"s": captured(ROWS)}, pivot=own, tokenizer=worlds.Reader(PIVOT))
+    own = worlds.captured(ROWS[:5], PIVOT)
+    assert len(dataset(ROWS, {"s": captured()}, pivot=own)) == 5
+    read = dataset(ROWS, {"s": captured()}, pivot=own, tokenizer=worlds.Reader(PIVOT))
     assert len(read) == 9
     np.testing.assert_array_equal(read[7]["input_ids"], worlds.read(ROWS[7], PIVOT).ids)
     assert read[7]["target_taught"].any()
@@ -121,7 +118,7 @@ def test_a_teacher_is_judged_by_what_it_teaches_over_the_labels_that_all_teach()
 
 
 def test_what_is_typical_of_a_data_set_is_the_mean_of_the_best_models_of_its_rows() -> None:
-    own, theirs, others = (captured(ROWS, "pivot"), captured(ROWS[1:], sharpness=2.0), captured(ROWS, sharpness=1.5))
+    own, theirs, others = (worlds.captured(ROWS, PIVOT), captured(ROWS[1:], sharpness=2.0), captured(sharpness=1.5))
     data = dataset(ROWS, {"s": theirs, "t": others}, pivot=own)
     names = {row.dataset for row in ROWS}
     for name in names:
@@ -136,11 +133,11 @@ def test_what_is_typical_of_a_data_set_is_the_mean_of_the_best_models_of_its_row
 def test_the_better_model_of_a_row_teaches_it() -> None:
     """A pivot that is the best may leave it to the text."""
     good = {row.key: worlds.certain(worlds.read(row, SOURCE)) for row in ROWS[:4]}
-    sources = {"s": {**captured(ROWS, sharpness=-60.0), **good}}
+    sources = {"s": {**captured(sharpness=-60.0), **good}}
     data, judging = dataset(ROWS, sources), dataset(ROWS, sources, fusion=FusionSettings(pivot_teaches=False))
     for i, row in enumerate(ROWS):
         example = data[i]
-        assert dict(zip(data.count_names, example["counts"], strict=True))["chosen/s"] == float(i < 4)
+        assert runs.counts_of(data, i)["chosen/s"] == float(i < 4)
         rows = data.pivot[row.key].rows  # type: ignore[index]
         if i < 4:
             rows = label_rows(row, worlds.read(row, PIVOT), good[row.key], Projection(MAP)).rows
@@ -153,18 +150,13 @@ def test_the_better_model_of_a_row_teaches_it() -> None:
 
 def test_rewards_say_who_teaches_a_row() -> None:
     rewards = {"pivot": {row.key: 0.0 for row in ROWS}, "s": {row.key: 1e5 * (-1) ** i for i, row in enumerate(ROWS)}}
-    data = dataset(ROWS, {"s": captured(ROWS)}, fusion=FusionSettings(function="reward_softmax"), rewards=rewards)
-    chosen = data.count_names.index("chosen/s")
-    assert [data[i]["counts"][chosen] for i in range(3)] == [1.0, 0.0, 1.0]
-
-
-def entries(ids: np.ndarray, logprobs: np.ndarray) -> dict[int, float]:
-    return {int(a): float(b) for a, b in zip(ids, logprobs, strict=True) if a >= 0}
+    data = dataset(ROWS, {"s": captured()}, fusion=FusionSettings(function="reward_softmax"), rewards=rewards)
+    assert [runs.counts_of(data, i)["chosen/s"] for i in range(3)] == [1.0, 0.0, 1.0]
 
 
 def test_the_better_model_of_a_label_teaches_it() -> None:
     """At token level every label has the row, of those there are, that gives it most."""
-    data = dataset(ROWS, {"s": captured(ROWS, sharpness=2.0)}, fusion=FusionSettings(level="token"))
+    data = dataset(ROWS, {"s": captured(sharpness=2.0)}, fusion=FusionSettings(level="token"))
     chosen = set()
     for i, row in enumerate(ROWS):
         tokens, example = worlds.read(row, PIVOT), data[i]
@@ -175,10 +167,8 @@ def test_the_better_model_of_a_label_teaches_it() -> None:
         best = nll.argmin(axis=0)
         chosen |= set(best.tolist())
         for j, side in enumerate(best):
-            rows = (own, other)[side].rows
-            assert entries(example["target_ids"][j], example["target_logprobs"][j]) == pytest.approx(
-                entries(rows.ids[j], rows.logprobs[j]), abs=1e-5
-            )
+            found = worlds.masses(TopK(example["target_ids"], example["target_logprobs"], example["target_tail"]), j)
+            assert found == pytest.approx(worlds.masses((own, other)[side].rows, j), rel=1e-5)
     assert chosen == {0, 1}
 
 
@@ -202,7 +192,7 @@ def test_metrics_are_their_definitions() -> None:
     row = ROWS[0]
     source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
     size = sum(len(message.content.encode()) for message in row.messages if message.role == "assistant")
-    assert metrics_of([source], "bits_per_byte") == [pytest.approx(worlds.bits(source, size))]
+    assert metrics_of([source], "bits_per_byte") == [pytest.approx(source.cross_entropy / math.log(2) / size)]
     assert metrics_of([source], "token_ce") == [pytest.approx(-np.mean(source.actual))]
 
 
@@ -234,12 +224,10 @@ def test_the_nll_of_a_label_outside_the_entries_is_a_bound() -> None:
 
 
 def test_a_batch_numbers_its_stretches_apart():
-    said = worlds.by_key([worlds.guessing(worlds.read(row, SOURCE), len(SOURCE)) for row in worlds.conversations(4)])
-    data = FusionDataset(
-        worlds.conversations(4),
-        sources={"s": said},
+    data = dataset(
+        ROWS[:4],
+        {"s": captured()},
         projections={"s": Projection(worlds.vocabulary_map("em"), "chunks")},
-        tokenizer=worlds.Reader(PIVOT),
         fusion=FusionSettings(include_pivot=False, metric="bits_per_byte"),
     )
     examples = [data[i] for i in range(4)]
@@ -250,20 +238,17 @@ def test_a_batch_numbers_its_stretches_apart():
 
 def test_the_pivot_is_judged_by_the_groups_of_its_labels():
     """A label outside the list counts as what the pivot gave it, not as the most that the list leaves to it."""
-    rows = worlds.conversations(6)
-    own = worlds.by_key([worlds.guessing(worlds.read(row, PIVOT), len(PIVOT), 3) for row in rows])
-    said = worlds.by_key([worlds.guessing(worlds.read(row, SOURCE), len(SOURCE), seed=1) for row in rows])
-    how = Projection(worlds.vocabulary_map(), "grouped", conditioning=True)
-    data = FusionDataset(rows, pivot=own, sources={"s": said}, projections={"s": how})
+    own, said = worlds.captured(ROWS, PIVOT, k=3), captured()
+    data = dataset(ROWS, {"s": said}, pivot=own, projections={"s": GROUPED})
     outside = 0
-    for i, row in enumerate(rows):
+    for i, row in enumerate(ROWS):
         mine = own[row.key]
         labels = mine.tokens.ids[mine.tokens.label_positions].tolist()
-        taught = label_rows(row, mine.tokens, said[row.key], how, mine).taught
+        taught = label_rows(row, mine.tokens, said[row.key], GROUPED, mine).taught
         losses = []
         for j, label in enumerate(labels):
-            listed = zip(mine.rows.ids[j].tolist(), mine.rows.logprobs[j].tolist(), strict=True)
-            mass = sum(math.exp(logprob) for id_, logprob in listed if how.groups[id_] == how.groups[label])
+            listed = worlds.masses(mine.rows, j)
+            mass = sum(p for id_, p in listed.items() if GROUPED.groups[id_] == GROUPED.groups[label])
             losses.append(-math.log(max(mass, math.exp(mine.actual[j]))))
             outside += mass == 0
         assert data[i]["cross_entropies"][0] == pytest.approx(np.mean(np.array(losses)[taught]))

@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from fusekit.cli import cli
 from fusekit.distillation.projections import Projection, label_nll, label_rows
 from fusekit.distillation.worth import FEWEST_LABELS, MOST_NATS, RATIO_LIMIT, TeacherWorth, measure
 from fusekit.errors import DistillationError
-from fusekit.types import CapturedRow
 from tests.distillation import worlds
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -27,11 +25,7 @@ PIVOT, SOURCE, MAP = worlds.PIVOT, worlds.SOURCE, worlds.vocabulary_map()
 ROWS = worlds.conversations(9)
 
 
-def captured(tokenizer: Any) -> dict[str, CapturedRow]:
-    return worlds.by_key([worlds.guessing(worlds.read(row, tokenizer), len(tokenizer), 4, 7) for row in ROWS])
-
-
-OWN, SAID = captured(PIVOT), captured(SOURCE)
+OWN, SAID = (worlds.captured(ROWS, tokenizer, seed=7) for tokenizer in (PIVOT, SOURCE))
 
 
 @pytest.mark.parametrize("tail", ["back_off", "listed_share"])

@@ -23,7 +23,7 @@ WORDS = np.array([*ENGLISH.split(), *OTHERS.split()])
 
 
 @functools.cache
-def tokenizer(size: int, eos: str = "<eos>") -> PreTrainedTokenizerFast:
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; another ``size`` cuts text differently."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=size < 400)
@@ -36,7 +36,7 @@ def tokenizer(size: int, eos: str = "<eos>") -> PreTrainedTokenizerFast:
     )
     rng = np.random.default_rng(size)
     backend.train_from_iterator([" ".join(rng.choice(WORDS, 40)) for _ in range(50)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=eos)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
 
 
 PIVOT, SOURCE = tokenizer(320), tokenizer(420)
@@ -49,12 +49,12 @@ def vocabulary_map(method: str = "prefix", pivot: Any = PIVOT, source: Any = SOU
     return build_vocabulary_map(pivot, source, method=method, pivot_roles=ROLES, source_roles=ROLES, cache=False)
 
 
-def conversations(count: int, seed: int = 0, words: int = 12) -> list[Row]:
+def conversations(count: int, seed: int = 0) -> list[Row]:
     """Questions and answers of random words; every third has two turns."""
     rng = np.random.default_rng(seed)
 
     def text() -> str:
-        return " ".join(rng.choice(WORDS, rng.integers(1, words)))
+        return " ".join(rng.choice(WORDS, rng.integers(1, 12)))
 
     rows = []
     for number in range(count):
@@ -105,11 +105,11 @@ class Reader:
         return read(row, self.tokenizer)
 
 
-def certain(tokens: TokenizedRow, dataset: str = "") -> CapturedRow:
+def certain(tokens: TokenizedRow) -> CapturedRow:
     """A model that knows the text: every row is its label."""
     labels = tokens.ids[tokens.label_positions]
     n = len(labels)
-    return CapturedRow(tokens, dataset, TopK(labels[:, None], np.zeros((n, 1)), np.zeros(n)), np.zeros(n), 0.0)
+    return CapturedRow(tokens, "", TopK(labels[:, None], np.zeros((n, 1)), np.zeros(n)), np.zeros(n), 0.0)
 
 
 def guessing(tokens: TokenizedRow, vocabulary: int, k: int = 4, seed: int = 0, sharpness: float = 1.0) -> CapturedRow:
@@ -127,11 +127,18 @@ def guessing(tokens: TokenizedRow, vocabulary: int, k: int = 4, seed: int = 0, s
     return CapturedRow(tokens, "", TopK(ids, top, tail), actual, float(-actual.sum()))
 
 
+def masses(rows: TopK, at: int) -> dict[int, float]:
+    """{id: probability} of the entries of one row."""
+    return {int(i): math.exp(p) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i >= 0}
+
+
+def captured(
+    rows: Sequence[Row], tokenizer: Any, k: int = 4, seed: int = 0, sharpness: float = 1.0
+) -> dict[str, CapturedRow]:
+    """What a model with random opinions says about rows, as a data set takes it."""
+    return by_key([guessing(read(row, tokenizer), len(tokenizer), k, seed, sharpness) for row in rows])
+
+
 def by_key(rows: Sequence[CapturedRow]) -> dict[str, CapturedRow]:
     """Rows as a data set takes them."""
     return {row.tokens.key: row for row in rows}
-
-
-def bits(captured: CapturedRow, content_bytes: int) -> float:
-    """Bits per byte by the definition."""
-    return captured.cross_entropy / math.log(2) / content_bytes

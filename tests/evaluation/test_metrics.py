@@ -30,6 +30,8 @@ from fusekit.recipe.loading import load_recipe
 from fusekit.settings import EvaluateSettings
 from fusekit.types import Cut, Message, Row
 from tests import reference
+from tests.generation.reference import greedy
+from tests.helpers import refused
 from tests.pipeline.conftest import finished, first  # noqa: F401
 from tests.pipeline.worlds import stamps
 
@@ -138,7 +140,7 @@ def test_the_end_of_plain_text_does_not_count_and_that_of_whole_text_is_learned(
 
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
     model, tokenizer = pivot
-    with pytest.raises(DataError, match="'add'"):
+    with refused(DataError, "'add'"):
         bits_per_byte(model, tokenizer, [row("57+68=", "")])
     assert exact_match(model, tokenizer, [row("57+68=", "")])["add"] == 0.0  # it answers
 
@@ -147,15 +149,14 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
     model, tokenizer = pivot
     long = row("12+34=" * 200, "46", "long")
     for metric in (bits_per_byte, exact_match):
-        with pytest.raises(DataError) as error:
+        with refused(DataError, "1 of 2", 512, "'long'", "'12+34=12+34="):
             metric(model, tokenizer, [row("57+68=", "125"), long], longest=512)
-        assert all(part in str(error.value) for part in ("1 of 2", "512", "'long'", "'12+34=12+34="))
     # A reply that would leave the context is stopped at its end.
     tokens = len(tokenizer.tokenize(row("57+68=", "125")))
     assert exact_match(model, tokenizer, [row("57+68=", "125")], longest=tokens)["add"] == 1.0
     folder = shutil.copytree(NUMBERS, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"never read")
-    with pytest.raises(DataError, match="512"):
+    with refused(DataError, 512):
         evaluate_model(ModelChoice(str(folder)), [long])
 
 
@@ -164,23 +165,14 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
 
 def test_exact_match_equals_row_by_row_generation(pivot):
     model, tokenizer = pivot
-    questions = ["57+68=", "11+12=", "90+9=", "25+25=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?"]
-    plain = []
-    for question in questions:
-        ids = tokenizer.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        out = model.generate(**ids, do_sample=False, max_new_tokens=40)[0, ids["input_ids"].shape[1] :]
-        plain.append(tokenizer.tokenizer.decode(out, skip_special_tokens=True).strip())
-    # Every reply is right when it is taken for the answer, in one batch and in many.
-    rows = [row(question, reply) for question, reply in zip(questions, plain, strict=True)]
+    plain = [slow_reply(model, tokenizer, question).strip() for question in asked(tokenizer, 40)]
+    right, longer, shorter = (
+        [row(question, change(reply)) for question, reply in zip(QUESTIONS, plain, strict=True)]
+        for change in (str, lambda reply: reply + "0", lambda reply: reply[:-1])
+    )
     for batch_tokens in (16384, 40):
-        assert exact_match(model, tokenizer, rows, batch_tokens=batch_tokens)["add"] == 1.0
-    wrong = [row(question, reply + "0") for question, reply in zip(questions, plain, strict=True)]
-    assert exact_match(model, tokenizer, wrong)["add"] == 0.0
-    # A prefix of the reply is not the reply.
-    shorter = [row(question, reply[:-1]) for question, reply in zip(questions, plain, strict=True) if len(reply) > 1]
-    assert exact_match(model, tokenizer, shorter)["add"] == 0.0
+        assert exact_match(model, tokenizer, right, batch_tokens=batch_tokens)["add"] == 1.0
+    assert exact_match(model, tokenizer, longer)["add"] == exact_match(model, tokenizer, shorter)["add"] == 0.0
 
 
 def test_rows_without_an_answer_are_refused(pivot):
@@ -204,13 +196,8 @@ def asked(reads: RowTokenizer, *longest: int) -> list[Question]:
 
 
 def slow_reply(model, reads: RowTokenizer, question: Question) -> str:
-    """One token after the other, each the most probable, without any cache."""
-    ids, ends = list(question.prompt), {*question.ends, *eos_ids(model)}
-    for _ in range(question.longest):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] in ends:
-            break
-    kept = [id_ for id_ in ids[len(question.prompt) :] if id_ not in ends]
+    ends = {*question.ends, *eos_ids(model)}
+    kept = [id_ for id_ in greedy(model, list(question.prompt), ends, question.longest) if id_ not in ends]
     return reads.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -341,11 +328,8 @@ def test_the_command_takes_folders_split_configuration_and_revision(hub, tmp_pat
 
 def test_command(tmp_path):
     data = tmp_path / "held_out.jsonl"
-    records = [
-        {"dataset": name, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for name, q, a in [("add", "57+68=", "125"), ("add", "25+25=", "50"), ("wrong", "11+12=", "24")]
-    ]
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = [("add", "57+68=", "125"), ("add", "25+25=", "50"), ("wrong", "11+12=", "24")]
+    data.write_text("".join(json.dumps({"dataset": name, **record(q, a)}) + "\n" for name, q, a in asked))
     out = tmp_path / "scores.json"
     both = ["--metrics", "bits_per_byte", "--metrics", "exact_match", "--json", str(out)]
     models = [NUMBERS, PIVOT]

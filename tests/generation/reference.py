@@ -15,6 +15,16 @@ import torch
 from fusekit.alignment import build_vocabulary_map, vocabulary_surfaces
 
 END = None
+QUESTIONS = ["57+68=", "Capital of Peru?", "def close(self):", "Weather in Oslo in May?", "Reverse: k b x q"]
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], ends: set[int], most: int) -> list[int]:
+    """The most probable tokens up to an end, every one by a pass over all that was written."""
+    written: list[int] = []
+    while len(written) < most and not ends & {*written[-1:]}:
+        written.append(int(model(torch.tensor([prompt + written])).logits[0, -1].argmax()))
+    return written
 
 
 @dataclass

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fusekit.cli.generate import generate
 from fusekit.data.reading import read_rows
 from fusekit.disk import output_lock
-from fusekit.errors import FusekitError, StorageError
+from fusekit.errors import FusekitError
 from fusekit.generation import Segment
 from fusekit.generation.ensemble import drain
 from fusekit.pipeline.run import run
@@ -24,6 +24,12 @@ MODELS = [str(DEMO / "models/pivot"), str(DEMO / "sources/neox")]
 
 def invoke(*arguments: str, **options):
     return CliRunner().invoke(generate, arguments, **options)
+
+
+def refusal(*arguments: str) -> str:
+    failed = invoke(*arguments)
+    assert isinstance(failed.exception, FusekitError)
+    return str(failed.exception)
 
 
 def test_prompts_of_a_file_as_json_and_in_colours(tmp_path):
@@ -66,9 +72,8 @@ def test_prompts_of_a_file_as_json_and_in_colours(tmp_path):
 def test_a_file_of_prompts_is_refused_with_its_line(tmp_path, content, named):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
-    done = invoke("missing-a", "missing-b", "--prompts", str(file))
-    assert isinstance(done.exception, FusekitError)
-    assert all(name in str(done.exception) for name in [str(file), *named])
+    said = refusal("missing-a", "missing-b", "--prompts", str(file))
+    assert all(name in said for name in [str(file), *named])
 
 
 @pytest.mark.parametrize(
@@ -85,14 +90,6 @@ def test_mistakes_are_found_before_a_model_is_loaded(options, named):
     assert isinstance(done.exception, (FusekitError, SystemExit))
     assert named in f"{done.output}{done.exception}"
     assert "two models" in invoke("missing", "--prompt", "x").output
-
-
-def test_help_needs_no_torch():
-    import subprocess
-    import sys
-
-    code = "import sys, fusekit.cli.generate; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_answers_in_a_file_are_examples_and_are_continued_where_they_end(tmp_path):
@@ -121,13 +118,9 @@ def test_answers_in_a_file_are_examples_and_are_continued_where_they_end(tmp_pat
         record = json.loads(line)
         assert row.messages[-1] == ("assistant", "".join(segment["text"] for segment in record["segments"]))
     for changed, named in ((["--seed", "1"], "seed"), (["--mode", "safe"], "unite"), (["--raw"], "line 1")):
-        failed = invoke(*MODELS, *common, *changed, "--out", str(cut))
-        assert isinstance(failed.exception, FusekitError)
-        assert named in str(failed.exception)
+        assert named in refusal(*MODELS, *common, *changed, "--out", str(cut))
     file.write_text('"1+1="')
-    failed = invoke(*MODELS, *common, "--out", str(cut))
-    assert isinstance(failed.exception, FusekitError)
-    assert "57+68=" in str(failed.exception)
+    assert "57+68=" in refusal(*MODELS, *common, "--out", str(cut))
 
 
 def test_an_ensemble_is_distilled(tmp_path):
@@ -165,9 +158,7 @@ def test_raw_answers_are_texts_and_end_before_a_stop(tmp_path):
 def test_one_process_at_a_time_writes_a_file(tmp_path):
     out = tmp_path / "answers.jsonl"
     with output_lock(out):
-        refused = invoke(*MODELS, "--prompt", "1+1=", "--out", str(out))
-    assert isinstance(refused.exception, StorageError)
-    assert str(out) in str(refused.exception)
+        assert str(out) in refusal(*MODELS, "--prompt", "1+1=", "--out", str(out))
     assert not out.exists()
 
 

@@ -17,10 +17,11 @@ from fusekit.generation.reader import Cursor, Reader, load_readers, unfinished
 from fusekit.generation.respond import Prompt
 from fusekit.types import Message
 from tests.generation import reference
+from tests.generation.reference import QUESTIONS
+from tests.helpers import refused
 
 DEMO = Path(__file__).parents[2] / "demo"
 FOLDERS = ("models/pivot", "sources/llama", "sources/neox", "sources/qwen")
-QUESTIONS = ["57+68=", "Capital of Peru?", "def close(self):", "Weather in Oslo in May?", "Reverse: k b x q"]
 EVERY_MODE = [("unite", {}), ("safe", {"threshold": 1.0}), ("cool", {}), ("cool", {"segment": "aligned"})]
 every_mode = pytest.mark.parametrize(("mode", "more"), EVERY_MODE, ids=["unite", "safe", "shortest", "aligned"])
 
@@ -314,12 +315,10 @@ USER = {"role": "user", "content": "a"}
         (["role"], {"prompts": [{"content": "a"}]}),
         (["512", "pivot"], {"prompts": "1+" * 400}),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_generated_is_refused(readers, named, how):
-    with pytest.raises(GenerationError) as error:
+    with refused(GenerationError, *named):
         generate(**({"models": chosen(readers, "pivot llama"), "prompts": "x"} | how))
-    assert all(name in str(error.value) for name in named)
 
 
 def test_a_model_without_a_template_continues_raw_text(readers):

@@ -23,20 +23,19 @@ def model() -> Any:
     return EnsembleLM("+".join(MODELS), mode="unite", max_new_tokens=8)
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_answers_of_a_task_are_those_of_generate(model: Any, chat: bool, tmp_path: Path) -> None:
-    import lm_eval
+@pytest.fixture
+def manager(tmp_path: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=["sums_written"],
-        task_manager=manager,
-        apply_chat_template=chat,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    return TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_of_a_task_are_those_of_generate(model: Any, manager: Any, chat: bool) -> None:
+    import lm_eval
+
+    how = {"task_manager": manager, "apply_chat_template": chat, "log_samples": True, "bootstrap_iters": 0}
+    found = lm_eval.simple_evaluate(model, tasks=["sums_written"], **how)
     answers = [sample["resps"][0][0] for sample in found["samples"]["sums_written"]]
     how = {"mode": "unite", "max_new_tokens": 16, "stop": ["\n"], "raw": not chat}
     assert answers == [answer.text for answer in generate(MODELS, [sum_ for sum_, _ in SUMS], **how)]
@@ -44,11 +43,9 @@ def test_answers_of_a_task_are_those_of_generate(model: Any, chat: bool, tmp_pat
     assert found["results"]["sums_written"]["exact_match,none"] == pytest.approx(sum(right) / len(right))
 
 
-def test_a_task_of_probabilities_is_refused(model: Any, tmp_path: Path) -> None:
+def test_a_task_of_probabilities_is_refused(model: Any, manager: Any) -> None:
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
     with pytest.raises(GenerationError, match="generate_until"):
         lm_eval.simple_evaluate(model, tasks=["sums"], task_manager=manager)
     with pytest.raises(GenerationError, match="gen_prefix"):

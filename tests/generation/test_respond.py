@@ -25,17 +25,10 @@ from fusekit.generation.respond import (
 )
 from fusekit.settings import Judge, RespondSettings
 from fusekit.types import FRAGMENT, Cut, Message, Row
+from tests.generation import reference
 
 DEMO = Path(__file__).parents[2] / "demo"
-TEXTS = [
-    "57+68=",
-    "Capital of Peru?",
-    "def close(self):",
-    "Weather in Oslo in May?",
-    "Reverse: k b x q",
-    "Draw from: b k",
-]
-QUESTIONS = [Question((Message("user", text),), "", ("x",)) for text in TEXTS]
+QUESTIONS = [Question((Message("user", text),), "", ("x",)) for text in (*reference.QUESTIONS, "Draw from: b k")]
 CPU = torch.device("cpu")
 
 
@@ -45,17 +38,12 @@ def loaded(folder: str) -> tuple[object, RowTokenizer]:
 
 
 def alone(model, reader: RowTokenizer, question: Question, most: int) -> tuple[str, str]:
-    """The greedy answer, every step a pass over all that was written; read back by the tokenizer itself."""
+    """The greedy answer, read back by the tokenizer itself."""
     prompt = prompt_of(reader, question.messages)
     ends = {*prompt.ends, reader.tokenizer.eos_token_id}
-    written: list[int] = []
-    while len(written) < most:
-        best = int(model(torch.tensor([prompt.ids + written])).logits[0, -1].argmax())
-        if best in ends:
-            break
-        written.append(best)
+    written = reference.greedy(model, prompt.ids, ends, most)
     text = reader.tokenizer.decode(written, skip_special_tokens=True)
-    return text.strip(), "length" if len(written) == most else "end"
+    return text.strip(), "end" if written[-1] in ends else "length"
 
 
 @pytest.mark.parametrize("folder", ["sources/llama", "sources/neox", "sources/qwen"])
