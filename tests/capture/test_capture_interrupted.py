@@ -1,13 +1,13 @@
 """Captures that are killed and stopped at every commit, in one process and in two, for real."""
 
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,9 @@ from fusekit.capturing.teacher import Teacher
 from fusekit.cli import cli
 from fusekit.devices import Processes
 from fusekit.settings import Selection
-from tests.capture.conftest import DEMO, demo_rows, write_rows
+from tests.capture.conftest import DEMO, demo_rows
 from tests.capture.store_processes import listing
-from tests.processes import Process, command, free_port, kill_at, ranks, run
+from tests.processes import free_port, fusekit, kill_at, ranks, run
 
 SPEC = StoreSpec(model="numbers", vocabulary=768, top_k=5, rows_per_shard=5)
 
@@ -73,8 +73,11 @@ class Bench:
         return [codes[child] for child in children]
 
 
-def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
-    """Kill one process at each file operation, run again, compare with the store of a run that nobody disturbed."""
+def _kill_at_every_event(folder: Path, world: int, stride: int, least: int) -> None:
+    """Kill one process at each file operation, run again, compare with the store of a run that nobody disturbed.
+
+    stride: between the operations that are tried, of which there are more than ``least``.
+    """
     bench = Bench(folder)
     expected_path = folder / "whole" / "out"
     counters = [folder / f"count{rank}" for rank in range(world)]
@@ -101,9 +104,7 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
             there = listing(out) if out.exists() else {}
             finished += there.keys() == expected.keys()
             # What is there under its final name is whole, before the next run touches anything.
-            assert all(
-                there[name] == content for name, content in expected.items() if name in there and "shard" in name
-            )
+            assert all(expected[name] == there[name] for name in expected.keys() & there if "shard" in name)
             recorded = [name for name in there if name.endswith(".parquet") and name[:-7] + "json" in there]
             kept = {name: (out / name).stat().st_ino for name in recorded}
             assert start(out, [-1] * world) == [0] * world, (rank, event)
@@ -113,25 +114,17 @@ def _kill_at_every_event(folder: Path, world: int, stride: int) -> None:
             leftovers = [p.name for p in out.parent.iterdir() if p.name not in ("out", ".out.fusekit.lock")]
             assert leftovers == [], (rank, event)
             shutil.rmtree(out.parent)
-    print(f"kills={kills} finished={finished}")
-    assert finished < kills
+    assert kills > max(finished, least)
 
 
 def test_sigkill_at_every_file_operation_of_one_process(tmp_path):
-    done = run(_kill_at_every_event, tmp_path, 1, 1, timeout=280)
+    done = run(_kill_at_every_event, tmp_path, 1, 1, 30, timeout=280)
     assert done.exitcode == 0, done.output
-    assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 30
 
 
 def test_sigkill_at_commits_of_either_of_two_processes(tmp_path, full):
-    done = run(_kill_at_every_event, tmp_path, 2, 1 if full else 5, timeout=280)
+    done = run(_kill_at_every_event, tmp_path, 2, 1 if full else 5, 10, timeout=280)
     assert done.exitcode == 0, done.output
-    assert int(re.findall(r"kills=(\d+)", done.output)[0]) > 10
-
-
-def signal_self_at_second_shard() -> None:
-    """Send the signal named in the environment to this process while the second shard is written."""
-    signal_self_at("shard-00001", signal.Signals[os.environ["FUSEKIT_TEST_SIGNAL"]])
 
 
 def signal_self_at(shard: str, number: signal.Signals) -> None:
@@ -146,13 +139,13 @@ def signal_self_at(shard: str, number: signal.Signals) -> None:
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_path, monkeypatch, number, status):
-    write_rows(tmp_path / "rows.jsonl", 20)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(
+    rows_file, tmp_path, monkeypatch, number, status
+):
     arguments = ("capture", str(DEMO / "numbers"), "rows.jsonl", "out", "--rows-per-shard", "5", "--max-length", "64")
-    stopped = Process(
-        command, tmp_path, (*arguments, "--overwrite"), {"FUSEKIT_TEST_SIGNAL": number}, signal_self_at_second_shard
-    ).wait()
+    before = partial(signal_self_at, "shard-00001", number)
+    stopped = fusekit(tmp_path, *arguments, "--overwrite", before=before)
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
     assert "out has 1 whole shard" in stopped.output
@@ -167,8 +160,7 @@ def test_a_signal_keeps_whole_shards_and_prints_the_command_that_goes_on(tmp_pat
     assert Store.open(tmp_path / "out", verify=True).complete
 
 
-def test_a_refusal_stops_every_process_and_is_said_once(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", 20)
+def test_a_refusal_stops_every_process_and_is_said_once(rows_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     children = ranks(tmp_path, 2, "capture", str(DEMO / "numbers"), "rows.jsonl", "out", "--max-length", "64")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -54,16 +55,18 @@ def shards(store: Path) -> dict[str, bytes]:
 
 
 def assert_is_that_of_one_process(out, machines):
-    store, alone = Store.open(out, verify=True), Store.open(machines[0] / "alone")
-    assert store.keys == alone.keys
-    assert shards(out) == shards(alone.path)
-    assert sorted(listing(out)) == sorted(listing(alone.path))
+    alone = machines[0] / "alone"
+    assert Store.open(out, verify=True).keys == Store.open(alone).keys
+    assert shards(out) == shards(alone)
+    assert listing(out).keys() == listing(alone).keys()
     assert not list(out.parent.glob(".out.rank*"))
 
 
 def test_a_rank_that_was_killed_is_run_again_alone(machines, tmp_path):
     (one, two), out = machines, tmp_path / "out"
-    killed = capturing(out, "--rank", "1", "--world", "2", machine=two, before=signal_self_at_fourth_shard)
+    # While this rank's second shard, number 3 of the store, is written.
+    fourth = partial(signal_self_at, "shard-00003", signal.SIGKILL)
+    killed = capturing(out, "--rank", "1", "--world", "2", machine=two, before=fourth)
     captured(out, "--rank", "0", "--world", "2", machine=one)
     assert killed.wait().exitcode == -signal.SIGKILL
     assert not Store.open(out, incomplete=True).complete
@@ -76,24 +79,18 @@ def test_a_rank_that_was_killed_is_run_again_alone(machines, tmp_path):
         assert {name: (out / name).stat().st_ino for name in before} == before
 
 
-def signal_self_at_fourth_shard() -> None:
-    """SIGKILL while this rank's second shard, number 3 of the store, is written."""
-    signal_self_at("shard-00003", signal.SIGKILL)
-
-
 def test_the_tasks_of_srun_complete_a_store(machines, tmp_path):
     out = tmp_path / "out"
     environments = [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3"} for rank in range(3)]
     tasks = [capturing(out, machine=machines[0], environment=environment) for environment in environments]
-    for task in tasks:
-        done = task.wait()
-        assert done.exitcode == 0, done.output
+    assert [task.wait().exitcode for task in tasks] == [0, 0, 0]
     assert_is_that_of_one_process(out, machines)
 
 
 def test_a_rank_and_a_plain_run_do_not_write_at_once(machines, tmp_path):
     out, machine = tmp_path / "out", machines[0]
-    rank = capturing(out, "--rank", "1", "--world", "2", machine=machine, before=stop_at_second_shard)
+    stop = partial(signal_self_at, "shard-00003", signal.SIGSTOP)
+    rank = capturing(out, "--rank", "1", "--world", "2", machine=machine, before=stop)
     try:
         wait_until(lambda: is_stopped(rank.pid))
         for options in ((), ("--rank", "1", "--world", "2"), ("--rank", "1", "--world", "3")):
@@ -107,10 +104,6 @@ def test_a_rank_and_a_plain_run_do_not_write_at_once(machines, tmp_path):
     Store.open(out, verify=True)
     assert shards(out) == shards(machines[0] / "alone")
     assert list(tmp_path.glob(".out.rank*")) == []  # the lock of the rank that was killed
-
-
-def stop_at_second_shard() -> None:
-    signal_self_at("shard-00003", signal.SIGSTOP)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +142,8 @@ def test_one_capture_runs_for_several_ranks_with_one_model(machines, tmp_path, m
     assert len(store) == 20
 
 
-def test_the_script_of_the_slurm_array(tmp_path):
+def test_the_script_of_the_slurm_array(rows_file, tmp_path):
     """Slurm's part is to start the script with SLURM_ARRAY_TASK_ID set; task 0 is lost at first."""
-    write_rows(tmp_path / "rows.jsonl", 20)
     (tmp_path / "bin").mkdir()
     named = tmp_path / "bin" / "fusekit"
     named.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')  # what the script calls is run below, without the imports
