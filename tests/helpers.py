@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,10 @@ def refused(kind: type[Exception], *named: object) -> Iterator[None]:
     assert [name for name in named if str(name) not in str(error.value)] == [], str(error.value)
 
 
-@cache
-def _config_class() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig
-
-
 def tiny_config(*, tie: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A LlamaConfig with hidden size 16 and 2 layers; ``changes`` override its fields."""
+    from transformers import LlamaConfig
+
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY_ROWS,
         "hidden_size": 16,
@@ -47,7 +41,7 @@ def tiny_config(*, tie: bool = False, dtype: torch.dtype = torch.float32, **chan
         "eos_token_id": 2,
         "dtype": dtype,
     }
-    return _config_class()(**(fields | changes))
+    return LlamaConfig(**(fields | changes))
 
 
 def save_tiny_tokenizer(path: Path) -> None:

@@ -73,6 +73,12 @@ def sce_deltas(
     return merged, eta
 
 
+def added(base: torch.Tensor, merged: Sequence[float]) -> torch.Tensor:
+    """The base plus a merged fusion vector."""
+    result = [t + d for t, d in zip(flat(base), merged, strict=True)]
+    return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
+
+
 def sce(
     base: torch.Tensor,
     targets: Sequence[torch.Tensor],
@@ -81,29 +87,26 @@ def sce(
     weights: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, list]:
     merged, eta = sce_deltas(fusion_vectors(base, targets), tau, variant, weights)
-    result = [t + d for t, d in zip(flat(base), merged, strict=True)]
-    return torch.tensor(result, dtype=torch.float64).reshape(base.shape), eta
+    return added(base, merged), eta
 
 
 def varm(base: torch.Tensor, targets: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
     deltas = fusion_vectors(base, targets)
     weights = coefficients(deltas) if weights is None else weights
-    result = [
-        t + math.fsum(w * delta[i] for w, delta in zip(weights, deltas, strict=True)) for i, t in enumerate(flat(base))
-    ]
-    return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
+    columns = zip(*deltas, strict=True)
+    return added(base, [math.fsum(w * d for w, d in zip(weights, column, strict=True)) for column in columns])
 
 
 def varm_element(
     base: torch.Tensor, targets: Sequence[torch.Tensor], factors: Sequence[float] | None = None
 ) -> torch.Tensor:
-    deltas = fusion_vectors(base, targets)
-    factors = factors or [1.0] * len(deltas)
-    result = []
-    for i, t in enumerate(flat(base)):
-        weights = shares([delta[i] ** 2 for delta in deltas])
-        result.append(t + math.fsum(f * w * delta[i] for f, w, delta in zip(factors, weights, deltas, strict=True)))
-    return torch.tensor(result, dtype=torch.float64).reshape(base.shape)
+    merged = []
+    for column in zip(*fusion_vectors(base, targets), strict=True):
+        weights = shares([d**2 for d in column])
+        merged.append(
+            math.fsum(f * w * d for f, w, d in zip(factors or [1.0] * len(column), weights, column, strict=True))
+        )
+    return added(base, merged)
 
 
 def unit_coefficients(units: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor]]], aggregation: str) -> list[float]:

@@ -33,11 +33,12 @@ from tests.processes import program
 ROOT = Path(__file__).parents[1]
 PIVOT, NEOX = str(ROOT / "demo/models/pivot"), str(ROOT / "demo/sources/neox")
 RECORDS = [json.loads(line) for line in (ROOT / "demo/rows/train.jsonl").read_text().splitlines()[:24]]
-QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+TRAINING: dict[str, Any] = {"loss": "kl", "lm_weight": 0.5, "learning_rate": 1e-3, "disable_tqdm": True}
+TRAINING |= {"save_strategy": "no", "logging_steps": 1}
 
 
 def config(out: Path, **fields: Any) -> FusionConfig:
-    return FusionConfig(str(out), **{"loss": "kl", "lm_weight": 0.5, "learning_rate": 1e-3, **QUIET, **fields})
+    return FusionConfig(str(out), **{**TRAINING, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +52,11 @@ def losses(log: list[dict[str, float]]) -> list[tuple[float, float, float]]:
 
 @pytest.mark.slow
 def test_the_trainer_has_the_loss_of_the_command(teacher: Store, tmp_path: Path) -> None:
-    args = config(tmp_path / "out", max_steps=4, per_device_train_batch_size=4, lr_scheduler_type="constant")
+    fields = {"max_steps": 4, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    args = config(tmp_path / "out", **fields)
     trainer = FusionTrainer(PIVOT, args, datasets.Dataset.from_list(RECORDS), teachers={"neox": teacher.path})
     trainer.train()
-    training = {
-        "loss": "kl",
-        "lm_weight": 0.5,
-        "learning_rate": 1e-3,
-        "batch_size": 4,
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "seed": args.seed,
-        **QUIET,
-    }
+    training = TRAINING | fields | {"batch_size": 4, "warmup_steps": 0, "seed": args.seed}
     own = tmp_path / "out" / "captures" / "pivot"
     inputs = Inputs(ModelChoice(PIVOT), list(rows_of(RECORDS)), own, {"neox": Source(teacher.path)})
     (folder,) = distill(inputs, DistillSettings.of("fusekit", {"training": training}), tmp_path / "command")

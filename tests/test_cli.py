@@ -1,4 +1,4 @@
-"""The command line: the shipped recipes, `fusekit ls`, `cp`, `doctor` and `verify`, and options made from settings."""
+"""The command line: the shipped recipes, `fusekit ls`, `cp`, `doctor`, and options made from settings."""
 
 import json
 import os
@@ -14,12 +14,10 @@ import yaml
 from click.testing import CliRunner
 from pydantic import BaseModel, Field
 
-from fusekit import artifacts
 from fusekit.cli import COMMANDS, cli, main
 from fusekit.cli.common import given, options_of
 from fusekit.errors import RecipeError
 from fusekit.recipe import load_recipe, shipped
-from tests.capture.store_processes import write
 from tests.processes import fusekit
 
 RECIPES = shipped.recipes()
@@ -145,19 +143,6 @@ def test_help_and_completion_do_not_import_the_commands():
     assert all(f"  {name} " in done.stdout for name in COMMANDS), done.stderr
     assert done.stdout.split()[-2:] == ["plain,validate", "plain,verify"], done.stderr
     assert done.returncode == 0, done.stderr
-
-
-def test_stages_and_stores_are_verified_alike(tmp_path):
-    artifacts.publish(tmp_path / "data", "data", {}, lambda into: (into / "rows.jsonl").write_text("{}\n"))
-    write(tmp_path / "captures" / "pivot")
-    said = invoke("verify", str(tmp_path))
-    assert said.exit_code == 0
-    assert f"{tmp_path}/data: 1 file of the stage 'data', all as committed" in said.output
-    assert f"{tmp_path}/captures/pivot: " in said.output
-    (tmp_path / "data" / "rows.jsonl").write_text("[]\n")
-    said = invoke("verify", str(tmp_path))
-    assert said.exit_code == 1
-    assert f"{tmp_path}/data/rows.jsonl: its content is not what was written" in said.output
 
 
 def test_names_that_are_no_utf8_are_printed(tmp_path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import pydoc
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,33 +32,21 @@ every_page = pytest.mark.parametrize("page", [*PAGES, *READMES], ids=name_of)
 # ---------------------------------------------------------------- links and names
 
 
-@every_page
-def test_links_lead_to_files(page):
-    text = page.read_text()
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"```\{literalinclude\} (\S+)", text)
-    local = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
-    missing = [link for link in local if not (page.parent / link).exists()]
-    assert not missing
-
-
-@every_page
-def test_paths_in_the_text_exist(page):
-    spans = re.findall(r"`([^`\s]+)`", page.read_text())
-    paths = [span for span in spans if re.match(r"(docs|demo|recipes|benchmarks|tests|fusekit)/[^\s{}<>*]+$", span)]
-    missing = [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
-    assert not missing
-
-
 @functools.cache
 def names_of_tests() -> frozenset[str]:
-    """Every test function under tests/, those in classes too."""
     text = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     return frozenset(re.findall(r"^ *def (test_\w+)", text, flags=re.MULTILINE))
 
 
 @every_page
-def test_named_tests_exist(page):
-    assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= names_of_tests()
+def test_links_paths_and_named_tests_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"```\{literalinclude\} (\S+)", text)
+    local = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:docs|demo|recipes|benchmarks|tests|fusekit)/[^`\s{}<>*]+)`", text)
+    assert [path for path in paths if not (ROOT / path.partition("::")[0]).exists()] == []
+    assert set(re.findall(r"`(test_\w+)`", text)) <= names_of_tests()
 
 
 def test_every_fault_has_a_test():
@@ -158,13 +145,8 @@ def test_commands_and_options_exist(page):
 # ---------------------------------------------------------------- examples
 
 
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", DOCS / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(DOCS / "examples" / f"{name}.py"))
 
 
 @pytest.fixture
@@ -209,9 +191,6 @@ def test_a_loss_of_ones_own(restored):
     tails = [1 - x.gather(1, listed).sum(1) for x in (p, q)]
     by_hand = (p - q).gather(1, listed).square().sum() + (tails[0] - tails[1]).square().sum()
     torch.testing.assert_close(distance(student, teacher), by_hand)
-    same = student.clone().requires_grad_()
-    distance(same, student).backward()
-    torch.testing.assert_close(same.grad, torch.zeros_like(same), atol=1e-12, rtol=0)
 
 
 def test_a_fusion_function_of_ones_own(restored):
@@ -221,14 +200,14 @@ def test_a_fusion_function_of_ones_own(restored):
     from fusekit.distillation.fusion import Candidate
     from fusekit.distillation.settings import FusionSettings
 
-    example = load_example("own_fusion")
+    soft_min_ce = load_example("own_fusion")["soft_min_ce"]
     assert FusionSettings(function="soft_min_ce").function == "soft_min_ce"
 
     def candidate(name: str, id_: int, cross_entropy: float) -> Candidate:
         rows = TopK(np.array([[id_]]), np.log([[0.75]]), np.array([0.25]))
         return Candidate(name, rows, np.array([True]), cross_entropy)
 
-    fused = example.soft_min_ce([candidate("pivot", 1, 2.0), candidate("source", 2, 1.9)])
+    fused = soft_min_ce([candidate("pivot", 1, 2.0), candidate("source", 2, 1.9)])
     share = 1 / (1 + np.exp(-1.0))  # of the source: the difference is one width
     np.testing.assert_allclose(fused.weights, [[1 - share, share]])
     np.testing.assert_allclose(np.exp(fused.rows.logprobs), [[0.75 * share, 0.75 * (1 - share)]])
@@ -260,7 +239,7 @@ def test_a_merge_method_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_the_parts_of_a_run(tmp_path, capsys):
-    (target,) = load_example("pieces").main(tmp_path, limit=8)
+    (target,) = load_example("pieces")["main"](tmp_path, limit=8)
     assert (target / "model.safetensors").is_file()
     assert target.name == "neox"
     assert "labels" in capsys.readouterr().out

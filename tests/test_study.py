@@ -26,7 +26,7 @@ README = Path(tables.__file__).parent / "README.md"
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_recipe_of_an_arm_loads_and_makes_the_targets_that_are_merged(arm, monkeypatch):
+def test_a_recipe_of_an_arm_loads_and_makes_the_targets_that_are_merged(arm):
     recipe = recipe_of(arm, ("distill.num_train_epochs=1",), seed=5)
     names = [source.label for source in recipe.sources]
     targets = targets_of(recipe.settings, names, Path("out"))

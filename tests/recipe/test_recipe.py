@@ -84,6 +84,7 @@ def test_a_path_alone_is_a_model_or_data(write, data):
     short = {"pivot": "org/pivot", "sources": ["org/first", {"model": "org/second"}], "data": data}
     recipe = load_recipe(write(yaml.safe_dump(short)), ["sources.0.chat_template=pivot"])
     assert recipe == load_recipe(write(SMALL), [f"data.path={data}", "sources.0.chat_template=pivot"])
+    assert [source.chat_template for source in recipe.sources] == ["pivot", "own"]
     assert load_recipe(write(SMALL), ["pivot=org/other"]).pivot.model == "org/other"
     assert jsonschema.Draft202012Validator(schema()).is_valid(short)
 
@@ -315,13 +316,6 @@ def test_a_model_that_is_missing_is_no_mistake_once_it_has_served(write, tmp_pat
 
 
 # Overrides and includes
-
-
-def test_overrides_reach_into_lists_and_are_yaml(write):
-    recipe = load_recipe(write(SMALL), ["sources.1.name=other", "capture.top_k=3", "distill.lora={r: 8}"])
-    assert recipe.sources[1].label == "other"
-    assert recipe.capture.top_k == 3
-    assert recipe.distill.lora == {"r": 8}
 
 
 def test_a_section_that_only_overrides_give_is_blamed_on_them(write):
