@@ -132,9 +132,9 @@ def tokenize(text: str, tokenizer: Any) -> TokenizedText:
     surfaces = tokenizer if isinstance(tokenizer, Surfaces) else vocabulary_surfaces(tokenizer)
     data = encoded(text)
     if surfaces.drops_space and text:
-        return _by_offsets(text, data, *surfaces.view.encode_with_offsets(text), surfaces)
-    ids = surfaces.view.encode(text) if text else []
-    return _ends_of(ids, text, surfaces, lambda: surfaces.view.encode_with_offsets(text)[1])
+        return _by_offsets(text, data, *surfaces.encode_with_offsets(text), surfaces)
+    ids = surfaces.encode(text) if text else []
+    return _ends_of(ids, text, surfaces, lambda: surfaces.encode_with_offsets(text)[1])
 
 
 def encoded(text: str) -> bytes:
@@ -162,7 +162,7 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
             return TokenizedText.of(ids, highs, lows)
     if surfaces.form is Form.BYTE_LEVEL:
         # Its offsets may be trimmed of spaces by the post-processor, so they cannot be used instead.
-        steps = ", ".join(sorted(surfaces.view.types("normalizer"))) or "none"
+        steps = ", ".join(sorted(surfaces.types("normalizer"))) or "none"
         raise AlignmentError(
             f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
             f"({steps}) changes the text in a way that cannot be undone"
@@ -178,7 +178,7 @@ def _carried_back(ids: list[int], text: str, surfaces: Surfaces, find: _Find) ->
     ends = find(ids, text.encode(), surfaces)
     if ends is not None:
         return ends, ends
-    image = _normalized(text, surfaces.view.normalize) if surfaces.view.normalizes else None
+    image = _normalized(text, surfaces.normalize) if surfaces.normalizes else None
     ends = find(ids, image.normalized, surfaces) if image is not None else None
     return None if image is None or ends is None else image.back(ends)
 
@@ -205,7 +205,7 @@ def _spelled(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None
 
 def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
     """Ends by matching each surface in turn, or None at the first that does not match."""
-    added, prepends = surfaces.view.added_tokens, surfaces.view.prepends
+    added, prepends = surfaces.added_tokens, surfaces.prepends
     ends = np.empty(len(ids), np.int64)
     position, fresh = 0, True  # fresh: at the start of a stretch, where a dummy space may stand
     for i, id_ in enumerate(ids):
@@ -229,7 +229,7 @@ def _walk(ids: list[int], data: bytes, surfaces: Surfaces) -> IntArray | None:
 
 def _match(surface: bytes, data: bytes, position: int, surfaces: Surfaces, fresh: bool) -> int | None:
     """Bytes of ``data`` at ``position`` that are the surface, None where they are not."""
-    if fresh and surfaces.view.prepends and surface.startswith(_SPACE):  # also before a space of the text's own
+    if fresh and surfaces.prepends and surface.startswith(_SPACE):  # also before a space of the text's own
         return 0 if surface == _SPACE else _match(surface[1:], data, position, surfaces, False)
     if surface and data.startswith(surface, position):
         return len(surface)
@@ -266,9 +266,9 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
     stops = reached[last]
     resumes = np.append(np.maximum(spans[first[1:], 0], stops[:-1]), len(text))
     lows, highs = place[stops], place[resumes]
-    if surfaces.view.normalizes and not text.isascii():
+    if surfaces.normalizes and not text.isascii():
         for i, stop in enumerate(stops.tolist()):
-            end = _composed_until(text, stop, surfaces.view.normalize)
+            end = _composed_until(text, stop, surfaces.normalize)
             if end > stop:  # what the boundary falls before is part of this token
                 highs[i] = max(highs[i], place[end])
                 lows[i] = place[end] if end <= resumes[i] else highs[i] + 1
@@ -336,7 +336,7 @@ def marked_ends(
     interval. offsets: gives the character spans ``[n, 2]`` of ``ids`` in ``text``; called only where spelling fails.
     Raises AlignmentError: the ends cannot be known; names the tokenizer and the reason.
     """
-    data, added, spans = text.encode(), surfaces.view.added_tokens, cache(offsets)
+    data, added, spans = text.encode(), surfaces.added_tokens, cache(offsets)
     if b"".join([surfaces.of[id_] for id_ in ids]) == data:
         ends = np.cumsum(surfaces.lengths[ids])
         return TokenizedText.of(ids, ends, ends)

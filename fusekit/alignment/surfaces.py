@@ -15,7 +15,6 @@ import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -35,79 +34,6 @@ _DUMMY_SPACES = (" ", METASPACE)
 # Pre-tokenizers after which white space is in no token at all.
 _DROP_SPACE = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"}
 _COMPONENTS = ("normalizer", "pre_tokenizer", "decoder")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizerView:
-    """A tokenizer as the alignment sees it.
-
-    Attributes:
-        name: how errors call it.
-        tokenizer: what the user passed.
-        backend: the ``tokenizers.Tokenizer`` behind it.
-        states: serialised normaliser, pre-tokenizer and decoder, by name; None for one that it does not have.
-    """
-
-    name: str
-    tokenizer: Any
-    backend: Tokenizer
-    states: dict[str, bytes | None]
-
-    @cached_property
-    def parts(self) -> dict[str, list[dict[str, Any]]]:
-        """The steps of ``normalizer``, ``pre_tokenizer`` and ``decoder``, ``{"type": ...}`` each, in order."""
-        return {name: list(_leaves(json.loads(state))) if state else [] for name, state in self.states.items()}
-
-    def types(self, component: str) -> set[str]:
-        """The names of the steps of a component, for example ``{"NFKC"}``."""
-        return {part["type"] for part in self.parts[component]}
-
-    @cached_property
-    def added_tokens(self) -> dict[int, AddedToken]:
-        """Added and special tokens by id."""
-        return dict(self.backend.get_added_tokens_decoder())
-
-    @cached_property
-    def prepends(self) -> bool:
-        """Whether the normaliser puts a space in front of every stretch of text: a dummy space, not a change of it."""
-        return any(map(_is_dummy_space, self.parts["normalizer"]))
-
-    @cached_property
-    def normalizes(self) -> bool:
-        """Whether the normaliser can change a text, apart from a dummy space."""
-        return not all(map(_is_dummy_space, self.parts["normalizer"]))
-
-    def normalize(self, text: str) -> str:
-        """The text as the normaliser changes it, without a dummy space."""
-        normalized = str(self._normalizer.normalize_str(text))
-        return normalized[1:] if self.prepends and normalized.startswith(_DUMMY_SPACES) else normalized
-
-    @cached_property
-    def _normalizer(self) -> Any:
-        return self.backend.normalizer  # the backend makes a new object at every access
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, no special tokens added."""
-        return self.encode_many([text])[0]
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """:meth:`encode` of many short texts at once."""
-        with _unlimited(self.tokenizer, self.backend):
-            return [list(e.ids) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], IntArray]:
-        """Token ids and their character spans ``[n, 2]`` in ``text``."""
-        with _unlimited(self.tokenizer, self.backend):
-            encoding = self.backend.encode(text, add_special_tokens=False)
-        return list(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
-
-    @cached_property
-    def roles(self) -> dict[str, int]:
-        """Ids of the special tokens by role (see :data:`ROLES`), as far as the tokenizer tells them."""
-        found = {role: getattr(self.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos")}
-        end = _end_of_turn(self.tokenizer)
-        found["end_of_turn"] = found["eos"] if end is None else end
-        return {role: int(id_) for role, id_ in found.items() if id_ is not None}
 
 
 def _is_dummy_space(part: dict[str, Any]) -> bool:
@@ -140,6 +66,13 @@ def _unlimited(tokenizer: Any, backend: Tokenizer) -> Iterator[None]:
             backend.enable_truncation(**truncation)
         if padding is not None:
             backend.enable_padding(**padding)
+
+
+def _roles(tokenizer: Any) -> dict[str, int]:
+    found = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos")}
+    end = _end_of_turn(tokenizer)
+    found["end_of_turn"] = found["eos"] if end is None else end
+    return {role: int(id_) for role, id_ in found.items() if id_ is not None}
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
@@ -177,35 +110,129 @@ class Form(IntEnum):
     PLAIN = 3
 
 
-@dataclass(frozen=True, eq=False)
 class Surfaces:
-    """Surfaces of a vocabulary, indexed by id.
+    """A tokenizer as the alignment sees it, with the surfaces of its vocabulary, indexed by id.
 
     Attributes:
-        view: the tokenizer.
+        name: how errors call it.
+        tokenizer: what the user passed.
+        backend: the ``tokenizers.Tokenizer`` behind it.
+        parts: the steps of ``normalizer``, ``pre_tokenizer`` and ``decoder``, ``{"type": ...}`` each, in order.
         form: how its token strings are written.
         drops_space: whether white space of a text can be in no token at all (WordPiece).
+        prepends: whether the normaliser puts a space in front of every stretch of text: a dummy space, not a change.
+        normalizes: whether the normaliser can change a text, apart from a dummy space.
+        added_tokens: added and special tokens by id.
+        roles: ids of the special tokens by role (see :data:`ROLES`), as far as the tokenizer tells them.
         of: list of V entries, the surface of each id (empty for holes).
         lengths: int64 [V], bytes of each surface.
         kinds: uint8 [V], a :class:`Kind` each.
         strings: list of V token strings as the vocabulary writes them.
     """
 
-    view: TokenizerView
-    form: Form
-    drops_space: bool
-    of: list[bytes]
-    lengths: IntArray
-    kinds: npt.NDArray[np.uint8]
-    strings: list[str] = field(repr=False)
+    def __init__(self, name: str, tokenizer: Any, backend: Tokenizer, parts: dict[str, list[dict[str, Any]]]) -> None:
+        self.name, self.tokenizer, self.backend, self.parts = name, tokenizer, backend, parts
+        self.form = self._form()
+        self.drops_space = self.form in (Form.WORDPIECE, Form.PLAIN) and bool(self.types("pre_tokenizer") & _DROP_SPACE)
+        dummies = list(map(_is_dummy_space, parts["normalizer"]))
+        self.prepends, self.normalizes = any(dummies), not all(dummies)
+        self.added_tokens: dict[int, AddedToken] = dict(backend.get_added_tokens_decoder())
+        self.roles = _roles(tokenizer)
+        surface_of, unknown = self._surface_of(), _unknown_id(backend)
+        byte_fallback = "ByteFallback" in self.types("decoder") or bool(getattr(backend.model, "byte_fallback", False))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        size = max(vocabulary.values()) + 1
+        self.of, self.strings, self.kinds = [b""] * size, [""] * size, np.zeros(size, np.uint8)
+        for string, id_ in vocabulary.items():
+            byte, added = _BYTE_TOKEN.fullmatch(string) if byte_fallback else None, self.added_tokens.get(id_)
+            if byte:  # also where it is an added token: a text rarely spells one out, and ends.py asks whether it does
+                kind, surface = Kind.BYTE, bytes([int(byte[1], 16)])
+            elif added is not None:  # it is looked for in the text as it is: it stands for its own characters
+                kind, surface = Kind.SPECIAL if added.special else Kind.ADDED, added.content.encode()
+            else:
+                kind, surface = Kind.ORDINARY, string.encode() if id_ == unknown else surface_of(string)
+            self.strings[id_], self.kinds[id_], self.of[id_] = string, kind, surface
+        if unknown is not None:
+            self.kinds[unknown] = Kind.UNKNOWN
+        # A token with a role, and padding, is special even where the tokenizer forgot to mark it.
+        self.kinds[list(self.roles.values())] = Kind.SPECIAL
+        padding = getattr(tokenizer, "pad_token_id", None)
+        if padding is not None and padding < size and padding != unknown:
+            self.kinds[padding] = Kind.SPECIAL
+        self.lengths: IntArray = np.fromiter(map(len, self.of), np.int64, size)
 
     def __len__(self) -> int:
         return len(self.of)
 
-    @property
-    def name(self) -> str:
-        """How errors call the tokenizer."""
-        return self.view.name
+    def types(self, component: str) -> set[str]:
+        """The names of the steps of a component, for example ``{"NFKC"}``."""
+        return {part["type"] for part in self.parts[component]}
+
+    def _form(self) -> Form:
+        decoder, pre, model = self.types("decoder"), self.types("pre_tokenizer"), self.backend.model
+        wordpiece = isinstance(model, models.WordPiece)
+        unreadable = decoder & ({"CTC", "BPEDecoder"} if wordpiece else {"CTC", "BPEDecoder", "WordPiece"})
+        if suffix := getattr(model, "end_of_word_suffix", None):
+            unreadable |= {f"end-of-word suffix {suffix!r}"}
+        if not wordpiece and (prefix := getattr(model, "continuing_subword_prefix", None)):
+            unreadable |= {f"prefix {prefix!r} of continuing pieces"}
+        if unreadable:
+            raise AlignmentError(
+                f"{self.name} cannot be aligned exactly: its tokens do not stand for fixed bytes with "
+                f"{', '.join(sorted(unreadable))} and the model {type(model).__name__}"
+            )
+        if "ByteLevel" in decoder or (not decoder and "ByteLevel" in pre):
+            return Form.BYTE_LEVEL
+        if wordpiece:
+            return Form.WORDPIECE
+        replaced = {
+            part.get("pattern", {}).get("String") for part in self.parts["decoder"] if part["type"] == "Replace"
+        }
+        return Form.METASPACE if "Metaspace" in decoder | pre or METASPACE in replaced else Form.PLAIN
+
+    def _surface_of(self) -> Callable[[str], bytes]:
+        """What gives the bytes of an ordinary entry of the vocabulary, told its string."""
+        if self.form is Form.BYTE_LEVEL:
+            return _byte_level_surface
+        if self.form is Form.WORDPIECE:
+            return functools.partial(_wordpiece_surface, prefix=self.backend.model.continuing_subword_prefix)
+        replaced = []
+        for part in self.parts["decoder"] + self.parts["pre_tokenizer"]:
+            if part["type"] == "Metaspace":
+                replaced.append((part["replacement"], " "))
+            elif part["type"] == "Replace" and "String" in part["pattern"]:
+                replaced.append((part["pattern"]["String"], part["content"]))
+
+        def surface(string: str) -> bytes:
+            for old, new in replaced:
+                string = string.replace(old, new)
+            return string.encode()
+
+        return surface
+
+    def normalize(self, text: str) -> str:
+        """The text as the normaliser changes it, without a dummy space."""
+        normalized = str(self._normalizer.normalize_str(text))
+        return normalized[1:] if self.prepends and normalized.startswith(_DUMMY_SPACES) else normalized
+
+    @cached_property
+    def _normalizer(self) -> Any:
+        return self.backend.normalizer  # the backend makes a new object at every access
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, no special tokens added."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """:meth:`encode` of many short texts at once."""
+        with _unlimited(self.tokenizer, self.backend):
+            return [list(e.ids) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], IntArray]:
+        """Token ids and their character spans ``[n, 2]`` in ``text``."""
+        with _unlimited(self.tokenizer, self.backend):
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     @cached_property
     def flat(self) -> tuple[npt.NDArray[np.uint8], IntArray]:
@@ -243,7 +270,7 @@ class Surfaces:
     def _emitted(self, surface: bytes, ids: list[int]) -> int:
         """Which of ``ids``, which all have this surface, stands for it in a text."""
         text = decoded(surface)
-        encoded = [] if text is None else self.view.encode(text)
+        encoded = [] if text is None else self.encode(text)
         if encoded and encoded[-1] in ids:
             return encoded[-1]
         # A string with a space is in a form that such a pre-tokenizer never produces.
@@ -276,11 +303,11 @@ class Surfaces:
         digest = hashlib.sha256(b"fusekit surfaces 1")
         for surface, kind in zip(self.of, self.kinds.tolist(), strict=True):
             digest.update(struct.pack("<IB", len(surface), kind) + surface)
-        state = json.loads(self.view.backend.to_str())
+        state = json.loads(self.backend.to_str())
         for name in ("vocab", "merges"):
             digest.update(json.dumps(state["model"].pop(name, None)).encode())
         told = {name: state[name] for name in ("added_tokens", "model", *_COMPONENTS)}
-        told |= {"roles": sorted(self.view.roles.items()), "form": int(self.form)}
+        told |= {"roles": sorted(self.roles.items()), "form": int(self.form)}
         digest.update(json.dumps(told, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -321,48 +348,6 @@ def _wordpiece_surface(string: str, prefix: str) -> bytes:
     return string.encode() if alone else b" " + string.encode()
 
 
-def _form(view: TokenizerView) -> Form:
-    decoder, pre, model = view.types("decoder"), view.types("pre_tokenizer"), view.backend.model
-    wordpiece = isinstance(model, models.WordPiece)
-    unreadable = decoder & ({"CTC", "BPEDecoder"} if wordpiece else {"CTC", "BPEDecoder", "WordPiece"})
-    if suffix := getattr(model, "end_of_word_suffix", None):
-        unreadable |= {f"end-of-word suffix {suffix!r}"}
-    if not wordpiece and (prefix := getattr(model, "continuing_subword_prefix", None)):
-        unreadable |= {f"prefix {prefix!r} of continuing pieces"}
-    if unreadable:
-        raise AlignmentError(
-            f"{view.name} cannot be aligned exactly: its tokens do not stand for fixed bytes with "
-            f"{', '.join(sorted(unreadable))} and the model {type(model).__name__}"
-        )
-    if "ByteLevel" in decoder or (not decoder and "ByteLevel" in pre):
-        return Form.BYTE_LEVEL
-    if wordpiece:
-        return Form.WORDPIECE
-    replaced = {part.get("pattern", {}).get("String") for part in view.parts["decoder"] if part["type"] == "Replace"}
-    return Form.METASPACE if "Metaspace" in decoder | pre or METASPACE in replaced else Form.PLAIN
-
-
-def _surface_of(view: TokenizerView, form: Form) -> Callable[[str], bytes]:
-    """What gives the bytes of an ordinary entry of the vocabulary, told its string."""
-    if form is Form.BYTE_LEVEL:
-        return _byte_level_surface
-    if form is Form.WORDPIECE:
-        return functools.partial(_wordpiece_surface, prefix=view.backend.model.continuing_subword_prefix)
-    replaced = []
-    for part in view.parts["decoder"] + view.parts["pre_tokenizer"]:
-        if part["type"] == "Metaspace":
-            replaced.append((part["replacement"], " "))
-        elif part["type"] == "Replace" and "String" in part["pattern"]:
-            replaced.append((part["pattern"]["String"], part["content"]))
-
-    def surface(string: str) -> bytes:
-        for old, new in replaced:
-            string = string.replace(old, new)
-        return string.encode()
-
-    return surface
-
-
 def _unknown_id(backend: Tokenizer) -> int | None:
     """The id that the model emits for text that it cannot spell."""
     model = backend.model
@@ -374,32 +359,8 @@ def _unknown_id(backend: Tokenizer) -> int | None:
 
 @functools.lru_cache(maxsize=8)  # what is derived holds the tokenizer, so weak references would never be dropped
 def _surfaces_of(tokenizer: Any, name: str, backend: Tokenizer, _size: int, states: Any, _template: str) -> Surfaces:
-    view = TokenizerView(name, tokenizer, backend, dict(zip(_COMPONENTS, states, strict=True)))
-    form = _form(view)
-    surface_of, added, unknown = _surface_of(view, form), view.added_tokens, _unknown_id(backend)
-    byte_fallback = "ByteFallback" in view.types("decoder") or bool(getattr(backend.model, "byte_fallback", False))
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values()) + 1
-    of, strings, kinds = [b""] * size, [""] * size, np.zeros(size, np.uint8)
-    for string, id_ in vocabulary.items():
-        strings[id_] = string
-        byte = _BYTE_TOKEN.fullmatch(string) if byte_fallback else None
-        if byte:  # also where it is an added token: a text rarely spells one out, and ends.py asks whether it does
-            kinds[id_], of[id_] = Kind.BYTE, bytes([int(byte[1], 16)])
-        elif id_ in added:  # it is looked for in the text as it is: it stands for its own characters
-            kinds[id_], of[id_] = Kind.SPECIAL if added[id_].special else Kind.ADDED, added[id_].content.encode()
-        else:
-            kinds[id_], of[id_] = Kind.ORDINARY, string.encode() if id_ == unknown else surface_of(string)
-    if unknown is not None:
-        kinds[unknown] = Kind.UNKNOWN
-    # A token with a role, and padding, is special even where the tokenizer forgot to mark it.
-    for id_ in view.roles.values():
-        kinds[id_] = Kind.SPECIAL
-    padding = getattr(tokenizer, "pad_token_id", None)
-    if padding is not None and padding < size and padding != unknown:
-        kinds[padding] = Kind.SPECIAL
-    drops = form in (Form.WORDPIECE, Form.PLAIN) and bool(view.types("pre_tokenizer") & _DROP_SPACE)
-    return Surfaces(view, form, drops, of, np.fromiter(map(len, of), np.int64, size), kinds, strings)
+    steps = (list(_leaves(json.loads(state))) if state else [] for state in states)
+    return Surfaces(name, tokenizer, backend, dict(zip(_COMPONENTS, steps, strict=True)))
 
 
 def vocabulary_surfaces(tokenizer: Any) -> Surfaces:

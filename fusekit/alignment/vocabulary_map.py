@@ -228,7 +228,7 @@ def build_vocabulary_map(
         targets = _targets(pivot, source, method, counted)
     else:
         targets = _remembered(pivot, source, method, counted)
-    ours, theirs = source.view.roles | dict(source_roles or {}), pivot.view.roles | dict(pivot_roles or {})
+    ours, theirs = source.roles | dict(source_roles or {}), pivot.roles | dict(pivot_roles or {})
     for role in ROLES:  # a token with several roles maps by the last of them
         if role in ours and role in theirs:
             targets[ours[role]] = theirs[role]
@@ -319,12 +319,12 @@ def _first_pieces(strings: list[bytes], surfaces: Surfaces) -> IntArray:
     found = np.full(len(strings), -1, np.int64)
     texts = {i: text for i, string in enumerate(strings) if (text := decoded(string)) is not None}
     # With a dummy space in front no string would come back as it is, so none is tried.
-    plain = surfaces.view.encode_many(list(texts.values())) if surfaces.form is not Form.METASPACE else []
+    plain = surfaces.encode_many(list(texts.values())) if surfaces.form is not Form.METASPACE else []
     for i, ids in zip(list(texts), plain, strict=False):
         if b"".join(surfaces.of[id_] for id_ in ids) == strings[i]:
             found[i] = _first(ids, strings[i], surfaces)
             del texts[i]
-    guarded = surfaces.view.encode_many([_GUARD + text for text in texts.values()])
+    guarded = surfaces.encode_many([_GUARD + text for text in texts.values()])
     for i, ids in zip(texts, guarded, strict=True):
         consumed, after = b"", iter(ids)
         for id_ in after:  # as far as the guard is a token by itself
@@ -402,7 +402,7 @@ def source_pieces(into: VocabularyMap) -> tuple[IntArray, IntArray, FloatArray]:
             texts[id_] = text
         else:
             spelled[id_] = _longest_pieces(surface, source)
-    for id_, ids in zip(texts, source.view.encode_many(list(texts.values())), strict=True):
+    for id_, ids in zip(texts, source.encode_many(list(texts.values())), strict=True):
         whole = b"".join(source.of[i] for i in ids) == pivot.of[id_]
         spelled[id_] = [i for i in ids if source.of[i]] if whole else _longest_pieces(pivot.of[id_], source)
     pairs = [*spelled.items(), *((int(into.targets[u]), [u]) for u in into.special.tolist())]

@@ -126,8 +126,9 @@ class ChatTemplate:
 
     def with_roles_of(self, tokenizer: Any) -> ChatTemplate:
         """With the control strings of a tokenizer where it has none of its own."""
-        view = vocabulary_surfaces(tokenizer).view
-        theirs = {role: view.added_tokens[id_].content for role, id_ in view.roles.items() if id_ in view.added_tokens}
+        surfaces = vocabulary_surfaces(tokenizer)
+        added = surfaces.added_tokens
+        theirs = {role: added[id_].content for role, id_ in surfaces.roles.items() if id_ in added}
         return replace(
             self,
             bos=self.bos or theirs.get("bos"),

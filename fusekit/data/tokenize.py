@@ -51,19 +51,18 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, control: Sequence[int] = ()) -> None:
-        self.surfaces = vocabulary_surfaces(tokenizer)
-        view = self.surfaces.view
-        wanted = {*control, *view.roles.values()}
+        self.surfaces = surfaces = vocabulary_surfaces(tokenizer)
+        wanted = {*control, *surfaces.roles.values()}
         self.strings = {
             id_: token.content
-            for id_, token in view.added_tokens.items()
-            if token.content and (token.special or id_ in wanted) and self.surfaces.kinds[id_] != Kind.BYTE
+            for id_, token in surfaces.added_tokens.items()
+            if token.content and (token.special or id_ in wanted) and surfaces.kinds[id_] != Kind.BYTE
         }
         spelled = sorted(set(self.strings.values()), key=lambda string: (-len(string), string))
         self._control = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
         self.id_of = {string: id_ for id_, string in self.strings.items()}
-        self._is_control = np.zeros(len(self.surfaces), bool)
-        unknown = self.surfaces.kinds == Kind.UNKNOWN  # what stands for any text is no sign of a control token
+        self._is_control = np.zeros(len(surfaces), bool)
+        unknown = surfaces.kinds == Kind.UNKNOWN  # what stands for any text is no sign of a control token
         self._is_control[[id_ for id_ in self.strings if not unknown[id_]]] = True
 
     def find_control(self, text: str) -> list[Mark]:
@@ -81,10 +80,10 @@ class Encoder:
         encoded(text)
         expected = [part.id for part in parts if part.id >= 0]
         if not any(part.content and part.id < 0 and self._control.search(part.text) for part in parts):
-            ids = self.surfaces.view.encode(text)
+            ids = self.surfaces.encode(text)
             at = np.flatnonzero(self._is_control[ids])
             if [ids[i] for i in at.tolist()] == expected:
-                spans = lambda: self.surfaces.view.encode_with_offsets(text)[1]  # noqa: E731
+                spans = lambda: self.surfaces.encode_with_offsets(text)[1]  # noqa: E731
                 return marked_ends(ids, at.tolist(), text, _marks(parts), self.surfaces, offsets=spans), at
         return self._encode_guarded(text, parts, expected)
 
@@ -115,19 +114,19 @@ class Encoder:
     @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[int, str], IntArray]:
         """A copy of the tokenizer that knows only the template's control tokens, their names in it, and ids by its."""
-        view = self.surfaces.view
+        surfaces = self.surfaces
         # The vocabulary is shared: to read a large one again takes seconds. What is changed here is the copy's own.
-        copy = Tokenizer(view.backend.model)
+        copy = Tokenizer(surfaces.backend.model)
         for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-            if getattr(view.backend, name) is not None:
-                setattr(copy, name, getattr(view.backend, name))
+            if getattr(surfaces.backend, name) is not None:
+                setattr(copy, name, getattr(surfaces.backend, name))
         # In the order of their ids, which are counted on from the vocabulary's.
-        for control, added in groupby(sorted(view.added_tokens), lambda id_: id_ in self.strings):
-            tokens = [_renamed(view.added_tokens[id_], view.added_tokens[id_].content) for id_ in added]
+        for control, added in groupby(sorted(surfaces.added_tokens), lambda id_: id_ in self.strings):
+            tokens = [_renamed(surfaces.added_tokens[id_], surfaces.added_tokens[id_].content) for id_ in added]
             (copy.add_special_tokens if control else copy.add_tokens)(tokens)
-        size = max(copy.get_vocab_size(with_added_tokens=True), len(self.surfaces))
+        size = max(copy.get_vocab_size(with_added_tokens=True), len(surfaces))
         alias_of = {id_: f"{_NONCE}{chr(0xF0000 + n)}{_NONCE}" for n, id_ in enumerate(sorted(self.strings))}
-        copy.add_tokens([_renamed(view.added_tokens[id_], alias) for id_, alias in alias_of.items()])
+        copy.add_tokens([_renamed(surfaces.added_tokens[id_], alias) for id_, alias in alias_of.items()])
         copy.encode_special_tokens = True
         own_ids = np.arange(size + len(alias_of) + 1)
         for id_, alias in alias_of.items():
@@ -272,15 +271,15 @@ class RowTokenizer:
     def _bos(self) -> list[int]:
         """The tokens that the tokenizer puts before any text, or says that it does (``add_bos_token``)."""
         with_bos = list(self.tokenizer("a")["input_ids"])
-        view = self.encoder.surfaces.view
-        plain, bos = view.encode("a"), view.roles.get("bos")
+        surfaces = self.encoder.surfaces
+        plain, bos = surfaces.encode("a"), surfaces.roles.get("bos")
         at = next((i for i in range(len(with_bos)) if with_bos[i : i + len(plain)] == plain), 0)
         if at == 0 and bos is not None and (with_bos[:1] == [bos] or getattr(self.tokenizer, "add_bos_token", False)):
             return [bos]
         return [int(id_) for id_ in with_bos[:at]]
 
     def _tokenize_text(self, row: Row) -> TokenizedRow:
-        eos = self.encoder.surfaces.view.roles.get("eos")
+        eos = self.encoder.surfaces.roles.get("eos")
         contents, stretches, at = [], [], []
         count = len(self._bos)
         ids, ends, lows = list(self._bos), [0] * count, [0] * count
@@ -314,10 +313,10 @@ class RowTokenizer:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        view = self.encoder.surfaces.view
+        surfaces = self.encoder.surfaces
         variables = dict(getattr(self.tokenizer, "special_tokens_map", {}))
         for role in ("bos", "eos"):
-            own = view.added_tokens[view.roles[role]].content if role in view.roles else ""
+            own = surfaces.added_tokens[surfaces.roles[role]].content if role in surfaces.roles else ""
             given = getattr(self.template, role)
             variables[f"{role}_token"] = own if given is None else given
         name = f"the chat template {self.template.name} for {self.name}"
@@ -335,17 +334,17 @@ class RowTokenizer:
     @cached_property
     def _written_as(self) -> dict[str, tuple[str, int]]:
         """The template's control strings that this tokenizer does not have: what each is written as, and its id."""
-        view = self.encoder.surfaces.view
-        have = {token.content for token in view.added_tokens.values()}
+        surfaces = self.encoder.surfaces
+        have = {token.content for token in surfaces.added_tokens.values()}
         written: dict[str, tuple[str, int]] = {}
         for role in ("bos", "end_of_turn", "eos"):
-            string, own = getattr(self.template, role), view.roles.get(role)
+            string, own = getattr(self.template, role), surfaces.roles.get(role)
             if not string or string in have or string in written:
                 continue
             if role == "bos" and _ASKED in self._samples and self._samples[_ASKED].text.count(string) > 1:
                 continue  # text, as other strings of the template: it begins every turn (<|im_start|> of some)
             if own is not None:
-                written[string] = (view.added_tokens[own].content, own)
+                written[string] = (surfaces.added_tokens[own].content, own)
             elif role == "bos":
                 written[string] = ("", -1)  # as text it would only be noise
         return written
@@ -357,7 +356,7 @@ class RowTokenizer:
         # Those that a template structures turns with: neither words nor white space.
         used = [
             id_
-            for id_, token in self.encoder.surfaces.view.added_tokens.items()
+            for id_, token in self.encoder.surfaces.added_tokens.items()
             if token.content.strip() and not token.content.isalnum() and token.content in rendered
         ]
         return Encoder(self.tokenizer, used) if set(used) - self.encoder.strings.keys() else self.encoder

@@ -251,7 +251,7 @@ def facts_of(checkpoint: Checkpoint, tokenizer: Any) -> ModelFacts:
     try:
         surfaces = vocabulary_surfaces(tokenizer)
         form = Form(surfaces.form).name.lower().replace("_", "-")
-        model = type(surfaces.view.backend.model).__name__
+        model = type(surfaces.backend.model).__name__
         reads = f"{form} {model}, {(surfaces.kinds != Kind.HOLE).sum():,} tokens"
     except FusekitError:  # a tokenizer whose vocabulary cannot be read
         reads = ""

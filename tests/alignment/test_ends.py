@@ -169,7 +169,7 @@ MARKED = "<A>Hello  wörld 🤖 <B>  the quick<A><B>fox\n"
 def test_every_stretch_between_special_tokens_has_the_ends_of_its_own(base):
     tokenizer = extended(base, ["<A>", "<B>"])
     surfaces = vocabulary_surfaces(tokenizer)
-    ids, spans = surfaces.view.encode_with_offsets(MARKED)
+    ids, spans = surfaces.encode_with_offsets(MARKED)
     of = {tokenizer.convert_tokens_to_ids(name): name for name in ("<A>", "<B>")}
     at = [i for i, id_ in enumerate(ids) if id_ in of]
     starts = [0, MARKED.index("<B>"), MARKED.rindex("<A>"), MARKED.rindex("<B>")]
@@ -190,7 +190,7 @@ def test_every_stretch_between_special_tokens_has_the_ends_of_its_own(base):
 def test_special_tokens_that_swallow_space():
     surfaces = vocabulary_surfaces(tokenizer_for("phi-3"))
     text = "<|user|>\n  hello<|end|>\n"
-    ids, spans = surfaces.view.encode_with_offsets(text)
+    ids, spans = surfaces.encode_with_offsets(text)
     marks = [Mark(0, 8, ids[0]), Mark(16, 23, ids[-1])]
     found = marked_ends(ids, [0, len(ids) - 1], text, marks, surfaces, offsets=lambda: spans)
     assert (found.lows[0], found.ends[0]) == (8, 11)

@@ -34,7 +34,7 @@ def plain_vocabulary(name: str) -> dict[bytes, list[int]]:
 def test_em_finds_the_same_strings_and_no_others(pivot, source):
     made = vocabulary_map(pivot, source, "em")
     theirs, ours = plain_vocabulary(pivot), plain_vocabulary(source)
-    role_ids = set(vocabulary_surfaces(load(source)).view.roles.values())
+    role_ids = set(vocabulary_surfaces(load(source)).roles.values())
     for surface, ids in ours.items():
         for id_ in set(ids) - role_ids:
             assert target(made, id_) in theirs.get(surface, [-1]), surface
@@ -169,13 +169,13 @@ def test_special_tokens_map_by_role():
 
 def test_the_end_of_turn_is_read_from_the_chat_template():
     tokenizer = fast(sharing(load("qwen").backend_tokenizer), "qwen", eos_token="<|endoftext|>")
-    assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert vocabulary_surfaces(tokenizer).roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
-    assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert vocabulary_surfaces(tokenizer).roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages }}"}
-    assert vocabulary_surfaces(tokenizer).view.roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert vocabulary_surfaces(tokenizer).roles["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_rows_sum_to_at_most_one_and_pads_get_nothing():

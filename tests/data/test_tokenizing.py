@@ -254,12 +254,12 @@ def test_plain_text_is_read_as_the_tokenizer_reads_it(name):
     if name in ("unigram", "bert"):
         two = "the dog"
     tokens = reader.tokenize(Row((Message("text", one), Message("text", two), Message("fragment", " over the"))))
-    view = reader.encoder.surfaces.view
+    surfaces = reader.encoder.surfaces
     first = tokenizer(one, add_special_tokens=False)["input_ids"]
     bos = len(reader._bos)
     assert tokens.ids[: bos + len(first)].tolist() == [*reader._bos, *first]
     ends = np.flatnonzero(tokens.part == Part.END)
-    assert tokens.ids[ends].tolist() == [view.roles["eos"]] * 2
+    assert tokens.ids[ends].tolist() == [surfaces.roles["eos"]] * 2
     assert ends[0] == bos + len(first)
     assert tokens.message[ends].tolist() == [0, 1]
     assert tokens.labels[max(bos, 1) :].all()
