@@ -27,6 +27,7 @@ from fusekit.distillation.live import Loaded
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import CaptureError, DataError, DistillationError
+from tests.helpers import refused
 from tests.merging.hub_server import Hub, Repository
 from tests.processes import program
 
@@ -129,9 +130,8 @@ def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
     ],
 )
 def test_wrong_settings_are_refused_by_name(fields: dict[str, Any], said: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(DistillationError) as error:
+    with refused(DistillationError, *said):
         FusionConfig(str(tmp_path), **fields)
-    assert all(word in str(error.value) for word in said)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,8 @@ def test_wrong_arguments_say_what_was_given_and_what_is_wanted(
     change: dict[str, Any], kind: type[FusekitError], said: tuple[str, ...], tmp_path: Path
 ) -> None:
     arguments = {"model": PIVOT, "args": config(tmp_path), "train_dataset": RECORDS[:2], "teachers": None} | change
-    with pytest.raises(kind) as error:
+    with refused(kind, *said):
         FusionTrainer(**arguments)
-    assert all(word in str(error.value) for word in said)
 
 
 def test_teachers_that_cannot_teach_these_examples_are_refused(teacher: Store, tmp_path: Path) -> None:
@@ -193,9 +192,8 @@ def test_a_model_that_a_run_made_is_no_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"topk": 5}, {"top_k": 0}, {"max_length": 1}], ids=str)
 def test_wrong_settings_of_a_capture(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(DataError) as error:
+    with refused(DataError, *settings):
         capture(NEOX, RECORDS, tmp_path / "store", **settings)
-    assert next(iter(settings)) in str(error.value)
     assert not (tmp_path / "store").exists()
 
 
