@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,12 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change fields of a model's config.json in place."""
+    file = Path(path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def family(root: Path, targets: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, list[Path]]:

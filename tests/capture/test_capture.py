@@ -22,7 +22,7 @@ from tests.capture.reference import error_bound
 from tests.capture.rows import by_id
 from tests.capture.store_processes import listing
 from tests.capture.test_teacher import FLOAT32_BOUND
-from tests.helpers import edit_tensors
+from tests.helpers import edit_config, edit_tensors
 
 import torch  # isort: skip
 
@@ -142,8 +142,7 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
 
         model = tmp_path / f"model{id_}"
         shutil.copytree(DEMO / "numbers", model)
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        edit_config(model, tie_word_embeddings=False)
         edit_tensors(model, poison)
         return find_checkpoint(ModelChoice(str(model), dtype="float32"))
 

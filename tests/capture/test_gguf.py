@@ -20,6 +20,7 @@ from fusekit.gguf import split
 from fusekit.merging import models as merging
 from tests.capture.conftest import DEMO
 from tests.gguf_files import write_gguf
+from tests.helpers import refused
 from tests.merging.hub_server import Hub, Repository
 from tests.processes import program
 
@@ -65,17 +66,14 @@ def test_a_gguf_file_reads_text_as_its_model_does(files):
     ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32")]
 )
 def test_sizes_and_dtypes_come_from_the_header(files, kind, dtype):
-    checkpoint = find_checkpoint(ModelChoice(str(files[kind])))
-    assert checkpoint.gguf.parameters == PARAMETERS
-    assert (checkpoint.gguf.architecture, checkpoint.gguf.format) == ("llama", kind)
-    assert checkpoint.config["dtype"] == dtype
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
-    assert loaded_bytes(checkpoint) == checkpoint.weight_bytes == PARAMETERS * size
-    smaller = find_checkpoint(ModelChoice(str(files[kind]), dtype="bfloat16"))
-    assert loaded_bytes(smaller) == PARAMETERS * 2
+    checkpoint, real = find_checkpoint(ModelChoice(str(files[kind]))), getattr(torch, dtype)
+    header, config = checkpoint.gguf, checkpoint.config
+    assert (header.parameters, header.architecture, header.format) == (PARAMETERS, "llama", kind)
+    assert (config["dtype"], config["architectures"]) == (dtype, ["LlamaForCausalLM"])
+    assert loaded_bytes(checkpoint) == checkpoint.weight_bytes == PARAMETERS * real.itemsize
+    assert loaded_bytes(find_checkpoint(ModelChoice(str(files[kind]), dtype="bfloat16"))) == PARAMETERS * 2
     model = load_model(checkpoint, CPU)
-    assert (model.dtype, model.num_parameters()) == (getattr(torch, dtype), PARAMETERS)
-    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+    assert (model.dtype, model.num_parameters()) == (real, PARAMETERS)
 
 
 @pytest.mark.parametrize(
@@ -98,53 +96,49 @@ def test_names_of_gguf_files(name, expected, tmp_path, monkeypatch):
 
 def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
     folder = files["F32"].parent
-    with pytest.raises(CaptureError, match=rf"{folder}/pivot\.BF16\.gguf.*gguf_file: pivot\.BF16\.gguf") as refused:
+    names = [file.name for file in files.values()]
+    with refused(CaptureError, *names, f"{folder}/pivot.BF16.gguf", "gguf_file: pivot.BF16.gguf"):
         find_checkpoint(ModelChoice(str(folder)))
-    assert all(file.name in str(refused.value) for file in files.values())
-    with pytest.raises(CaptureError, match=rf"no file other\.gguf in {folder}.*pivot\.Q8_0\.gguf"):
+    with refused(CaptureError, *names, f"no file other.gguf in {folder}"):
         find_checkpoint(ModelChoice(f"{folder}/other.gguf"))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data[:-1], "is cut off: .* bytes"),
+        (lambda data: data[:-1], "is cut off"),
         (lambda data: b"GGML" + data[4:], "not a GGUF file"),
         (lambda data: data[:4] + b"\x01" + data[5:], "version is 1"),
         (lambda data: data[:8] + b"\xff" * 8 + data[16:], "damaged"),
-        (
-            lambda data: re.sub(rb"(ggml\.tokens.{16}).{8}", rb"\1" + b"\xff" * 8, data, count=1, flags=re.DOTALL),
-            "damaged",
-        ),
+        (lambda data: re.sub(rb"(?s)(ggml\.tokens.{16}).{8}", rb"\1" + b"\xff" * 8, data, count=1), "damaged"),
     ],
 )
 def test_a_damaged_file_is_refused_and_named(files, tmp_path, change, says):
     path = tmp_path / "broken.gguf"
     path.write_bytes(change(files["Q8_0"].read_bytes()))
-    with pytest.raises(CaptureError, match=says) as refused:
+    with refused(CaptureError, path, says):
         find_checkpoint(ModelChoice(str(path)))
-    assert "broken.gguf" in str(refused.value)
 
 
-def test_what_transformers_cannot_load_is_refused(tmp_path, files):
-    strange = write_gguf(PIVOT, tmp_path / "strange.gguf", architecture="rwkv7")
-    with pytest.raises(CaptureError, match=r"strange\.gguf.*'rwkv7'"):
-        find_checkpoint(ModelChoice(str(strange)))
-    part = write_gguf(PIVOT, tmp_path / "part-00001-of-00003.gguf", split__count=3)
-    with pytest.raises(CaptureError, match=r"one of the 3 parts.*llama-gguf-split --merge"):
-        find_checkpoint(ModelChoice(str(part)))
-    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    with pytest.raises(CaptureError, match="'bitsandbytes'"):
-        find_checkpoint(ModelChoice(str(files["F32"]), quantization=four_bits))
-    with pytest.raises(CaptureError, match="local folder: the revision 'main'"):
-        find_checkpoint(ModelChoice(str(files["F32"]), revision="main"))
+@pytest.mark.parametrize(
+    ("written", "how", "named"),
+    [
+        ({"architecture": "rwkv7"}, {}, ["x.gguf", "'rwkv7'"]),
+        ({"split__count": 3}, {}, ["one of the 3 parts", "llama-gguf-split --merge"]),
+        ({}, {"quantization": {"quant_method": "bitsandbytes"}}, ["'bitsandbytes'"]),
+        ({}, {"revision": "main"}, ["local folder", "'main'"]),
+    ],
+)
+def test_what_transformers_cannot_load_is_refused(tmp_path, written, how, named):
+    file = write_gguf(PIVOT, tmp_path / "x.gguf", **written)
+    with refused(CaptureError, *named):
+        find_checkpoint(ModelChoice(str(file), **how))
 
 
 def test_scaled_positions_are_said_to_be_left_out(tmp_path):
     scaled = write_gguf(PIVOT, tmp_path / "scaled.gguf", llama__rope__scaling__type="yarn")
     (line,) = find_checkpoint(ModelChoice(str(scaled))).notices
-    assert "scaled.gguf" in line
-    assert "yarn" in line
+    assert re.search(r"scaled\.gguf.*yarn", line)
     plain = write_gguf(PIVOT, tmp_path / "plain.gguf", llama__rope__scaling__type="none")
     assert not find_checkpoint(ModelChoice(str(plain))).notices
 

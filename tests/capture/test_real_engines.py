@@ -21,11 +21,10 @@ import pytest
 from fusekit.capturing.engines import difference
 from fusekit.capturing.store import Store
 from tests.capture.conftest import DEMO, write_rows
-from tests.processes import free_port
+from tests.processes import ENVIRONMENT, free_port
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
 
-ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("FUSEKIT_REAL_MODEL")
 """Folder of a real model (SmolLM2-135M-Instruct), to be captured too."""
 
@@ -38,20 +37,14 @@ MODELS = [pytest.param(DEMO / "pivot", id="pivot")]
 if REAL:
     MODELS.append(pytest.param(Path(REAL), id=Path(REAL).name))
 
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
+OWN = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def start(*args, log):
     """``python ARGS`` in a session of its own, so that it can be killed with its children."""
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | OWN,
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
