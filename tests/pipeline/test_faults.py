@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fusekit.pipeline.stage import write_rows as write_prepared
 from fusekit.types import Message, Row
 from tests.capture.conftest import write_rows
 from tests.pipeline.worlds import differences, go, write_recipe
-from tests.processes import Finished, Process, command
+from tests.processes import fusekit
 
 RUN = ("run", "recipe.yml", "out")
 
@@ -51,16 +52,11 @@ def write_world(folder: Path) -> Path:
     return folder
 
 
-def child(folder: Path, *args: str, before: Callable[[], None] | None = None, **environment: str) -> Finished:
-    """``fusekit ARGS`` in a folder, in a process of its own, to its end."""
-    return Process(command, folder, args, environment, before).wait()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a recipe whose run nobody disturbed."""
     folder = write_world(tmp_path_factory.mktemp("whole"))
-    done = child(folder, *RUN)
+    done = fusekit(folder, *RUN)
     assert done.exitcode == 0, done.output
     return folder
 
@@ -106,181 +102,81 @@ def test_the_comparison_of_outputs_notices_what_it_is_there_for(name, content, s
     assert said in "\n".join(found)
 
 
-# Killed
+# Stopped and starved in the middle of a stage; test_profuser.py kills
 
 
-def die_at_commit() -> None:
-    """SIGKILL this process when it is about to move the n-th file or folder to its place in the output.
-
-    0: the first one at which none has died yet.
-    """
-    number, log = int(os.environ["FUSEKIT_TEST_COMMIT"]), Path(os.environ["FUSEKIT_TEST_LOG"])
-    died_at = set(log.read_text().split()) if log.exists() else set()
-    seen = 0
+def when_opened(fragment: str, act: Callable[..., object], *given: object) -> None:
+    """Do something once, when this process opens a file with such a path."""
+    done = []
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event != "os.rename" or "/out/" not in str(args[1]):
-            return
-        name = str(args[1]).split("/out/")[1]
-        if any(part.startswith(".") for part in name.split("/")):  # locks, and what is staged under a random name
-            return
-        seen += 1
-        if seen == number or (number == 0 and name not in died_at):
-            with log.open("a") as file:
-                file.write(name + "\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open" and fragment in str(args[0]) and not done:
+            done.append(True)
+            act(*given)
 
     sys.addaudithook(hook)
 
 
-def killed_again_and_again(world: Path, number: int) -> set[str]:
-    """Run to the end although every process dies at a commit; returns of what stages each was about to commit."""
-    log = world / "killed.log"
-    for _ in range(100):
-        done = child(world, *RUN, before=die_at_commit, FUSEKIT_TEST_COMMIT=str(number), FUSEKIT_TEST_LOG=str(log))
-        if done.exitcode == 0:
-            died_at = log.read_text().split()
-            assert len(died_at) > 4
-            return {commit.split("/")[0] for commit in died_at}
-        assert done.exitcode == -signal.SIGKILL, done.output
-    raise AssertionError(f"no end of it: {log.read_text()}")
+def fill(disk: Path) -> None:
+    """Leave no byte free."""
+    free = os.statvfs(disk)
+    with (disk / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
 
 
-@pytest.mark.full  # test_profuser.py does the same by default, with two stages more
-def test_sigkill_again_and_again_at_commits_ends_in_the_same_artifacts(finished: Path, world: Path) -> None:
-    assert len(killed_again_and_again(world, 6)) > 2
-    assert differences(finished / "out", world / "out") == []
+MOMENTS = {
+    # a file that is opened then, what is there before, what has to stay, and what the stage makes
+    "capture": ("llama/.shard-00001", "data", "captures/*/*.parquet", "captures"),
+    "distill": ("llama.training/checkpoint-2/", "data captures alignment", "captures/*/*", "targets"),
+    "evaluate": (
+        "evaluation/sources/.llama",
+        "data captures alignment targets baselines merged",
+        "merged/*.safetensors",
+        "",
+    ),
+}
 
 
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-def test_sigkill_at_every_commit_of_every_stage(finished: Path, world: Path) -> None:
-    stages = {"data", "captures", "alignment", "targets", "baselines", "merged", "evaluation", "results.json"}
-    assert stages <= killed_again_and_again(world, 0)
-    assert differences(finished / "out", world / "out") == []
+def resumed_from(out: Path, stage: str, finished: Path, *command: str) -> None:
+    """The command, given again, completes the stage: of what was whole nothing is made again."""
+    _, _, kept, made = MOMENTS[stage]
+    there = inodes(out, kept)
+    assert there
+    done = fusekit(Path.cwd(), *command, "--until", stage)
+    assert done.exitcode == 0, done.output
+    assert ("resumes from checkpoint-1" in done.output) == (stage == "distill")
+    assert inodes(out, kept).items() >= there.items()
+    assert differences(finished / "out" / made, out / made) == []
 
 
-# Stopped
-
-
-def signal_self() -> None:
-    """Send the signal named in the environment to this process when it opens a certain file of the output."""
-    number, fragment = signal.Signals[os.environ["FUSEKIT_TEST_SIGNAL"]], os.environ["FUSEKIT_TEST_AT"]
-    sent = []
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and fragment in str(args[0]) and not sent:
-            sent.append(True)
-            os.kill(os.getpid(), number)
-
-    sys.addaudithook(hook)
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "moment", "before", "kept", "stage", "made", "said"),
-    [
-        ("SIGINT", 130, "llama/.shard-00001", "", "captures/*/*.parquet", "capture", "captures", ""),
-        (
-            "SIGTERM",
-            143,
-            "llama.training/checkpoint-2/",
-            "data captures alignment",
-            "captures/*/*",
-            "distill",
-            "targets",
-            "resumes from checkpoint-1",
-        ),
-    ],
-    ids=["capture", "training"],
-)
-def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(
-    number, status, moment, before, kept, stage, made, said, finished, world
-):
+@pytest.mark.parametrize(("stage", "number", "status"), [("capture", "SIGINT", 130), ("distill", "SIGTERM", 143)])
+def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(stage, number, status, finished, world):
+    moment, before, _, _ = MOMENTS[stage]
     begun(world / "out", finished, before)
-    stopped = child(world, *RUN, before=signal_self, FUSEKIT_TEST_SIGNAL=number, FUSEKIT_TEST_AT=moment)
+    stop = partial(when_opened, moment, signal.raise_signal, signal.Signals[number])
+    stopped = fusekit(world, *RUN, before=stop)
     assert stopped.exitcode == status, stopped.output
     assert "Traceback" not in stopped.output
     assert "fusekit: stopped; what is whole in out stays. To resume:" in stopped.output
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *RUN]
     assert "stopped by " in (world / "out" / "logs" / "run.log").read_text().splitlines()[-1]
-    there = inodes(world / "out", kept)
-    assert there
-    done = child(world, *again[1:], "--until", stage)
-    assert done.exitcode == 0, done.output
-    assert said in done.output
-    assert inodes(world / "out", kept).items() >= there.items()
-    assert differences(finished / "out" / made, world / "out" / made) == []
+    resumed_from(world / "out", stage, finished, *again[1:])
 
 
-# Starved
-
-
-def fill_disk() -> None:
-    """Leave nothing of the disk that the output is on when a certain file is opened."""
-    disk, fragment = Path(os.environ["FUSEKIT_TEST_DISK"]), os.environ["FUSEKIT_TEST_AT"]
-    full = []
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and fragment in str(args[0]) and not full:
-            full.append(True)
-            free = os.statvfs(disk)
-            descriptor = os.open(disk / "ballast", os.O_WRONLY | os.O_CREAT)
-            os.posix_fallocate(descriptor, 0, free.f_bavail * free.f_frsize)
-            os.close(descriptor)
-
-    sys.addaudithook(hook)
-
-
-@pytest.mark.parametrize(
-    ("moment", "before", "kept", "stage", "made"),
-    [
-        ("llama/.shard-00001", "data", "out/captures/pivot/*", "capture", "captures"),
-        (
-            "llama.training/checkpoint-2/",
-            "data captures alignment",
-            "out/targets/llama.training/checkpoint-1/*",
-            "distill",
-            "targets",
-        ),
-        (
-            "evaluation/sources/.llama",
-            "data captures alignment targets baselines merged",
-            "out/merged/*.safetensors",
-            "report",
-            "",
-        ),
-    ],
-    ids=["capture", "training", "evaluation"],
-)
-def test_a_full_disk_is_named_and_what_was_committed_stays(
-    moment,
-    before,
-    kept,
-    stage,
-    made,
-    finished,
-    world,
-    mounted,
-):
-    disk = mounted("size=80m")
-    begun(disk / "out", finished, before)
-    run = ("run", "recipe.yml", str(disk / "out"))
-    full = child(world, *run, before=fill_disk, FUSEKIT_TEST_DISK=str(disk), FUSEKIT_TEST_AT=moment)
+@pytest.mark.parametrize("stage", MOMENTS)
+@pytest.mark.usefixtures("world")
+def test_a_full_disk_is_named_and_what_was_committed_stays(stage, finished, mounted):
+    disk, (moment, before, _, _) = mounted("size=80m"), MOMENTS[stage]
+    out, run = disk / "out", ("run", "recipe.yml", str(disk / "out"))
+    begun(out, finished, before)
+    full = fusekit(Path.cwd(), *run, before=partial(when_opened, moment, fill, disk))
     assert full.exitcode == 1, full.output
     assert "Traceback" not in full.output
     last = full.output.strip().splitlines()[-1]
-    assert f"fusekit: {disk}/out" in last
-    assert "No space left on device" in last
-    assert "free)" in last
-    there = inodes(disk, kept)
-    assert there
+    assert all(said in last for said in (f"fusekit: {out}", "No space left on device", "free)"))
     (disk / "ballast").unlink()
-    done = child(world, *run, "--until", stage)
-    assert done.exitcode == 0, done.output
-    assert "resumes from checkpoint-1" in done.output if stage == "distill" else inodes(disk, kept) == there
-    assert differences(finished / "out" / made, disk / "out" / made) == []
+    resumed_from(out, stage, finished, *run)
 
 
 def test_a_training_that_does_not_fit_is_refused_with_the_numbers(finished, world, mounted):

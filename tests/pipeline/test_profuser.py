@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from fusekit.pipeline.responding import _made_lines
 from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
-from tests.pipeline.test_faults import RUN, child, killed_again_and_again, write_world
+from tests.pipeline.test_faults import RUN, write_world
 from tests.pipeline.worlds import differences, go, refused
+from tests.processes import fusekit
 
 RESPOND = {
     "max_new_tokens": 6,
@@ -52,7 +54,7 @@ def write_profuser(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_profuser(tmp_path_factory.mktemp("whole"))
-    done = child(folder, *RUN, before=on_path)
+    done = fusekit(folder, *RUN, before=on_path)
     assert done.exitcode == 0, done.output
     return folder
 
@@ -130,6 +132,44 @@ def test_a_second_run_does_nothing(finished: Path, tmp_path: Path, monkeypatch: 
     assert found.spared == []
 
 
+def die_at_commit(number: int, log: Path) -> None:
+    """SIGKILL this process when it is about to move the n-th file or folder to its place in the output.
+
+    0: the first one at which none has died yet, by the log.
+    """
+    died_at = set(log.read_text().split()) if log.exists() else set()
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event != "os.rename" or "/out/" not in str(args[1]):
+            return
+        name = str(args[1]).split("/out/")[1]
+        if any(part.startswith(".") for part in name.split("/")):  # locks, and what is staged under a random name
+            return
+        seen += 1
+        if seen == number or (number == 0 and name not in died_at):
+            with log.open("a") as file:
+                file.write(name + "\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_path()
+    sys.addaudithook(hook)
+
+
+def killed_again_and_again(world: Path, number: int) -> set[str]:
+    """Run to the end although every process dies at a commit; returns of what stages each was about to commit."""
+    log = world / "killed.log"
+    for _ in range(100):
+        done = fusekit(world, *RUN, before=partial(die_at_commit, number, log))
+        if done.exitcode == 0:
+            died_at = log.read_text().split()
+            assert len(died_at) > 4
+            return {commit.split("/")[0] for commit in died_at}
+        assert done.exitcode == -signal.SIGKILL, done.output
+    raise AssertionError(f"no end of it: {log.read_text()}")
+
+
 @pytest.mark.timeout(900)
 def test_sigkill_again_and_again_ends_in_the_same_artifacts(finished: Path, world: Path) -> None:
     stages = killed_again_and_again(world, 8)
@@ -141,7 +181,8 @@ def test_sigkill_again_and_again_ends_in_the_same_artifacts(finished: Path, worl
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_sigkill_at_every_commit(finished: Path, world: Path) -> None:
-    assert {"responses", "judged", "judged.work", "winners", "targets"} <= killed_again_and_again(world, 0)
+    stages = {"data", "responses", "judged", "judged.work", "winners", "captures", "alignment", "targets", "baselines"}
+    assert stages | {"merged", "evaluation", "results.json"} <= killed_again_and_again(world, 0)
     assert differences(finished / "out", world / "out") == []
 
 
@@ -155,7 +196,7 @@ def test_answers_that_are_half_written_are_gone_on_with_and_damaged_ones_named(f
     recipe, out = Path("recipe.yml"), Path("out").resolve()
     folder = Layout(out).responses("pivot")
     lines = Layout.work(folder) / "answers.jsonl"
-    killed = child(world, *RUN, "--until", "respond", before=kill_before_publishing)
+    killed = fusekit(world, *RUN, "--until", "respond", before=kill_before_publishing)
     assert killed.exitcode == -signal.SIGKILL
     whole = lines.read_bytes().splitlines(keepends=True)
     lines.write_bytes(b"".join([*whole[:4], whole[4][:5]]))

@@ -26,23 +26,15 @@ from tests.helpers import edit_tensors
 from tests.pipeline.worlds import (
     DEMO,
     ROWS,
+    SUMMARIES,
+    changed,
     go,
     refused,
     stamps,
-    weights,
     with_inputs,
     with_sources,
     write_recipe,
 )
-
-SUMMARIES = {
-    "recipe.resolved.yml",
-    "results.json",
-    "models.json",
-    "report.html",
-    "logs/run.log",
-    "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
-}
 
 
 @pytest.mark.slow
@@ -53,8 +45,7 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     for name in ("targets/llama", "baselines/sft", "merged"):
         assert AutoModelForCausalLM.from_pretrained(out / name).config.vocab_size == 768
         assert len(AutoTokenizer.from_pretrained(out / name)) <= 768
-    results = json.loads((out / "results.json").read_text())
-    results = results["models"]
+    results = json.loads((out / "results.json").read_text())["models"]
     assert list(results) == ["pivot", "baseline", "sources/llama", "targets/llama", "merged"]
     # Trained on the very rows, both are better than the pivot; a merge of one model is that model.
     figures = {name: found["bits_per_byte"]["add"] for name, found in results.items()}
@@ -77,10 +68,15 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
 @pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tuple[Path, Path]) -> None:
     path, out = finished
-    before, hashes, earlier = stamps(out), weights(out), "The scores of merged are left out"
+    merged, target = (out / name / "model.safetensors" for name in ("merged", "targets/llama"))
+    anew = ("merge", "evaluation/merged")
+
+    def scored() -> list[str]:
+        return list(json.loads((out / "results.json").read_text())["models"])
+
+    before, first_merge, earlier = stamps(out), merged.read_bytes(), "The scores of merged are left out"
     go(path, out)
-    after = stamps(out)
-    assert {name for name in before if before[name] != after.get(name)} <= SUMMARIES
+    assert changed(before, out) <= SUMMARIES
 
     two = with_sources(path, ["llama", "neox"])
     go(two, out, until="merge")
@@ -90,28 +86,25 @@ def test_a_second_run_does_nothing_and_a_second_source_only_its_own(finished: tu
     go(two, out)
     assert earlier not in (out / "report.html").read_text()
     assert "| merged model |" in (out / "merged" / "README.md").read_text()
-    later = stamps(out)
-    anew = ("merge", "evaluation/merged", "recipe", "results", "report", "models.json", "logs")
-    assert [name for name in before if not name.startswith(anew) and before[name] != later[name]] == []
-    assert (out / "targets" / "neox" / "config.json").is_file()
+    made = {name for name in changed(before, out) - SUMMARIES if not name.startswith(anew)}
+    assert not made & before.keys()
+    assert "targets/neox/config.json" in made
     assert yaml.safe_load((out / "merge.yml").read_text())["models"][1]["model"] == str(out / "targets" / "neox")
-    assert hashes["merged"] != weights(out)["merged"]
-    assert "targets/neox" in json.loads((out / "results.json").read_text())["models"]
+    assert merged.read_bytes() != first_merge
+    assert "targets/neox" in scored()
 
     # In another order nothing is made again.
+    before = stamps(out)
     go(with_sources(path, ["neox", "llama"]), out)
-    reordered = stamps(out)
     card = {"merged/README.md", "merged/manifest.json"}  # which lists the sources in the recipe's order
-    assert {name for name in later if later[name] != reordered.get(name)} <= SUMMARIES | card
-    assert list(json.loads((out / "results.json").read_text())["models"])[2:4] == ["sources/neox", "sources/llama"]
+    assert changed(before, out) <= SUMMARIES | card
+    assert scored()[2:4] == ["sources/neox", "sources/llama"]
 
     # Without the first source only the merge is made again; what it left stays until it is cleaned away.
     go(with_sources(path, ["neox"]), out)
-    less = stamps(out)
-    kept = [name for name in later if not name.startswith(("merge", "evaluation/merged")) and name not in SUMMARIES]
-    assert [name for name in kept if later[name] != less.get(name)] == []
-    assert weights(out)["merged"] != weights(out)["targets/llama"]
-    assert "targets/llama" not in json.loads((out / "results.json").read_text())["models"]
+    assert [name for name in changed(before, out) - SUMMARIES if not name.startswith(anew)] == []
+    assert merged.read_bytes() != target.read_bytes()
+    assert "targets/llama" not in scored()
 
 
 def change_a_weight(world: Path) -> None:

@@ -60,6 +60,22 @@ def stamps(folder: Path) -> dict[str, int]:
     }
 
 
+SUMMARIES = {
+    "recipe.resolved.yml",
+    "results.json",
+    "models.json",
+    "report.html",
+    "logs/run.log",
+    "merge.yml",  # names the targets where they are now: the run was copied from elsewhere
+}
+"""What a run may write although all artifacts are there."""
+
+
+def changed(before: dict[str, int], out: Path) -> set[str]:
+    """The files that were written, added or removed since these stamps."""
+    return {name for name, _ in before.items() ^ stamps(out).items()}
+
+
 def with_sources(recipe: Path, names: list[str]) -> Path:
     """The recipe with other sources, in a file beside it."""
     content = yaml.safe_load(recipe.read_text())
@@ -67,13 +83,6 @@ def with_sources(recipe: Path, names: list[str]) -> Path:
     path = recipe.with_name(f"{'-'.join(names)}.yml")
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def weights(out: Path) -> dict[str, str]:
-    """Hashes of the models that a run has made."""
-    return {
-        str(path.parent.relative_to(out)): artifact.file_hash(path) for path in sorted(out.rglob("model.safetensors"))
-    }
 
 
 def flip(path: Path) -> None:
@@ -95,9 +104,7 @@ def refused(recipe: Path, out: Path, message: str, *overrides: str, **how: Any) 
     before = stamps(out)
     with pytest.raises(FusekitError, match=message):
         go(recipe, out, *overrides, **how)
-    assert {name: at for name, at in stamps(out).items() if not name.startswith("logs/")} == {
-        name: at for name, at in before.items() if not name.startswith("logs/")
-    }
+    assert [name for name in changed(before, out) if not name.startswith("logs/")] == []
 
 
 def with_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -120,49 +127,42 @@ def differences(a: Path, b: Path) -> list[str]:
     a process that died left behind does.
     """
     a, b = a.resolve(), b.resolve()
-    ours, theirs = _files(a), _files(b)
-    lines = [f"{name}: only in {a}" for name in sorted(ours - theirs)]
-    lines += [f"{name}: only in {b}" for name in sorted(theirs - ours)]
-    for name in sorted(ours & theirs):
-        lines += [f"{name}: {what}" for what in _compared(a, b, name)]
+    ours, theirs = _contents(a), _contents(b)
+    lines = [f"{name}: only in {a}" for name in sorted(ours.keys() - theirs.keys())]
+    lines += [f"{name}: only in {b}" for name in sorted(theirs.keys() - ours.keys())]
+    for name in sorted(ours.keys() & theirs.keys()):
+        one, other = ours[name], theirs[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            lines += [f"{name}: {line}" for line in artifact.differences(one, other)[:5]]
+        elif one != other:
+            lines.append(f"{name}: its content differs")
     return lines
 
 
-def _files(out: Path) -> set[str]:
-    """Paths within an output; empty folders too, with a slash."""
-    found = set()
+def _contents(out: Path) -> dict[str, Any]:
+    """What is to be compared, by paths within an output; empty folders too, with a slash."""
+    found: dict[str, Any] = {}
     for path in out.rglob("*"):
-        relative = path.relative_to(out)
-        if relative.parts[0] in APART or _LOCK.fullmatch(path.name):
+        name = path.relative_to(out).as_posix()
+        if name.split("/")[0] in APART or _LOCK.fullmatch(path.name):
             continue
         if path.is_file():
-            found.add(relative.as_posix())
+            found[name] = _content(path, out)
         elif path.is_dir() and not any(path.iterdir()):
-            found.add(relative.as_posix() + "/")
+            found[name + "/"] = None
     return found
 
 
-def _compared(a: Path, b: Path, name: str) -> list[str]:
-    if name.endswith("/"):
-        return []
-    one, other = (_content(out, name) for out in (a, b))
-    if one == other:
-        return []
-    if isinstance(one, dict) and isinstance(other, dict):
-        return artifact.differences(one, other)[:5]
-    return ["its content differs"]
-
-
-def _content(out: Path, name: str) -> Any:
-    data = (out / name).read_bytes()
-    if Path(name).suffix in _SAFE:
+def _content(path: Path, out: Path) -> Any:
+    data = path.read_bytes()
+    if path.suffix in _SAFE:
         return data
     try:
         text = data.decode().replace(str(out), "OUT")
-        value = json.loads(text) if name.endswith(".json") else text
+        value = json.loads(text) if path.suffix == ".json" else text
     except ValueError:
         return data
-    if name.rsplit("/", 1)[-1] == "manifest.json" and isinstance(value, dict):
+    if path.name == "manifest.json" and isinstance(value, dict):
         value.pop("made", None)
         files = value.get("files")
         if isinstance(files, dict):
