@@ -1,6 +1,7 @@
 """Artifacts: folders that are published in one step, with a manifest that verifies them.
 
-The manifest, written last, lists an artifact's files with size and hash, and the inputs that it was made from.
+The manifest, written last, lists an artifact's files with size and hash, and the inputs that it was made from. There is
+one form for what stages make, for stores, whose files say more, and for checkpoints.
 """
 
 from __future__ import annotations
@@ -13,45 +14,57 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import xxhash
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusekit import __version__
-from fusekit.disk import disk_errors, recover, refuse_file, staging
+from fusekit.disk import commit_file, disk_errors, recover, refuse_file, staging
 from fusekit.errors import FusekitError, StorageError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 3
 
 Inputs = dict[str, Any]
 """What an artifact was made from: plain JSON values by name."""
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class ChangedError(StorageError):
     """A file was changed after it was written, and replacing it would lose the change."""
 
 
-class File(BaseModel, extra="forbid", frozen=True):
+class Strict(BaseModel):
+    """A part of a manifest."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class File(Strict):
     """A file of an artifact. size: bytes. xxh3: xxh3-128 of its content."""
 
-    size: int = Field(ge=0)
-    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+    size: Count
+    xxh3: Hash
 
 
-class Artifact(BaseModel, extra="forbid", frozen=True):
-    """``manifest.json`` of an artifact.
+class Artifact(Strict):
+    """``manifest.json`` of an artifact; in the file, ``xxh3`` is the xxh3-128 of the rest but ``made``.
 
     stage: what made it. inputs: what it was made from. files: by path within the folder, in order. made: what may
     differ between equal artifacts (time, versions, host).
     """
 
-    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    format: int = FORMAT
     stage: str
     inputs: Inputs
-    files: dict[str, File]
+    files: Mapping[str, File]
     made: Inputs = Field(default_factory=dict)
+
+
+AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
 
 def publish(
@@ -70,20 +83,28 @@ def publish(
 
 
 def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
-    """Write the manifest of a folder that is complete but for it."""
-    artifact = Artifact(stage=stage, inputs=plain(inputs), files=files_of(folder), made=made or {})
-    _write(folder, artifact)
+    """Write the manifest of a folder that is complete but for it. Raises StorageError when the disk fails."""
+    with disk_errors(folder):
+        artifact = Artifact(stage=stage, inputs=plain(inputs), files=files_of(folder), made=plain(made or {}))
+    write(folder / MANIFEST, artifact)
     return artifact
 
 
-def _write(folder: Path, artifact: Artifact) -> None:
-    text = json.dumps(artifact.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+def write(path: Path, artifact: Artifact, rank: int = 0) -> None:
+    """Commit a manifest. rank: of the process. Raises StorageError when the disk fails."""
+    content = artifact.model_dump(mode="json")
+    commit_file(path, json.dumps({**content, "xxh3": own_hash(content)}, indent=1).encode() + b"\n", rank=rank)
+
+
+def own_hash(content: Inputs) -> str:
+    """xxh3-128 of a manifest's content but ``made``: the same for equal artifacts."""
+    content = {name: value for name, value in content.items() if name != "made"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def files_of(folder: Path) -> dict[str, File]:
-    """Every file in a folder, by its path within it, in order. Raises OSError."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Every file in a folder but its manifest, by its path within it, in order. Raises OSError."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     return {path.relative_to(folder).as_posix(): _file(path) for path in paths}
 
 
@@ -113,7 +134,7 @@ def replace_file(folder: Path, name: str, data: bytes) -> bool:
         for changed in (name, MANIFEST):  # links: their content is also that of the former folder
             (copy / changed).unlink(missing_ok=True)
         (copy / name).write_bytes(data)
-        _write(copy, artifact.model_copy(update={"files": files}))
+        write(copy / MANIFEST, artifact.model_copy(update={"files": files}))
     return True
 
 
@@ -137,26 +158,53 @@ def installed(package: str) -> str | None:
     return None
 
 
-def is_stage(folder: Path) -> bool:
-    """Whether a manifest is that of a stage: a store's has none, and what cannot be read is taken for a store's."""
-    try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "stage" in found
-
-
 def read(folder: Path) -> Artifact | None:
     """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
-    path = folder / MANIFEST
+    return read_manifest(folder / MANIFEST, Artifact)
+
+
+def read_manifest(path: Path, kind: type[AnyArtifact]) -> AnyArtifact | None:
+    """A manifest, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
     try:
-        with disk_errors(path, "cannot be read"):
-            return Artifact.model_validate_json(path.read_bytes()) if path.exists() else None
-    except (ValueError, RecursionError) as error:
+        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
+            content = dict(json.loads(path.read_bytes()))
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {content.get('format')!r}, and this fusekit reads {FORMAT}")
+            if content.pop("xxh3", None) != own_hash(content):
+                raise ValueError("it is not what was written")
+            return kind.model_validate_json(json.dumps(content))
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise StorageError(
-            f"{path} is damaged: {str(error).splitlines()[0]}; remove {folder}, or move it away if no run of fusekit "
-            "made it"
+            f"{path} is damaged, or of another version: {why}; remove {path.parent}, or move it away if no run of "
+            "fusekit made it"
         ) from error
+
+
+BEGUN = "made_from.json"
+"""In a folder of unfinished work: what it is made from."""
+
+
+def begin(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Say what the work in a folder is made from. Raises StorageError when the disk fails."""
+    with disk_errors(folder, "cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    commit_file(folder / BEGUN, json.dumps(plain(dict(inputs)), indent=1).encode() + b"\n")
+
+
+def begun(folder: Path) -> Inputs | None:
+    """What the unfinished work in a folder is made from, None where none was begun. Raises StorageError."""
+    path = folder / BEGUN
+    try:
+        with suppress(FileNotFoundError):
+            return dict(json.loads(path.read_bytes()))
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StorageError(f"{path} cannot be read: {error}; remove {folder} to start over") from error
 
 
 def is_kept(folder: Path, inputs: Inputs) -> bool:

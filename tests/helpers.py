@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fusekit.artifacts import MANIFEST, own_hash
+
 VOCABULARY_ROWS = 64
 """Rows of the embedding of a tiny model; its tokenizer uses fewer."""
 
@@ -138,3 +140,11 @@ def family(root: Path, targets: int = 2, dtype: torch.dtype = torch.float32, **o
     return base, [
         tiny_llama(root / f"target{i}", seed=i, dtype=dtype, perturb_of=base, **options) for i in range(1, targets + 1)
     ]
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest and its hash, as if it had been written so."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["xxh3"]
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"xxh3": own_hash(manifest)}))

@@ -29,7 +29,7 @@ from fusekit.capturing.models import (
 )
 from fusekit.capturing.server import Scorer
 from fusekit.capturing.shards import Columns
-from fusekit.capturing.store import MANIFEST, Manifest, Setting, Store, StoreSpec, date_of, read_json
+from fusekit.capturing.store import Setting, Store, StoreSpec, date_of, manifest_of
 from fusekit.capturing.teacher import head_dtype, memory_needs, rows_per_shard
 from fusekit.capturing.writer import ShardPlan, StoreWriter, remove_store
 from fusekit.data.prepare import pack_text, prepare
@@ -154,8 +154,9 @@ class Capture:
         if self._spec is not None:
             return self._spec
         assert self._processes is not None
-        known = None if self.overwrite else read_json(self.out / MANIFEST, Manifest)
-        whole = known is not None and known.complete and all(record.is_there(self.out) for record in known.shards)
+        known = None if self.overwrite else manifest_of(self.out)
+        there = known.files.items() if known is not None and known.complete else None
+        whole = there is not None and all(record.is_at(self.out / name) for name, record in there)
         if not whole:
             self._refuse_what_does_not_fit(self._processes)
         in_shards = known.spec.rows_per_shard if known is not None else None
@@ -258,7 +259,7 @@ def capture_rows(
                 writer = StoreWriter(path, made_from, keys, rank, world)
             capture()
             with output_lock(path, PATIENCE):  # whoever is last completes the store
-                known = read_json(path / MANIFEST, Manifest)
+                known = manifest_of(path)
                 if known is None or not known.complete:
                     check_quarantined()
                     if writer.lacking():

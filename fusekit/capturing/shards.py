@@ -10,17 +10,16 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
 
 from fusekit.alignment.rows import MASS_TOLERANCE
-from fusekit.artifacts import file_hash
+from fusekit.artifacts import Count, File, Hash, Strict, file_hash
 from fusekit.disk import disk_errors, disk_fault
 from fusekit.errors import StorageError
 from fusekit.settings import DEFAULT_MAX_ERROR
@@ -35,17 +34,8 @@ GROUP_VALUES = 1 << 17
 LOWEST = -1e4
 """Log-probabilities below this are refused."""
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-
 Columns = dict[str, Any]
 """An example as it is stored: a value or an array per column of docs/store.md."""
-
-
-class Strict(BaseModel):
-    """Part of a manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Quarantined(Strict):
@@ -56,16 +46,12 @@ class Quarantined(Strict):
     reason: str
 
 
-class ShardRecord(Strict):
+class ShardRecord(File):
     """A shard that was committed: for the rows ``start`` to ``stop`` of the data, of which it lacks the quarantined.
 
-    size: bytes of the file. xxh3, footer_xxh3: xxh3-128 of it and of its Parquet footer. bytes: of content that its
-    labels cover.
+    footer_xxh3: xxh3-128 of its Parquet footer. bytes: of content that its labels cover.
     """
 
-    file: str = Field(pattern=r"^shard-[0-9]{5,}\.parquet$")
-    size: Count
-    xxh3: Hash
     footer_xxh3: Hash
     start: Count
     stop: Count
@@ -75,9 +61,8 @@ class ShardRecord(Strict):
     bytes: Count
     quarantined: list[Quarantined]
 
-    def is_there(self, folder: Path) -> bool:
+    def is_at(self, path: Path) -> bool:
         """Whether the file is there, as far as its size tells. Raises StorageError when the disk fails."""
-        path = folder / self.file
         with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
             return path.stat().st_size == self.size
         return False

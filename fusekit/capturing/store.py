@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, model_validator
 
-from fusekit.artifacts import Inputs, differences
+from fusekit.artifacts import (
+    MANIFEST,
+    Artifact,
+    Count,
+    Hash,
+    Inputs,
+    Strict,
+    differences,
+    differing,
+    joined_hash,
+    read_manifest,
+)
 from fusekit.capturing.shards import (
     SCALARS,
     Codec,
     Columns,
-    Count,
     Group,
-    Hash,
     Quarantined,
     Shard,
     ShardRecord,
-    Strict,
     check_shard,
-    hash_of,
     schema,
 )
-from fusekit.disk import commit_file, disk_errors
+from fusekit.disk import disk_errors
 from fusekit.errors import StorageError
 from fusekit.settings import DEFAULT_MAX_ERROR
 from fusekit.types import CapturedRow
 
-MANIFEST = "manifest.json"
-FORMAT = 2
+STAGE = "capture"
+"""What the manifest of a store is told by."""
+
 ROWS_PER_SHARD = 1024
 """Unless something else is asked for; what chooses by model and device takes no more."""
 
@@ -50,7 +57,7 @@ _OPEN_SHARDS = 64
 Setting = str | int | float | bool | None
 
 
-class StoreSpec(Strict):
+class StoreSpec(Strict, extra="forbid"):
     """What a store is made from. Two runs with equal specs and equal rows make the same store, bit for bit.
 
     Attributes:
@@ -80,33 +87,38 @@ class StoreSpec(Strict):
     details: dict[str, Setting] = Field(default_factory=dict)
 
 
-class CommittedShard(Strict):
-    """``shard-00000.json``: a shard's record while the store is not complete, with the hash of its plan."""
+class Shards(Artifact):
+    """``shard-00000.json``: a shard's record while the store is not complete. inputs: the hash of its plan."""
 
-    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
-    plan_xxh3: Hash
-    shard: ShardRecord
+    stage: str = STAGE
+    files: Mapping[str, ShardRecord]
 
 
-class Manifest(Strict):
+class Manifest(Shards):
     """``manifest.json``.
 
-    complete: whether ``shards`` has them all; before, shards are recorded here or in a file of their own. bounds: shard
-    i is for the rows ``bounds[i]`` to ``bounds[i + 1]``. keys_xxh3: see :func:`keys_hash`. made: what may differ
-    between equal stores.
+    inputs: the fields of a :class:`StoreSpec`. complete: whether ``files`` has all shards; before, they are recorded
+    here or in a file of their own. bounds: shard i is for the rows ``bounds[i]`` to ``bounds[i + 1]``. keys_xxh3: see
+    :func:`keys_hash`.
     """
 
-    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     complete: bool
-    spec: StoreSpec
     bounds: list[Count] = Field(min_length=1)
     keys_xxh3: Hash
-    shards: list[ShardRecord]
-    made: dict[str, Setting] = Field(default_factory=dict)
+
+    @cached_property
+    def spec(self) -> StoreSpec:
+        """What the store is made from."""
+        return StoreSpec.model_validate(self.inputs)
+
+    @model_validator(mode="after")
+    def _has_a_spec(self) -> Manifest:
+        assert self.spec.top_k
+        return self
 
     def changes(self, made_from: Inputs, keys: Sequence[str]) -> list[str]:
         """A line for each difference from what the store would be made from now, fields of a spec and keys of rows."""
-        changed = differences(self.spec.model_dump(), made_from)
+        changed = differences(self.inputs, made_from)
         if not changed and len(keys) != self.bounds[-1]:
             return [f"examples: {self.bounds[-1]}, now {len(keys)}"]
         if not changed and keys_hash(keys) != self.keys_xxh3:
@@ -114,12 +126,14 @@ class Manifest(Strict):
         return changed
 
 
-AnyModel = TypeVar("AnyModel", bound=Strict)
+def manifest_of(folder: Path) -> Manifest | None:
+    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or an artifact's."""
+    return read_manifest(folder / MANIFEST, Manifest)
 
 
 def plan_hash(spec: StoreSpec, keys_xxh3: str) -> str:
     """xxh3-128 of a spec's JSON and of the hash of the keys."""
-    return xxhash.xxh3_128_hexdigest(_json(spec) + keys_xxh3.encode())
+    return joined_hash([json.dumps(spec.model_dump(mode="json"), sort_keys=True), keys_xxh3])
 
 
 def keys_hash(keys: Sequence[str]) -> str:
@@ -134,36 +148,15 @@ def shard_name(index: int) -> str:
 
 def own_record(folder: Path, name: str, plan_xxh3: str) -> ShardRecord | None:
     """The record that a shard has in a file of its own, if it was written for this plan. Raises StorageError."""
-    committed = read_json((folder / name).with_suffix(".json"), CommittedShard)
-    return committed.shard if committed and committed.plan_xxh3 == plan_xxh3 else None
-
-
-def _json(model: BaseModel) -> bytes:
-    return (json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
-
-
-def write_json(path: Path, model: BaseModel, rank: int = 0) -> None:
-    """Commit a model as JSON. Raises StorageError when the disk fails."""
-    commit_file(path, _json(model), rank=rank)
-
-
-def read_json(path: Path, kind: type[AnyModel]) -> AnyModel | None:
-    """A model from JSON, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
-    try:
-        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
-            return kind.model_validate_json(path.read_bytes())
-        return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise StorageError(f"{path} is damaged, or of another version: {where}: {first['msg']}") from error
+    committed = read_manifest((folder / name).with_suffix(".json"), Shards)
+    return committed.files.get(name) if committed and committed.inputs == {"plan_xxh3": plan_xxh3} else None
 
 
 def date_of(store: Path) -> datetime.date | None:
     """The day that the chat template printed when a capture began, to be printed again; None where there is none."""
     from fusekit.data.templates import kept_date
 
-    known = read_json(store / MANIFEST, Manifest)
+    known = manifest_of(store)
     return None if known is None else kept_date(known.spec.details.get("date"))
 
 
@@ -194,15 +187,16 @@ class Store:
     Attributes:
         path: the folder.
         manifest: what it says of itself.
-        records: of its shards, in order.
+        records: of its shards by the names of their files, in order.
         summary: arrays over all rows.
         keys: of all rows, in order.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, records: list[ShardRecord]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, records: dict[str, ShardRecord]) -> None:
         self.path, self.manifest, self.records = path, manifest, records
         self.codec = Codec(self.spec.vocabulary, self.spec.top_k, self.spec.max_error)
-        self._starts = np.cumsum([0, *(record.rows for record in records)])
+        self._names = list(records)
+        self._starts = np.cumsum([0, *(record.rows for record in records.values())])
         # Of both the last used are last.
         self._shards: dict[int, Shard] = {}
         self._groups: dict[tuple[int, int], Group] = {}
@@ -221,23 +215,22 @@ class Store:
             StorageError: there is no store, it is damaged (names the file), or not complete.
         """
         folder = Path(path)
-        manifest = read_json(folder / MANIFEST, Manifest)
+        manifest = manifest_of(folder)
         if manifest is None:
             raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
-        records = {record.file: record for record in manifest.shards}
+        records = dict(manifest.files)
         names = [shard_name(number) for number in range(len(manifest.bounds) - 1)]
         if not manifest.complete:
             plan = plan_hash(manifest.spec, manifest.keys_xxh3)
-            own = [own_record(folder, name, plan) for name in names]
-            records |= {record.file: record for record in own if record}
-        there = [records[name] for name in names if name in records]
+            records |= {name: own for name in names if (own := own_record(folder, name, plan))}
+        there = {name: records[name] for name in names if name in records}
         if not incomplete and (len(there) < len(names) or not manifest.complete):
             raise StorageError(
                 f"{folder} is not finished: {len(there)} of {len(names)} shards are there; run the same command again"
             )
         try:
-            for record in there:
-                check_shard(folder / record.file, record)
+            for name, record in there.items():
+                check_shard(folder / name, record)
         except StorageError as error:
             raise StorageError(f"{error}. `fusekit capture` with the same arguments writes it again") from error
         store = cls(folder, manifest, there)
@@ -299,7 +292,7 @@ class Store:
     @property
     def quarantined(self) -> list[Quarantined]:
         """Rows of the data that the store does not hold, and why."""
-        return [row for record in self.records for row in record.quarantined]
+        return [row for record in self.records.values() for row in record.quarantined]
 
     @cached_property
     def _facts(self) -> pa.Table:
@@ -330,28 +323,26 @@ class Store:
 
     def verify(self) -> list[str]:
         """Read everything and compare it with the manifest; returns a line for each file that is wrong."""
-        problems: list[str] = []
+        with disk_errors(self.path, "cannot be read"):
+            problems = differing(self.path, self.records)
         keys: list[str] = []
-        for number, record in enumerate(self.records):
+        for number, record in enumerate(() if problems else self.records.values()):
             try:
-                if hash_of(self.path / record.file) != record.xxh3:
-                    problems.append(f"{record.file}: its content is not what was committed")
-                    continue
                 planned = self._shard(number).facts().column("key").to_pylist()
             except StorageError as error:
-                problems.append(f"{record.file}: {error}")
+                problems.append(str(error))
                 continue
             for row in record.quarantined:
                 planned.insert(row.row - record.start, row.key)
             keys += planned
         if not problems and self.complete and keys_hash(keys) != self.manifest.keys_xxh3:
-            problems.append(f"{MANIFEST}: the keys in the shards are not those of the data")
+            problems.append(f"{self.path / MANIFEST}: the keys in the shards are not those of the data")
         return problems
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.pop(number, None)
         if shard is None:
-            shard = Shard(self.path / self.records[number].file)
+            shard = Shard(self.path / self._names[number])
         self._shards[number] = shard
         if len(self._shards) > _OPEN_SHARDS:
             del self._shards[next(iter(self._shards))]

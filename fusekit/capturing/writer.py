@@ -16,20 +16,19 @@ from pathlib import Path
 import xxhash
 
 import fusekit
-from fusekit.artifacts import differences, joined_hash, refuse_changes
+from fusekit.artifacts import MANIFEST, differences, joined_hash, refuse_changes
+from fusekit.artifacts import write as write_manifest
 from fusekit.capturing.shards import Codec, Columns, Quarantined, ShardRecord, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import (
-    MANIFEST,
-    CommittedShard,
     Manifest,
+    Shards,
     Store,
     StoreSpec,
     keys_hash,
+    manifest_of,
     own_record,
     plan_hash,
-    read_json,
     shard_name,
-    write_json,
 )
 from fusekit.disk import commit_file, disk_errors, remove, sweep
 from fusekit.errors import StorageError
@@ -67,7 +66,7 @@ class StoreWriter:
         self.path, self.keys, self.rank, self.world = Path(path), list(keys), rank, world
         with disk_errors(self.path, "cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
-        manifest = read_json(self.path / MANIFEST, Manifest)
+        manifest = manifest_of(self.path)
         if manifest is None:
             remove_store(self.path)  # what an interrupted --overwrite left of one
         elif manifest.spec.model_fingerprint == spec.model_fingerprint:
@@ -82,10 +81,10 @@ class StoreWriter:
         rows = len(self.keys)
         self._bounds = [*range(0, rows, spec.rows_per_shard), rows]
         self._plans = [ShardPlan(at, start, stop) for at, (start, stop) in enumerate(pairwise(self._bounds))]
-        self._records = {record.file: record for record in manifest.shards} if manifest else {}
+        self._records = dict(manifest.files) if manifest else {}
         self._was_complete = manifest is not None and manifest.complete
         self._done = self._whole_shards()
-        if manifest is None or (manifest.complete and len(self._records) < len(manifest.shards)):
+        if manifest is None or (manifest.complete and len(self._records) < len(manifest.files)):
             self._write_manifest(complete=False)
 
     def missing_shards(self) -> list[ShardPlan]:
@@ -119,7 +118,6 @@ class StoreWriter:
         data = shard_bytes(encoded, self.codec.exact)
         commit_file(path, data, rank=self.rank)
         record = ShardRecord(
-            file=path.name,
             size=len(data),
             xxh3=xxhash.xxh3_128_hexdigest(data),
             footer_xxh3=footer_hash(data),
@@ -133,7 +131,8 @@ class StoreWriter:
                 if key in quarantined
             ],
         )
-        write_json(path.with_suffix(".json"), CommittedShard(plan_xxh3=self._plan_hash, shard=record), self.rank)
+        own = Shards(inputs={"plan_xxh3": self._plan_hash}, files={path.name: record})
+        write_manifest(path.with_suffix(".json"), own, self.rank)
         self._done.add(plan.index)
 
     def quarantined(self) -> dict[str, str]:
@@ -143,11 +142,8 @@ class StoreWriter:
 
     def lacking(self) -> list[str]:
         """The files of the shards that no process has written yet."""
-        return [
-            shard_name(plan.index)
-            for plan in self._plans
-            if not ((record := self._record(plan)) and record.is_there(self.path))
-        ]
+        names = {shard_name(plan.index): self._record(plan) for plan in self._plans}
+        return [name for name, record in names.items() if not (record and record.is_at(self.path / name))]
 
     def finish(self) -> None:
         """Make the store complete: rank 0, once all have written. Raises StorageError naming a shard that lacks."""
@@ -156,7 +152,7 @@ class StoreWriter:
                 f"{self.path}: {len(lacking)} of {len(self._plans)} shards are not written yet, the first is "
                 f"{lacking[0]}. Run the same command again; it writes only those"
             )
-        records = {record.file: record for plan in self._plans if (record := self._record(plan))}
+        records = {shard_name(plan.index): record for plan in self._plans if (record := self._record(plan))}
         if not (self._was_complete and self._records == records):
             self._records = records
             self._write_manifest(complete=True)
@@ -179,7 +175,7 @@ class StoreWriter:
         for plan in self._plans[self.rank :: self.world]:
             path = self.path / shard_name(plan.index)
             record = self._record(plan)
-            if record and record.is_there(self.path) and hash_of(path) == record.xxh3:
+            if record and record.is_at(path) and hash_of(path) == record.xxh3:
                 whole.add(plan.index)
                 continue
             self._records.pop(path.name, None)
@@ -188,15 +184,16 @@ class StoreWriter:
         return whole
 
     def _write_manifest(self, complete: bool) -> None:
+        names = [shard_name(plan.index) for plan in self._plans]
         manifest = Manifest(
+            inputs=self.spec.model_dump(mode="json"),
+            files={name: self._records[name] for name in names if name in self._records},
+            made={"by": f"fusekit {fusekit.__version__}"},
             complete=complete,
-            spec=self.spec,
             bounds=self._bounds,
             keys_xxh3=self._keys_hash,
-            shards=[self._records[name] for plan in self._plans if (name := shard_name(plan.index)) in self._records],
-            made={"by": f"fusekit {fusekit.__version__}"},
         )
-        write_json(self.path / MANIFEST, manifest, self.rank)
+        write_manifest(self.path / MANIFEST, manifest, self.rank)
 
 
 def combine_stores(paths: Sequence[Path | str], out: Path | str) -> Store:
@@ -235,7 +232,7 @@ def remove_store(folder: Path) -> None:
         return
     refuse_foreign(folder)
     try:
-        read_json(folder / MANIFEST, Manifest)
+        manifest_of(folder)
     except StorageError:
         if not any(folder.glob("shard-*.parquet")):  # a damaged one has some
             raise

@@ -148,7 +148,7 @@ def figures(store: Store) -> dict[str, Any]:
         "total": share(slice(None)),
         "datasets": {name: share(summary.dataset == number) for number, name in enumerate(summary.datasets)},
         "shards": len(store.records),
-        "file_bytes": sum(record.size for record in store.records),
+        "file_bytes": sum(record.size for record in store.records.values()),
         "quarantined": {row.key: row.reason for row in store.quarantined},
     }
 

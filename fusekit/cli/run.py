@@ -212,13 +212,12 @@ def _artifacts(path: Path) -> Iterator[Path]:
 
 def _checked(folder: Path) -> tuple[list[str], str]:
     """What is wrong with an artifact, one line each, and what it is if nothing is. Raises FusekitError, OSError."""
-    if not artifact.is_stage(folder):
+    known = artifact.read(folder)
+    if known is None or known.stage == "capture":
         from fusekit.capturing.store import Store
 
         store = Store.open(folder)
         held = f"{counted(len(store), 'example')} in {counted(len(store.records), 'shard')}"
-        return [f"{folder}/{problem}" for problem in store.verify()], f"{folder}: {held}, all as committed"
-    known = artifact.read(folder)
-    assert known is not None
+        return store.verify(), f"{folder}: {held}, all as committed"
     held = f"{counted(len(known.files), 'file')} of the stage {known.stage!r}"
     return artifact.problems(folder), f"{folder}: {held}, all as committed"

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import xxhash
 
+from fusekit import artifacts as artifact
 from fusekit.alignment.ends import tokenize
-from fusekit.artifacts import is_stage
 from fusekit.capturing.capture import Tokenizes, capture_rows
 from fusekit.capturing.models import Checkpoint, ModelChoice, find_checkpoint, load_tokenizer
-from fusekit.capturing.store import MANIFEST, Store, StoreSpec, date_of
+from fusekit.capturing.store import STAGE, Store, StoreSpec, date_of
 from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer
@@ -344,8 +344,9 @@ def _prepared(dataset: Any, reader: RowTokenizer, args: FusionConfig, say: Say =
 
 
 def _is_store(teacher: Any) -> bool:
-    """Whether a path is that of a store. A model that a run made has a manifest too, which names a stage."""
-    return isinstance(teacher, (str, Path)) and (Path(teacher) / MANIFEST).is_file() and not is_stage(Path(teacher))
+    """Whether a path is that of a store. A model that a run made has a manifest too, of another stage."""
+    known = artifact.read(Path(teacher)) if isinstance(teacher, (str, Path)) else None
+    return known is not None and known.stage == STAGE
 
 
 def own_folder(args: OneDevice) -> Path:

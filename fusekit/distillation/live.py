@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from fusekit.capturing.models import (
     valid_ids,
 )
 from fusekit.capturing.server import Scorer
+from fusekit.capturing.shards import ShardRecord
 from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.teacher import Teacher, head_dtype
 from fusekit.data.prepare import prepare
@@ -51,7 +52,7 @@ class LiveTeacher:
     loaded.
     """
 
-    records: tuple[()] = ()  # of shards, which a store has
+    records: Mapping[str, ShardRecord] = {}  # of shards, which a store has
 
     def __init__(
         self,

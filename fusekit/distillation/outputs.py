@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,31 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from fusekit.artifacts import File, differing, files_of
+from fusekit import artifacts as artifact
 from fusekit.capturing.models import Checkpoint, load_model, stored_dtype
 from fusekit.disk import commit_file, disk_errors, sync_tree
 from fusekit.distillation.arguments import with_adapter
 from fusekit.distillation.settings import Target, TrainingSettings
-from fusekit.errors import DistillationError, StorageError
-
-FACTS = "made_from.json"
-
-
-def facts_begun(target: Target) -> dict[str, Any] | None:
-    """What a training that was begun is made from, None where none was."""
-    path = target.work / FACTS
-    try:
-        found = dict(json.loads(path.read_bytes()))
-        if not found:
-            raise ValueError("it holds no facts")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DistillationError(f"{path} cannot be read: {error}; remove {target.work} to start over") from error
-    return found
-
+from fusekit.errors import StorageError
 
 OVERWRITING = "overwriting"
 """In the folder of a model's checkpoints while the one that is published is a former one, which is to be replaced."""
@@ -97,9 +78,6 @@ def write_result(
     model.save_pretrained(folder, state_dict={n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})
 
 
-LISTING = "fusekit.json"
-
-
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a folder, good or not, as (step, path), latest first."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
@@ -107,48 +85,31 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Make a checkpoint durable and write the list of its files, with what it was made under (``facts``)."""
+    """Make a checkpoint durable and write its manifest, with what it was made under (``facts``)."""
     with disk_errors(checkpoint, "cannot be made durable"):
         sync_tree(checkpoint)
-        files = {name: file.model_dump() for name, file in files_of(checkpoint).items() if name != LISTING}
-    content = {"facts": facts, "files": files}
-    data = json.dumps({**content, "xxh3": _digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
-    commit_file(checkpoint / LISTING, data)
+    artifact.seal(checkpoint, "checkpoint", facts)
+
+
+def _manifest(checkpoint: Path) -> artifact.Artifact:
+    if (known := artifact.read(checkpoint)) is None:
+        raise StorageError(f"{checkpoint / artifact.MANIFEST} is missing: the checkpoint was not finished")
+    return known
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint was made under."""
-    try:
-        return dict(_listing(checkpoint)["facts"])
-    except StorageError as error:
-        raise StorageError(f"{checkpoint}: {error}") from error
+    """What a checkpoint was made under. Raises StorageError where its manifest is missing or damaged."""
+    return _manifest(checkpoint).inputs
 
 
 def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:
     """What is wrong with a checkpoint, file by file. hashes: read every file through, beyond looking at its size."""
     try:
-        files = {name: File(**said) for name, said in _listing(checkpoint)["files"].items()}
+        files = _manifest(checkpoint).files
     except StorageError as error:
         return [str(error)]
     with disk_errors(checkpoint, "cannot be read"):
-        return differing(checkpoint, files, hashes=hashes)
-
-
-def _listing(checkpoint: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((checkpoint / LISTING).read_bytes())
-    except FileNotFoundError:
-        raise StorageError(f"{LISTING} is missing: the checkpoint was not finished") from None
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{LISTING} cannot be read: {error}") from error
-    digest = found.pop("xxh3", None) if isinstance(found, dict) else None
-    if digest is None or digest != _digest(found):
-        raise StorageError(f"{LISTING} has been damaged: its hash is not the one that was written")
-    return dict(found)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+        return artifact.differing(checkpoint, files, hashes=hashes)
 
 
 def last_good(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -172,7 +133,7 @@ def rotate(folder: Path, keep: int, also: Path | None = None) -> list[Path]:
     oldest = min(whole[: max(keep, 1)], default=0)
     deleted = [path for step, path in found if step < oldest and path != also]
     for path in deleted:
-        # A list that is gone first: a deletion that is cut short leaves no checkpoint that looks finished.
-        (path / LISTING).unlink(missing_ok=True)
+        # The manifest first: a deletion that is cut short leaves no checkpoint that looks finished.
+        (path / artifact.MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     return deleted

@@ -19,7 +19,7 @@ from fusekit import artifacts as artifact
 from fusekit.capturing.models import dequantise, find_checkpoint
 from fusekit.capturing.store import Store
 from fusekit.devices import Processes, duration
-from fusekit.disk import commit_file, disk_fault, output_lock, recover, staging
+from fusekit.disk import disk_fault, output_lock, recover, staging
 from fusekit.distillation import outputs
 from fusekit.distillation.arguments import disk_needs, memory_needs, problems, refuse_needs, training_arguments
 from fusekit.distillation.batching import Scheduled
@@ -167,7 +167,7 @@ class _Work:
         set_seed(training.seed)  # an adapter begins with random values
         model = outputs.load_pivot(self.opened.checkpoint, training)
         if start is None:
-            first(lambda: _begin(target, facts))
+            first(lambda: artifact.begin(target.work, facts))
         else:
             self.say(f"resumes from {start.name}")
         examples: FusionDataset | Scheduled = self.data
@@ -241,7 +241,7 @@ def _refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 
 def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     """The checkpoint to resume from, None for the beginning."""
-    before = outputs.facts_begun(target)
+    before = artifact.begun(target.work)
     if before is None:
         return None
     _refuse_changes(target.work, before, facts)
@@ -249,13 +249,6 @@ def _start(target: Target, facts: Mapping[str, Any], say: Say) -> Path | None:
     if good is not None:
         _refuse_changes(target.work, outputs.facts_of(good).get("made_from", {}), facts)
     return good
-
-
-def _begin(target: Target, facts: Mapping[str, Any]) -> None:
-    """Say what the checkpoints to come are made from."""
-    target.work.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(dict(facts), indent=1, default=str).encode() + b"\n"
-    commit_file(target.work / outputs.FACTS, data)
 
 
 Facts = dict[str, Any]
@@ -305,7 +298,7 @@ def facts_of_run(
         "stores": {
             name: {
                 **store.spec.model_dump(mode="json"),
-                "shards": hashed(record.xxh3 for record in store.records),
+                "shards": hashed(record.xxh3 for record in store.records.values()),
             }
             for name, store in stores.items()
         },

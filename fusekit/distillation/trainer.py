@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from fusekit.artifacts import MANIFEST
 from fusekit.capturing.capture import refuse
 from fusekit.capturing.teacher import memory_needs as scoring_needs
 from fusekit.devices import Processes, progress
@@ -409,7 +410,7 @@ class FusionTrainer(Trainer):
                 )
             resume_from_checkpoint = str(good)
         facts: Mapping[str, Any] = {}
-        if resume_from_checkpoint and (Path(resume_from_checkpoint) / outputs.LISTING).is_file():
+        if resume_from_checkpoint and (Path(resume_from_checkpoint) / MANIFEST).is_file():
             facts = outputs.facts_of(Path(resume_from_checkpoint))
         self.tally.start(facts.get("counts", {}))
         self.skipped, self.skipped_in_row = int(facts.get("skipped", 0)), 0

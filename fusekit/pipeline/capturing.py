@@ -18,7 +18,7 @@ from fusekit.artifacts import Inputs
 from fusekit.capturing.capture import Capture as CaptureJob
 from fusekit.capturing.capture import data_fingerprint, details_of, store_bytes, vocabulary_size
 from fusekit.capturing.models import dequantise, dequantise_needs, dequantised_from, find_checkpoint, loading_mistakes
-from fusekit.capturing.store import Manifest, Store, read_json
+from fusekit.capturing.store import Store, manifest_of
 from fusekit.capturing.teacher import memory_needs
 from fusekit.data.prepare import pack_text, prepare
 from fusekit.data.reading import DataCounts, files_of, is_on_hub, read_rows
@@ -321,14 +321,14 @@ def check_store_place(folder: Path) -> None:
 
 def store_status(context: Context, name: str, folder: Path, rows: list[Row]) -> Status:
     """The status of a model's store over some examples. Raises StorageError for a damaged one."""
-    manifest = read_json(folder / artifact.MANIFEST, Manifest)
+    manifest = manifest_of(folder)
     if manifest is None:
         return Status(folder)
-    before = artifact.flat(manifest.spec.model_dump())
+    before = artifact.flat(manifest.inputs)
     now = before | store_facts(context, name, before, thorough=True) | {"data": data_fingerprint(rows)}
     if changed := manifest.changes(now, [row.key for row in rows]):
         return Status(folder, STALE, tuple(changed))
-    done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records)
+    done = sum(record.stop - record.start for record in Store.open(folder, incomplete=True).records.values())
     if manifest.complete:
         return Status(folder, DONE)
     note = f"{done} of {counted(len(rows), 'example')} captured"

@@ -19,7 +19,6 @@ from fusekit.devices import Need
 from fusekit.disk import recover
 from fusekit.distillation import outputs
 from fusekit.distillation.arguments import disk_needs, memory_needs, problems
-from fusekit.distillation.outputs import facts_begun
 from fusekit.distillation.settings import JOINT, PLAIN, AlignmentSettings, DistillSettings, Target
 from fusekit.errors import FusekitError, StorageError
 from fusekit.gguf import SUFFIX
@@ -152,7 +151,7 @@ def _measure_worth(context: Context, source: str) -> None:
         return
     path, folder = context.layout.worth(source), context.layout.alignment(source)
     recover(folder)
-    shards = [artifact.joined_hash(record.xxh3 for record in store.records) for store in stores]
+    shards = [artifact.joined_hash(record.xxh3 for record in store.records.values()) for store in stores]
     of = {"alignment": how.model_dump(mode="json"), "pivot": shards[0], "source": shards[1]}
     try:
         if json.loads(path.read_bytes()).get("of") == of:
@@ -252,7 +251,7 @@ class Distill(Stage):
         if outputs.is_former(target):
             return Status(folder)
         known = made_from(folder)
-        before = known if known is not None else facts_begun(target)
+        before = known if known is not None else artifact.begun(target.work)
         status = compared(folder, before, partial(self.inputs, context, name))
         if known is not None or status.state != DONE:
             return status

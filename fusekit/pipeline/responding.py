@@ -44,7 +44,6 @@ from fusekit.types import Row
 from fusekit.yaml import Mistake
 
 ANSWERS, VOTES, COUNTS = "answers.jsonl", "votes.jsonl", "counts.json"
-_BEGUN = "made_from.json"
 _LOADED = ("dtype", "quantization", "attn_implementation")
 _OF_MODEL = {"model", "model_fingerprint", "tokenizer", *(f"details.{name}" for name in _LOADED)}
 
@@ -62,9 +61,8 @@ def _made_lines(
 
     inputs: what they are made from, compared by the caller. how: makes values, one for each item.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    artifact.begin(path.parent, inputs)
     sweep(path.parent)
-    commit_file(path.parent / _BEGUN, json.dumps(artifact.plain(inputs)).encode())
     found, size = _lines_of(path) if path.is_file() else [], _section(context).prompts_per_shard
     if len(found) < len(items):
         del found[len(found) // size * size :]  # so that batches are those of an uninterrupted run
@@ -98,12 +96,8 @@ def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], 
         return before | inputs(before)
 
     known, work = made_from(folder), Layout.work(folder)
-    if known is not None or not (work / _BEGUN).is_file():
+    if known is not None or (begun := artifact.begun(work)) is None:
         return compared(folder, known, now)
-    try:
-        begun = dict(json.loads((work / _BEGUN).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise StorageError(f"{work / _BEGUN} cannot be read: {error}; remove {work} to start over") from error
     status = compared(work, begun, now)
     if status.state == STALE:
         return status

@@ -219,8 +219,8 @@ def stages(facts: Facts) -> dict[str, tuple[str, str, float | None]]:
         found[place] = holds, content, known.made.get("seconds")
     captures = {}
     for name, store in facts.stores.items():
-        holds = held(len(store), "example", (record.size for record in store.records))
-        captures[f"captures/{name}"] = holds, joined_hash(record.xxh3 for record in store.records), None
+        holds = held(len(store), "example", (record.size for record in store.records.values()))
+        captures[f"captures/{name}"] = holds, joined_hash(record.xxh3 for record in store.records.values()), None
     data = {"data": found.pop("data")} if "data" in found else {}
     return data | captures | found
 

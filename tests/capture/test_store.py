@@ -1,6 +1,5 @@
 """Stores: what is written is read, by number and key, in other processes; damage and changed inputs are named."""
 
-import json
 import pickle
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from fusekit.errors import FusekitError, StorageError
 from tests.capture import reference
 from tests.capture.rows import captured, key
 from tests.capture.store_processes import BAD, KEYS, ROWS, SPEC, listing, rows, write
+from tests.helpers import edit_manifest
 from tests.processes import CONTEXT
 
 
@@ -295,27 +295,20 @@ def test_fuzzed_manifests_and_shards_raise_fusekit_errors_only(damaged, path, da
     (damaged / name).write_bytes(whole)
 
 
-def edited(folder, change):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: m.update(format=3), ["manifest.json", "format"]),
-        (lambda m: m.update(surprise=1), ["surprise"]),
-        (lambda m: m["shards"].pop(), ["3 of 4"]),
-        (lambda m: m["shards"][0].update(file="../../etc/passwd"), ["shards.0.file"]),
-        (lambda m: m["shards"][0].update(size=5), ["shard-00000.parquet", " 5 "]),
-        (lambda m: m["shards"][1].update(quarantined=[]), ["manifest.json", "keys"]),
-        (lambda m: m["shards"][1].update(xxh3="0" * 32), ["shard-00001.parquet", "content"]),
+        (lambda m: m.update(format=2), ["manifest.json", "format"]),
+        (lambda m: m["inputs"].update(surprise=1), ["surprise"]),
+        (lambda m: m["files"].pop("shard-00003.parquet"), ["3 of 4"]),
+        (lambda m: m["files"]["shard-00000.parquet"].update(size=5), ["shard-00000.parquet", " 5 "]),
+        (lambda m: m["files"]["shard-00001.parquet"].update(quarantined=[]), ["manifest.json", "keys"]),
+        (lambda m: m["files"]["shard-00001.parquet"].update(xxh3="0" * 32), ["shard-00001.parquet", "content"]),
         (lambda m: m.update(keys_xxh3="0" * 32), ["manifest.json", "keys"]),
     ],
 )
 def test_a_manifest_that_was_changed_is_noticed(damaged, change, named):
-    edited(damaged, change)
+    edit_manifest(damaged, change)
     with refused(*named):
         Store.open(damaged, verify=True)
 

@@ -442,7 +442,7 @@ def test_a_terminated_run_says_how_it_is_resumed(commanded: Path, tmp_path: Path
     long = ["--num-train-epochs", "400", "--set", "distill.save_steps=3", "--set", "distill.logging_steps=1000"]
     process = Process(command, tmp_path, tuple(map(str, arguments(commanded, out, *long))), {}, None)
     wait_until(
-        lambda: bool(list(out.glob("other.training/checkpoint-*/fusekit.json"))) or not process.process.is_alive(), 120
+        lambda: bool(list(out.glob("other.training/checkpoint-*/manifest.json"))) or not process.process.is_alive(), 120
     )
     if process.process.is_alive():
         os.kill(process.pid, signal.SIGTERM)

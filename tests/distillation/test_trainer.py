@@ -332,8 +332,8 @@ def test_logits_of_the_labels_are_those_of_the_whole_model(architecture: str, he
 
 FILES = (
     "config.json",
-    "fusekit.json",
     "generation_config.json",
+    "manifest.json",
     "model.safetensors",
     "optimizer.pt",
     "rng_state.pth",

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fusekit import artifacts as artifact
 from fusekit.artifacts import weights_hash
 from fusekit.disk import output_lock
-from fusekit.distillation.run import _begin, _start
+from fusekit.distillation.run import _start
 from fusekit.distillation.settings import Target
 from fusekit.errors import CaptureError, DistillationError, FusekitError, StorageError
 from fusekit.layout import Layout
@@ -220,7 +220,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     artifact.publish(out / "data", "data", {"limit": 3, "files": {"x": None}}, lambda into: write_prepared(into, rows))
     artifact.publish(out / "one", "distill", FACTS, lambda into: (into / "model.safetensors").write_bytes(b"weights"))
     found = Target("two", out / "two", ("two",))
-    _begin(found, FACTS)
+    artifact.begin(found.work, FACTS)
     return found
 
 

@@ -14,6 +14,7 @@ from fusekit import artifacts as artifact
 from fusekit.errors import FusekitError
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
+from tests.helpers import edit_manifest
 
 DEMO = Path(__file__).parents[2] / "demo"
 ROWS = [
@@ -109,8 +110,7 @@ def refused(recipe: Path, out: Path, message: str, *overrides: str, **how: Any) 
 
 def with_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     """The artifact as if it had been made from these, too."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"inputs": manifest["inputs"] | inputs}))
+    edit_manifest(folder, lambda manifest: manifest["inputs"].update(inputs))
 
 
 APART = {"logs", "report.html"}
@@ -123,7 +123,7 @@ def differences(a: Path, b: Path) -> list[str]:
     """One line for each file of two outputs that one of them lacks, or that differs; empty for equal ones.
 
     Files are compared byte by byte, text with each output's own path taken for the same. Of a manifest ``made`` is left
-    out (times, versions), and so are the hashes of text files, which are compared themselves. Locks do not count; what
+    out (times, versions), and so are its own hash and those of text files, which are compared themselves. Locks do not count; what
     a process that died left behind does.
     """
     a, b = a.resolve(), b.resolve()
@@ -163,7 +163,7 @@ def _content(path: Path, out: Path) -> Any:
     except ValueError:
         return data
     if path.name == "manifest.json" and isinstance(value, dict):
-        value.pop("made", None)
+        value = {key: known for key, known in value.items() if key not in ("made", "xxh3")}
         files = value.get("files")
         if isinstance(files, dict):
             value["files"] = {file: hashes if Path(file).suffix in _SAFE else "text" for file, hashes in files.items()}
