@@ -90,7 +90,7 @@ class StoreSpec(Strict, extra="forbid"):
 class Shards(Artifact):
     """``shard-00000.json``: a shard's record while the store is not complete. inputs: the hash of its plan."""
 
-    stage: str = STAGE
+    stage: str = Field(default=STAGE, pattern=f"^{STAGE}$")
     files: Mapping[str, ShardRecord]
 
 

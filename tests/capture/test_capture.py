@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from fusekit.capturing import teacher as batches
 from fusekit.capturing.capture import Capture
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, parameters
-from fusekit.capturing.store import Manifest, Store, read_json
+from fusekit.capturing.store import Store, manifest_of
 from fusekit.cli import cli
 from fusekit.disk import output_lock
 from fusekit.errors import CaptureError, StorageError
@@ -100,7 +100,7 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
 
 def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, monkeypatch):
     def bounds():
-        return read_json(tmp_path / "out" / "manifest.json", Manifest).bounds
+        return manifest_of(tmp_path / "out").bounds
 
     tokens = sum(len(data[1].tokenize(row)) for row in data[0]) / len(data[0])
     automatic = settings(rows_per_shard=None)

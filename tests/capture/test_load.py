@@ -180,7 +180,7 @@ def test_hub_models_are_pinned_to_a_commit_and_gated_or_unknown_ones_fail_fast(t
         commit = sound.commit()
     assert fine.status == 0, fine.output
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["spec"]["model_fingerprint"] == f"commit {commit}"
+    assert manifest["inputs"]["model_fingerprint"] == f"commit {commit}"
     for result, expected in zip(others, wrong.values(), strict=True):
         assert result.status == 1
         assert expected in result.output

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fusekit.capturing.store import MANIFEST, Store
+from fusekit.capturing.store import Store
 from fusekit.cli import cli
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
@@ -19,6 +19,7 @@ from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
 from fusekit.types import Message, Row
 from tests.capture.models import tokenizer_for
+from tests.helpers import edit_manifest
 from tests.pipeline.worlds import DEMO, stamps, write_recipe
 
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + ChatTemplate.named("chatml").source
@@ -104,8 +105,7 @@ def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
     on(SECOND)
     captured(tmp_path)
     assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
-    manifest = store.path / MANIFEST
-    manifest.write_text(manifest.read_text().replace("2026-01-31", "some day"))
+    edit_manifest(store.path, lambda manifest: manifest["inputs"]["details"].update(date="some day"))
     result = CliRunner().invoke(cli, ["capture", str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"),
                                       str(store.path), "--chat-template", str(tmp_path / "dated.jinja"),
                                       "--rows-per-shard", "8", "--dtype", "float32"])  # fmt: skip

@@ -98,7 +98,7 @@ def test_what_is_there_is_reused_counted_alike_and_not_touched(captured):
     assert [step.name for step in plan.steps if step.stage in ("distill", "evaluate")] == ["sft", "4 models"]
     # Without the output, rows and tokens are those that the run counted.
     steps = {f"{step.stage} {step.name}": step for step in planned(recipe, None).steps}
-    shards = json.loads((out / "captures" / "llama" / "manifest.json").read_text())["shards"]
+    shards = json.loads((out / "captures" / "llama" / "manifest.json").read_text())["files"].values()
     step = steps["capture llama"]
     assert step.rows == sum(shard["rows"] for shard in shards) == 24
     assert step.tokens == sum(shard["tokens"] for shard in shards)

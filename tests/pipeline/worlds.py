@@ -123,8 +123,8 @@ def differences(a: Path, b: Path) -> list[str]:
     """One line for each file of two outputs that one of them lacks, or that differs; empty for equal ones.
 
     Files are compared byte by byte, text with each output's own path taken for the same. Of a manifest ``made`` is left
-    out (times, versions), and so are its own hash and those of text files, which are compared themselves. Locks do not count; what
-    a process that died left behind does.
+    out (times, versions), and so are its own hash and those of text files, which are compared themselves. Locks do not
+    count; what a process that died left behind does.
     """
     a, b = a.resolve(), b.resolve()
     ours, theirs = _contents(a), _contents(b)
