@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ VOCABULARY_ROWS = 64
 
 
 @contextmanager
-def refused(kind: type[Exception], *named: object) -> Iterator[None]:
+def refused(kind: type[Exception], *named: object) -> Iterator[pytest.ExceptionInfo[Exception]]:
     """An error of this type is raised, and its message has each of these in it, in any order."""
     with pytest.raises(kind) as error:
-        yield
+        yield error
     assert [name for name in named if str(name) not in str(error.value)] == [], str(error.value)
 
 
@@ -148,3 +148,25 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     del manifest["xxh3"]
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest | {"xxh3": own_hash(manifest)}))
+
+
+def merge_recipe(
+    base: Path | str | None, models: Iterable[Path | str], /, method: str = "fusechat_sce", **keys: Any
+) -> dict[str, Any]:
+    """A mergekit recipe in float32, with more keys or others; a key that is None is left out."""
+    content = {"merge_method": method, "base_model": None if base is None else str(base)}
+    content |= {"models": [{"model": str(model)} for model in models], "dtype": "float32"} | keys
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model, from one file or several."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Names, dtypes and values to the bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name

@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 Case = tuple[Tensor, list[Tensor]]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def cast(case: Case, dtype: torch.dtype) -> Case:
+    base, targets = case
+    return base.to(dtype), [target.to(dtype) for target in targets]
+
+
+def assert_close(actual: Tensor, expected: Tensor, base: Tensor, targets: list[Tensor]) -> None:
+    """Equal up to the rounding of the result, or, in float32, that of a few operations on the fusion vectors."""
+    largest = max([0.0, *(float((t - base).abs().max()) for t in targets if t.numel())])
+    assert actual.dtype == base.dtype
+    assert actual.shape == base.shape
+    tolerance = torch.finfo(base.dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=8 * 2**-24 * largest)
 
 
 def random_case(shape: tuple[int, ...], k: int, *, scale: float = 1e-2, seed: int = 0) -> Case:

@@ -1,4 +1,4 @@
-"""`fusechat_sce` and `varm` as mergekit sees them: its own entry points, its conventions, its graphs."""
+"""The merge methods as mergekit sees them: its own entry points, its conventions, its graphs."""
 
 import json
 import threading
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from mergekit.architecture import WeightInfo
+from mergekit.architecture.json_definitions import JSON_ARCHITECTURES
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -17,12 +19,13 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
-from safetensors.torch import load_file, save_file
+from mergekit.scripts.multimerge import main as multimerge
+from safetensors.torch import save_file
 
 from fusekit.errors import MergeError
-from fusekit.merge_methods import record_coefficients, sce, unit_of, varm
+from fusekit.merge_methods import record_coefficients, sce, unit_of, varm, widen
 from tests import reference
-from tests.helpers import edit_tensors, family
+from tests.helpers import edit_tensors, family, merge_recipe, refused, same_tensors, tensors_of
 from tests.merge_methods.cases import random_case
 
 METHODS = ("fusechat_sce", "varm")
@@ -33,47 +36,26 @@ DEVICES = [
 ]
 
 
-def run(recipe, out, **options):
-    config = MergeConfiguration.model_validate(recipe)
-    run_merge(config, str(out), MergeOptions(quiet=True, **options))
-    return load_file(out / "model.safetensors")
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders: a base, and two fine-tunes of it."""
+    base, targets = family(tmp_path_factory.mktemp("models"), 2, vocab_size=32)
+    return [base, *targets]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("models"), 2, vocab_size=32)
+def tensors(models):
+    return [tensors_of(model) for model in models]
 
 
-@pytest.fixture
-def base(models):
-    return models[0]
+def run(recipe, out):
+    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True))
+    return tensors_of(out)
 
 
-@pytest.fixture
-def targets(models):
-    return models[1]
-
-
-def recipe_of(base, targets, method="fusechat_sce", parameters=None, **more):
-    return {
-        "merge_method": method,
-        "base_model": str(base),
-        "models": [{"model": str(target)} for target in targets],
-        "parameters": parameters or {},
-        "dtype": "float32",
-        **more,
-    }
-
-
-def tensors_of(*paths):
-    return [load_file(path / "model.safetensors") for path in paths]
-
-
-def assert_equal(merged, expected):
-    assert merged.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert merged[name].dtype == tensor.dtype
-        assert torch.equal(merged[name], tensor), name
+def merged(out, models, method="fusechat_sce", parameters=None, **keys):
+    """What mergekit makes of these folders, of which the first is the base."""
+    return run(merge_recipe(models[0], models[1:], method, parameters=parameters or {}, **keys), out)
 
 
 # ---------------------------------------------------------------- in memory
@@ -146,28 +128,25 @@ def test_parameters_of_modules_are_merged_and_the_result_has_no_gradient(method)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path, base, targets):
-    recipe = recipe_of(base, targets, method)
+def test_weights_of_models_in_a_recipe_and_in_memory(method, tmp_path, models, tensors):
+    recipe = merge_recipe(models[0], models[1:], method)
     recipe["models"][0]["parameters"] = {"weight": [0.25, 0.5]}  # a gradient over the layers
     recipe["models"][1]["parameters"] = {"weight": [{"filter": "mlp", "value": 0}, {"value": 2}]}
     with record_coefficients() as record:
-        merged = run(recipe, tmp_path / "out")
-    models = tensors_of(base, *targets)
+        found = run(recipe, tmp_path / "out")
     function = sce if method == "fusechat_sce" else varm
-    for name, tensor in merged.items():
+    for name, tensor in found.items():
         first = 0.25 if "layers.0" in name or "embed" in name or "layers" not in name else 0.5
         weights = [first, 0 if "mlp" in name else 2]
-        expected = function(models[0][name], [model[name] for model in models[1:]], weights=weights)
+        base, *targets = [model[name] for model in tensors]
+        expected = function(base, targets, weights=weights)
         assert torch.equal(tensor, expected.tensor), name
-        shown = record.tensors[name].parameters["weight"]
-        assert list(shown.values()) == weights
+        assert list(record.tensors[name].parameters["weight"].values()) == weights
         np.testing.assert_allclose(list(record.tensors[name].coefficients.values()), expected.coefficients)
-    tensors = [model["model.norm.weight"] for model in models]
-    expected = function(tensors[0], tensors[1:], weights=[0.5, 2]).tensor
-    assert torch.equal(merge_tensors(tensors, method, base_index=0, parameters={"weight": [0.5, 2]}), expected)
-    plain = run(recipe_of(base, targets, method), tmp_path / "plain")
-    ones = run(recipe_of(base, targets, method, {"weight": 1}), tmp_path / "ones")
-    assert all(torch.equal(plain[name], ones[name]) for name in plain)
+    base, *targets = norms = [model["model.norm.weight"] for model in tensors]
+    expected = function(base, targets, weights=[0.5, 2]).tensor
+    assert torch.equal(merge_tensors(norms, method, base_index=0, parameters={"weight": [0.5, 2]}), expected)
+    same_tensors(merged(tmp_path / "ones", models, method, {"weight": 1}), merged(tmp_path / "plain", models, method))
 
 
 def test_a_difference_that_overflows_is_said_to():
@@ -197,10 +176,9 @@ def state_dicts():
 def test_units_of_state_dicts(granularity, aggregation):
     models = state_dicts()
     with record_coefficients() as record:
-        merged = merge_state_dicts(
-            models, "varm", base=0, parameters={"granularity": granularity, "aggregation": aggregation}
-        )
-    for name, tensor in merged.items():
+        parameters = {"granularity": granularity, "aggregation": aggregation}
+        found = merge_state_dicts(models, "varm", base=0, parameters=parameters)
+    for name, tensor in found.items():
         unit = unit_of(name, granularity)
         members = [n for n in models[0] if unit_of(n, granularity) == unit]
         matrices = [(models[0][n], [m[n] for m in models[1:]]) for n in members]
@@ -222,16 +200,14 @@ def test_units_of_state_dicts_are_measured_in_the_dtype_of_the_merge():
 
 @pytest.mark.parametrize("granularity", UNITS)
 def test_one_tensor_alone_has_no_unit(granularity):
-    tensors = [torch.zeros(3), torch.ones(3)]
-    with pytest.raises(MergeError, match=r"passes one tensor alone.*granularity: matrix"):
-        merge_tensors(
-            tensors, "varm", base_index=0, name="model.layers.0.mlp.w", parameters={"granularity": granularity}
-        )
+    alone, name = [torch.zeros(3), torch.ones(3)], "model.layers.0.mlp.w"
+    with refused(MergeError, "one tensor alone", "granularity: matrix"):
+        merge_tensors(alone, "varm", base_index=0, name=name, parameters={"granularity": granularity})
 
 
 def test_a_module_that_the_name_does_not_tell_is_named():
     models = [{"a.0.frobnicator.weight": torch.zeros(2), "a.0.mlp.weight": torch.zeros(2)} for _ in range(2)]
-    with pytest.raises(MergeError, match=r"a\.0\.frobnicator\.weight.*granularity: matrix or layer"):
+    with refused(MergeError, "a.0.frobnicator.weight", "granularity: matrix or layer"):
         merge_state_dicts(models, "varm", base=0, parameters={"granularity": "module"})
 
 
@@ -241,82 +217,78 @@ def test_a_module_that_the_name_does_not_tell_is_named():
 @pytest.mark.parametrize(
     ("dtype", "tie"), [("float32", True), ("bfloat16", False), ("float16", False), ("float64", True)]
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method, dtype, tie):
+@pytest.mark.parametrize(("method", "parameters"), [("fusechat_sce", {"select_topk": 0.3}), ("varm", {})])
+def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method, parameters, dtype, tie):
     base, targets = family(tmp_path, 3, tie=tie)
-    parameters = {"select_topk": 0.3} if method == "fusechat_sce" else {}
-    merged = run(recipe_of(base, targets, method, parameters, dtype=dtype), tmp_path / "out")
-    models = [{n: t.to(getattr(torch, dtype)) for n, t in each.items()} for each in tensors_of(base, *targets)]
-    assert_equal(merged, merge_state_dicts(models, method, base=0, parameters=parameters))
-    assert ("lm_head.weight" in merged) == (not tie)
+    found = merged(tmp_path / "out", [base, *targets], method, parameters, dtype=dtype)
+    cast = [{n: t.to(getattr(torch, dtype)) for n, t in tensors_of(each).items()} for each in (base, *targets)]
+    same_tensors(found, merge_state_dicts(cast, method, base=0, parameters=parameters))
+    assert ("lm_head.weight" in found) == (not tie)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_base_listed_among_the_models_changes_nothing(tmp_path, method, base, targets):
-    one = run(recipe_of(base, targets, method), tmp_path / "one")
-    assert_equal(run(recipe_of(base, [base, *targets], method), tmp_path / "other"), one)
+def test_base_listed_among_the_models_changes_nothing(tmp_path, method, models):
+    one = merged(tmp_path / "one", models, method)
+    same_tensors(merged(tmp_path / "other", [models[0], *models], method), one)
 
 
-@pytest.mark.parametrize("granularity", UNITS)
-def test_units_in_a_graph_are_those_in_memory(tmp_path, granularity):
+def test_widen_merges_embeddings_by_their_tokens_and_heads_by_their_columns(tmp_path, models, tensors):
+    found = merged(tmp_path / "out", models, "widen", {"threshold": 1.2})
+    assert "lm_head.weight" in found
+    for name, tensor in found.items():
+        base, *targets = [model[name] for model in tensors]
+        expected = widen(base, targets, threshold=1.2, columns_are_rows="embed_tokens" in name).tensor
+        torch.testing.assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "keys"),
+    [*((unit, {"dtype": "bfloat16"}) for unit in UNITS), ("layer", {"tokenizer": {"source": "base"}})],
+)
+def test_units_in_a_graph_are_those_in_memory(tmp_path, models, tensors, granularity, keys):
     """With a cast on the way: the siblings' statistics are taken in the planned dtype, as the merge is."""
-    base, targets = family(tmp_path, 3, tie=True)
     parameters = {"granularity": granularity}
-    merged = run(recipe_of(base, targets, "varm", parameters, dtype="bfloat16"), tmp_path / "out")
-    models = [{name: t.bfloat16() for name, t in model.items()} for model in tensors_of(base, *targets)]
-    expected = merge_state_dicts(models, "varm", base=0, parameters=parameters)
-    assert_equal(merged, expected)
+    found = merged(tmp_path / "out", models, "varm", parameters, **keys)
+    dtype = torch.bfloat16 if "dtype" in keys else torch.float32
+    cast = [{name: tensor.to(dtype) for name, tensor in model.items()} for model in tensors]
+    same_tensors(found, merge_state_dicts(cast, "varm", base=0, parameters=parameters))
 
 
-def test_parameters_by_filter_and_gradient(tmp_path, base, targets):
+def test_parameters_by_filter_and_gradient(tmp_path, models):
     granularity = [{"filter": "mlp", "value": "layer"}, {"value": "matrix"}]
     topk = [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 1.0}]
     mlp, attention = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
     with record_coefficients() as units:
-        run(recipe_of(base, targets, "varm", {"granularity": granularity}), tmp_path / "varm")
+        merged(tmp_path / "varm", models, "varm", {"granularity": granularity})
     assert (units.tensors[mlp].unit, units.tensors[attention].unit) == ("model.layers.1", None)
     with record_coefficients() as record:
-        run(recipe_of(base, targets, parameters={"select_topk": topk}), tmp_path / "sce")
+        merged(tmp_path / "sce", models, parameters={"select_topk": topk})
     selected = {name: each.parameters["select_topk"] for name, each in record.tensors.items()}
     assert selected[mlp.replace("1", "0")] == pytest.approx(0.2)
     assert (selected[mlp], selected[attention]) == (pytest.approx(0.6), 1)
     assert record.tensors[mlp].selected == pytest.approx(0.6, abs=0.01)
 
 
-def test_units_with_a_tokenizer_configured(tmp_path, base, targets):
-    parameters = {"granularity": "layer"}
-    merged = run(recipe_of(base, targets, "varm", parameters, tokenizer={"source": "base"}), tmp_path / "out")
-    assert_equal(merged, merge_state_dicts(tensors_of(base, *targets), "varm", base=0, parameters=parameters))
+def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, models):
+    with refused(MergeError, "embed_tokens", "PermutedVocabulary", "granularity: matrix"):
+        merged(tmp_path / "out", models, "varm", {"granularity": "model"}, tokenizer={"source": "base"})
 
 
-def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, base, targets):
-    with pytest.raises(MergeError, match=r"embed_tokens.* is loaded by PermutedVocabulary.*granularity: matrix"):
-        run(recipe_of(base, targets, "varm", {"granularity": "model"}, tokenizer={"source": "base"}), tmp_path / "out")
+def sliced(models, ranges, granularity):
+    slices = [{"sources": [{"model": str(model), "layer_range": each} for model in models]} for each in ranges]
+    return merge_recipe(models[0], (), "varm", models=None, slices=slices, parameters={"granularity": granularity})
 
 
-def sliced(base, targets, ranges, **more):
-    models = [base, *targets]
-    slices = [
-        {"sources": [{"model": str(m), "layer_range": list(r)} for m, r in zip(models, each, strict=True)]}
-        for each in ranges
-    ]
-    return {"merge_method": "varm", "base_model": str(base), "slices": slices, "dtype": "float32", **more}
+@pytest.mark.parametrize("granularity", UNITS)
+def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path, models, granularity):
+    assert len(run(sliced(models, [[1, 2], [0, 1]], "matrix"), tmp_path / "matrix")) == 21
+    with refused(MergeError, "`slices:`", "layers.0.", "layers.1."):
+        run(sliced(models, [[1, 2], [0, 1]], granularity), tmp_path / granularity)
 
 
-def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path, base, targets):
-    shifted = sliced(base, targets, [[(1, 2)] * 3, [(0, 1)] * 3])
-    assert len(run(shifted, tmp_path / "matrix")) == 21
-    for granularity in UNITS:
-        recipe = {**shifted, "parameters": {"granularity": granularity}}
-        with pytest.raises(MergeError, match=r"not possible with these `slices:`.*layers\.[01]\..*is.*layers\.[01]\."):
-            run(recipe, tmp_path / granularity)
-
-
-def test_slices_that_keep_names_are_fine(tmp_path, base, targets):
-    parameters = {"granularity": "layer"}
-    merged = run(sliced(base, targets, [[(0, 1)] * 3, [(1, 2)] * 3], parameters=parameters), tmp_path / "sliced")
-    expected = run(recipe_of(base, targets, "varm", parameters), tmp_path / "whole")
-    assert_equal(merged, expected)
+def test_slices_that_keep_names_are_fine(tmp_path, models):
+    found = run(sliced(models, [[0, 1], [1, 2]], "layer"), tmp_path / "sliced")
+    same_tensors(found, merged(tmp_path / "whole", models, "varm", {"granularity": "layer"}))
 
 
 def merge_files(models, tmp_path, **recipe):
@@ -326,48 +298,32 @@ def merge_files(models, tmp_path, **recipe):
         save_file(model, path)
     config = RawPyTorchMergeConfig(models=[{"model": p} for p in paths[1:]], base_model=paths[0], **recipe)
     Executor(plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())).execute()
-    return load_file(tmp_path / "out" / "model.safetensors")
+    return tensors_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_mergekit_pytorch(tmp_path, method):
-    merged = merge_files(state_dicts(), tmp_path, merge_method=method, dtype="bfloat16")
-    assert_equal(merged, merge_state_dicts(state_dicts(), method, base=0, dtype=torch.bfloat16))
+    found = merge_files(state_dicts(), tmp_path, merge_method=method, dtype="bfloat16")
+    same_tensors(found, merge_state_dicts(state_dicts(), method, base=0, dtype=torch.bfloat16))
 
 
 def test_mergekit_pytorch_knows_no_units(tmp_path):
-    with pytest.raises(MergeError, match=r"TensorDictWrapper.*granularity: matrix"):
+    with refused(MergeError, "TensorDictWrapper", "granularity: matrix"):
         merge_files(state_dicts()[:2], tmp_path, merge_method="varm", parameters={"granularity": "model"})
 
 
-def test_mergekit_multi(tmp_path):
-    from click.testing import CliRunner
-    from mergekit.scripts.multimerge import main
-
-    base, targets = family(tmp_path, 2)
-    first = {"name": "first", **recipe_of(base, targets, "varm", {"granularity": "module"})}
-    final = recipe_of(base, ["first", targets[0]], "fusechat_sce", {"select_topk": 0.5})
+def test_mergekit_multi(tmp_path, models, tensors):
+    base, one, two = models
+    unit, share = {"granularity": "module"}, {"select_topk": 0.5}
+    first = {"name": "first", **merge_recipe(base, [one, two], "varm", parameters=unit)}
+    final = merge_recipe(base, ["first", one], parameters=share)
     (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([first, final]))
     arguments = [str(tmp_path / "multi.yml"), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "steps")]
-    result = CliRunner().invoke(main, [*arguments, "--quiet"], catch_exceptions=False)
+    result = CliRunner().invoke(multimerge, [*arguments, "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0
-    step = merge_state_dicts(tensors_of(base, *targets), "varm", base=0, parameters={"granularity": "module"})
-    models = [tensors_of(base)[0], step, tensors_of(targets[0])[0]]
-    expected = merge_state_dicts(models, "fusechat_sce", base=0, parameters={"select_topk": 0.5})
-    assert_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
-
-
-def optional_task(method, refs, parameters):
-    weight = WeightInfo(name="model.layers.0.self_attn.q_proj.bias", optional=True)
-    return ExecuteMergeMethodTask(
-        method_name=method,
-        gather_tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(refs, weight))),
-        model_order=refs,
-        base_model=refs[0],
-        output_weight=weight,
-        parameters=ImmutableMap(parameters),
-        input_parameters=ImmutableMap({ref: ImmutableMap({"weight": 1.0}) for ref in refs}),
-    )
+    step = merge_state_dicts(tensors, "varm", base=0, parameters=unit)
+    expected = merge_state_dicts([tensors[0], step, tensors[1]], "fusechat_sce", base=0, parameters=share)
+    same_tensors(tensors_of(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize(
@@ -378,22 +334,30 @@ def optional_task(method, refs, parameters):
     ],
 )
 def test_optional_weights(method, parameters):
-    refs = tuple(ModelReference.model_validate(name) for name in ("base", "a", "b"))
-    task = optional_task(method, refs, parameters)
+    refs = base_ref, one, two = tuple(ModelReference.model_validate(name) for name in ("base", "a", "b"))
+    weight = WeightInfo(name="model.layers.0.self_attn.q_proj.bias", optional=True)
+    task = ExecuteMergeMethodTask(
+        method_name=method,
+        gather_tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(refs, weight))),
+        model_order=refs,
+        base_model=base_ref,
+        output_weight=weight,
+        parameters=ImmutableMap(parameters),
+        input_parameters=ImmutableMap({ref: ImmutableMap({"weight": 1.0}) for ref in refs}),
+    )
     base, first, second = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0]), torch.tensor([1.0, 3.0])
-    both = task.execute({refs[0]: base, refs[1]: first, refs[2]: second})
+    both = task.execute({base_ref: base, one: first, two: second})
     torch.testing.assert_close(both, merge_tensors([base, first, second], method, base_index=0))
     # One target lacks it: the others decide. None has it: the base's. The base lacks it: nothing to measure against.
-    torch.testing.assert_close(task.execute({refs[0]: base, refs[2]: second}), second)
-    torch.testing.assert_close(task.execute({refs[0]: base}), base)
+    torch.testing.assert_close(task.execute({base_ref: base, two: second}), second)
+    torch.testing.assert_close(task.execute({base_ref: base}), base)
     with pytest.raises(ValueError, match=r"Base input is not present.*q_proj\.bias"):
-        task.execute({refs[1]: first, refs[2]: second})
+        task.execute({one: first, two: second})
 
 
-def test_one_target_below_one_is_named_with_its_tensor(tmp_path):
-    base, targets = family(tmp_path, 1)
+def test_one_target_below_one_is_named_with_its_tensor(tmp_path, models):
     with pytest.raises(MergeError, match=r"^\S+: select_topk is 0.5 with one target"):
-        run(recipe_of(base, targets, parameters={"select_topk": 0.5}), tmp_path / "out")
+        merged(tmp_path / "out", models[:2], parameters={"select_topk": 0.5})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -401,8 +365,8 @@ def test_nan_is_named_with_tensor_and_model(tmp_path, method):
     base, targets = family(tmp_path, 2)
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(targets[1], lambda tensors: tensors[name][0].fill_(float("nan")))
-    with pytest.raises(MergeError, match=rf"{name}: NaN or Inf in the weights of \S*target2:"):
-        run(recipe_of(base, targets, method), tmp_path / "out")
+    with refused(MergeError, f"{name}: NaN or Inf in the weights of", "target2:"):
+        merged(tmp_path / "out", [base, *targets], method)
 
 
 # ---------------------------------------------------------------- against mergekit's own sce
@@ -436,29 +400,22 @@ def test_mergekits_sce_weighs_small_deltas_uniformly_and_ours_does_not():
 # ---------------------------------------------------------------- names
 
 
-def every_architecture():
-    from mergekit.architecture.json_definitions import JSON_ARCHITECTURES
-
+def test_units_of_every_architecture_that_mergekit_defines():
+    """Every numbered tensor of every definition has a layer and a module, and every other tensor a unit."""
+    seen = 0
     for architecture in JSON_ARCHITECTURES:
         for module in architecture.modules.values():
-            definition = module.architecture.definition
-            templates = [w.name for w in definition.layer_templates.weights if "${layer_index}" in w.name]
-            names = [name.replace("${layer_index}", "3") for name in templates]
+            definition, prefix = module.architecture.definition, module.weight_prefix or ""
             for weight in (*definition.pre_weights, *definition.post_weights):
-                unit_of((module.weight_prefix or "") + weight.name.replace("${num_layers+1}", "5"), "module")
-            yield architecture.expected_model_type, [(module.weight_prefix or "") + name for name in names]
-
-
-def test_units_of_every_architecture_that_mergekit_defines():
-    """Every numbered tensor of every definition has a layer and a module."""
-    seen = 0
-    for model_type, names in every_architecture():
-        for name in names:
-            layer = unit_of(name, "layer")
-            assert name.startswith(layer + "."), (model_type, name)
-            assert layer.endswith(".3") or layer == "3", (model_type, name)
-            assert unit_of(name, "module").startswith(layer + "."), (model_type, name)
-            seen += 1
+                unit_of(prefix + weight.name.replace("${num_layers+1}", "5"), "module")
+            for weight in definition.layer_templates.weights:
+                if "${layer_index}" in weight.name:
+                    name = prefix + weight.name.replace("${layer_index}", "3")
+                    layer = unit_of(name, "layer")
+                    assert name.startswith(layer + "."), (architecture.expected_model_type, name)
+                    assert layer.endswith(".3") or layer == "3", (architecture.expected_model_type, name)
+                    assert unit_of(name, "module").startswith(layer + "."), (architecture.expected_model_type, name)
+                    seen += 1
     assert seen > 400
 
 
@@ -496,10 +453,8 @@ def test_modules_of_known_layers():
 ZERO, SMALL, LARGE = torch.zeros(4), torch.full((4,), 2e-4), torch.full((4,), 6e-4)
 
 
-def merge_small(method="fusechat_sce", name="w", **parameters):
-    return merge_tensors(
-        [ZERO, SMALL, LARGE], method, ids=["base", "a", "b"], base_index=0, name=name, parameters=parameters
-    )
+def merge_small(method="fusechat_sce", name="w", ids=("base", "a", "b"), **parameters):
+    return merge_tensors([ZERO, SMALL, LARGE], method, ids=list(ids), base_index=0, name=name, parameters=parameters)
 
 
 def test_a_record_says_what_the_function_returns():
@@ -531,8 +486,7 @@ def test_records_nest_and_end_and_see_other_threads():
 
 def test_a_models_name_cannot_break_the_table():
     with record_coefficients() as record:
-        ids = ["base", "a|b", "<img src=x onerror=alert(1)>"]
-        merge_tensors([ZERO, SMALL, LARGE], "fusechat_sce", ids=ids, base_index=0, name="w")
+        merge_small(ids=("base", "a|b", "<img src=x onerror=alert(1)>"))
     rows = [line for line in record.markdown().splitlines() if line.startswith("| ")]
     assert {row.count("|") for row in rows} == {6}
     assert "<img" not in record.markdown()

@@ -11,9 +11,9 @@ import torch
 from fusekit.errors import MergeError
 from fusekit.merge_methods.widen import widen
 from tests import reference
-from tests.merge_methods.cases import nasty_cases, random_case, tied_case
+from tests.helpers import refused
+from tests.merge_methods.cases import DTYPES, cast, nasty_cases, random_case, tied_case
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MATRICES = {name: case for name, case in nasty_cases().items() if case[0].ndim == 2 and case[0].numel()}
 MATRICES["columns of zeros"] = (
     torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64),
@@ -24,7 +24,7 @@ MATRICES["columns of zeros"] = (
 )
 
 
-def worked_example() -> tuple[torch.Tensor, list[torch.Tensor]]:
+def test_a_worked_matrix():
     base, *targets = torch.tensor(
         [
             [[3, 0, 1, 2], [4, 2, 1, 0]],
@@ -33,11 +33,6 @@ def worked_example() -> tuple[torch.Tensor, list[torch.Tensor]]:
         ],
         dtype=torch.float64,
     )
-    return base, targets
-
-
-def test_a_worked_matrix():
-    base, targets = worked_example()
     merged = widen(base, targets)
     expected = [[3.1500, 0.0470, 1.0, 1.0], [4.2876, 2.2876, 1.5660, 1.1378]]
     torch.testing.assert_close(merged.tensor, torch.tensor(expected, dtype=torch.float64), atol=5e-5, rtol=0)
@@ -53,9 +48,8 @@ def test_a_worked_vector():
 @pytest.mark.parametrize("ties", ["index", "average"])
 @pytest.mark.parametrize("name", MATRICES)
 def test_nasty_matrices_equal_the_reference(name, ties):
-    base, targets = MATRICES[name]
     for dtype in (torch.float64, torch.bfloat16):
-        base, targets = base.to(dtype), [target.to(dtype) for target in targets]
+        base, targets = cast(MATRICES[name], dtype)
         merged = widen(base, targets, ties=ties)
         expected, weights = reference.widen(base, targets, 1.0, 1.0, ties)
         assert merged.tensor.dtype == dtype
@@ -67,8 +61,7 @@ def test_nasty_matrices_equal_the_reference(name, ties):
 @pytest.mark.parametrize(("threshold", "score"), [(1.0, 1.0), (0.5, 0.7), (2.5, 1.0)])
 def test_random_matrices_equal_the_reference(dtype, threshold, score, monkeypatch):
     monkeypatch.setattr(sys.modules["fusekit.merge_methods.widen"], "_CHUNK_ELEMENTS", 50)  # several pieces
-    base, targets = random_case((17, 23), 3, seed=4)
-    base, targets = base.to(dtype), [target.to(dtype) for target in targets]
+    base, targets = cast(random_case((17, 23), 3, seed=4), dtype)
     merged = widen(base, targets, threshold=threshold, score=score).tensor
     expected, _ = reference.widen(base, targets, threshold, score, "average")
     torch.testing.assert_close(merged, torch.tensor(expected, dtype=torch.float64).to(dtype))
@@ -131,31 +124,5 @@ def test_small_changes_are_ranked_beyond_the_precision_of_a_float32_cosine():
 )
 def test_bad_inputs_are_named(change, said):
     base, targets = random_case((3, 3), 2)
-    arguments = {"base": base, "targets": targets} | change
-    with pytest.raises(MergeError) as error:
-        widen(**arguments)
-    assert all(word in str(error.value) for word in said)
-
-
-def test_mergekit_merges_embeddings_by_their_tokens_and_heads_by_their_columns(tmp_path):
-    """A whole merge of tiny Llamas: every tensor is that of the function, the embedding's with its rows as columns."""
-    import yaml
-    from click.testing import CliRunner
-    from safetensors.torch import load_file
-
-    from fusekit.cli import cli
-    from tests.helpers import tiny_llama
-
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_llama(tmp_path / name, seed)
-    models = [{"model": str(tmp_path / name)} for name in ("one", "two")]
-    recipe = {"merge_method": "widen", "base_model": str(tmp_path / "base"), "models": models, "dtype": "float32"}
-    (tmp_path / "merge.yml").write_text(yaml.safe_dump(recipe | {"parameters": {"threshold": 1.2}}))
-    done = CliRunner().invoke(cli, ["merge", str(tmp_path / "merge.yml"), str(tmp_path / "out"), "--quiet"])
-    assert done.exit_code == 0, done.output
-    base, one, two, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "one", "two", "out"))
-    for name, tensor in base.items():
-        rows = "embed_tokens" in name
-        expected = widen(tensor, [one[name], two[name]], threshold=1.2, columns_are_rows=rows).tensor
-        torch.testing.assert_close(out[name], expected)
-    assert "lm_head.weight" in out
+    with refused(MergeError, *said):
+        widen(**{"base": base, "targets": targets} | change)
