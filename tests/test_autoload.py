@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import family
+from tests.helpers import family, merge_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("fusekit", "_fusekit", "mergekit_fusekit", "_editable_impl_", "__editable__")
@@ -89,13 +89,7 @@ def environment(tmp_path_factory, source):
 
 def test_wheel_runs_stock_mergekit_yaml(environment, tmp_path):
     base, targets = family(tmp_path, 2)
-    recipe = {
-        "merge_method": "fusechat_sce",
-        "base_model": str(base),
-        "models": [{"model": str(t)} for t in targets],
-        "parameters": {"select_topk": 0.5},
-        "dtype": "float32",
-    }
+    recipe = merge_recipe(base, targets, parameters={"select_topk": 0.5})
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     provenance = tmp_path / "coefficients.json"
     arguments = ["-m", "mergekit.scripts.run_yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "out")]

@@ -14,12 +14,12 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, merge
-from tests.helpers import edit_tensors, family, tiny_llama
+from tests.helpers import edit_tensors, family, merge_recipe, refused, same_tensors, tensors_of, tiny_llama
 
 MERGE = ("merge", "recipe.yml", "out")
 """Words of a command."""
@@ -41,17 +41,18 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def _family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models base, target1 and target2."""
     root = tmp_path_factory.mktemp("family")
-    family(root, targets=2, dtype=torch.float32)
+    family(root, targets=2)
     return root
 
 
 @pytest.fixture
-def workshop(_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own, and the working directory, with the models base, target1 and target2."""
+def workshop(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the models' folder, and the working directory."""
     folder = tmp_path / "shop"
-    shutil.copytree(_family, folder)
+    shutil.copytree(models, folder)
     monkeypatch.chdir(folder)
     return folder
 
@@ -61,15 +62,9 @@ def write_recipe(workshop: Path) -> Callable[..., Path]:
     """Write recipe.yml: a task arithmetic merge of the three models, with top-level keys replaced (None: removed)."""
 
     def write(**changes: Any) -> Path:
-        content: dict[str, Any] = {
-            "merge_method": "task_arithmetic",
-            "base_model": "base",
-            "models": [{"model": "target1"}, {"model": "target2"}],
-            "parameters": {"weight": 0.5},
-            "dtype": "float32",
-        } | changes
+        keys: dict[str, Any] = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}} | changes
         path = workshop / "recipe.yml"
-        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+        path.write_text(yaml.safe_dump(merge_recipe("base", ["target1", "target2"], **keys), sort_keys=False))
         return path
 
     return write
@@ -90,7 +85,7 @@ def traces(folder: Path) -> list[str]:
     return [name for name in listing(folder) if name.startswith(".") and not name.endswith(".lock")]
 
 
-def refused(
+def merge_refused(
     recipe: Path,
     *parts: str,
     kind: type[FusekitError] = MergeError,
@@ -99,17 +94,10 @@ def refused(
 ) -> str:
     """A merge is an error that names these parts, and leaves nothing behind; its message."""
     before = [name for name in listing(recipe.parent) if not name.endswith(".lock")]
-    with pytest.raises(kind) as caught:
+    with refused(kind, *parts) as caught:
         merge(recipe, "out", options, settings)
-    message = str(caught.value)
-    assert [part for part in parts if part not in message] == [], message
     assert [name for name in listing(recipe.parent) if not name.endswith(".lock")] == before
-    return message
-
-
-def result(out: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a model."""
-    return {name: t for file in sorted(out.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return str(caught.value)
 
 
 def stock(recipe: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -117,15 +105,19 @@ def stock(recipe: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     mergekit_private.loaders().clear()  # of models that had these relative names before
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
     run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False, **options))
-    return result(out)
+    return tensors_of(out)
 
 
-def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Names, dtypes and values to the bit."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+def merged_as_by_stock(recipe: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Merge to "out": its tensors are those of mergekit itself to the bit, and transformers takes exactly them."""
+    merge(recipe, "out", settings=QUIET)
+    out = recipe.parent / "out"
+    found = tensors_of(out)
+    same_tensors(found, stock(recipe, recipe.parent / "stock", **options))
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return found
 
 
 def configured(who: str, **changes: Any) -> Change:

@@ -113,8 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif len(parts) > 2 and parts[2] == "tree":
             self._send(json.dumps([self._entry(repository, name) for name in repository.files()]).encode())
         else:
-            sizes = {name: (repository.folder / name).stat().st_size for name in repository.files()}
-            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            siblings = [
+                {"rfilename": name, "size": (repository.folder / name).stat().st_size} for name in repository.files()
+            ]
             gated = "manual" if repository.gated else False
             info = {"id": "/".join(parts[:2]), "sha": commit, "gated": gated, "siblings": siblings}
             self._send(json.dumps(info).encode())
@@ -142,32 +143,25 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             content = (repository.folder / name).read_bytes()
             etag = hashlib.sha256(content).hexdigest() if name.endswith(".safetensors") else _etag(content)
-            self._send(content, {"ETag": f'"{etag}"', "X-Repo-Commit": repository.commit()})
+            self._send(content, ETag=f'"{etag}"', X_Repo_Commit=repository.commit())
 
-    def _send(self, content: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(self, content: bytes, status: int = 200, **headers: str) -> None:
         wanted = self.headers.get("Range", "")
-        status = 200
-        if wanted.startswith("bytes="):
+        if status == 200 and wanted.startswith("bytes="):
             first, last = wanted.removeprefix("bytes=").split("-")
             total = len(content)
             content = content[int(first) : int(last) + 1 if last else None]
             status = 206
-            headers = {**(headers or {}), "Content-Range": f"bytes {first}-{int(first) + len(content) - 1}/{total}"}
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
         self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(content))}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
 
     def _error(self, status: int, code: str, message: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", message)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self._send(b"", status, X_Error_Code=code, X_Error_Message=message)
 
 
 def _etag(content: bytes) -> str:

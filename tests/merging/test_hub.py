@@ -11,14 +11,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
 import yaml
 
 from fusekit.hub import SMALL_FILES, Snapshot
 from fusekit.merging import merge
-from tests.helpers import family, tiny_llama
-from tests.merging.conftest import QUIET, same_tensors
-from tests.merging.conftest import result as result_of
+from tests.helpers import family, merge_recipe, same_tensors, tensors_of, tiny_llama
+from tests.merging.conftest import QUIET
 from tests.merging.hub_server import Hub, Repository, client
 from tests.processes import run as run_function
 
@@ -58,13 +56,7 @@ def run(cwd: Path, commands: list[list[str]], command: str = "merge", **environm
 
 
 def recipe(folder: Path, name: str, base: str, targets: list[str]) -> str:
-    content = {
-        "merge_method": "task_arithmetic",
-        "base_model": base,
-        "models": [{"model": target} for target in targets],
-        "parameters": {"weight": 0.5},
-        "dtype": "float32",
-    }
+    content = merge_recipe(base, targets, "task_arithmetic", parameters={"weight": 0.5})
     (folder / name).write_text(yaml.safe_dump(content))
     return name
 
@@ -73,7 +65,7 @@ def recipe(folder: Path, name: str, base: str, targets: list[str]) -> str:
 def world(tmp_path_factory):
     """A hub with a family of models, some of them troublesome, and an empty client cache."""
     root = tmp_path_factory.mktemp("hub")
-    base, targets = family(root / "served", targets=2, dtype=torch.float32)
+    base, targets = family(root / "served", targets=2)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     other = tiny_llama(root / "served/other", seed=7, intermediate_size=40)
     with Hub() as hub:
@@ -116,7 +108,7 @@ def test_a_merge_from_the_hub(world, online, monkeypatch):
     assert "\r" not in good.output, "a progress bar where there is no terminal"
     monkeypatch.chdir(root)
     merge(recipe(root, "local.yml", "served/base", ["served/target1", "served/target2"]), "local", settings=QUIET)
-    same_tensors(result_of(root / "good"), result_of(root / "local"))
+    same_tensors(tensors_of(root / "good"), tensors_of(root / "local"))
     card = (root / "good/README.md").read_text()
     assert "[org/base](https://huggingface.co/org/base)" in card
     assert "- org/one" in card

@@ -7,25 +7,23 @@ import shutil
 
 import pytest
 import torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, check, merge
 from fusekit.merging.models import first_not_finite
 from tests.capture.conftest import DEMO
-from tests.helpers import edit_tensors
+from tests.helpers import edit_tensors, refused
 from tests.merging.conftest import (
     OVERWRITE,
     Q_PROJ,
     QUIET,
     configured,
     made,
-    refused,
+    merge_refused,
+    stock,
     with_tensor,
     written,
 )
@@ -185,7 +183,7 @@ def test_what_is_not_finite_is_named(write_recipe, workshop, case):
     changes, keys, parts = WHILE_READING[case]
     for change in changes:
         change(workshop)
-    refused(write_recipe(**keys), *parts)
+    merge_refused(write_recipe(**keys), *parts)
 
 
 @pytest.mark.parametrize("case", BEFORE_READING)
@@ -194,7 +192,7 @@ def test_broken_inputs_are_named_before_anything_is_read(write_recipe, workshop,
     for change in changes:
         change(workshop)
     said = []
-    message = refused(write_recipe(**keys), *parts, settings=Settings(say=said.append))
+    message = merge_refused(write_recipe(**keys), *parts, settings=Settings(say=said.append))
     assert said == []
     assert message.count("\n") < 12
 
@@ -203,7 +201,9 @@ def test_broken_inputs_are_named_before_anything_is_read(write_recipe, workshop,
 def test_finite_weights_that_overflow_float16_are_said_to(write_recipe, workshop, method):
     with_tensor("target1", Q_PROJ, filled(1e6))(workshop)
     parameters = {"weight": 0.5} if method == "task_arithmetic" else {}
-    refused(write_recipe(merge_method=method, parameters=parameters, dtype="float16"), Q_PROJ, "float16", "overflow")
+    merge_refused(
+        write_recipe(merge_method=method, parameters=parameters, dtype="float16"), Q_PROJ, "float16", "overflow"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -265,13 +265,13 @@ def test_missing_shard_and_wrong_index(recipe, workshop):
     assert check(recipe).can_run
     swapped = {name: second if file == first else first for name, file in weight_map.items()}
     index.write_text(json.dumps({"weight_map": swapped}))
-    refused(recipe, "target1", "its index says", second)
+    merge_refused(recipe, "target1", "its index says", second)
     for evil in ("../base/model.safetensors", "/etc/passwd", "weights.pkl", 3):
         index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: evil}}))
-        refused(recipe, "target1", repr(evil), "not a weight file in the same folder")
+        merge_refused(recipe, "target1", repr(evil), "not a weight file in the same folder")
     index.write_text(json.dumps({"weight_map": weight_map}))
     (workshop / "target1" / second).unlink()
-    refused(recipe, "target1", second, "is not there")
+    merge_refused(recipe, "target1", second, "is not there")
 
 
 def test_an_index_of_other_files_beside_a_single_file_is_refused(recipe, workshop):
@@ -282,7 +282,7 @@ def test_an_index_of_other_files_beside_a_single_file_is_refused(recipe, worksho
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     assert check(recipe).can_run
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
-    refused(recipe, "target1", f"both model.safetensors and {index.name}")
+    merge_refused(recipe, "target1", f"both model.safetensors and {index.name}")
 
 
 def test_a_tokenizer_that_is_lost_while_merging_is_noticed(recipe, workshop):
@@ -291,7 +291,7 @@ def test_a_tokenizer_that_is_lost_while_merging_is_noticed(recipe, workshop):
             (workshop / "base/tokenizer_config.json").unlink()
             (workshop / "base/tokenizer.json").write_text("{}")
 
-    refused(recipe, "no tokenizer", settings=Settings(say=lose))
+    merge_refused(recipe, "no tokenizer", settings=Settings(say=lose))
 
 
 # ---------------------------------------------------------------- codes in place of weights
@@ -310,19 +310,15 @@ CODES = {
 @pytest.mark.parametrize("kind", CODES)
 def test_codes_are_not_merged_as_weights(recipe, workshop, kind):
     edit_tensors(workshop / "target1", lambda tensors: tensors.update(CODES[kind]))
-    refused(recipe, "target1", Q_PROJ.removesuffix("weight"), "quantised")
+    merge_refused(recipe, "target1", Q_PROJ.removesuffix("weight"), "quantised")
 
 
 @pytest.mark.parametrize("method", ["fusechat_sce", "varm", "widen"])
 def test_stock_mergekit_does_not_give_codes_to_our_methods(write_recipe, workshop, method):
     """Cast to float32 they look like weights; the file tells by the scales beside them."""
     edit_tensors(workshop / "target1", lambda tensors: tensors.update(CODES["fp8"] | CODES["scales of fp8"]))
-    recipe = {"merge_method": method, "base_model": "base", "models": [{"model": "target1"}, {"model": "target2"}]}
-    config = MergeConfiguration.model_validate(recipe | {"dtype": "float32"})
-    mergekit_private.loaders().clear()  # of models that had these relative names before
-    with pytest.raises(MergeError) as error:
-        run_merge(config, str(workshop / "out"), MergeOptions(quiet=True))
-    assert all(part in str(error.value) for part in ("target1", f"{Q_PROJ}_scale_inv", "quantised"))
+    with refused(MergeError, "target1", f"{Q_PROJ}_scale_inv", "quantised"):
+        stock(write_recipe(merge_method=method, parameters=None), workshop / "out")
 
 
 # ---------------------------------------------------------------- what configs mean
@@ -343,7 +339,7 @@ def test_stock_mergekit_does_not_give_codes_to_our_methods(write_recipe, worksho
 )
 def test_weights_that_are_read_differently_are_refused_with_both_values(recipe, workshop, changes, parts):
     configured("target1", **changes)(workshop)
-    refused(recipe, "target1", "base", "--allow-crimes", *parts)
+    merge_refused(recipe, "target1", "base", "--allow-crimes", *parts)
     found = check(recipe, options=MergeOptions(allow_crimes=True))
     assert found.can_run
     assert parts[0] in "".join(found.warnings)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from fusekit.errors import MergeError, RecipeError
 from fusekit.merging import Settings, merge
-from tests.merging.conftest import OVERWRITE, QUIET, configured, listing, refused, result, same_tensors, traces
+from tests.helpers import same_tensors, tensors_of
+from tests.merging.conftest import OVERWRITE, QUIET, configured, listing, merge_refused, traces
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, float]]:
@@ -103,10 +104,10 @@ class Exploit:
 def test_pickled_weights_are_refused_and_allowed_by_name(recipe, workshop):
     merge(recipe, "expected", settings=QUIET)
     pickle_weights(workshop / "target1")
-    refused(recipe, "its weights are pickled", "--allow-pickle 'target1'")
-    refused(recipe, "--allow-pickle 'target1'", settings=allowing("allow_pickle", "target2"))
+    merge_refused(recipe, "its weights are pickled", "--allow-pickle 'target1'")
+    merge_refused(recipe, "--allow-pickle 'target1'", settings=allowing("allow_pickle", "target2"))
     merge(recipe, "out", settings=allowing("allow_pickle", "target1"))
-    same_tensors(result(workshop / "out"), result(workshop / "expected"))
+    same_tensors(tensors_of(workshop / "out"), tensors_of(workshop / "expected"))
     torch.save({"model.norm.weight": Exploit()}, workshop / "target1/pytorch_model.bin")
     with pytest.raises(MergeError, match=r"target1: .*pytorch_model.bin cannot be read as plain weights"):
         merge(recipe, "again", settings=allowing("allow_pickle", "target1"))
@@ -118,7 +119,7 @@ def test_an_index_cannot_smuggle_a_pickle_in(recipe, workshop):
     (workshop / "target1/model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "evil.bin"}}
     (workshop / "target1/model.safetensors.index.json").write_text(json.dumps(index))
-    refused(recipe, "target1: its weights are pickled", "evil.bin")
+    merge_refused(recipe, "target1: its weights are pickled", "evil.bin")
 
 
 def with_code(folder: Path, model_type: str) -> None:
@@ -134,17 +135,17 @@ def with_code(folder: Path, model_type: str) -> None:
 
 def test_remote_code_is_refused_and_named(recipe, workshop):
     with_code(workshop / "target1", "unheard_of")
-    refused(recipe, "target1 wants to run Python code", "--allow-remote-code 'target1'")
+    merge_refused(recipe, "target1 wants to run Python code", "--allow-remote-code 'target1'")
     configured("target1", model_type=None)(workshop)
     (workshop / "target1/tokenizer_config.json").write_text('{"model_type": "llama"}')
-    refused(recipe, "target1 wants to run Python code")
+    merge_refused(recipe, "target1 wants to run Python code")
 
 
 def test_leave_for_one_model_is_no_leave_for_another(recipe, workshop):
     # transformers knows this type, so that without the switch the code would stay unused.
     with_code(workshop / "target1", "llama")
     merge(recipe, "harmless", settings=QUIET)
-    refused(recipe, "target1 wants to run Python code", settings=allowing("allow_remote_code", "base"))
+    merge_refused(recipe, "target1 wants to run Python code", settings=allowing("allow_remote_code", "base"))
     assert "code_ran" not in listing(workshop)
 
 
@@ -158,4 +159,4 @@ def test_code_runs_once_it_is_allowed(recipe, workshop, globally):
 
 def test_leave_for_a_model_that_is_not_in_the_recipe_is_an_error(recipe):
     settings = allowing("allow_pickle", "taget1")
-    refused(recipe, "--allow-pickle taget1: ", "did you mean 'target1'", kind=RecipeError, settings=settings)
+    merge_refused(recipe, "--allow-pickle taget1: ", "did you mean 'target1'", kind=RecipeError, settings=settings)
