@@ -12,14 +12,12 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from fusekit.distillation.distances import SparseTargets
+from fusekit.distillation.losses import IGNORE
 from fusekit.distillation.settings import ScheduleStage
 from fusekit.types import IntArray
 
 if TYPE_CHECKING:
     from fusekit.distillation.dataset import FusionDataset
-
-IGNORED = -100
-"""The label of a position that is not learned, as everywhere in transformers."""
 
 Example = dict[str, Any]
 """An example to train on: ``input_ids`` and ``labels`` int64 [T]; ``counts``; and where it has targets, for its n
@@ -28,7 +26,7 @@ bool [n] and for losses of stretches of text ``target_chunks`` int64 [n]
 (:class:`fusekit.distillation.distances.SparseTargets`), the candidates' ``cross_entropies`` by the metric, and the
 ``typical`` bits per byte of its data set, the pivot's and the best models', float64 [2] (empty without the pivot's)."""
 
-BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORED, np.int64)}
+BLANK = {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE, np.int64)}
 """An example of one token and no label."""
 
 
@@ -122,12 +120,12 @@ class FusionCollator:
             of examples whose answers are to be written.
         """
         shape = len(examples), max(len(example["input_ids"]) for example in examples)
-        ids, mask, labels = np.full(shape, self.pad_id), np.zeros(shape, np.int64), np.full(shape, IGNORED)
+        ids, mask, labels = np.full(shape, self.pad_id), np.zeros(shape, np.int64), np.full(shape, IGNORE)
         for b, example in enumerate(examples):
             length = len(example["input_ids"])
             ids[b, :length], mask[b, :length], labels[b, :length] = example["input_ids"], 1, example["labels"]
-        labels[:, 0] = IGNORED  # nothing predicts the first token
-        learned, sizes = np.flatnonzero(labels != IGNORED), (labels != IGNORED).sum(axis=1)
+        labels[:, 0] = IGNORE  # nothing predicts the first token
+        learned, sizes = np.flatnonzero(labels != IGNORE), (labels != IGNORE).sum(axis=1)
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),

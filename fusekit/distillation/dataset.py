@@ -14,16 +14,17 @@ from torch.utils.data import Dataset
 from fusekit.capturing.capture import Tokenizes
 from fusekit.capturing.store import Store
 from fusekit.disk import counted
-from fusekit.distillation.batching import IGNORED, Example
+from fusekit.distillation.batching import Example
 from fusekit.distillation.distances import Members
 from fusekit.distillation.fusion import FUSION_FUNCTIONS, PROJECTED, Candidate, metrics_of, projected_ce
 from fusekit.distillation.live import LiveTeacher
+from fusekit.distillation.losses import IGNORE
 from fusekit.distillation.projections import LabelRows, Projection, label_rows, needs_pivot
 from fusekit.distillation.settings import FusionSettings
 from fusekit.errors import AlignmentError, DistillationError
+from fusekit.layout import PIVOT
 from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 
-PIVOT = "pivot"
 CHOSEN = "chosen/"
 KEPT_BYTES = 128 << 20
 """Of examples that a process keeps from the first epoch on; one beyond that is made again every time."""
@@ -230,7 +231,7 @@ class FusionDataset(Dataset[Example]):
         own, tokens = self._read(row)
         example: Example = {
             "input_ids": tokens.ids.astype(np.int64),
-            "labels": np.where(tokens.labels, tokens.ids, IGNORED).astype(np.int64),
+            "labels": np.where(tokens.labels, tokens.ids, IGNORE).astype(np.int64),
         }
         counts = defaultdict(float, {"rows": 1.0, "labels": float(len(tokens.label_positions))})
         if self.sources and counts["labels"]:

@@ -25,7 +25,7 @@ from fusekit.devices import Processes
 from fusekit.disk import with_article
 from fusekit.distillation.arguments import FusionConfig, OneDevice
 from fusekit.distillation.batching import BLANK, Example
-from fusekit.distillation.dataset import PIVOT, FusionDataset, characters
+from fusekit.distillation.dataset import FusionDataset, characters
 from fusekit.distillation.live import LiveTeacher, Loaded, live_teacher
 from fusekit.distillation.projections import SAMPLED, Projection, make_map, needs_pivot, read_map
 from fusekit.distillation.settings import (
@@ -38,6 +38,7 @@ from fusekit.distillation.settings import (
 )
 from fusekit.errors import DataError, DistillationError
 from fusekit.generation.respond import questions_of, respond
+from fusekit.layout import PIVOT
 from fusekit.settings import CaptureSettings, RespondSettings
 from fusekit.types import Part, Row, TokenizedRow
 

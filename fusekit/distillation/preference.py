@@ -22,9 +22,10 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.arguments import OneDevice, with_adapter
-from fusekit.distillation.batching import IGNORED, FusionCollator, LabelLogits
+from fusekit.distillation.batching import FusionCollator, LabelLogits
 from fusekit.distillation.inputs import capture_student, own_folder
 from fusekit.distillation.live import Loaded
+from fusekit.distillation.losses import IGNORE
 from fusekit.errors import DataError, DistillationError
 from fusekit.settings import CaptureSettings
 from fusekit.types import FloatArray, Part, Row, TokenizedRow
@@ -180,7 +181,7 @@ class PreferenceTrainer(Trainer):
         examples = []
         for row in rows:
             tokens = reader.tokenize(row)
-            examples.append({"input_ids": tokens.ids, "labels": np.where(tokens.labels, tokens.ids, IGNORED)})
+            examples.append({"input_ids": tokens.ids, "labels": np.where(tokens.labels, tokens.ids, IGNORE)})
         super().__init__(
             model=student.model if peft_config is None else with_adapter(student.model, peft_config),
             args=args,

@@ -23,7 +23,7 @@ from fusekit.disk import disk_fault, output_lock, recover, staging
 from fusekit.distillation import outputs
 from fusekit.distillation.arguments import disk_needs, memory_needs, problems, refuse_needs, training_arguments
 from fusekit.distillation.batching import Scheduled
-from fusekit.distillation.dataset import PIVOT, FusionDataset
+from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.inputs import Inputs, OnPolicy, Opened, Say, open_inputs
 from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.projections import Projection
@@ -31,6 +31,7 @@ from fusekit.distillation.settings import AlignmentSettings, DistillSettings, Ta
 from fusekit.distillation.trainer import FusionTrainer
 from fusekit.errors import DistillationError
 from fusekit.gguf import split
+from fusekit.layout import PIVOT
 from fusekit.types import Row
 
 STAGE = "distill"

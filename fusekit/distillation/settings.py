@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusekit.errors import DistillationError
-from fusekit.layout import TRAINING
+from fusekit.layout import PIVOT, TRAINING
 from fusekit.settings import Settings
 from fusekit.yaml import Mistake, nearest, setting_problem
 
@@ -451,7 +451,7 @@ class Target:
 def refuse_names(sources: Iterable[str]) -> None:
     """Raise DistillationError for names of sources that cannot be those of folders of the output."""
     for name in sources:
-        taken = name in ("", JOINT, PLAIN, "pivot")
+        taken = name in ("", JOINT, PLAIN, PIVOT)
         if taken or not isinstance(name, str) or "/" in name or name.startswith("."):
             raise DistillationError(f"a source cannot be called {name!r}: its name becomes a folder of the output")
 

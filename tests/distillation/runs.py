@@ -85,7 +85,7 @@ def different(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], atol
     return [name for name in a if not torch.allclose(a[name], b[name], atol=atol, rtol=rtol)]
 
 
-def one_step(out: Path, batch: int, accumulation: int, examples: Any = None) -> dict[str, torch.Tensor]:
+def one_step(out: Path, batch: int, accumulation: int, examples: Any, **arguments: Any) -> dict[str, torch.Tensor]:
     """The weights after one optimizer step of plain gradient descent."""
     made = trainer(
         out,
@@ -96,6 +96,7 @@ def one_step(out: Path, batch: int, accumulation: int, examples: Any = None) -> 
         optim="sgd",
         learning_rate=1.0,
         max_grad_norm=0.0,
+        **arguments,
     )
     made.train()
     return weights(made.accelerator.unwrap_model(made.model))

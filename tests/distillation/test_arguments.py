@@ -57,11 +57,7 @@ PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
         ("fusekit", {"fusion": {"function": "min_cee"}}, r"unknown fusion function 'min_cee'; did you mean 'min_ce'\?"),
         ("fusekit", {"training": {"loss": "reverse_kl", "truncation": "renormalize"}}, "use truncation tail"),
         ("fusekit", {"training": {"on_policy": 0.5, "lm_weight": 1.0, "lm_weighting": "constant"}}, "no lm_weight 1"),
-        (
-            "fusekit",
-            {"training": {"on_policy": 0.5, "train_sampling_strategy": "group_by_length"}},
-            "but random and sequential",
-        ),
+        ("fusekit", {"training": {"on_policy": 0.5, "train_sampling_strategy": "group_by_length"}}, "but random and"),
         ("fusekit", {"training": {"on_policy": 0.5, "dataloader_num_workers": 2}}, "no dataloader_num_workers"),
         ("profuser", {"training": {"on_policy": 0.5}}, "no schedule"),
         ("profuser", {"training": {"train_sampling_strategy": "random"}}, "leave train_sampling_strategy out"),
@@ -69,6 +65,7 @@ PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
         ("profuser", {"training": {"schedule": [{"epochs": 1}]}}, "0"),
         ("profuser", {"fusion": {"mode": "pairwise"}}, "joint"),
         ("fusekit", {"fusion": {"function": "reward_softmax"}}, "give FusionDataset rewards"),
+        ("fusekit", {"training": {"save_only_model": True}}, "save_only_model"),
     ],
 )
 def test_values_that_cannot_be_had_together_are_refused(preset: str, changes: dict, message: str) -> None:
@@ -91,13 +88,6 @@ def test_several_sources_have_no_vocabulary_in_common(preset: str) -> None:
 def test_numbers_without_a_meaning_are_refused_when_they_are_read(field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TrainingSettings(**field)
-
-
-@pytest.mark.parametrize("field", [{"top_k": 0}, {"max_length": 0}, {"max_length": -3}], ids=str)
-def test_a_trainers_own_numbers_are_checked_as_a_recipes(field: dict[str, Any], tmp_path: Path) -> None:
-    ((name, value),) = field.items()
-    with pytest.raises(DistillationError, match=f"{name} is {value}: "):
-        FusionConfig(str(tmp_path), **field)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +120,7 @@ def test_what_can_be_is_not_refused() -> None:
 def test_examples_longer_than_the_model_was_made_for_are_refused() -> None:
     ((path, says),) = problems(TrainingSettings(), PIVOT, max_length=513)
     assert path == ("data", "max_length")
-    assert "513" in says
-    assert "512" in says
+    assert all(number in says for number in ("513", "512"))
     assert not problems(TrainingSettings(), PIVOT, max_length=512)
 
 

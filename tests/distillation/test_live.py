@@ -22,10 +22,10 @@ from fusekit.data.prepare import prepare
 from fusekit.data.reading import rows_of
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.distillation.batching import IGNORED
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.inputs import Inputs, Source
 from fusekit.distillation.live import LiveTeacher, live_teacher
+from fusekit.distillation.losses import IGNORE
 from fusekit.distillation.run import distill
 from fusekit.distillation.settings import DistillSettings
 from fusekit.errors import CaptureError, DistillationError
@@ -214,13 +214,13 @@ def written(made: FusionTrainer, step: int = 0) -> list[dict[str, Any]]:
 
 
 def texts(examples: list[dict[str, Any]], tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(example["labels"][example["labels"] != IGNORED]) for example in examples]
+    return [tokenizer.decode(example["labels"][example["labels"] != IGNORE]) for example in examples]
 
 
 def test_an_answer_is_sampled_from_the_model_and_alone_is_learned(made: FusionTrainer) -> None:
     tokenizer = made.processing_class
     for example, record in zip(written(made), RECORDS, strict=False):
-        learned = example["labels"] != IGNORED
+        learned = example["labels"] != IGNORE
         question = tokenizer.apply_chat_template(record["messages"][:1], tokenize=False, add_generation_prompt=True)
         assert tokenizer.decode(example["input_ids"][~learned]) == question
         assert 1 <= learned.sum() <= 9  # the end of turn is one of them

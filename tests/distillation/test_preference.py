@@ -96,10 +96,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return capture(NEOX, answers(PAIRS), tmp_path_factory.mktemp("preference") / "neox", top_k=1, quiet=True)
 
 
-def trainer(out: Path, sources: Any = None, pairs: Any = PAIRS, **fields: Any) -> PreferenceTrainer:
+def trainer(out: Path, sources: Any = None, pairs: Any = PAIRS, lora: Any = None, **fields: Any) -> PreferenceTrainer:
     how = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none"}
     how |= {"max_steps": 12, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "dtype": "float32"} | fields
-    return PreferenceTrainer(PIVOT, PreferenceConfig(str(out), **how), pairs, sources)
+    return PreferenceTrainer(PIVOT, PreferenceConfig(str(out), **how), pairs, sources, peft_config=lora)
 
 
 def test_a_model_learns_to_prefer_what_was_chosen_beyond_its_sources(store: Store, tmp_path: Path) -> None:
@@ -154,9 +154,7 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
 @pytest.mark.parametrize("modules", [["lm_head"], "all-linear"])
 def test_an_adapter_is_trained_alone(modules: Any, tmp_path: Path) -> None:
     """Also one of the output embedding, whose input is picked."""
-    how: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dtype": "float32"}
-    config = PreferenceConfig(str(tmp_path), max_steps=1, **how)
-    made = PreferenceTrainer(PIVOT, config, PAIRS, peft_config={"r": 2, "target_modules": modules})
+    made = trainer(tmp_path, max_steps=1, lora={"r": 2, "target_modules": modules})
     assert made.train().training_loss == pytest.approx(math.log(2), rel=1e-4)
     trained = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
     assert trained

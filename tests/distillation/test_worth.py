@@ -103,19 +103,11 @@ def test_rows_in_another_vocabulary_and_of_other_data_are_refused() -> None:
         measure(ROWS[:1], OWN, {ROWS[1].key: SAID[ROWS[1].key]}, Projection(MAP))
 
 
-UNTAUGHT = (Case.NO_ROW, Case.UNLINKED)
-
-
 def worth_of(cases: list[Case], teacher: list[float], pivot: list[float], source: float) -> TeacherWorth:
-    worth = TeacherWorth("prefix")
-    add(worth, cases, teacher, pivot, source)
-    return worth
-
-
-def add(worth: TeacherWorth, cases: list[Case], teacher: list[float], pivot: list[float], source: float) -> None:
-    taught = ~np.isin(cases, UNTAUGHT)
+    worth, taught = TeacherWorth("prefix"), ~np.isin(cases, (Case.NO_ROW, Case.UNLINKED))
     nats = {"teacher": np.array(teacher), "pivot": np.array(pivot)}
     worth.add(np.array(cases, int), taught, **nats, source=source, carried=np.zeros(0))
+    return worth
 
 
 def test_worth_by_hand() -> None:
