@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,22 +303,18 @@ def live_teacher(
         reader = reader or RowTokenizer(loaded.tokenizer)
     if max_length is not None:
         rows = prepare(rows, [reader], max_length).rows
-    if not is_named:
+    if is_named:
+        processes.first_then_all(checkpoint.fetch)
+        vocabulary = vocabulary_size(checkpoint, reader)
+        spec = store_spec(checkpoint, reader, rows, vocabulary, settings)
+        opening = Opening(checkpoint, reader, settings.model_copy(update={"top_k": spec.top_k}), vocabulary, say)
+        load: Callable[[], Scorer] = partial(opening.start, rows, processes.device)
+        say(f"{name} ({choice.model}) is scored while training reads")
+    else:
         loaded.model.to(processes.device)
         spec = loaded.spec(reader, rows, settings)
         scorer = loaded.teacher(settings, spec.top_k, name, say)
-        return LiveTeacher(name, lambda: scorer, reader, rows, spec=spec, max_quarantined=settings.max_quarantined)
-    processes.first_then_all(checkpoint.fetch)
-    vocabulary = vocabulary_size(checkpoint, reader)
-    spec = store_spec(checkpoint, reader, rows, vocabulary, settings)
-    opening = Opening(checkpoint, reader, settings.model_copy(update={"top_k": spec.top_k}), vocabulary, say)
-    say(f"{name} ({choice.model}) is scored while training reads")
-    return LiveTeacher(
-        name,
-        lambda: opening.start(rows, processes.device),
-        reader,
-        rows,
-        spec=spec,
-        max_quarantined=settings.max_quarantined,
-        checkpoint=checkpoint if choice.engine.kind == "transformers" else None,
-    )
+        load = lambda: scorer  # noqa: E731
+    own = checkpoint if is_named and choice.engine.kind == "transformers" else None
+    share = settings.max_quarantined
+    return LiveTeacher(name, load, reader, rows, spec=spec, max_quarantined=share, checkpoint=own)

@@ -60,9 +60,6 @@ def row(question: str, answer: str, dataset: str = "add") -> Row:
     return Row((Message("user", question), Message("assistant", answer)), dataset)
 
 
-# ---- bits per byte
-
-
 def slow_bits_per_byte(model, tokenizer, conversations: list[list[tuple[str, str]]]) -> float:
     """By the template and the tokenizer's own offsets: every answer with its end of turn, over the answers' bytes."""
     nats, size = 0.0, 0
@@ -160,9 +157,6 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
         evaluate_model(ModelChoice(str(folder)), [long])
 
 
-# ---- exact match
-
-
 def test_exact_match_equals_row_by_row_generation(pivot):
     model, tokenizer = pivot
     plain = [slow_reply(model, tokenizer, question).strip() for question in asked(tokenizer, 40)]
@@ -180,8 +174,6 @@ def test_rows_without_an_answer_are_refused(pivot):
     with pytest.raises(DataError, match="assistant's answer"):
         exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
 
-
-# ---- replies
 
 QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9="]
 
@@ -268,9 +260,6 @@ def test_replies_are_decoded_through_the_surfaces(special):
     assert _text(reads, [*ids, end, *ids], [end]) == ("phi" if special else "põhi")
     assert _text(reads, [*ids[:1], 10**6], [end]) == "p"  # an id that only pads the model's matrix
     assert _text(reads, tokenizer("a , b 🤖")["input_ids"], [end]) == "a , b 🤖"
-
-
-# ---- the commands
 
 
 def record(question: str, answer: str) -> dict[str, object]:

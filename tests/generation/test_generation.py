@@ -44,9 +44,6 @@ def slow(readers, names: str, question: str) -> list[reference.Model]:
     ]
 
 
-# ---------------------------------------------------------------- against the reference
-
-
 @pytest.mark.parametrize("names", ["pivot llama neox qwen", "neox qwen"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_unite_is_the_reference(readers, names, question):
@@ -122,9 +119,6 @@ def test_rerank_keeps_the_answer_of_lowest_perplexity(readers):
         )
 
 
-# ---------------------------------------------------------------- what holds in every mode
-
-
 @every_mode
 def test_the_same_answers_every_time(readers, mode, more):
     models = chosen(readers, "pivot neox qwen")
@@ -143,9 +137,6 @@ def test_a_seed_decides_what_is_sampled(readers, mode):
     assert sampled(0) == sampled(0)
     assert sampled(0) != sampled(1)
     assert sampled(0, QUESTIONS[1:3], first=1) == sampled(0)[1:]
-
-
-# ---------------------------------------------------------------- characters
 
 
 class Scripted(torch.nn.Module):
@@ -217,9 +208,6 @@ def test_a_begun_character_has_a_length():
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- caches
-
-
 @every_mode
 def test_no_model_reads_the_text_again_and_again(readers, mode, more):
     """Tokens forwarded: the prompt, the answer, and what is re-read around each segment; and the tokens that a window
@@ -289,9 +277,6 @@ def test_a_text_that_changes_is_read_as_if_it_were_new(readers, kind):
         assert_as_if_new()
     cursor.ids, cursor.ends = before
     assert_as_if_new()
-
-
-# ---------------------------------------------------------------- errors
 
 
 USER = {"role": "user", "content": "a"}
