@@ -366,7 +366,7 @@ def test_every_artifact_has_the_hash_of_its_files(run: Path) -> None:
     assert known is not None
     for content in (
         joined_hash(f"{name} {file.xxh3}" for name, file in known.files.items()),
-        joined_hash(record.xxh3 for record in store.records),
+        joined_hash(record.xxh3 for record in store.records.values()),
     ):
         assert content in shown(run)
 
