@@ -72,9 +72,10 @@ _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, without a mask. On an accelerator False may also be a sum that overflows."""
+    """Whether all values are finite, without a mask where they are."""
     if not on_cpu(tensor):
-        return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+        return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())  # finite values may overflow the sum
     # The bits of infinity, and above them those of NaN, are the largest of their sign: a maximum of integers, where a
     # sum in bfloat16 is slow.
     signed, unsigned = _BITS[tensor.element_size()]

@@ -110,8 +110,7 @@ def sce(
         out = result[start:stop]
         if selection is not None and vectors.base is not None:
             # Energies were taken of the selected elements: elsewhere nothing has looked at the base yet.
-            part = vectors.base[start:stop]
-            if not is_finite(part) and not bool(torch.isfinite(part).all()):
+            if not is_finite(vectors.base[start:stop]):
                 raise NonFiniteError(range(len(etas)))
         positions = None if kept_of is None else kept_of.indices(start)
         theta, deltas, vote = vectors.chunk(scratch, start, stop, positions, factors)

@@ -455,8 +455,6 @@ def first_not_finite(tensor: Tensor) -> str | None:
     """Value and index of the first NaN or infinity in a tensor, such as ``nan at [3, 5]``, None if all are finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or is_finite(tensor):
         return None
-    finite = torch.isfinite(tensor)
-    if finite.all():  # on an accelerator finite values may have a sum that overflows
-        return None
-    index = [int(each) for each in torch.unravel_index(finite.byte().argmin(), tensor.shape)]  # the first
+    first = torch.isfinite(tensor).byte().argmin()  # of equal ones the first
+    index = [int(each) for each in torch.unravel_index(first, tensor.shape)]
     return f"{float(tensor[tuple(index)])} at {index}"
