@@ -129,9 +129,10 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
 
 
 def edit_config(path: Path, **changes: Any) -> None:
-    """Change fields of a model's config.json in place."""
+    """Change fields of a model's config.json in place; None removes one."""
     file = Path(path) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def family(root: Path, targets: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, list[Path]]:

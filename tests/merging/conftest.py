@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fusekit import mergekit_private
 from fusekit.errors import FusekitError, MergeError
 from fusekit.merging import Settings, merge
-from tests.helpers import edit_tensors, family, merge_recipe, refused, same_tensors, tensors_of, tiny_llama
+from tests.helpers import edit_config, edit_tensors, family, merge_recipe, refused, same_tensors, tensors_of, tiny_llama
 
 MERGE = ("merge", "recipe.yml", "out")
 """Words of a command."""
@@ -122,13 +121,7 @@ def merged_as_by_stock(recipe: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 def configured(who: str, **changes: Any) -> Change:
     """Change keys of a model's config.json; None removes one."""
-
-    def change(shop: Path) -> None:
-        file = shop / who / "config.json"
-        content = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return change
+    return lambda shop: edit_config(shop / who, **changes)
 
 
 def edited(who: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:

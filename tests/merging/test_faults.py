@@ -284,12 +284,7 @@ def test_a_kernel_or_file_system_that_cannot_exchange_folders(write_recipe, work
     assert traces(workshop) == []
 
 
-def test_errors_of_rust_libraries_are_understood():
-    error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    fault = disk_fault(error, Path("/tmp"), needed=123_456)
-    assert fault is not None
-    assert "123.5 kB needed" in str(fault)
-    assert disk_fault(ValueError("unrelated"), Path("/tmp")) is None
+def test_an_error_of_the_disk_is_found_behind_another():
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = OSError(errno.EIO, "inner")
     assert "Input/output error" in str(disk_fault(wrapped, Path("/tmp")))
