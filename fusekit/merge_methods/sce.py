@@ -108,10 +108,9 @@ def sce(
 
     def update(scratch: Scratch, start: int, stop: int) -> np.ndarray:
         out = result[start:stop]
-        if selection is not None and vectors.base is not None:
-            # Energies were taken of the selected elements: elsewhere nothing has looked at the base yet.
-            if not is_finite(vectors.base[start:stop]):
-                raise NonFiniteError(range(len(etas)))
+        # Energies were taken of the selected elements: elsewhere nothing has looked at the base yet.
+        if selection is not None and vectors.base is not None and not is_finite(vectors.base[start:stop]):
+            raise NonFiniteError(range(len(etas)))
         positions = None if kept_of is None else kept_of.indices(start)
         theta, deltas, vote = vectors.chunk(scratch, start, stop, positions, factors)
         assert vote is not None
