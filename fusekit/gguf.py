@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusekit.errors import ModelError
 
@@ -82,8 +82,7 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = _Reader(data)
             metadata, tensors = reader.metadata(), reader.tensors()
-            architecture, kinds = str(metadata["general.architecture"]), _kinds(tensors)
-            start, size = reader.at, len(data)
+            architecture, start, size = str(metadata["general.architecture"]), reader.at, len(data)
     except OSError as error:
         raise ModelError(f"{label}: {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, OverflowError, struct.error) as error:
@@ -94,16 +93,15 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
             "`llama-gguf-split --merge FIRST WHOLE` of llama.cpp, and name the whole"
         )
     alignment = metadata.get("general.alignment", 32)
-    end = max((offset + nbytes for (*_, offset), (_, nbytes) in zip(tensors, kinds, strict=True)), default=0)
-    end += -(-start // alignment) * alignment
+    end = -(-start // alignment) * alignment + max((one.offset + one.nbytes for one in tensors), default=0)
     if end > size:
         raise ModelError(
             f"{label}: {path} is cut off: {size} bytes, but its header describes {end}. "
             "Was the download or copy interrupted?"
         )
     elements = Counter[str]()
-    for (_, shape, _, _), (kind, _) in zip(tensors, kinds, strict=True):
-        elements[kind] += math.prod(shape)
+    for one in tensors:
+        elements[one.kind] += one.elements
     # A block needs float32; the norms of a half-precision file are F32.
     halves = [_DTYPES[kind] for kind in ("BF16", "F16") if kind in elements]
     return GgufHeader(
@@ -117,8 +115,14 @@ def read_header(folder: Path, file: str, label: str) -> GgufHeader:
     )
 
 
-Tensor = tuple[str, tuple[int, ...], int, int]
-"""Name, shape, number of ggml's type, offset in the data."""
+class Tensor(NamedTuple):
+    """An entry of a header's table. kind: ggml's name of its type. offset: in the data."""
+
+    name: str
+    elements: int
+    kind: str
+    offset: int
+    nbytes: int
 
 
 class _Reader:
@@ -165,25 +169,17 @@ class _Reader:
         return count
 
     def tensors(self) -> list[Tensor]:
-        """The table after the metadata."""
+        """The table after the metadata. Raises ValueError for a type that gguf does not know."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
         found = []
         for _ in range(self._tensors):
             name, dimensions = self.string(), self.number("I")
-            shape = tuple(self.number("Q") for _ in range(dimensions))
-            found.append((name, shape, self.number("I"), self.number("Q")))
+            elements = math.prod(self.number("Q") for _ in range(dimensions))
+            kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
+            block, size = GGML_QUANT_SIZES[kind]
+            found.append(Tensor(name, elements, kind.name, offset, elements // block * size))
         return found
-
-
-def _kinds(tensors: list[Tensor]) -> list[tuple[str, int]]:
-    """ggml's name of the type of each tensor, and its bytes. Raises ValueError for one that gguf does not know."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    found = []
-    for _, shape, number, _ in tensors:
-        kind = GGMLQuantizationType(number)
-        block, size = GGML_QUANT_SIZES[kind]
-        found.append((kind.name, math.prod(shape) // block * size))
-    return found
 
 
 def _format(metadata: dict[str, Any], elements: Counter[str]) -> str:
@@ -202,5 +198,5 @@ def _left_out(metadata: dict[str, Any], tensors: list[Tensor]) -> Iterable[str]:
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" and architecture != "gpt-oss":
         yield f"its rotary positions' scaling ({scaling}), which changes what it predicts"
-    if any(name == "rope_freqs.weight" for name, *_ in tensors):
+    if any(one.name == "rope_freqs.weight" for one in tensors):
         yield "its rotary positions' factors (rope_freqs.weight), which change what it predicts"

@@ -95,6 +95,14 @@ class Files:
         return set(self.snapshot.sizes) if self.snapshot else {path.name for path in self.folder.iterdir()}
 
     @property
+    def notices(self) -> list[str]:
+        """A line for the user where the hub could not be reached."""
+        if self.snapshot is None or self.snapshot.online:
+            return []
+        name, commit = self.snapshot.repository, self.snapshot.commit[:10]
+        return [f"{name}: the hub cannot be reached, the cached commit {commit} is used"]
+
+    @property
     def only_gguf(self) -> list[str]:
         """The GGUF files of a model that has no weights but these, in order."""
         return gguf.among(self.names) if weight_entry(self.names) is None else []
@@ -180,7 +188,7 @@ class Files:
         return {name: sizes[name] for name in files}
 
 
-def locate(name: str, revision: str | None, cache: Path | None, notices: list[str]) -> Files:
+def locate(name: str, revision: str | None, cache: Path | None = None) -> Files:
     """The files of a model by its path or its name on the hub.
 
     Raises ModelError, with a way out: no such folder, a file, a revision of a folder, and whatever :func:`find` does.
@@ -199,7 +207,7 @@ def locate(name: str, revision: str | None, cache: Path | None, notices: list[st
         raise ModelError(
             f"there is no folder {name or repr(name)} (looked from {Path.cwd()}); on the hub, models are OWNER/NAME"
         )
-    snapshot = find(name, revision, cache, notices)
+    snapshot = find(name, revision, cache)
     return Files(name, snapshot.folder, snapshot)
 
 
@@ -213,11 +221,10 @@ def _is_path(name: str) -> bool:
     return not name or name[0] in "/~." or name.count("/") > 1
 
 
-def find(repository: str, revision: str | None, cache: Path | None, notices: list[str]) -> Snapshot:
-    """The commit that a hub id means now, with the names and sizes of its files.
+def find(repository: str, revision: str | None, cache: Path | None) -> Snapshot:
+    """The commit that a hub id means now, with the names and sizes of its files; offline, the one in the cache.
 
-    When the hub cannot be reached, the one in the cache, with a line in ``notices``. Raises ModelError, at once and
-    with a hint, for a model that is gated, missing, or neither reachable nor cached.
+    Raises ModelError, at once and with a hint, for a model that is gated, missing, or neither reachable nor cached.
     """
     cache = Path(cache or constants.HF_HUB_CACHE).expanduser().resolve()
     api = huggingface_hub.HfApi()
@@ -227,7 +234,6 @@ def find(repository: str, revision: str | None, cache: Path | None, notices: lis
         cached = _cached(repository, revision, cache) if unreachable(error) else None
         if cached is None:
             raise explain(error, repository) from error
-        notices.append(f"{repository}: the hub cannot be reached, the cached commit {cached.commit[:10]} is used")
         return cached
     name = str(info.id or repository)
     folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / info.sha

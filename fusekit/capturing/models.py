@@ -173,8 +173,7 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
             return _find_gguf(choice, *parts, weights=weights, download=download)
         files, identity = hub.Files(choice.model, plain), str(known.inputs.get("gguf"))
         return Checkpoint(choice, plain, files.config(), sizes(files), identity=identity)
-    notices: list[str] = []
-    files = hub.locate(choice.model, choice.revision, None, notices)
+    files = hub.locate(choice.model, choice.revision)
     if files.only_gguf and (weights or "config.json" not in files.names):
         there = files.only_gguf
         raise CaptureError(
@@ -185,7 +184,7 @@ def find_checkpoint(choice: ModelChoice, *, weights: bool = True, download: bool
     config = files.config()
     if not choice.trust_remote_code:
         files.refuse_code(config, "--trust-remote-code")
-    return Checkpoint(choice, files.folder, config, sizes(files) if weights else {}, files.snapshot, notices)
+    return Checkpoint(choice, files.folder, config, sizes(files) if weights else {}, files.snapshot, files.notices)
 
 
 def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, download: bool) -> Checkpoint:
@@ -194,8 +193,7 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
             f"{choice.model} is a GGUF file, which is dequantised when it is loaded: the quantization "
             f"{choice.quantization.get('quant_method')!r} does not apply; leave it out, or take the original model"
         )
-    notices: list[str] = []
-    files = hub.locate(place, choice.revision, None, notices)
+    files = hub.locate(place, choice.revision)
     folder, snapshot = files.folder, files.snapshot
     if file not in files.names:
         there = ", ".join(gguf.among(files.names)) or "none"
@@ -209,7 +207,7 @@ def _find_gguf(choice: ModelChoice, place: str, file: str, *, weights: bool, dow
         snapshot.fetch([file], bar=True)
     header = gguf.read_header(folder, file, choice.model)
     size = (folder / file).stat().st_size
-    notices += [f"{choice.model}: transformers does not read {line}" for line in header.left_out]
+    notices = [*files.notices, *(f"{choice.model}: transformers does not read {line}" for line in header.left_out)]
     config = dict(_gguf_config(folder, file, choice.model, header.architecture, size)) if weights else {}
     return Checkpoint(choice, folder, config | {"dtype": header.dtype}, {file: size}, snapshot, notices, header)
 

@@ -250,10 +250,9 @@ def _locate(path: Any, settings: Settings, options: MergeOptions) -> hub.Files:
         return hub.Files(name, known.resolve())
     if gguf.split(name) is not None:
         raise MergeError(f"{name} is a GGUF file, {_NO_GGUF.format(name)}")
-    notices: list[str] = []
     cache = options.transformers_cache
-    found = hub.locate(name, path.revision, Path(cache) if cache else None, notices)
-    for line in notices:
+    found = hub.locate(name, path.revision, Path(cache) if cache else None)
+    for line in found.notices:
         settings.say(f"notice: {line}")
     return found
 
