@@ -17,7 +17,7 @@ from fusekit.errors import StorageError
 from fusekit.pipeline import plan as planning
 from fusekit.pipeline.plan import Plan
 from fusekit.pipeline.run import make_plan
-from fusekit.pipeline.stage import BEGUN, DONE, MISSING
+from fusekit.pipeline.stage import BEGUN, DONE, MISSING, Step
 from fusekit.recipe.loading import load_recipe
 from tests.merging.hub_server import Hub, Repository
 from tests.pipeline.worlds import DEMO, go, with_sources, write_recipe
@@ -36,8 +36,12 @@ def planned(recipe: Path, out: Path | None, *overrides: str) -> Plan:
     return make_plan(load_recipe(recipe, overrides), "recipe.yml", out)
 
 
+def steps_of(plan: Plan) -> dict[str, Step]:
+    return {f"{step.stage} {step.name}": step for step in plan.steps}
+
+
 def states(plan: Plan) -> dict[str, str]:
-    return {f"{step.stage} {step.name}": step.state for step in plan.steps}
+    return {name: step.state for name, step in steps_of(plan).items()}
 
 
 def test_a_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypatch):
@@ -48,12 +52,11 @@ def test_a_plan_writes_nothing_and_has_every_figure(tmp_path, monkeypatch):
     assert (listing(tmp_path), listing(DEMO)) == before
     assert plan.can_run
     assert set(states(plan).values()) == {MISSING}
-    by_name = {f"{step.stage} {step.name}": step for step in plan.steps}
+    steps = steps_of(plan)
     for name in ("capture pivot", "capture llama", "distill llama", "distill baseline", "evaluate 5 models"):
-        step = by_name[name]
-        assert step.pflop, name
-        assert step.disk, name
-    assert by_name["distill llama"].memory
+        assert steps[name].pflop, name
+        assert steps[name].disk, name
+    assert steps["distill llama"].memory
     text = table(plan)
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "it can run" in text
@@ -97,7 +100,7 @@ def test_what_is_there_is_reused_counted_alike_and_not_touched(captured):
     plan = planned(recipe, out, "distill.lm_weight=1.0")
     assert [step.name for step in plan.steps if step.stage in ("distill", "evaluate")] == ["sft", "4 models"]
     # Without the output, rows and tokens are those that the run counted.
-    steps = {f"{step.stage} {step.name}": step for step in planned(recipe, None).steps}
+    steps = steps_of(planned(recipe, None))
     shards = json.loads((out / "captures" / "llama" / "manifest.json").read_text())["files"].values()
     step = steps["capture llama"]
     assert step.rows == sum(shard["rows"] for shard in shards) == 24
@@ -115,7 +118,7 @@ def test_a_capture_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monke
     with pytest.raises(StorageError, match="1 of 3"):
         go(recipe, out, *changes, until="capture")
     monkeypatch.undo()
-    step = next(step for step in planned(recipe, out, *changes).steps if step.name == "pivot")
+    step = steps_of(planned(recipe, out, *changes))["capture pivot"]
     assert step.state == BEGUN
     assert step.rows == 24 - 16
     assert "16 of 24" in step.note

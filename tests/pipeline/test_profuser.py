@@ -160,7 +160,7 @@ def die_at_commit(number: int, log: Path) -> None:
 def killed_again_and_again(world: Path, number: int) -> set[str]:
     """Run to the end although every process dies at a commit; returns of what stages each was about to commit."""
     log = world / "killed.log"
-    for _ in range(100):
+    for _ in range(200):
         done = fusekit(world, *RUN, before=partial(die_at_commit, number, log))
         if done.exitcode == 0:
             died_at = log.read_text().split()

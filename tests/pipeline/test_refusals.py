@@ -19,11 +19,11 @@ from tests.helpers import edit_tensors
 from tests.pipeline.worlds import DEMO, go, refused, with_inputs, with_sources
 
 
-def foreign(recipe: Path, out: Path, message: str, *steps: str) -> None:
+def foreign(recipe: Path, out: Path, message: str, step: str) -> None:
     """Run and plan say it, and nothing that is there is touched."""
     refused(recipe, out, message)
     plan = make_plan(load_recipe(recipe), "recipe.yml", out)
-    assert [f"{step.stage} {step.name}" for step in plan.steps if step.state == STALE] == list(steps)
+    assert [f"{each.stage} {each.name}" for each in plan.steps if each.state == STALE] == [step]
     assert any(re.search(message, line) for line in plan.refused)
 
 
