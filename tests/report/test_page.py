@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -223,21 +222,6 @@ def edit(run: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes, sort_keys=False))
 
 
-def of_sources(*names: str) -> list[dict[str, str]]:
-    return [{"model": name} for name in names]
-
-
-def merge_anew(run: Path, *targets: str) -> None:
-    shutil.rmtree(run / "merged")
-
-    def write(into: Path) -> None:
-        (into / "model.safetensors").write_bytes(b"others")
-        (into / "README.md").write_text("# The card of mergekit\n")
-
-    inputs = {"targets": {name: weights_hash(run / "targets" / name) for name in targets}}
-    artifact.publish(run / "merged", "merge", inputs, write)
-
-
 def written(run: Path) -> tuple[str, str]:
     """The text of the page, and the card."""
     write_report(run)
@@ -248,20 +232,22 @@ def test_what_was_made_of_other_models_than_the_recipes_is_left_out(run: Path) -
     """A source more: the merged model before is not the recipe's, and once it is merged again, its scores are not."""
     _, before = written(run)
     shutil.copytree(run / "targets" / "one", run / "targets" / "three")
-    edit(run, sources=of_sources("one", "two", "three"))
+    edit(run, sources=[{"model": name} for name in ("one", "two", "three")])
     text, card = written(run)
     assert card == before
     assert "merged/ is left out" in text
     assert "The scores of merged are left out" in text
     assert "The distilled models are not merged yet." in text
-    merge_anew(run, "one", "two", "three")
+    shutil.rmtree(run / "merged")
+    inputs = {"targets": {name: weights_hash(run / "targets" / name) for name in ("one", "two", "three")}}
+    artifact.publish(run / "merged", "merge", inputs, lambda into: (into / "model.safetensors").write_bytes(b"others"))
     text, card = written(run)
     assert "The scores of merged are left out" in text
     for said in (text, card):
         assert "The 3 distilled models were then merged" in said
         assert "1.510" not in said
     assert "1.760" in text
-    edit(run, sources=of_sources("one"))
+    edit(run, sources=[{"model": "one"}])
     text, _ = written(run)
     assert "The scores of sources/two, targets/two and merged are left out" in text
     assert list(Facts(run).targets) == ["one"]
@@ -285,20 +271,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
 
 
-@pytest.fixture
-def locked(run: Path) -> Iterator[Path]:
-    """A run that another process is writing: it has the half of its page."""
+def test_while_a_run_is_going_on_card_and_half_page_are_left_to_it(run: Path) -> None:
     (run / ".report.html.0.tmp").write_text("half")
     with output_lock(run.resolve()):
-        yield run
-
-
-def test_while_a_run_is_going_on_card_and_half_page_are_left_to_it(locked: Path) -> None:
-    result = CliRunner().invoke(cli, ["report", str(locked)])
+        result = CliRunner().invoke(cli, ["report", str(run)])
     assert result.exit_code == 0
-    assert (locked / "report.html").read_text().endswith("</html>\n")
-    assert (locked / "merged" / "README.md").read_text() == "# The card of mergekit\n"
-    assert {path.name: path.read_text() for path in locked.glob(".*.tmp")} == {".report.html.0.tmp": "half"}
+    assert (run / "report.html").read_text().endswith("</html>\n")
+    assert (run / "merged" / "README.md").read_text() == "# The card of mergekit\n"
+    assert {path.name: path.read_text() for path in run.glob(".*.tmp")} == {".report.html.0.tmp": "half"}
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fusekit.alignment.rows import Case
 from fusekit.artifacts import weights_hash
 from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.writer import StoreWriter
+from fusekit.data.reading import DataCounts
 from fusekit.distillation.worth import TeacherWorth
 from fusekit.merge_methods.provenance import MergeRecord, TensorRecord
 from fusekit.recipe import Recipe
@@ -33,35 +36,15 @@ def make_run(
     """A run in ``out`` up to a stage. hostile: whatever a stranger may name has markup in it."""
     out.mkdir(parents=True)
     evil = HOSTILE if hostile else ""
-    recipe = _recipe(sources, evil)
-    (out / "recipe.resolved.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    done = STAGES[: STAGES.index(until) + 1]
-    made = {"fusekit": "1.0", "host": f"machine{evil}", "seconds": 1.5, "for": {"pivot": "x"}}
-    if "data" in done:
-        counts = {
-            "seen": ROWS + 3,
-            "kept": ROWS,
-            "reasons": {"empty": 1, "refused": 2, "cut": 4},
-            "keys": {"empty": [key(1)], "cut": [f"k{evil}"]},
-            "first_refusal": f"no system turn{evil}",
-        }
-        artifact.publish(out / "data", "data", {}, lambda into: _json(into / "counts.json", counts), made)
-    if "capture" in done:
-        _represent(out, sources, evil)
-    if "align" in done:
-        for number, source in enumerate(sources):
-            artifact.publish(
-                out / "alignment" / source, "align", {}, lambda into, n=number: _align(into, n, evil), made
-            )
-    if "distill" in done:
-        for number, source in enumerate(sources):
-            _target(out / "targets" / source, source, 2.0 - 0.1 * number, (source,), evil)
-        _target(out / "baselines" / "sft", "sft", 2.2, (), evil)
-    if "merge" in done:
-        _merge(out, sources, evil, made)
-    if "evaluate" in done:
-        _evaluate(out, sources, evil, made)
+    (out / "recipe.resolved.yml").write_text(yaml.safe_dump(_recipe(sources, evil), sort_keys=False))
+    makers = (_data, _capture, _align, _distill, _merge, _evaluate)
+    for make in makers[: STAGES.index(until) + 1]:
+        make(out, sources, evil)
     return out
+
+
+def _made(evil: str) -> dict[str, Any]:
+    return {"fusekit": "1.0", "host": f"machine{evil}", "seconds": 1.5, "for": {"pivot": "x"}}
 
 
 def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
@@ -76,7 +59,14 @@ def _recipe(sources: tuple[str, ...], evil: str) -> dict[str, Any]:
     ).model_dump(mode="json")
 
 
-def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
+def _data(out: Path, _sources: tuple[str, ...], evil: str) -> None:
+    counts = DataCounts(seen=ROWS + 3, kept=ROWS, reasons={"empty": 1, "refused": 2, "cut": 4})
+    counts.keys = {"empty": [key(1)], "cut": [f"k{evil}"]}
+    counts.first_refusal = f"no system turn{evil}"
+    artifact.publish(out / "data", "data", {}, lambda into: _json(into / "counts.json", vars(counts)), _made(evil))
+
+
+def _capture(out: Path, sources: tuple[str, ...], evil: str) -> None:
     pivot = {"model": f"org/pivot{evil}", "repository": "org/pivot", "commit": "c" * 40, "parameters": 1_234_567}
     pivot |= {"architecture": f"LlamaForCausalLM{evil}", "tokenizer": f"byte-level BPE, NFC{evil}"}
     facts = {name: {"model": f"/home/me/{name}", "parameters": 7_240_000_000} for name in sources}
@@ -98,15 +88,25 @@ def _represent(out: Path, sources: tuple[str, ...], evil: str) -> None:
         writer.finish()
 
 
-def _align(into: Path, number: int, evil: str) -> None:
-    quality = AlignmentQuality(
-        f"org/pivot{evil}", f"source{evil}", texts=7, pivot_tokens=100, source_tokens=90 + number
-    )
+def _align(out: Path, sources: tuple[str, ...], evil: str) -> None:
+    for number, source in enumerate(sources):
+        write = partial(_write_alignment, number, evil)
+        artifact.publish(out / "alignment" / source, "align", {}, write, _made(evil))
+
+
+def _write_alignment(number: int, evil: str, into: Path) -> None:
     share = Share(100, 80, 90)
-    quality.cases.update({"same": 90, "unlinked": 10})
-    quality.scripts = {f"latin{evil}": share}
-    quality.data = {f"a{evil}": share, "b": share}
-    quality.worst = [Worst(0.5, f"text{evil}")]
+    quality = AlignmentQuality(
+        f"org/pivot{evil}",
+        f"source{evil}",
+        texts=7,
+        pivot_tokens=100,
+        source_tokens=90 + number,
+        cases=Counter(same=90, unlinked=10),
+        scripts={f"latin{evil}": share},
+        data={f"a{evil}": share, "b": share},
+        worst=[Worst(0.5, f"text{evil}")],
+    )
     _json(into / "quality.json", quality.to_dict())
     token = Token(shown=f"to{evil}", size=2, about=f"id 7{evil}")
     lost = Token(shown="ken", size=3, about="id 8", inner=True, lost=True)
@@ -119,7 +119,13 @@ def _align(into: Path, number: int, evil: str) -> None:
     _json(into / "worth.json", worth.to_dict())
 
 
-def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil: str) -> None:
+def _distill(out: Path, sources: tuple[str, ...], evil: str) -> None:
+    for number, source in enumerate(sources):
+        _target(out / "targets" / source, source, 2.0 - 0.1 * number, (source,))
+    _target(out / "baselines" / "sft", "sft", 2.2, ())
+
+
+def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...]) -> None:
     folder.mkdir(parents=True)
     log: list[dict[str, Any]] = []
     for step in range(0, 110, 10):
@@ -140,16 +146,14 @@ def _target(folder: Path, name: str, loss: float, sources: tuple[str, ...], evil
     artifact.seal(folder, "distill", {"target": name}, {"seconds": 12.5})
 
 
-def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
-    record = MergeRecord("org/pivot")
-    random = np.random.default_rng(0)
+def _merge(out: Path, sources: tuple[str, ...], evil: str) -> None:
+    record, random = MergeRecord("org/pivot"), np.random.default_rng(0)
     ids = [f"/home/me/out/targets/{name}" for name in sources]
     names = [f"model.layers.{layer}.{module}.weight" for layer in range(LAYERS) for module in MODULES]
     names += [f"model.layers.0.mlp.experts.{i}.w1.weight" for i in range(3)] + ["lm_head.weight", f"norm{evil}.weight"]
     for name in names:
         shares = random.dirichlet(np.ones(len(ids))).tolist()
-        known = TensorRecord("fusechat_sce", {}, dict(zip(ids, shares, strict=True)), 0.1, dict.fromkeys(ids, 0.2))
-        record.tensors[name] = known
+        record.tensors[name] = TensorRecord("fusechat_sce", {}, dict(zip(ids, shares, strict=True)))
 
     def write(into: Path) -> None:
         (into / "model.safetensors").write_bytes(b"weights")
@@ -158,10 +162,10 @@ def _merge(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any])
         _json(into / "coefficients.json", record.as_dict())
 
     inputs = {"targets": {name: weights_hash(out / "targets" / name) for name in sources}}
-    artifact.publish(out / "merged", "merge", inputs, write, made)
+    artifact.publish(out / "merged", "merge", inputs, write, _made(evil))
 
 
-def _evaluate(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, Any]) -> None:
+def _evaluate(out: Path, sources: tuple[str, ...], evil: str) -> None:
     names = ["pivot", "baseline", *(f"sources/{s}" for s in sources), *(f"targets/{s}" for s in sources), "merged"]
     models = {}
     for number, name in enumerate(names):
@@ -171,7 +175,7 @@ def _evaluate(out: Path, sources: tuple[str, ...], evil: str, made: dict[str, An
         bits = {f"{skill}{evil}": 3.0 - 0.25 * number + 0.01 * at for at, skill in enumerate(SKILLS)}
         models[name] = {"bits_per_byte": bits, "lm_eval": {"arc_easy": 0.4 + 0.02 * number}}
         own = {"bits_per_byte": bits}
-        artifact.publish(scores, "evaluate", made_of, lambda into, s=own: _json(into / "scores.json", s), made)
+        artifact.publish(scores, "evaluate", made_of, lambda into, s=own: _json(into / "scores.json", s), _made(evil))
     _json(out / "results.json", {"models": models})
 
 
