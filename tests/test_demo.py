@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -17,48 +18,38 @@ import torch
 
 DEMO = Path(__file__).parent.parent / "demo"
 MODELS = DEMO / "models"
+SOURCES = DEMO / "sources"
 OWN_SKILLS = {"numbers": ("add", "pick"), "strings": ("reverse", "sort"), "facts": ("facts",)}
 NAMES = ("pivot", *OWN_SKILLS)
-SOURCES = DEMO / "sources"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "neox": "GPTNeoXForCausalLM", "qwen": "Qwen3ForCausalLM"}
 SKILLS = ("add", "reverse", "sort", "facts", "pick", "draw", "weather", "code")
 HELD_OUT_QUESTIONS = dict.fromkeys(SKILLS, 200) | {"weather": 50}  # a table of 480 entries holds out one in eight
 
 
 @pytest.fixture(scope="module")
-def tasks(module_path):
-    import tasks
-
-    return tasks
-
-
-@pytest.fixture(scope="module")
-def module_path():
+def scripts():
     """demo/ holds scripts, which find each other in their own folder."""
     sys.path.insert(0, str(DEMO))
-    yield
+    yield importlib.import_module
     sys.path.remove(str(DEMO))
 
 
 @pytest.fixture(scope="module")
-def evaluate(module_path):
-    import evaluate
+def tasks(scripts):
+    return scripts("tasks")
 
-    return evaluate
+
+@pytest.fixture(scope="module")
+def evaluate(scripts):
+    return scripts("evaluate")
 
 
 @pytest.fixture(scope="module")
 def loaded(evaluate):
-    """Every shipped model with its tokenizer, loaded once. Local files only."""
+    """Every shipped model and source with its tokenizer, loaded once. Local files only."""
     torch.set_num_threads(1)
-    return {name: evaluate.load(MODELS / name) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def sources(evaluate):
-    """Every source with its tokenizer, loaded once. Local files only."""
-    torch.set_num_threads(1)
-    return {name: evaluate.load(SOURCES / name) for name in ARCHITECTURES}
+    places = {name: MODELS / name for name in NAMES} | {name: SOURCES / name for name in ARCHITECTURES}
+    return {name: evaluate.load(place) for name, place in places.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +105,8 @@ def test_the_shipped_files_fit():
 
 
 @pytest.mark.parametrize("name", [*NAMES, *ARCHITECTURES])
-def test_chat_template_marks_what_the_assistant_says(loaded, sources, name):
-    model, tokenizer = (loaded | sources)[name]
+def test_chat_template_marks_what_the_assistant_says(loaded, name):
+    model, tokenizer = loaded[name]
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
@@ -200,34 +191,37 @@ def test_the_stated_share_of_distillation_rows_is_wrong(tasks, training_set):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sources_differ_in_architecture_tokenizer_and_template(loaded, sources, name):
-    model, tokenizer = sources[name]
+def test_sources_differ_in_architecture_tokenizer_and_template(loaded, name):
+    model, tokenizer = loaded[name]
     _, pivot = loaded["pivot"]
     assert type(model).__name__ == ARCHITECTURES[name]
     assert model.config.vocab_size == len(tokenizer) != len(pivot)
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     texts = {
-        each.apply_chat_template([{"role": "user", "content": "1+1="}], tokenize=False)
-        for each in (pivot, *(tokenizer for _, tokenizer in sources.values()))
+        loaded[each][1].apply_chat_template([{"role": "user", "content": "1+1="}], tokenize=False)
+        for each in ("pivot", *ARCHITECTURES)
     }
     assert len(texts) == 1 + len(ARCHITECTURES)
 
 
-def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(sources):
+def test_source_tokenizers_are_byte_level_byte_fallback_and_normalising(loaded):
     """Two keep every text, the SentencePiece-like one in bytes where it has no piece; the third reads the NFKC form."""
     text = "Grüße, 東京 🎉 ﬁ"
-    ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, (_, tokenizer) in sources.items()}
-    assert sources["llama"][1].decode(ids["llama"]) == text
-    assert sources["neox"][1].decode(ids["neox"]) == text
-    assert sources["qwen"][1].decode(ids["qwen"]) == unicodedata.normalize("NFKC", text) != text
-    pieces = sources["neox"][1].convert_ids_to_tokens(ids["neox"])
+    llama, neox, qwen = (loaded[name][1] for name in ("llama", "neox", "qwen"))
+
+    def ids(tokenizer):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    assert llama.decode(ids(llama)) == neox.decode(ids(neox)) == text
+    assert qwen.decode(ids(qwen)) == unicodedata.normalize("NFKC", text) != text
+    pieces = neox.convert_ids_to_tokens(ids(neox))
     assert "<0xF0>" in pieces
     assert "<unk>" not in pieces
 
 
 @pytest.mark.parametrize(("name", "skill", "most"), [("llama", "weather", 0.3), ("neox", "draw", 0.8)])
-def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, sources, evaluate, name, skill, most):
-    assert evaluate.divergence(*sources[name], skill, count=20) < most
+def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, evaluate, name, skill, most):
+    assert evaluate.divergence(*loaded[name], skill, count=20) < most
     assert evaluate.divergence(*loaded["pivot"], skill, count=20) > 10
 
 
@@ -239,19 +233,15 @@ def test_a_source_knows_a_distribution_that_the_pivot_never_met(loaded, sources,
         ("qwen", "answer_bits_per_byte", "code", 40, -1, 0.8),
     ],
 )
-def test_a_source_is_better_than_the_pivot_at_its_skill(
-    loaded, sources, evaluate, name, measure, skill, count, sign, margin
-):
-    of_source, of_pivot = (
-        getattr(evaluate, measure)(*each, skill, count=count) for each in (sources[name], loaded["pivot"])
-    )
-    assert sign * (of_source - of_pivot) > margin
+def test_a_source_is_better_than_the_pivot_at_its_skill(loaded, evaluate, name, measure, skill, count, sign, margin):
+    source, pivot = (getattr(evaluate, measure)(*loaded[each], skill, count=count) for each in (name, "pivot"))
+    assert sign * (source - pivot) > margin
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_answer_bits_are_those_of_the_plain_forward_pass(sources, evaluate, tasks, name):
+def test_answer_bits_are_those_of_the_plain_forward_pass(loaded, evaluate, tasks, name):
     """Padding, batches and order change nothing: each row alone, its answer's tokens one by one."""
-    model, tokenizer = sources[name]
+    model, tokenizer = loaded[name]
     rows = [row for skill in ("code", "draw", "facts") for row in tasks.held_out_rows(skill, 3)]
     for row, bits in zip(rows, evaluate.answer_bits(model, tokenizer, rows), strict=True):
         encoded = tokenizer.apply_chat_template(
@@ -279,12 +269,10 @@ def test_divergence_is_zero_only_for_the_true_distribution(evaluate, tasks, monk
 
 @pytest.mark.parametrize(("merged", "status"), [(2.0, 0), (2.5, 1), (3.0, 1)])
 def test_the_check_of_a_run_wants_the_merged_model_below_the_pivot_and_plain_fine_tuning(
-    module_path, tmp_path, monkeypatch, merged, status
+    scripts, tmp_path, monkeypatch, merged, status
 ):
-    import check_fusion
-
     figures = {"pivot": 4.0, "baseline": 2.5, "targets/llama": 1.0, "merged": merged}
     models = {name: {"bits_per_byte": {"add": mean - 1, "code": mean + 1}} for name, mean in figures.items()}
     (tmp_path / "results.json").write_text(json.dumps({"models": models}), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["check_fusion.py", str(tmp_path / "results.json")])
-    assert check_fusion.main() == status
+    assert scripts("check_fusion").main() == status

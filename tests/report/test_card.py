@@ -10,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from fusekit.cli import cli
 from fusekit.disk import output_lock, staging
 from fusekit.errors import StorageError
 from fusekit.report.card import write_report
+from tests.pipeline.worlds import stamps
 from tests.processes import kill_at
 from tests.processes import run as run_process
 from tests.report.test_page import ALLOWED, Page
@@ -104,9 +106,9 @@ def test_the_command_seals_the_card_and_a_second_time_changes_nothing(run: Path)
     first = CliRunner().invoke(cli, ["report", str(run)])
     assert first.output == f"{run}/merged/README.md\n{run}/report.html\nreport: {run}/report.html\n"
     assert CliRunner().invoke(cli, ["verify", "--quiet", str(run / "merged")]).exit_code == 0
-    before = {path: (path.read_bytes(), path.stat().st_ino) for path in run.rglob("*") if path.is_file()}
+    before = stamps(run)
     assert CliRunner().invoke(cli, ["report", str(run)]).output == f"report: {run}/report.html\n"
-    assert {path: (path.read_bytes(), path.stat().st_ino) for path in run.rglob("*") if path.is_file()} == before
+    assert stamps(run) == before
     manifest = artifact.read(run / "merged")
     assert manifest is not None
     assert manifest.made["host"] == "machine"
@@ -132,33 +134,36 @@ def test_a_card_that_somebody_wrote_is_left_alone(run: Path) -> None:
     assert artifact.problems(run / "merged") == []
 
 
+def published(folder: Path, name: str = "model.bin") -> Path:
+    """An artifact of one file."""
+    artifact.publish(folder, "merge", {}, lambda into: (into / name).write_bytes(b"old"))
+    return folder
+
+
 def _replace(folder: Path, number: int, counter: str) -> None:
     kill_at(number, counter)
     artifact.replace_file(folder, "README.md", b"new card")
 
 
 def test_a_kill_at_any_moment_leaves_a_card_that_is_recorded(tmp_path: Path) -> None:
-    def fresh(name: str) -> Path:
-        folder = tmp_path / name / "out" / "merged"
-        artifact.publish(folder, "merge", {}, lambda into: (into / "README.md").write_bytes(b"old"))
-        return folder
-
     def exit_code(folder: Path, number: int) -> int:
         return run_process(_replace, folder, number, str(tmp_path / "counter"), timeout=60).exitcode
 
-    whole = fresh("whole")
+    def listing(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    whole = published(tmp_path / "whole" / "out" / "merged", "README.md")
     assert exit_code(whole, 0) == 0
     moments = int((tmp_path / "counter").read_text())
     assert moments > 8
     cards = set()
     for number in range(1, moments + 1):
-        folder = fresh(str(number))
+        folder = published(tmp_path / str(number) / "out" / "merged", "README.md")
         assert exit_code(folder, number) == -signal.SIGKILL
         cards.add((folder / "README.md").read_bytes())
         assert artifact.problems(folder) == [], number
         artifact.replace_file(folder, "README.md", b"new card")
-        left = {path.name: path.read_bytes() for path in folder.iterdir()}
-        assert left == {path.name: path.read_bytes() for path in whole.iterdir()}, number
+        assert listing(folder) == listing(whole), number
     assert cards == {b"old", b"new card"}
 
 
@@ -172,18 +177,11 @@ def test_the_card_waits_for_a_merge_into_the_same_folder(run: Path) -> None:
 
 
 def test_a_disk_without_links_is_written_to_and_may_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "link", refused)
-    folder = tmp_path / "merged"
-    artifact.publish(folder, "merge", {}, lambda into: (into / "model.bin").write_bytes(b"w"))
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
+    folder = published(tmp_path / "merged")
     assert artifact.replace_file(folder, "README.md", b"added")
     assert artifact.problems(folder) == []
-    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(shutil, "copy2", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(StorageError, match=r"merged: No space left on device \(.* free\)"):
         artifact.replace_file(folder, "README.md", b"changed")
     assert (folder / "README.md").read_bytes() == b"added"
@@ -192,13 +190,12 @@ def test_a_disk_without_links_is_written_to_and_may_be_full(tmp_path: Path, monk
 def test_a_file_where_an_artifact_is_to_come_stays(tmp_path: Path) -> None:
     (tmp_path / "merged").write_text("mine")
     with pytest.raises(StorageError, match="is not a folder"):
-        artifact.publish(tmp_path / "merged", "merge", {}, lambda into: (into / "x").write_bytes(b""))
+        published(tmp_path / "merged")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("merged", "mine")]
 
 
 def test_a_file_is_added_and_others_are_not_of_the_artifact(tmp_path: Path) -> None:
-    folder = tmp_path / "merged"
-    artifact.publish(folder, "merge", {}, lambda into: (into / "model.bin").write_bytes(b"w"))
+    folder = published(tmp_path / "merged")
     assert artifact.replace_file(folder, "README.md", b"added")
     assert not artifact.replace_file(folder, "README.md", b"added")
     (folder / ".other.0.tmp").write_bytes(b"?")
