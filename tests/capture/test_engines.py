@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -87,9 +86,8 @@ def _capture(data, out, patience, *urls):
     run(data, out, *urls, patience=patience)
 
 
-@contextmanager
 def capturing_until(shard, data, out, patience, *urls, delay=0.02):
-    """A capture from servers of which the last is a process that is killed once a shard is recorded."""
+    """A capture from servers of which the last is a process that is killed once a shard is recorded; its port."""
     port = free_port()
     server = Process(serve, str(DEMO / "numbers"), "vllm", port, delay)
     capturing = Process(_capture, data, out, patience, *urls, f"http://127.0.0.1:{port}")
@@ -98,13 +96,13 @@ def capturing_until(shard, data, out, patience, *urls, delay=0.02):
     finally:
         kill_all([server])
     server.wait()
-    yield capturing, port
+    return capturing, port
 
 
 def test_a_killed_server_leaves_whole_shards_and_the_same_command_resumes(data, expected, tmp_path):
     out = tmp_path / "out"
-    with capturing_until("shard-00001.json", data, out, 1) as (capturing, port):
-        done = capturing.wait()
+    capturing, port = capturing_until("shard-00001.json", data, out, 1)
+    done = capturing.wait()
     url = f"http://127.0.0.1:{port}"
     assert done.exitcode == 1, done.output
     assert f"CaptureError: {url}" in done.output
@@ -117,10 +115,8 @@ def test_a_killed_server_leaves_whole_shards_and_the_same_command_resumes(data, 
 
 def test_a_server_that_comes_back_is_waited_for(data, expected, tmp_path):
     out = tmp_path / "out"
-    with (
-        capturing_until("shard-00000.json", data, out, 60) as (capturing, port),
-        EngineServer(DEMO / "numbers", port=port),
-    ):
+    capturing, port = capturing_until("shard-00000.json", data, out, 60)
+    with EngineServer(DEMO / "numbers", port=port):
         done = capturing.wait()
     assert done.exitcode == 0, done.output
     assert_same(Store.open(out), expected)
@@ -128,10 +124,8 @@ def test_a_server_that_comes_back_is_waited_for(data, expected, tmp_path):
 
 def test_several_servers_share_the_examples_and_one_may_die(data, expected, tmp_path):
     out = tmp_path / "out"
-    with (
-        EngineServer(DEMO / "numbers") as one,
-        capturing_until("shard-00000.json", data, out, 60, one.url, delay=0.05) as (capturing, _),
-    ):
+    with EngineServer(DEMO / "numbers") as one:
+        capturing, _ = capturing_until("shard-00000.json", data, out, 60, one.url, delay=0.05)
         done = capturing.wait()
         assert done.exitcode == 0, done.output
         assert one.scored < len(expected) + 12  # the other had its share before

@@ -20,7 +20,7 @@ def assert_true(found, logits, labels, selection, invalid=()):
     valid = set(range(logits.shape[1])) - set(map(int, invalid))
     for j, label in enumerate(labels.tolist()):
         ids, logprobs, tail, actual, at_one = reference.label_row(logits[j].tolist(), label, selection, valid)
-        assert found.ids[j][found.ids[j] >= 0].tolist() == ids
+        assert found.ids[j].tolist() == ids + [-1] * (selection.k - len(ids))
         np.testing.assert_allclose(found.logprobs[j, : len(ids)], logprobs, atol=2e-6, rtol=1e-6)
         assert float(found.tail[j]) == pytest.approx(tail, rel=1e-5, abs=0)
         assert float(found.actual[j]) == pytest.approx(actual, abs=2e-6, rel=1e-6)
@@ -29,7 +29,7 @@ def assert_true(found, logits, labels, selection, invalid=()):
 
 
 @pytest.mark.parametrize("vocabulary", [3, 50, GROUP, 2 * GROUP + 1, WIDE])
-@pytest.mark.parametrize("k", [1, 4, 40])
+@pytest.mark.parametrize("k", [1, 4, 40, 300])
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 0.4])
 def test_rows_are_those_of_a_full_softmax(vocabulary, k, temperature):
     generator = torch.Generator().manual_seed(vocabulary + k)
