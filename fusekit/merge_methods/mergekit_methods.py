@@ -45,6 +45,7 @@ from fusekit.merge_methods.widen import Ties, widen
 _UNITS = ("module", "layer", "model")
 SCALES = ("_scale_inv", "_scale", ".absmax", ".quant_map")
 """What scales of quantised weights are called: the name of the weight and one of these."""
+UNQUANTISED = "merge the checkpoint that it was quantised from, or dequantise it first"
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
 _EVERYWHERE = "use granularity: matrix, which works everywhere"
 
@@ -250,10 +251,7 @@ def _refuse_codes(model: Any, name: str) -> None:
     loader = mergekit_private.loaders().get(model)
     scales = [] if loader is None else [name + end for end in SCALES if name + end in loader.index.tensor_paths]
     if scales:
-        raise MergeError(
-            f"{model} has quantised weights, {scales[0]} belongs to this tensor: merge the checkpoint that it was "
-            "quantised from, or dequantise it first"
-        )
+        raise MergeError(f"{model} has quantised weights, {scales[0]} belongs to this tensor: {UNQUANTISED}")
 
 
 # The units of VaRM that are larger than a matrix. mergekit hands a merge method one tensor and no view of the others.

@@ -29,7 +29,7 @@ from fusekit import gguf, hub, mergekit_private
 from fusekit.errors import MergeError, RecipeError
 from fusekit.hub import Headers, TensorHeader, checkpoint_headers, read_headers, read_index, weight_entry
 from fusekit.merge_methods.fusion_vectors import is_finite
-from fusekit.merge_methods.mergekit_methods import SCALES
+from fusekit.merge_methods.mergekit_methods import SCALES, UNQUANTISED
 from fusekit.yaml import KeyPath, Problems, nearest
 
 Kind = TypeVar("Kind")
@@ -47,7 +47,6 @@ _BESIDE_CODES = (
     *(f".weight{end}" for end in SCALES),
     *("_scale_inv", ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_packed", "_blocks"),
 )
-_UNQUANTISED = "merge the checkpoint that it was quantised from, or dequantise it first"
 
 
 @dataclass(frozen=True)
@@ -281,12 +280,12 @@ def _read_weights(model: Model, files: hub.Files, config: dict[str, Any], *, pic
     for name, header in model.headers.items():
         codes = header.dtype.startswith(_CODES) and not name.endswith(_MASKS)
         if codes or name.endswith(_BESIDE_CODES):
-            raise MergeError(f"{model.name} has quantised weights ({name} is {header.dtype}): {_UNQUANTISED}")
+            raise MergeError(f"{model.name} has quantised weights ({name} is {header.dtype}): {UNQUANTISED}")
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         if found := part.get("quantization_config") or part.get("compression_config"):
             raise MergeError(
-                f"{model.name}: its config.json has a quantization_config ({found}): {_UNQUANTISED}; if its weights "
+                f"{model.name}: its config.json has a quantization_config ({found}): {UNQUANTISED}; if its weights "
                 "are plain, remove that entry"
             )
     if model.snapshot:

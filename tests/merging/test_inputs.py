@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from fusekit.errors import FusekitError, MergeError
+from fusekit.merge_methods import fusion_vectors
 from fusekit.merging import Settings, check, merge
 from fusekit.merging.models import first_not_finite
 from tests.capture.conftest import DEMO
@@ -206,8 +207,10 @@ def test_finite_weights_that_overflow_float16_are_said_to(write_recipe, workshop
     )
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_first_not_finite_agrees_with_the_obvious(dtype):
+def test_first_not_finite_agrees_with_the_obvious(dtype, on_cpu, monkeypatch):
+    monkeypatch.setattr(fusion_vectors, "on_cpu", lambda _: on_cpu)
     generator = torch.Generator().manual_seed(0)
     tensor = torch.full((7, 11, 3), 400.0, dtype=dtype)  # sums to infinity in float16
     assert first_not_finite(tensor) is None
