@@ -181,7 +181,7 @@ def open_inputs(inputs: Inputs, settings: DistillSettings, sources: Sequence[str
             f"{checkpoint.choice.model} ({fingerprint}): capture it again, or train the model that it was captured from"
         )
     tokenizer = load_tokenizer(checkpoint)
-    ours = Reading.of(PIVOT, tokenizer, own, {row.key: row for row in inputs.rows})
+    ours = Reading.of(PIVOT, tokenizer, own, inputs.rows)
     projections = _projections(settings, inputs.rows, ours, stores, inputs.sources)
     return Opened(inputs, settings, checkpoint, fingerprint, tokenizer, own, stores, projections)
 
@@ -203,14 +203,14 @@ def _projections(
     sources: Mapping[str, Source],
 ) -> dict[str, Projection]:
     """How the rows of each store come to stand at the pivot's positions."""
-    by_key, processes, found = {row.key: row for row in rows}, Processes.current(), {}
+    processes, found = Processes.current(), {}
     for name, store in stores.items():
         source = sources.get(name, Source(None))
         if isinstance(store, LiveTeacher):
             tokenizer = store.reader.tokenizer
         else:
             tokenizer = load_tokenizer(find_checkpoint(source.tokenizer_choice(store.spec.model), weights=False))
-        how, theirs = source.alignment or settings.alignment, Reading.of(name, tokenizer, store, by_key)
+        how, theirs = source.alignment or settings.alignment, Reading.of(name, tokenizer, store, rows)
         make = partial(projection_of, how, ours, theirs, rows, source.vocabulary_map)
         if processes.world > 1:
             processes.first_then_all(lambda make=make: make() and None)  # type: ignore[misc]
@@ -227,8 +227,8 @@ class Reading(NamedTuple):
     vocabulary: int
 
     @classmethod
-    def of(cls, name: str, tokenizer: Any, store: Store | LiveTeacher | None, rows: Mapping[str, Row]) -> Reading:
-        """The tokenizer of a model with what it has of the rows, which are given by key.
+    def of(cls, name: str, tokenizer: Any, store: Store | LiveTeacher | None, rows: Sequence[Row]) -> Reading:
+        """The tokenizer of a model with what it has of the rows.
 
         Raises DistillationError when they were read with another tokenizer than this. Tokens at the seams of a template
         may differ from those of the content alone, so not all have to be equal.
@@ -236,7 +236,8 @@ class Reading(NamedTuple):
         if store is None:
             return cls(name, tokenizer, (), 0)
         read = store.tokens if isinstance(store, LiveTeacher) else lambda key: store.get(key).tokens
-        sample = [(rows[key], read(key)) for key in islice((key for key in store.keys if key in rows), SAMPLED)]
+        by_key = {row.key: row for row in rows}
+        sample = [(by_key[key], read(key)) for key in islice((key for key in store.keys if key in by_key), SAMPLED)]
         equal = total = 0
         for row, tokens in sample:
             for number, message in enumerate(row.messages):
@@ -313,7 +314,7 @@ def fusion_dataset(
     relative = settings.training.lm_weighting == "relative"
     if not settings.plain and (relative or settings.fusion.include_pivot or needs_pivot(settings.alignment)):
         own = capture_student(student, reader, rows, args, how)
-    ours = Reading.of(PIVOT, student.tokenizer, own, {row.key: row for row in rows})
+    ours = Reading.of(PIVOT, student.tokenizer, own, rows)
     data = FusionDataset(
         rows,
         pivot=own,

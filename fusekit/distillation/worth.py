@@ -179,8 +179,7 @@ def measure_stores(
     names: for messages. folder: of the vocabulary map; None to make it. Raises StorageError: the map is not there or
     damaged. DistillationError: as :func:`measure`; a store was captured with another tokenizer.
     """
-    by_key = {row.key: row for row in rows}
-    ours, theirs = (Reading.of(*model, by_key) for model in zip(names, tokenizers, stores, strict=True))
+    ours, theirs = (Reading.of(*model, rows) for model in zip(names, tokenizers, stores, strict=True))
     return measure(rows, *stores, projection_of(how, ours, theirs, rows, folder), most)
 
 

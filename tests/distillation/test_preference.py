@@ -121,12 +121,6 @@ def test_a_model_learns_to_prefer_what_was_chosen_beyond_its_sources(store: Stor
     assert np.mean([line["rewards/accuracies"] for line in lines[-4:]]) > 0.9
 
 
-def test_without_a_source_the_first_loss_is_log_2(tmp_path: Path) -> None:
-    made = trainer(tmp_path, max_steps=1)
-    made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
-
-
 def test_accumulated_batches_learn_what_one_batch_learns(store: Store, tmp_path: Path) -> None:
     losses = []
     for size, times in ((8, 1), (2, 4)):
@@ -152,8 +146,8 @@ def test_answers_that_a_store_lacks_are_refused_before_training(store: Store, tm
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], "all-linear"])
-def test_an_adapter_is_trained_alone(modules: Any, tmp_path: Path) -> None:
-    """Also one of the output embedding, whose input is picked."""
+def test_an_adapter_is_trained_alone_from_a_loss_of_log_2(modules: Any, tmp_path: Path) -> None:
+    """Without a source; also an adapter of the output embedding, whose input is picked."""
     made = trainer(tmp_path, max_steps=1, lora={"r": 2, "target_modules": modules})
     assert made.train().training_loss == pytest.approx(math.log(2), rel=1e-4)
     trained = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]

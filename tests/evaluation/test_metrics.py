@@ -124,15 +124,12 @@ def test_the_end_of_plain_text_does_not_count_and_that_of_whole_text_is_learned(
     longer = [Row((Message("text", text + " and so on"),), "t", Cut(0, len(text))) for text in TEXTS]
     packed = list(pack_text(pieces, [tokenizer], 200))
     assert with_ends > content + 1e-3
-    for rows in (whole, pieces, longer, packed):
+    for rows, learned in ((whole, with_ends), (pieces, content), (longer, content), (packed, content)):
         assert bits_per_byte(model, tokenizer, rows)["t"] == pytest.approx(content, rel=1e-6)
-    # What is captured of a row is learned: the end of a whole text, and none where it was cut.
-    for rows, expected in ((whole, with_ends), (pieces, content), (longer, content), (packed, content)):
+        # What is captured of a row is learned: the end of a whole text, and none where it was cut.
         captured = Teacher(model).score([tokenizer.tokenize(row) for row in rows]).rows
-        sizes = [row.tokens.label_bytes for row in captured]
-        assert sum(row.bits_per_byte * size for row, size in zip(captured, sizes, strict=True)) == pytest.approx(
-            expected * sum(sizes), rel=1e-6
-        )
+        bits = sum(row.cross_entropy for row in captured) / math.log(2)
+        assert bits == pytest.approx(learned * sum(row.tokens.label_bytes for row in captured), rel=1e-6)
 
 
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
@@ -180,11 +177,8 @@ QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital o
 
 def asked(reads: RowTokenizer, *longest: int) -> list[Question]:
     """The questions, with the most tokens of each reply."""
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    how = {"add_generation_prompt": True, "return_dict": True}
-    ends = sorted(prompt_of(reads, (Message("user", "a"),)).ends)
-    prompts = [reads.tokenizer.apply_chat_template(chat, **how)["input_ids"] for chat in chats]
-    return [Question(ids, longest[i % len(longest)], ends) for i, ids in enumerate(prompts)]
+    prompts = [prompt_of(reads, (Message("user", question),)) for question in QUESTIONS]
+    return [Question(read.ids, longest[i % len(longest)], sorted(read.ends)) for i, read in enumerate(prompts)]
 
 
 def slow_reply(model, reads: RowTokenizer, question: Question) -> str:
