@@ -25,6 +25,7 @@ from fusekit.artifacts import (
     differences,
     differing,
     joined_hash,
+    read,
     read_manifest,
 )
 from fusekit.capturing.shards import (
@@ -90,7 +91,7 @@ class StoreSpec(Strict, extra="forbid"):
 class Shards(Artifact):
     """``shard-00000.json``: a shard's record while the store is not complete. inputs: the hash of its plan."""
 
-    stage: str = Field(default=STAGE, pattern=f"^{STAGE}$")
+    stage: str = STAGE
     files: Mapping[str, ShardRecord]
 
 
@@ -127,7 +128,10 @@ class Manifest(Shards):
 
 
 def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or an artifact's."""
+    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or one of a stage."""
+    known = read(folder)
+    if known is not None and known.stage != STAGE:
+        raise StorageError(f"{folder} is not a store of captures, but an artifact of the stage {known.stage!r}")
     return read_manifest(folder / MANIFEST, Manifest)
 
 

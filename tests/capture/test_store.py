@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusekit.artifacts import publish
 from fusekit.capturing import store as reading
 from fusekit.capturing.shards import Codec
 from fusekit.capturing.store import Store
@@ -209,6 +210,11 @@ def test_what_is_no_store_is_left_alone(tmp_path):
     with refused(tmp_path, "manifest.json"):
         Store.open(tmp_path)
     assert listing(tmp_path) == {"thesis.txt": b"two years"}
+    publish(tmp_path / "model", "distill", {}, lambda into: (into / "model.safetensors").write_bytes(b"weights"))
+    with refused(tmp_path / "model", "distill"):
+        Store.open(tmp_path / "model")
+    with refused(tmp_path / "model", "model.safetensors"):
+        remove_store(tmp_path / "model")
 
 
 def test_only_a_store_is_removed(damaged, tmp_path_factory):
