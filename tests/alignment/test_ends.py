@@ -29,6 +29,7 @@ from tests.alignment.tokenizers import (
     sharing,
 )
 from tests.capture.models import extended, tokenizer_for
+from tests.helpers import refused
 
 
 @pytest.mark.parametrize("name", [*REAL, *MADE])
@@ -75,13 +76,6 @@ def test_ends_by_hand(name, text, strings, lows, ends):
     assert load(name).convert_ids_to_tokens(tokens.ids.tolist()) == strings.split()
     assert (tokens.lows.tolist(), tokens.ends.tolist()) == (lows, ends)
     assert tokens.exact == (lows == ends)
-
-
-def test_a_seam_that_bpe_would_merge_across():
-    """The content's first token is another one behind a template, yet it ends at the same content byte."""
-    seam, content = "Assistant:", " Hi there"
-    inside = tokenize(seam + content, load("mistral")).ends - len(seam)
-    assert tokenize(content, load("llama3")).ends.tolist() == inside[inside > 0].tolist()
 
 
 def test_settings_of_a_tokenizer_are_neither_obeyed_nor_changed():
@@ -182,9 +176,8 @@ def test_every_stretch_between_special_tokens_has_the_ends_of_its_own(base):
     if not surfaces.drops_space:
         assert found.ends[-1] == len(MARKED.encode())
     if found.exact and base in ("qwen", "deepseek", "mistral"):
-        data = MARKED.encode()
-        for i, (start, end) in enumerate(zip([0, *found.ends[:-1]], found.ends, strict=True)):
-            assert data[start:end] == surfaces.of[ids[i]][len(surfaces.of[ids[i]]) - (end - start) :]
+        for id_, start, end in zip(ids, [0, *found.ends[:-1]], found.ends, strict=True):
+            assert surfaces.of[id_].endswith(MARKED.encode()[start:end])
 
 
 def test_special_tokens_that_swallow_space():
@@ -248,9 +241,8 @@ def named(backend: Tokenizer) -> PreTrainedTokenizerFast:
     ],
 )
 def test_tokenizers_that_cannot_be_handled_exactly_are_refused(tokenizer, words):
-    with pytest.raises(AlignmentError) as error:
+    with refused(AlignmentError, *words):
         tokenize("xaay", tokenizer())
-    assert all(word in str(error.value) for word in words)
 
 
 def test_importing_loads_neither_torch_nor_transformers():

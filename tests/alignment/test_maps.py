@@ -17,6 +17,7 @@ from fusekit.alignment.papers import mined, nearest
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.tokenizers import EDGE_CASES, byte_fallback, fast, load, sharing, target, unigram, vocabulary_map
+from tests.helpers import refused
 
 
 def plain_vocabulary(name: str) -> dict[bytes, list[int]]:
@@ -229,9 +230,8 @@ def test_projection_equals_a_loop_and_conserves_mass(method, collisions):
     ],
 )
 def test_rows_that_are_no_distributions_are_refused(arguments, words):
-    with pytest.raises(AlignmentError) as error:
+    with refused(AlignmentError, *words):
         vocabulary_map("qwen", "mistral", "em").project(*arguments)
-    assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,8 @@ def test_rows_that_are_no_distributions_are_refused(arguments, words):
     ],
 )
 def test_what_cannot_be_mapped_is_refused(options, words):
-    with pytest.raises(AlignmentError) as error:
+    with refused(AlignmentError, *words):
         build_vocabulary_map(load("qwen"), load("mistral"), **{"cache": False, "method": "em", **options})
-    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_maps_are_kept_on_disk_and_made_again_when_damaged(tmp_path, caplog, monkeypatch):

@@ -1,9 +1,54 @@
-"""The slow, obvious truth about a row's tokens: what their surfaces spell."""
+"""The slow, obvious truth about a row's tokens: what their surfaces spell, and what two models' have read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusekit.alignment.alignment import align_tokens
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.types import Part, Row, TokenizedRow
+from fusekit.types import Cut, Message, Part, Row, TokenizedRow
+
+Turns = Sequence[tuple[str, str]]
+
+
+def row(turns: Turns, cut: Cut | None = None) -> Row:
+    return Row(tuple(Message(*turn) for turn in turns), cut=cut)
+
+
+def spelled(tokens: TokenizedRow, model: RowTokenizer, which: Any) -> str:
+    """What some of the tokens spell. which: any index of numpy's."""
+    return b"".join(model.encoder.surfaces.of[i] for i in tokens.ids[which].tolist()).decode()
+
+
+def _whole(data: bytes, start: int, stop: int) -> str:
+    """The characters that bytes from start to stop are of, which may be white space beyond ASCII."""
+    while start < stop and 0x80 <= data[start] < 0xC0:
+        start -= 1
+    while start < stop < len(data) and 0x80 <= data[stop] < 0xC0:
+        stop += 1
+    return data[start:stop].decode()
+
+
+def assert_links(turns: Turns, pivot: RowTokenizer, source: RowTokenizer) -> None:
+    """Check every link of two models over a row: both have spelled the same content, up to white space."""
+    a, b = pivot.tokenize(row(turns)), source.tokenize(row(turns))
+    for number, (_, content) in enumerate(turns):
+        data = content.encode()
+        (p, at_p), (s, at_s) = a.content(number), b.content(number)
+        assert np.array_equal(p.ids, a.ids[at_p : at_p + len(p)])
+        linked = align_tokens(content, p, s).source_at
+        ended = [np.flatnonzero((t.part == Part.END) & (t.message == number)) for t in (a, b)]
+        if len(ended[0]) and len(ended[1]):
+            assert linked[ended[0][0] - at_p] == ended[1][0] - at_s
+        for i in np.flatnonzero(linked >= 0).tolist():
+            j = linked[i]
+            assert max(p.lows[i], s.lows[j]) <= min(p.ends[i], s.ends[j])
+            assert _whole(data, *sorted((p.ends[i], s.ends[j]))).strip() == ""
+        if len(p) and len(s) and data.strip():
+            assert (linked >= 0).any()
 
 
 def assert_spans(
@@ -19,11 +64,9 @@ def assert_spans(
     assert not tokens.labels[0]
     for number, message in enumerate(row.messages):
         content = message.content.encode()
-        shown = message.content.strip() if trims else message.content.lstrip() if swallows else message.content
-        dropped = len(message.content.encode()) - len(
-            (message.content.lstrip() if trims or swallows else message.content).encode()
-        )
-        kept = shown.encode()
+        shown = message.content.lstrip() if trims or swallows else message.content
+        dropped = len(content) - len(shown.encode())
+        kept = (shown.rstrip() if trims else shown).encode()
         mine = [i for i in range(len(tokens)) if tokens.message[i] == number]
         inside = [i for i in mine if tokens.part[i] == Part.CONTENT]
         spelled = b"".join(surfaces[ids[i]] for i in inside)

@@ -84,34 +84,31 @@ def test_all_but_the_clock_is_as_transformers_has_it(around):
     assert shown == expected
 
 
-def captured(tmp_path, *options):
+def capture(tmp_path, *options):
     (tmp_path / "dated.jinja").write_text(DATED)
     write_recipe(tmp_path, ["llama"])
-    arguments = [str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"), str(tmp_path / "store")]
-    how = ["--chat-template", str(tmp_path / "dated.jinja"), "--rows-per-shard", "8", "--dtype", "float32"]
-    result = CliRunner().invoke(cli, ["capture", *arguments, *how, *options])
-    assert result.exit_code == 0, result.output
-    return Store.open(tmp_path / "store"), result.output
+    arguments = [DEMO / "models" / "pivot", tmp_path / "rows.jsonl", tmp_path / "store"]
+    how = ["--chat-template", tmp_path / "dated.jinja", "--rows-per-shard", 8, "--dtype", "float32"]
+    return CliRunner().invoke(cli, ["capture", *map(str, [*arguments, *how, *options])])
 
 
 def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
     on(FIRST)
-    store, said = captured(tmp_path)
-    assert "the file dated.jinja, which prints the date 2026-01-31" in said
+    assert "the file dated.jinja, which prints the date 2026-01-31" in capture(tmp_path).output
+    store = Store.open(tmp_path / "store")
     assert store.spec.details["date"] == "2026-01-31"
     assert store.spec.details["chat_template"] == "the file dated.jinja"
     before = {path.name: path.read_bytes() for path in store.path.iterdir()}
     (store.path / "shard-00001.parquet").unlink()
     on(SECOND)
-    captured(tmp_path)
+    capture(tmp_path)
     assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
     edit_manifest(store.path, lambda manifest: manifest["inputs"]["details"].update(date="some day"))
-    result = CliRunner().invoke(cli, ["capture", str(DEMO / "models" / "pivot"), str(tmp_path / "rows.jsonl"),
-                                      str(store.path), "--chat-template", str(tmp_path / "dated.jinja"),
-                                      "--rows-per-shard", "8", "--dtype", "float32"])  # fmt: skip
+    result = capture(tmp_path)
     assert result.exit_code == 1
     assert "details.date: 'some day', now '2026-02-01'" in str(result.exception)
-    assert captured(tmp_path, "--overwrite")[0].spec.details["date"] == "2026-02-01"
+    assert capture(tmp_path, "--overwrite").exit_code == 0
+    assert Store.open(store.path).spec.details["date"] == "2026-02-01"
 
 
 def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):

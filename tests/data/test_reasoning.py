@@ -10,8 +10,9 @@ from fusekit.alignment.alignment import align_tokens
 from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.types import Cut, Message, Part, Row
+from fusekit.types import Cut, Part
 from tests.capture.models import extended
+from tests.data.spans import assert_links, row, spelled
 
 TURN = "<|im_start|>{role}\n"
 PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -75,14 +76,6 @@ def reader_of(name):
     return RowTokenizer(tokenizer(), ChatTemplate(name, TEMPLATES[name]))
 
 
-def row(turns, cut=None):
-    return Row(tuple(Message(*turn) for turn in turns), cut=cut)
-
-
-def spelled(tokens, reader, which):
-    return b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[which].tolist()).decode()
-
-
 def learned(tokens, reader, message):
     return spelled(tokens, reader, tokens.labels & (tokens.message == message))
 
@@ -128,24 +121,17 @@ def test_rows_are_kept_and_what_is_dropped_is_counted(name):
 @pytest.mark.parametrize("pair", [(a, b) for a in TEMPLATES for b in TEMPLATES if a < b])
 @pytest.mark.parametrize("content", [THOUGHT, "<think>so 4</think>Four.", " <think>\n\nso 4 </think> \nFour.\n"])
 def test_links_have_consumed_the_same_bytes_up_to_white_space(pair, content):
-    a, b = (reader_of(name).tokenize(row([("user", "2+2?"), ("assistant", content)])) for name in pair)
-    (p, at_p), (s, at_s) = a.content(1), b.content(1)
+    turns, readers = [("user", "2+2?"), ("assistant", content)], [reader_of(name) for name in pair]
+    assert_links(turns, *readers)
+    a, b = (reader.tokenize(row(turns)) for reader in readers)
+    assert all((tokens.part[tokens.message == 1] == Part.END).any() for tokens in (a, b))
+    (p, at), (s, _) = a.content(1), b.content(1)
     linked = align_tokens(content, p, s).source_at
-    data = content.encode()
-    for i, j in enumerate(linked.tolist()):
-        if j >= 0:
-            assert max(p.lows[i], s.lows[j]) <= min(p.ends[i], s.ends[j])
-            assert data[min(p.ends[i], s.ends[j]) : max(p.ends[i], s.ends[j])].strip() == b""
-    words = {"so", " ", "4", "Four", "."}
-    reader = reader_of(pair[0])
-    for i in np.flatnonzero(a.part == Part.CONTENT).tolist():
-        if spelled(a, reader, [i]).strip() in words and a.message[i] == 1:
-            spaces = spelled(
-                a, reader, [i + 1]
-            ).isspace()  # of the template: what comes after them is what both predict
-            assert linked[i - at_p] >= 0 or (spaces and linked[i + 1 - at_p] >= 0)
-    ended = [np.flatnonzero((t.part == Part.END) & (t.message == 1))[0] for t in (a, b)]
-    assert linked[ended[0] - at_p] == ended[1] - at_s
+    for i in np.flatnonzero((a.part == Part.CONTENT) & (a.message == 1)).tolist():
+        if spelled(a, readers[0], [i]).strip() in {"so", " ", "4", "Four", "."}:
+            # Spaces of the template: what comes after them is what both predict.
+            spaces = spelled(a, readers[0], [i + 1]).isspace()
+            assert linked[i - at] >= 0 or (spaces and linked[i + 1 - at] >= 0)
 
 
 def test_ends_count_the_bytes_of_the_content():

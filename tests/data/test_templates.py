@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from fusekit.data.templates import SHIPPED, ChatTemplate, template_names
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.errors import DataError
-from fusekit.types import Message, Part, Row
+from fusekit.types import Part
 from tests.alignment.tokenizers import EDGE_CASES
 from tests.capture.models import model, tokenizer_for
-from tests.data.spans import assert_spans
+from tests.data.spans import assert_spans, row
 
 TRIMS = {"gemma", "llama-3", "llama-3.1"}
 SWALLOWS = {"phi-3"}
@@ -37,10 +37,6 @@ EXPECTED = {
     "detailed, and polite answers to the user's questions. USER: Hello ASSISTANT: Hi</s>",
     "yi": "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n",
 }
-
-
-def row(turns):
-    return Row(tuple(Message(*turn) for turn in turns))
 
 
 def assert_shipped_spans(name, turns):

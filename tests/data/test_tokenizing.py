@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from fusekit.alignment.alignment import align_tokens
 from fusekit.data.prepare import prepare
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
@@ -18,7 +17,7 @@ from fusekit.errors import DataError, FusekitError
 from fusekit.types import Cut, Message, Part, Row
 from tests.alignment.tokenizers import byte_fallback, load
 from tests.capture.models import extended, model, tokenizer_for
-from tests.data.spans import assert_spans
+from tests.data.spans import assert_links, assert_spans, row, spelled
 
 TURNS = [
     ("system", "Be brief."),
@@ -30,13 +29,10 @@ TURNS = [
 NAMES = ["openchat-3.5", "mistral", "llama-3", "gemma", "qwen", "phi-3", "vicuna", "demo"]
 
 
-def row(turns, cut=None):
-    return Row(tuple(Message(*turn) for turn in turns), cut=cut)
-
-
 def learned(tokens, reader):
-    return [b"".join(reader.encoder.surfaces.of[i] for i in tokens.ids[tokens.labels & (tokens.message == n)].tolist())
-            for n in np.unique(tokens.message[tokens.labels]).tolist()]  # fmt: skip
+    """By message."""
+    numbers = np.unique(tokens.message[tokens.labels]).tolist()
+    return [spelled(tokens, reader, tokens.labels & (tokens.message == n)) for n in numbers]
 
 
 def without_generation(template):
@@ -92,36 +88,6 @@ def test_an_eos_that_is_also_the_padding_is_learnt():
     assert np.array_equal(tokens.labels, model("mistral").tokenize(row(TURNS)).labels)
     assert tokens.ids[-1] == tokenizer.pad_token_id
     assert tokens.labels[-1]
-
-
-def whole(data: bytes, start: int, stop: int) -> str:
-    """The characters that bytes from start to stop are of, which may be white space beyond ASCII."""
-    while start < stop and 0x80 <= data[start] < 0xC0:
-        start -= 1
-    while start < stop < len(data) and 0x80 <= data[stop] < 0xC0:
-        stop += 1
-    return data[start:stop].decode()
-
-
-def assert_links(turns, pivot, source):
-    """Check every link of two models over a row: both have spelled the same content."""
-    a, b = pivot.tokenize(row(turns)), source.tokenize(row(turns))
-    for number, (_, content) in enumerate(turns):
-        data = content.encode()
-        (p, at_p), (s, at_s) = a.content(number), b.content(number)
-        assert np.array_equal(p.ids, a.ids[at_p : at_p + len(p)])
-        linked = align_tokens(content, p, s).source_at
-        ended = [np.flatnonzero((t.part == Part.END) & (t.message == number)) for t in (a, b)]
-        if len(ended[0]) and len(ended[1]):
-            assert linked[ended[0][0] - at_p] == ended[1][0] - at_s
-        for i, j in enumerate(linked.tolist()):
-            if j < 0:
-                continue
-            low, high = max(p.lows[i], s.lows[j]), min(p.ends[i], s.ends[j])
-            assert low <= high
-            assert whole(data, *sorted((p.ends[i], s.ends[j]))).strip() == ""
-        if len(p) and len(s) and data.strip():
-            assert (linked >= 0).any()
 
 
 @pytest.mark.parametrize("source", NAMES[1:])
@@ -180,7 +146,7 @@ def test_a_model_without_an_end_of_turn_has_no_end_to_link():
     tokens = foreign.tokenize(row(TURNS))
     assert not foreign.ends_turns
     assert not (tokens.part == Part.END).any()
-    assert learned(tokens, foreign) == [b" " + t[1].encode() + b"<|end_of_turn|>" for t in TURNS if t[0] == "assistant"]
+    assert learned(tokens, foreign) == [f" {t[1]}<|end_of_turn|>" for t in TURNS if t[0] == "assistant"]
     counts = prepare([row(TURNS)], [foreign], 500).counts
     assert counts.reasons == {"unended": 1}
     assert counts.keys == {"unended": [row(TURNS).key]}
@@ -197,7 +163,7 @@ def test_a_template_that_rewrites_a_content_loses_the_links_of_that_message_alon
     tokens = reader.tokenize(row(TURNS))
     assert [n for n in range(5) if (tokens.part[tokens.message == n] == Part.CONTENT).any()] == [0, 1, 3]
     assert not (tokens.part[tokens.message == 4] == Part.END).any()
-    assert learned(tokens, reader) == ["HI, 你好 🤖<|im_end|>".encode(), b"FINE.<|im_end|>"]
+    assert learned(tokens, reader) == ["HI, 你好 🤖<|im_end|>", "FINE.<|im_end|>"]
     assert len(tokens.content(2)[0]) == 0
     assert prepare([row(TURNS)], [reader], 500).counts.reasons == {"unlinked": 1, "unended": 1}
     with pytest.raises(DataError, match=r"is cut in message 2, whose content .* rewrites"):
