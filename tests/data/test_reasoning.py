@@ -80,13 +80,6 @@ def learned(tokens, reader, message):
     return spelled(tokens, reader, tokens.labels & (tokens.message == message))
 
 
-def rendered(reader, turns):
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return reader.tokenizer.apply_chat_template(
-        messages, chat_template=reader.template.source, return_dict=True, add_generation_prompt=False
-    )["input_ids"]
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -100,7 +93,9 @@ def rendered(reader, turns):
 def test_all_from_the_generation_prompt_to_the_end_is_learnt(name, expected, turns):
     reader = reader_of(name)
     tokens = reader.tokenize(row(turns))
-    assert tokens.ids.tolist() == rendered(reader, turns)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rendered = tokenizer().apply_chat_template(messages, chat_template=reader.template.source, return_dict=True)
+    assert tokens.ids.tolist() == rendered["input_ids"]
     assert learned(tokens, reader, len(turns) - 1) == expected + "<|im_end|>"
     if turns is TWO:
         first = {"verbatim": "\n\n", "no line feeds": "<think></think>\n"}.get(name, "")
