@@ -130,17 +130,17 @@ def tokenize(text: str, tokenizer: Any) -> TokenizedText:
         AlignmentError: the ends cannot be known; names the tokenizer and the reason.
     """
     surfaces = tokenizer if isinstance(tokenizer, Surfaces) else vocabulary_surfaces(tokenizer)
-    data = encoded(text)
+    check_encodable(text)
     if surfaces.drops_space and text:
-        return _by_offsets(text, data, *surfaces.encode_with_offsets(text), surfaces)
+        return _by_offsets(text, *surfaces.encode_with_offsets(text), surfaces)
     ids = surfaces.encode(text) if text else []
     return _ends_of(ids, text, surfaces, lambda: surfaces.encode_with_offsets(text)[1])
 
 
-def encoded(text: str) -> bytes:
-    """The text's UTF-8. Raises AlignmentError for a lone surrogate."""
+def check_encodable(text: str) -> None:
+    """Raises AlignmentError for a lone surrogate."""
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise AlignmentError(
             f"the text has a lone surrogate at character {error.start} ({text[error.start]!r}): "
@@ -150,7 +150,6 @@ def encoded(text: str) -> bytes:
 
 def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[], IntArray]) -> TokenizedText:
     """The ends of the tokens of an encoded text. offsets: gives their character spans [n, 2], where spelling fails."""
-    data = text.encode()
     if not ids or not text:  # a dummy space before nothing has no width
         nothing = np.zeros(len(ids), np.int64)
         return TokenizedText.of(ids, nothing, nothing)
@@ -158,7 +157,7 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
         found = _carried_back(ids, text, surfaces, _consumed)
         if found is not None:
             lows, highs = found
-            highs[-1] = len(data)
+            highs[-1] = len(text.encode())
             return TokenizedText.of(ids, highs, lows)
     if surfaces.form is Form.BYTE_LEVEL:
         # Its offsets may be trimmed of spaces by the post-processor, so they cannot be used instead.
@@ -167,7 +166,7 @@ def _ends_of(ids: list[int], text: str, surfaces: Surfaces, offsets: Callable[[]
             f"{surfaces.name} is byte-level, but its tokens do not spell the text {text[:40]!r}: its normaliser "
             f"({steps}) changes the text in a way that cannot be undone"
         )
-    return _by_offsets(text, data, ids, offsets(), surfaces)
+    return _by_offsets(text, ids, offsets(), surfaces)
 
 
 _Find = Callable[[list[int], bytes, Surfaces], "IntArray | None"]
@@ -253,7 +252,7 @@ def _skip_space(data: bytes, position: int) -> int:
     return position + len(rest[: len(rest) - len(rest.lstrip())].encode())
 
 
-def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surfaces: Surfaces) -> TokenizedText:
+def _by_offsets(text: str, ids: list[int], spans: IntArray, surfaces: Surfaces) -> TokenizedText:
     if not ids:
         return TokenizedText.of(ids, np.zeros(0, np.int64), np.zeros(0, np.int64))
     widths = np.ones(len(text), np.int64) if text.isascii() else [len(character.encode()) for character in text]
@@ -284,7 +283,7 @@ def _by_offsets(text: str, data: bytes, ids: list[int], spans: IntArray, surface
         else:
             all_lows[inner], all_highs[inner] = shared[0] + place[start], shared[1] + place[start]
     all_highs = np.maximum.accumulate(all_highs)
-    all_highs[-1] = len(data)
+    all_highs[-1] = place[-1]
     return TokenizedText.of(ids, all_highs, all_lows)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from tokenizers import AddedToken, Tokenizer
 
-from fusekit.alignment.ends import Mark, encoded, marked_ends
+from fusekit.alignment.ends import Mark, check_encodable, marked_ends
 from fusekit.alignment.surfaces import Kind, vocabulary_surfaces
 from fusekit.data.templates import ChatTemplate, Region, Rendered, Renderer, Span, stand_ins
 from fusekit.errors import DataError
@@ -77,7 +77,7 @@ class Encoder:
         ends of the tokens cannot be known.
         """
         text = "".join([part.text for part in parts])
-        encoded(text)
+        check_encodable(text)
         expected = [part.id for part in parts if part.id >= 0]
         if not any(part.content and part.id < 0 and self._control.search(part.text) for part in parts):
             ids = self.surfaces.encode(text)

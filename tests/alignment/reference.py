@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -169,17 +170,15 @@ def warp(costs: list[list[int]]) -> list[tuple[int, int]]:
 
 
 def project(
-    targets: dict[int, dict[int, float]], ids: list[int], logprobs: list[float], tail: float, keep_largest: bool
+    targets: Sequence[int], ids: list[int], logprobs: list[float], tail: float, keep_largest: bool
 ) -> tuple[dict[int, float], float]:
-    """One row through a map given as source id -> {pivot id: share}: ({pivot id: probability}, tail)."""
+    """One row through a map, a pivot id or -1 per source id: ({pivot id: probability}, tail)."""
     entries: dict[int, list[float]] = {}
     for id_, logprob in zip(ids, logprobs, strict=True):
-        if id_ < 0:
-            continue
-        mass = math.exp(logprob)
-        for target, share in targets.get(id_, {}).items():
-            entries.setdefault(target, []).append(mass * share)
-        tail += mass * (1 - sum(targets.get(id_, {}).values()))
+        if id_ >= 0 and targets[id_] >= 0:
+            entries.setdefault(targets[id_], []).append(math.exp(logprob))
+        elif id_ >= 0:
+            tail += math.exp(logprob)
     if not keep_largest:
         return {target: math.fsum(parts) for target, parts in entries.items()}, tail
     lost = sum(math.fsum(parts) - max(parts) for parts in entries.values())

@@ -14,6 +14,7 @@ from scipy import sparse
 
 from fusekit.alignment import MappingStatistics, build_vocabulary_map, count_mappings, vocabulary_surfaces
 from fusekit.alignment.papers import mined, nearest
+from fusekit.alignment.surfaces import decoded
 from fusekit.errors import AlignmentError
 from tests.alignment import reference
 from tests.alignment.tokenizers import EDGE_CASES, byte_fallback, fast, load, sharing, target, unigram, vocabulary_map
@@ -73,8 +74,8 @@ def test_mined_is_the_brute_force_minimum():
     """Over all of a large vocabulary."""
     em, generator = vocabulary_map("qwen", "mistral", "em"), np.random.default_rng(7)
     ours, theirs = vocabulary_surfaces(load("mistral")), vocabulary_surfaces(load("qwen"))
-    readable = [s.decode() for s in theirs.id_of if is_text(s)]
-    unmatched = [s.decode() for s, i in ours.id_of.items() if target(em, i) < 0 and is_text(s)]
+    readable = [s.decode() for s in theirs.id_of if decoded(s) is not None]
+    unmatched = [s.decode() for s, i in ours.id_of.items() if target(em, i) < 0 and decoded(s) is not None]
     sample = generator.choice(unmatched, 30, replace=False).tolist()
     for text, at, found in zip(sample, *(part.tolist() for part in nearest(sample, readable)), strict=True):
         brute = [Levenshtein.distance(text, other) for other in readable]
@@ -96,14 +97,6 @@ def test_mined_bytes_that_the_pivot_cannot_begin_to_spell_go_to_the_nearest_byte
     for surface, found in zip(strange, mined(strange, pivot).tolist(), strict=True):
         distances = [reference.levenshtein(surface.decode("latin-1"), other) for _, other in theirs]
         assert found == theirs[distances.index(min(distances))][0]
-
-
-def is_text(surface: bytes) -> bool:
-    try:
-        surface.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -132,7 +125,7 @@ def test_prefix_is_the_first_token_of_the_pivots_own_tokenisation(pivot, source)
     made, em = vocabulary_map(pivot, source), vocabulary_map(pivot, source, "em")
     ours, tokenizer = vocabulary_surfaces(load(source)), load(pivot)
     generator = np.random.default_rng(3)
-    unmatched = [i for s, i in ours.id_of.items() if target(em, i) < 0 and is_text(s) and "\n" not in s.decode()]
+    unmatched = [i for s, i in ours.id_of.items() if target(em, i) < 0 and decoded(s) is not None and b"\n" not in s]
     for i in generator.choice(unmatched, 300, replace=False).tolist():
         # After a line break neither a dummy space nor a merge with what is before gets in the way.
         ids = tokenizer("\n" + ours.of[i].decode(), add_special_tokens=False)["input_ids"]
@@ -145,7 +138,7 @@ def test_surfaces_that_are_no_text_map_by_their_longest_prefix():
     source = load("qwen")
     theirs = plain_vocabulary("mistral")
     ours = vocabulary_surfaces(source)
-    broken = [i for s, i in ours.id_of.items() if not is_text(s)]
+    broken = [i for s, i in ours.id_of.items() if decoded(s) is None]
     assert 773 <= len(broken) <= 1470
     for i in broken:
         surface = ours.of[i]
@@ -205,12 +198,12 @@ def test_projection_equals_a_loop_and_conserves_mass(method, collisions):
     before = np.exp(logprobs).sum(axis=1) + tail
     found = made.project(ids, logprobs, tail, collisions)
     np.testing.assert_allclose(np.exp(found.logprobs).sum(axis=1) + found.tail, before, atol=1e-6, rtol=0)
-    targets = {i: ({t: 1.0} if (t := target(made, i)) >= 0 else {}) for i in set(ids.ravel().tolist()) - {-1}}
-    assert len({t for row in targets.values() for t in row}) < sum(map(len, targets.values())) or method == "em"
+    mapped = made.targets[np.unique(ids[ids >= 0])]
+    mapped = mapped[mapped >= 0]
+    assert len(np.unique(mapped)) < len(mapped) or method == "em"
     for row in range(len(ids)):
-        entries, rest = reference.project(
-            targets, ids[row].tolist(), logprobs[row].tolist(), float(tail[row]), collisions == "max"
-        )
+        plain = (ids[row].tolist(), logprobs[row].tolist(), float(tail[row]))
+        entries, rest = reference.project(made.targets, *plain, collisions == "max")
         listed = {int(i): math.exp(p) for i, p in zip(found.ids[row], found.logprobs[row], strict=True) if i >= 0}
         assert listed == pytest.approx(entries, abs=1e-9)
         assert found.tail[row] == pytest.approx(rest, abs=1e-9)

@@ -12,7 +12,6 @@ import pytest
 from fusekit.alignment import (
     Case,
     Predictions,
-    TopK,
     align,
     align_tokens,
     plan_rows,
@@ -49,25 +48,38 @@ def certain_rows(alignment):
     return (ids, logprobs, tail), np.zeros(m)
 
 
-def random_source(alignment, vocabulary: int, seed: int, k: int = 6):
-    """Random rows, the actual token among them in half of the cases, near misses of it in most."""
+def random_rows(tokens, vocabulary: int, seed: int, k: int = 6):
+    """Random rows after each token; in half of them the next token is listed."""
     generator = np.random.default_rng(seed)
-    m = len(alignment.source_ids)
+    m = len(tokens)
     # Different residues, so that no row names an id twice.
     ids = generator.integers(0, vocabulary // k, (m, k)) * k + np.arange(k)
     mass = generator.dirichlet(np.full(k + 1, 0.5), m)
     actual = np.log(mass[:, -1] * generator.random(m) + 1e-12)
     listed = generator.random(m) < 0.5
-    for j in range(m - 1):
-        following = alignment.source_ids[j + 1]
-        clash = ids[j] == following
-        ids[j, clash] = -1
+    for j, following in enumerate(tokens[1:].tolist()):
+        ids[j, ids[j] == following] = -1
         if listed[j]:
-            ids[j, 2] = following
-            actual[j] = np.log(mass[j, 2])
+            ids[j, 2], actual[j] = following, np.log(mass[j, 2])
     logprobs = np.where(ids >= 0, np.log(np.maximum(mass[:, :k], 1e-300)), -np.inf)
     tail = 1 - np.where(ids >= 0, mass[:, :k], 0).sum(axis=1)
     return (ids, logprobs, tail), actual
+
+
+def row_of(rows, i) -> dict[int, float]:
+    """The entries of a row."""
+    return {int(t): float(np.exp(p)) for t, p in zip(rows[0][i], rows[1][i], strict=True) if t >= 0}
+
+
+def plain(rows, actual, tokens):
+    """For plain loops: entries and tail of each row, and the probability of each next token, None where not known."""
+    said = [(row_of(rows, j), float(rows[2][j])) for j in range(len(tokens))]
+    following = [*tokens[1:].tolist(), -1]
+    known = [
+        None if np.isnan(logprob) else row.get(token, float(np.exp(logprob)))
+        for (row, _), logprob, token in zip(said, actual, following, strict=True)
+    ]
+    return said, known
 
 
 @pytest.mark.parametrize(("pivot", "source"), PAIRS)
@@ -89,7 +101,7 @@ def test_rows_are_distributions(pivot, source):
     for seed, text in enumerate(EDGE_CASES.values()):
         mapping = vocabulary_map(pivot, source, ("em", "prefix")[seed % 2])
         alignment = align(text, load(pivot), load(source))
-        rows, actual = random_source(alignment, len(mapping.source), seed)
+        rows, actual = random_rows(alignment.source_ids, len(mapping.source), seed)
         for conditioning in (True, False):
             found = project_rows(alignment, mapping, rows, actual, conditioning=conditioning)
             total = np.exp(found.rows.logprobs).sum(axis=1) + found.rows.tail
@@ -109,19 +121,17 @@ def test_rows_equal_a_loop_over_every_position(pivot, source, kind):
         if "▁" in text or "<" in text:
             continue
         alignment = align(text, load(pivot), load(source))
-        rows, actual = random_source(alignment, len(mapping.source), seed, k=40)
-        ids, logprobs, tail = rows
+        (ids, logprobs, tail), actual = random_rows(alignment.source_ids, len(mapping.source), seed, k=40)
         # Entries that share their beginning with the actual token are what conditioning is about.
         for j in range(len(ids) - 1):
             ids[j, 5:20] = near(of, source, alignment.source_ids[j + 1], set(ids[j].tolist()))
         logprobs = np.where(ids >= 0, np.where(np.isfinite(logprobs), logprobs, np.log(1e-6)), -np.inf)
         scale = np.exp(logprobs).sum(axis=1) + tail
         rows = (ids, logprobs - np.log(scale)[:, None], tail / scale)
-        plain = [(row_of(TopK(*rows), j), float(rows[2][j])) for j in range(len(ids))]
-        known = [
-            row.get(int(following), float(np.exp(a)))
-            for (row, _), a, following in zip(plain, actual, [*alignment.source_ids[1:], -1], strict=True)
-        ]
+        said, known = plain(rows, actual, alignment.source_ids)
+        own, of_pivot = random_rows(alignment.pivot_ids, len(mapping.pivot), seed)
+        of_pivot[np.random.default_rng(seed).random(len(of_pivot)) < 0.1] = np.nan
+        own_said = plain(own, of_pivot, alignment.pivot_ids)
         slow = reference.RowReference(
             text.encode(),
             alignment,
@@ -129,37 +139,15 @@ def test_rows_equal_a_loop_over_every_position(pivot, source, kind):
             lambda i, mapping=mapping: target(mapping, i),
             lambda rest, mapping=mapping: int(mapping.remainders([rest])[0]),
         )
-        actual_known = np.log(np.maximum(known, 1e-300))
-        own, of_pivot = predictions(alignment, len(mapping.pivot), seed)
-        found = project_rows(alignment, mapping, rows, actual_known, pivot=own, tail=kind)
+        logs = np.log(np.maximum(known, 1e-300))
+        found = project_rows(alignment, mapping, rows, logs, pivot=Predictions(own, of_pivot), tail=kind)
         for i in np.flatnonzero(found.taught).tolist():
-            expected = slow.row(i, plain, known, kind, of_pivot)
+            expected = slow.row(i, said, known, kind, own_said)
             listed = row_of(found.rows, i) | {-1: float(found.rows.tail[i])}
             expected = {t: p for t, p in expected.items() if p > 0 or t == -1}
             assert listed == pytest.approx(expected, abs=1e-8), (text, i, Case(int(found.cases[i])))
             taught += 1
     assert taught > 250
-
-
-def predictions(alignment, vocabulary: int, seed: int):
-    """Some predictions of the pivot, a few of them not known; and the same as plain values."""
-    generator = np.random.default_rng(seed)
-    n, k = len(alignment.pivot), 6
-    ids = generator.integers(0, vocabulary, (n, k))
-    ids[::3, 2] = np.roll(alignment.pivot_ids, -1)[::3]
-    ids = np.array([list(dict.fromkeys(row)) + [-1] * (k - len(set(row))) for row in ids.tolist()])
-    mass = np.where(ids >= 0, generator.dirichlet(np.ones(k + 1), n)[:, :k], 0.0)
-    tail = 1 - mass.sum(axis=1)
-    listed = ids == np.roll(alignment.pivot_ids, -1)[:, None]
-    actual = np.where(listed.any(axis=1), (mass * listed).sum(axis=1), tail * generator.random(n))
-    unknown = generator.random(n) < 0.1
-    plain = [
-        ({int(i): float(p) for i, p in zip(a, b, strict=True) if i >= 0}, float(c))
-        for a, b, c in zip(ids, mass, tail, strict=True)
-    ]
-    with np.errstate(divide="ignore"):
-        given = Predictions(TopK(ids, np.log(mass), tail), np.where(unknown, np.nan, np.log(actual)))
-    return given, (plain, [None if u else float(a) for a, u in zip(actual, unknown, strict=True)])
 
 
 @functools.cache
@@ -175,11 +163,6 @@ def near(of, source: str, id_: int, taken: set[int]) -> list[int]:
     ids = [i for i in by_first_byte(source).get(of[id_][0], [])[:200] if i not in taken and i != id_]
     ids.sort(key=lambda i: -sum(1 for _ in itertools.takewhile(bool, map(operator.eq, of[i], of[id_]))))
     return [*ids[:15], *[-1] * (15 - len(ids[:15]))]
-
-
-def row_of(rows, i) -> dict[int, float]:
-    """The entries of a row."""
-    return {int(t): float(np.exp(p)) for t, p in zip(rows.ids[i], rows.logprobs[i], strict=True) if t >= 0}
 
 
 def test_each_case_by_hand():
@@ -292,7 +275,7 @@ def test_the_papers_rules_equal_a_loop():
 def test_rows_by_rule_put_a_one_hot_elsewhere():
     mapping = vocabulary_map("mistral", "qwen")
     alignment = align(EDGE_CASES["mixed"], load("mistral"), load("qwen"), method="dtw")
-    rows, _ = random_source(alignment, len(mapping.source), 0)
+    rows, _ = random_rows(alignment.source_ids, len(mapping.source), 0)
     found = project_rows_by_rule(alignment, mapping, rows, "em")
     at = source_positions(alignment, mapping, "em")
     assert found.counts["rule"] == (at[:-1] >= 0).sum()

@@ -113,12 +113,8 @@ def test_a_store_that_is_resumed_on_another_day_is_one_store(tmp_path, on):
 
 def test_all_models_of_a_run_and_its_evaluation_see_one_day(tmp_path, on):
     (tmp_path / "dated.jinja").write_text(DATED)
-    path = write_recipe(tmp_path, ["llama"])
-    content = yaml.safe_load(path.read_text())
-    content["pivot"]["chat_template"] = str(tmp_path / "dated.jinja")
-    content["sources"][0]["chat_template"] = "pivot"
-    path.write_text(yaml.safe_dump(content))
-    recipe, out = load_recipe(path), tmp_path / "out"
+    templates = [f"pivot.chat_template={tmp_path / 'dated.jinja'}", "sources.0.chat_template=pivot"]
+    recipe, out = load_recipe(write_recipe(tmp_path, ["llama"]), templates), tmp_path / "out"
     on(FIRST)
     said = []
     run(recipe, out, until="capture", say=said.append)
