@@ -76,25 +76,28 @@ def test_merge_tensors_is_the_pure_function(dtype, device):
 @pytest.mark.parametrize("method", METHODS)
 def test_dtypes_are_those_that_mergekit_promises(method):
     """Each weight is promoted by itself, buffers are copied, autocast around a merge changes nothing."""
-    dtypes = {"low": [torch.bfloat16] * 3, "mixed": [torch.bfloat16, torch.float16, torch.bfloat16]}
-    dtypes |= {"double": [torch.float64, torch.float32, torch.float64], "norm": [torch.float32] * 3}
-    made = {name: random_case((6, 6), 2, seed=seed) for seed, name in enumerate(dtypes)}
-    models = [
-        {name: [base, *targets][i].to(dtypes[name][i]) for name, (base, targets) in made.items()}
-        | {"counter": torch.tensor(7)}
-        for i in range(3)
-    ]
+    half, short, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    dtypes = {
+        "low": [short] * 3,
+        "mixed": [short, half, short],
+        "double": [double, single, double],
+        "norm": [single] * 3,
+    }
+    models = [{"counter": torch.tensor(7)} for _ in range(3)]
+    for name, each in dtypes.items():
+        base, targets = random_case((6, 6), 2)
+        for model, tensor, dtype in zip(models, (base, *targets), each, strict=True):
+            model[name] = tensor.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         merged = merge_state_dicts(models, method, base=0)
-    of = {"low": torch.bfloat16, "mixed": torch.float32, "double": torch.float64, "norm": torch.float32}
-    for name, dtype in of.items():
+    for name, dtype in {"low": short, "mixed": single, "double": double, "norm": single}.items():
         expected = merge_tensors([model[name].to(dtype) for model in models], method, base_index=0)
         assert merged[name].dtype == dtype
         assert torch.equal(merged[name], expected)
     assert (merged["counter"], merged["counter"].dtype) == (7, torch.int64)
-    for dtype, out_dtype in ((torch.bfloat16, None), (None, torch.bfloat16), (torch.float64, torch.float32)):
+    for dtype, out_dtype in ((short, None), (None, short), (double, single)):
         found = merge_state_dicts(models, method, base=0, dtype=dtype, out_dtype=out_dtype)["norm"]
-        expected = merge_tensors([m["norm"].to(dtype or torch.float32) for m in models], method, base_index=0)
+        expected = merge_tensors([m["norm"].to(dtype or single) for m in models], method, base_index=0)
         assert torch.equal(found, expected.to(out_dtype or expected.dtype))
 
 

@@ -124,11 +124,6 @@ def configured(who: str, **changes: Any) -> Change:
     return lambda shop: edit_config(shop / who, **changes)
 
 
-def edited(who: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
-    """Change the tensors of a model."""
-    return lambda shop: edit_tensors(shop / who, edit)
-
-
 def with_tensor(who: str, name: str, tensor: torch.Tensor | None) -> Change:
     """Give a model a tensor of this name; None removes it."""
 
@@ -137,7 +132,7 @@ def with_tensor(who: str, name: str, tensor: torch.Tensor | None) -> Change:
         if tensor is not None:
             tensors[name] = tensor
 
-    return edited(who, edit)
+    return lambda shop: edit_tensors(shop / who, edit)
 
 
 def written(name: str, text: str) -> Change:
