@@ -211,9 +211,9 @@ def build_vocabulary_map(
     Raises:
         AlignmentError: unknown method, missing statistics, a tokenizer that cannot be handled exactly.
     """
-    if method not in _METHODS.keys() | COUNTING.keys():
-        known = ", ".join(sorted(_METHODS.keys() | COUNTING.keys()))
-        raise AlignmentError(f"unknown vocabulary map {method!r}: choose one of {known}")
+    known = sorted(_METHODS.keys() | COUNTING.keys())
+    if method not in known:
+        raise AlignmentError(f"unknown vocabulary map {method!r}: choose one of {', '.join(known)}")
     pivot, source = vocabulary_surfaces(pivot_tokenizer), vocabulary_surfaces(source_tokenizer)
     counted = None
     if method in COUNTING:
@@ -224,10 +224,8 @@ def build_vocabulary_map(
         counted = statistics
         if counted.counts.shape != (len(source), len(pivot)):
             raise AlignmentError(f"the statistics are of other tokenizers than {source.name} and {pivot.name}")
-    if not cache or method == "em":  # em is quicker to make than to look up
-        targets = _targets(pivot, source, method, counted)
-    else:
-        targets = _remembered(pivot, source, method, counted)
+    make = _remembered if cache and method != "em" else _targets  # em is quicker to make than to look up
+    targets = make(pivot, source, method, counted)
     ours, theirs = source.roles | dict(source_roles or {}), pivot.roles | dict(pivot_roles or {})
     for role in ROLES:  # a token with several roles maps by the last of them
         if role in ours and role in theirs:

@@ -145,22 +145,18 @@ CORPUS = [
 ]
 
 
-def _pieces(continuing: str) -> dict[str, int]:
-    """A vocabulary of the corpus' characters and of its frequent letter pairs, the same on every machine."""
-    letters = sorted({c for line in CORPUS for c in line.lower() if not c.isspace()})
-    words = ["the", "quick", "fox", "dog", "def", "return", "main", "over", "cafe", "jump", "自然", "merci"]
-    endings = [continuing + piece for piece in [*letters, "ing", "er", "es", "ld", "ump", "azy"]]
-    entries = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *letters, *words, *endings]
-    return {entry: n for n, entry in enumerate(dict.fromkeys(entries))}
-
-
 def bert() -> Any:
     """WordPiece, lower case, accents stripped, white space and control characters dropped."""
-    backend = Tokenizer(models.WordPiece(_pieces("##"), unk_token="[UNK]"))
+    letters = sorted({c for line in CORPUS for c in line.lower() if not c.isspace()})
+    words = ["the", "quick", "fox", "dog", "def", "return", "main", "over", "cafe", "jump", "自然", "merci"]
+    endings = ["##" + piece for piece in [*letters, "ing", "er", "es", "ld", "ump", "azy"]]
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    entries = dict.fromkeys([*special, *letters, *words, *endings])
+    backend = Tokenizer(models.WordPiece({entry: n for n, entry in enumerate(entries)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    backend.add_special_tokens(special)
     return fast(backend, "bert", unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]")
 
 

@@ -18,6 +18,7 @@ from fusekit.data.reading import DataCounts, read_rows, rows_of
 from fusekit.errors import DataError, FusekitError
 from fusekit.types import Cut, Message, Row
 from tests.capture.models import model
+from tests.helpers import refused
 from tests.merging.hub_server import Hub
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -168,9 +169,8 @@ def test_marks_say_which_messages_are_context(record, context):
     ],
 )
 def test_what_cannot_be_honoured_is_refused(record, named):
-    with pytest.raises(DataError, match="example 1") as error:
+    with refused(DataError, "example 1", *named):
         read(record)
-    assert all(name in str(error.value) for name in named)
 
 
 def test_fields_that_are_not_used_are_counted():
@@ -232,22 +232,21 @@ def test_nothing_but_unusable_examples_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.csv", b"a,b", r"'\.csv'.*\.jsonl, \.json, \.parquet, \.txt"),
-        ("a.txt", b"a\nb\n\xff", "utf-8"),
-        ("a.parquet", b"PAR1", "row 0.*Parquet"),
-        ("a.json", b"[" * 100_000, "recursion"),
-        ("a.json", b'[\n{"text": "a"},\n nope]', "line 3"),
-        ("a.json", b"1", "one JSON value"),
-        ("a.jsonl", None, "does not exist"),
-        ("folder", None, "does not exist"),
+        ("a.csv", b"a,b", ["'.csv'", ".jsonl, .json, .parquet, .txt"]),
+        ("a.txt", b"a\nb\n\xff", ["utf-8"]),
+        ("a.parquet", b"PAR1", ["row 0"]),
+        ("a.json", b"[" * 100_000, ["recursion"]),
+        ("a.json", b'[\n{"text": "a"},\n nope]', ["line 3"]),
+        ("a.json", b"1", ["one JSON value"]),
+        ("a.jsonl", None, ["does not exist"]),
+        ("folder", None, ["does not exist"]),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, named):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=named) as error:
+    with refused(DataError, name, *named):
         list(read_rows(str(tmp_path / name)))
-    assert name in str(error.value)
 
 
 def test_what_holds_no_examples_is_refused(tmp_path):
