@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fusekit.capturing import teacher as batches
@@ -24,8 +25,6 @@ from tests.capture.store_processes import listing
 from tests.capture.test_teacher import FLOAT32_BOUND
 from tests.helpers import edit_config, edit_tensors
 
-import torch  # isort: skip
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -34,6 +33,14 @@ def data(tmp_path_factory):
 
 def demo(name="numbers", **choice):
     return find_checkpoint(ModelChoice(str(DEMO / name), **({"dtype": "float32"} | choice)))
+
+
+def edited(folder, change, **config):
+    """The demo model with other weights, and other fields of its configuration."""
+    shutil.copytree(DEMO / "numbers", folder)
+    edit_config(folder, **config)
+    edit_tensors(folder, change)
+    return find_checkpoint(ModelChoice(str(folder), dtype="float32"))
 
 
 def settings(k=8, **changes):
@@ -80,16 +87,13 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
     before = listing(out)
     fewer = (rows[:-1], tokenizer)
     everything = (rows, type(tokenizer)(tokenizer.tokenizer, train_on="all"))
-    model = tmp_path / "model"
-    shutil.copytree(DEMO / "numbers", model)
-    edit_tensors(model, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
-    edited = find_checkpoint(ModelChoice(str(model), dtype="float32"))
+    other = edited(tmp_path / "model", lambda tensors: tensors["model.norm.weight"].mul_(1.5))
     for change, expected in [
         (lambda: run(data, out, settings(9)), "top_k: 8, now 9"),
         (lambda: run(fewer, out), "data: '"),
         (lambda: run(everything, out), "train_on: 'assistant', now 'all'"),
         (lambda: run(data, out, checkpoint=demo(dtype="bfloat16")), "dtype: 'float32', now 'bfloat16'"),
-        (lambda: run(data, out, checkpoint=edited), "model_fingerprint: 'xxh3 "),
+        (lambda: run(data, out, checkpoint=other), "model_fingerprint: 'xxh3 "),
         (lambda: run(data, out, settings(max_error=0.0)), "max_error: "),
     ]:
         with pytest.raises(StorageError, match=expected):
@@ -99,23 +103,20 @@ def test_changed_inputs_are_refused_with_the_difference_until_overwrite(data, tm
 
 
 def test_rows_per_shard_are_chosen_once_and_kept_by_the_store(data, tmp_path, monkeypatch):
-    def bounds():
-        return manifest_of(tmp_path / "out").bounds
-
+    out, automatic = tmp_path / "out", settings(rows_per_shard=None)
     tokens = sum(len(data[1].tokenize(row)) for row in data[0]) / len(data[0])
-    automatic = settings(rows_per_shard=None)
     monkeypatch.setattr(batches, "CPU_BATCH_TOKENS", 1)
     monkeypatch.setattr(batches, "CPU_FLOPS", 2 * parameters(demo()) * 10 * tokens / batches.SHARD_SECONDS)
-    assert run(data, tmp_path / "out", automatic).spec.rows_per_shard == 8  # 10 rows, as a power of two
-    assert bounds()[:3] == [0, 8, 16]
-    before = listing(tmp_path / "out")
-    (tmp_path / "out" / "shard-00001.parquet").unlink()
+    assert run(data, out, automatic).spec.rows_per_shard == 8  # 10 rows, as a power of two
+    assert manifest_of(out).bounds[:3] == [0, 8, 16]
+    before = listing(out)
+    (out / "shard-00001.parquet").unlink()
     monkeypatch.setattr(batches, "CPU_FLOPS", 1e30)  # as on another kind of device
-    run(data, tmp_path / "out", automatic)
-    assert listing(tmp_path / "out") == before
+    run(data, out, automatic)
+    assert listing(out) == before
     with pytest.raises(StorageError, match="rows_per_shard: 8, now 4"):
-        run(data, tmp_path / "out", settings(rows_per_shard=4))
-    assert run(data, tmp_path / "out", automatic, overwrite=True).spec.rows_per_shard == 1024
+        run(data, out, settings(rows_per_shard=4))
+    assert run(data, out, automatic, overwrite=True).spec.rows_per_shard == 1024
 
 
 def test_a_second_run_on_one_store_names_the_first(data, tmp_path):
@@ -140,11 +141,7 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
             tensors["lm_head.weight"] = embedding.clone()
             embedding[id_].fill_(torch.nan)
 
-        model = tmp_path / f"model{id_}"
-        shutil.copytree(DEMO / "numbers", model)
-        edit_config(model, tie_word_embeddings=False)
-        edit_tensors(model, poison)
-        return find_checkpoint(ModelChoice(str(model), dtype="float32"))
+        return edited(tmp_path / f"model{id_}", poison, tie_word_embeddings=False)
 
     store = run(data, tmp_path / "one", checkpoint=poisoned(rare))
     assert {row.key for row in store.quarantined} == set(holders[rare])
@@ -161,10 +158,9 @@ def test_rows_with_nan_are_recorded_in_the_store_and_too_many_stop_it(data, tmp_
 
 
 def test_a_run_that_could_not_load_its_model_leaves_nothing_to_be_compared_with(data, tmp_path):
-    shutil.copytree(DEMO / "numbers", tmp_path / "model")
-    edit_tensors(tmp_path / "model", lambda tensors: tensors.pop("model.norm.weight"))
+    lacking = edited(tmp_path / "model", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CaptureError, match=r"lacks 1 tensor, which would be random: model\.norm\.weight"):
-        run(data, tmp_path / "out", checkpoint=find_checkpoint(ModelChoice(str(tmp_path / "model"))))
+        run(data, tmp_path / "out", checkpoint=lacking)
     assert run(data, tmp_path / "out", settings(9)).spec.top_k == 9
 
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from fusekit.capturing.engines import difference
 from fusekit.capturing.store import Store
 from tests.capture.conftest import DEMO, write_rows
-from tests.processes import ENVIRONMENT, free_port
+from tests.processes import ENVIRONMENT, free_port, wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
 
@@ -65,16 +64,14 @@ def served(model, folder, port):
     """vLLM's own server, until it is ready and as long as the body runs; killed with its engine then."""
     options = f"--model {model} --port {port} --host 127.0.0.1 --dtype float32 --enforce-eager --max-model-len 512"
     server = start("-m", "vllm.entrypoints.openai.api_server", *options.split(), log=folder / "server.log")
+
+    def answers():
+        assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+        with suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
+        wait_until(answers, 300)
         yield server
     finally:
         kill(server)
@@ -93,11 +90,11 @@ def kill(process):
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 600
-    while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode} before {path} was there"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    def ended_or_there():
+        return path.exists() or process.poll() is not None
+
+    wait_until(ended_or_there, 600)
+    assert path.exists(), f"ended with {process.returncode} before {path} was there"
 
 
 def assert_agrees(folder, store, what, record_property):
