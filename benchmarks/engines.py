@@ -7,7 +7,6 @@ in an environment with vLLM (docs/how-to/engines.md), in float32. Each result go
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import parser_of
 from fusekit.capturing.engines import difference
 from fusekit.capturing.store import Store
 
@@ -31,7 +31,7 @@ PORT = 8391
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--how", nargs="*", choices=["process", "server"], default=["process", "server"])
     parser.add_argument("--examples", type=int, default=24)

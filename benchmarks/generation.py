@@ -10,16 +10,15 @@ greedy ``generate`` times the tokens of the answers in its tokenizer, summed; ``
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results" / "generation.csv"
+from benchmarks.measure import RESULTS, add, parser_of
+
 PROMPTS = [
     "Explain in a few paragraphs how a bicycle stays upright, and why.",
     "Write a short story about a lighthouse keeper who finds a letter.",
@@ -34,7 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
@@ -79,7 +78,7 @@ def main() -> None:
             }
         )
         print(lines[-1], flush=True)
-    _add(lines)
+    add(RESULTS / "generation.csv", lines, "models")
 
 
 @torch.inference_mode()
@@ -98,16 +97,6 @@ def _own(reader: Any, prompts: list[str], options: argparse.Namespace) -> float:
         taken += time.perf_counter() - start
         tokens += written.shape[1] - ids.shape[1]
     return taken / tokens
-
-
-def _add(lines: list[dict[str, Any]]) -> None:
-    """Into the results, in place of earlier lines of the same models."""
-    before = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    kept = [line for line in before if line["models"] != lines[0]["models"]]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ two optimizer steps of two batches each and publishes its result; a capture take
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
@@ -19,7 +18,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "memory.csv"
+from benchmarks.measure import RESULTS, add, parser_of, resident
+
 BATCHES = 4
 """Of a training, two to an optimizer step, so that gradients are added up; a capture takes half of them."""
 
@@ -38,7 +38,7 @@ CAPTURES: list[dict[str, Any]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the cases make; it is removed")
     parser.add_argument("--tokens", type=int, default=512, help="of a row")
@@ -63,7 +63,7 @@ def main() -> None:
             found.append(_line(Path(options.model).name, options.tokens, what, fields, measured))
             print(found[-1], flush=True)
     shutil.rmtree(options.work, ignore_errors=True)
-    _add(found)
+    add(RESULTS / "memory.csv", found, "model", "what", "settings", "row_tokens")
 
 
 def _line(model: str, tokens: int, what: str, fields: dict[str, Any], measured: dict[str, int]) -> dict[str, Any]:
@@ -78,18 +78,6 @@ def _line(model: str, tokens: int, what: str, fields: dict[str, Any], measured: 
         "estimate_GB": round(said / 1e9, 2),
         "estimate_of_peak": round(said / peak, 3),
     }
-
-
-def _add(found: list[dict[str, Any]]) -> None:
-    """Into the results, in place of earlier lines of the same cases."""
-    names = ("model", "what", "settings", "row_tokens")
-    now = {tuple(str(line[name]) for name in names) for line in found}
-    before = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    lines = [line for line in before if tuple(line[name] for name in names) not in now] + found
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]) -> dict[str, int]:
@@ -118,11 +106,11 @@ def _case(model: str, tokens: int, work: Path, what: str, fields: dict[str, Any]
 
     size = fields["batch_tokens"]
     rows = _rows(reader, tokens, BATCHES // 2 * (size // tokens))
-    before = _peak()
+    before = resident("VmHWM")
     settings = CaptureSettings(batch_tokens=size)
     said = memory_needs(checkpoint, settings, alone)[0].needed
     Capture(checkpoint, reader, rows, work, settings).run(alone)
-    return {"before": before, "peak": _peak(), "estimate": said}
+    return {"before": before, "peak": resident("VmHWM"), "estimate": said}
 
 
 def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: dict[str, Any]) -> dict[str, int]:
@@ -142,16 +130,16 @@ def _train(checkpoint: Any, reader: Any, rows: list[Any], work: Path, fields: di
         }
     }
     settings = DistillSettings.of("sft", changes)
-    before = _peak()
+    before = resident("VmHWM")
     longest = max(len(reader.tokenize(row)) for row in rows)
     said = estimate.memory_needs(checkpoint, settings.training, longest, Processes.current())[0].needed
     distill(
         Inputs(checkpoint.choice, rows, row_tokenizer=reader),
         settings,
         work,
-        say=lambda line: print(f"{_peak() / 1e9:.2f} GB: {line}", file=sys.stderr, flush=True),
+        say=lambda line: print(f"{resident('VmHWM') / 1e9:.2f} GB: {line}", file=sys.stderr, flush=True),
     )
-    return {"before": before, "peak": _peak(), "estimate": said}
+    return {"before": before, "peak": resident("VmHWM"), "estimate": said}
 
 
 def _rows(reader: Any, tokens: int, count: int) -> list[Any]:
@@ -163,12 +151,6 @@ def _rows(reader: Any, tokens: int, count: int) -> list[Any]:
     size = 12 * tokens  # far more characters than any tokenizer takes for so many tokens
     rows = [Row((Message(TEXT, text[i * size : (i + 1) * size]),)) for i in range(count)]
     return prepare(rows, [reader], tokens).rows
-
-
-def _peak() -> int:
-    """Bytes: of this process alone, as ru_maxrss is not, which knows what stood there before it."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

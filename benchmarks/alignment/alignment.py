@@ -5,14 +5,13 @@ python -m benchmarks.alignment.alignment [--fuseai CHECKOUT] [--trl CHECKOUT] [-
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.alignment import peers
 from benchmarks.alignment.texts import piece, texts
-from benchmarks.alignment.timing import median_ms, write
+from benchmarks.measure import RESULTS, median_ms, parser_of, write
 from fusekit.alignment.alignment import align
 from tests.alignment import reference
 from tests.alignment.tokenizers import load
@@ -83,7 +82,7 @@ def measure(pivot: str, source: str, text: str, fuseai: Any, trl: Any) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--fuseai", type=Path, help="a checkout of fanqiwan/FuseAI")
     parser.add_argument("--trl", type=Path, help="a checkout of huggingface/trl")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
@@ -95,7 +94,7 @@ def main() -> None:
     try:
         measure_all(options.tokens, fuseai, trl, rows)
     finally:  # what was measured before an interruption is worth keeping
-        write("alignment-alignment", rows)
+        write(RESULTS / "alignment-alignment.csv", rows)
 
 
 def measure_all(sizes: list[int], fuseai: Any, trl: Any, rows: list[dict[str, Any]]) -> None:

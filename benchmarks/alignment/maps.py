@@ -13,7 +13,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from benchmarks.alignment.timing import median_ms, write
+from benchmarks.measure import RESULTS, median_ms, write
 from fusekit.alignment import vocabulary_surfaces
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from tests.alignment import reference
@@ -108,7 +108,7 @@ def main() -> None:
     rows += [projection("mistral", "qwen", rows, k) for rows in (512, 4096) for k in (10, 50)]
     for row in rows:
         print(*row.values())
-    write("alignment-maps", rows)
+    write(RESULTS / "alignment-maps.csv", rows)
 
 
 if __name__ == "__main__":

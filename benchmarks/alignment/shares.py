@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.texts import texts
-from benchmarks.alignment.timing import write
+from benchmarks.measure import RESULTS, write
 from fusekit.alignment.alignment import align
 from fusekit.alignment.rows import HAS_ROW, Case, plan_rows
 from tests.alignment.tokenizers import REAL, load
@@ -53,7 +53,7 @@ def main() -> None:
                     **{name: round(value, 4) for name, value in share.items() if name not in ("one_hot", "rule")},
                 }
             )
-    write("alignment-shares", rows)
+    write(RESULTS / "alignment-shares.csv", rows)
     print(table(rows))
     worst = min(rows, key=lambda row: row["rows"])
     print(f"fewest rows: {worst['rows']} ({worst['pivot']} <- {worst['source']}, {worst['text']})")

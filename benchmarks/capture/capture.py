@@ -13,15 +13,15 @@ import argparse
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.alignment.timing import write
+from benchmarks.measure import RESULTS, device_name, in_turns, parser_of, write
 from fusekit.capturing.capture import capture_rows
 from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.teacher import Teacher, padded, plan_batches
@@ -35,21 +35,41 @@ VOCABULARY, TOKENS = 151_936, 151_665
 class Tokens:
     """Rows whose tokens are known beforehand. labels: share of the tokens, at the end of each row, that are labels."""
 
-    def __init__(self, count: int, shortest: int, longest: int, labels: float) -> None:
-        rng = np.random.default_rng(0)
-        self.rows = [Row((Message(TEXT, f"{i}"),)) for i in range(count)]
-        self.tokens = {}
-        for row in self.rows:
-            length = int(rng.integers(shortest, longest + 1))
-            taught = np.arange(length) >= max(1, round(length * (1 - labels)))
-            ends = np.arange(length) * 4
-            ids = rng.integers(0, TOKENS, length)
-            nothing = np.zeros(length, np.int64)
-            part = np.full(length, Part.CONTENT, np.int64)
-            self.tokens[row.key] = TokenizedRow(row.key, ids, nothing, part, ends, ends, taught)
+    def __init__(self, known: Iterable[np.ndarray], labels: float = 1.0) -> None:
+        self.rows, self.tokens = [], {}
+        for number, ids in enumerate(known):
+            row, at = Row((Message(TEXT, f"{number}"),)), np.arange(len(ids))
+            zeros, part = np.zeros(len(ids), np.int64), np.full(len(ids), Part.CONTENT, np.int64)
+            taught = at >= max(1, round(len(ids) * (1 - labels)))
+            self.rows.append(row)
+            self.tokens[row.key] = TokenizedRow(row.key, ids, zeros, part, at * 4, at * 4, taught)
 
     def tokenize(self, row: Row) -> TokenizedRow:
         return self.tokens[row.key]
+
+
+def random_ids(count: int, shortest: int, longest: int) -> Iterator[np.ndarray]:
+    """The ids of rows of random lengths."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield rng.integers(0, TOKENS, int(rng.integers(shortest, longest + 1)))
+
+
+def forward(part: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The bare forward pass of a model, or of a part of it, over padded batches on its device."""
+    with torch.inference_mode():
+        for ids, mask in batches:
+            part(input_ids=ids, attention_mask=mask, use_cache=False)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def capture(teacher: Teacher, data: Tokens, k: int, folder: Path, device: torch.device) -> None:
+    """Capture all rows into a store in the folder, in place of one that is there."""
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    spec = StoreSpec(model="benchmark", vocabulary=teacher.vocabulary, top_k=k)
+    alone = Processes(0, 1, 1, device)
+    capture_rows(data.rows, data, lambda: teacher, folder / "store", lambda: spec, quiet=True, processes=alone)
 
 
 def random_llama(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Any:
@@ -73,7 +93,7 @@ def random_llama(hidden: int, layers: int, dtype: torch.dtype, device: str) -> A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16)
@@ -88,8 +108,8 @@ def main() -> None:
     model = random_llama(options.hidden, options.layers, getattr(torch, options.dtype), options.device)
     results = []
     for labels, k in ((1.0, 10), (1.0, 50), (0.5, 10)):
-        results += measure(model, Tokens(options.rows, 24, 64, labels), k, options)
-    write(options.name, results)
+        results += measure(model, Tokens(random_ids(options.rows, 24, 64), labels), k, options)
+    write(RESULTS / f"{options.name}.csv", results)
 
 
 def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -100,44 +120,22 @@ def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> li
     batches = [padded([tokens[i] for i in batch]) for batch in plan_batches(lengths, options.batch_tokens)]
     batches = [(ids.to(device), mask.to(device)) for ids, mask in batches]
     teacher = Teacher(model, np.arange(TOKENS), Selection(k), batch_tokens=options.batch_tokens)
-    folder = Path(tempfile.mkdtemp())
-
-    def forward(part: Any) -> Callable[[], None]:
-        def run() -> None:
-            with torch.inference_mode():
-                for ids, mask in batches:
-                    part(input_ids=ids, attention_mask=mask, use_cache=False)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
-    def captured() -> None:
-        spec = StoreSpec(model="random", vocabulary=VOCABULARY, top_k=k)
-        alone = Processes(0, 1, 1, device)
-        shutil.rmtree(folder / "store", ignore_errors=True)
-        capture_rows(data.rows, data, lambda: teacher, folder / "store", lambda: spec, quiet=True, processes=alone)
-
-    calls = {"forward": forward(model), "decoder": forward(model.get_decoder()), "capture": captured}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    processor: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(options.runs + 1):
-        for name, call in calls.items():
-            started, busy = time.perf_counter(), time.process_time()
-            call()
-            if run:  # the first warms up
-                times[name].append(time.perf_counter() - started)
-                processor[name].append(time.process_time() - busy)
-    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*.parquet"))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        calls = {
+            "forward": partial(forward, model, batches),
+            "decoder": partial(forward, model.get_decoder(), batches),
+            "capture": partial(capture, teacher, data, k, Path(folder), device),
+        }
+        times = in_turns(calls, options.runs)
+        size = sum(file.stat().st_size for file in Path(folder, "store").glob("shard-*.parquet"))
     taught = sum(int(row.labels.sum()) for row in tokens)
-    bare, busy_forward = statistics.median(times["forward"]), statistics.median(processor["forward"])
+    bare, busy_forward = (statistics.median(seconds) for seconds in times["forward"])
     shared = {
         "hidden": options.hidden,
         "layers": options.layers,
         "vocabulary": VOCABULARY,
         "dtype": options.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "rows": len(tokens),
         "tokens": sum(lengths),
@@ -146,16 +144,16 @@ def measure(model: Any, data: Tokens, k: int, options: argparse.Namespace) -> li
         "k": k,
     }
     found = []
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
+    for name, (wall, cpu) in times.items():
+        middle, busy = statistics.median(wall), statistics.median(cpu)
         row = shared | {
             "measured": name,
             "seconds": round(middle, 3),
-            "fastest": round(min(seconds), 3),
-            "slowest": round(max(seconds), 3),
+            "fastest": round(min(wall), 3),
+            "slowest": round(max(wall), 3),
             "times_forward": round(middle / bare, 3),
-            "cpu_seconds": round(statistics.median(processor[name]), 3),
-            "cpu_times_forward": round(statistics.median(processor[name]) / busy_forward, 3),
+            "cpu_seconds": round(busy, 3),
+            "cpu_times_forward": round(busy / busy_forward, 3),
             "bytes_per_label": round(size / taught, 1) if name == "capture" else "",
         }
         print(row)

@@ -28,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.alignment.timing import median_ms, write
+from benchmarks.measure import RESULTS, median_ms, write
 from fusekit.capturing.shards import Codec, shard_bytes
 from fusekit.capturing.store import Store, StoreSpec
 from fusekit.capturing.writer import StoreWriter
@@ -366,7 +366,7 @@ def main(checkout: str | None, count: int) -> None:
         for k in (50, 10):
             for what, rows in (("full", narrowed(wide, k)), (f"ragged {MASS}", ragged(narrowed(wide, k)))):
                 add(f"demo {name}, {text}, {what}", 768, k, rows, fusekit_store(rows, 768, k, 0.2))
-    write("store", results)
+    write(RESULTS / "store.csv", results)
 
 
 if __name__ == "__main__":

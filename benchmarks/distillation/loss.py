@@ -15,7 +15,6 @@ logits for free, beside fusekit's uld_topk. TRL's is measured up to T 512 and fo
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.alignment.peers import functions_of
-from benchmarks.alignment.timing import write
+from benchmarks.measure import RESULTS, forget_peak, parser_of, resident, write
 from fusekit.distillation.losses import Members, SparseTargets, fusion_loss
 
 V = 151_936
@@ -209,12 +208,6 @@ def contestants(peers: argparse.Namespace) -> dict[str, tuple[str, Callable[[Inp
     return found
 
 
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
 def measure(make: Callable[[Inputs], Step], arguments: argparse.Namespace) -> dict[str, Any]:
     """Extra memory of one step, then the seconds of several; in this process."""
     device, dtype = arguments.device, DTYPES[arguments.dtype]
@@ -224,9 +217,7 @@ def measure(make: Callable[[Inputs], Step], arguments: argparse.Namespace) -> di
     gc.collect()
     on_cpu = device == "cpu"
     if on_cpu:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed before must not count as there already
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
-        before = resident("VmRSS")
+        before = forget_peak()
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -257,7 +248,7 @@ def in_a_process(name: str, T: int, k: int, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--fuseai", type=Path)
     parser.add_argument("--trl", type=Path)
     parser.add_argument("--distillkit", type=Path)
@@ -300,7 +291,7 @@ def main() -> None:
                     }  # fmt: skip
                     rows.append(row)
                     print(row, flush=True)
-    write(arguments.csv, rows)
+    write(RESULTS / f"{arguments.csv}.csv", rows)
 
 
 if __name__ == "__main__":

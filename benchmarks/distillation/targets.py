@@ -8,7 +8,6 @@ text), which costs the same to read, align, project and fuse as what a model wou
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.texts import piece, texts
-from benchmarks.alignment.timing import write
+from benchmarks.measure import RESULTS, parser_of, write
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.capturing.store import Store, StoreSpec
 from fusekit.capturing.writer import StoreWriter
@@ -130,7 +129,7 @@ def measure(pivot: str, source: str, kind: str, tokens: int, k: int, dtw: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=2048, help="pivot tokens of a row")
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--dtw", action="store_true", help="also the papers' alignment, which takes seconds a row")
@@ -140,7 +139,7 @@ def main() -> None:
         for kind in texts():
             rows.append(measure(pivot, source, kind, options.tokens, options.k, options.dtw))
             print(rows[-1])
-    write("distillation-targets", rows)
+    write(RESULTS / "distillation-targets.csv", rows)
 
 
 if __name__ == "__main__":

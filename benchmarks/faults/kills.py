@@ -38,7 +38,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.merge.measure import machine
+from benchmarks.measure import machine, parser_of
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("fusekit", "torch", "transformers", "mergekit", "safetensors", "tokenizers")
@@ -273,7 +273,7 @@ def _version(package: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the runs")
     parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "demo-pairwise.yml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for fusekit run")

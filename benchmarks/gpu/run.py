@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import parser_of
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo"
 PACKAGES = ("torch", "transformers", "accelerate", "vllm", "bitsandbytes", "deepspeed", "gguf")
@@ -32,7 +34,7 @@ Figures = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fusekit-gpu"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--only", nargs="*", choices=sorted(CHECKS), help="checks to run; by default all")

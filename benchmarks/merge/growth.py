@@ -7,21 +7,21 @@ Time should be linear in both; peak memory beyond what `linear` takes on the sam
 
 from __future__ import annotations
 
-import argparse
 import shutil
+import statistics
 from pathlib import Path
 
-from measure import checkpoints, median, mergekit_yaml, recipe, run, write_csv
+from measure import RESULTS, checkpoints, mergekit_yaml, parser_of, recipe, run, write
 
 SIZES = ["2:5", "5:5", "10:5", "10:3", "10:1"]  # layers:targets; 10 layers have 492 M parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="LAYERS:TARGETS")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-growth.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "merge-growth.csv")
     arguments = parser.parse_args()
     rows = []
     for layers, targets in (map(int, size.split(":")) for size in arguments.sizes):
@@ -41,14 +41,14 @@ def main() -> None:
                     "million_parameters": round(parameters / 1e6),
                     "targets": targets,
                     "runs": arguments.runs,
-                    "wall_median_s": round(median(r.wall for r in results), 2),
-                    "cpu_median_s": round(median(r.cpu for r in results), 2),
-                    "peak_median_mib": round(median(r.peak for r in results) / 2**20),
+                    "wall_median_s": round(statistics.median(r.wall for r in results), 2),
+                    "cpu_median_s": round(statistics.median(r.cpu for r in results), 2),
+                    "peak_median_mib": round(statistics.median(r.peak for r in results) / 2**20),
                 }
             )
             print(rows[-1])
     shutil.rmtree(arguments.work / "out", ignore_errors=True)
-    write_csv(arguments.csv, rows)
+    write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

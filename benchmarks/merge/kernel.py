@@ -8,29 +8,20 @@ Scratch is the rise of a fresh process's peak resident memory over its level bef
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
+import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from measure import median, write_csv
+from measure import RESULTS, device_name, forget_peak, in_turns, parser_of, resident, write
 from mergekit.merge_methods import merge_tensors
 
 from fusekit.merge_methods import sce, varm
 
 SHAPE = (5632, 2048)
-
-
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def contestants(shape: tuple[int, int], device: str) -> dict[str, Callable[[], torch.Tensor]]:
@@ -62,10 +53,7 @@ def print_scratch(name: str) -> None:
     with torch.no_grad():
         contestants((700, 700), "cpu")[name]()  # loads code and libraries
         call = contestants(SHAPE, "cpu")[name]
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed before must not count as there already
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = resident("VmRSS")
+        before = forget_peak()
         result = call()
         print(resident("VmHWM") - before - result.nbytes)
 
@@ -76,51 +64,46 @@ def scratch_of(name: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-kernel.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "merge-kernel.csv")
     arguments = parser.parse_args()
     if arguments.scratch:
         print_scratch(arguments.scratch)
         return
     calls = contestants(SHAPE, arguments.device)
 
-    def timed(call: Callable[[], torch.Tensor]) -> float:
-        start = time.perf_counter()
+    on_cpu = arguments.device == "cpu"
+
+    def whole(call: Callable[[], torch.Tensor]) -> None:
         call()
-        if arguments.device != "cpu":
+        if not on_cpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     with torch.no_grad():
-        for call in calls.values():
-            call()  # warm up
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(arguments.runs):
-            for name, call in calls.items():
-                times[name].append(timed(call))
-    on_cpu = arguments.device == "cpu"
+        timed = in_turns({name: partial(whole, call) for name, call in calls.items()}, arguments.runs)
+    times = {name: seconds.wall for name, seconds in timed.items()}
     scratch = {name: scratch_of(name) if on_cpu else 0 for name in calls}
-    peer = median(times["mergekit sce 0.1"])
+    peer = statistics.median(times["mergekit sce 0.1"])
     one_float32 = 4 * SHAPE[0] * SHAPE[1]
     rows = []
     for name, values in times.items():
         rows.append(
             {
                 "contestant": name,
-                "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
+                "device": device_name(arguments.device),
                 "runs": arguments.runs,
-                "median_s": round(median(values), 4),
+                "median_s": round(statistics.median(values), 4),
                 "min_s": round(min(values), 4),
                 "max_s": round(max(values), 4),
-                "faster_than_mergekit_sce_0.1": round(peer / median(values), 2),
+                "faster_than_mergekit_sce_0.1": round(peer / statistics.median(values), 2),
                 "scratch_in_float32_tensors": round(scratch[name] / one_float32, 2) if on_cpu else "",
             }
         )
         print(rows[-1])
-    write_csv(arguments.csv, rows)
+    write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Shared by the merge benchmarks: synthetic checkpoints, whole-process measurements, CSV with the machine in it."""
+"""Shared by the merge benchmarks: synthetic checkpoints and whole-process measurements.
+
+The scripts here are run as files, so that this folder is on their path and the checkout is not.
+"""
 
 from __future__ import annotations
 
-import csv
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
+
+sys.path.insert(1, str(Path(__file__).parents[2]))  # before packages that install a `benchmarks`
+
+from benchmarks.measure import RESULTS, device_name, forget_peak, in_turns, parser_of, resident, write
+
+__all__ = ["RESULTS", "device_name", "forget_peak", "in_turns", "parser_of", "resident", "write"]  # and what follows
 
 VOCABULARY, HIDDEN, WIDE, HEADS, KEYS = 10_000, 2048, 5632, 32, 8
 
@@ -28,17 +34,6 @@ class Run:
     wall: float
     cpu: float
     peak: int
-
-
-def machine() -> str:
-    """Processor, cores, memory, torch: what a figure is worth nothing without."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, torch {torch.__version__}"
 
 
 def checkpoints(work: Path, layers: int, targets: int) -> list[Path]:
@@ -124,17 +119,3 @@ def run(command: Sequence[str], **environment: str) -> Run:
 def mergekit_yaml(config: Path, out: Path) -> list[str]:
     """The command of stock mergekit-yaml in this environment."""
     return [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(out), "--quiet", "--no-copy-tokenizer"]
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of one shape, the machine in a column of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, "machine": machine()} for row in rows]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

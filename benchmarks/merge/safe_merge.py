@@ -8,14 +8,14 @@ Where fsync costs much, wall time says more about the disk than about the code: 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import Run, checkpoints, median, mergekit_yaml, recipe, run, write_csv
+from measure import RESULTS, Run, checkpoints, mergekit_yaml, parser_of, recipe, run, write
 
 DEMO = [Path(__file__).parents[2] / "demo" / "models" / name for name in ("pivot", "numbers", "strings", "facts")]
 METHODS = {"linear": {}, "fusechat_sce": {"select_topk": 0.1}}
@@ -27,12 +27,12 @@ def fusekit_merge(config: Path, out: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results of merges")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=10, help="10 layers have 492 M parameters")
     parser.add_argument("--targets", type=int, default=5)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-safe.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "merge-safe.csv")
     arguments = parser.parse_args()
     models = checkpoints(arguments.work, arguments.layers, arguments.targets)
     out = arguments.work / "out"
@@ -62,17 +62,17 @@ def main() -> None:
                 "layers": arguments.layers,
                 "targets": arguments.targets,
                 "runs": arguments.runs,
-                "fusekit_cpu_median_s": round(median(ours.cpu for ours, _ in turns), 2),
-                "stock_cpu_median_s": round(median(stock.cpu for _, stock in turns), 2),
-                "fusekit_wall_median_s": round(median(ours.wall for ours, _ in turns), 2),
-                "stock_wall_median_s": round(median(stock.wall for _, stock in turns), 2),
-                "times_stock_cpu": round(median(ours.cpu / stock.cpu for ours, stock in turns), 3),
-                "times_stock_wall": round(median(ours.wall / stock.wall for ours, stock in turns), 3),
+                "fusekit_cpu_median_s": round(statistics.median(ours.cpu for ours, _ in turns), 2),
+                "stock_cpu_median_s": round(statistics.median(stock.cpu for _, stock in turns), 2),
+                "fusekit_wall_median_s": round(statistics.median(ours.wall for ours, _ in turns), 2),
+                "stock_wall_median_s": round(statistics.median(stock.wall for _, stock in turns), 2),
+                "times_stock_cpu": round(statistics.median(ours.cpu / stock.cpu for ours, stock in turns), 3),
+                "times_stock_wall": round(statistics.median(ours.wall / stock.wall for ours, stock in turns), 3),
             }
         )
         print(rows[-1])
     shutil.rmtree(out, ignore_errors=True)
-    write_csv(arguments.csv, rows)
+    write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,20 @@ and an insertion), and which heavy modules are loaded after a start. Needs fusek
 
 from __future__ import annotations
 
-import argparse
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from measure import median, write_csv
+from measure import RESULTS, parser_of, write
 
 LOADED = "import sys; print(sorted(m for m in ('torch', 'numpy', 'mergekit', 'fusekit') if m in sys.modules))"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-startup.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "merge-startup.csv")
     arguments = parser.parse_args()
     seconds = []
     for _ in range(arguments.runs):
@@ -32,12 +32,12 @@ def main() -> None:
     loaded = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True).stdout.strip()
     row = {
         "runs": arguments.runs,
-        "autoload_median_ms": round(1e3 * median(seconds), 3),
+        "autoload_median_ms": round(1e3 * statistics.median(seconds), 3),
         "autoload_max_ms": round(1e3 * max(seconds), 3),
         "heavy_modules_loaded_at_start": loaded,
     }
     print(row)
-    write_csv(arguments.csv, [row])
+    write(arguments.csv, [row])
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ and writes the same tensors. Needs fusekit installed in the environment (the aut
 
 from __future__ import annotations
 
-import argparse
 import shutil
+import statistics
 from pathlib import Path
 
-from measure import Run, checkpoints, median, mergekit_yaml, recipe, run, write_csv
+from measure import RESULTS, Run, checkpoints, mergekit_yaml, parser_of, recipe, run, write
 
 CONTESTANTS = {
     "mergekit linear": ("linear", {}),
@@ -27,13 +27,13 @@ CONTESTANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results of merges")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=10, help="10 layers have 492 M parameters")
     parser.add_argument("--targets", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="names of contestants")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "results" / "merge-whole-process.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "merge-whole-process.csv")
     arguments = parser.parse_args()
 
     folders = checkpoints(arguments.work, arguments.layers, arguments.targets)
@@ -53,8 +53,8 @@ def main() -> None:
                 print(f"{name:28} {result.wall:7.1f} s wall {result.cpu:7.1f} s cpu {result.peak / 2**30:6.2f} GiB")
     shutil.rmtree(arguments.work / "out", ignore_errors=True)
 
-    floor = median(r.wall for r in runs[names[0]])
-    slowest = median(r.wall for r in runs[names[-1]])
+    floor = statistics.median(r.wall for r in runs[names[0]])
+    slowest = statistics.median(r.wall for r in runs[names[-1]])
     rows = []
     for name in names:
         walls = [r.wall for r in runs[name]]
@@ -64,17 +64,17 @@ def main() -> None:
                 "layers": arguments.layers,
                 "targets": arguments.targets,
                 "runs": arguments.runs,
-                "wall_median_s": round(median(walls), 2),
+                "wall_median_s": round(statistics.median(walls), 2),
                 "wall_min_s": round(min(walls), 2),
                 "wall_max_s": round(max(walls), 2),
-                "cpu_median_s": round(median(r.cpu for r in runs[name]), 2),
-                "peak_median_mib": round(median(r.peak for r in runs[name]) / 2**20),
-                f"times_{names[0].replace(' ', '_')}": round(median(walls) / floor, 3),
-                f"faster_than_{names[-1].replace(' ', '_')}": round(slowest / median(walls), 2),
+                "cpu_median_s": round(statistics.median(r.cpu for r in runs[name]), 2),
+                "peak_median_mib": round(statistics.median(r.peak for r in runs[name]) / 2**20),
+                f"times_{names[0].replace(' ', '_')}": round(statistics.median(walls) / floor, 3),
+                f"faster_than_{names[-1].replace(' ', '_')}": round(slowest / statistics.median(walls), 2),
             }
         )
         print(rows[-1])
-    write_csv(arguments.csv, rows)
+    write(arguments.csv, rows)
 
 
 if __name__ == "__main__":
