@@ -217,16 +217,31 @@ def test_a_module_that_the_name_does_not_tell_is_named():
 # ---------------------------------------------------------------- graphs
 
 
+def assert_as_in_memory(folder, method, parameters, *, tie, dtype="float32", **keys):
+    """A graph merges as merge_state_dicts does with the weights in the dtype of the recipe."""
+    base, targets = family(folder, 3, tie=tie)
+    found = merged(folder / "out", [base, *targets], method, parameters, dtype=dtype, **keys)
+    cast = [{n: t.to(getattr(torch, dtype)) for n, t in tensors_of(each).items()} for each in (base, *targets)]
+    same_tensors(found, merge_state_dicts(cast, method, base=0, parameters=parameters))
+    assert ("lm_head.weight" in found) == (not tie)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tie"), [("float32", True), ("bfloat16", False), ("float16", False), ("float64", True)]
 )
 @pytest.mark.parametrize(("method", "parameters"), [("fusechat_sce", {"select_topk": 0.3}), ("varm", {})])
 def test_a_graph_merges_as_in_memory_in_the_dtype_of_the_recipe(tmp_path, method, parameters, dtype, tie):
-    base, targets = family(tmp_path, 3, tie=tie)
-    found = merged(tmp_path / "out", [base, *targets], method, parameters, dtype=dtype)
-    cast = [{n: t.to(getattr(torch, dtype)) for n, t in tensors_of(each).items()} for each in (base, *targets)]
-    same_tensors(found, merge_state_dicts(cast, method, base=0, parameters=parameters))
-    assert ("lm_head.weight" in found) == (not tie)
+    assert_as_in_memory(tmp_path, method, parameters, dtype=dtype, tie=tie)
+
+
+@pytest.mark.parametrize("granularity", UNITS)
+def test_units_in_a_graph_are_those_in_memory(tmp_path, granularity):
+    """With a cast on the way: the siblings' statistics are taken in the planned dtype, as the merge is."""
+    assert_as_in_memory(tmp_path, "varm", {"granularity": granularity}, dtype="bfloat16", tie=True)
+
+
+def test_units_with_a_tokenizer_configured(tmp_path):
+    assert_as_in_memory(tmp_path, "varm", {"granularity": "layer"}, tie=False, tokenizer={"source": "base"})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -242,19 +257,6 @@ def test_widen_merges_embeddings_by_their_tokens_and_heads_by_their_columns(tmp_
         base, *targets = [model[name] for model in tensors]
         expected = widen(base, targets, threshold=1.2, columns_are_rows="embed_tokens" in name).tensor
         torch.testing.assert_close(tensor, expected)
-
-
-@pytest.mark.parametrize(
-    ("granularity", "keys"),
-    [*((unit, {"dtype": "bfloat16"}) for unit in UNITS), ("layer", {"tokenizer": {"source": "base"}})],
-)
-def test_units_in_a_graph_are_those_in_memory(tmp_path, models, tensors, granularity, keys):
-    """With a cast on the way: the siblings' statistics are taken in the planned dtype, as the merge is."""
-    parameters = {"granularity": granularity}
-    found = merged(tmp_path / "out", models, "varm", parameters, **keys)
-    dtype = torch.bfloat16 if "dtype" in keys else torch.float32
-    cast = [{name: tensor.to(dtype) for name, tensor in model.items()} for model in tensors]
-    same_tensors(found, merge_state_dicts(cast, "varm", base=0, parameters=parameters))
 
 
 def test_parameters_by_filter_and_gradient(tmp_path, models):
