@@ -27,6 +27,14 @@ TEXT_ROWS = [
 ]
 
 
+def readings(
+    rows: list[Row], pivot: object = PIVOT, source: object = SOURCE, k: int = 4
+) -> Iterator[tuple[Row, TokenizedRow, CapturedRow]]:
+    """Rows, each as the pivot reads it, and what a source says about it."""
+    for row in rows:
+        yield row, worlds.read(row, pivot), worlds.guessing(worlds.read(row, source), len(source), k)
+
+
 def entry(rows: TopK, at: int) -> tuple[list[tuple[int, float]], float]:
     """One row as plain numbers, entries that have no id too."""
     pairs = [(int(i), float(p)) for i, p in zip(rows.ids[at], rows.logprobs[at], strict=True) if i != -1]
@@ -79,9 +87,7 @@ def same(a: list[object], b: list[object]) -> bool:
 
 @pytest.mark.parametrize("conditioning", [True, False])
 def test_rows_are_those_of_a_plain_loop(conditioning: bool) -> None:
-    for row in worlds.conversations(12) + TEXT_ROWS:
-        pivot = worlds.read(row, PIVOT)
-        source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE))
+    for row, pivot, source in readings(worlds.conversations(12) + TEXT_ROWS):
         given = label_rows(row, pivot, source, Projection(MAP, conditioning=conditioning))
         assert len(given.taught) == len(pivot.label_positions)
         assert same(plain(given), by_loop(row, pivot, source, conditioning))
@@ -89,9 +95,7 @@ def test_rows_are_those_of_a_plain_loop(conditioning: bool) -> None:
 
 def test_the_same_tokenizer_teaches_every_label() -> None:
     own = worlds.vocabulary_map(source=PIVOT)
-    for row in worlds.conversations(6) + TEXT_ROWS:
-        tokens = worlds.read(row, PIVOT)
-        source = worlds.guessing(tokens, len(PIVOT))
+    for row, tokens, source in readings(worlds.conversations(6) + TEXT_ROWS, source=PIVOT):
         given = label_rows(row, tokens, source, Projection(own))
         assert given.taught.all()
         assert given.linked.all()
@@ -113,14 +117,12 @@ def test_a_template_token_between_content_and_end_has_no_teacher() -> None:
 
 
 def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
-    row = LEARN
-    pivot, tokens = worlds.read(row, PIVOT), worlds.read(row, SOURCE)
+    pivot, tokens = worlds.read(LEARN, PIVOT), worlds.read(LEARN, SOURCE)
     labels = tokens.labels.copy()
     gap = int(tokens.label_positions[3])
     labels[gap] = False
     source = worlds.certain(replace(tokens, labels=labels))
-    whole = label_rows(row, pivot, worlds.certain(tokens), Projection(MAP))
-    given = label_rows(row, pivot, source, Projection(MAP))
+    whole, given = (label_rows(LEARN, pivot, said, Projection(MAP)) for said in (worlds.certain(tokens), source))
     lost = whole.taught & ~given.taught
     assert lost.any()
     start, stop = tokens.ends[gap - 1], tokens.ends[gap]
@@ -133,10 +135,9 @@ def test_what_a_source_was_not_asked_about_is_not_taught() -> None:
 
 
 def test_only_the_common_beginning_is_taught() -> None:
-    row = LEARN
-    pivot = worlds.read(row, PIVOT)
-    source = worlds.certain(worlds.read(row, SOURCE, limit=(1, 20)))
-    given = label_rows(row, pivot, source, Projection(MAP))
+    pivot = worlds.read(LEARN, PIVOT)
+    source = worlds.certain(worlds.read(LEARN, SOURCE, limit=(1, 20)))
+    given = label_rows(LEARN, pivot, source, Projection(MAP))
     ends = pivot.ends[pivot.label_positions]
     assert given.taught[ends <= source.tokens.ends[-1]].all()
     assert not given.taught[ends > 20].any()
@@ -146,9 +147,7 @@ def test_only_the_common_beginning_is_taught() -> None:
 def test_warping_takes_the_rows_of_equal_tokens() -> None:
     """With one tokenizer the papers' rule finds all tokens equal, also the one before the content and the end."""
     same = worlds.vocabulary_map("em", source=PIVOT)
-    for row in worlds.conversations(4):
-        tokens = worlds.read(row, PIVOT)
-        source = worlds.guessing(tokens, len(PIVOT))
+    for row, tokens, source in readings(worlds.conversations(4), source=PIVOT):
         given = label_rows(row, tokens, source, Projection(same, tokens="dtw", collisions="max"))
         assert (given.cases == Case.RULE).all()
         assert given.linked.all()
@@ -161,9 +160,7 @@ def test_warping_takes_the_rows_of_equal_tokens() -> None:
 
 
 def test_rows_without_a_map_are_the_sources_own() -> None:
-    row = worlds.conversations(3)[1]
-    pivot, tokens = worlds.read(row, PIVOT), worlds.read(row, SOURCE)
-    source = worlds.guessing(tokens, len(SOURCE))
+    ((row, pivot, source),) = readings(worlds.conversations(3)[1:2])
     given = label_rows(row, pivot, source, Projection(None))
     own = {entry_ids.tobytes() for entry_ids in source.rows.ids}
     assert given.taught.any()
@@ -177,9 +174,7 @@ def test_matched_rows_are_the_sources_own_with_the_pivots_ids_where_strings_are_
     em = worlds.vocabulary_map("em")
     of = {i: t for i, t in enumerate(em.targets.tolist()) if t >= 0}
     kinds = set()
-    for row in worlds.conversations(6) + TEXT_ROWS:
-        pivot = worlds.read(row, PIVOT)
-        source = worlds.guessing(worlds.read(row, SOURCE), len(SOURCE), k=6)
+    for row, pivot, source in readings(worlds.conversations(6) + TEXT_ROWS, k=6):
         own = label_rows(row, pivot, source, Projection(None))
         given = label_rows(row, pivot, source, Projection(em, tokens="matched"))
         assert (given.taught == own.taught).all()
@@ -263,9 +258,7 @@ def test_grouped_rows_at_links_are_the_sources_own_grouped(sides):
     """Entry by entry at every link: the mass of a group is that of the source tokens that begin with it."""
     how = Projection(worlds.vocabulary_map("prefix", *sides), "grouped", tail="keep", conditioning=False)
     carried, rows_seen, expected_rows = how.vocabulary_map.targets, 0, 0
-    for row in worlds.conversations(8):
-        tokens = worlds.read(row, sides[0])
-        said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
+    for row, tokens, said in readings(worlds.conversations(8), *sides, k=6):
         given = label_rows(row, tokens, said, how)
         asked = numbers(said.tokens)
         expected_rows += int(given.taught.sum())
@@ -323,9 +316,7 @@ def test_rows_of_stretches_are_those_of_a_plain_loop(sides):
     pieces, chunks = Projection(into, "pieces"), Projection(into, "chunks")
     known = set(source_pieces(into)[1].tolist())
     several = 0
-    for row in worlds.conversations(8):
-        tokens = worlds.read(row, sides[0])
-        said = worlds.guessing(worlds.read(row, sides[1]), len(sides[1]), 6)
+    for row, tokens, said in readings(worlds.conversations(8), *sides, k=6):
         means, nats = (label_rows(row, tokens, said, how) for how in (pieces, chunks))
         number, asked = numbers(tokens), numbers(said.tokens)
         seen: set[int] = set()

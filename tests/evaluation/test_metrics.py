@@ -133,10 +133,9 @@ def test_the_end_of_plain_text_does_not_count_and_that_of_whole_text_is_learned(
 
 
 def test_rows_of_nothing_but_empty_answers_have_no_bits_per_byte_but_a_match(pivot):
-    model, tokenizer = pivot
     with refused(DataError, "'add'"):
-        bits_per_byte(model, tokenizer, [row("57+68=", "")])
-    assert exact_match(model, tokenizer, [row("57+68=", "")])["add"] == 0.0  # it answers
+        bits_per_byte(*pivot, [row("57+68=", "")])
+    assert exact_match(*pivot, [row("57+68=", "")])["add"] == 0.0  # it answers
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_are_read(pivot, tmp_path):
@@ -155,21 +154,19 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
 
 
 def test_exact_match_equals_row_by_row_generation(pivot):
-    model, tokenizer = pivot
-    plain = [slow_reply(model, tokenizer, question).strip() for question in asked(tokenizer, 40)]
+    plain = [slow_reply(*pivot, question).strip() for question in asked(pivot[1], 40)]
     right, longer, shorter = (
         [row(question, change(reply)) for question, reply in zip(QUESTIONS, plain, strict=True)]
         for change in (str, lambda reply: reply + "0", lambda reply: reply[:-1])
     )
     for batch_tokens in (16384, 40):
-        assert exact_match(model, tokenizer, right, batch_tokens=batch_tokens)["add"] == 1.0
-    assert exact_match(model, tokenizer, longer)["add"] == exact_match(model, tokenizer, shorter)["add"] == 0.0
+        assert exact_match(*pivot, right, batch_tokens=batch_tokens)["add"] == 1.0
+    assert exact_match(*pivot, longer)["add"] == exact_match(*pivot, shorter)["add"] == 0.0
 
 
 def test_rows_without_an_answer_are_refused(pivot):
-    model, tokenizer = pivot
-    with pytest.raises(DataError, match="assistant's answer"):
-        exact_match(model, tokenizer, [Row((Message("assistant", "a"), Message("user", "b")))])
+    with refused(DataError, "assistant's answer"):
+        exact_match(*pivot, [Row((Message("assistant", "a"), Message("user", "b")))])
 
 
 QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9="]
