@@ -41,13 +41,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        data: Sized,
-        seed: int | None,
-        multiple: int = 1,
-        *,
-        lengths: IntArray | None = None,
-        step: int = 1,
+        self, data: Sized, seed: int | None, multiple: int = 1, *, lengths: IntArray | None = None, step: int = 1
     ) -> None:
         self.size = len(data)
         self.seed = seed

@@ -54,17 +54,9 @@ def random_candidates(seed: int, K: int, n: int = 9, k: int = 4, V: int = 12) ->
         dense = rng.dirichlet(np.full(V, 0.5), n)
         ids = np.argsort(-dense, axis=1)[:, :k]
         mass = np.take_along_axis(dense, ids, 1)
-        taught = rng.random(n) < 0.7
+        top, taught = TopK(ids, np.log(mass), 1 - mass.sum(1)), rng.random(n) < 0.7
         taught[0] = True
-        found.append(
-            Candidate(
-                f"model {j}",
-                TopK(ids, np.log(mass), 1 - mass.sum(1)),
-                taught,
-                float(rng.uniform(0.5, 3)),
-                rng.uniform(0, 4, n),
-            )
-        )
+        found.append(Candidate(f"model {j}", top, taught, float(rng.uniform(0.5, 3)), rng.uniform(0, 4, n)))
     return found
 
 

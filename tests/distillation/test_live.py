@@ -93,8 +93,7 @@ def test_rows_are_those_of_a_store_within_its_bound(stores: dict[str, Store]) ->
 
 
 @pytest.mark.parametrize(
-    ("step", "how"),
-    [(4, {"lm_weighting": "constant"}), (2, {"lm_weight": 0.0, "on_policy": 0.5, "max_new_tokens": 8})],
+    ("step", "how"), [(4, {"lm_weighting": "constant"}), (2, {"lm_weight": 0.0, "on_policy": 0.5, "max_new_tokens": 8})]
 )
 def test_a_run_that_resumes_reads_the_same_numbers(step: int, how: dict[str, Any], tmp_path: Path) -> None:
     """And writes the same answers."""

@@ -258,9 +258,7 @@ def test_a_weight_of_every_row_is_in_the_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("own", [True, False], ids=["the pivot", "another"])
 def test_a_teacher_that_is_the_pivot_teaches_nothing_new(own: bool, tmp_path: Path) -> None:
     """With the tail as an outcome: every label is linked and taught, and the gradient is zero; another's is not."""
-    pivot = worlds.tokenizer(320)
-    model = random_model("llama", seed=0)
-    rows = worlds.conversations(6)
+    pivot, model, rows = worlds.PIVOT, random_model("llama", seed=0), worlds.conversations(6)
     teacher = Teacher(model if own else random_model("llama", seed=1), selection=Selection(k=10))
     said = teacher.score([worlds.read(row, pivot) for row in rows]).rows
     same = build_vocabulary_map(pivot, pivot, method="prefix", source_size=teacher.vocabulary)
