@@ -92,7 +92,7 @@ def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -
 
 def write(path: Path, artifact: Artifact, rank: int = 0) -> None:
     """Commit a manifest. rank: of the process. Raises StorageError when the disk fails."""
-    content = artifact.model_dump(mode="json")
+    content = plain(artifact.model_dump())
     commit_file(path, json.dumps({**content, "xxh3": own_hash(content)}, indent=1).encode() + b"\n", rank=rank)
 
 
@@ -166,13 +166,13 @@ def read(folder: Path) -> Artifact | None:
 def read_manifest(path: Path, kind: type[AnyArtifact]) -> AnyArtifact | None:
     """A manifest, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
     try:
-        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError):
+        with disk_errors(path, "cannot be read"), suppress(FileNotFoundError, NotADirectoryError):
             content = dict(json.loads(path.read_bytes()))
             if content.get("format") != FORMAT:
                 raise ValueError(f"its format is {content.get('format')!r}, and this fusekit reads {FORMAT}")
             if content.pop("xxh3", None) != own_hash(content):
                 raise ValueError("it is not what was written")
-            return kind.model_validate_json(json.dumps(content))
+            return kind.model_validate(content, strict=False)
         return None
     except (ValueError, TypeError, RecursionError) as error:
         why = str(error).splitlines()[0]

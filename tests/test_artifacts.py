@@ -1,5 +1,6 @@
 """Publishing a folder in one step, also where the kernel cannot exchange two folders."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusekit import disk
+from fusekit import artifacts, disk
 from fusekit.disk import disk_fault, existing_parent, free_bytes, human, output_lock, recover, refuse_file, staging
 from fusekit.errors import StorageError
 from tests.processes import run
@@ -196,3 +197,25 @@ def test_an_error_that_is_its_own_cause_is_no_endless_chain(tmp_path):
     error = ValueError("of no disk")
     error.__cause__ = error  # as `raise error from error` leaves it
     assert disk_fault(error, tmp_path) is None
+
+
+def test_a_changed_byte_of_a_manifest_is_noticed(tmp_path):
+    (tmp_path / "weights").write_bytes(b"weights")
+    artifacts.seal(tmp_path, "distill", {"targets": {"é\ud800": 0.1}}, {"seconds": 1.5})
+    known, path = artifacts.read(tmp_path), tmp_path / "manifest.json"
+    assert (known.stage, known.inputs, known.made) == ("distill", {"targets": {"é\ud800": 0.1}}, {"seconds": 1.5})
+    assert (list(known.files), known.files["weights"].size) == (["weights"], 7)
+    whole = path.read_bytes()
+    for at in range(whole.index(b'"stage"') + 8, whole.index(b'"made"')):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if not whole[at : at + 1].isspace():
+            with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
+                artifacts.read(tmp_path)
+    path.write_bytes(whole)
+    artifacts.seal(tmp_path, "distill", known.inputs, {"seconds": 2})  # the same but for how it was made
+    assert json.loads(path.read_bytes())["xxh3"] == json.loads(whole)["xxh3"]
+
+
+def test_where_there_is_no_manifest(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert [artifacts.read(place) for place in (tmp_path, tmp_path / "model.gguf", tmp_path / "none")] == [None] * 3
