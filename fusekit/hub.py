@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,19 +52,21 @@ class Snapshot:
         """Download the files that match, unless they are cached. bar: show progress. Raises ModelError with a hint."""
         if not self.online:
             return
+        # The small files by the revision, whose commit the client then notes for when there is no network.
+        revision = self.revision if set(SMALL_FILES) <= set(patterns) else self.commit
+        hidden = not bar and not utils.are_progress_bars_disabled()
+        if hidden:
+            utils.disable_progress_bars()
         try:
-            with _progress_bars(bar):
-                # The small files by the revision, whose commit the client then notes for when there is no network.
-                small = set(SMALL_FILES) <= set(patterns)
-                huggingface_hub.snapshot_download(
-                    self.repository,
-                    revision=self.revision if small else self.commit,
-                    cache_dir=self.cache,
-                    allow_patterns=patterns,
-                )
+            huggingface_hub.snapshot_download(
+                self.repository, revision=revision, cache_dir=self.cache, allow_patterns=patterns
+            )
         except Exception as error:
             needed = sum(self.sizes[name] for name in self.missing(self.sizes) if name in patterns)
             raise disk_fault(error, self.cache, needed or None) or explain(error, self.repository) from error
+        finally:
+            if hidden:
+                utils.enable_progress_bars()
 
     def headers(self, file: str) -> Headers:
         """Headers of one safetensors file, by range requests. Raises ModelError."""
@@ -251,18 +252,6 @@ def _cached(repository: str, revision: str | None, cache: Path) -> Snapshot | No
     folder = Path(found)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     return Snapshot(repository, revision or constants.DEFAULT_REVISION, folder.name, folder, sizes, False, cache)
-
-
-@contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
-    hidden = not wanted and not utils.are_progress_bars_disabled()
-    if hidden:
-        utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hidden:
-            utils.enable_progress_bars()
 
 
 def unreachable(error: BaseException) -> bool:
