@@ -219,7 +219,7 @@ def test_a_module_that_the_name_does_not_tell_is_named():
 
 def assert_as_in_memory(folder, method, parameters, *, tie, dtype="float32", **keys):
     """A graph merges as merge_state_dicts does with the weights in the dtype of the recipe."""
-    base, targets = family(folder, 3, tie=tie)
+    base, targets = family(folder, 3, tie=tie, vocab_size=32)
     found = merged(folder / "out", [base, *targets], method, parameters, dtype=dtype, **keys)
     cast = [{n: t.to(getattr(torch, dtype)) for n, t in tensors_of(each).items()} for each in (base, *targets)]
     same_tensors(found, merge_state_dicts(cast, method, base=0, parameters=parameters))
