@@ -15,14 +15,14 @@ from fusekit import artifacts as artifact
 from fusekit.alignment.alignment import align
 from fusekit.capturing.models import ModelChoice, dequantise, find_checkpoint, load_model, load_tokenizer, loaded_bytes
 from fusekit.data.tokenize import RowTokenizer
-from fusekit.errors import CaptureError, StorageError
+from fusekit.errors import CaptureError, FusekitError, StorageError
 from fusekit.gguf import split
 from fusekit.merging import models as merging
 from tests.capture.conftest import DEMO
 from tests.gguf_files import write_gguf
 from tests.helpers import refused
-from tests.merging.hub_server import Hub, Repository
-from tests.processes import program
+from tests.merging.hub_server import Hub, Repository, client
+from tests.processes import run
 
 CPU = torch.device("cpu")
 PIVOT = DEMO / "pivot"
@@ -199,36 +199,34 @@ def test_a_plain_checkpoint_of_another_file_dtype_or_content_is_refused(files, t
         dequantise(str(PIVOT), tmp_path / "x")
 
 
+def _find_on_the_hub(environment: dict[str, str]) -> None:
+    """For a child: print three refusals, then what is found and loaded."""
+    client(environment)
+    name = "who/m-GGUF"
+    for wrong, download in [(name, True), (f"{name}/x.gguf", True), (f"{name}/m.Q8_0.gguf", False)]:
+        try:
+            find_checkpoint(ModelChoice(wrong), download=download)
+        except FusekitError as error:
+            print(type(error).__name__, error)
+    found = find_checkpoint(ModelChoice(f"{name}/m.Q8_0.gguf", dtype="float32"))
+    print(found.fingerprint(), found.repository, found.commit, found.gguf.parameters)
+    print(load_model(found, CPU).num_parameters(), len(load_tokenizer(found)))
+
+
 def test_a_gguf_file_on_the_hub_is_fetched_and_named_by_its_commit(files, tmp_path):
     folder = tmp_path / "repository"
     folder.mkdir()
     for kind in ("F16", "Q8_0"):
         shutil.copyfile(files[kind], folder / f"m.{kind}.gguf")
     repository = Repository(folder)
-    code = (
-        "from fusekit.capturing.models import ModelChoice as C, find_checkpoint as find, load_model, load_tokenizer\n"
-        "from fusekit.errors import FusekitError\n"
-        "import torch\n"
-        "for choice, options in [(C('who/m-GGUF'), {}), (C('who/m-GGUF/x.gguf'), {}),\n"
-        "                        (C('who/m-GGUF/m.Q8_0.gguf'), {'download': False})]:\n"
-        "    try: find(choice, **options)\n"
-        "    except FusekitError as error: print(type(error).__name__, error)\n"
-        "found = find(C('who/m-GGUF/m.Q8_0.gguf', dtype='float32'))\n"
-        "print(found.fingerprint(), found.repository, found.commit, found.gguf.parameters)\n"
-        "print(load_model(found, torch.device('cpu')).num_parameters(), len(load_tokenizer(found)))\n"
-    )
     with Hub({"who/m-GGUF": repository}) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        code = f"from tests.merging.hub_server import client; client({environment})\n{code}"
-        done = program(tmp_path, code)
-        fetched = hub.bytes_sent_of(".gguf")
+        done = run(_find_on_the_hub, {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}, timeout=240)
+        fetched, commit = hub.bytes_sent_of(".gguf"), repository.commit()
     lines = done.output.splitlines()
     assert len(lines) == 5, done.output
     assert "m.F16.gguf, m.Q8_0.gguf" in lines[0]
     assert "no file x.gguf in who/m-GGUF" in lines[1]
     assert lines[2].startswith("HubUnreachableError who/m-GGUF/m.Q8_0.gguf")
-    commit = repository.commit()
-    assert lines[3] == f"commit {commit} m.Q8_0.gguf who/m-GGUF {commit} {PARAMETERS}"
-    assert lines[4] == f"{PARAMETERS} 768"
+    assert lines[3:] == [f"commit {commit} m.Q8_0.gguf who/m-GGUF {commit} {PARAMETERS}", f"{PARAMETERS} 768"]
     assert fetched
     assert all("m.Q8_0.gguf" in request for request in fetched)

@@ -25,23 +25,22 @@ BFLOAT16_BOUND = 0.15
 """The same in bfloat16, whose logits of about 10 have steps of 0.06."""
 
 
-def assert_equal(model, rows, scored, selection, bound, valid=None):
-    """ids exactly, everything else within ``bound`` nats of what one plain forward per row says."""
+def assert_equal(model, rows, scored, selection, valid=None):
+    """ids exactly, everything else within FLOAT32_BOUND of what one plain forward per row says."""
     assert [row.tokens for row in scored.rows] == list(rows)
     for found in scored.rows:
         total = 0.0
         assert [array.dtype for array in (*found.rows, found.actual)] == [np.int64] + [np.float64] * 3
         assert len(found.actual) == len(found.tokens.label_positions)
         for j, label in enumerate(found.tokens.label_positions.tolist()):
-            ids, logprobs, tail, actual, at_one = reference.teacher_row(
-                model, found.tokens.ids.tolist(), label, selection, valid
-            )
+            row = reference.teacher_row(model, found.tokens.ids.tolist(), label, selection, valid)
+            ids, logprobs, tail, actual, at_one = row
             assert found.rows.ids[j].tolist() == ids + [-1] * (selection.k - len(ids))
-            np.testing.assert_allclose(found.rows.logprobs[j, : len(ids)], logprobs, atol=bound, rtol=0)
-            assert found.rows.tail[j] == pytest.approx(tail, rel=bound, abs=1e-12)
-            assert found.actual[j] == pytest.approx(actual, abs=bound)
+            np.testing.assert_allclose(found.rows.logprobs[j, : len(ids)], logprobs, atol=FLOAT32_BOUND, rtol=0)
+            assert found.rows.tail[j] == pytest.approx(tail, rel=FLOAT32_BOUND, abs=1e-12)
+            assert found.actual[j] == pytest.approx(actual, abs=FLOAT32_BOUND)
             total -= at_one
-        assert found.cross_entropy == pytest.approx(total, abs=bound * len(found.actual))
+        assert found.cross_entropy == pytest.approx(total, abs=FLOAT32_BOUND * len(found.actual))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,7 +49,7 @@ def test_every_architecture_is_scored_as_by_one_plain_forward_per_row(architectu
     selection = Selection(7)
     # Chunks of 20 positions, fewer than a batch has.
     teacher = Teacher(model, selection=selection, batch_tokens=64, notify=said.append, chunk_bytes=20 * 4 * VOCABULARY)
-    assert_equal(model, rows, teacher.score(rows), selection, FLOAT32_BOUND)
+    assert_equal(model, rows, teacher.score(rows), selection)
     assert said == []  # the head ran on the positions of labels alone
     assert "forward" not in model.get_decoder().__dict__  # the model is as it was
 
@@ -107,7 +106,7 @@ def test_a_model_that_reads_its_padding_gets_batches_of_one_length():
 def test_temperature_is_of_the_rows_and_never_of_the_cross_entropy(temperature):
     model, rows = random_model("llama"), random_rows(LENGTHS)
     selection = Selection(5, temperature=temperature)
-    assert_equal(model, rows, Teacher(model, selection=selection).score(rows), selection, FLOAT32_BOUND)
+    assert_equal(model, rows, Teacher(model, selection=selection).score(rows), selection)
 
 
 def test_padding_rows_of_the_matrix_and_holes_get_no_mass():
@@ -117,7 +116,7 @@ def test_padding_rows_of_the_matrix_and_holes_get_no_mass():
         model.lm_head.weight[[501, 503, *range(506, VOCABULARY)]] *= 20
     selection = Selection(VOCABULARY)
     scored = Teacher(model, valid, selection).score(rows)
-    assert_equal(model, rows, scored, selection, FLOAT32_BOUND, set(valid.tolist()))
+    assert_equal(model, rows, scored, selection, set(valid.tolist()))
     for found in scored.rows:
         assert (found.rows.tail == 0).all()
         assert ((found.rows.ids >= 0).sum(axis=1) == len(valid)).all()
