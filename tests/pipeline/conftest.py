@@ -1,4 +1,4 @@
-"""A finished run, made once; tests that change it take a copy."""
+"""Finished runs, made once; tests that change one take a copy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.worlds import go, write_recipe
+from tests.pipeline.worlds import RUN, go, on_path, write_profuser, write_recipe
+from tests.processes import fusekit
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +35,21 @@ def captured(finished: tuple[Path, Path]) -> tuple[Path, Path]:
     for name in ("alignment", "targets", "baselines", "merged", "evaluation"):
         shutil.rmtree(out / name)
     return recipe, out
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe with every stage, whose run nobody disturbed."""
+    folder = write_profuser(tmp_path_factory.mktemp("whole"))
+    done = fusekit(folder, *RUN, before=on_path)
+    assert done.exitcode == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same recipe, not run yet, in the working directory."""
+    folder = write_profuser(tmp_path / "world")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder

@@ -28,53 +28,16 @@ from fusekit.layout import Layout
 from fusekit.pipeline.stage import read_rows_file
 from fusekit.pipeline.stage import write_rows as write_prepared
 from fusekit.types import Message, Row
-from tests.capture.conftest import write_rows
-from tests.pipeline.worlds import differences, go, write_recipe
+from tests.pipeline.worlds import RUN, differences, go
 from tests.processes import fusekit
 
-RUN = ("run", "recipe.yml", "out")
 
-
-def write_world(folder: Path) -> Path:
-    """A recipe with one source, eight rows in two shards, and two steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    training = {"num_train_epochs": 1, "batch_size": 4, "per_device_train_batch_size": 4}
-    write_recipe(
-        folder,
-        ["llama"],
-        data={"path": "rows.jsonl"},
-        capture={"top_k": 4, "rows_per_shard": 4},
-        distill=training | {"save_steps": 1, "save_strategy": "steps"},
-        evaluate={"path": "held_out.jsonl"},
-    )
-    write_rows(folder / "rows.jsonl", 8)
-    write_rows(folder / "held_out.jsonl", 2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a recipe whose run nobody disturbed."""
-    folder = write_world(tmp_path_factory.mktemp("whole"))
-    done = fusekit(folder, *RUN)
-    assert done.exitcode == 0, done.output
-    return folder
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe that was not run yet, in the working directory."""
-    folder = write_world(tmp_path / "world")
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def begun(out: Path, finished: Path, names: str) -> None:
-    """An output that has these of the finished run."""
+def begun(out: Path, whole: Path, names: str) -> None:
+    """An output that has these of the whole run."""
     out.mkdir(exist_ok=True)
     for name in [*names.split(), "recipe.resolved.yml"]:
-        copy = shutil.copytree if (finished / "out" / name).is_dir() else shutil.copy
-        copy(finished / "out" / name, out / name)
+        copy = shutil.copytree if (whole / "out" / name).is_dir() else shutil.copy
+        copy(whole / "out" / name, out / name)
 
 
 def inodes(folder: Path, pattern: str) -> dict[str, int]:
@@ -84,25 +47,81 @@ def inodes(folder: Path, pattern: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("targets/llama/model.safetensors", b"x", "model.safetensors: its content differs"),
+        ("targets/joint/model.safetensors", b"x", "model.safetensors: its content differs"),
         ("results.json", b'{"models": {}}', "results.json: models.pivot"),
         ("targets/.two.staging-1/x", b"", "only in "),
         ("logs/run.log", b"of another day", ""),
         ("data/manifest.json", b'{"x": 1}', "data/manifest.json: "),
     ],
 )
-def test_the_comparison_of_outputs_notices_what_it_is_there_for(name, content, said, finished, tmp_path):
+def test_the_comparison_of_outputs_notices_what_it_is_there_for(name, content, said, whole, tmp_path):
     out = tmp_path / "elsewhere"
-    shutil.copytree(finished / "out", out)
-    before = differences(finished / "out", out)  # merge.yml, which names the first output
+    shutil.copytree(whole / "out", out)
+    before = differences(whole / "out", out)  # merge.yml, which names the first output
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_bytes(content)
-    found = [line for line in differences(finished / "out", out) if line not in before]
+    found = [line for line in differences(whole / "out", out) if line not in before]
     assert bool(found) == bool(said)
     assert said in "\n".join(found)
 
 
-# Stopped and starved in the middle of a stage; test_profuser.py kills
+# Killed
+
+
+def die_at_commit(number: int, log: Path) -> None:
+    """SIGKILL this process when it is about to move the n-th file or folder to its place in the output.
+
+    0: the first one at which none has died yet, by the log.
+    """
+    died_at = set(log.read_text().split()) if log.exists() else set()
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event != "os.rename" or "/out/" not in str(args[1]):
+            return
+        name = str(args[1]).split("/out/")[1]
+        if any(part.startswith(".") for part in name.split("/")):  # locks, and what is staged under a random name
+            return
+        seen += 1
+        if seen == number or (number == 0 and name not in died_at):
+            with log.open("a") as file:
+                file.write(name + "\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def killed_again_and_again(world: Path, number: int) -> set[str]:
+    """Run to the end although every process dies at a commit; returns of what stages each was about to commit."""
+    log = world / "killed.log"
+    for _ in range(200):
+        done = fusekit(world, *RUN, before=partial(die_at_commit, number, log))
+        if done.exitcode == 0:
+            died_at = log.read_text().split()
+            assert len(died_at) > 4
+            return {commit.split("/")[0] for commit in died_at}
+        assert done.exitcode == -signal.SIGKILL, done.output
+    raise AssertionError(f"no end of it: {log.read_text()}")
+
+
+@pytest.mark.timeout(900)
+def test_sigkill_again_and_again_ends_in_the_same_artifacts(whole: Path, world: Path) -> None:
+    stages = killed_again_and_again(world, 8)
+    assert len(stages) > 2
+    assert {"responses", "judged.work"} & stages
+    assert differences(whole / "out", world / "out") == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_sigkill_at_every_commit(whole: Path, world: Path) -> None:
+    stages = {"data", "responses", "judged", "judged.work", "winners", "captures", "alignment", "targets", "baselines"}
+    assert stages | {"merged", "evaluation", "results.json"} <= killed_again_and_again(world, 0)
+    assert differences(whole / "out", world / "out") == []
+
+
+# Stopped and starved in the middle of a stage
 
 
 def when_opened(fragment: str, act: Callable[..., object], *given: object) -> None:
@@ -124,20 +143,21 @@ def fill(disk: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
 
 
+JUDGED = "data responses judged winners"
 MOMENTS = {
     # a file that is opened then, what is there before, what has to stay, and what the stage makes
-    "capture": ("llama/.shard-00001", "data", "captures/*/*.parquet", "captures"),
-    "distill": ("llama.training/checkpoint-2/", "data captures alignment", "captures/*/*", "targets"),
+    "capture": ("llama/.shard-00001", JUDGED, "captures/*/*.parquet", "captures"),
+    "distill": ("joint.training/checkpoint-2/", f"{JUDGED} captures alignment", "captures/*/*", "targets"),
     "evaluate": (
         "evaluation/sources/.llama",
-        "data captures alignment targets baselines merged",
+        f"{JUDGED} captures alignment targets baselines merged",
         "merged/*.safetensors",
         "",
     ),
 }
 
 
-def resumed_from(out: Path, stage: str, finished: Path, *command: str) -> None:
+def resumed_from(out: Path, stage: str, whole: Path, *command: str) -> None:
     """The command, given again, completes the stage: of what was whole nothing is made again."""
     _, _, kept, made = MOMENTS[stage]
     there = inodes(out, kept)
@@ -146,13 +166,13 @@ def resumed_from(out: Path, stage: str, finished: Path, *command: str) -> None:
     assert done.exitcode == 0, done.output
     assert ("resumes from checkpoint-1" in done.output) == (stage == "distill")
     assert inodes(out, kept).items() >= there.items()
-    assert differences(finished / "out" / made, out / made) == []
+    assert differences(whole / "out" / made, out / made) == []
 
 
 @pytest.mark.parametrize(("stage", "number", "status"), [("capture", "SIGINT", 130), ("distill", "SIGTERM", 143)])
-def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(stage, number, status, finished, world):
+def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(stage, number, status, whole, world):
     moment, before, _, _ = MOMENTS[stage]
-    begun(world / "out", finished, before)
+    begun(world / "out", whole, before)
     stop = partial(when_opened, moment, signal.raise_signal, signal.Signals[number])
     stopped = fusekit(world, *RUN, before=stop)
     assert stopped.exitcode == status, stopped.output
@@ -161,31 +181,29 @@ def test_a_signal_keeps_what_is_whole_and_prints_the_command_that_goes_on(stage,
     again = shlex.split(stopped.output.strip().splitlines()[-1])
     assert again == ["fusekit", *RUN]
     assert "stopped by " in (world / "out" / "logs" / "run.log").read_text().splitlines()[-1]
-    resumed_from(world / "out", stage, finished, *again[1:])
+    resumed_from(world / "out", stage, whole, *again[1:])
 
 
 @pytest.mark.parametrize("stage", MOMENTS)
 @pytest.mark.usefixtures("world")
-def test_a_full_disk_is_named_and_what_was_committed_stays(stage, finished, mounted):
+def test_a_full_disk_is_named_and_what_was_committed_stays(stage, whole, mounted):
     disk, (moment, before, _, _) = mounted("size=80m"), MOMENTS[stage]
     out, run = disk / "out", ("run", "recipe.yml", str(disk / "out"))
-    begun(out, finished, before)
+    begun(out, whole, before)
     full = fusekit(Path.cwd(), *run, before=partial(when_opened, moment, fill, disk))
     assert full.exitcode == 1, full.output
     assert "Traceback" not in full.output
     last = full.output.strip().splitlines()[-1]
     assert all(said in last for said in (f"fusekit: {out}", "No space left on device", "free)"))
     (disk / "ballast").unlink()
-    resumed_from(out, stage, finished, *run)
+    resumed_from(out, stage, whole, *run)
 
 
-def test_a_training_that_does_not_fit_is_refused_with_the_numbers(finished, world, mounted):
+def test_a_training_that_does_not_fit_is_refused_with_the_numbers(whole, world, mounted):
     disk = mounted("size=8m")
-    begun(disk / "out", finished, "data captures alignment")
+    begun(disk / "out", whole, MOMENTS["distill"][1])
     before = inodes(disk / "out", "*/*/*")
-    with pytest.raises(
-        DistillationError, match=r"does not fit:\n  disk \(.* about .* MB needed, .* free on the disk of"
-    ):
+    with pytest.raises(DistillationError, match=r"does not fit:\n  disk \(.* MB needed, .* free on the disk of"):
         go(world / "recipe.yml", disk / "out")
     assert inodes(disk / "out", "*/*/*") == before
 
@@ -194,10 +212,8 @@ def test_a_training_that_does_not_fit_is_refused_with_the_numbers(finished, worl
 
 
 def test_a_second_run_names_the_first(world):
-    with (
-        output_lock(world / "out"),
-        pytest.raises(StorageError, match=rf"already being written by process {os.getpid()} "),
-    ):
+    said = rf"already being written by process {os.getpid()} "
+    with output_lock(world / "out"), pytest.raises(StorageError, match=said):
         go(world / "recipe.yml", Path("out"))
     assert not (world / "out").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusekit import artifacts as artifact
 from fusekit.errors import FusekitError
 from fusekit.pipeline.run import run
 from fusekit.recipe.loading import load_recipe
+from tests.capture.conftest import write_rows
 from tests.helpers import edit_manifest
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -50,6 +52,42 @@ def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+RUN = ("run", "recipe.yml", "out")
+SCHEDULE = [{"epochs": 1, "responses": 1.0}, {"epochs": 1, "responses": 0.1, "data": 1.0}]
+JUDGES = [{"exact_match": True}, {"python": "judges:shortest", "allow_code": True}, {"bits_per_byte": True}]
+
+
+def write_profuser(folder: Path) -> Path:
+    """A recipe with every stage: two sources, eight rows in two shards, three judges, a schedule of two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    training = {"batch_size": 4, "per_device_train_batch_size": 4, "save_steps": 1, "save_strategy": "steps"}
+    path = write_recipe(
+        folder,
+        ["llama", "qwen"],
+        data={"path": "rows.jsonl"},
+        respond={"max_new_tokens": 6, "prompts_per_shard": 3, "judges": JUDGES},
+        capture={"top_k": 4, "rows_per_shard": 4},
+        fusion={"mode": "joint"},
+        distill=training | {"schedule": SCHEDULE},
+        evaluate={"path": "held_out.jsonl"},
+    )
+    recipe = yaml.safe_load(path.read_text())
+    del recipe["distill"]["num_train_epochs"]  # which the schedule says
+    path.write_text(yaml.safe_dump(recipe))
+    write_rows(folder / "rows.jsonl", 8)
+    write_rows(folder / "held_out.jsonl", 2)
+    (folder / "judges.py").write_text(
+        "def shortest(messages, answers, references):\n"
+        "    return {name: -len(text) for name, text in answers.items()}\n"
+    )
+    return folder
+
+
+def on_path() -> None:
+    """Import from the working folder, as ``python -m`` does: the judge."""
+    sys.path.insert(0, "")
 
 
 def stamps(folder: Path) -> dict[str, int]:
