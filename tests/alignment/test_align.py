@@ -21,8 +21,7 @@ from tests.helpers import refused
 # By default every tokenizer as pivot and as source, with two others.
 SOME = [(a, list(REAL)[(n + step) % len(REAL)]) for n, a in enumerate(REAL) for step in (1, 3)]
 PAIRS = [
-    pytest.param(*pair, id="-".join(pair), marks=[] if pair in SOME else pytest.mark.full)
-    for pair in itertools.product(REAL, repeat=2)
+    pytest.param(*pair, marks=[] if pair in SOME else pytest.mark.full) for pair in itertools.product(REAL, repeat=2)
 ]
 
 
