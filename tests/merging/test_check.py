@@ -73,6 +73,7 @@ def test_the_command_exits_with_1_and_prints_json(recipe, workshop):
     assert done.exception is None, done.output
     facts = json.loads(done.stdout)
     assert (facts["base"], facts["tensors"], facts["path"]) == ("base", 21, str(workshop / "out"))
+    assert run(recipe, "out", "--quiet", "--overwrite").output == ""
 
 
 @pytest.mark.parametrize(
