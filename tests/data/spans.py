@@ -52,17 +52,18 @@ def assert_links(turns: Turns, pivot: RowTokenizer, source: RowTokenizer) -> Non
 
 
 def assert_spans(
-    row: Row, tokens: TokenizedRow, model: RowTokenizer, end: str | None, *, trims: bool = False, swallows: bool = False
-) -> None:
-    """Hold a row's tokens against its contents. end: the end of an answer, as the model writes it; None for none.
+    turns: Turns, model: RowTokenizer, end: str | None, *, trims: bool = False, swallows: bool = False
+) -> TokenizedRow:
+    """Hold a row's tokens against its contents, and return them. end: that of an answer, as the model writes it.
 
     trims: the template strips contents. swallows: a special token takes the white space after it.
     """
+    tokens = model.tokenize(row(turns))
     surfaces, ids = model.encoder.surfaces.of, tokens.ids.tolist()
     assert len(tokens) == len(tokens.message) == len(tokens.part) == len(tokens.ends) == len(tokens.labels)
     assert (tokens.message[1:] >= tokens.message[:-1]).all()
     assert not tokens.labels[0]
-    for number, message in enumerate(row.messages):
+    for number, message in enumerate(row(turns).messages):
         content = message.content.encode()
         shown = message.content.lstrip() if trims or swallows else message.content
         dropped = len(content) - len(shown.encode())
@@ -94,3 +95,4 @@ def assert_spans(
             assert len(learned) - len(whole) <= len(surfaces[ids[first]]) - (tokens.part[first] == Part.CONTENT)
             assert [tokens.labels[i] for i in ending] == [True] * len(ending)
             assert len(ending) == (end is not None)
+    return tokens

@@ -1,6 +1,7 @@
 """Shipped templates: rendered as documented, and their spans against what the tokens spell."""
 
 import unicodedata
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -40,25 +41,19 @@ EXPECTED = {
 
 
 def assert_shipped_spans(name, turns):
-    tokens = model(name).tokenize(row(turns))
-    assert_spans(row(turns), tokens, model(name), SHIPPED[name][2], trims=name in TRIMS, swallows=name in SWALLOWS)
-    return tokens
+    return assert_spans(turns, model(name), SHIPPED[name][2], trims=name in TRIMS, swallows=name in SWALLOWS)
 
 
 @pytest.mark.parametrize("name", template_names())
 def test_rendered_as_documented(name):
-    tokenizer = tokenizer_for(name)
     messages = [{"role": role, "content": content} for role, content in QA]
-    template = ChatTemplate.named(name)
-    assert tokenizer.apply_chat_template(messages[:2], chat_template=template.source, tokenize=False) == EXPECTED[name]
+    render = partial(tokenizer_for(name).apply_chat_template, chat_template=ChatTemplate.named(name).source)
+    assert render(messages[:2], tokenize=False) == EXPECTED[name]
     for count in (2, 4):
-        encoded = tokenizer.apply_chat_template(messages[:count], chat_template=template.source, return_dict=True)
+        encoded = render(messages[:count], return_dict=True)
         assert model(name).tokenize(row(QA[:count])).ids.tolist() == encoded["input_ids"]
-    prompt = tokenizer.apply_chat_template(
-        messages[:3], chat_template=template.source, tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(messages, chat_template=template.source, tokenize=False)
-    assert whole.startswith(prompt)
+    prompt = render(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert render(messages, tokenize=False).startswith(prompt)
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -110,15 +105,14 @@ def test_spans_of_random_contents(name, contents):
 def test_the_token_sequences_on_the_fusechat_model_page():
     openchat = model("openchat-3.5")
     assert openchat.tokenizer.convert_tokens_to_ids(["<|end_of_turn|>", "<|pad_0|>"]) == [32000, 32001]
-    source = ChatTemplate.named("openchat-3.5").source
     first = [1, 420, 6316, 28781, 3198, 3123, 1247, 28747, 22557, 32000]
     answer = [420, 6316, 28781, 3198, 3123, 21631, 28747]
     rest = [15359, 32000, 420, 6316, 28781, 3198, 3123, 1247, 28747, 1602, 460, 368, 3154, 28804, 32000]
     messages = [{"role": "user", "content": "Hello"}]
-    prompt = {"chat_template": source, "add_generation_prompt": True, "return_dict": True}
-    assert openchat.tokenizer.apply_chat_template(messages, **prompt)["input_ids"] == [*first, *answer]
+    how = {"chat_template": openchat.template.source, "add_generation_prompt": True, "return_dict": True}
+    assert openchat.tokenizer.apply_chat_template(messages, **how)["input_ids"] == [*first, *answer]
     messages += [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "How are you today?"}]
-    assert openchat.tokenizer.apply_chat_template(messages, **prompt)["input_ids"] == [*first, *answer, *rest, *answer]
+    assert openchat.tokenizer.apply_chat_template(messages, **how)["input_ids"] == [*first, *answer, *rest, *answer]
     tokens = openchat.tokenize(row(QA[:3]))
     assert tokens.ids.tolist() == [*first, *answer, *rest]
     assert tokens.ids[tokens.labels].tolist() == [15359, 32000]

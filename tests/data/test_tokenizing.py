@@ -120,7 +120,7 @@ def test_links_over_random_contents(pair, contents):
 )
 def test_control_strings_of_a_foreign_template_become_the_models_own(template, reader, end, trims):
     foreign = RowTokenizer(model(reader).tokenizer, ChatTemplate.named(template))
-    assert_spans(row(TURNS[1:]), foreign.tokenize(row(TURNS[1:])), foreign, end, trims=trims)
+    assert_spans(TURNS[1:], foreign, end, trims=trims)
     assert foreign.ends_turns
     assert_links(TURNS[1:], model(template), foreign)
 
