@@ -32,15 +32,16 @@ class Bench:
     """A loaded model in a process that forks: a child that captures starts in milliseconds."""
 
     def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(1)
-        self.folder = folder
         self.rows, self.tokenizer = demo_rows(folder, 12)
         # bfloat16 is slow on most CPUs.
         model = load_model(find_checkpoint(ModelChoice(str(DEMO / "numbers"), dtype="float32")), torch.device("cpu"))
         self.teacher = Teacher(model, valid_ids(self.tokenizer.tokenizer), Selection(5), batch_tokens=128)
 
     def fork(self, out: Path, rank: int, world: int, port: int, event: int, counter: Path) -> int:
-        """Start a capture, which dies at its ``event``-th file operation on the store (0: none); its process id."""
+        """Start a capture, which dies at its ``event``-th file operation on the store; its process id.
+
+        event: 0 to count them into ``counter``, -1 for neither.
+        """
         child = os.fork()
         if child:
             return child
