@@ -1,4 +1,4 @@
-"""The stages ``data``, ``capture`` and ``align``, and the plain checkpoint of a pivot that is a GGUF file."""
+"""The stages ``data`` and ``capture``, and the plain checkpoint of a pivot that is a GGUF file."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from tests.pipeline.worlds import (
     go,
     refused,
     stamps,
-    with_inputs,
     with_sources,
     write_recipe,
 )
@@ -204,18 +203,6 @@ def test_an_output_that_was_moved_has_a_merge_recipe_of_its_own_places(finished)
     before = stamps(out)["merge.yml"]
     go(path, out, only="merge")
     assert stamps(out)["merge.yml"] == before
-
-
-def test_a_merged_model_of_other_targets_is_made_anew_one_of_other_settings_refused(finished):
-    path, out = finished
-    manifest = out / "merged" / "manifest.json"
-    whole = json.loads(manifest.read_text())
-    with_inputs(out / "merged", {"targets": {"llama": "0" * 32}})
-    go(path, out, only="merge")
-    assert json.loads(manifest.read_text())["inputs"] == whole["inputs"]
-    refused(path, out, r"merge\.dtype: 'float32', now 'bfloat16'", "merge.dtype=bfloat16", only="merge")
-    manifest.unlink()
-    refused(path, out, r"merged holds README\.md \(and \d more\), ", only="merge")
 
 
 def test_a_baseline_that_is_missing_or_of_other_settings_is_refused_before_anything_is_trained(finished):

@@ -177,8 +177,6 @@ def test_a_target_with_a_flipped_bit_is_named_and_not_merged_or_scored(finished,
     model, asked = replace(choice_of(recipe.pivot), model=str(target)), LmEval(tasks=["sums"])
     with pytest.raises(StorageError, match=said):
         evaluating._lm_eval(Context(recipe, Layout(out)), asked, "targets/llama", (model, "own"), {"model": "x"})
-    (target / "manifest.json").unlink()
-    refused(path, out, "targets/llama holds ", only="distill")
 
 
 def test_align_needs_no_capture_and_measures_the_teacher_once_both_are_captured(tmp_path):
