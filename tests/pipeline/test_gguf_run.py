@@ -17,11 +17,10 @@ from fusekit.capturing.store import Store
 from fusekit.cli import cli as commands
 from fusekit.errors import MergeError
 from fusekit.pipeline import clean as cleaning
-from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import DONE, MISSING, STALE
 from fusekit.recipe.loading import load_recipe
 from tests.gguf_files import write_gguf
-from tests.pipeline.worlds import DEMO, changed, go, refused, stamps, write_recipe
+from tests.pipeline.worlds import DEMO, changed, go, planned, refused, stamps, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_a_rerun_does_nothing_and_a_pivot_of_another_file_is_refused_by_run_and_
     assert not {name.split("/")[0] for name in changed(before, out)} & {"pivot", "targets", "captures", "data"}
 
     def pivot(place: Path) -> tuple[str, int | None]:
-        plan = make_plan(load_recipe(recipe, [f"pivot.model={file}"]), "r", place)
+        plan = planned(recipe, place, f"pivot.model={file}")
         [step] = [step for step in plan.steps if step.stage == "pivot"]
         return step.state, step.disk
 

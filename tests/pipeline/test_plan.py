@@ -17,11 +17,9 @@ from fusekit.cli.recipe import WIDTH, table
 from fusekit.errors import StorageError
 from fusekit.pipeline import plan as planning
 from fusekit.pipeline.plan import Plan
-from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import BEGUN, DONE, MISSING, Step
-from fusekit.recipe.loading import load_recipe
 from tests.merging.hub_server import Hub, Repository
-from tests.pipeline.worlds import DEMO, go, with_sources, write_recipe
+from tests.pipeline.worlds import DEMO, go, planned, with_sources, write_recipe
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -31,10 +29,6 @@ def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
         stat = path.lstat()
         found[str(path)] = (stat.st_ino, stat.st_size if path.is_file() else 0, stat.st_mtime_ns)
     return found
-
-
-def planned(recipe: Path, out: Path | None, *overrides: str) -> Plan:
-    return make_plan(load_recipe(recipe, overrides), "recipe.yml", out)
 
 
 def steps_of(plan: Plan) -> dict[str, Step]:

@@ -17,10 +17,9 @@ from fusekit.errors import CaptureError, RecipeError, StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline.clean import made_by, unneeded
 from fusekit.pipeline.responding import _made_lines
-from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import Context
 from fusekit.recipe.loading import load_recipe
-from tests.pipeline.worlds import RUN, differences, go, refused
+from tests.pipeline.worlds import RUN, differences, go, planned, refused
 from tests.processes import fusekit
 
 
@@ -74,7 +73,7 @@ def test_a_second_run_does_nothing(whole: Path, tmp_path: Path, monkeypatch: pyt
     said, layout = go(recipe, out), Layout(out)
     assert differences(whole / "out", out) == []
     assert not [line for line in said if line.startswith(("respond", "judge"))]
-    plan = make_plan(load_recipe(recipe), "recipe.yml", out)
+    plan = planned(recipe, out)
     assert {step.state for step in plan.steps if step.stage in ("respond", "judge", "distill")} == {"done"}
     assert unneeded(layout).items == []
     # Other settings of the answers are refused by name, with both values.
@@ -98,7 +97,7 @@ def test_answers_that_are_half_written_are_gone_on_with_and_damaged_ones_named(w
     assert killed.exitcode == -signal.SIGKILL
     written = lines.read_bytes().splitlines(keepends=True)
     lines.write_bytes(b"".join([*written[:4], written[4][:5]]))
-    plan = make_plan(load_recipe(recipe), "recipe.yml", out)
+    plan = planned(recipe, out)
     [step] = [step for step in plan.steps if (step.stage, step.name) == ("respond", "pivot")]
     assert (step.state, step.rows) == ("resumes", 4)
     lines.write_bytes(b"[" + lines.read_bytes())

@@ -12,17 +12,17 @@ from huggingface_hub import constants
 
 from fusekit import artifacts as artifact
 from fusekit.errors import FusekitError
-from fusekit.pipeline.run import make_plan, run
+from fusekit.pipeline.run import run
 from fusekit.pipeline.stage import STALE
 from fusekit.recipe.loading import load_recipe
 from tests.helpers import edit_tensors
-from tests.pipeline.worlds import DEMO, go, refused, with_inputs, with_sources
+from tests.pipeline.worlds import DEMO, go, planned, refused, with_inputs, with_sources
 
 
 def foreign(recipe: Path, out: Path, message: str, step: str) -> None:
     """Run and plan say it, and nothing that is there is touched."""
     refused(recipe, out, message)
-    plan = make_plan(load_recipe(recipe), "recipe.yml", out)
+    plan = planned(recipe, out)
     assert [f"{each.stage} {each.name}" for each in plan.steps if each.state == STALE] == [step]
     assert any(re.search(message, line) for line in plan.refused)
 
@@ -145,7 +145,7 @@ def test_what_the_recipe_no_longer_asks_for_is_a_difference(stage, fact, value, 
     path, out = finished
     with_inputs(out / "targets" / "llama", {fact: value, fact.replace("model", "tokenizer"): value})
     refused(path, out, rf"targets/llama: its inputs changed:\n  {fact}: {value!r}, now not", start=stage)
-    plan = make_plan(load_recipe(path), "recipe.yml", out)
+    plan = planned(path, out)
     assert any(fact in line for line in plan.refused)
 
 
@@ -202,7 +202,7 @@ def test_a_model_that_moved_or_is_gone_is_the_one_that_taught(finished, tmp_path
     for spelled in (tmp_path / "moved", "./moved"):
         for stage in ("distill", "merge"):
             go(path, out, *calling(spelled), start=stage, until="merge")
-    plan = make_plan(load_recipe(path, calling("./moved")), "recipe.yml", out)
+    plan = planned(path, out, *calling("./moved"))
     assert plan.can_run
     assert {step.state for step in plan.steps if step.stage in ("capture", "distill", "merge")} == {"done"}
     shutil.rmtree(out / "captures" / "llama")

@@ -18,22 +18,11 @@ from fusekit.errors import StorageError
 from fusekit.layout import Layout
 from fusekit.pipeline import capturing
 from fusekit.pipeline.evaluating import Evaluate
-from fusekit.pipeline.run import make_plan
 from fusekit.pipeline.stage import STALE, Context
 from fusekit.recipe.loading import load_recipe
 from fusekit.report.card import write_report
 from tests.helpers import edit_tensors
-from tests.pipeline.worlds import (
-    DEMO,
-    ROWS,
-    SUMMARIES,
-    changed,
-    go,
-    refused,
-    stamps,
-    with_sources,
-    write_recipe,
-)
+from tests.pipeline.worlds import DEMO, SUMMARIES, changed, go, planned, refused, stamps, with_sources, write_recipe
 
 
 @pytest.mark.slow
@@ -51,7 +40,7 @@ def test_a_run_leaves_models_that_load_and_figures(first: tuple[Path, Path]) -> 
     assert figures["baseline"] < figures["pivot"]
     assert figures["targets/llama"] < figures["pivot"]
     assert figures["merged"] == pytest.approx(figures["targets/llama"], rel=1e-3)
-    assert len(Store.open(out / "captures" / "llama", verify=True)) == len(ROWS)
+    assert len(Store.open(out / "captures" / "llama", verify=True)) == 24
     for name in ("data", "alignment/llama", "targets/llama", "baselines/sft", "merged", "evaluation/merged"):
         assert artifact.problems(out / name) == []
     recipe = yaml.safe_load((out / "recipe.resolved.yml").read_text())
@@ -123,7 +112,7 @@ def change_the_tokenizer(world: Path) -> None:
 
 def add_a_row(world: Path) -> None:
     with (world / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(ROWS[0] | {"dataset": "more"}) + "\n")
+        file.write('{"text": "one more"}\n')
 
 
 @pytest.mark.parametrize(
@@ -154,7 +143,7 @@ def test_what_changed_is_refused_with_the_difference_by_a_run_and_its_plan(
     resolved = yaml.safe_load((out / "recipe.resolved.yml").read_text())
     assert (resolved["data"]["max_length"], resolved["capture"]["top_k"]) == (64, 8)
     assert any("stopped by " in line for line in (out / "logs" / "run.log").read_text().splitlines())
-    plan = make_plan(load_recipe(recipe, [override]), "recipe.yml", out)
+    plan = planned(recipe, out, override)
     assert step in {f"{step.stage} {step.name}" for step in plan.steps if step.state == STALE}
     assert any(re.search(message, line) for line in plan.refused)
     assert not plan.can_run
@@ -217,7 +206,7 @@ def test_a_baseline_that_is_missing_or_of_other_settings_is_refused_before_anyth
 def test_held_out_rows_that_are_not_there_are_missed_at_the_start(finished, tmp_path):
     refused(finished[0], tmp_path / "new", r"nowhere\.jsonl does not exist", "evaluate.path=nowhere.jsonl")
     assert not (tmp_path / "new" / "data").exists()
-    plan = make_plan(load_recipe(finished[0], ["evaluate.path=nowhere.jsonl"]), "recipe.yml", finished[1])
+    plan = planned(finished[0], finished[1], "evaluate.path=nowhere.jsonl")
     assert [line.startswith("evaluate: nowhere.jsonl does not exist") for line in plan.refused] == [True]
 
 

@@ -13,7 +13,8 @@ import yaml
 
 from fusekit import artifacts as artifact
 from fusekit.errors import FusekitError
-from fusekit.pipeline.run import run
+from fusekit.pipeline.plan import Plan
+from fusekit.pipeline.run import make_plan, run
 from fusekit.recipe.loading import load_recipe
 from tests.capture.conftest import write_rows
 from tests.helpers import edit_manifest
@@ -136,6 +137,10 @@ def go(recipe: Path, out: Path, *overrides: str, **how: Any) -> list[str]:
     said: list[str] = []
     run(load_recipe(recipe, overrides), out, say=said.append, quiet=True, **how)
     return said
+
+
+def planned(recipe: Path, out: Path | None, *overrides: str) -> Plan:
+    return make_plan(load_recipe(recipe, overrides), "recipe.yml", out)
 
 
 def refused(recipe: Path, out: Path, message: str, *overrides: str, **how: Any) -> None:
