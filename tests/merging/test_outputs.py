@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from fusekit.errors import MergeError, RecipeError
 from fusekit.merging import Settings, merge
-from tests.helpers import same_tensors, tensors_of
+from tests.helpers import edit_tensors, refused, same_tensors, tensors_of
 from tests.merging.conftest import OVERWRITE, QUIET, configured, listing, merge_refused, traces
 
 
@@ -160,3 +162,32 @@ def test_code_runs_once_it_is_allowed(recipe, workshop, globally):
 def test_leave_for_a_model_that_is_not_in_the_recipe_is_an_error(recipe):
     settings = allowing("allow_pickle", "taget1")
     merge_refused(recipe, "--allow-pickle taget1: ", "did you mean 'target1'", kind=RecipeError, settings=settings)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda out: edit_tensors(out, lambda t: t.pop(NORM)), [NORM, "lacks"]),
+        (lambda out: edit_tensors(out, lambda t: t.update({NORM: t[NORM][:8]})), [NORM, "[8]", "[16]"]),
+        (lambda out: edit_tensors(out, lambda t: t.update({NORM: t[NORM].half()})), [NORM, "float16", "float32"]),
+        (lambda out: edit_tensors(out, lambda t: t.update(more=t[NORM].clone())), ["more", "plan"]),
+        (lambda out: edit_tensors(out, lambda t: t[NORM].fill_(float("nan"))), [NORM, "nan at [0]"]),
+        (lambda out: (out / "model.safetensors").unlink(), ["no weights"]),
+        (lambda out: (out / "config.json").write_text("{"), ["config.json"]),
+        (lambda out: (out / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+        (lambda out: [path.unlink() for path in out.glob("tokenizer*")], ["no tokenizer"]),
+    ],
+)
+def test_a_result_that_is_not_as_planned_is_not_published(recipe, workshop, monkeypatch, damage, named):
+    def merged_otherwise(config: Any, out_path: str, *args: Any, **options: Any) -> None:
+        run_merge(config, out_path, *args, **options)
+        damage(Path(out_path))
+
+    monkeypatch.setattr("fusekit.merging.run.run_merge", merged_otherwise)
+    with refused(MergeError, *named):
+        merge(recipe, "out", settings=QUIET)
+    assert not (workshop / "out").exists()
+    assert traces(workshop) == []
