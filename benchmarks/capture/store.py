@@ -32,6 +32,7 @@ from benchmarks.measure import RESULTS, median_ms, write
 from fusekit.capturing.shards import Codec, shard_bytes
 from fusekit.capturing.store import Store, StoreSpec
 from fusekit.capturing.writer import StoreWriter
+from fusekit.settings import DEFAULT_MAX_ERROR
 from fusekit.types import CapturedRow, TokenizedRow, TopK
 
 VOCABULARY = 151_936
@@ -173,18 +174,25 @@ def rate(call: Callable[[], Any], positions: int) -> int:
     return round(positions / median_ms(call, runs=9, seconds=2) * 1e3)
 
 
+def stored(
+    folder: Path, rows: list[CapturedRow], vocabulary: int, k: int, max_error: float = DEFAULT_MAX_ERROR
+) -> Store:
+    """A store of rows as they are, whole."""
+    spec = StoreSpec(model="benchmark", vocabulary=vocabulary, top_k=k, max_error=max_error)
+    writer = StoreWriter(folder, spec, [row.tokens.key for row in rows])
+    for plan in writer.missing_shards():
+        writer.write_shard(plan, rows[plan.start : plan.stop])
+    writer.finish()
+    return Store.open(folder)
+
+
 def fusekit_store(rows: list[CapturedRow], vocabulary: int, k: int, max_error: float) -> dict[str, Any]:
     """Write a store, read it, compare."""
     positions = sum(len(row.actual) for row in rows)
-    spec = StoreSpec(model="benchmark", vocabulary=vocabulary, top_k=k, max_error=max_error)
     codec = Codec(vocabulary, k, max_error)
     with tempfile.TemporaryDirectory() as folder:
-        writer = StoreWriter(folder, spec, [row.tokens.key for row in rows])
-        for plan in writer.missing_shards():
-            writer.write_shard(plan, rows[plan.start : plan.stop])
-        writer.finish()
+        store = stored(Path(folder), rows, vocabulary, k, max_error)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        store = Store.open(folder)
         given, found, tails = [], [], []
         for row, back in zip(rows, store, strict=True):
             given.append(_wide(by_id(row.rows.ids, row.rows.logprobs), k))

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment.texts import piece, texts
+from benchmarks.capture.store import stored
 from benchmarks.measure import RESULTS, parser_of, write
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
-from fusekit.capturing.store import Store, StoreSpec
-from fusekit.capturing.writer import StoreWriter
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.distillation.dataset import FusionDataset
 from fusekit.distillation.projections import Projection, label_rows
@@ -50,17 +49,6 @@ def opinions(tokens: TokenizedRow, k: int, seed: int) -> CapturedRow:
     listed = np.where(ids == labels[:, None], logprobs, -np.inf).max(axis=1)
     actual = np.where(np.isfinite(listed), listed, np.log(tail / 2))
     return CapturedRow(tokens, "", TopK(ids, logprobs, tail), actual, float(-actual.sum()))
-
-
-def stored(folder: Path, rows: list[CapturedRow], vocabulary: int, k: int) -> Store:
-    """A store with the default bound of its rounding."""
-    writer = StoreWriter(
-        folder, StoreSpec(model="made up", vocabulary=vocabulary, top_k=k), [row.tokens.key for row in rows]
-    )
-    for plan in writer.missing_shards():
-        writer.write_shard(plan, rows[plan.start : plan.stop])
-    writer.finish()
-    return Store.open(folder)
 
 
 def pieces(text: str, tokenizer: Any, tokens: int, count: int) -> list[str]:

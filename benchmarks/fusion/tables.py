@@ -11,7 +11,7 @@ from benchmarks.fusion.arms import ARMS, MERGES
 from benchmarks.fusion.claims import CLAIMS, Claim
 from benchmarks.fusion.scores import Figure
 
-MARKS = ("<!-- tables: written by benchmarks/fusion/study.py -->", "<!-- end of tables -->")
+MARKS = ("<!-- tables: written by ", "<!-- end of tables -->")
 BITS = "bits_per_byte"
 METRICS = {BITS: "bits per byte", "divergence": "KL", "exact_match": "exact match"}
 TARGETS = "targets"
@@ -154,10 +154,8 @@ def tables(figures: Iterable[Figure]) -> str:
 
 def put_between_marks(text: str, between: str) -> str:
     """The text with everything between the two marks replaced. Raises ValueError where a mark is missing."""
-    first, last = (re.escape(mark) for mark in MARKS)
-    found, count = re.subn(
-        f"({first}).*({last})", lambda match: f"{match[1]}\n{between}\n{match[2]}", text, flags=re.DOTALL
-    )
+    whole = f"({MARKS[0]}\\S+ -->).*({MARKS[1]})"
+    found, count = re.subn(whole, lambda match: f"{match[1]}\n{between}\n{match[2]}", text, flags=re.DOTALL)
     if not count:
         raise ValueError(f"there is no {MARKS[0]!r} followed by {MARKS[1]!r}")
     return found

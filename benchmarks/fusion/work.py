@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fusekit.layout import PIVOT, Layout
 from fusekit.pipeline.run import run
 from fusekit.pipeline.stage import Context, choice_of, read_rows_file
 from fusekit.recipe import Recipe
+from fusekit.types import Row
 
 Say = Callable[[str], None]
 BITS = "bits_per_byte"
@@ -101,20 +102,25 @@ def prepare(study: Study, say: Say) -> None:
         study.score(f"sources/{name}", None, choice_of(context.model(name)), say)
 
 
+def inputs_of(recipe: Recipe, rows: list[Row], captured: Layout, sources: Collection[str]) -> Inputs:
+    """What a recipe trains on: rows, and what the pivot and these of its sources said about them."""
+    return Inputs(
+        choice_of(recipe.pivot),
+        rows,
+        captured.store(PIVOT),
+        {
+            source.label: Source(captured.store(source.label), choice_of(source), recipe.alignment_of(source))
+            for source in recipe.sources
+            if source.label in sources
+        },
+        Context(recipe).reader(PIVOT),
+    )
+
+
 def train(study: Study, arm: str, seed: int, say: Say) -> list[Path]:
     """Train the targets of an arm that are not trained yet. Returns their folders."""
-    recipe = study.arm(arm, seed)
-    context, layout = Context(recipe), study.captured
-    inputs = Inputs(
-        choice_of(recipe.pivot),
-        read_rows_file(layout.data),
-        layout.store(PIVOT),
-        {
-            source.label: Source(layout.store(source.label), choice_of(source), recipe.alignment_of(source))
-            for source in recipe.sources
-        },
-        context.reader(PIVOT),
-    )
+    recipe, names = study.arm(arm, seed), [source.label for source in study.arm(arm).sources]
+    inputs = inputs_of(recipe, read_rows_file(study.captured.data), study.captured, names)
     out = study.folder / "targets" / f"{arm}.{seed}"
     return distill(inputs, recipe.settings, out, resume=True, say=say)
 

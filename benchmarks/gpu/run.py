@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def run(name: str, work: Path) -> Figures:
     return result | json.loads(figures.read_text())
 
 
-def cli(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> float:
+def cli(*arguments: object, launcher: Sequence[str] = (), cwd: Path = ROOT) -> float:
     """Seconds of a `fusekit` command, which has to succeed."""
     started = time.monotonic()
     command = [sys.executable, *launcher, "-m", "fusekit.cli", *map(str, arguments)]
@@ -95,10 +95,11 @@ def cli(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) ->
 # ---------------------------------------------------------------- captures
 
 CAPTURE = (DEMO / "rows" / "train.jsonl",)
+NCCL = "-m torch.distributed.run --standalone --nproc-per-node 2"
 OPTIONS = ("--limit", 400, "--max-length", 128, "--rows-per-shard", 50, "--max-error", 0, "--quiet", "--overwrite")
 
 
-def captured(work: Path, name: str, *options: object, launcher: tuple[str, ...] = (), on_cpu: bool = False) -> Any:
+def captured(work: Path, name: str, *options: object, launcher: Sequence[str] = (), on_cpu: bool = False) -> Any:
     """A store of the demo's pivot."""
     from fusekit.capturing.store import Store
 
@@ -109,39 +110,18 @@ def captured(work: Path, name: str, *options: object, launcher: tuple[str, ...] 
     return Store.open(work / name, verify=True)
 
 
-def apart(work: Path, name: str, *options: object, bound: float, launcher: tuple[str, ...] = ()) -> Figures:
-    """How far a capture on the device is from one on the CPU, in nats: at most ``bound``."""
-    from fusekit.capturing.engines import difference
+def apart(options: str, bound: float, launcher: str = "") -> Callable[[Path], Figures]:
+    """A check of how far a capture on the device is from one on the CPU, in nats: at most ``bound``."""
 
-    expected = captured(work, "cpu", "--dtype", "float32", on_cpu=True)
-    found = difference(list(expected), list(captured(work, name, *options, launcher=launcher)))
-    assert found.largest <= bound, f"{found}, more than {bound}"
-    return found._asdict()
+    def check(work: Path) -> Figures:
+        from fusekit.capturing.engines import difference
 
+        expected = captured(work, "cpu", "--dtype", "float32", on_cpu=True)
+        found = difference(list(expected), list(captured(work, "gpu", *options.split(), launcher=launcher.split())))
+        assert found.largest <= bound, f"{found}, more than {bound}"
+        return found._asdict()
 
-def capture_float32(work: Path) -> Figures:
-    return apart(work, "gpu", "--dtype", "float32", bound=1e-2)
-
-
-def capture_bfloat16(work: Path) -> Figures:
-    return apart(work, "gpu", "--dtype", "bfloat16", bound=1.0)
-
-
-def capture_device_map(work: Path) -> Figures:
-    return apart(work, "gpu", "--dtype", "float32", "--device-map", "auto", bound=1e-2)
-
-
-def capture_4bit(work: Path) -> Figures:
-    return apart(work, "gpu", "--quantization", "4bit", bound=10.0)
-
-
-def capture_nccl(work: Path) -> Figures:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return apart(work, "gpu", "--dtype", "float32", bound=1e-2, launcher=launcher)
-
-
-def capture_vllm(work: Path) -> Figures:
-    return apart(work, "gpu", "--dtype", "float32", "--engine", "vllm", bound=1e-2)
+    return check
 
 
 def capture_gguf(work: Path) -> Figures:
@@ -280,12 +260,12 @@ class Check:
 
 
 CHECKS = {
-    "capture_float32": Check(capture_float32),
-    "capture_bfloat16": Check(capture_bfloat16),
-    "capture_device_map": Check(capture_device_map, devices=2),
-    "capture_4bit": Check(capture_4bit, packages=("bitsandbytes",)),
-    "capture_nccl": Check(capture_nccl, devices=2),
-    "capture_vllm": Check(capture_vllm, packages=("vllm",)),
+    "capture_float32": Check(apart("--dtype float32", 1e-2)),
+    "capture_bfloat16": Check(apart("--dtype bfloat16", 1.0)),
+    "capture_device_map": Check(apart("--dtype float32 --device-map auto", 1e-2), devices=2),
+    "capture_4bit": Check(apart("--quantization 4bit", 10.0), packages=("bitsandbytes",)),
+    "capture_nccl": Check(apart("--dtype float32", 1e-2, NCCL), devices=2),
+    "capture_vllm": Check(apart("--dtype float32 --engine vllm", 1e-2), packages=("vllm",)),
     "capture_gguf": Check(capture_gguf, packages=("gguf",), variables=("FUSEKIT_GGUF",)),
     "loss": Check(loss),
     "train": Check(train),

@@ -7,11 +7,10 @@ Time should be linear in both; peak memory beyond what `linear` takes on the sam
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 
-from measure import RESULTS, checkpoints, mergekit_yaml, parser_of, recipe, run, write
+from measure import RESULTS, checkpoints, merge, parser_of, write
 
 SIZES = ["2:5", "5:5", "10:5", "10:3", "10:1"]  # layers:targets; 10 layers have 492 M parameters
 
@@ -28,13 +27,7 @@ def main() -> None:
         folders = checkpoints(arguments.work, layers, targets)
         parameters = (folders[0] / "model.safetensors").stat().st_size // 2
         for method, options in (("linear", {}), ("fusechat_sce", {"select_topk": 1.0 if targets == 1 else 0.1})):
-            results = []
-            for turn in range(arguments.runs + 1):
-                config = recipe(arguments.work / "recipe.yml", method, folders, options)
-                shutil.rmtree(arguments.work / "out", ignore_errors=True)
-                result = run(mergekit_yaml(config, arguments.work / "out"))
-                if turn:
-                    results.append(result)
+            _, *results = (merge(arguments.work, method, folders, options) for _ in range(arguments.runs + 1))
             rows.append(
                 {
                     "method": method,
@@ -47,7 +40,6 @@ def main() -> None:
                 }
             )
             print(rows[-1])
-    shutil.rmtree(arguments.work / "out", ignore_errors=True)
     write(arguments.csv, rows)
 
 

@@ -6,10 +6,11 @@ The scripts here are run as files, so that this folder is on their path and the 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def run(command: Sequence[str], **environment: str) -> Run:
     if status:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def merge(
+    work: Path,
+    method: str,
+    folders: Sequence[Path],
+    parameters: Mapping[str, Any],
+    command: Callable[[Path, Path], list[str]] | None = None,
+) -> Run:
+    """Merge into a new folder and remove the result. command: of a recipe and a folder; stock mergekit-yaml's."""
+    config, out = recipe(work / "recipe.yml", method, folders, parameters), work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # what the run before left to the disk is not written in this one's time
+    done = run((command or mergekit_yaml)(config, out))
+    shutil.rmtree(out)
+    return done
 
 
 def mergekit_yaml(config: Path, out: Path) -> list[str]:

@@ -8,14 +8,12 @@ Where fsync costs much, wall time says more about the disk than about the code: 
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import RESULTS, Run, checkpoints, mergekit_yaml, parser_of, recipe, run, write
+from measure import RESULTS, Run, checkpoints, merge, mergekit_yaml, parser_of, write
 
 DEMO = [Path(__file__).parents[2] / "demo" / "models" / name for name in ("pivot", "numbers", "strings", "facts")]
 METHODS = {"linear": {}, "fusechat_sce": {"select_topk": 0.1}}
@@ -35,17 +33,10 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS / "merge-safe.csv")
     arguments = parser.parse_args()
     models = checkpoints(arguments.work, arguments.layers, arguments.targets)
-    out = arguments.work / "out"
 
     def net(command: Callable[[Path, Path], list[str]], method: str) -> Run:
         """A merge without its start-up; the peak is the whole process's."""
-        found = []
-        for folders in (DEMO, models):
-            config = recipe(arguments.work / "recipe.yml", method, folders, METHODS[method])
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()  # what the run before left to the disk is not written in this one's time
-            found.append(run(command(config, out)))
-        start, whole = found
+        start, whole = (merge(arguments.work, method, folders, METHODS[method], command) for folders in (DEMO, models))
         return Run(whole.wall - start.wall, whole.cpu - start.cpu, whole.peak)
 
     rows = []
@@ -71,7 +62,6 @@ def main() -> None:
             }
         )
         print(rows[-1])
-    shutil.rmtree(out, ignore_errors=True)
     write(arguments.csv, rows)
 
 

@@ -8,11 +8,10 @@ and writes the same tensors. Needs fusekit installed in the environment (the aut
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 
-from measure import RESULTS, Run, checkpoints, mergekit_yaml, parser_of, recipe, run, write
+from measure import RESULTS, Run, checkpoints, merge, parser_of, write
 
 CONTESTANTS = {
     "mergekit linear": ("linear", {}),
@@ -44,14 +43,10 @@ def main() -> None:
             if turn == 0 and name == "mergekit sce":
                 continue  # the others have warmed the page cache; this one takes minutes
             method, parameters = CONTESTANTS[name]
-            config = recipe(arguments.work / "recipe.yml", method, folders, parameters)
-            out = arguments.work / "out"
-            shutil.rmtree(out, ignore_errors=True)
-            result = run(mergekit_yaml(config, out))
+            result = merge(arguments.work, method, folders, parameters)
             if turn:
                 runs[name].append(result)
                 print(f"{name:28} {result.wall:7.1f} s wall {result.cpu:7.1f} s cpu {result.peak / 2**30:6.2f} GiB")
-    shutil.rmtree(arguments.work / "out", ignore_errors=True)
 
     floor = statistics.median(r.wall for r in runs[names[0]])
     slowest = statistics.median(r.wall for r in runs[names[-1]])

@@ -106,9 +106,11 @@ class Work:
         ]
         return load_recipe(RECIPE, [*common, *changes])
 
-    def captured(self, setting: str) -> Path:
+    def captured(self, setting: str):  # type: ignore[no-untyped-def]
         """What every model says about the examples: the same for every arm and seed."""
-        return self.out / f"captured-{SETTINGS[setting].data}"
+        from fusekit.layout import Layout
+
+        return Layout(self.out / f"captured-{SETTINGS[setting].data}")
 
 
 def _source(name: str, model: Path) -> dict[str, str]:
@@ -124,7 +126,7 @@ def prepare(work: Work, settings: Sequence[str]) -> None:
     for setting in ("text", "chat"):
         if not {setting, "pairwise" if setting == "text" else setting} & set(settings):
             continue
-        run(work.recipe(setting), work.captured(setting), until="align", say=click.echo, quiet=True)
+        run(work.recipe(setting), work.captured(setting).out, until="align", say=click.echo, quiet=True)
         for name in ("smollm2", "gemma"):
             template = "gemma" if (setting, name) == ("chat", "gemma") else "own"
             _score(work, setting, f"{setting}/{name}", None, work.folder / "models" / name, template)
@@ -132,7 +134,7 @@ def prepare(work: Work, settings: Sequence[str]) -> None:
         return
     _tune(work)
     _score(work, "pairwise", "pairwise/tuned", None, work.out / "tuned" / "sft")
-    run(work.recipe("pairwise"), work.captured("pairwise"), until="align", say=click.echo, quiet=True)
+    run(work.recipe("pairwise"), work.captured("pairwise").out, until="align", say=click.echo, quiet=True)
 
 
 def dequantise(models: Path) -> None:
@@ -154,19 +156,19 @@ def dequantise(models: Path) -> None:
 
 
 def _tune(work: Work) -> None:
+    from benchmarks.fusion.work import inputs_of
     from fusekit.distillation.run import distill
 
     recipe = work.recipe("text", ARMS["text"]["fine-tuning"], seed=7)
     rows = [row for row in _rows(work, "text") if row.dataset in TUNED_ON]
-    inputs = _inputs(recipe, rows, work.captured("text"), ())
+    inputs = inputs_of(recipe, rows, work.captured("text"), ())
     distill(inputs, recipe.settings, work.out / "tuned", resume=True)
 
 
 def _rows(work: Work, setting: str):  # type: ignore[no-untyped-def]
-    from fusekit.layout import Layout
     from fusekit.pipeline.stage import read_rows_file
 
-    return read_rows_file(Layout(work.captured(setting)).data)
+    return read_rows_file(work.captured(setting).data)
 
 
 def _drawn(work: Work, setting: str, seed: int):  # type: ignore[no-untyped-def]
@@ -178,27 +180,9 @@ def _drawn(work: Work, setting: str, seed: int):  # type: ignore[no-untyped-def]
     return [row for kind in sorted(by_kind) for row in chosen.sample(by_kind[kind], SETTINGS[setting].examples)]
 
 
-def _inputs(recipe, rows, captured: Path, sources: Sequence[str]):  # type: ignore[no-untyped-def]
-    from fusekit.distillation.inputs import Inputs, Source
-    from fusekit.layout import PIVOT, Layout
-    from fusekit.pipeline.stage import Context, choice_of
-
-    layout = Layout(captured)
-    return Inputs(
-        choice_of(recipe.pivot),
-        rows,
-        layout.store(PIVOT),
-        {
-            source.label: Source(layout.store(source.label), choice_of(source), recipe.alignment_of(source))
-            for source in recipe.sources
-            if source.label in sources
-        },
-        Context(recipe).reader(PIVOT),
-    )
-
-
 def unit(work: Work, setting: str, arm: str, seed: int) -> None:
     """Train an arm, merge where it makes several models, and score everything on validation and test text."""
+    from benchmarks.fusion.work import inputs_of
     from fusekit.distillation.run import distill
 
     name = f"{setting}/{arm}"
@@ -206,7 +190,7 @@ def unit(work: Work, setting: str, arm: str, seed: int) -> None:
     if all(file_of(work.out / "scores", model, seed).exists() for model in wanted):
         return
     recipe = work.recipe(setting, ARMS[setting][arm], seed)
-    inputs = _inputs(recipe, _drawn(work, setting, seed), work.captured(setting), SETTINGS[setting].sources)
+    inputs = inputs_of(recipe, _drawn(work, setting, seed), work.captured(setting), SETTINGS[setting].sources)
     out = work.out / "trained" / f"{setting}-{arm}-{seed}"
     trained = distill(inputs, recipe.settings, out, resume=True)
     if setting != "pairwise":

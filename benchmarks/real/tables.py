@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.fusion.scores import Figure
-from benchmarks.fusion.tables import spread
+from benchmarks.fusion.tables import put_between_marks, spread
 
-MARKS = ("<!-- tables: written by benchmarks/real/study.py -->", "<!-- end of tables -->")
 REFERENCE = "fine-tuning"
 _Values = dict[str, dict[str, dict[str, float]]]
 """Model -> text -> seed -> bits per byte."""
@@ -68,7 +67,5 @@ def put_tables(readme: Path, figures: Sequence[Figure]) -> None:
         for text in (table(figures, setting, split), differences(figures, setting, split))
         if text
     ]
-    content = readme.read_text(encoding="utf-8")
-    before, _, rest = content.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    readme.write_text("\n\n".join([before + MARKS[0], *made, MARKS[1] + after]), encoding="utf-8")
+    between = "\n" + "\n\n".join(made) + "\n"
+    readme.write_text(put_between_marks(readme.read_text(encoding="utf-8"), between), encoding="utf-8")
