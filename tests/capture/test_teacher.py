@@ -182,6 +182,14 @@ def test_a_model_that_cannot_be_split_is_run_whole_and_that_is_said():
     np.testing.assert_allclose(found.rows.logprobs[0], plain.topk(4).values, atol=FLOAT32_BOUND)
 
 
+def test_a_head_that_is_no_plain_linear_layer_is_run_by_the_model():
+    model, rows, selection, said = random_model("llama"), random_rows(LENGTHS), Selection(7), []
+    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), {})
+    teacher = Teacher(model, selection=selection, batch_tokens=64, notify=said.append)
+    assert_equal(model, rows, teacher.score(rows), selection)
+    assert said == []
+
+
 def test_the_head_runs_on_the_positions_of_labels_only():
     model, rows, seen = random_model("llama"), random_rows(LENGTHS), []
     teacher = Teacher(model, batch_tokens=64, chunk_bytes=8 * 4 * VOCABULARY)
