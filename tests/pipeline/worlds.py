@@ -31,6 +31,7 @@ ROWS = [
 
 
 def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
+    """A recipe and its data. changes: values of sections; None leaves one out."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
     recipe: dict[str, Any] = {
@@ -49,7 +50,8 @@ def write_recipe(folder: Path, sources: list[str], **changes: Any) -> Path:
         "evaluate": {"path": str(folder / "held_out.jsonl"), "metrics": ["bits_per_byte"]},
     }
     for name, values in changes.items():
-        recipe[name] = recipe.get(name, {}) | values
+        section = recipe.get(name, {}) | values
+        recipe[name] = {key: value for key, value in section.items() if value is not None}
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -64,19 +66,16 @@ def write_profuser(folder: Path) -> Path:
     """A recipe with every stage: two sources, eight rows in two shards, three judges, a schedule of two."""
     folder.mkdir(parents=True, exist_ok=True)
     training = {"batch_size": 4, "per_device_train_batch_size": 4, "save_steps": 1, "save_strategy": "steps"}
-    path = write_recipe(
+    write_recipe(
         folder,
         ["llama", "qwen"],
         data={"path": "rows.jsonl"},
         respond={"max_new_tokens": 6, "prompts_per_shard": 3, "judges": JUDGES},
         capture={"top_k": 4, "rows_per_shard": 4},
         fusion={"mode": "joint"},
-        distill=training | {"schedule": SCHEDULE},
+        distill=training | {"num_train_epochs": None, "schedule": SCHEDULE},
         evaluate={"path": "held_out.jsonl"},
     )
-    recipe = yaml.safe_load(path.read_text())
-    del recipe["distill"]["num_train_epochs"]  # which the schedule says
-    path.write_text(yaml.safe_dump(recipe))
     write_rows(folder / "rows.jsonl", 8)
     write_rows(folder / "held_out.jsonl", 2)
     (folder / "judges.py").write_text(
