@@ -16,7 +16,6 @@ from fusekit.capturing.store import Store
 from fusekit.data.reading import DataCounts
 from fusekit.errors import FusekitError, StorageError
 from fusekit.layout import BASELINE, MERGED, PIVOT, TRAINING, Layout
-from fusekit.merge_methods.provenance import MergeRecord
 from fusekit.recipe import load_recipe
 from fusekit.report import text
 
@@ -91,6 +90,19 @@ class Training(_Record):
         return next((value for _, value in reversed(self.points(name))), None)
 
 
+class Tensor(_Record):
+    """How one tensor was merged."""
+
+    method: str
+    coefficients: dict[str, float]
+
+
+class Coefficients(_Record):
+    """``merged/coefficients.json`` (:class:`fusekit.merge_methods.MergeRecord`, with which mergekit is imported)."""
+
+    tensors: dict[str, Tensor]
+
+
 class Results(_Record):
     """``results.json``: model -> metric -> skill -> value; what each task of lm-eval measures."""
 
@@ -149,9 +161,7 @@ class Facts:
         self.artifacts = self._each(self._places(), self._manifest)
         self._leave_out_another_merge()
         merged = MERGED in self.artifacts
-        self.coefficients = (
-            self._record(layout.merged / "coefficients.json", MergeRecord, "tensors") if merged else None
-        )
+        self.coefficients = self._record(layout.merged / "coefficients.json", Coefficients) if merged else None
         self.results = self._results()
 
     @property
