@@ -6,8 +6,6 @@ import doctest
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -199,10 +197,7 @@ def test_wrong_settings_of_a_capture(settings: dict[str, Any], tmp_path: Path) -
     assert not (tmp_path / "store").exists()
 
 
-def test_importing_is_light_and_every_name_is_there() -> None:
-    code = "import sys, fusekit; dir(fusekit); print({'torch', 'transformers', 'mergekit'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "set()"
+def test_every_public_name_is_there_and_documented() -> None:
     for name in fusekit.__all__:
         found = getattr(fusekit, name)
         assert inspect.getdoc(found), name

@@ -54,6 +54,7 @@ def test_only_what_merges_imports_mergekit():
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
+        ("import fusekit; dir(fusekit)", "torch transformers mergekit"),
         (
             "import fusekit.recipe, fusekit.hub, fusekit.cli.recipe, fusekit.cli.run, "
             "fusekit.cli.capture, fusekit.cli.inspect, fusekit.cli.generate",

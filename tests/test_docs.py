@@ -101,24 +101,11 @@ def test_the_table_of_presets_is_that_of_the_code():
 COMMAND = re.compile(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:.* -m fusekit\.cli|fusekit|python \S*examples/own_\w+\.py) ")
 
 
-def blocks(page: Path) -> Iterator[str]:
-    """The content of the page's code blocks of commands."""
-    language: str | None = None
-    lines: list[str] = []
-    for line in page.read_text().splitlines():
-        if line.startswith("```") and language is None:
-            language, lines = line[3:], []
-        elif line.startswith("```"):
-            if language in ("", "console", "bash", "sh"):
-                yield "\n".join(lines)
-            language = None
-        else:
-            lines.append(line)
-
-
 def commands(page: Path) -> Iterator[list[str]]:
     """Every `fusekit` command in a code block, as words; what follows two spaces and a # is a comment."""
-    for line in "\n".join(blocks(page)).replace("\\\n", " ").splitlines():
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    shell = [text for language, text in blocks if language in ("", "console", "bash", "sh")]
+    for line in "\n".join(shell).replace("\\\n", " ").splitlines():
         if found := COMMAND.match(line):
             words = shlex.split(line[found.end() :].partition("  #")[0])
             if words and words[0].isalpha():
