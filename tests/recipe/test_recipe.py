@@ -271,6 +271,7 @@ def test_one_target_has_nothing_to_select_by(write, changed):
         ("[{model: a/b.training}]", "'b.training'"),
         ("[{model: ../..}]", r"'\.\.'"),
         ("[]", "sources"),
+        ("text", "sources"),
         (f"[{{model: a/{'b' * 300}}}]", "300 characters"),
         ("[{model: p}]", "the pivot itself"),
         ("[{model: a, name: ../up}]", r"sources\.0\.name"),
@@ -344,6 +345,9 @@ def test_includes_stay_in_the_folder_and_do_not_turn_in_circles(write, tmp_path)
     (tmp_path / "inner" / "link.yml").symlink_to(tmp_path / "outside.yml")
     path.write_text("include: link.yml\n")
     with pytest.raises(RecipeError, match="outside the recipe's folder"):
+        load_recipe(path)
+    path.write_text("include: nowhere.yml\n")
+    with pytest.raises(RecipeError, match=r"line 1: there is no file 'nowhere\.yml'"):
         load_recipe(path)
     path.write_text('include: "a\\0.yml"\n')
     with pytest.raises(RecipeError, match="line 1: include"):
