@@ -1,7 +1,7 @@
 """Artifacts: folders that are published in one step, with a manifest that verifies them.
 
-The manifest, written last, lists an artifact's files with size and hash, and the inputs that it was made from. There is
-one form for what stages make, for stores, whose files say more, and for checkpoints.
+The manifest, written last, lists an artifact's files with size and hash, and the inputs that it was made from. What
+stages make and checkpoints have manifests of one form; that of a store says more of each file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ChangedError(StorageError):
 
 
 class Strict(BaseModel):
-    """A part of a manifest."""
+    """A manifest, or a part of one: values of their own types alone."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -51,7 +51,7 @@ class File(Strict):
 
 
 class Artifact(Strict):
-    """``manifest.json`` of an artifact; in the file, ``xxh3`` is the xxh3-128 of the rest but ``made``.
+    """``manifest.json`` of an artifact; in the file, ``xxh3`` is the xxh3-128 of the rest.
 
     stage: what made it. inputs: what it was made from. files: by path within the folder, in order. made: what may
     differ between equal artifacts (time, versions, host).
@@ -73,10 +73,11 @@ def publish(
     """Make an artifact: ``write`` fills a folder beside ``final``, which is moved there in one step.
 
     The caller holds the lock of the run. What a process that died left behind is removed first. ``final`` is as it was
-    when the disk fails, when it holds files that no manifest lists (StorageError), and after whatever ``write`` raises.
+    when the disk fails, when it holds another stage's artifact or files that no manifest lists (StorageError), and
+    after whatever ``write`` raises.
     """
     recover(final)
-    refuse_foreign(final)
+    refuse_foreign(final, stage)
     with staging(final) as folder, disk_errors(final):
         write(folder)
         return seal(folder, stage, inputs, made)
@@ -84,7 +85,7 @@ def publish(
 
 def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -> Artifact:
     """Write the manifest of a folder that is complete but for it. Raises StorageError when the disk fails."""
-    with disk_errors(folder):
+    with disk_errors(folder, "cannot be read"):
         artifact = Artifact(stage=stage, inputs=plain(inputs), files=files_of(folder), made=plain(made or {}))
     write(folder / MANIFEST, artifact)
     return artifact
@@ -97,8 +98,7 @@ def write(path: Path, artifact: Artifact, rank: int = 0) -> None:
 
 
 def own_hash(content: Inputs) -> str:
-    """xxh3-128 of a manifest's content but ``made``: the same for equal artifacts."""
-    content = {name: value for name, value in content.items() if name != "made"}
+    """xxh3-128 of a manifest's content, in which it does not stand yet."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -158,13 +158,16 @@ def installed(package: str) -> str | None:
     return None
 
 
-def read(folder: Path) -> Artifact | None:
-    """The manifest of an artifact, None where there is none. Raises StorageError for a damaged one."""
-    return read_manifest(folder / MANIFEST, Artifact)
+def read(folder: Path, stage: str | None = None) -> Artifact | None:
+    """The manifest of an artifact, None where there is none: :func:`read_manifest`."""
+    return read_manifest(folder / MANIFEST, Artifact, stage)
 
 
-def read_manifest(path: Path, kind: type[AnyArtifact]) -> AnyArtifact | None:
-    """A manifest, None where there is no file. Raises StorageError naming the file and what is wrong in it."""
+def read_manifest(path: Path, kind: type[AnyArtifact], stage: str | None = None) -> AnyArtifact | None:
+    """A manifest, None where there is no file. stage: that it has to be of, if one is given.
+
+    Raises StorageError naming the file and what is wrong in it, or the stage that it is of.
+    """
     try:
         with disk_errors(path, "cannot be read"), suppress(FileNotFoundError, NotADirectoryError):
             content = dict(json.loads(path.read_bytes()))
@@ -172,7 +175,12 @@ def read_manifest(path: Path, kind: type[AnyArtifact]) -> AnyArtifact | None:
                 raise ValueError(f"its format is {content.get('format')!r}, and this fusekit reads {FORMAT}")
             if content.pop("xxh3", None) != own_hash(content):
                 raise ValueError("it is not what was written")
-            return kind.model_validate(content, strict=False)
+            if stage not in (None, content.get("stage")):
+                raise StorageError(
+                    f"{path.parent} is of the stage {content.get('stage')!r}, and {stage!r} was to be there: move it "
+                    "away, or choose another folder"
+                )
+            return kind.model_validate(content)
         return None
     except (ValueError, TypeError, RecursionError) as error:
         why = str(error).splitlines()[0]
@@ -185,7 +193,7 @@ def read_manifest(path: Path, kind: type[AnyArtifact]) -> AnyArtifact | None:
         ) from error
 
 
-BEGUN = "made_from.json"
+MADE_FROM = "made_from.json"
 """In a folder of unfinished work: what it is made from."""
 
 
@@ -193,26 +201,28 @@ def begin(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Say what the work in a folder is made from. Raises StorageError when the disk fails."""
     with disk_errors(folder, "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    commit_file(folder / BEGUN, json.dumps(plain(dict(inputs)), indent=1).encode() + b"\n")
+    commit_file(folder / MADE_FROM, json.dumps(plain(dict(inputs)), indent=1).encode() + b"\n")
 
 
 def begun(folder: Path) -> Inputs | None:
     """What the unfinished work in a folder is made from, None where none was begun. Raises StorageError."""
-    path = folder / BEGUN
+    path = folder / MADE_FROM
     try:
         with suppress(FileNotFoundError):
-            return dict(json.loads(path.read_bytes()))
+            if not (inputs := dict(json.loads(path.read_bytes()))):
+                raise ValueError("it names nothing")
+            return inputs
         return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}; remove {folder} to start over") from error
 
 
-def is_kept(folder: Path, inputs: Inputs) -> bool:
+def is_kept(folder: Path, stage: str, inputs: Inputs) -> bool:
     """Whether an artifact is there, made from these inputs, and whole: small ones are made again where they are not.
 
-    Reads every file through. Raises StorageError for a damaged manifest.
+    Reads every file through. Raises StorageError for a damaged manifest, or one of another stage.
     """
-    known = read(folder)
+    known = read(folder, stage)
     return known is not None and not differences(known.inputs, inputs) and not differing(folder, known.files)
 
 
@@ -228,18 +238,21 @@ def problems(folder: Path) -> list[str]:
 def differing(folder: Path, files: Mapping[str, File], *, hashes: bool = True) -> list[str]:
     """One line for each file that is missing or not as listed.
 
-    hashes: read every file through; otherwise only its size is looked at. Raises OSError.
+    hashes: read every file through; otherwise only its size is looked at.
     """
-    found = []
-    for name, file in files.items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{path}: missing")
-        elif path.stat().st_size != file.size:
-            found.append(f"{path}: has {path.stat().st_size} bytes, but was written with {file.size}")
-        elif hashes and file_hash(path) != file.xxh3:
-            found.append(f"{path}: its content is not what was written")
-    return found
+
+    def wrong(path: Path, file: File) -> str | None:
+        try:
+            if not path.is_file():
+                return "missing"
+            if (size := path.stat().st_size) != file.size:
+                return f"has {size} bytes, but was written with {file.size}"
+            return "its content is not what was written" if hashes and file_hash(path) != file.xxh3 else None
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+
+    found = ((folder / name, wrong(folder / name, file)) for name, file in files.items())
+    return [f"{path}: {what}" for path, what in found if what]
 
 
 def require_whole(folder: Path) -> None:
@@ -253,24 +266,24 @@ def require_whole(folder: Path) -> None:
         )
 
 
-def foreign(folder: Path) -> list[str]:
+def foreign(folder: Path, stage: str | None = None) -> list[str]:
     """Files in a folder that its manifest does not list, in order; all of them where there is no manifest.
 
-    Raises StorageError for a damaged manifest.
+    Raises StorageError for a damaged manifest, or one of another stage.
     """
-    artifact = read(folder)
+    artifact = read(folder, stage)
     listed = set() if artifact is None else {MANIFEST, *artifact.files}
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted({path.relative_to(folder).as_posix() for path in paths} - listed)
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path, stage: str) -> None:
     """Raise StorageError, with the way out, for a folder with files that its manifest does not list, and would be lost.
 
-    A file that the manifest lists does not count, whatever it holds by now.
+    So does an artifact of another stage. A file that the manifest lists does not count, whatever it holds by now.
     """
     refuse_file(folder)
-    if folder.exists() and (found := foreign(folder)):
+    if folder.exists() and (found := foreign(folder, stage)):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise StorageError(
             f"{folder} holds {found[0]}{more}, which no {MANIFEST} lists: move it away, or choose another output; "
@@ -278,10 +291,10 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def refuse_occupied(folder: Path) -> None:
-    """Refuse a folder that an artifact is to come to, if it is not empty and no artifact: :func:`refuse_foreign`."""
-    if read(folder) is None:
-        refuse_foreign(folder)
+def refuse_occupied(folder: Path, stage: str) -> None:
+    """Refuse a folder that an artifact is to come to, if it is not empty and no such: :func:`refuse_foreign`."""
+    if read(folder, stage) is None:
+        refuse_foreign(folder, stage)
 
 
 def differences(before: Inputs, now: Inputs) -> list[str]:

@@ -1,7 +1,8 @@
-"""The settings of data, captures, evaluation and generation, for recipes, commands and Python alike.
+"""The settings of data, captures, evaluation, generation, answers and judges, for recipes, commands and Python alike.
 
-Each is declared here with its default and its help, and nowhere else; those of a distillation are in
-:mod:`fusekit.distillation.settings`. It imports neither torch nor transformers: recipes are loaded with it.
+Each is declared here with its default and its help, and nowhere else. Those of a distillation are in
+:mod:`fusekit.distillation.settings`, the models and sections that recipes alone have in :mod:`fusekit.recipe.sections`.
+It imports neither torch nor transformers: recipes are loaded with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from fusekit.errors import GenerationError
 from fusekit.yaml import TRUTH, setting_problem
 
-Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):
@@ -44,7 +45,7 @@ class DataSettings(Settings):
     split: str = Field(default="train", description="Split of a data set on the hub.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     streaming: bool = Field(default=False, description="Read a data set on the hub without downloading all of it.")
-    limit: Count | None = Field(default=None, description="Most examples to read; null: all.")
+    limit: Positive | None = Field(default=None, description="Most examples to read; null: all.")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="What happens at an unusable example; skipped ones are counted and listed."
     )
@@ -76,7 +77,7 @@ class Selection:
 class CaptureSettings(Settings):
     """What is kept of a model's distributions, and how it is captured."""
 
-    top_k: Count = Field(default=10, description="Most entries per label.")
+    top_k: Positive = Field(default=10, description="Most entries per label.")
     keep_mass: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Keep fewer entries once they hold this probability."
     )
@@ -89,14 +90,14 @@ class CaptureSettings(Settings):
         description="Compute the logits of a model in 16 bits in float32, or in the model's dtype, which rounds them; "
         "by default float32, unless the head is more than an eighth of the model.",
     )
-    batch_tokens: Count | None = Field(
+    batch_tokens: Positive | None = Field(
         default=None, description="Most tokens of a batch, padding included; by default what suits the device."
     )
     max_error: Annotated[float, Field(ge=0, le=1)] = Field(
         default=DEFAULT_MAX_ERROR,
         description="Largest error of a stored log-probability in nats; 0 stores float32.",
     )
-    rows_per_shard: Count | None = Field(
+    rows_per_shard: Positive | None = Field(
         default=None,
         description="Most examples that an interruption may cost; by default about two minutes of work.",
     )
@@ -173,7 +174,7 @@ class LmEval(Settings):
     tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
         description="Names of tasks, groups or tags of lm-eval."
     )
-    limit: Count | None = Field(
+    limit: Positive | None = Field(
         default=None, description="Most documents of each task, for a trial: figures of a part say little; null: all."
     )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
@@ -185,7 +186,7 @@ class LmEval(Settings):
     chat_template: bool = Field(
         default=False, description="Apply the model's chat template to prompts, with few-shot examples as turns."
     )
-    batch_size: Count = Field(default=8, description="Requests per batch.")
+    batch_size: Positive = Field(default=8, description="Requests per batch.")
 
     @model_validator(mode="before")
     @classmethod
@@ -213,10 +214,10 @@ class EvaluateSettings(Settings):
         default=["bits_per_byte"],
         description="What to measure; `exact_match` generates the answers and takes longer.",
     )
-    limit: Count | None = Field(
+    limit: Positive | None = Field(
         default=None, description="Most examples of each file, also of each file in a folder; null: all."
     )
-    batch_tokens: Count | None = Field(
+    batch_tokens: Positive | None = Field(
         default=None, description="Tokens per batch, padding included; null: what suits the device."
     )
     lm_eval: LmEval | None = Field(

@@ -1,6 +1,5 @@
 """Publishing a folder in one step, also where the kernel cannot exchange two folders."""
 
-import json
 import os
 import signal
 import subprocess
@@ -206,16 +205,22 @@ def test_a_changed_byte_of_a_manifest_is_noticed(tmp_path):
     assert (known.stage, known.inputs, known.made) == ("distill", {"targets": {"é\ud800": 0.1}}, {"seconds": 1.5})
     assert (list(known.files), known.files["weights"].size) == (["weights"], 7)
     whole = path.read_bytes()
-    for at in range(whole.index(b'"stage"') + 8, whole.index(b'"made"')):
+    for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         if not whole[at : at + 1].isspace():
             with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
                 artifacts.read(tmp_path)
-    path.write_bytes(whole)
-    artifacts.seal(tmp_path, "distill", known.inputs, {"seconds": 2})  # the same but for how it was made
-    assert json.loads(path.read_bytes())["xxh3"] == json.loads(whole)["xxh3"]
 
 
 def test_where_there_is_no_manifest(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert [artifacts.read(place) for place in (tmp_path, tmp_path / "model.gguf", tmp_path / "none")] == [None] * 3
+
+
+def test_each_file_that_differs_has_a_line_also_one_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken").symlink_to("/proc/self/mem")  # whose first byte is an input/output error
+    (tmp_path / "longer").write_bytes(b"1")
+    listed = artifacts.File(size=0, xxh3="0" * 32)
+    found = artifacts.differing(tmp_path, dict.fromkeys(["broken", "gone", "longer"], listed))
+    for line, *named in zip(found, ["broken", "gone", "longer"], ["Input/output error", "missing", "1"], strict=True):
+        assert all(name in line for name in named)

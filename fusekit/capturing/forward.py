@@ -441,15 +441,19 @@ def _scores(best: _Best, sums: _Sums, k: int) -> Scores:
 
 def _truncated(scores: Scores, selection: Selection) -> Scores:
     """The scores without entries beyond ``keep_mass`` and entries that have no mass, k wide."""
+    n, width = scores.ids.shape
     mass = scores.logprobs.exp()
     kept = scores.logprobs > -torch.inf
     tail = scores.tail
     if selection.keep_mass < 1:
         kept &= mass.cumsum(1) - mass < selection.keep_mass
         tail = tail + mass.masked_fill(kept, 0.0).sum(1)
-    missing, pad = (0, selection.k - kept.shape[1]), torch.nn.functional.pad
-    ids = pad(scores.ids.masked_fill(~kept, -1), missing, value=-1)
-    logprobs = pad(scores.logprobs.masked_fill(~kept, -torch.inf), missing, value=-torch.inf)
+    ids = scores.ids.masked_fill(~kept, -1)
+    logprobs = scores.logprobs.masked_fill(~kept, -torch.inf)
+    if width < selection.k:
+        missing = (n, selection.k - width)
+        ids = torch.cat([ids, ids.new_full(missing, -1)], 1)
+        logprobs = torch.cat([logprobs, logprobs.new_full(missing, -torch.inf)], 1)
     return scores._replace(ids=ids, logprobs=logprobs, tail=tail)
 
 

@@ -20,6 +20,7 @@ from fusekit import gguf, hub
 from fusekit.devices import Need, disk, is_out_of_memory, main_memory, missing_device, refuse_lacking
 from fusekit.disk import counted
 from fusekit.errors import CaptureError
+from fusekit.layout import PIVOT
 from fusekit.settings import EngineSettings
 from fusekit.types import IntArray
 from fusekit.yaml import nearest
@@ -424,7 +425,7 @@ def dequantise(
     if gguf.split(choice.model) is None:
         raise CaptureError(f"{choice.model} is not a GGUF file: there is nothing to dequantise")
     choice = replace(choice, dequantised=None, device_map=None)
-    if (known := artifact.read(folder)) is not None:
+    if (known := artifact.read(folder, PIVOT)) is not None:
         changed = artifact.differences(known.inputs, dequantised_from(choice, known))
         if not changed:
             artifact.require_whole(folder)
@@ -443,7 +444,7 @@ def dequantise(
         load_tokenizer(checkpoint).save_pretrained(into)
 
     made: artifact.Inputs = {**artifact.circumstances(), "model": choice.model}
-    artifact.publish(folder, "dequantise", dequantised_from(choice), write, made)
+    artifact.publish(folder, PIVOT, dequantised_from(choice), write, made)
 
 
 def dequantised_from(choice: ModelChoice, known: artifact.Artifact | None = None) -> artifact.Inputs:

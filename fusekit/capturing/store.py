@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from fusekit.artifacts import (
     differences,
     differing,
     joined_hash,
-    read,
     read_manifest,
 )
 from fusekit.capturing.shards import (
@@ -39,13 +39,12 @@ from fusekit.capturing.shards import (
     check_shard,
     schema,
 )
-from fusekit.disk import disk_errors
 from fusekit.errors import StorageError
 from fusekit.settings import DEFAULT_MAX_ERROR
 from fusekit.types import CapturedRow
 
 STAGE = "capture"
-"""What the manifest of a store is told by."""
+"""The stage in the manifest of a store."""
 
 ROWS_PER_SHARD = 1024
 """Unless something else is asked for; what chooses by model and device takes no more."""
@@ -88,14 +87,14 @@ class StoreSpec(Strict, extra="forbid"):
     details: dict[str, Setting] = Field(default_factory=dict)
 
 
-class Shards(Artifact):
+class ShardManifest(Artifact):
     """``shard-00000.json``: a shard's record while the store is not complete. inputs: the hash of its plan."""
 
     stage: str = STAGE
     files: Mapping[str, ShardRecord]
 
 
-class Manifest(Shards):
+class Manifest(ShardManifest):
     """``manifest.json``.
 
     inputs: the fields of a :class:`StoreSpec`. complete: whether ``files`` has all shards; before, they are recorded
@@ -113,9 +112,16 @@ class Manifest(Shards):
         return StoreSpec.model_validate(self.inputs)
 
     @model_validator(mode="after")
-    def _has_a_spec(self) -> Manifest:
-        assert self.spec.top_k
+    def _agrees(self) -> Manifest:
+        _ = self.spec  # raises what is wrong in it
+        if strangers := self.files.keys() - self.names:
+            raise ValueError(f"files: {min(strangers)} is no shard of it")
         return self
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The files of its shards, in order, whether they are there or not."""
+        return [shard_name(number) for number in range(len(self.bounds) - 1)]
 
     def changes(self, made_from: Inputs, keys: Sequence[str]) -> list[str]:
         """A line for each difference from what the store would be made from now, fields of a spec and keys of rows."""
@@ -128,11 +134,8 @@ class Manifest(Shards):
 
 
 def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or one of a stage."""
-    known = read(folder)
-    if known is not None and known.stage != STAGE:
-        raise StorageError(f"{folder} is not a store of captures, but an artifact of the stage {known.stage!r}")
-    return read_manifest(folder / MANIFEST, Manifest)
+    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or no store's."""
+    return read_manifest(folder / MANIFEST, Manifest, STAGE)
 
 
 def plan_hash(spec: StoreSpec, keys_xxh3: str) -> str:
@@ -151,9 +154,12 @@ def shard_name(index: int) -> str:
 
 
 def own_record(folder: Path, name: str, plan_xxh3: str) -> ShardRecord | None:
-    """The record that a shard has in a file of its own, if it was written for this plan. Raises StorageError."""
-    committed = read_manifest((folder / name).with_suffix(".json"), Shards)
-    return committed.files.get(name) if committed and committed.inputs == {"plan_xxh3": plan_xxh3} else None
+    """The record that a shard has in a file of its own, if it is whole and was written for this plan."""
+    with suppress(StorageError):  # damaged: its shard is captured again
+        committed = read_manifest((folder / name).with_suffix(".json"), ShardManifest, STAGE)
+        if committed is not None and committed.inputs == {"plan_xxh3": plan_xxh3}:
+            return committed.files.get(name)
+    return None
 
 
 def date_of(store: Path) -> datetime.date | None:
@@ -223,7 +229,7 @@ class Store:
         if manifest is None:
             raise StorageError(f"{folder} is not a store of captures: it has no {MANIFEST}")
         records = dict(manifest.files)
-        names = [shard_name(number) for number in range(len(manifest.bounds) - 1)]
+        names = manifest.names
         if not manifest.complete:
             plan = plan_hash(manifest.spec, manifest.keys_xxh3)
             records |= {name: own for name in names if (own := own_record(folder, name, plan))}
@@ -327,8 +333,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """Read everything and compare it with the manifest; returns a line for each file that is wrong."""
-        with disk_errors(self.path, "cannot be read"):
-            problems = differing(self.path, self.records)
+        problems = differing(self.path, self.records)
         keys: list[str] = []
         for number, record in enumerate(() if problems else self.records.values()):
             try:

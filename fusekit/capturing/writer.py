@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from fusekit.artifacts import write as write_manifest
 from fusekit.capturing.shards import Codec, Columns, Quarantined, ShardRecord, footer_hash, hash_of, shard_bytes
 from fusekit.capturing.store import (
     Manifest,
-    Shards,
+    ShardManifest,
     Store,
     StoreSpec,
     keys_hash,
@@ -131,7 +130,7 @@ class StoreWriter:
                 if key in quarantined
             ],
         )
-        own = Shards(inputs={"plan_xxh3": self._plan_hash}, files={path.name: record})
+        own = ShardManifest(inputs={"plan_xxh3": self._plan_hash}, files={path.name: record})
         write_manifest(path.with_suffix(".json"), own, self.rank)
         self._done.add(plan.index)
 
@@ -164,10 +163,7 @@ class StoreWriter:
     def _record(self, plan: ShardPlan) -> ShardRecord | None:
         """A shard's record: its own file's if that is of this plan, else the manifest's."""
         name = shard_name(plan.index)
-        found = None
-        with suppress(StorageError):  # damaged: it counts for nothing
-            found = own_record(self.path, name, self._plan_hash)
-        return found or self._records.get(name)
+        return own_record(self.path, name, self._plan_hash) or self._records.get(name)
 
     def _whole_shards(self) -> set[int]:
         """This process's shards that are as recorded; what stands in the place of others is removed."""

@@ -170,7 +170,8 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Print problems only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: problems by the folder of each artifact.")
 def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
-    """Read every artifact under PATHS and compare it with what was committed: stores, and the stages of a run.
+    """Read every artifact under PATHS and compare it with what was committed: stores, the stages of a run and the
+    checkpoints of a training.
 
     The result of `fusekit merge` alone has nothing to compare it with.
 
@@ -183,6 +184,8 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
         except (FusekitError, OSError) as error:
             wrong = [line if line.startswith(str(folder)) else f"{folder}: {line}" for line in str(error).splitlines()]
             good = ""
+        if not (folder / artifact.MANIFEST).exists():
+            continue  # a training deleted its checkpoint meanwhile
         found[str(folder)] = wrong
         for line in [] if as_json else wrong or ([] if quiet else [good]):
             click.echo(line)
@@ -194,8 +197,8 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     elif not found:
         where = ", ".join(map(str, paths))
         click.echo(
-            f"fusekit: nothing under {where} has a {artifact.MANIFEST}, which stores and the stages of a run have: "
-            "nothing to compare with. What `fusekit merge` writes is checked before it is published",
+            f"fusekit: nothing under {where} has a {artifact.MANIFEST}, which stores, the stages of a run and "
+            "checkpoints have: nothing to compare with. What `fusekit merge` writes is checked before it is published",
             err=True,
         )
     if problems or not found:

@@ -1,4 +1,4 @@
-"""What a student is taught, the top of a distribution for each label, and how it is compared with what it predicts.
+"""What a student is taught, the top of a distribution for each label, and its distances from what the student predicts.
 
 A distance comes with its slopes in the student's log-probabilities. An outcome is an id that the target lists, or
 "everything else". The student's log-probabilities are z_o - logsumexp(z), so with slopes g_o = dL/d(log p_o) and G

@@ -29,7 +29,6 @@ from fusekit.capturing.models import (
     valid_ids,
 )
 from fusekit.capturing.server import Scorer
-from fusekit.capturing.shards import ShardRecord
 from fusekit.capturing.store import StoreSpec
 from fusekit.capturing.teacher import Teacher, head_dtype
 from fusekit.data.prepare import prepare
@@ -53,7 +52,7 @@ class LiveTeacher:
     loaded.
     """
 
-    records: Mapping[str, ShardRecord] = {}  # of shards, which a store has
+    records: Mapping[str, Any] = {}  # of shards, which a store has
 
     def __init__(
         self,

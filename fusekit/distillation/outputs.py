@@ -108,8 +108,7 @@ def problems_of(checkpoint: Path, hashes: bool = True) -> list[str]:
         files = _manifest(checkpoint).files
     except StorageError as error:
         return [str(error)]
-    with disk_errors(checkpoint, "cannot be read"):
-        return artifact.differing(checkpoint, files, hashes=hashes)
+    return artifact.differing(checkpoint, files, hashes=hashes)
 
 
 def last_good(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -118,7 +118,7 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
 
 def _refuse_occupied(target: Target) -> None:
     if not outputs.is_former(target):
-        artifact.refuse_occupied(target.folder)
+        artifact.refuse_occupied(target.folder, STAGE)
 
 
 class _Work:

@@ -118,7 +118,7 @@ class Data(Stage):
             "for": {name: reader.fingerprint for name, reader in zip(context.names, readers, strict=True)},
             "date": context.date.isoformat(),
         }
-        artifact.publish(context.layout.data, "data", self.inputs(context, name, {}), write, made)
+        artifact.publish(context.layout.data, self.name, self.inputs(context, name, {}), write, made)
         for line in counts.lines:
             context.say(f"data: {line}")
 

@@ -132,7 +132,7 @@ def _left_behind(layout: Layout) -> list[Path]:
 
 def _foreign(layout: Layout, path: Path) -> list[str]:
     """What is not of a run in something that one of its stages made."""
-    if not path.is_dir() or _LEFT_BEHIND.fullmatch(path.name) or (path / artifact.BEGUN).is_file():
+    if not path.is_dir() or _LEFT_BEHIND.fullmatch(path.name) or (path / artifact.MADE_FROM).is_file():
         return []
     if path.parent in (layout.store(""), layout.winners("")):
         return [file.name for file in sorted(path.iterdir()) if not OF_STORES.fullmatch(file.name)]

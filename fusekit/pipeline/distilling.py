@@ -105,7 +105,7 @@ class Align(Stage):
             write_samples(into / "samples.json", drawn)
 
         inputs = self.inputs(context, source, {})
-        artifact.publish(context.layout.alignment(source), "align", inputs, write, context.made(started))
+        artifact.publish(context.layout.alignment(source), self.name, inputs, write, context.made(started))
         taught = quality.total.row_share
         context.say(f"align {source}: {taught:.1%} of {quality.pivot_tokens} pivot tokens get a row")
 
@@ -250,7 +250,7 @@ class Distill(Stage):
         target = Target(folder.name, folder, ())
         if outputs.is_former(target):
             return Status(folder)
-        known = made_from(folder)
+        known = made_from(folder, self.name)
         before = known if known is not None else artifact.begun(target.work)
         status = compared(folder, before, partial(self.inputs, context, name))
         if known is not None or status.state != DONE:

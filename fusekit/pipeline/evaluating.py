@@ -22,7 +22,7 @@ from fusekit.devices import Need
 from fusekit.disk import commit_file, counted
 from fusekit.distillation.settings import PLAIN
 from fusekit.errors import FusekitError, RecipeError
-from fusekit.evaluation.metrics import check_tasks, held_out_rows
+from fusekit.evaluation.metrics import check_tasks, evaluate_model, held_out_rows, lm_eval_figures
 from fusekit.evaluation.table import LM_EVAL, document_of
 from fusekit.layout import BASELINE, MERGED, PIVOT, Layout
 from fusekit.pipeline.capturing import hash_of, unreadable
@@ -175,8 +175,6 @@ def _identity(context: Context, name: str, model: Model) -> Inputs:
 
 def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: list[Row]) -> dict[str, Any]:
     """A model's scores by metric and data set."""
-    from fusekit.evaluation.metrics import evaluate_model
-
     section, (choice, template) = context.recipe.evaluate, model
     assert section is not None
     how: Any = section.model_dump(include={"metrics", "batch_tokens"})
@@ -193,8 +191,6 @@ def _scores(context: Context, name: str, model: Model, inputs: Inputs, rows: lis
 
 def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identity: Inputs) -> dict[str, Any]:
     """A model's figures on the tasks of lm-eval, by task."""
-    from fusekit.evaluation.metrics import lm_eval_figures
-
     own = hash_of(settings.include_path) if settings.include_path is not None else None
     asked = settings.model_dump(exclude={"batch_size"}) | {"lm_eval": version("lm_eval"), "own_tasks": own}
 
@@ -210,15 +206,15 @@ def _lm_eval(context: Context, settings: LmEval, name: str, model: Model, identi
 
 def _kept(context: Context, folder: Path, inputs: Inputs, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The scores in a folder where they are whole and of these inputs, else new ones, which are put there."""
-    if not artifact.is_kept(folder, inputs):
-        artifact.refuse_foreign(folder)  # now, not once the scores are there
+    if not artifact.is_kept(folder, Evaluate.name, inputs):
+        artifact.refuse_foreign(folder, Evaluate.name)  # now, not once the scores are there
         started = time.monotonic()
         scores = score()
 
         def write(into: Path) -> None:
             write_json(into / "scores.json", scores)
 
-        artifact.publish(folder, "evaluate", inputs, write, context.made(started))
+        artifact.publish(folder, Evaluate.name, inputs, write, context.made(started))
     found: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return found
 

@@ -63,17 +63,17 @@ class Merge(Stage):
 
     def check_place(self, context: Context, _name: str) -> None:
         """Refuse a folder that the merge will replace, but that holds files which are not of the run."""
-        final, known = context.layout.merged, artifact.read(context.layout.merged)
+        final, known = context.layout.merged, artifact.read(context.layout.merged, self.name)
         merged = dict(known.inputs.get("targets") or {}) if known is not None else {}
         there = {path.name: weights_hash(path) for path in context.targets if artifact.read(path) is not None}
         # A model that is to be trained again may come out as the one that was merged: the merge asks once it is there.
         names = {path.name for path in context.targets}
         if known is None or merged.keys() != names or any(merged[name] != found for name, found in there.items()):
-            artifact.refuse_foreign(final)
+            artifact.refuse_foreign(final, self.name)
 
     def status(self, context: Context, name: str) -> Status:
         """A merge of other models is out of date, and replaced; one of the same, but otherwise, is stale."""
-        status, before = super().status(context, name), made_from(context.layout.merged)
+        status, before = super().status(context, name), made_from(context.layout.merged, self.name)
         if status.state != STALE or before is None:
             return status
         if before.get("targets") == self.inputs(context, name, {})["targets"]:
@@ -103,7 +103,7 @@ class Merge(Stage):
             recover(final)
         done = self.status(context, name).is_done()
         if not done:
-            artifact.refuse_foreign(final)
+            artifact.refuse_foreign(final, self.name)
             for path in targets:
                 artifact.require_whole(path)
         by_itself = f"It can be repeated by mergekit alone: mergekit-yaml {layout.merge_recipe.name} OUT"
@@ -116,7 +116,7 @@ class Merge(Stage):
         started, made_of = time.monotonic(), self.inputs(context, name, {})
 
         def finish(folder: Path) -> None:
-            artifact.seal(folder, "merge", made_of, context.made(started))
+            artifact.seal(folder, self.name, made_of, context.made(started))
 
         settings = Settings(
             overwrite=artifact.read(final) is not None,

@@ -89,13 +89,13 @@ def _line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _status(context: Context, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
+def _status(context: Context, stage: str, folder: Path, inputs: Callable[[Inputs], Inputs], makers: int = 1) -> Status:
     """The status of an artifact that grows line by line. inputs: given the former ones, those that are known now."""
 
     def now(before: Inputs) -> Inputs:
         return before | inputs(before)
 
-    known, work = made_from(folder), Layout.work(folder)
+    known, work = made_from(folder, stage), Layout.work(folder)
     if known is not None or (begun := artifact.begun(work)) is None:
         return compared(folder, known, now)
     status = compared(work, begun, now)
@@ -144,7 +144,7 @@ class Respond(Stage):
         }
 
     def status(self, context: Context, name: str) -> Status:
-        return _status(context, context.layout.responses(name), partial(self.inputs, context, name))
+        return _status(context, self.name, context.layout.responses(name), partial(self.inputs, context, name))
 
     def make_one(self, context: Context, name: str) -> None:
         """Let a model answer the questions, or what is missing of them."""
@@ -177,7 +177,7 @@ class Respond(Stage):
                     record = {"question": Row(question.messages).key, "text": text, "finish": finish}
                     file.write(json.dumps(record) + "\n")
 
-        artifact.publish(folder, "respond", inputs, write, context.made(started))
+        artifact.publish(folder, Respond.name, inputs, write, context.made(started))
         shutil.rmtree(Layout.work(folder))
         finishes = Counter(finish for _, finish in answers)
         said = ", ".join(f"{number} {finish}" for finish, number in finishes.most_common())
@@ -207,7 +207,7 @@ class Judging(Stage):
 
     def check_place(self, context: Context, name: str) -> None:
         folder = self.artifacts(context)[name]
-        artifact.refuse_occupied(folder) if name == "votes" else check_store_place(folder)
+        artifact.refuse_occupied(folder, self.name) if name == "votes" else check_store_place(folder)
 
     def inputs(self, context: Context, _name: str, before: Inputs) -> Inputs:
         """Of the votes."""
@@ -237,7 +237,7 @@ class Judging(Stage):
 
     def status(self, context: Context, name: str) -> Status:
         judges = len(_section(context).judges)
-        votes = _status(context, context.layout.judged, partial(self.inputs, context, name), judges)
+        votes = _status(context, self.name, context.layout.judged, partial(self.inputs, context, name), judges)
         if name == "votes":
             return votes
         model, store = name.removeprefix("answers of "), self.artifacts(context)[name]
@@ -407,6 +407,6 @@ def _publish(
         counts = {judge: {name: known[name] for name in names[:-1]} for judge, known in votes.items()}
         write_json(into / COUNTS, {"votes": counts, "won": {name: won[name] for name in names}})
 
-    artifact.publish(folder, "judge", inputs, write, context.made(started))
+    artifact.publish(folder, Judging.name, inputs, write, context.made(started))
     shutil.rmtree(Layout.work(folder), ignore_errors=True)
     context.say(f"judge: {', '.join(f'{name} {number}' for name, number in won.most_common())}")

@@ -187,9 +187,12 @@ def compared(folder: Path, before: Inputs | None, inputs: Callable[[Inputs], Inp
     return Status(folder, STALE if changed else DONE, tuple(changed))
 
 
-def made_from(folder: Path) -> Inputs | None:
-    """What the artifact in a folder was made from, None where there is none. Raises StorageError for a damaged one."""
-    known = artifact.read(folder)
+def made_from(folder: Path, stage: str) -> Inputs | None:
+    """What a stage's artifact in a folder was made from, None where there is none.
+
+    Raises StorageError for a damaged one, or one of another stage.
+    """
+    known = artifact.read(folder, stage)
     return known.inputs if known is not None else None
 
 
@@ -258,7 +261,7 @@ class Stage:
     def status(self, context: Context, name: str) -> Status:
         """The status of an artifact, where those of ``needs`` are there. Raises StorageError for a damaged manifest."""
         folder = self.artifacts(context)[name]
-        return compared(folder, made_from(folder), partial(self.inputs, context, name))
+        return compared(folder, made_from(folder, self.name), partial(self.inputs, context, name))
 
     def make(self, context: Context) -> None:
         """Make what is missing. Raises StorageError where inputs changed."""
@@ -272,7 +275,7 @@ class Stage:
 
     def check_place(self, context: Context, name: str) -> None:
         """Raise StorageError for the folder of an artifact that holds what no run made, and would be lost."""
-        artifact.refuse_occupied(self.artifacts(context)[name])
+        artifact.refuse_occupied(self.artifacts(context)[name], self.name)
 
     def mistakes(self, recipe: Recipe, layout: Layout | None = None) -> list[Mistake]:  # noqa: ARG002
         """What is wrong with a recipe that can be read. layout: of the run, None where it has no folder yet."""

@@ -22,10 +22,10 @@ from fusekit.layout import PIVOT, TRAINING, WORK
 from fusekit.settings import (
     PATH,
     CaptureSettings,
-    Count,
     DataSettings,
     EngineSettings,
     EvaluateSettings,
+    Positive,
     RespondSettings,
     Settings,
 )
@@ -60,23 +60,23 @@ class ModelSize(Settings):
     The names are those of a config.json.
     """
 
-    parameters: Count = Field(description="Number of parameters.")
-    active_parameters: Count | None = Field(
+    parameters: Positive = Field(description="Number of parameters.")
+    active_parameters: Positive | None = Field(
         default=None, description="Number that takes part in one token, of a mixture of experts; null: all."
     )
-    vocab_size: Count | None = Field(default=None, description="Rows of the embedding.")
-    hidden_size: Count | None = Field(default=None, description="Width of the hidden states.")
-    intermediate_size: Count | None = Field(default=None, description="Width of the feed-forward.")
-    num_hidden_layers: Count | None = Field(default=None, description="How many layers.")
+    vocab_size: Positive | None = Field(default=None, description="Rows of the embedding.")
+    hidden_size: Positive | None = Field(default=None, description="Width of the hidden states.")
+    intermediate_size: Positive | None = Field(default=None, description="Width of the feed-forward.")
+    num_hidden_layers: Positive | None = Field(default=None, description="How many layers.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of the files.")
 
 
 class DataSize(Settings):
     """How large the data are, for ``fusekit plan`` where they cannot be read."""
 
-    rows: Count = Field(description="Number of examples.")
-    tokens: Count | None = Field(default=None, description="Tokens of all, for the pivot.")
-    labels: Count | None = Field(default=None, description="Labels among them; null: all.")
+    rows: Positive = Field(description="Number of examples.")
+    tokens: Positive | None = Field(default=None, description="Tokens of all, for the pivot.")
+    labels: Positive | None = Field(default=None, description="Labels among them; null: all.")
 
 
 class Pivot(Settings):

@@ -98,7 +98,7 @@ class Tensor(_Record):
 
 
 class Coefficients(_Record):
-    """``merged/coefficients.json`` (:class:`fusekit.merge_methods.MergeRecord`, with which mergekit is imported)."""
+    """``merged/coefficients.json``, as :class:`fusekit.merge_methods.MergeRecord`, which would import mergekit."""
 
     tensors: dict[str, Tensor]
 
@@ -236,7 +236,7 @@ class Facts:
             return None
 
     def _record(self, path: Path, kind: type[Loaded], *needs: str) -> Loaded | None:
-        """A value from JSON, unknown keys ignored. needs: keys that have to be there, whatever defaults it has."""
+        """A value from JSON, unknown keys ignored. needs: keys that have to be there though the class has a default."""
 
         def load(file: Path) -> Loaded:
             value = json.loads(file.read_bytes())

@@ -110,7 +110,8 @@ def alignment_page(quality: AlignmentQuality, samples: Sequence[Sample], worth: 
     return _rendered(
         "alignment.html.jinja",
         title=f"Alignment of {quality.source} with {quality.pivot}",
-        quality=TypeAdapter(AlignmentQuality).validate_python(quality.to_dict()),  # in the order of a run's
+        # With scripts and cases in the order that those of a run have.
+        quality=TypeAdapter(AlignmentQuality).validate_python(quality.to_dict()),
         worth=Worth.model_validate(worth.to_dict()) if worth is not None else None,
         name=quality.source,
         samples=samples,

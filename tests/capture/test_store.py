@@ -215,6 +215,11 @@ def test_what_is_no_store_is_left_alone(tmp_path):
         Store.open(tmp_path / "model")
     with refused(tmp_path / "model", "model.safetensors"):
         remove_store(tmp_path / "model")
+    write(tmp_path / "store")
+    whole = listing(tmp_path / "store")
+    with refused(tmp_path / "store", "capture", "distill"):
+        publish(tmp_path / "store", "distill", {}, lambda into: (into / "model.safetensors").write_bytes(b"weights"))
+    assert listing(tmp_path / "store") == whole
 
 
 def test_only_a_store_is_removed(damaged, tmp_path_factory):
@@ -251,6 +256,7 @@ def test_a_damaged_record_of_an_unfinished_shard_counts_for_nothing(tmp_path, pa
     write(folder, 0, 1, SPEC, False)
     (folder / "shard-00001.json").write_text('{"format": 1')
     (folder / "shard-00003.json").unlink()
+    assert list(Store.open(folder, incomplete=True).records) == ["shard-00000.parquet", "shard-00002.parquet"]
     assert write(folder) == [1, 3]
     assert listing(folder) == listing(path)
 
@@ -308,6 +314,7 @@ def test_fuzzed_manifests_and_shards_raise_fusekit_errors_only(damaged, path, da
         (lambda m: m["inputs"].update(surprise=1), ["surprise"]),
         (lambda m: m["files"].pop("shard-00003.parquet"), ["3 of 4"]),
         (lambda m: m["files"]["shard-00000.parquet"].update(size=5), ["shard-00000.parquet", " 5 "]),
+        (lambda m: m["files"].update({"../../secret": m["files"]["shard-00000.parquet"]}), ["files", "../../secret"]),
         (lambda m: m["files"]["shard-00001.parquet"].update(quarantined=[]), ["manifest.json", "keys"]),
         (lambda m: m["files"]["shard-00001.parquet"].update(xxh3="0" * 32), ["shard-00001.parquet", "content"]),
         (lambda m: m.update(keys_xxh3="0" * 32), ["manifest.json", "keys"]),
