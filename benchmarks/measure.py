@@ -94,7 +94,8 @@ def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def add(file: Path, rows: Sequence[Mapping[str, Any]], *names: str) -> None:
-    """Add rows to a file, in place of those that have the same values under these names."""
+    """Add rows to a file, in place of those that have the same values under these names; the machine as in `write`."""
+    rows = [{**row, "machine": row.get("machine", machine())} for row in rows]
     now = {tuple(str(row[name]) for name in names) for row in rows}
     before = list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
     _put(file, [*(row for row in before if tuple(row[name] for name in names) not in now), *rows])

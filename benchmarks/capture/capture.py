@@ -56,11 +56,11 @@ def random_ids(count: int, shortest: int, longest: int) -> Iterator[np.ndarray]:
 
 
 def forward(part: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """The bare forward pass of a model, or of a part of it, over padded batches on its device."""
+    """The bare forward pass of a model, or of a part of it, over padded batches, which are brought to its device."""
     with torch.inference_mode():
         for ids, mask in batches:
-            part(input_ids=ids, attention_mask=mask, use_cache=False)
-    if ids.device.type == "cuda":
+            part(input_ids=ids.to(part.device), attention_mask=mask.to(part.device), use_cache=False)
+    if part.device.type == "cuda":
         torch.cuda.synchronize()
 
 

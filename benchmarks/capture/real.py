@@ -51,7 +51,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     heads = {dtype: Teacher(model, selection=Selection(options.k), float32_head=dtype == "float32") for dtype in HEADS}
     tokens = [data.tokenize(row) for row in data.rows]
     planned = plan_batches([options.length - 1] * len(tokens), heads["float32"].batch_tokens)
-    batches = [tuple(x.to(device) for x in padded([tokens[i] for i in batch])) for batch in planned]
+    batches = [padded([tokens[i] for i in batch]) for batch in planned]
     with tempfile.TemporaryDirectory() as folder:
         calls = {"forward": partial(forward, model, batches)}
         for dtype, head in heads.items():

@@ -23,6 +23,8 @@ sys.path.insert(1, str(Path(__file__).parents[2]))  # before packages that insta
 
 from benchmarks.measure import RESULTS, device_name, forget_peak, in_turns, parser_of, resident, write
 
+del sys.path[1]  # what is measured in this process is the installed fusekit, as in others
+
 __all__ = ["RESULTS", "device_name", "forget_peak", "in_turns", "parser_of", "resident", "write"]  # and what follows
 
 VOCABULARY, HIDDEN, WIDE, HEADS, KEYS = 10_000, 2048, 5632, 32, 8
