@@ -178,6 +178,9 @@ def test_a_loss_of_ones_own(restored):
     tails = [1 - x.gather(1, listed).sum(1) for x in (p, q)]
     by_hand = (p - q).gather(1, listed).square().sum() + (tails[0] - tails[1]).square().sum()
     torch.testing.assert_close(distance(student, teacher), by_hand)
+    same = student.clone().requires_grad_()
+    distance(same, student).backward()
+    torch.testing.assert_close(same.grad, torch.zeros_like(same), atol=1e-12, rtol=0)
 
 
 def test_a_fusion_function_of_ones_own(restored):

@@ -75,6 +75,17 @@ def test_empty_text(method):
     assert alignment.groups == []
 
 
+def test_a_hundred_thousand_characters():
+    text = ("Zażółć gęślą jaźń 🤖 日本語 def f(x):\n\treturn x\n" * 2500)[:100_000]
+    found = align(text, load("mistral"), load("deepseek"))
+    sides = (("mistral", found.pivot_ids), ("deepseek", found.source_ids))
+    ours, theirs = (np.cumsum([len(reference.token_bytes(load(name), i)) for i in ids.tolist()]) for name, ids in sides)
+    ours -= 1  # the dummy space
+    assert found.pivot.ends.tolist() == ours.tolist()
+    assert found.source.ends.tolist() == theirs.tolist()
+    assert ours[found.source_at >= 0].tolist() == sorted({*ours.tolist()} & {*theirs.tolist()})
+
+
 @pytest.mark.parametrize("name", [*REAL, *MADE])
 def test_a_tokenizer_links_to_itself_everywhere(name):
     for text in EDGE_CASES.values():

@@ -53,6 +53,10 @@ def assert_same(store, expected):
     assert difference(list(expected), list(store)).largest < CLOSE
     for ours, theirs in zip(store, expected, strict=True):
         assert np.array_equal(ours.tokens.ids, theirs.tokens.ids)
+        np.testing.assert_allclose(ours.actual, theirs.actual, atol=CLOSE, rtol=0)
+        for j, i in np.argwhere(ours.rows.ids[:, :-1] != theirs.rows.ids[:, :-1]):
+            near = theirs.rows.logprobs[j, max(i - 1, 0) : i + 2]
+            assert np.diff(np.sort(near)).min() < CLOSE, "ids differ without a tie"
         np.testing.assert_allclose(ours.rows.logprobs, theirs.rows.logprobs, atol=CLOSE, rtol=0)
         np.testing.assert_allclose(ours.rows.tail, theirs.rows.tail, atol=CLOSE, rtol=0)
         assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, abs=CLOSE * len(ours.actual))

@@ -106,7 +106,7 @@ def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data[:-1], "is cut off"),
+        (lambda data: data[:-1], "is cut off: .* bytes"),
         (lambda data: b"GGML" + data[4:], "not a GGUF file"),
         (lambda data: data[:4] + b"\x01" + data[5:], "version is 1"),
         (lambda data: data[:8] + b"\xff" * 8 + data[16:], "damaged"),
@@ -116,7 +116,7 @@ def test_a_folder_of_gguf_files_names_them_and_how_to_choose(files):
 def test_a_damaged_file_is_refused_and_named(files, tmp_path, change, says):
     path = tmp_path / "broken.gguf"
     path.write_bytes(change(files["Q8_0"].read_bytes()))
-    with refused(CaptureError, path, says):
+    with pytest.raises(CaptureError, match=f"{path}.*{says}"):
         find_checkpoint(ModelChoice(str(path)))
 
 

@@ -92,12 +92,17 @@ INDEX = "model.safetensors.index.json"
         (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
         (lambda m: (m / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'), "not a weight file in"),
         (lambda m: (m / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'), r"b\.safetensors is not there"),
-        (lambda m: os.truncate(m / "model.safetensors", 9000), r"safetensors is damaged: 9000 bytes, .* describes \d+"),
     ],
 )
 def test_folders_that_lack_something_are_named_with_it(model, break_it, expected):
     break_it(model)
     with pytest.raises(CaptureError, match=expected):
+        find_checkpoint(ModelChoice(str(model)))
+
+
+def test_weights_that_are_cut_off_are_named(model):
+    os.truncate(model / "model.safetensors", 9000)
+    with pytest.raises(CaptureError, match=r"safetensors is damaged: 9000 bytes, .* describes \d+"):
         load_model(find_checkpoint(ModelChoice(str(model))), CPU)
 
 

@@ -83,7 +83,8 @@ def test_the_tasks_of_srun_complete_a_store(machines, tmp_path):
     out = tmp_path / "out"
     environments = [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3"} for rank in range(3)]
     tasks = [capturing(out, machine=machines[0], environment=environment) for environment in environments]
-    assert [task.wait().exitcode for task in tasks] == [0, 0, 0]
+    for done in [task.wait() for task in tasks]:
+        assert done.exitcode == 0, done.output
     assert_is_that_of_one_process(out, machines)
 
 

@@ -184,7 +184,8 @@ def test_a_model_that_cannot_be_split_is_run_whole_and_that_is_said():
 
 def test_a_head_that_is_no_plain_linear_layer_is_run_by_the_model():
     model, rows, selection, said = random_model("llama"), random_rows(LENGTHS), Selection(7), []
-    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), {})
+    halved = {"forward": lambda self, x: torch.nn.Linear.forward(self, x) / 2}
+    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), halved)
     teacher = Teacher(model, selection=selection, batch_tokens=64, notify=said.append)
     assert_equal(model, rows, teacher.score(rows), selection)
     assert said == []
@@ -205,6 +206,14 @@ def test_rows_that_the_model_was_not_made_for_are_refused():
         Teacher(random_model("llama"), name="small", longest=3).score([row_of([1, 2, 3, 4], [2])])
     with pytest.raises(CaptureError, match=f"token id {VOCABULARY}, but small has {VOCABULARY} embeddings"):
         Teacher(random_model("llama"), name="small").score([row_of([1, VOCABULARY, 2], [2])])
+
+
+def test_a_redone_shard_has_the_same_bits():
+    model, rows = random_model("mixtral"), random_rows(LENGTHS)
+    one, two = (Teacher(model, batch_tokens=64).score(rows) for _ in range(2))
+    for first, second in zip(one.rows, two.rows, strict=True):
+        assert all(map(np.array_equal, (*first.rows, first.actual), (*second.rows, second.actual)))
+        assert first.cross_entropy == second.cross_entropy
 
 
 def test_batches_are_halved_once_and_later_ones_start_at_what_fitted(monkeypatch):

@@ -234,7 +234,7 @@ def test_nothing_but_unusable_examples_is_an_error(tmp_path):
     [
         ("a.csv", b"a,b", ["'.csv'", ".jsonl, .json, .parquet, .txt"]),
         ("a.txt", b"a\nb\n\xff", ["utf-8"]),
-        ("a.parquet", b"PAR1", ["row 0"]),
+        ("a.parquet", b"PAR1", ["row 0", "Parquet"]),
         ("a.json", b"[" * 100_000, ["recursion"]),
         ("a.json", b'[\n{"text": "a"},\n nope]', ["line 3"]),
         ("a.json", b"1", ["one JSON value"]),

@@ -246,6 +246,7 @@ def mistral(adds_bos):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
         )
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == adds_bos
     return tokenizer
 
 

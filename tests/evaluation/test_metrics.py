@@ -154,7 +154,12 @@ def test_rows_longer_than_the_model_was_made_for_are_refused_before_its_weights_
 
 
 def test_exact_match_equals_row_by_row_generation(pivot):
-    plain = [slow_reply(*pivot, question).strip() for question in asked(pivot[1], 40)]
+    model, own, plain = pivot[0], pivot[1].tokenizer, []
+    for question in QUESTIONS:
+        turn, how = [{"role": "user", "content": question}], {"return_tensors": "pt", "return_dict": True}
+        ids = own.apply_chat_template(turn, add_generation_prompt=True, **how)
+        out = model.generate(**ids, do_sample=False, max_new_tokens=40)[0, ids["input_ids"].shape[1] :]
+        plain.append(own.decode(out, skip_special_tokens=True).strip())
     right, longer, shorter = (
         [row(question, change(reply)) for question, reply in zip(QUESTIONS, plain, strict=True)]
         for change in (str, lambda reply: reply + "0", lambda reply: reply[:-1])
@@ -169,7 +174,7 @@ def test_rows_without_an_answer_are_refused(pivot):
         exact_match(*pivot, [Row((Message("assistant", "a"), Message("user", "b")))])
 
 
-QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9="]
+QUESTIONS = ["57+68=", "11+12=", "Reverse: k b x q", "Sort: k b x q", "Capital of Peru?", "90+9=", "25+25="]
 
 
 def asked(reads: RowTokenizer, *longest: int) -> list[Question]:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fusekit.cli.generate import generate
 from fusekit.data.reading import read_rows
 from fusekit.disk import output_lock
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, StorageError
 from fusekit.generation import Segment
 from fusekit.generation.ensemble import drain
 from fusekit.pipeline.run import run
@@ -158,7 +158,9 @@ def test_raw_answers_are_texts_and_end_before_a_stop(tmp_path):
 def test_one_process_at_a_time_writes_a_file(tmp_path):
     out = tmp_path / "answers.jsonl"
     with output_lock(out):
-        assert str(out) in refusal(*MODELS, "--prompt", "1+1=", "--out", str(out))
+        failed = invoke(*MODELS, "--prompt", "1+1=", "--out", str(out)).exception
+    assert isinstance(failed, StorageError)
+    assert str(out) in str(failed)
     assert not out.exists()
 
 
