@@ -132,7 +132,8 @@ def edit_config(path: Path, **changes: Any) -> None:
     """Change fields of a model's config.json in place; None removes one."""
     file = Path(path) / "config.json"
     content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    removed = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in removed}))
 
 
 def family(root: Path, targets: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Path, list[Path]]:

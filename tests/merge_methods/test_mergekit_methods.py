@@ -204,7 +204,7 @@ def test_units_of_state_dicts_are_measured_in_the_dtype_of_the_merge():
 @pytest.mark.parametrize("granularity", UNITS)
 def test_one_tensor_alone_has_no_unit(granularity):
     alone, name = [torch.zeros(3), torch.ones(3)], "model.layers.0.mlp.w"
-    with refused(MergeError, "one tensor alone", "granularity: matrix"):
+    with refused(MergeError, "passes one tensor alone", "granularity: matrix"):
         merge_tensors(alone, "varm", base_index=0, name=name, parameters={"granularity": granularity})
 
 
@@ -252,6 +252,7 @@ def test_base_listed_among_the_models_changes_nothing(tmp_path, method, models):
 
 def test_widen_merges_embeddings_by_their_tokens_and_heads_by_their_columns(tmp_path, models, tensors):
     found = merged(tmp_path / "out", models, "widen", {"threshold": 1.2})
+    assert found.keys() == tensors[0].keys()
     assert "lm_head.weight" in found
     for name, tensor in found.items():
         base, *targets = [model[name] for model in tensors]
@@ -275,7 +276,7 @@ def test_parameters_by_filter_and_gradient(tmp_path, models):
 
 
 def test_model_unit_with_a_tokenizer_is_a_named_error(tmp_path, models):
-    with refused(MergeError, "embed_tokens", "PermutedVocabulary", "granularity: matrix"):
+    with refused(MergeError, "embed_tokens", "is loaded by PermutedVocabulary", "granularity: matrix"):
         merged(tmp_path / "out", models, "varm", {"granularity": "model"}, tokenizer={"source": "base"})
 
 
@@ -287,7 +288,7 @@ def sliced(models, ranges, granularity):
 @pytest.mark.parametrize("granularity", UNITS)
 def test_slices_that_rename_tensors_are_refused_beyond_a_matrix(tmp_path, models, granularity):
     assert len(run(sliced(models, [[1, 2], [0, 1]], "matrix"), tmp_path / "matrix")) == 21
-    with refused(MergeError, "`slices:`", "layers.0.", "layers.1."):
+    with refused(MergeError, "not possible with these `slices:`", "layers.0.", "layers.1."):
         run(sliced(models, [[1, 2], [0, 1]], granularity), tmp_path / granularity)
 
 

@@ -109,9 +109,10 @@ def stock(recipe: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 def merged_as_by_stock(recipe: Path, **options: Any) -> dict[str, torch.Tensor]:
     """Merge to "out": its tensors are those of mergekit itself to the bit, and transformers takes exactly them."""
-    merge(recipe, "out", settings=QUIET)
+    done = merge(recipe, "out", settings=QUIET)
     out = recipe.parent / "out"
     found = tensors_of(out)
+    assert done.tensors == len(found)
     same_tensors(found, stock(recipe, recipe.parent / "stock", **options))
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]

@@ -65,7 +65,8 @@ def test_fused_and_separate_experts_are_the_same_model(write_recipe, workshop):
         same_tensors(tensors_of(workshop / f"mixed-{method}"), tensors_of(workshop / f"separate-{method}"))
 
 
-def test_an_expert_that_is_missing_or_broken_is_named(recipe, workshop):
+def test_an_expert_that_is_missing_or_broken_is_named(write_recipe, workshop):
+    recipe = write_recipe(**METHODS["fusechat_sce"])
     one, two = workshop / "target1", workshop / "target2"
     name = next(name for name in tensors_of(one) if "experts.3." in name)
     edit_tensors(one, lambda tensors: tensors.pop(name))
@@ -77,6 +78,6 @@ def test_an_expert_that_is_missing_or_broken_is_named(recipe, workshop):
     merge_refused(recipe, "target2", name, "float8")
 
 
-def test_another_number_of_experts_per_token_is_refused(recipe, workshop):
+def test_another_number_of_experts_per_token_is_refused(write_recipe, workshop):
     configured("target1", num_experts_per_tok=1)(workshop)
-    merge_refused(recipe, "target1", "num_experts_per_tok 1", "base has 2")
+    merge_refused(write_recipe(**METHODS["fusechat_sce"]), "target1", "num_experts_per_tok 1", "base has 2")
