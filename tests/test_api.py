@@ -124,8 +124,9 @@ def test_weights_of_a_loaded_student_are_told_apart_by_every_tensor() -> None:
         ({"preset": "fusechatt"}, ("fusechatt", "fusechat")),
         ({"preset": "profuser", "fusion": {}}, ("profuser", "recipe")),
         ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor",)),
-        ({"top_k": 0}, ("top_k", "0")),
-        ({"max_length": -3}, ("max_length", "-3")),
+        ({"top_k": 0}, ("top_k is 0: ",)),
+        ({"max_length": 0}, ("max_length is 0: ",)),
+        ({"max_length": -3}, ("max_length is -3: ",)),
         ({"fusion": {"mode": "pairwise"}}, ("fusion.mode", "pairwise")),
     ],
 )

@@ -65,7 +65,7 @@ PIVOT = find_checkpoint(ModelChoice("demo/models/pivot"))
         ("profuser", {"training": {"schedule": [{"epochs": 1}]}}, "0"),
         ("profuser", {"fusion": {"mode": "pairwise"}}, "joint"),
         ("fusekit", {"fusion": {"function": "reward_softmax"}}, "give FusionDataset rewards"),
-        ("fusekit", {"training": {"save_only_model": True}}, "save_only_model"),
+        ("fusekit", {"training": {"save_only_model": True}}, "save_only_model cannot be set"),
     ],
 )
 def test_values_that_cannot_be_had_together_are_refused(preset: str, changes: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 
 from fusekit.alignment.vocabulary_map import build_vocabulary_map
 from fusekit.capturing.teacher import Teacher
+from fusekit.cli import cli
 from fusekit.distillation import outputs
 from fusekit.distillation.batching import EpochSampler, FusionCollator, Scheduled
 from fusekit.distillation.dataset import FusionDataset
@@ -28,6 +31,7 @@ from fusekit.settings import Selection
 from tests.capture.random_models import random_model
 from tests.distillation import reference as slow
 from tests.distillation import runs, worlds
+from tests.pipeline.worlds import flip
 from tests.processes import Process
 
 Weights = dict[str, torch.Tensor]
@@ -128,11 +132,19 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
 def test_a_run_that_resumes_goes_on_counting_who_taught_and_passes_over_what_is_damaged(tmp_path: Path) -> None:
     whole = runs.long_run(tmp_path)
     whole.train()
-    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    optimizer = tmp_path / "checkpoint-6" / "optimizer.pt"
+    sound = CliRunner().invoke(cli, ["verify", str(tmp_path)])
+    assert sound.exit_code == 0, sound.output
+    assert re.search(rf"{optimizer.parent}: \d+ files of the stage 'checkpoint', all as committed", sound.output)
+    flip(optimizer)
+    flipped = CliRunner().invoke(cli, ["verify", "--quiet", str(tmp_path)])
+    assert flipped.exit_code == 1
+    assert f"{optimizer}: its content is not what was written" in flipped.output
+    optimizer.write_bytes(b"")
     said: list[str] = []
     again = runs.long_run(tmp_path, say=said.append)
     again.train(resume_from_checkpoint=True)
-    assert any("checkpoint-6" in line for line in said)
+    assert any("checkpoint-6 is not used" in line for line in said)
     assert again.state.global_step == 6
     assert again.tally.so_far() == pytest.approx(whole.tally.so_far())
     assert whole.tally.so_far()["rows"] == 24

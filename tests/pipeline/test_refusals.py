@@ -43,9 +43,10 @@ def test_folders_without_a_manifest_are_not_replaced(place, step, first, tmp_pat
     recipe, out = first[0] / "recipe.yml", tmp_path / "mine"
     (out / place).parent.mkdir(parents=True)
     (out / place).write_text("the only copy")
+    (out / place).with_name("z.txt").write_text("too")
     folder = next(path for path in (out / place).parents if path.name in ("data", "llama", "sft", "merged"))
     name = re.escape(str((out / place).relative_to(folder)))
-    foreign(recipe, out, rf"{folder}.* holds {name}", step)
+    foreign(recipe, out, rf"{folder}.* holds {name} \(and 1 more\), ", step)
     assert (out / place).read_text() == "the only copy"
     assert not (out / "recipe.resolved.yml").exists()
 

@@ -86,7 +86,9 @@ def test_a_path_alone_is_a_model_or_data(write, data):
     recipe = load_recipe(write(yaml.safe_dump(short)), ["sources.0.chat_template=pivot"])
     assert recipe == load_recipe(write(SMALL), [f"data.path={data}", "sources.0.chat_template=pivot"])
     assert [source.chat_template for source in recipe.sources] == ["pivot", "own"]
-    assert load_recipe(write(SMALL), ["pivot=org/other"]).pivot.model == "org/other"
+    recipe = load_recipe(write(SMALL), ["pivot=org/other", "sources.1.name=other", "distill.lora={r: 8}"])
+    assert (recipe.pivot.model, recipe.sources[1].label) == ("org/other", "other")
+    assert recipe.distill.lora == {"r": 8}
     assert jsonschema.Draft202012Validator(schema()).is_valid(short)
 
 
@@ -96,7 +98,8 @@ def test_a_path_alone_is_a_model_or_data(write, data):
 def assert_rows(error: BaseException | None, expected: list[tuple[int | str, str]]) -> None:
     """A RecipeError of one row per mistake, in order, each with its line or another place, and what it says."""
     assert isinstance(error, RecipeError)
-    _, *rows = str(error).splitlines()
+    head, *rows = str(error).splitlines()
+    assert head.endswith(f": {len(expected)} problems")
     for row, (place, says) in zip(rows, expected, strict=True):
         assert (f"line {place}: " if isinstance(place, int) else f"{place}: ") in row
         assert says in row
