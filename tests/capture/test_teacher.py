@@ -183,11 +183,14 @@ def test_a_model_that_cannot_be_split_is_run_whole_and_that_is_said():
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_run_by_the_model():
-    model, rows, selection, said = random_model("llama"), random_rows(LENGTHS), Selection(7), []
-    halved = {"forward": lambda self, x: torch.nn.Linear.forward(self, x) / 2}
-    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), halved)
+    model, rows, selection, said, runs = random_model("llama"), random_rows(LENGTHS), Selection(7), [], []
+    counting = {"forward": lambda self, x: runs.append(x.shape[:-1].numel()) or torch.nn.Linear.forward(self, x)}
+    model.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), counting)
     teacher = Teacher(model, selection=selection, batch_tokens=64, notify=said.append)
-    assert_equal(model, rows, teacher.score(rows), selection)
+    runs.clear()
+    scored = teacher.score(rows)
+    assert sum(runs) == sum(int(row.labels.sum()) for row in rows)
+    assert_equal(model, rows, scored, selection)
     assert said == []
 
 
