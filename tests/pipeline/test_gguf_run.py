@@ -85,7 +85,7 @@ def test_a_rerun_does_nothing_and_a_pivot_of_another_file_is_refused_by_run_and_
         assert layout.pivot in [item.path for item in cleaning.unneeded(layout, plain).items]
     verified = CliRunner().invoke(commands, ["verify", str(out)])
     assert verified.exit_code == 0, verified.output
-    assert re.search(rf"{out / 'pivot'}: \d+ files of the stage 'dequantise', all as committed", verified.output)
+    assert re.search(rf"{out / 'pivot'}: \d+ files of the stage 'pivot', all as committed", verified.output)
 
 
 def test_commands_take_the_path_of_a_file(world, tmp_path):
