@@ -177,7 +177,7 @@ def read_manifest(path: Path, kind: type[AnyArtifact], stage: str | None = None)
                 raise ValueError("it is not what was written")
             if stage not in (None, content.get("stage")):
                 raise StorageError(
-                    f"{path.parent} is of the stage {content.get('stage')!r}, and {stage!r} was to be there: move it "
+                    f"{path.parent} holds a result of the stage {content.get('stage')!r}, not of {stage!r}: move it "
                     "away, or choose another folder"
                 )
             return kind.model_validate(content)

@@ -31,8 +31,8 @@ _ADVICE = {
     errno.EDQUOT: "free some space or ",
     errno.EFBIG: "raise `ulimit -f` or ",
     errno.EROFS: "",
-    errno.EACCES: "",
-    errno.EPERM: "",
+    errno.EACCES: "check its permissions or ",
+    errno.EPERM: "check its permissions or ",
     errno.EIO: "check the disk or ",
 }
 

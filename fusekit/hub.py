@@ -266,15 +266,16 @@ def unreachable(error: BaseException) -> bool:
 def explain(error: BaseException, repository: str) -> ModelError:
     """A ModelError that says what to do about an exception of the hub client."""
     login = f"log in with `hf auth login` or set HF_TOKEN ({'a' if huggingface_hub.get_token() else 'no'} token is set)"
+    nowhere = f"{repository} is no local folder, it is not in the cache ({constants.HF_HUB_CACHE}), and"
     text = f"{repository} cannot be fetched from {constants.ENDPOINT}: {' '.join(str(error).split())}"
     if constants.is_offline_mode():
         text = (
-            f"{repository} is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set: unset it, or "
+            f"{nowhere} HF_HUB_OFFLINE is set: unset it, or "
             f"fetch the model where there is a network with `hf download {repository}`"
         )
     elif unreachable(error):
         text = (
-            f"{repository} is not in the cache ({constants.HF_HUB_CACHE}) and {constants.ENDPOINT} does not answer "
+            f"{nowhere} {constants.ENDPOINT} does not answer "
             f"({type(error).__name__}: {error}): check the network, a proxy, or HF_ENDPOINT"
         )
     elif isinstance(error, hub_errors.GatedRepoError):

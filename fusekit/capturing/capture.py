@@ -37,7 +37,7 @@ from fusekit.data.reading import DataCounts, rows_of
 from fusekit.data.templates import ChatTemplate
 from fusekit.data.tokenize import RowTokenizer
 from fusekit.devices import Need, Processes, disk, progress, refuse_lacking, worth_saying
-from fusekit.disk import counted, output_lock, remove
+from fusekit.disk import counted, output_lock, refuse_file, remove
 from fusekit.errors import CaptureError, DataError, ModelError
 from fusekit.settings import CaptureSettings, DataSettings, EngineSettings
 from fusekit.types import Row, TokenizedRow
@@ -444,6 +444,7 @@ def capture_job(
     """What :func:`capture` does, before it is done. counts: what the reader of ``dataset`` counts."""
     if not isinstance(model, (str, PathLike, ModelChoice)):
         raise ModelError(f"model is {type(model).__name__}: give its name on the hub, its folder or a ModelChoice")
+    refuse_file(Path(out))
     known = (*CUTS, *CaptureSettings.model_fields)
     if unknown := [name for name in settings if name not in known]:
         raise DataError(f"capture has no setting {unknown[0]!r}{nearest(unknown[0], known)}")

@@ -12,7 +12,7 @@ import click
 from pydantic import ValidationError
 
 from fusekit.cli.common import JSON, command_again, drop_noise, given, interruptible, options_of, print_json
-from fusekit.disk import counted, human, refuse_file
+from fusekit.disk import counted, human
 from fusekit.errors import CaptureError
 from fusekit.recipe.sections import Load
 from fusekit.settings import CaptureSettings, DataSettings, EngineSettings
@@ -82,7 +82,6 @@ def capture(**options: Any) -> None:
     from fusekit.devices import Processes
 
     drop_noise()
-    refuse_file(options["out"])
     processes = Processes.started(options["rank"], options["world"])
     silent, out = options["quiet"] or not processes.is_first, options["out"]
 

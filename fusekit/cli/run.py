@@ -156,7 +156,10 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
         try:
             held.enter_context(output_lock(out))
         except StorageError as error:
-            click.echo(f"fusekit: {error} The report shows what is there so far; the card is not changed.", err=True)
+            click.echo(
+                f"fusekit: {str(error).rstrip('.')}. The report shows what is there so far; the card is not changed.",
+                err=True,
+            )
             no_card = True
         for line in write_report(out, with_card=not no_card):
             if not quiet or line.startswith("warning"):
@@ -166,7 +169,7 @@ def report(out: Path, *, no_card: bool = False, quiet: bool = False) -> None:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-q", "--quiet", is_flag=True, help="Print problems only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: problems by the folder of each artifact.")
 def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
@@ -193,7 +196,11 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(found)
     elif problems:
-        click.echo(f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}", err=True)
+        click.echo(
+            f"fusekit: {counted(problems, 'problem')} in {counted(len(found), 'artifact')}: restore what is named, or "
+            "remove the artifact and run the command that made it again",
+            err=True,
+        )
     elif not found:
         where = ", ".join(map(str, paths))
         click.echo(
@@ -207,7 +214,7 @@ def verify(paths: tuple[Path, ...], quiet: bool, as_json: bool) -> None:
 
 def _artifacts(path: Path) -> Iterator[Path]:
     """The folders with a manifest at or below a path, in order."""
-    for name, below, files in os.walk(path if path.is_dir() else path.parent):
+    for name, below, files in os.walk(path):
         below.sort()
         if artifact.MANIFEST in files:
             yield Path(name)

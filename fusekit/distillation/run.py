@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fusekit.distillation.live import LiveTeacher
 from fusekit.distillation.projections import Projection
 from fusekit.distillation.settings import AlignmentSettings, DistillSettings, Target, targets_of
 from fusekit.distillation.trainer import FusionTrainer
-from fusekit.errors import DistillationError
+from fusekit.errors import DistillationError, StorageError
 from fusekit.gguf import split
 from fusekit.layout import PIVOT
 from fusekit.types import Row
@@ -105,6 +105,9 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
     out.mkdir(exist_ok=True)
     for target in targets:
         recover(target.folder)
+    _refuse_result(out)
+    for target in targets:
+        _refuse_result(target.folder, STAGE)
     there = [path for target in targets for path in (target.folder, target.work) if path.exists()]
     if there and not resume and not overwrite:
         raise DistillationError(
@@ -114,6 +117,16 @@ def _claim(stack: ExitStack, out: Path, targets: Sequence[Target], resume: bool,
         _refuse_occupied(target)
     if overwrite:
         outputs.begin_overwriting(targets)
+
+
+def _refuse_result(folder: Path, but: str | None = None) -> None:
+    known = None
+    with suppress(StorageError):  # a damaged one may be replaced
+        known = artifact.read(folder)
+    if known is not None and known.stage != but:
+        raise DistillationError(
+            f"{folder} holds a result of the stage {known.stage!r}: choose another output; nothing was touched"
+        )
 
 
 def _refuse_occupied(target: Target) -> None:

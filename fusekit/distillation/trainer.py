@@ -400,17 +400,29 @@ class FusionTrainer(Trainer):
         return total
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """As of transformers; ``resume_from_checkpoint=True`` takes the latest whose files are as they were written."""
+        """As of transformers; ``resume_from_checkpoint=True`` takes the latest whose files are as they were written.
+
+        Raises DistillationError for one that is damaged, or where there is none.
+        """
+        good = None
         if resume_from_checkpoint is True:
-            folder = Path(self.args.output_dir)
-            good = Processes.current().first_then_all(lambda: outputs.last_good(folder, self.say))
+            folder, passed_over = Path(self.args.output_dir), list[str]()
+            good = Processes.current().first_then_all(lambda: outputs.last_good(folder, passed_over.append))
             if good is None:
                 raise DistillationError(
                     f"{folder} has no whole checkpoint to resume from: leave resume_from_checkpoint out to start over"
+                    + "".join(f"\n  {line}" for line in passed_over)
                 )
+            for line in passed_over:
+                self.say(line)
             resume_from_checkpoint = str(good)
         facts: Mapping[str, Any] = {}
         if resume_from_checkpoint and (Path(resume_from_checkpoint) / MANIFEST).is_file():
+            if good is None and (wrong := outputs.problems_of(Path(resume_from_checkpoint))):
+                raise DistillationError(
+                    f"{resume_from_checkpoint} is not what was written; resume_from_checkpoint=True takes the latest "
+                    "checkpoint that is:\n  " + "\n  ".join(wrong)
+                )
             facts = outputs.facts_of(Path(resume_from_checkpoint))
         self.tally.start(facts.get("counts", {}))
         self.skipped, self.skipped_in_row = int(facts.get("skipped", 0)), 0

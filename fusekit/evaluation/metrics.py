@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from fusekit.capturing.models import ModelChoice, find_checkpoint, load_model, load_tokenizer, longest_input, valid_ids
 from fusekit.capturing.teacher import BATCH_TOKENS, Teacher, plan_batches
@@ -30,7 +31,7 @@ from fusekit.evaluation.table import document_of
 from fusekit.generation.respond import continued, eos_ids, plain_generation, prompt_of
 from fusekit.settings import EvaluateSettings, LmEval, Selection
 from fusekit.types import Message, Part, Row, TokenizedRow
-from fusekit.yaml import nearest
+from fusekit.yaml import nearest, setting_problem
 
 SLACK_TOKENS = 8
 """How much longer than the right answer a reply may be before it is stopped; it is wrong by then."""
@@ -75,8 +76,13 @@ def evaluate(
         {'demo/models/numbers': {'exact_match': {'sums': 1.0}}}
     """
     models, data = ([one] if isinstance(one, (str, Path)) else one for one in (models, data))
-    asked = EvaluateSettings.model_validate({**settings, "path": [str(path) for path in data]})
+    try:
+        asked = EvaluateSettings.model_validate({**settings, "path": [str(path) for path in data]})
+    except ValidationError as error:
+        raise DataError("; ".join(map(setting_problem, error.errors()))) from error
     choices = [ModelChoice(str(model), **(load or {})) for model in models]
+    if not choices:
+        raise DataError("there is no model to evaluate")
     found: dict[str, dict[str, dict[str, float]]] = evaluate_all(choices, asked, chat_template)["models"]
     return found
 

@@ -313,6 +313,14 @@ def test_an_overwrite_that_was_interrupted_goes_on(rate: float, world: Path, tra
         distill(inputs(world), settings(training={**TWICE, "learning_rate": 0.5}), out, resume=True)
 
 
+@pytest.mark.parametrize("out", ["", "source1"])
+def test_a_result_of_another_stage_is_not_overwritten_nor_written_into(out: str, world: Path, tmp_path: Path) -> None:
+    artifact.publish(tmp_path / "source1", "align", {}, lambda into: (into / "quality.json").write_text("{}"))
+    with refused(DistillationError, tmp_path / "source1", "align"):
+        distill(inputs(world), settings(), tmp_path / out, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "source1").iterdir()) == ["manifest.json", "quality.json"]
+
+
 def test_checkpoints_that_cannot_be_forgotten_are_named(world: Path, trained: Train, tmp_path: Path) -> None:
     shutil.copytree(trained(**TWICE), tmp_path / "out" / "source1")
     (tmp_path / "out" / "source1.training").write_text("no folder")

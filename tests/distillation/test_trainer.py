@@ -31,6 +31,7 @@ from fusekit.settings import Selection
 from tests.capture.random_models import random_model
 from tests.distillation import reference as slow
 from tests.distillation import runs, worlds
+from tests.helpers import refused
 from tests.pipeline.worlds import flip
 from tests.processes import Process
 
@@ -140,6 +141,8 @@ def test_a_run_that_resumes_goes_on_counting_who_taught_and_passes_over_what_is_
     flipped = CliRunner().invoke(cli, ["verify", "--quiet", str(tmp_path)])
     assert flipped.exit_code == 1
     assert f"{optimizer}: its content is not what was written" in flipped.output
+    with refused(DistillationError, optimizer.parent, optimizer):
+        runs.long_run(tmp_path).train(resume_from_checkpoint=str(optimizer.parent))
     optimizer.write_bytes(b"")
     said: list[str] = []
     again = runs.long_run(tmp_path, say=said.append)

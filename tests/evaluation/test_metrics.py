@@ -334,8 +334,9 @@ def test_evaluate_from_python(tmp_path):
     found = evaluate(NUMBERS, tmp_path / "sums.jsonl", metrics=["exact_match", "bits_per_byte"])
     alone = evaluate_model(ModelChoice(NUMBERS), [row("57+68=", "125", "sums")])
     assert found == {NUMBERS: {"exact_match": {"sums": 1.0}, "bits_per_byte": alone["bits_per_byte"]}}
-    with pytest.raises(DataError):
-        evaluate(NUMBERS)
+    for models, wrong in ((NUMBERS, {}), ([], {"data": tmp_path}), (NUMBERS, {"data": tmp_path, "metrics": ["acc"]})):
+        with pytest.raises(DataError):
+            evaluate(models, **wrong)
 
 
 def test_the_examples_in_docstrings_run(tmp_path, monkeypatch):
