@@ -266,7 +266,7 @@ def unreachable(error: BaseException) -> bool:
 def explain(error: BaseException, repository: str) -> ModelError:
     """A ModelError that says what to do about an exception of the hub client."""
     login = f"log in with `hf auth login` or set HF_TOKEN ({'a' if huggingface_hub.get_token() else 'no'} token is set)"
-    nowhere = f"{repository} is no local folder, it is not in the cache ({constants.HF_HUB_CACHE}), and"
+    nowhere = f"{repository} is not in the cache ({constants.HF_HUB_CACHE}), there is no folder of that name, and"
     text = f"{repository} cannot be fetched from {constants.ENDPOINT}: {' '.join(str(error).split())}"
     if constants.is_offline_mode():
         text = (
