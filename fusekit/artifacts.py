@@ -92,13 +92,13 @@ def seal(folder: Path, stage: str, inputs: Inputs, made: Inputs | None = None) -
 
 
 def write(path: Path, artifact: Artifact, rank: int = 0) -> None:
-    """Commit a manifest. rank: of the process. Raises StorageError when the disk fails."""
+    """Commit a manifest. rank: the number of this process. Raises StorageError when the disk fails."""
     content = plain(artifact.model_dump())
     commit_file(path, json.dumps({**content, "xxh3": own_hash(content)}, indent=1).encode() + b"\n", rank=rank)
 
 
 def own_hash(content: Inputs) -> str:
-    """xxh3-128 of a manifest's content, in which it does not stand yet."""
+    """xxh3-128 of a manifest's content without its ``xxh3``."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -280,7 +280,7 @@ def foreign(folder: Path, stage: str | None = None) -> list[str]:
 def refuse_foreign(folder: Path, stage: str) -> None:
     """Raise StorageError, with the way out, for a folder with files that its manifest does not list, and would be lost.
 
-    So does an artifact of another stage. A file that the manifest lists does not count, whatever it holds by now.
+    An artifact of another stage is refused too. A file that the manifest lists does not count, whatever it holds.
     """
     refuse_file(folder)
     if folder.exists() and (found := foreign(folder, stage)):
@@ -292,7 +292,7 @@ def refuse_foreign(folder: Path, stage: str) -> None:
 
 
 def refuse_occupied(folder: Path, stage: str) -> None:
-    """Refuse a folder that an artifact is to come to, if it is not empty and no such: :func:`refuse_foreign`."""
+    """Refuse a place for an artifact that is neither empty nor holds one of this stage: :func:`refuse_foreign`."""
     if read(folder, stage) is None:
         refuse_foreign(folder, stage)
 

@@ -115,7 +115,7 @@ class Manifest(ShardManifest):
     def _agrees(self) -> Manifest:
         _ = self.spec  # raises what is wrong in it
         if strangers := self.files.keys() - self.names:
-            raise ValueError(f"files: {min(strangers)} is no shard of it")
+            raise ValueError(f"files: {min(strangers)} is not one of its shards")
         return self
 
     @cached_property
@@ -134,7 +134,7 @@ class Manifest(ShardManifest):
 
 
 def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of a store, None where there is none. Raises StorageError for a damaged one, or no store's."""
+    """The manifest of a store, None where there is none. Raises StorageError if it is damaged, or not a store's."""
     return read_manifest(folder / MANIFEST, Manifest, STAGE)
 
 

@@ -27,7 +27,7 @@ from fusekit.types import CapturedRow, FloatArray, IntArray, Row, TokenizedRow
 
 CHOSEN = "chosen/"
 KEPT_BYTES = 128 << 20
-"""Of examples that a process keeps from the first epoch on; one beyond that is made again every time."""
+"""Bytes of examples that a process keeps from the first epoch on; one beyond that is made again every time."""
 
 Captures = Store | LiveTeacher | Mapping[str, CapturedRow]
 """What a model said about examples, by their keys."""

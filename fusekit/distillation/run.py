@@ -205,6 +205,7 @@ class _Work:
         self.say(f"trained in {duration(seconds)}, published to {target.folder}")
 
     def refuse_what_does_not_fit(self, start: Path | None, teachers: Sequence[LiveTeacher]) -> None:
+        """Raise DistillationError where disk or memory do not suffice."""
         # Where the run starts from a checkpoint, the like of it is on the disk already.
         checkpoint, training, out = self.opened.checkpoint, self.opened.settings.training, self.target.folder
         beside = [teacher.checkpoint for teacher in teachers if teacher.checkpoint]
